@@ -1,0 +1,65 @@
+# make help lists the targets. ARGS goes to the program: make test ARGS="-k ref", make demo ARGS=--help.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+# The first of these that runs, is 3.11 or newer and can make environments. 3.11 comes first
+# because it is the oldest that featcache supports.
+PYTHONS := python3.11 python3 python3.12 python3.13 python3.14
+PYTHON ?= $(shell for python in $(PYTHONS); do \
+	"$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
+	>/dev/null 2>&1 && echo "$$python" && break; done)
+
+# Fails where the environment does not run or lacks a distribution that the dev extra asks for. It
+# is tried on every call, so that an environment that lost something is repaired.
+CHECK = $(BIN)/python -c 'import re, importlib.metadata as metadata; \
+	[metadata.version(re.match(r"[\w.-]+", line)[0]) for line in metadata.requires("featcache") \
+	if not re.search("extra == .cuda", line)]'
+ifneq ($(wildcard $(STAMP)),)
+ifneq ($(shell $(CHECK) >/dev/null 2>&1 && echo whole),whole)
+$(shell rm -f $(STAMP))
+endif
+endif
+
+# Each example is a program of its own, whose modules import each other from its folder.
+EXAMPLES := $(sort $(dir $(wildcard examples/*/*.py)))
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+
+venv: $(STAMP) ## make or repair .venv, with everything that the other targets need
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "featcache needs Python 3.11 or newer with venv (tried: $(PYTHONS)); name one with make PYTHON=..." >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## run the demo
+	$(BIN)/python examples/demo $(ARGS)
+
+test: $(STAMP) ## run the tests; those that need a GPU are skipped where there is none
+	$(BIN)/pytest -q --durations=10 $(ARGS)
+
+lint: $(STAMP) ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy src tests
+	@set -e; for example in $(EXAMPLES); do \
+		echo "$(BIN)/mypy $$example"; MYPYPATH="$$example" $(BIN)/mypy "$$example"; done
+
+format: $(STAMP) ## put the sources in format and mend what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP) ## measure on host memory
+	$(BIN)/python tests/bench/host.py $(ARGS)
+
+clean: ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests $(wildcard examples) -name __pycache__ -type d -prune -exec rm -rf {} +

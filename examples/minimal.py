@@ -1,0 +1,52 @@
+"""The smallest owner and reader: two processes, one tensor, no copy between them.
+
+python examples/minimal.py
+"""
+
+import multiprocessing
+from multiprocessing.connection import Connection
+
+import anyio
+import torch
+from anyio import to_thread
+
+import featcache
+
+
+async def own(pipe: Connection) -> None:
+    async with featcache.create(capacity="64MiB") as cache:
+        ref = await cache.put(torch.arange(1_000_000.0), readers=1)
+        data = ref.to_bytes()
+        print(f"owner: put 1,000,000 floats; the ref is {len(data)} bytes")
+        pipe.send_bytes(data)
+        total = await to_thread.run_sync(pipe.recv)
+        print(f"owner: the reader says {total:,.0f}")
+        while cache.statistics().used_bytes:  # noqa: ASYNC110  # the recycler gives no event
+            await anyio.sleep(0.01)
+        print("owner: the read is paid and the bytes are free again")
+
+
+async def read(pipe: Connection) -> None:
+    ref = featcache.FeatureRef.from_bytes(pipe.recv_bytes())
+    async with featcache.connect(name="reader") as cache, cache.borrow(ref) as features:
+        print(f"reader: {features.numel():,} floats, read where the owner put them")
+        total = features.double().sum().item()
+    pipe.send(total)
+
+
+def reader(pipe: Connection) -> None:
+    anyio.run(read, pipe)
+
+
+def main() -> None:
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=reader, args=(theirs,))
+    process.start()
+    theirs.close()  # so that ours ends, should the reader die
+    anyio.run(own, ours)
+    process.join()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Work that may block, in threads of one's own, with cancellation that loses nothing."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+__all__ = ["Offload"]
+
+T = TypeVar("T")
+_THREADS = 4
+
+
+class Offload:
+    """A few threads. They start when first needed, so an idle cache has none.
+
+    anyio's worker threads are not used because a native ``task.cancel()`` goes through their shield:
+    the caller would give back an extent that a thread is still copying into.
+    """
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="featcache")
+
+    async def run(self, work: Callable[[], T], late: Callable[[], object]) -> T:
+        """Await `work` in a thread. If the caller is cancelled it goes on at once, and `late` is
+        called in the loop when the work, which can't be stopped, is done.
+        """
+        loop = asyncio.get_running_loop()
+        future = loop.run_in_executor(self._executor, work)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            if future.done():
+                _settle(future, late)
+            else:
+                future.add_done_callback(lambda done: _settle(done, late))
+            raise
+
+    def close(self) -> None:
+        """Let the threads end when what they do is done."""
+        self._executor.shutdown(wait=False)
+
+
+def _settle(future: "asyncio.Future[T]", late: Callable[[], object]) -> None:
+    if not future.cancelled():
+        future.exception()  # seen: nobody is left to raise it to
+    late()

@@ -1,0 +1,1 @@
+"""The same API for code that has no event loop."""

@@ -1,0 +1,228 @@
+"""A reader's end of the control connection: attach, ask, and notice the owner's end."""
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Callable
+
+import anyio
+
+from featcache import errors
+from featcache.control.channel import Channel, close_all
+from featcache.control.messages import (
+    VERSION,
+    Closing,
+    Discard,
+    Farewell,
+    Goodbye,
+    Hello,
+    ProtocolError,
+    Refused,
+    Reply,
+    Welcome,
+    decode_from_owner,
+    encode,
+)
+from featcache.control.peers import PidWatch, check_uid, own_pidfd
+from featcache.errors import AttachRefused, FeatcacheError, OwnerLost, OwnerUnreachable
+from featcache.settings import Settings
+
+__all__ = ["Link", "dial"]
+
+
+_CONNECT_RETRY_S = 0.005
+_FAREWELL_S = 1.0
+_MAX_REQUESTS = 4096
+
+
+class Link:
+    """One attached session. `on_lost` is called once if the owner ends it, never after `close`."""
+
+    def __init__(self, sock: socket.socket, endpoint: str, settings: Settings) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.endpoint = endpoint
+        self.lost: str | None = None
+        """Why the owner is gone, once it is."""
+        self.on_lost: Callable[[str], None] | None = None
+        self._welcome: asyncio.Future[tuple[Welcome, list[int]]] = self._loop.create_future()
+        self._farewell: asyncio.Future[None] = self._loop.create_future()
+        self._requests: dict[int, asyncio.Future[None]] = {}
+        self._numbers = 0
+        self._watch: PidWatch | None = None
+        self._channel = Channel(
+            sock, settings.message_bytes, self._on_message, self._on_channel_lost
+        )
+
+    async def greet(self, name: str | None, device: str) -> tuple[Welcome, list[int]]:
+        """Say hello; return the owner's answer and its descriptors, the owner's pidfd taken out."""
+        pidfd = own_pidfd()
+        try:
+            self._channel.send(encode(Hello(VERSION, name, device)), [pidfd])
+        finally:
+            os.close(pidfd)
+        welcome, fds = await self._welcome
+        try:
+            if welcome.version != VERSION:
+                raise AttachRefused(f"the owner speaks version {welcome.version}, not {VERSION}")
+            if not fds:
+                raise AttachRefused("the owner's welcome came without descriptors")
+            self._watch = PidWatch(fds.pop(0), lambda: self._lose("its process died"))
+        except BaseException:
+            close_all(fds)
+            raise
+        return welcome, fds
+
+    async def discard(self, slot: int, generation: int) -> None:
+        """Ask the owner to cancel a ref; return when it has."""
+        if self.lost is not None:
+            raise OwnerLost(self.lost)
+        if len(self._requests) >= _MAX_REQUESTS:
+            raise FeatcacheError(f"{_MAX_REQUESTS} requests are unanswered already")
+        self._numbers += 1
+        number = self._numbers
+        answer = self._requests[number] = self._loop.create_future()
+        self._channel.send(encode(Discard(number, slot, generation)))
+        try:
+            await answer
+        finally:
+            self._requests.pop(number, None)
+
+    async def goodbye(self) -> None:
+        """End the session in order: when this returns the owner has folded it (or is gone)."""
+        if self.lost is None and not self._channel.closed:
+            self._channel.send(encode(Goodbye()))
+            with contextlib.suppress(TimeoutError), anyio.fail_after(_FAREWELL_S):
+                await asyncio.shield(self._farewell)
+        self.close()
+
+    def say_goodbye(self) -> None:
+        """End the session in order, without waiting for the owner's answer."""
+        if self.lost is None and not self._channel.closed:
+            self._channel.send(encode(Goodbye()))
+        self.close()
+
+    def close(self) -> None:
+        """Drop the connection without a word; the owner then waits for this process to die."""
+        self._channel.close()
+        if self._watch is not None:
+            self._watch.close()
+        self._settle("the session was closed")
+
+    def forget(self) -> None:
+        """Drop descriptors in a forked child."""
+        self._channel.forget()
+        if self._watch is not None:
+            self._watch.forget()
+
+    # --- what comes in --------------------------------------------------------------------------
+
+    def _on_message(self, payload: bytes, fds: list[int]) -> None:
+        try:
+            message = decode_from_owner(payload)
+            if isinstance(message, Welcome) and not self._welcome.done():
+                self._welcome.set_result((message, fds))
+                fds = []
+            elif isinstance(message, Refused) and not self._welcome.done():
+                self._welcome.set_exception(AttachRefused(f"refused: {message.reason}"))
+            elif isinstance(message, Reply):
+                self._answer(message)
+            elif isinstance(message, Farewell):
+                self._resolve(self._farewell)
+            elif isinstance(message, Closing):
+                self._lose("it closed the pool")
+            else:
+                raise ProtocolError(f"an unexpected {type(message).__name__}")
+        finally:
+            close_all(fds)
+
+    def _answer(self, reply: Reply) -> None:
+        future = self._requests.pop(reply.request, None)
+        if future is None or future.done():
+            return
+        if reply.error is None:
+            future.set_result(None)
+            return
+        kind = getattr(errors, reply.error, None) if reply.error in errors.__all__ else None
+        future.set_exception((kind or FeatcacheError)(reply.text))
+
+    def _on_channel_lost(self, error: Exception | None) -> None:
+        self._lose("its socket closed" if error is None else str(error))
+
+    def _lose(self, reason: str) -> None:
+        if self.lost is not None:
+            return
+        self.lost = f"the owner at {self.endpoint} is gone: {reason}"
+        self.close()
+        if self.on_lost is not None:
+            self.on_lost(reason)
+
+    def _settle(self, reason: str) -> None:
+        """Let nobody wait for an answer that can't come."""
+        lost = self.lost or reason
+        if not self._welcome.done():
+            self._welcome.set_exception(AttachRefused(lost))
+            self._welcome.exception()  # counted as seen: nobody may be waiting
+        self._resolve(self._farewell)
+        for future in self._requests.values():
+            if not future.done():
+                future.set_exception(OwnerLost(lost))
+        self._requests.clear()
+
+    @staticmethod
+    def _resolve(future: asyncio.Future[None]) -> None:
+        if not future.done():
+            future.set_result(None)
+
+
+async def dial(
+    endpoint: str, name: str | None, device: str, settings: Settings
+) -> tuple[Link, Welcome, list[int]]:
+    """Attach to the owner at `endpoint`. Return the link, the welcome, and the descriptors after the
+    owner's pidfd: its words, the session's page, the eventfd, the slab's. They are the caller's.
+
+    Raises:
+        OwnerUnreachable: nobody listens there (any more).
+        AttachRefused: another user's, another protocol or version, no answer in time, no place.
+
+    """
+    try:
+        with anyio.fail_after(settings.attach_timeout):
+            sock = await _connect(endpoint)
+            try:
+                check_uid(sock)
+                link = Link(sock, endpoint, settings)
+            except BaseException:
+                sock.close()
+                raise
+            try:
+                welcome, fds = await link.greet(name, device)
+            except BaseException:
+                link.close()
+                raise
+    except TimeoutError:
+        raise AttachRefused(
+            f"{endpoint} did not answer within {settings.attach_timeout} s"
+        ) from None
+    except ProtocolError as error:
+        raise AttachRefused(f"{endpoint}: {error}") from error
+    return link, welcome, fds
+
+
+async def _connect(endpoint: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setblocking(False)
+        # A Unix socket connects at once or, when the listener's backlog is full, says EAGAIN and has
+        # nothing to wait on.
+        while (code := sock.connect_ex(endpoint)) == errno.EAGAIN:
+            await anyio.sleep(_CONNECT_RETRY_S)
+        if code in {errno.ENOENT, errno.ECONNREFUSED}:
+            raise OwnerUnreachable(f"no owner listens at {endpoint}: {os.strerror(code)}")
+        if code != 0:
+            raise AttachRefused(f"can't reach {endpoint}: {os.strerror(code)}")
+    except BaseException:
+        sock.close()
+        raise
+    return sock

@@ -1,0 +1,117 @@
+"""Where an owner listens: a Unix socket in a directory that only this user can enter."""
+
+import contextlib
+import errno
+import os
+import secrets
+import socket
+import stat
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from featcache.errors import SettingsError
+
+__all__ = ["check_endpoint", "default_directory", "listen", "unlink"]
+
+_MAX_PATH_BYTES: Final = 107  # sun_path, less its final zero
+_BACKLOG: Final = 128
+_SUFFIX: Final = ".sock"
+
+
+def check_endpoint(endpoint: object) -> str:
+    """Return the path as a str, or raise SettingsError if no Unix socket can have it."""
+    if not isinstance(endpoint, str | os.PathLike) or not os.fspath(endpoint):
+        raise SettingsError(f"endpoint={endpoint!r} is not the path of a Unix socket")
+    path = os.fspath(endpoint)
+    if not isinstance(path, str) or "\0" in path or len(os.fsencode(path)) > _MAX_PATH_BYTES:
+        raise SettingsError(
+            f"endpoint={path!r} is longer than a Unix socket's {_MAX_PATH_BYTES} bytes"
+        )
+    return path
+
+
+def default_directory() -> Path:
+    """Return ``$XDG_RUNTIME_DIR/featcache``, else ``featcache-<uid>`` under the temporary directory.
+
+    Made with mode 0700 if it is not there.
+
+    Raises:
+        SettingsError: it exists and is another user's, or open to others.
+
+    """
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    uid = os.geteuid()
+    folder = (
+        Path(runtime) / "featcache" if runtime else Path(tempfile.gettempdir(), f"featcache-{uid}")
+    )
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise SettingsError(
+            f"no directory for sockets at {folder}: {error.strerror}; set XDG_RUNTIME_DIR or endpoint"
+        ) from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != uid or found.st_mode & 0o077:
+        raise SettingsError(f"{folder} must be a directory of uid {uid} with mode 0700")
+    return folder
+
+
+def listen(endpoint: str | None) -> tuple[socket.socket, str]:
+    """Return a listening socket and its path; a stale socket in the way is replaced.
+
+    The socket is bound under a temporary name and renamed once it listens, so that nobody ever finds
+    one that refuses, and takes it for stale.
+
+    Raises:
+        SettingsError: the path can't be used, or a live owner is there.
+
+    """
+    if endpoint is None:
+        folder = default_directory()
+        _sweep(folder)
+        path = folder / f"{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"
+    else:
+        path = Path(endpoint)
+        if path.exists() and not _is_stale(path):
+            raise SettingsError(
+                f"{path} is in use: another owner listens there, or it is no socket"
+            )
+    check_endpoint(path)
+    temporary = path.with_name(f".{secrets.token_hex(4)}")
+    check_endpoint(temporary)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setblocking(False)
+        sock.bind(str(temporary))
+        temporary.chmod(0o600)
+        sock.listen(_BACKLOG)
+        temporary.rename(path)
+    except OSError as error:
+        sock.close()
+        unlink(str(temporary))
+        raise SettingsError(f"can't listen at {path}: {error.strerror}") from error
+    return sock, str(path)
+
+
+def unlink(path: str) -> None:
+    """Remove a socket file if it is still there."""
+    with contextlib.suppress(FileNotFoundError):
+        Path(path).unlink()
+
+
+def _is_stale(path: Path) -> bool:
+    """Whether the path is a socket that nobody listens at."""
+    if not stat.S_ISSOCK(path.lstat().st_mode):
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(str(path)) == errno.ECONNREFUSED
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what owners that were killed left behind."""
+    for path in folder.glob(f"*{_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            if _is_stale(path):
+                path.unlink()

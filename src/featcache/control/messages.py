@@ -1,0 +1,118 @@
+"""What owner and readers say to each other. Bounded, typed, versioned; nothing is trusted by type alone."""
+
+from typing import Annotated, Final
+
+import msgspec
+
+from featcache.errors import FeatcacheError
+
+__all__ = [
+    "VERSION",
+    "Closing",
+    "Discard",
+    "Farewell",
+    "FromClient",
+    "FromOwner",
+    "Goodbye",
+    "Hello",
+    "ProtocolError",
+    "Refused",
+    "Reply",
+    "Welcome",
+    "decode_from_client",
+    "decode_from_owner",
+    "encode",
+]
+
+VERSION: Final = 1
+"""Grows when a message or a shared layout changes; both sides must have the same."""
+
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+_Text = Annotated[str, msgspec.Meta(max_length=4096)]
+_Natural = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+_PoolId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+
+
+class ProtocolError(FeatcacheError):
+    """The peer said something that no peer of this version says."""
+
+
+class Hello(msgspec.Struct, tag="hello", frozen=True):
+    """Client, first. With one descriptor: the client's own pidfd."""
+
+    version: int
+    name: _Name | None
+    device: _Text
+
+
+class Goodbye(msgspec.Struct, tag="goodbye", frozen=True):
+    """Client, last: it reads nothing more and holds nothing."""
+
+
+class Discard(msgspec.Struct, tag="discard", frozen=True):
+    """Client: cancel what this ref still owes. Answered by `Reply`."""
+
+    request: _Natural
+    slot: _Natural
+    generation: _Natural
+
+
+class Welcome(msgspec.Struct, tag="welcome", frozen=True):
+    """Owner, in answer to Hello. With descriptors: the owner's pidfd, its words, the session's page,
+    the eventfd to ring, then what the slab needs.
+    """
+
+    version: int
+    pool_id: _PoolId
+    session: _Natural
+    slots: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+    kind: _Text
+    device: _Text
+    capacity_bytes: _Natural
+    committed_bytes: _Natural
+
+
+class Refused(msgspec.Struct, tag="refused", frozen=True):
+    """Owner, in answer to Hello, and then it closes."""
+
+    reason: _Text
+
+
+class Reply(msgspec.Struct, tag="reply", frozen=True):
+    """Owner, in answer to a request. `error` names a class of featcache.errors."""
+
+    request: _Natural
+    error: _Text | None = None
+    text: _Text = ""
+
+
+class Farewell(msgspec.Struct, tag="farewell", frozen=True):
+    """Owner, in answer to Goodbye: the session is folded."""
+
+
+class Closing(msgspec.Struct, tag="closing", frozen=True):
+    """Owner, last: it closes the pool."""
+
+
+FromClient = Hello | Goodbye | Discard
+FromOwner = Welcome | Refused | Reply | Farewell | Closing
+
+encode = msgspec.msgpack.Encoder().encode
+_from_client: msgspec.msgpack.Decoder[FromClient] = msgspec.msgpack.Decoder(FromClient)
+_from_owner: msgspec.msgpack.Decoder[FromOwner] = msgspec.msgpack.Decoder(FromOwner)
+
+
+def decode_from_client(payload: bytes) -> FromClient:
+    """Return a client's message, or raise ProtocolError."""
+    try:
+        return _from_client.decode(payload)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ProtocolError(f"a message that makes no sense: {error}") from None
+
+
+def decode_from_owner(payload: bytes) -> FromOwner:
+    """Return an owner's message, or raise ProtocolError."""
+    try:
+        return _from_owner.decode(payload)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ProtocolError(f"a message that makes no sense: {error}") from None

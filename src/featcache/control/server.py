@@ -1,0 +1,299 @@
+"""The owner's end: who may attach, what became of each session, and the one who pays for the dead.
+
+A session ends in one of two ways: it says goodbye, or its process dies (its pidfd fires). A socket
+that closes while the process lives is neither: the process may still be reading the slab, so the
+session is *quarantined* and its holds stand until the pidfd fires.
+"""
+
+import asyncio
+import enum
+import errno
+import socket
+from collections.abc import Callable
+from typing import Protocol
+
+from featcache import events
+from featcache.control import endpoint as endpoints
+from featcache.control.channel import Channel, close_all
+from featcache.control.messages import (
+    VERSION,
+    Closing,
+    Discard,
+    Farewell,
+    Goodbye,
+    Hello,
+    ProtocolError,
+    Refused,
+    Reply,
+    Welcome,
+    decode_from_client,
+    encode,
+)
+from featcache.control.peers import PidWatch, check_uid, peer_pid
+from featcache.errors import AttachRefused, FeatcacheError
+from featcache.settings import Settings
+
+__all__ = ["Host", "Server", "Session", "SessionState"]
+
+
+class SessionState(enum.Enum):
+    """GREETING → ACTIVE → ENDED, or ACTIVE → QUARANTINED → ENDED."""
+
+    GREETING = "greeting"
+    ACTIVE = "active"
+    QUARANTINED = "quarantined"
+    ENDED = "ended"
+
+
+class Session:
+    """One attached process, as the owner knows it."""
+
+    def __init__(self, number: int, pid: int) -> None:
+        self.number = number
+        self.pid = pid
+        self.name: str | None = None
+        self.state = SessionState.GREETING
+        self.channel: Channel | None = None
+        self.watch: PidWatch | None = None
+        self.deadline: asyncio.TimerHandle | None = None
+
+
+class Host(Protocol):
+    """What the server needs of the pool. It knows nothing of slabs; the pool nothing of sockets."""
+
+    @property
+    def pool_name(self) -> str:
+        """The pool's id in hex, for events."""
+
+    def admit(self, session: Session) -> tuple[Welcome, list[int]]:
+        """Make what a session needs and return it with the descriptors that go with it (the host's
+        own, to stay open). Raise FeatcacheError to refuse.
+        """
+
+    def dismiss(self, session: Session, *, died: bool) -> int:
+        """Fold what the session paid; if it died, pay for it. Return the reads paid for it."""
+
+    def discard(self, index: int, generation: int) -> None:
+        """Cancel what a ref still owes, or raise StaleRef."""
+
+
+class Server:
+    """Listens, greets, and keeps the sessions. Everything runs in the loop, nothing blocks."""
+
+    def __init__(self, sock: socket.socket, path: str, settings: Settings, host: Host) -> None:
+        self.endpoint = path
+        self._sock = sock
+        self._settings = settings
+        self._host = host
+        self._loop = asyncio.get_running_loop()
+        self._numbers = 0
+        self._greeting: set[Session] = set()
+        self.sessions: dict[int, Session] = {}
+        """ACTIVE and QUARANTINED sessions by number."""
+        self._accept_retry: asyncio.TimerHandle | None = None
+        self._loop.add_reader(sock.fileno(), self._accept)
+
+    # --- arrivals -------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._sock.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            if error.errno not in {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}:
+                raise
+            self._pause_accepting(error)
+            return
+        self._numbers += 1
+        session = Session(self._numbers, 0)
+        try:
+            session.pid = peer_pid(sock)
+            check_uid(sock)
+            if len(self._greeting) >= self._settings.sessions:
+                raise AttachRefused("too many peers are at the door already")
+        except (AttachRefused, OSError) as error:
+            # Not answered: who is not of this user gets nothing to read.
+            sock.close()
+            self._report_refusal(session, str(error))
+            return
+        self._greeting.add(session)
+        session.channel = Channel(
+            sock,
+            self._settings.message_bytes,
+            lambda payload, fds: self._on_message(session, payload, fds),
+            lambda error: self._on_lost(session, error),
+        )
+        session.deadline = self._loop.call_later(
+            self._settings.attach_timeout, self._turn_away, session, "it said nothing in time"
+        )
+
+    def _pause_accepting(self, error: OSError) -> None:
+        """Stop listening for a moment: out of descriptors, accept would fail again at once, forever."""
+        self._loop.remove_reader(self._sock.fileno())
+        self._accept_retry = self._loop.call_later(1.0, self._resume_accepting)
+        self._report_refusal(Session(0, 0), f"can't accept: {error.strerror}")
+
+    def _resume_accepting(self) -> None:
+        self._accept_retry = None
+        self._loop.add_reader(self._sock.fileno(), self._accept)
+
+    def _on_message(self, session: Session, payload: bytes, fds: list[int]) -> None:
+        try:
+            message = decode_from_client(payload)
+            if isinstance(message, Hello):
+                taken, fds = fds, []
+                self._greet(session, message, taken)
+            elif session.state is not SessionState.ACTIVE:
+                raise ProtocolError("the first message must be a hello")
+            elif isinstance(message, Goodbye):
+                self._goodbye(session)
+            else:
+                self._discard(session, message)
+        finally:
+            close_all(fds)
+
+    def _greet(self, session: Session, hello: Hello, fds: list[int]) -> None:
+        if session.state is not SessionState.GREETING:
+            close_all(fds)
+            raise ProtocolError("a second hello")
+        if len(fds) != 1:
+            close_all(fds)
+            raise ProtocolError("a hello carries the sender's pidfd")
+        session.watch = PidWatch(fds[0], lambda: self._on_death(session))
+        session.name = hello.name
+        try:
+            self._check(hello)
+            welcome, descriptors = self._host.admit(session)
+        except (FeatcacheError, OSError) as error:
+            self._turn_away(session, str(error))
+            return
+        self._stop_greeting(session)
+        session.state = SessionState.ACTIVE
+        self.sessions[session.number] = session
+        assert session.channel is not None, "a greeting session has its channel"
+        session.channel.send(encode(welcome), descriptors)
+        self._emit(events.ReaderAttached, session)
+
+    def _check(self, hello: Hello) -> None:
+        if hello.version != VERSION:
+            raise AttachRefused(f"the client speaks version {hello.version}, the owner {VERSION}")
+        if len(self.sessions) >= self._settings.sessions:
+            raise AttachRefused(
+                f"all {self._settings.sessions} sessions are taken: raise Settings.sessions"
+            )
+        if hello.name is not None:
+            for other in self.sessions.values():
+                if other.name == hello.name:
+                    raise AttachRefused(f"a session named {hello.name!r} is attached already")
+
+    def _turn_away(self, session: Session, reason: str) -> None:
+        self._report_refusal(session, reason)
+        if session.channel is not None:
+            session.channel.send(encode(Refused(reason[:1000])))
+        self._end(session)
+
+    def _report_refusal(self, session: Session, reason: str) -> None:
+        events.emit(events.PeerRefused(pool=self._host.pool_name, reason=reason, pid=session.pid))
+
+    # --- requests -------------------------------------------------------------------------------
+
+    def _discard(self, session: Session, message: Discard) -> None:
+        reply = Reply(message.request)
+        try:
+            self._host.discard(message.slot, message.generation)
+        except FeatcacheError as error:
+            reply = Reply(message.request, type(error).__name__, str(error)[:1000])
+        assert session.channel is not None, "an active session has its channel"
+        session.channel.send(encode(reply))
+
+    # --- departures -----------------------------------------------------------------------------
+
+    def _goodbye(self, session: Session) -> None:
+        self._host.dismiss(session, died=False)
+        assert session.channel is not None, "an active session has its channel"
+        session.channel.send(encode(Farewell()))
+        self._end(session)
+        self._emit(events.ReaderLeft, session)
+
+    def _on_lost(self, session: Session, error: Exception | None) -> None:
+        """Take note that the socket is gone, which says nothing about the process."""
+        reason = "its socket closed" if error is None else str(error)
+        if session.state is SessionState.GREETING:
+            self._report_refusal(session, reason)
+            self._end(session)
+        elif session.state is SessionState.ACTIVE:
+            assert session.watch is not None, "an active session has its watch"
+            if session.watch.dead:
+                self._on_death(session)
+                return
+            session.state = SessionState.QUARANTINED
+            events.emit(
+                events.ReaderQuarantined(
+                    pool=self._host.pool_name,
+                    session=session.number,
+                    reader=session.name,
+                    pid=session.pid,
+                    reason=reason,
+                )
+            )
+
+    def _on_death(self, session: Session) -> None:
+        if session.state not in {SessionState.ACTIVE, SessionState.QUARANTINED}:
+            self._end(session)
+            return
+        paid = self._host.dismiss(session, died=True)
+        self._end(session)
+        events.emit(
+            events.ReaderLost(
+                pool=self._host.pool_name,
+                session=session.number,
+                reader=session.name,
+                pid=session.pid,
+                reads_paid=paid,
+            )
+        )
+
+    def _end(self, session: Session) -> None:
+        session.state = SessionState.ENDED
+        self._stop_greeting(session)
+        self.sessions.pop(session.number, None)
+        if session.channel is not None:
+            session.channel.close()
+        if session.watch is not None:
+            session.watch.close()
+
+    def _stop_greeting(self, session: Session) -> None:
+        self._greeting.discard(session)
+        if session.deadline is not None:
+            session.deadline.cancel()
+            session.deadline = None
+
+    def _emit(
+        self, kind: Callable[..., events.ReaderAttached | events.ReaderLeft], session: Session
+    ) -> None:
+        pool = self._host.pool_name
+        events.emit(kind(pool=pool, session=session.number, reader=session.name, pid=session.pid))
+
+    # --- the owner's own end --------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Tell every session, close everything, and remove the socket's file."""
+        if self._accept_retry is not None:
+            self._accept_retry.cancel()
+        self._loop.remove_reader(self._sock.fileno())
+        for session in [*self.sessions.values(), *self._greeting]:
+            if session.channel is not None:
+                session.channel.send(encode(Closing()))
+            self._end(session)
+        self._sock.close()
+        endpoints.unlink(self.endpoint)
+
+    def forget(self) -> None:
+        """Drop descriptors in a forked child; the parent's sessions and socket file stay."""
+        for session in [*self.sessions.values(), *self._greeting]:
+            if session.channel is not None:
+                session.channel.forget()
+            if session.watch is not None:
+                session.watch.forget()
+        self._sock.close()

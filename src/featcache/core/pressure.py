@@ -1,0 +1,74 @@
+"""How full the pool is, as a level with hysteresis, and when that is worth an event."""
+
+import enum
+
+import attrs
+
+__all__ = ["PressureGauge", "PressureLevel"]
+
+
+class PressureLevel(enum.StrEnum):
+    """``normal`` < ``elevated`` (75 %) < ``high`` (90 %) < ``exhausted`` (a put waits)."""
+
+    NORMAL = "normal"
+    ELEVATED = "elevated"
+    HIGH = "high"
+    EXHAUSTED = "exhausted"
+
+    @property
+    def rank(self) -> int:
+        """0 for normal to 3 for exhausted."""
+        return _RANK[self]
+
+
+_RANK = {level: rank for rank, level in enumerate(PressureLevel)}
+_RISES_AT = ((PressureLevel.HIGH, 0.90), (PressureLevel.ELEVATED, 0.75))
+_HYSTERESIS = 0.05
+
+
+@attrs.define
+class PressureGauge:
+    """The level now, the level last reported, and the times that bound the reports.
+
+    The level follows every change at once (admission control needs it); reports do not: a level
+    above the last reported one is reported at once but each level at most once a `log_interval_s`,
+    a lower one when it has lasted that long, and a high one again every `repeat_interval_s`.
+    """
+
+    log_interval_s: float
+    repeat_interval_s: float
+    level: PressureLevel = PressureLevel.NORMAL
+    reported: PressureLevel = PressureLevel.NORMAL
+    _reported_s: dict[PressureLevel, float] = attrs.field(factory=dict)
+    _last_s: float = float("-inf")
+
+    def observe(self, used_bytes: int, capacity_bytes: int, waiters: int) -> bool:
+        """Set the level; return whether it changed."""
+        level = self._level(used_bytes / capacity_bytes, waiters)
+        changed, self.level = level is not self.level, level
+        return changed
+
+    def due(self, now_s: float) -> PressureLevel | None:
+        """Return the previously reported level if a report is due now, and count it as made."""
+        rising = self.level.rank > self.reported.rank
+        if self.level is self.reported:
+            high = self.level.rank >= PressureLevel.HIGH.rank
+            wanted = high and now_s - self._last_s >= self.repeat_interval_s
+        else:
+            since_s = self._reported_s.get(self.level, float("-inf")) if rising else self._last_s
+            wanted = now_s - since_s >= self.log_interval_s
+        if not wanted:
+            return None
+        previous, self.reported = self.reported, self.level
+        self._last_s = self._reported_s[self.level] = now_s
+        return previous
+
+    def _level(self, fraction: float, waiters: int) -> PressureLevel:
+        if waiters:
+            return PressureLevel.EXHAUSTED
+        for level, rises_at in _RISES_AT:
+            # A level once reached is kept until the use is clearly under its mark.
+            kept = self.level.rank >= level.rank
+            if fraction >= rises_at - (_HYSTERESIS if kept else 0.0):
+                return level
+        return PressureLevel.NORMAL

@@ -1,0 +1,124 @@
+"""The slot table: which extent a slot has, in which state, and who still owes a read of it."""
+
+import enum
+
+from featcache.core.allocator import Extent
+
+__all__ = ["Slot", "SlotState", "SlotTable"]
+
+
+class SlotState(enum.IntEnum):
+    """A slot's life: FREE → RESERVED → PUBLISHED → RETIRING → FREE.
+
+    RESERVED may go straight to RETIRING (a writer that gave up).
+    """
+
+    FREE = 0
+    RESERVED = 1
+    PUBLISHED = 2
+    RETIRING = 3
+
+
+class Slot:
+    """One entry of the table. `generation` grows at each `SlotTable.take` and never repeats."""
+
+    __slots__ = (
+        "born_s",
+        "due_s",
+        "extent",
+        "generation",
+        "index",
+        "nbytes",
+        "owers",
+        "payers",
+        "retired_s",
+        "state",
+        "ttl_s",
+        "unpaid",
+    )
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.generation = 0
+        self.state = SlotState.FREE
+        self.extent: Extent | None = None
+        self.nbytes = 0
+        self.unpaid = 0
+        """Reads still owed."""
+        self.owers: set[str] | None = None
+        """The names that owe them; None when the reads are anonymous."""
+        self.payers: set[int] | None = None
+        """Sessions that paid already; each pays once."""
+        self.born_s = 0.0
+        self.ttl_s: float | None = None
+        self.retired_s = 0.0
+        self.due_s = 0.0
+        """When a RETIRING slot's holds may be looked at."""
+
+    @property
+    def offset_bytes(self) -> int:
+        """Where the extent begins in the slab."""
+        assert self.extent is not None, "only FREE slots have no extent"
+        return self.extent.offset_bytes
+
+    @property
+    def owed_by(self) -> tuple[str, ...] | int:
+        """Who owes: names, or a count of anonymous reads."""
+        return self.unpaid if self.owers is None else tuple(sorted(self.owers))
+
+    @property
+    def label(self) -> str:
+        """``slot:generation``, as logs and errors name it."""
+        return f"{self.index}:{self.generation}"
+
+
+class SlotTable:
+    """A fixed number of slots, the most recently freed one taken first.
+
+    Reusing low, recent indices keeps the words that a recycler has to look at few and warm.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._slots = [Slot(index) for index in range(count)]
+        self._free = list(range(count - 1, -1, -1))
+        self.count = count
+        self.high = 0
+        """One more than the highest index ever taken: words beyond it were never written."""
+
+    @property
+    def used(self) -> int:
+        """Slots that are not FREE."""
+        return self.count - len(self._free)
+
+    @property
+    def full(self) -> bool:
+        """Whether `take` would find nothing."""
+        return not self._free
+
+    def take(self) -> Slot:
+        """Return a slot, RESERVED and of a new generation. The caller has looked at `full`."""
+        slot = self._slots[self._free.pop()]
+        slot.generation += 1
+        slot.state = SlotState.RESERVED
+        if slot.index >= self.high:
+            self.high = slot.index + 1
+        return slot
+
+    def give(self, slot: Slot) -> None:
+        """Take a slot back; its generation stays, so that old refs never match again."""
+        slot.state = SlotState.FREE
+        slot.extent = None
+        slot.owers = slot.payers = None
+        slot.unpaid = 0
+        self._free.append(slot.index)
+
+    def find(self, index: int, generation: int) -> Slot | None:
+        """Return the slot if it still has this generation, else None."""
+        if not 0 <= index < self.count:
+            return None
+        slot = self._slots[index]
+        return slot if slot.generation == generation and slot.state is not SlotState.FREE else None
+
+    def in_use(self) -> list[Slot]:
+        """Return the slots that are not FREE, by index. For deaths and reports, not for hot paths."""
+        return [slot for slot in self._slots[: self.high] if slot.state is not SlotState.FREE]

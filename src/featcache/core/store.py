@@ -1,0 +1,355 @@
+"""The store decides: who gets which bytes, when they are taken back, whom that wakes.
+
+Plain synchronous calls, no clock, no I/O, no torch: time comes in as ``now_s``, consequences go out
+as effects for the caller to carry out. The state changes at the decision, not when the effect is
+carried out, so no other call can come between (httpcore's connection pool is built so).
+"""
+
+from collections.abc import Iterable
+
+import attrs
+
+from featcache.core.allocator import ALIGNMENT_BYTES, OffsetAllocator
+from featcache.core.slots import Slot, SlotState, SlotTable
+from featcache.core.waiters import Request, Waiter, WaitQueue
+from featcache.errors import FeatureTooLarge, PoolFull, StaleRef
+
+__all__ = ["Effect", "Expired", "Grow", "Limits", "Recycled", "Retired", "Store", "Woken"]
+
+
+@attrs.frozen
+class Limits:
+    """The sizes that a store is made with."""
+
+    capacity_bytes: int
+    segment_bytes: int
+    initial_bytes: int
+    slots: int
+    waiters: int
+    grace_s: float
+    idle_s: float
+    grow_retry_s: float = 1.0
+
+
+@attrs.frozen
+class Retired:
+    """The slot may no longer be read: clear its `live` word now, look at its holds from `due_s`."""
+
+    slot: Slot
+
+
+@attrs.frozen
+class Recycled:
+    """The extent is free."""
+
+    index: int
+    generation: int
+    nbytes: int
+
+
+@attrs.frozen
+class Woken:
+    """This waiter was granted its slot; tell it."""
+
+    waiter: Waiter
+
+
+@attrs.frozen
+class Expired:
+    """The ref outlived its ttl; `Retired` comes with it."""
+
+    label: str
+    nbytes: int
+    age_s: float
+    owed_by: tuple[str, ...] | int
+
+
+@attrs.frozen
+class Grow:
+    """The head of the queue needs the slab committed up to `end_bytes`. One is out at a time."""
+
+    end_bytes: int
+
+
+Effect = Retired | Recycled | Woken | Expired | Grow
+
+
+def _up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+class Store:
+    """Allocator, slot table and queue of one pool under one set of rules."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.table = SlotTable(limits.slots)
+        self.queue = WaitQueue()
+        self.allocator = OffsetAllocator(0)
+        self.published: dict[int, Slot] = {}
+        """PUBLISHED slots by index, the oldest first."""
+        self._retiring: dict[int, Slot] = {}
+        self._aging: dict[float, dict[int, Slot]] = {}  # by ttl: within one ttl age is order
+        self._growing = False
+        self._grow_after_s = float("-inf")
+        self._tail_since_s: float | None = None
+        self._tail_high_bytes = 0
+        self.puts = self.recycled = self.expired = self.waited = 0
+
+    # --- room -----------------------------------------------------------------------------------
+
+    @property
+    def committed_bytes(self) -> int:
+        """Bytes of the slab that have memory behind them."""
+        return self.allocator.end_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes not given out, committed or not: `used_bytes` and these make the capacity."""
+        return self.limits.capacity_bytes - self.allocator.used_bytes
+
+    @property
+    def largest_free_bytes(self) -> int:
+        """The largest feature that would fit now, counting what the slab may still grow by."""
+        growth = self.limits.capacity_bytes - self.allocator.end_bytes
+        return max(self.allocator.largest_free_bytes, self.allocator.tail_free_bytes + growth)
+
+    def check_size(self, nbytes: int) -> None:
+        """Raise FeatureTooLarge for what even an empty pool can't hold."""
+        if _up(nbytes, ALIGNMENT_BYTES) > self.limits.capacity_bytes:
+            raise FeatureTooLarge(
+                f"a feature of {nbytes} bytes never fits a pool of {self.limits.capacity_bytes}: "
+                "raise capacity or split the feature"
+            )
+
+    def reserve(self, request: Request, now_s: float) -> Slot | None:
+        """Return a RESERVED slot, or None if there is no room or others came first."""
+        if self.queue:
+            return None
+        return self._reserve(request, now_s)
+
+    def wait(self, request: Request, now_s: float, tag: object) -> tuple[Waiter, list[Effect]]:
+        """Stand in the queue for what `reserve` would give."""
+        self.check_size(request.nbytes)
+        if len(self.queue) >= self.limits.waiters:
+            raise PoolFull(
+                f"{len(self.queue)} puts wait already, the bound: shed load, or raise Settings.waiters"
+            )
+        waiter = self.queue.join(request, now_s, tag)
+        self.waited += 1
+        return waiter, self.serve(now_s)
+
+    def accept(self, waiter: Waiter) -> Slot:
+        """Finish the handshake: the granted slot is now the caller's."""
+        return self.queue.accept(waiter)
+
+    def leave(self, waiter: Waiter, now_s: float) -> list[Effect]:
+        """Give up waiting (timeout, cancellation, death), whatever was granted meanwhile."""
+        slot = self.queue.drop(waiter)
+        if slot is not None:
+            self._free(slot)
+        return self.serve(now_s)
+
+    def abandon(self, slot: Slot, now_s: float) -> list[Effect]:
+        """Take back a RESERVED slot that will not be published. Nobody can have read it."""
+        if slot.state is not SlotState.RESERVED:
+            raise ValueError(f"slot {slot.label} is {slot.state.name}, not RESERVED")
+        self._free(slot)
+        return self.serve(now_s)
+
+    def publish(self, slot: Slot, now_s: float) -> list[Effect]:
+        """Count the slot's bytes as readable, and its age from now."""
+        if slot.state is not SlotState.RESERVED:
+            raise ValueError(f"slot {slot.label} is {slot.state.name}, not RESERVED")
+        slot.state = SlotState.PUBLISHED
+        slot.born_s = now_s
+        self.published[slot.index] = slot
+        if slot.ttl_s is not None:
+            self._aging.setdefault(slot.ttl_s, {})[slot.index] = slot
+        self.puts += 1
+        if slot.unpaid == 0:  # every named reader died while the bytes were being copied
+            return [self._retire(slot, now_s)]
+        return []
+
+    # --- reads ----------------------------------------------------------------------------------
+
+    def find(self, index: int, generation: int) -> Slot:
+        """Return the PUBLISHED slot that a ref names, or raise StaleRef."""
+        slot = self.table.find(index, generation)
+        if slot is None or slot.state is not SlotState.PUBLISHED:
+            raise StaleRef(f"ref {index}:{generation} was recycled, expired or discarded")
+        return slot
+
+    def pay(
+        self, index: int, generation: int, session: int, name: str | None, now_s: float
+    ) -> list[Effect]:
+        """Count one read as paid by `session`. What it does not owe, or paid before, is ignored."""
+        slot = self.table.find(index, generation)
+        if slot is None or slot.state is not SlotState.PUBLISHED:
+            return []
+        if slot.owers is not None:
+            if name not in slot.owers:
+                return []
+            slot.owers.remove(name)
+        elif slot.payers is None:
+            slot.payers = {session}
+        elif session in slot.payers:
+            return []
+        else:
+            slot.payers.add(session)
+        slot.unpaid -= 1
+        return [self._retire(slot, now_s)] if slot.unpaid == 0 else []
+
+    def forgive(self, name: str, now_s: float) -> tuple[int, list[Effect]]:
+        """Pay everything that a dead named reader still owes; return how many reads that was."""
+        paid, effects = 0, list[Effect]()
+        for slot in self.table.in_use():
+            if slot.owers is None or name not in slot.owers or slot.state is SlotState.RETIRING:
+                continue
+            slot.owers.remove(name)
+            slot.unpaid -= 1
+            paid += 1
+            if slot.unpaid == 0 and slot.state is SlotState.PUBLISHED:
+                effects.append(self._retire(slot, now_s))
+        return paid, effects
+
+    def revoke(self, index: int, generation: int, now_s: float) -> list[Effect]:
+        """Cancel every read still owed (discard). Raise StaleRef if there is nothing to cancel."""
+        return [self._retire(self.find(index, generation), now_s, self.limits.grace_s)]
+
+    def expire(self, now_s: float) -> list[Effect]:
+        """Revoke what has outlived its ttl."""
+        effects: list[Effect] = []
+        for ttl_s, slots in list(self._aging.items()):
+            while slots and (slot := next(iter(slots.values()))).born_s + ttl_s <= now_s:
+                age_s = now_s - slot.born_s
+                effects.append(Expired(slot.label, slot.nbytes, age_s, slot.owed_by))
+                effects.append(self._retire(slot, now_s, self.limits.grace_s))
+                self.expired += 1
+        return effects
+
+    # --- recycling ------------------------------------------------------------------------------
+
+    def due(self, now_s: float) -> list[Slot]:
+        """Return retiring slots whose grace has passed: recycle those that no session holds."""
+        return [slot for slot in self._retiring.values() if slot.due_s <= now_s]
+
+    def recycle(self, slots: Iterable[Slot], now_s: float) -> list[Effect]:
+        """Free the extents of retired slots that nobody holds, and serve the queue."""
+        effects: list[Effect] = []
+        for slot in slots:
+            if self._retiring.pop(slot.index, None) is not slot:
+                raise ValueError(f"slot {slot.label} is {slot.state.name}, not RETIRING")
+            effects.append(Recycled(slot.index, slot.generation, slot.nbytes))
+            self._free(slot)
+            self.recycled += 1
+        effects += self.serve(now_s)
+        return effects
+
+    # --- size -----------------------------------------------------------------------------------
+
+    def growth_for(self, nbytes: int, now_s: float) -> int:
+        """Return the end in bytes to commit up to so that `nbytes` fit, or 0 if that can't help."""
+        if self._growing or now_s < self._grow_after_s:
+            return 0
+        limits, end = self.limits, self.allocator.end_bytes
+        size = max(_up(nbytes, ALIGNMENT_BYTES), ALIGNMENT_BYTES)
+        missing = size - self.allocator.tail_free_bytes
+        if missing <= 0 or end + missing > limits.capacity_bytes:
+            return 0
+        return min(_up(end + missing, limits.segment_bytes), limits.capacity_bytes)
+
+    def growing(self) -> None:
+        """Note that a commit is under way outside; `grown` or `grow_failed` ends it."""
+        self._growing = True
+
+    def grown(self, end_bytes: int, now_s: float) -> list[Effect]:
+        """Count the slab as committed up to `end_bytes` and serve the queue."""
+        self._growing = False
+        self.allocator.grow(end_bytes)
+        self._tail_since_s = None
+        return self.serve(now_s)
+
+    def grow_failed(self, now_s: float) -> None:
+        """Count the pool as full at its present size for a while."""
+        self._growing = False
+        self._grow_after_s = now_s + self.limits.grow_retry_s
+
+    def shrink(self, now_s: float) -> int | None:
+        """Cut off tail segments that were empty for `idle_s`; return the new end, or None.
+
+        After an end was returned the caller gives the memory back and says `shrunk`.
+
+        The window keeps the highest end that was in use since it began, as seen at each call.
+        """
+        allocator, limits = self.allocator, self.limits
+        in_use = allocator.end_bytes - allocator.tail_free_bytes
+        if self._tail_since_s is None:
+            self._tail_since_s, self._tail_high_bytes = now_s, in_use
+        self._tail_high_bytes = max(self._tail_high_bytes, in_use)
+        if self._growing or self.queue or now_s - self._tail_since_s < limits.idle_s:
+            return None
+        keep = max(_up(self._tail_high_bytes, limits.segment_bytes), limits.initial_bytes)
+        self._tail_since_s = None
+        if keep >= allocator.end_bytes:
+            return None
+        allocator.shrink(keep)
+        self._growing = True  # nothing grows into what is being given back
+        return keep
+
+    def shrunk(self, now_s: float) -> list[Effect]:
+        """Note that what `shrink` cut off has been given back."""
+        self._growing = False
+        return self.serve(now_s)
+
+    # --- the rules themselves -------------------------------------------------------------------
+
+    def _reserve(self, request: Request, now_s: float) -> Slot | None:
+        if self.table.full:
+            return None
+        extent = self.allocator.allocate(request.nbytes)
+        if extent is None:
+            return None
+        slot = self.table.take()
+        slot.extent = extent
+        slot.nbytes = request.nbytes
+        slot.ttl_s = request.ttl_s
+        slot.born_s = now_s
+        readers = request.readers
+        if isinstance(readers, int):
+            slot.unpaid = readers
+        else:
+            slot.unpaid, slot.owers = len(readers), set(readers)
+        return slot
+
+    def _retire(self, slot: Slot, now_s: float, grace_s: float = 0.0) -> Retired:
+        slot.state = SlotState.RETIRING
+        slot.retired_s = now_s
+        slot.due_s = now_s + grace_s
+        del self.published[slot.index]
+        if slot.ttl_s is not None:
+            aging = self._aging[slot.ttl_s]
+            del aging[slot.index]
+            if not aging:
+                del self._aging[slot.ttl_s]
+        self._retiring[slot.index] = slot
+        return Retired(slot)
+
+    def _free(self, slot: Slot) -> None:
+        assert slot.extent is not None, "only FREE slots have no extent"
+        self.allocator.free(slot.extent)
+        self.table.give(slot)
+
+    def serve(self, now_s: float) -> list[Effect]:
+        """Grant the queue from its head while what it asks for fits."""
+        effects: list[Effect] = []
+        while (waiter := self.queue.head) is not None:
+            slot = self._reserve(waiter.request, now_s)
+            if slot is None:
+                if not self.table.full and (end := self.growth_for(waiter.request.nbytes, now_s)):
+                    self.growing()
+                    effects.append(Grow(end))
+                break
+            self.queue.grant(waiter, slot)
+            effects.append(Woken(waiter))
+        return effects

@@ -1,0 +1,270 @@
+"""What happened, as frozen records handed to hooks; structlog is the first hook, metrics another.
+
+A record's `name` is its event (``featcache.pool.pressure``, …), its `severity` a log level, its other
+fields are the facts. Hooks run in the thread that met the fact and must return at once; one that
+raises is reported and never harms the cache.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import attrs
+import structlog
+
+__all__ = [
+    "CommitFailed",
+    "Event",
+    "OwnerGone",
+    "PeerRefused",
+    "PoolClosed",
+    "PoolOpened",
+    "PoolPressure",
+    "PutWaited",
+    "ReaderAttached",
+    "ReaderLeft",
+    "ReaderLost",
+    "ReaderQuarantined",
+    "RefExpired",
+    "SegmentsCommitted",
+    "SegmentsReturned",
+    "Throttle",
+    "add_hook",
+    "emit",
+    "log_to_structlog",
+    "remove_hook",
+]
+
+Severity = Literal["debug", "info", "warning", "error"]
+
+
+@attrs.frozen(kw_only=True)
+class Event:
+    """One fact about one pool."""
+
+    name: ClassVar[str] = "featcache.event"
+    severity: ClassVar[Severity] = "info"
+
+    pool: str
+    """The pool's id, in hex."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return the record's fields by name."""
+        return {field.name: getattr(self, field.name) for field in attrs.fields(type(self))}
+
+
+@attrs.frozen(kw_only=True)
+class PoolOpened(Event):
+    """A pool was made and can be attached to."""
+
+    name: ClassVar[str] = "featcache.pool.opened"
+    endpoint: str
+    device: str
+    capacity_bytes: int
+    committed_bytes: int
+
+
+@attrs.frozen(kw_only=True)
+class PoolClosed(Event):
+    """The owner closed its pool; sessions were told."""
+
+    name: ClassVar[str] = "featcache.pool.closed"
+    endpoint: str
+    unpaid_refs: int
+
+
+@attrs.frozen(kw_only=True)
+class PoolPressure(Event):
+    """The level changed, or is still high."""
+
+    name: ClassVar[str] = "featcache.pool.pressure"
+    level: str
+    previous: str
+    capacity_bytes: int
+    committed_bytes: int
+    used_bytes: int
+    free_bytes: int
+    largest_free_bytes: int
+    slots: int
+    slots_used: int
+    waiters: int
+    waiting_bytes: int
+    resident_bytes: int
+    pinned_bytes: int
+    oldest_ref: str | None
+    """``slot:generation`` of the oldest ref that still owes a read."""
+    oldest_age_s: float
+    oldest_owed_by: tuple[str, ...] | int
+    """The names that owe, or how many anonymous reads are owed."""
+
+
+@attrs.frozen(kw_only=True)
+class PutWaited(Event):
+    """A put stood in the queue. At most one a `Settings.log_interval`; the others are counted."""
+
+    name: ClassVar[str] = "featcache.put.waited"
+    nbytes: int
+    waited_s: float
+    granted: bool
+    """False when it gave up (timeout or cancellation)."""
+    unlogged: int
+    """Waits since the last such event that were not logged."""
+
+
+@attrs.frozen(kw_only=True)
+class ReaderAttached(Event):
+    """A session began."""
+
+    name: ClassVar[str] = "featcache.reader.attached"
+    session: int
+    reader: str | None
+    pid: int
+
+
+@attrs.frozen(kw_only=True)
+class ReaderLeft(Event):
+    """A session said goodbye."""
+
+    name: ClassVar[str] = "featcache.reader.left"
+    session: int
+    reader: str | None
+    pid: int
+
+
+@attrs.frozen(kw_only=True)
+class ReaderLost(Event):
+    """A session's process died; what it had begun, and what its name owed, was paid for it."""
+
+    name: ClassVar[str] = "featcache.reader.lost"
+    severity: ClassVar[Severity] = "warning"
+    session: int
+    reader: str | None
+    pid: int
+    reads_paid: int
+
+
+@attrs.frozen(kw_only=True)
+class ReaderQuarantined(Event):
+    """A session's socket closed without a goodbye while its process lives; its holds stand."""
+
+    name: ClassVar[str] = "featcache.reader.quarantined"
+    severity: ClassVar[Severity] = "warning"
+    session: int
+    reader: str | None
+    pid: int
+    reason: str
+
+
+@attrs.frozen(kw_only=True)
+class PeerRefused(Event):
+    """Somebody connected and was sent away."""
+
+    name: ClassVar[str] = "featcache.peer.refused"
+    severity: ClassVar[Severity] = "warning"
+    reason: str
+    pid: int
+
+
+@attrs.frozen(kw_only=True)
+class RefExpired(Event):
+    """A ref outlived its ttl with reads unpaid; its bytes are taken back."""
+
+    name: ClassVar[str] = "featcache.ref.expired"
+    severity: ClassVar[Severity] = "warning"
+    ref: str
+    nbytes: int
+    age_s: float
+    owed_by: tuple[str, ...] | int
+
+
+@attrs.frozen(kw_only=True)
+class SegmentsCommitted(Event):
+    """The slab grew."""
+
+    name: ClassVar[str] = "featcache.slab.committed"
+    severity: ClassVar[Severity] = "debug"
+    committed_bytes: int
+    added_bytes: int
+
+
+@attrs.frozen(kw_only=True)
+class SegmentsReturned(Event):
+    """The slab gave memory back."""
+
+    name: ClassVar[str] = "featcache.slab.returned"
+    severity: ClassVar[Severity] = "debug"
+    committed_bytes: int
+    returned_bytes: int
+
+
+@attrs.frozen(kw_only=True)
+class CommitFailed(Event):
+    """The system would not give the slab more memory; until it does the pool counts as full."""
+
+    name: ClassVar[str] = "featcache.slab.commit_failed"
+    severity: ClassVar[Severity] = "error"
+    committed_bytes: int
+    wanted_bytes: int
+    error: str
+
+
+@attrs.frozen(kw_only=True)
+class OwnerGone(Event):
+    """A client lost the owner of a pool."""
+
+    name: ClassVar[str] = "featcache.owner.lost"
+    severity: ClassVar[Severity] = "warning"
+    endpoint: str
+    reason: str
+
+
+class Throttle:
+    """Lets one event of a busy kind through an interval, and counts the others."""
+
+    def __init__(self, interval_s: float) -> None:
+        self._interval_s = interval_s
+        self._next_s = float("-inf")
+        self._held_back = 0
+
+    def pass_(self, now_s: float) -> int | None:
+        """Return how many were held back since the last that passed, or None to hold this one."""
+        if now_s < self._next_s:
+            self._held_back += 1
+            return None
+        self._next_s = now_s + self._interval_s
+        held_back, self._held_back = self._held_back, 0
+        return held_back
+
+
+Hook = Callable[[Event], object]
+
+
+def log_to_structlog(event: Event) -> None:
+    """Write the record through structlog: the event's name, then its facts as key-values."""
+    # The logger is fetched anew so that a later structlog.configure (or a test's capture) holds.
+    log = structlog.get_logger("featcache")
+    getattr(log, event.severity)(event.name, **event.facts())
+
+
+_hooks: tuple[Hook, ...] = (log_to_structlog,)
+
+
+def add_hook(hook: Hook) -> None:
+    """Have `hook` called with every `Event` of this process from now on."""
+    global _hooks  # noqa: PLW0603 - one process-wide tuple, replaced whole so that emit needs no lock
+    _hooks = (*_hooks, hook)
+
+
+def remove_hook(hook: Hook) -> None:
+    """Undo one `add_hook`; `log_to_structlog` can be removed too. Unknown hooks are ignored."""
+    global _hooks  # noqa: PLW0603 - see add_hook
+    _hooks = tuple(known for known in _hooks if known is not hook)
+
+
+def emit(event: Event) -> None:
+    """Hand one record to every hook."""
+    for hook in _hooks:
+        try:
+            hook(event)
+        except Exception as error:  # noqa: BLE001 - a hook's fault must not become the pool's
+            print(f"featcache: hook {hook!r} failed: {error!r}", file=sys.stderr)  # noqa: T201 - the log itself may be what failed

@@ -1,0 +1,119 @@
+"""`FeatureClient`: a reader of other processes' pools, as users hold it."""
+
+from typing import Self
+
+import torch
+
+from featcache import _forks
+from featcache._offload import Offload
+from featcache.errors import CacheClosed
+from featcache.handles import HandleCache
+from featcache.memory.words import Header
+from featcache.reader import Reader
+from featcache.reads import NOT_OPENED, Reads, check_ref
+from featcache.ref import FeatureRef
+from featcache.settings import Settings
+from featcache.statistics import Statistics
+
+__all__ = ["FeatureClient"]
+
+
+class FeatureClient(Reads):
+    """Reads the pools of other processes. See `connect`."""
+
+    def __init__(
+        self,
+        endpoint: str | None,
+        device: torch.device | None,
+        name: str | None,
+        settings: Settings,
+    ) -> None:
+        self._endpoint = endpoint
+        self._device = device
+        self._name = name
+        self._settings = settings
+        self._offload: Offload | None = None
+        self._handles: HandleCache | None = None
+        self._reader: Reader | None = None
+
+    async def open(self) -> Self:
+        """Attach, if an endpoint was given.
+
+        Raises:
+            AttachRefused: the owner refused, or does not speak this protocol.
+            OwnerUnreachable: (also AttachRefused and OwnerLost) nobody listens there.
+            CacheClosed: it was open before; make another.
+
+        """
+        if self._reader is not None or self._why_closed != NOT_OPENED:
+            raise CacheClosed("a client opens once: connect another")
+        offload = Offload()
+        handles = HandleCache(self._name, self._device, self._settings, offload, self._endpoint)
+        try:
+            if self._endpoint is not None:
+                await handles.attach(self._endpoint)
+        except BaseException:
+            await handles.close()
+            offload.close()
+            raise
+        self._offload, self._handles = offload, handles
+        self._reader = Reader(handles, offload, self._settings.inline_bytes)
+        _forks.watch(self)
+        return self
+
+    async def aclose(self) -> None:
+        """Say goodbye to every owner. Borrows that are still open keep theirs until they end."""
+        handles, self._handles, self._reader = self._handles, None, None
+        if handles is None:
+            return
+        self._why_closed = "this client was closed"
+        await handles.close()
+        if self._offload is not None:
+            self._offload.close()
+
+    def _forget(self) -> None:
+        handles, self._handles, self._reader = self._handles, None, None
+        self._why_closed = "this process was forked from the one that opened the client"
+        if handles is not None:
+            handles.forget()
+
+    def _reads(self) -> Reader:
+        reader = self._reader
+        if reader is None:
+            raise CacheClosed(self._why_closed)
+        return reader
+
+    def _defaultparse_device(self) -> torch.device | None:
+        return self._device
+
+    async def discard(self, ref: FeatureRef) -> None:
+        """Ask the owner to take a ref back: its request was cancelled. As `FeatureCache.discard`."""
+        self._reads()
+        assert self._handles is not None, "an open client has its handles"
+        link = (await self._handles.handle(check_ref(ref))).link
+        await link.discard(ref.slot, ref.generation)
+
+    def statistics(self) -> Statistics:
+        """Return this client's counters, and the gauges of the pools that it has attached."""
+        reader = self._reads()
+        assert self._handles is not None, "an open client has its handles"
+        headers = [handle.attachment.header for handle in self._handles.handles]
+        capacity_bytes = sum(header[Header.CAPACITY] for header in headers)
+        used_bytes = sum(header[Header.USED] for header in headers)
+        return Statistics(
+            capacity_bytes=capacity_bytes,
+            committed_bytes=sum(header[Header.COMMITTED] for header in headers),
+            used_bytes=used_bytes,
+            free_bytes=capacity_bytes - used_bytes,
+            largest_free_bytes=max((header[Header.LARGEST_FREE] for header in headers), default=0),
+            slots=sum(header[Header.SLOTS] for header in headers),
+            slots_used=sum(header[Header.SLOTS_USED] for header in headers),
+            waiters=sum(header[Header.WAITERS] for header in headers),
+            waiting_bytes=sum(header[Header.WAITING_BYTES] for header in headers),
+            sessions=len(headers),
+            gets=reader.gets,
+        )
+
+    def __repr__(self) -> str:
+        where = self._endpoint or "any endpoint"
+        return f"<FeatureClient {self._name or 'unnamed'} of {where}>"

@@ -1,0 +1,198 @@
+"""The host slab: one sparse memfd, filled by fallocate, emptied by punching holes.
+
+The owner maps it read-write; readers get a descriptor opened read-only and can map it no other way
+(a memfd can't carry F_SEAL_FUTURE_WRITE here: that seal also forbids punching holes).
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import numpy as np
+import torch
+
+from featcache.errors import AttachRefused, BackendUnavailable, CacheClosed
+from featcache.memory.pack import DTYPES
+from featcache.memory.words import fence_stores, memfd
+from featcache.ref import TensorSpec
+
+__all__ = ["KIND", "HostMapping", "HostSlab"]
+
+KIND: Final = "host"
+_CPU: Final = torch.device("cpu")
+_MADV_POPULATE_READ: Final = 22  # Linux 5.14; Python has no names for them
+_MADV_POPULATE_WRITE: Final = 23
+_FALLOC_PUNCH: Final = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+_INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+_memmove: Callable[[int, int, int], int] = ctypes.memmove  # drops the GIL, unlike a buffer's slice
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's memory is its value, in order, on the CPU."""
+    return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor as integers of its width: every dtype can be copied so, strided or not."""
+    integer = _INTEGERS.get(tensor.element_size())
+    return tensor if integer is None or tensor.ndim == 0 else tensor.view(integer)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    source = source.detach().resolve_conj().resolve_neg()
+    _bits(target).copy_(_bits(source))
+
+
+def _advise(mapping: mmap.mmap, advice: int, start_bytes: int, size_bytes: int) -> bool:
+    """Give the kernel advice it may not know (old kernels say EINVAL); return whether it took it."""
+    try:
+        mapping.madvise(advice, start_bytes, size_bytes)
+    except OSError as error:
+        if error.errno in {errno.EINVAL, errno.ENOSYS}:
+            return False
+        raise
+    return True
+
+
+class HostMapping:
+    """A host slab as one process maps it. It is unmapped when the last tensor over it is gone."""
+
+    def __init__(self, mapping: mmap.mmap) -> None:
+        address = np.frombuffer(mapping, dtype=np.uint8).ctypes.data
+        # Both at once: a copy in a thread holds the mapping it began with while another closes it.
+        self._region: tuple[mmap.mmap, int] | None = (mapping, address)
+        with warnings.catch_warnings():
+            # torch says once per process that a read-only buffer is not writable; that is the point.
+            warnings.simplefilter("ignore", UserWarning)
+            torch.frombuffer(mapping, dtype=torch.uint8, count=1)
+
+    @classmethod
+    def attach(cls, fd: int, capacity_bytes: int, committed_bytes: int) -> "HostMapping":
+        """Map a peer's slab read-only and take the page faults of what is committed now."""
+        found_bytes = os.fstat(fd).st_size
+        if found_bytes != capacity_bytes:
+            raise AttachRefused(f"the slab has {found_bytes} bytes where {capacity_bytes} belong")
+        mapping = mmap.mmap(fd, capacity_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        _advise(mapping, mmap.MADV_HUGEPAGE, 0, capacity_bytes)
+        if committed_bytes:
+            _advise(mapping, _MADV_POPULATE_READ, 0, committed_bytes)
+        return cls(mapping)
+
+    deferred = False
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return _CPU
+
+    def view(self, offset_bytes: int, spec: TensorSpec) -> torch.Tensor:
+        """Return a tensor over the slab's bytes."""
+        dtype, shape = DTYPES[spec.dtype], spec.shape
+        count = spec.nbytes // dtype.itemsize
+        if count == 0:
+            return torch.empty(shape, dtype=dtype, device=_CPU)
+        at_bytes = offset_bytes + spec.offset_bytes
+        mapping, _ = self._open()
+        flat = torch.frombuffer(mapping, dtype=dtype, count=count, offset=at_bytes)
+        return flat if len(shape) == 1 else flat.view(shape)
+
+    def read(
+        self,
+        offset_bytes: int,
+        spec: TensorSpec,
+        out: torch.Tensor | None,
+        device: torch.device | None,
+    ) -> torch.Tensor:
+        """Return a copy of the slab's bytes, in `out` or new; the bytes are there on return."""
+        if out is None and device is not None and device.type != "cpu":
+            return self.view(offset_bytes, spec).to(device)
+        if out is None:
+            out = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=_CPU)
+        elif not _plain(out):
+            _copy(out, self.view(offset_bytes, spec))
+            return out
+        region = self._open()  # kept for the length of the copy
+        _memmove(out.data_ptr(), region[1] + offset_bytes + spec.offset_bytes, out.nbytes)
+        return out
+
+    def signal(self, words: memoryview, index: int, value: int) -> None:
+        """Store the word after the bytes. Host copies are done when they return, so: now."""
+        fence_stores()
+        words[index] = value
+
+    def close(self) -> None:
+        """Drop the mapping; tensors that are still out keep it until they go."""
+        self._region = None
+
+    def _open(self) -> tuple[mmap.mmap, int]:
+        if self._region is None:
+            raise CacheClosed("this mapping of the slab is closed")
+        return self._region
+
+
+class HostSlab(HostMapping):
+    """The owner's side: the memfd itself, and the memory behind it."""
+
+    def __init__(self, capacity_bytes: int, *, huge_pages: bool = True) -> None:
+        self.capacity_bytes = capacity_bytes
+        self._fd = memfd("slab", capacity_bytes)
+        try:
+            self._reader_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            os.close(self._fd)
+            raise BackendUnavailable(f"a host slab needs /proc to be mounted: {error}") from error
+        super().__init__(mmap.mmap(self._fd, capacity_bytes, flags=mmap.MAP_SHARED))
+        if huge_pages:
+            _advise(self._open()[0], mmap.MADV_HUGEPAGE, 0, capacity_bytes)
+
+    kind = KIND
+    granularity_bytes = mmap.PAGESIZE
+
+    def commit(self, start_bytes: int, stop_bytes: int, *, prefault: bool) -> None:
+        """Reserve pages for a range, and map them into the owner if `prefault`."""
+        size_bytes = stop_bytes - start_bytes
+        try:
+            # Touching first is what gives huge pages; fallocate would lay small ones.
+            mapping = self._open()[0]
+            if prefault and _advise(mapping, _MADV_POPULATE_WRITE, start_bytes, size_bytes):
+                return
+            os.posix_fallocate(self._fd, start_bytes, size_bytes)
+        except OSError as error:
+            self.decommit(start_bytes, stop_bytes)
+            raise MemoryError(f"the host gave no {size_bytes} bytes: {error}") from error
+
+    def decommit(self, start_bytes: int, stop_bytes: int) -> None:
+        """Punch a hole; the pages go back to the system at once, in every process."""
+        size_bytes = stop_bytes - start_bytes
+        libc = ctypes.CDLL(None, use_errno=True)
+        offset, length = ctypes.c_int64(start_bytes), ctypes.c_int64(size_bytes)
+        if libc.fallocate(self._fd, _FALLOC_PUNCH, offset, length) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+    def write(self, offset_bytes: int, parts: Sequence[tuple[TensorSpec, torch.Tensor]]) -> None:
+        """Copy tensors in; the bytes are there on return."""
+        _mapping, base = self._open()  # kept for the length of the copies
+        for spec, tensor in parts:
+            if _plain(tensor):
+                at = base + offset_bytes + spec.offset_bytes
+                _memmove(at, tensor.data_ptr(), tensor.nbytes)
+            else:
+                _copy(self.view(offset_bytes, spec), tensor)
+
+    def descriptors(self) -> list[int]:
+        """Return the read-only descriptor that readers map."""
+        return [self._reader_fd]
+
+    def close(self) -> None:
+        """Drop the mapping and the descriptors."""
+        super().close()
+        for fd in (self._fd, self._reader_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._reader_fd = -1

@@ -1,0 +1,88 @@
+"""From what a user puts to specs and bytes: one tensor, or a dict of them packed in one slot."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+
+from featcache.errors import SettingsError
+from featcache.ref import DTYPE_BYTES, TensorSpec
+
+__all__ = ["DTYPES", "Feature", "Packed", "pack", "same_layout", "unpack"]
+
+Feature = torch.Tensor | dict[str, torch.Tensor]
+Packed = tuple[tuple[TensorSpec, torch.Tensor], ...]
+
+_ALIGNMENT_BYTES: Final = 256  # of each tensor inside a slot, as the slot itself
+_MAX_NAME = 256
+
+DTYPES: Final[dict[str, torch.dtype]] = {
+    name: getattr(torch, name) for name in DTYPE_BYTES if hasattr(torch, name)
+}
+_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def _spec(name: str | None, tensor: Any, offset_bytes: int) -> TensorSpec:
+    if not isinstance(tensor, torch.Tensor):
+        where = "a feature" if name is None else f"feature[{name!r}]"
+        raise SettingsError(f"{where} must be a torch.Tensor, not {type(tensor).__name__}")
+    dtype = _NAMES.get(tensor.dtype)
+    if dtype is None:
+        raise SettingsError(f"tensors of {tensor.dtype} can't be shared: put their integers")
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        raise SettingsError("only dense tensors with bytes can be shared, not sparse or meta ones")
+    return TensorSpec(name, dtype, tuple(tensor.shape), offset_bytes)
+
+
+def pack(feature: Any, most: int) -> tuple[tuple[TensorSpec, ...], Packed, int]:
+    """Return the specs, the tensors beside them, and the bytes of the slot they need.
+
+    Raises:
+        SettingsError: neither a dense tensor nor a dict of 1 to `most` of them under str names.
+
+    """
+    if not isinstance(feature, Mapping):
+        spec = _spec(None, feature, 0)
+        return (spec,), ((spec, feature),), feature.nbytes
+    if not 1 <= len(feature) <= most:
+        raise SettingsError(f"a feature packs 1 to {most} tensors, not {len(feature)}")
+    parts: list[tuple[TensorSpec, torch.Tensor]] = []
+    end_bytes = 0
+    for name, tensor in feature.items():
+        if not isinstance(name, str) or len(name) > _MAX_NAME:
+            raise SettingsError(f"a tensor's name is a str of at most {_MAX_NAME} characters")
+        offset_bytes = -(-end_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        parts.append((_spec(name, tensor, offset_bytes), tensor))
+        end_bytes = offset_bytes + tensor.nbytes
+    return tuple(spec for spec, _ in parts), tuple(parts), end_bytes
+
+
+def unpack(specs: tuple[TensorSpec, ...], tensors: list[torch.Tensor]) -> Feature:
+    """Return tensors in the form in which they were put."""
+    if specs[0].name is None:
+        return tensors[0]
+    return {str(spec.name): tensor for spec, tensor in zip(specs, tensors, strict=True)}
+
+
+def same_layout(specs: tuple[TensorSpec, ...], out: Any) -> list[torch.Tensor]:
+    """Return the tensors of `out` in the order of `specs`.
+
+    Raises:
+        SettingsError: `out` is not of the feature's form, names, shapes and dtypes.
+
+    """
+    if specs[0].name is None:
+        tensors = [out]
+    elif isinstance(out, Mapping) and set(out) == {spec.name for spec in specs}:
+        tensors = [out[spec.name] for spec in specs]
+    else:
+        raise SettingsError(f"out must be a dict with the names {[spec.name for spec in specs]}")
+    for spec, tensor in zip(specs, tensors, strict=True):
+        dtype = DTYPES.get(spec.dtype)
+        if (
+            not isinstance(tensor, torch.Tensor)
+            or tensor.dtype is not dtype
+            or tuple(tensor.shape) != spec.shape
+        ):
+            raise SettingsError(f"out must be a tensor of {spec.dtype} and shape {spec.shape}")
+    return tensors

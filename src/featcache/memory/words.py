@@ -1,0 +1,235 @@
+"""Control words: 64-bit, in shared host memory, each written by exactly one process.
+
+Two kinds of block. The *owner's* block has a header and one `live`, `published`, `offset` and
+`nbytes` word per slot; it is sealed so that readers can map it only for reading. A *session's* page
+has one `held` and one `released` word per slot; that session and the owner map it, nobody else.
+
+Why aligned 8-byte stores through a memoryview are enough: CPython packs an item with one 8-byte
+move, which x86-64 and arm64 make single-copy atomic when aligned; the order between bytes and words,
+and between a word written and another read, is what `fence_stores` and `fence_full` are for.
+"""
+
+import ctypes
+import fcntl
+import mmap
+import os
+import platform
+import threading
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.errors import AttachRefused, BackendUnavailable
+
+__all__ = [
+    "Header",
+    "OwnerWords",
+    "SessionWords",
+    "fence_full",
+    "fence_stores",
+    "memfd",
+    "owner_block_bytes",
+    "session_page_bytes",
+]
+
+_WORD_BYTES: Final = 8
+_HEADER_WORDS: Final = 64
+_OWNER_MAGIC: Final = int.from_bytes(b"fcOwner\x01", "little")
+_SESSION_MAGIC: Final = int.from_bytes(b"fcSessn\x01", "little")
+_OWNER_ARRAYS: Final = 4
+_SESSION_ARRAYS: Final = 2
+_F_SEAL_FUTURE_WRITE: Final = 0x0010  # Linux 5.1; Python's fcntl does not name it before 3.13
+
+
+class Header:
+    """Indices of the header words of an owner's block."""
+
+    MAGIC = 0
+    SLOTS = 1
+    CAPACITY = 2
+    WAITING = 3
+    """1 while a put waits: whoever releases then rings the owner's eventfd."""
+    COMMITTED = 4
+    USED = 5
+    SLOTS_USED = 6
+    WAITERS = 7
+    WAITING_BYTES = 8
+    SESSIONS = 9
+    LARGEST_FREE = 10
+
+
+# --- order ---------------------------------------------------------------------------------------
+
+_TSO: Final = platform.machine() in {"x86_64", "AMD64"}
+_barrier_lock = threading.Lock()
+_SYS_MEMBARRIER: Final = 283  # the generic syscall table (arm64, riscv64); x86-64 needs none here
+_MEMBARRIER_PRIVATE_EXPEDITED: Final = 1 << 3
+_MEMBARRIER_REGISTER_PRIVATE_EXPEDITED: Final = 1 << 4
+
+
+def _membarrier() -> None:
+    """Run the kernel's full barrier on every thread of this process, the caller's included."""
+    syscall = _libc().syscall
+    if syscall(_SYS_MEMBARRIER, _MEMBARRIER_PRIVATE_EXPEDITED, 0, 0) != 0:
+        syscall(_SYS_MEMBARRIER, _MEMBARRIER_REGISTER_PRIVATE_EXPEDITED, 0, 0)
+        if syscall(_SYS_MEMBARRIER, _MEMBARRIER_PRIVATE_EXPEDITED, 0, 0) != 0:
+            raise BackendUnavailable("this processor needs membarrier(2) and the kernel has none")
+
+
+def _libc() -> ctypes.CDLL:
+    global _libc_handle  # noqa: PLW0603 - opened once, only on processors that need it
+    if _libc_handle is None:
+        _libc_handle = ctypes.CDLL(None, use_errno=True)
+    return _libc_handle
+
+
+_libc_handle: ctypes.CDLL | None = None
+
+
+def _lock_as_barrier() -> None:
+    # An uncontended lock is a LOCK-prefixed instruction on x86, which drains the store buffer.
+    _barrier_lock.acquire()
+    _barrier_lock.release()
+
+
+def _nothing() -> None:
+    pass
+
+
+fence_stores = _nothing if _TSO else _membarrier
+"""Between bytes and the word that vouches for them. x86-64 keeps stores in order by itself."""
+
+fence_full = _lock_as_barrier if _TSO else _membarrier
+"""Between a word written and another process's word read: `held`, then `live` (and the converse)."""
+
+
+# --- blocks --------------------------------------------------------------------------------------
+
+
+def memfd(label: str, size_bytes: int) -> int:
+    """Return a new close-on-exec, sealable, zeroed memfd of this size."""
+    fd = os.memfd_create(f"featcache-{label}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size_bytes)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _seal(fd: int, seals: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+
+
+def _map(fd: int, size_bytes: int, *, write: bool) -> mmap.mmap:
+    """Map the whole block; a peer's descriptor of another size is refused before it is mapped."""
+    found_bytes = os.fstat(fd).st_size
+    if found_bytes != size_bytes:
+        raise AttachRefused(f"a control block has {found_bytes} bytes where {size_bytes} belong")
+    prot = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
+    return mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED, prot=prot)
+
+
+def _page_up(size_bytes: int) -> int:
+    return -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def owner_block_bytes(slots: int) -> int:
+    """Return the size of an owner's block."""
+    return _page_up((_HEADER_WORDS + _OWNER_ARRAYS * slots) * _WORD_BYTES)
+
+
+def session_page_bytes(slots: int) -> int:
+    """Return the size of a session's page."""
+    return _page_up((_HEADER_WORDS + _SESSION_ARRAYS * slots) * _WORD_BYTES)
+
+
+class _Block:
+    """Words over a mapping. Dropping the object unmaps it; nothing is closed under a live view."""
+
+    def __init__(self, mapping: mmap.mmap, slots: int, magic: int, arrays: int) -> None:
+        words = memoryview(mapping).cast("Q")
+        if words[Header.MAGIC] != magic or words[Header.SLOTS] != slots:
+            raise AttachRefused(
+                f"a control block of layout {words[Header.MAGIC]:#x} with {words[Header.SLOTS]} "
+                f"slots, where {magic:#x} with {slots} belongs: owner and client differ"
+            )
+        self.slots = slots
+        self.header = words[:_HEADER_WORDS]
+        self._arrays = [
+            words[_HEADER_WORDS + n * slots : _HEADER_WORDS + (n + 1) * slots]
+            for n in range(arrays)
+        ]
+
+
+def _create(label: str, slots: int, size_bytes: int, magic: int) -> tuple[int, mmap.mmap]:
+    fd = memfd(label, size_bytes)
+    try:
+        mapping = _map(fd, size_bytes, write=True)
+    except BaseException:
+        os.close(fd)
+        raise
+    words = memoryview(mapping).cast("Q")
+    words[Header.SLOTS] = slots
+    words[Header.MAGIC] = magic
+    return fd, mapping
+
+
+class OwnerWords(_Block):
+    """The owner's block, as the owner made it (`create`) or as a reader maps it (`attach`)."""
+
+    def __init__(self, mapping: mmap.mmap, slots: int) -> None:
+        super().__init__(mapping, slots, _OWNER_MAGIC, _OWNER_ARRAYS)
+        self.live, self.published, self.offset, self.nbytes = self._arrays
+
+    @classmethod
+    def create(cls, slots: int) -> tuple["OwnerWords", int]:
+        """Return the block and its descriptor, which nobody can map for writing any more."""
+        fd, mapping = _create("words", slots, owner_block_bytes(slots), _OWNER_MAGIC)
+        try:
+            _seal(fd, _F_SEAL_FUTURE_WRITE)
+            return cls(mapping, slots), fd
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def attach(cls, fd: int, slots: int) -> "OwnerWords":
+        """Map a peer's block read-only, after checking its size and layout."""
+        return cls(_map(fd, owner_block_bytes(slots), write=False), slots)
+
+    def entitle(self, index: int, generation: int, offset_bytes: int, nbytes: int) -> None:
+        """Let readers begin: the extent first, then `live`."""
+        self.offset[index] = offset_bytes
+        self.nbytes[index] = nbytes
+        fence_stores()
+        self.live[index] = generation
+
+
+class SessionWords(_Block):
+    """A session's page, as the owner made it or as the session maps it."""
+
+    def __init__(self, mapping: mmap.mmap, slots: int) -> None:
+        super().__init__(mapping, slots, _SESSION_MAGIC, _SESSION_ARRAYS)
+        self.held, self.released = self._arrays
+
+    @classmethod
+    def create(cls, slots: int) -> tuple["SessionWords", int]:
+        """Return a page and its descriptor, of a size that its session can't change."""
+        fd, mapping = _create("session", slots, session_page_bytes(slots), _SESSION_MAGIC)
+        try:
+            _seal(fd, 0)
+            return cls(mapping, slots), fd
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def attach(cls, fd: int, slots: int) -> "SessionWords":
+        """Map one's own page for writing, after checking its size and layout."""
+        return cls(_map(fd, session_page_bytes(slots), write=True), slots)
+
+    def released_array(self) -> NDArray[np.uint64]:
+        """Return the `released` words as an array over the same memory, for vector compares."""
+        return np.frombuffer(self.released, dtype=np.uint64)

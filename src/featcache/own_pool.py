@@ -1,0 +1,47 @@
+"""The owner as a reader of its own pool."""
+
+import os
+
+from featcache.errors import UnknownPool
+from featcache.pool import Pool
+from featcache.reader import Attachment, Bell
+from featcache.reaper import OWN_SESSION, Reaper
+from featcache.ref import FeatureRef
+
+__all__ = ["OwnPool"]
+
+
+class OwnPool:
+    """The owner's own session: it reads through its own mapping, with a page like any other's."""
+
+    def __init__(self, pool: Pool, reaper: Reaper, name: str | None) -> None:
+        self._pool = pool
+        self._reaper = reaper
+        self._name = name
+        self._attachment: Attachment | None = None
+        self._bell: Bell | None = None
+
+    def peek(self, ref: FeatureRef) -> Attachment:
+        """Return the owner's attachment; any other pool is unknown to it."""
+        if ref.pool_id != self._pool.pool_id:
+            raise UnknownPool(f"the ref is of pool {ref.pool_id.hex()}: read it with a client")
+        if self._attachment is None:
+            self._attachment = self._attach()
+        return self._attachment
+
+    async def open(self, ref: FeatureRef) -> Attachment:
+        """As `peek`, which never says that something is yet to be opened."""
+        return self.peek(ref)
+
+    def _attach(self) -> Attachment:
+        pool = self._pool
+        page = self._reaper.open_page(OWN_SESSION, self._name)
+        self._bell = Bell(os.dup(pool.recycler.eventfd))
+        return Attachment(pool.pool_id, pool.words, page.words, pool.slab, self._bell.ring)
+
+    def close(self) -> None:
+        """Read no more."""
+        if self._attachment is not None:
+            self._attachment.lost = "the cache was closed"
+        if self._bell is not None:
+            self._bell.close()

@@ -1,0 +1,265 @@
+"""The owner: the store's decisions carried out on a slab and its words."""
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final
+
+from featcache import events
+from featcache._offload import Offload
+from featcache.core.slots import Slot
+from featcache.core.store import Effect, Expired, Grow, Limits, Recycled, Retired, Store, Woken
+from featcache.core.waiters import Waiter
+from featcache.errors import CacheClosed
+from featcache.gauge import Gauge
+from featcache.memory.slab import Slab
+from featcache.memory.words import Header, OwnerWords, fence_full
+from featcache.page import Page
+from featcache.recycler import Recycler
+from featcache.ref import FeatureRef, TensorSpec
+from featcache.settings import Settings
+
+__all__ = ["Pool"]
+
+_now: Final[Callable[[], float]] = time.monotonic
+
+
+class Pool:
+    """One slab, its store and words, in the event loop that opened it."""
+
+    def __init__(self, slab: Slab, limits: Limits, settings: Settings, offload: Offload) -> None:
+        self.pool_id = secrets.token_bytes(16)
+        self.endpoint = ""
+        self.slab = slab
+        self.settings = settings
+        self.offload = offload
+        self.closed = False
+        self.loop = asyncio.get_running_loop()
+        self.store = Store(limits)
+        self.store.allocator.grow(limits.initial_bytes)
+        self.words, self.words_fd = OwnerWords.create(limits.slots)
+        self.pages: dict[int, Page] = {}
+        """What sessions say they hold and have released, by session number."""
+        self.recycler = Recycler(
+            self.collect, self._tick, settings.recycle_interval, deferred=slab.deferred
+        )
+        self.gauge = Gauge(self.name, self.store, settings)
+        self.reads_paid = 0
+        self.put_bytes = 0
+        """Bytes asked for since the last look at what was released."""
+        self._waiting = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.words.header[Header.CAPACITY] = limits.capacity_bytes
+        self._publish_gauges()
+
+    @property
+    def name(self) -> str:
+        """The pool's id in hex, as events name it."""
+        return self.pool_id.hex()
+
+    def publish(self, slot: Slot, specs: tuple[TensorSpec, ...]) -> FeatureRef:
+        """Let readers have a slot whose bytes were written, and return its ref."""
+        if self.closed:
+            raise CacheClosed("the cache was closed while this put was copying")
+        index, generation, nbytes = slot.index, slot.generation, slot.nbytes
+        offset_bytes = slot.offset_bytes
+        self.slab.signal(self.words.published, index, generation)
+        self.words.entitle(index, generation, offset_bytes, nbytes)
+        effects = self.store.publish(slot, _now())
+        if effects:
+            self.apply(effects)
+        else:
+            self._observe()
+        return FeatureRef(
+            self.pool_id, self.endpoint, index, generation, offset_bytes, nbytes, specs
+        )
+
+    # --- carrying out ---------------------------------------------------------------------------
+
+    def apply(self, effects: Sequence[Effect]) -> None:
+        """Carry out what the store decided."""
+        for effect in effects:
+            match effect:
+                case Retired(slot):
+                    self.words.live[slot.index] = 0
+                    if slot.due_s > slot.retired_s:
+                        self.recycler.look_at(slot.due_s - slot.retired_s)
+                case Woken(waiter):
+                    self._wake(waiter)
+                case Expired(label, nbytes, age_s, owed_by):
+                    events.emit(
+                        events.RefExpired(
+                            pool=self.name, ref=label, nbytes=nbytes, age_s=age_s, owed_by=owed_by
+                        )
+                    )
+                case Grow(end_bytes):
+                    self._spawn(self._grow(end_bytes))
+                case Recycled():
+                    pass
+        self._observe()
+
+    def _wake(self, waiter: Waiter) -> None:
+        future = waiter.tag
+        assert isinstance(future, asyncio.Future), "waiters are tagged with their future"
+        if not future.done():
+            future.set_result(None)
+
+    def _observe(self) -> None:
+        """Tell readers whether to ring, and follow the pressure."""
+        waiting = bool(self.store.queue)
+        if waiting is not self._waiting:
+            self._waiting = waiting
+            self.words.header[Header.WAITING] = waiting
+            self.recycler.hurry(waiting)
+        self.gauge.observe()
+
+    def collect(self) -> None:
+        """Count what sessions released since the last look, and take back what nobody owes."""
+        now_s = _now()
+        self.put_bytes = 0
+        high = self.store.table.high
+        effects: list[Effect] = []
+        pay = self.store.pay
+        for page in self.pages.values():
+            for index, generation in page.news(high):
+                self.reads_paid += 1
+                effects += pay(index, generation, page.session, page.name, now_s)
+        if effects:
+            self.apply(effects)
+        self._reclaim(now_s)
+
+    def _reclaim(self, now_s: float) -> None:
+        due = self.store.due(now_s)
+        if not due:
+            return
+        fence_full()  # after `live` was cleared, before the holds are looked at
+        pages = self.pages.values()
+        ready = [
+            slot
+            for slot in due
+            if not any(page.holds(slot.index, slot.generation) for page in pages)
+        ]
+        if ready:
+            self.apply(self.store.recycle(ready, now_s))
+
+    def _tick(self) -> None:
+        now_s = _now()
+        if expired := self.store.expire(now_s):
+            self.apply(expired)
+        self.collect()
+        if self.store.queue:
+            self.apply(self.store.serve(now_s))  # a growth that failed may be tried again
+        if (end_bytes := self.store.shrink(now_s)) is not None:
+            self._spawn(self._shrink(end_bytes))
+        self._observe()
+        self.gauge.report(now_s)
+        self._publish_gauges()
+
+    def _publish_gauges(self) -> None:
+        store, header = self.store, self.words.header
+        header[Header.COMMITTED] = store.committed_bytes
+        header[Header.USED] = store.allocator.used_bytes
+        header[Header.SLOTS_USED] = store.table.used
+        header[Header.WAITERS] = len(store.queue)
+        header[Header.WAITING_BYTES] = store.queue.waiting_bytes
+        header[Header.SESSIONS] = len(self.pages)
+        header[Header.LARGEST_FREE] = store.largest_free_bytes
+
+    # --- size -----------------------------------------------------------------------------------
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _grow(self, end_bytes: int) -> None:
+        start_bytes, slab = self.store.committed_bytes, self.slab
+        prefault = self.settings.prefault
+        try:
+            await self.offload.run(
+                lambda: slab.commit(start_bytes, end_bytes, prefault=prefault), lambda: None
+            )
+        except MemoryError as error:
+            self.grow_failed(end_bytes - start_bytes, error)
+        else:
+            self.grown(end_bytes)
+
+    def grown(self, end_bytes: int) -> None:
+        """Use what was committed up to `end_bytes`."""
+        if self.closed:
+            return
+        added_bytes = end_bytes - self.store.committed_bytes
+        self.words.header[Header.COMMITTED] = end_bytes
+        self.apply(self.store.grown(end_bytes, _now()))
+        events.emit(
+            events.SegmentsCommitted(
+                pool=self.name, committed_bytes=end_bytes, added_bytes=added_bytes
+            )
+        )
+
+    def grow_failed(self, wanted_bytes: int, error: MemoryError) -> None:
+        """Go on at the present size; who waits goes on waiting."""
+        self.store.grow_failed(_now())
+        events.emit(
+            events.CommitFailed(
+                pool=self.name,
+                committed_bytes=self.store.committed_bytes,
+                wanted_bytes=wanted_bytes,
+                error=str(error),
+            )
+        )
+
+    async def _shrink(self, end_bytes: int) -> None:
+        old_end_bytes = self.words.header[Header.COMMITTED]
+        self.words.header[Header.COMMITTED] = end_bytes
+        slab = self.slab
+        try:
+            await self.offload.run(lambda: slab.decommit(end_bytes, old_end_bytes), lambda: None)
+        finally:
+            if not self.closed:
+                self.apply(self.store.shrunk(_now()))
+        events.emit(
+            events.SegmentsReturned(
+                pool=self.name,
+                committed_bytes=end_bytes,
+                returned_bytes=old_end_bytes - end_bytes,
+            )
+        )
+
+    # --- the end --------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Fail who waits, and let go of everything. What a thread still copies keeps the slab."""
+        self.closed = True
+        error = CacheClosed("the cache was closed")
+        while (waiter := self.store.queue.head) is not None:
+            self.store.queue.drop(waiter)
+            self._fail(waiter, error)
+        self.gauge.close(error)
+        for task in self._tasks:
+            task.cancel()
+        self.recycler.close()
+        for page in self.pages.values():
+            page.close()
+        self.pages.clear()
+        os.close(self.words_fd)
+        self.slab.close()
+
+    def forget(self) -> None:
+        """Drop descriptors and mappings in a forked child; the parent's pool is not touched."""
+        self.closed = True
+        self.recycler.forget()
+        for page in self.pages.values():
+            page.close()
+        self.pages.clear()
+        os.close(self.words_fd)
+        self.slab.close()
+
+    @staticmethod
+    def _fail(waiter: Waiter, error: Exception) -> None:
+        future = waiter.tag
+        assert isinstance(future, asyncio.Future), "waiters are tagged with their future"
+        if not future.done():
+            future.set_exception(error)

@@ -1,0 +1,371 @@
+"""Reading: attachments (one pool mapped in this process), and what get, borrow and release do there.
+
+A read goes: write `held`, fence, look at `live`. If the owner revoked the ref meanwhile then either
+the look here finds `live` cleared, or the owner's look finds the hold and waits for `released`.
+"""
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Protocol
+
+import anyio
+import torch
+
+from featcache._offload import Offload
+from featcache.errors import GetTimeout, MalformedRef, OwnerLost, StaleRef, UnknownPool
+from featcache.memory.pack import Feature, same_layout, unpack
+from featcache.memory.slab import Mapping
+from featcache.memory.words import Header, OwnerWords, SessionWords, fence_full
+from featcache.ref import FeatureRef
+
+__all__ = ["Attachment", "Bell", "Borrow", "Pools", "Reader"]
+
+_FIRST_WAIT_S = 50e-6
+_LONGEST_WAIT_S = 1e-3
+
+
+class Attachment:
+    """One pool as this session maps it. Its calls never block; a lock makes them safe in threads."""
+
+    def __init__(
+        self,
+        pool_id: bytes,
+        words: OwnerWords,
+        page: SessionWords,
+        mapping: Mapping,
+        ring: Callable[[], object],
+    ) -> None:
+        self.pool_id = pool_id
+        self.mapping = mapping
+        self.header = words.header
+        self.lost: str | None = None
+        self._live, self._published = words.live, words.published
+        self._offset, self._nbytes = words.offset, words.nbytes
+        self._held, self._released = page.held, page.released
+        self._slots = words.slots
+        self._ring = ring
+        self._lock = threading.Lock()
+        self._holds: dict[tuple[int, int], list[bool]] = {}
+        """By slot and generation: one entry for each use, whether it pays."""
+        self._on_idle: Callable[[], object] | None = None
+
+    def begin(self, ref: FeatureRef) -> bool:
+        """Hold a ref's bytes. Return whether they are there already; `end` must follow either way.
+
+        Raises:
+            StaleRef: recycled, expired, discarded, or paid by this session before.
+            MalformedRef: the ref's extent is not the one that the owner gave this slot.
+            OwnerLost: the owner is gone.
+
+        """
+        index, generation = ref.slot, ref.generation
+        if self.lost is not None:
+            raise OwnerLost(self.lost)
+        if index >= self._slots:
+            raise MalformedRef(f"slot {index} of a pool with {self._slots} slots")
+        with self._lock:
+            if self._released[index] == generation:
+                raise StaleRef(f"ref {index}:{generation} was paid by this session already")
+            uses = self._holds.get((index, generation))
+            if uses is None:
+                self._held[index] = generation
+                self._holds[index, generation] = [False]
+            else:
+                uses.append(False)
+        fence_full()
+        if self._live[index] != generation:
+            self.end(ref, pays=False)
+            raise StaleRef(f"ref {index}:{generation} was recycled, expired or discarded")
+        if self._offset[index] != ref.offset_bytes or self._nbytes[index] != ref.nbytes:
+            self.end(ref, pays=False)
+            raise MalformedRef("the ref's extent is not its slot's: it was forged or damaged")
+        return self._published[index] == generation
+
+    def end(self, ref: FeatureRef, *, pays: bool) -> None:
+        """End one use. The session's read is paid when its last use ends, if any of them `pays`."""
+        index, generation = key = ref.slot, ref.generation
+        with self._lock:
+            uses = self._holds[key]
+            if len(uses) > 1:
+                uses.pop()
+                uses[0] = uses[0] or pays
+                return
+            del self._holds[key]
+            if pays or uses[0]:
+                self.mapping.signal(self._released, index, generation)
+            elif self._held[index] == generation:
+                self._held[index] = 0
+            idle = self._on_idle if not self._holds else None
+        if self.header[Header.WAITING]:
+            self._ring()
+        if idle is not None:
+            idle()
+
+    def pay(self, ref: FeatureRef) -> None:
+        """Pay the read without reading (`release`)."""
+        self.begin(ref)
+        self.end(ref, pays=True)
+
+    async def arrival(self, ref: FeatureRef) -> None:
+        """Wait on the host until the bytes of a held ref are there."""
+        delay_s = _FIRST_WAIT_S
+        while self._published[ref.slot] != ref.generation:
+            if self.lost is not None:
+                raise OwnerLost(self.lost)
+            if self._live[ref.slot] != ref.generation:
+                raise StaleRef(f"ref {ref.slot}:{ref.generation} was discarded before it came")
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, _LONGEST_WAIT_S)
+
+    def when_idle(self, call: Callable[[], object]) -> None:
+        """Call once nothing is held: now, or when the last use ends (maybe in another thread)."""
+        with self._lock:
+            if self._holds:
+                self._on_idle = call
+                return
+        call()
+
+    @property
+    def holds(self) -> int:
+        """Refs that this session holds now."""
+        return len(self._holds)
+
+
+class Pools(Protocol):
+    """Where a `Reader` finds the attachment of a ref's pool."""
+
+    def peek(self, ref: FeatureRef) -> Attachment | None:
+        """Return it if it is open. Raise UnknownPool if it can never be."""
+
+    def open(self, ref: FeatureRef) -> Awaitable[Attachment]:
+        """Return it, attaching first."""
+
+
+class Reader:
+    """get, borrow and release over whatever pools there are."""
+
+    def __init__(self, pools: Pools, offload: Offload, inline_bytes: int) -> None:
+        self._pools = pools
+        self._offload = offload
+        self._inline_bytes = inline_bytes
+        self.gets = 0
+
+    def get_nowait(
+        self, ref: FeatureRef, device: torch.device | None = None, out: Feature | None = None
+    ) -> Feature:
+        """Copy what is there now."""
+        attachment = self._attached(ref)
+        ready = attachment.begin(ref)
+        pays = False
+        try:
+            if not ready:
+                raise GetTimeout("the bytes are still on their way: await get instead")
+            feature = _copy(attachment, ref, device, out)
+            pays = True
+        finally:
+            attachment.end(ref, pays=pays)
+        self.gets += 1
+        return feature
+
+    async def get(
+        self,
+        ref: FeatureRef,
+        device: torch.device | None,
+        out: Feature | None,
+        timeout_s: float | None,
+    ) -> Feature:
+        """Copy; large copies leave the loop for a thread. If cancelled, the read is still owed."""
+        attachment = self._pools.peek(ref)
+        if attachment is None or not attachment.begin(ref):
+            attachment = await self._await_begin(attachment, ref, timeout_s)
+        pays = handed_over = False
+        try:
+            if ref.nbytes <= self._inline_bytes:
+                feature = _copy(attachment, ref, device, out)
+            else:
+                holder = attachment
+                handed_over = True
+                feature = await self._offload.run(
+                    lambda: _copy(holder, ref, device, out), lambda: holder.end(ref, pays=False)
+                )
+                handed_over = False
+            pays = True
+        except Exception:
+            handed_over = False  # the copy itself failed: nobody else ends this use
+            raise
+        finally:
+            if not handed_over:
+                attachment.end(ref, pays=pays)
+        self.gets += 1
+        return feature
+
+    def borrow(self, ref: FeatureRef, timeout_s: float | None) -> "Borrow":
+        """Return the context manager of one borrow."""
+        return Borrow(self, ref, timeout_s)
+
+    async def release(self, ref: FeatureRef, timeout_s: float | None) -> None:
+        """Pay without reading."""
+        attachment = self._pools.peek(ref)
+        if attachment is None:
+            attachment = await self._open(ref, timeout_s)
+        attachment.pay(ref)
+
+    def hold_nowait(self, ref: FeatureRef) -> Attachment:
+        """Hold a ref whose bytes are there now, in a pool that is attached."""
+        attachment = self._attached(ref)
+        if not attachment.begin(ref):
+            attachment.end(ref, pays=False)
+            raise GetTimeout("the bytes are still on their way: use 'async with' instead")
+        return attachment
+
+    async def hold(self, ref: FeatureRef, timeout_s: float | None) -> Attachment:
+        """Hold a ref, attaching and waiting for its bytes as need be."""
+        attachment = self._pools.peek(ref)
+        if attachment is None or not attachment.begin(ref):
+            attachment = await self._await_begin(attachment, ref, timeout_s)
+        return attachment
+
+    def _attached(self, ref: FeatureRef) -> Attachment:
+        attachment = self._pools.peek(ref)
+        if attachment is None:
+            raise UnknownPool(
+                "this pool is not attached yet: await a get of it first, or connect to it"
+            )
+        return attachment
+
+    async def _open(self, ref: FeatureRef, timeout_s: float | None) -> Attachment:
+        try:
+            with anyio.fail_after(timeout_s):
+                return await self._pools.open(ref)
+        except TimeoutError:
+            raise GetTimeout(f"not attached within {timeout_s} s; the read is still owed") from None
+
+    async def _await_begin(
+        self, begun: Attachment | None, ref: FeatureRef, timeout_s: float | None
+    ) -> Attachment:
+        """Attach if need be, hold, and wait for the bytes. `begun` holds the ref already."""
+        holder = begun
+        try:
+            with anyio.fail_after(timeout_s):
+                if holder is None:
+                    attachment = await self._pools.open(ref)
+                    ready = attachment.begin(ref)
+                    holder = attachment
+                    if ready:
+                        return holder
+                await holder.arrival(ref)
+                return holder
+        except BaseException as error:
+            if holder is not None:
+                holder.end(ref, pays=False)
+            if isinstance(error, TimeoutError):
+                raise GetTimeout(
+                    f"the bytes did not come within {timeout_s} s; the read is still owed"
+                ) from None
+            raise
+
+
+def _copy(
+    attachment: Attachment, ref: FeatureRef, device: torch.device | None, out: Feature | None
+) -> Feature:
+    mapping, offset_bytes, specs = attachment.mapping, ref.offset_bytes, ref.specs
+    if out is not None:
+        for spec, target in zip(specs, same_layout(specs, out), strict=True):
+            mapping.read(offset_bytes, spec, target, device)
+        return out
+    if specs[0].name is None:
+        return mapping.read(offset_bytes, specs[0], None, device)
+    return unpack(specs, [mapping.read(offset_bytes, spec, None, device) for spec in specs])
+
+
+class Borrow:
+    """One borrow: ``async with`` waits for the bytes, plain ``with`` takes what is there now.
+
+    Leaving the block pays the read and empties the view (its ``numel()`` is then 0), so that it can't
+    be read by mistake when the bytes are another feature's. Slices made of it are not emptied.
+    """
+
+    __slots__ = ("_attachment", "_reader", "_ref", "_tensors", "_timeout_s")
+
+    def __init__(self, reader: Reader, ref: FeatureRef, timeout_s: float | None) -> None:
+        self._reader = reader
+        self._ref = ref
+        self._timeout_s = timeout_s
+        self._attachment: Attachment | None = None
+        self._tensors: list[torch.Tensor] = []
+
+    def _enter(self, attachment: Attachment) -> Feature:
+        ref = self._ref
+        try:
+            view = attachment.mapping.view
+            self._tensors = [view(ref.offset_bytes, spec) for spec in ref.specs]
+        except BaseException:
+            attachment.end(ref, pays=False)
+            raise
+        self._attachment = attachment
+        self._reader.gets += 1
+        return unpack(ref.specs, self._tensors)
+
+    def _exit(self) -> None:
+        attachment, self._attachment = self._attachment, None
+        if attachment is None:
+            return
+        for tensor in self._tensors:
+            tensor.set_()  # type: ignore[call-overload]  # the stub lacks the form without a source
+        self._tensors = []
+        attachment.end(self._ref, pays=True)
+
+    def _check_unused(self) -> None:
+        if self._attachment is not None:
+            raise RuntimeError("this borrow is entered already; call borrow() for another")
+
+    async def __aenter__(self) -> Feature:
+        """Return the view, once its bytes are there."""
+        self._check_unused()
+        return self._enter(await self._reader.hold(self._ref, self._timeout_s))
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Empty the view and pay the read."""
+        self._exit()
+
+    def __enter__(self) -> Feature:
+        """Return the view of bytes that are there now."""
+        self._check_unused()
+        return self._enter(self._reader.hold_nowait(self._ref))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Empty the view and pay the read."""
+        self._exit()
+
+
+class Bell:
+    """The owner's eventfd, as a reader rings it. Owns the descriptor."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def ring(self) -> None:
+        """Wake the owner's recycler; an owner that is gone is no error of the reader's."""
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                os.eventfd_write(self._fd, 1)
+
+    def close(self) -> None:
+        """Ring no more. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

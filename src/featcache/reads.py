@@ -1,0 +1,157 @@
+"""What owners and clients have in common: arguments made sense of, and the calls that read."""
+
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from featcache.errors import BackendUnavailable, SettingsError
+from featcache.memory.pack import Feature
+from featcache.reader import Borrow, Reader
+from featcache.ref import FeatureRef
+from featcache.settings import parse_seconds
+
+__all__ = ["NOT_OPENED", "Reads", "check_ref", "parse_device", "parse_name", "parse_timeout"]
+
+NOT_OPENED = "not opened yet: use 'async with', or await open()"
+
+
+def parse_device(value: Any) -> torch.device:
+    """Return a device that exists here, or raise SettingsError or BackendUnavailable."""
+    try:
+        device = torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise SettingsError(f"device={value!r} is no device: 'cpu' or 'cuda:<n>'") from error
+    if device.type not in {"cpu", "cuda"}:
+        raise SettingsError(f"device={value!r} is not supported: 'cpu' or 'cuda:<n>'")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailable(f"device={value!r}, but torch sees no CUDA device here")
+    return device
+
+
+def parse_timeout(value: float | None) -> float | None:
+    """Return seconds, or None for ever."""
+    return None if value is None else parse_seconds(value, "timeout")
+
+
+def parse_name(value: Any) -> str | None:
+    """Return the name of a session, or None."""
+    if value is not None and not (isinstance(value, str) and 0 < len(value) <= 256):
+        raise SettingsError(f"name={value!r} must be a str of 1 to 256 characters")
+    return None if value is None else str(value)
+
+
+def check_ref(value: Any) -> FeatureRef:
+    """Return a ref, or say what was meant."""
+    if not isinstance(value, FeatureRef):
+        raise SettingsError(
+            f"expected a FeatureRef, not {type(value).__name__}: for bytes, FeatureRef.from_bytes"
+        )
+    return value
+
+
+class Reads:
+    """Reading, the same for owners and clients."""
+
+    _why_closed = NOT_OPENED
+
+    def _reads(self) -> Reader:
+        raise NotImplementedError
+
+    async def get(
+        self,
+        ref: FeatureRef,
+        *,
+        device: Any = None,
+        out: Feature | None = None,
+        timeout: float | None = None,
+    ) -> Feature:
+        """Return a copy of the feature that the caller owns, and pay this session's read.
+
+        Args:
+            ref: a ref from `put`, in this process or another.
+            device: where the copy is to be; None is the device this object was made with, else the
+                pool's own.
+            out: a tensor (or dict of them) of the feature's shapes and dtypes to copy into; it is
+                also what is returned. Not with `device`.
+            timeout: seconds to wait for the pool to be attached and the bytes to come; None is for
+                ever.
+
+        Returns:
+            A contiguous tensor of the shape and dtype that were put, or a dict of them.
+
+        Raises:
+            StaleRef: recycled, expired, discarded, or paid by this session before.
+            MalformedRef: the ref contradicts the pool's own table.
+            UnknownPool: the ref is of a pool that this object can't reach.
+            OwnerLost: the owner died or closed the pool.
+            GetTimeout: not in time; the read is still owed.
+            CacheClosed: this object is not open.
+            SettingsError: `out` or `device` does not fit.
+
+        If the call is cancelled the read is still owed: get it again, or release it.
+
+        """
+        return await self._reads().get(
+            check_ref(ref), self._target(device, out), out, parse_timeout(timeout)
+        )
+
+    def get_nowait(
+        self, ref: FeatureRef, *, device: Any = None, out: Feature | None = None
+    ) -> Feature:
+        """`get` with no await, for a pool that is attached and bytes that are there.
+
+        The copy runs in the caller's thread whatever its size. Safe in any thread.
+
+        Raises:
+            UnknownPool: the pool is not attached yet.
+            GetTimeout: the bytes are still on their way (on a GPU's stream).
+
+        """
+        return self._reads().get_nowait(check_ref(ref), self._target(device, out), out)
+
+    def borrow(self, ref: FeatureRef, *, timeout: float | None = None) -> Borrow:
+        """Return a context manager whose value is a view in the slab: no copy, whatever the size.
+
+        ``async with`` waits for the bytes, plain ``with`` takes what is there now (as `get_nowait`).
+        Leaving the block pays the read and empties the view. The view is for reading: in another
+        process than the owner's its memory is mapped read-only, and a write to it ends the process.
+
+        Raises (on entry):
+            As `get` does.
+
+        """
+        return self._reads().borrow(check_ref(ref), parse_timeout(timeout))
+
+    async def release(self, ref: FeatureRef, *, timeout: float | None = None) -> None:
+        """Pay this session's read without reading. Raises as `get` does."""
+        await self._reads().release(check_ref(ref), parse_timeout(timeout))
+
+    def _defaultparse_device(self) -> torch.device | None:
+        raise NotImplementedError
+
+    def _target(self, device: Any, out: Feature | None) -> torch.device | None:
+        if device is None:
+            return None if out is not None else self._defaultparse_device()
+        if out is not None:
+            raise SettingsError("get takes a device or an out, not both")
+        return parse_device(device)
+
+    async def open(self) -> Self:
+        """Open it; ``async with`` does."""
+        raise NotImplementedError
+
+    async def aclose(self) -> None:
+        """Close it; ``async with`` does. Idempotent."""
+        raise NotImplementedError
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()

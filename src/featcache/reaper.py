@@ -1,0 +1,92 @@
+"""Sessions come and go: their pages, and who pays for the dead. The server's host."""
+
+import os
+import time
+
+from featcache.control.messages import VERSION, Welcome
+from featcache.control.peers import own_pidfd
+from featcache.control.server import Session
+from featcache.core.store import Effect
+from featcache.memory.words import SessionWords
+from featcache.page import Page
+from featcache.pool import Pool
+
+__all__ = ["OWN_SESSION", "Reaper"]
+
+OWN_SESSION = 0
+"""The number of the owner's own session, which reads through the owner's mapping."""
+_now = time.monotonic
+
+
+class Reaper:
+    """Admits sessions to a pool, folds what they paid when they end, pays for those that died."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._pidfd = own_pidfd()
+        self.readers_lost = 0
+        self.discarded = 0
+
+    @property
+    def pool_name(self) -> str:
+        """The pool's id in hex."""
+        return self._pool.name
+
+    def admit(self, session: Session) -> tuple[Welcome, list[int]]:
+        """Make a session's page; return the welcome and the descriptors that go with it."""
+        pool = self._pool
+        page = self.open_page(session.number, session.name)
+        limits = pool.store.limits
+        welcome = Welcome(
+            version=VERSION,
+            pool_id=pool.pool_id,
+            session=session.number,
+            slots=limits.slots,
+            kind=pool.slab.kind,
+            device=str(pool.slab.device),
+            capacity_bytes=limits.capacity_bytes,
+            committed_bytes=pool.store.committed_bytes,
+        )
+        own = [self._pidfd, pool.words_fd, page.fd, pool.recycler.eventfd]
+        return welcome, own + pool.slab.descriptors()
+
+    def open_page(self, number: int, name: str | None) -> Page:
+        """Make the page of a session and begin to look at it."""
+        words, fd = SessionWords.create(self._pool.store.limits.slots)
+        page = self._pool.pages[number] = Page(number, name, words, fd)
+        return page
+
+    def dismiss(self, session: Session, *, died: bool) -> int:
+        """Fold a session's page; if its process died, pay what it had begun and what its name owed."""
+        pool, now_s = self._pool, _now()
+        pool.collect()
+        page = pool.pages.pop(session.number)
+        paid, effects = 0, list[Effect]()
+        if died:
+            for slot in pool.store.table.in_use():
+                if page.holds(slot.index, slot.generation):
+                    owed = slot.unpaid
+                    effects += pool.store.pay(
+                        slot.index, slot.generation, page.session, page.name, now_s
+                    )
+                    paid += owed - slot.unpaid
+            if page.name is not None:
+                forgiven, more = pool.store.forgive(page.name, now_s)
+                paid += forgiven
+                effects += more
+            self.readers_lost += 1
+        page.close()
+        pool.apply(effects)
+        pool.collect()  # what the session held can go now
+        return paid
+
+    def discard(self, index: int, generation: int) -> None:
+        """Cancel what a ref still owes, or raise StaleRef."""
+        self._pool.apply(self._pool.store.revoke(index, generation, _now()))
+        self.discarded += 1
+
+    def close(self) -> None:
+        """Close the owner's pidfd."""
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1

@@ -1,0 +1,53 @@
+"""Frozen counts of what a pool or a client has and has done."""
+
+import attrs
+
+__all__ = ["Statistics"]
+
+
+@attrs.frozen(kw_only=True)
+class Statistics:
+    """Gauges are of now, counters since the start. Sizes are bytes.
+
+    On a client the gauges are those of the pools it has attached, as their owners last published
+    them (once per `Settings.recycle_interval`), and the counters are the client's own.
+    """
+
+    capacity_bytes: int = 0
+    """What the slab may grow to; `used_bytes` + `free_bytes`."""
+    committed_bytes: int = 0
+    """What the slab has memory for now."""
+    used_bytes: int = 0
+    """Extents given out, rounded up to their alignment of 256 bytes."""
+    free_bytes: int = 0
+    largest_free_bytes: int = 0
+    """The largest feature that would fit now, growth included."""
+    slots: int = 0
+    slots_used: int = 0
+    waiters: int = 0
+    """Puts in the queue now."""
+    waiting_bytes: int = 0
+    """What those puts want."""
+    sessions: int = 0
+    keys: int = 0
+    """Keys in the directory (always 0 until the keyed cache is built)."""
+    resident_bytes: int = 0
+    pinned_bytes: int = 0
+    puts: int = 0
+    """Features published."""
+    gets: int = 0
+    """Gets and borrows begun through this object."""
+    reads_paid: int = 0
+    """Reads that the recycler saw paid, by whomever."""
+    recycled: int = 0
+    """Extents taken back after they had been published."""
+    waited: int = 0
+    """Puts that had to stand in the queue."""
+    spilled: int = 0
+    expired: int = 0
+    """Refs whose ttl passed with reads unpaid."""
+    discarded: int = 0
+    """Refs that were taken back with `discard`."""
+    evicted: int = 0
+    readers_lost: int = 0
+    """Sessions whose process died."""

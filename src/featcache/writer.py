@@ -1,0 +1,187 @@
+"""Putting: what a put asks for, how it gets its room, and how the bytes get there."""
+
+import asyncio
+import time
+from collections.abc import Iterable
+from typing import Any, Final
+
+import anyio
+
+from featcache import events
+from featcache.core.slots import Slot
+from featcache.core.waiters import Request
+from featcache.errors import PoolFull, PutTimeout, SettingsError
+from featcache.memory.pack import Packed, pack
+from featcache.pool import Pool
+from featcache.ref import FeatureRef, TensorSpec
+from featcache.settings import parse_seconds
+
+__all__ = ["TTL_DEFAULT", "Writer"]
+
+TTL_DEFAULT: Final[Any] = ...
+"""Stands for "as the settings say", since None means "never"."""
+_MAX_NAME: Final = 256
+_COLLECT_BYTES: Final = 256 << 10
+_YIELD_EVERY: Final = 32
+_now = time.monotonic
+
+
+class Writer:
+    """The owner's puts into its own pool."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._puts = 0
+        self._waits = events.Throttle(pool.settings.log_interval)
+
+    def request(
+        self, feature: Any, readers: Any, ttl: Any
+    ) -> tuple[Request, tuple[TensorSpec, ...], Packed]:
+        """Return what a put asks for, or raise SettingsError or FeatureTooLarge."""
+        specs, parts, nbytes = pack(feature, self._pool.settings.tensors)
+        if ttl is TTL_DEFAULT:
+            ttl_s = self._pool.settings.ttl
+        else:
+            ttl_s = None if ttl is None else parse_seconds(ttl, "ttl", exclusive=True)
+        request = Request(nbytes, self._readers(readers), ttl_s)
+        self._pool.store.check_size(nbytes)
+        return request, specs, parts
+
+    def _readers(self, readers: Any) -> int | frozenset[str]:
+        most = self._pool.settings.readers
+        if isinstance(readers, int) and not isinstance(readers, bool):
+            if not 1 <= readers <= most:
+                raise SettingsError(f"readers={readers} is out of range: 1 to {most}")
+            return readers
+        if isinstance(readers, str | bytes) or not isinstance(readers, Iterable):
+            raise SettingsError(f"readers={readers!r} is neither a count nor names of readers")
+        names = list(readers)
+        if not all(isinstance(name, str) and 0 < len(name) <= _MAX_NAME for name in names):
+            raise SettingsError(f"names of readers are str of 1 to {_MAX_NAME} characters")
+        if not 1 <= len(names) <= most or len(set(names)) != len(names):
+            raise SettingsError(f"readers={names[:8]!r}: 1 to {most} names, each of them once")
+        return frozenset(names)
+
+    def put_nowait(self, feature: Any, readers: Any, ttl: Any) -> FeatureRef:
+        """Copy a feature in and return its ref, or raise PoolFull. Growth happens inline."""
+        request, specs, parts = self.request(feature, readers, ttl)
+        slot = self._reserve(request) or self._reserve_by_growing(request)
+        if slot is None:
+            raise self._full(request)
+        try:
+            self._pool.slab.write(slot.offset_bytes, parts)
+        except BaseException:
+            self._pool.apply(self._pool.store.abandon(slot, _now()))
+            raise
+        return self._pool.publish(slot, specs)
+
+    async def put(
+        self, feature: Any, readers: Any, ttl: Any, timeout_s: float | None, *, wait: bool
+    ) -> FeatureRef:
+        """Copy a feature in and return its ref, standing in the queue for room if `wait`."""
+        request, specs, parts = self.request(feature, readers, ttl)
+        self._puts += 1
+        if self._puts % _YIELD_EVERY == 0:
+            await asyncio.sleep(0)  # a loop of puts that never wait must not starve the sessions
+        slot = self._reserve(request)
+        if slot is None and wait:
+            slot = await self._wait(request, timeout_s)
+        elif slot is None:
+            slot = self._reserve_by_growing(request)
+        if slot is None:
+            raise self._full(request)
+        await self._fill(slot, parts)
+        return self._pool.publish(slot, specs)
+
+    async def _fill(self, slot: Slot, parts: Packed) -> None:
+        offset_bytes = slot.offset_bytes
+
+        def abandon() -> None:
+            if not self._pool.closed:
+                self._pool.apply(self._pool.store.abandon(slot, _now()))
+
+        try:
+            if slot.nbytes <= self._pool.settings.inline_bytes:
+                self._pool.slab.write(offset_bytes, parts)
+            else:
+                await self._pool.offload.run(
+                    lambda: self._pool.slab.write(offset_bytes, parts), abandon
+                )
+        except asyncio.CancelledError:
+            raise  # the thread is still copying: `abandon` runs when it is done
+        except BaseException:
+            abandon()
+            raise
+
+    def _reserve(self, request: Request) -> Slot | None:
+        """Reserve, taking back what was released if that is due or needed."""
+        self._pool.put_bytes += request.nbytes
+        if self._pool.put_bytes > _COLLECT_BYTES * (len(self._pool.pages) + 3):
+            self._pool.collect()  # so that the next put reuses an extent that is still warm in the cache
+        slot = self._pool.store.reserve(request, _now())
+        if slot is None:
+            self._pool.collect()
+            slot = self._pool.store.reserve(request, _now())
+        return slot
+
+    def _reserve_by_growing(self, request: Request) -> Slot | None:
+        """Commit more of the slab here and now, for a put that may not wait."""
+        store = self._pool.store
+        if store.queue or store.table.full:
+            return None
+        end_bytes = store.growth_for(request.nbytes, _now())
+        if not end_bytes:
+            return None
+        start_bytes = store.committed_bytes
+        try:
+            self._pool.slab.commit(start_bytes, end_bytes, prefault=False)
+        except MemoryError as error:
+            self._pool.grow_failed(end_bytes - start_bytes, error)
+            return None
+        self._pool.grown(end_bytes)
+        return store.reserve(request, _now())
+
+    async def _wait(self, request: Request, timeout_s: float | None) -> Slot:
+        future: asyncio.Future[None] = self._pool.loop.create_future()
+        since_s = _now()
+        waiter, effects = self._pool.store.wait(request, since_s, future)
+        granted = False
+        try:
+            self._pool.apply(effects)
+            with anyio.fail_after(timeout_s):
+                await future
+            granted = True
+            return self._pool.store.accept(waiter)
+        except TimeoutError:
+            raise PutTimeout(
+                f"no room for {request.nbytes} bytes within {timeout_s} s: {self._room()}"
+            ) from None
+        finally:
+            if not granted and not self._pool.closed:
+                # The handshake: a slot granted to a task that was cancelled goes to the next.
+                self._pool.apply(self._pool.store.leave(waiter, _now()))
+            self._report_wait(request, _now() - since_s, granted=granted)
+
+    def _report_wait(self, request: Request, waited_s: float, *, granted: bool) -> None:
+        unlogged = self._waits.pass_(_now())
+        if unlogged is not None:
+            events.emit(
+                events.PutWaited(
+                    pool=self._pool.name,
+                    nbytes=request.nbytes,
+                    waited_s=waited_s,
+                    granted=granted,
+                    unlogged=unlogged,
+                )
+            )
+
+    def _full(self, request: Request) -> PoolFull:
+        return PoolFull(f"no room for {request.nbytes} bytes now: {self._room()}")
+
+    def _room(self) -> str:
+        store = self._pool.store
+        return (
+            f"{store.free_bytes} of {store.limits.capacity_bytes} bytes are free, at most "
+            f"{store.largest_free_bytes} in one piece, {store.table.count - store.table.used} of "
+            f"{store.table.count} slots, and {len(store.queue)} puts wait"
+        )

@@ -1,0 +1,1 @@
+"""A benchmark of featcache beside what people use instead, run by hand: see host.py."""

@@ -1,0 +1,81 @@
+"""Where a result comes from: the machine, the versions, the command. No names, no absolute paths."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench.peers import vllmstore
+
+PACKAGES = ("featcache", "torch", "numpy", "anyio", "msgspec", "pyzmq")
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "cpu": _field("/proc/cpuinfo", "model name"),
+        "cores": os.cpu_count(),
+        "cores_usable": len(os.sched_getaffinity(0)),
+        "memory": _field("/proc/meminfo", "MemTotal"),
+        "kernel": platform.release(),
+        "shmem_huge_pages": _text("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def versions(vllm_file: str | None) -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    if vllm_file is not None and Path(vllm_file).is_file():
+        found["vllm (one file)"] = vllmstore.version(vllm_file)
+    found["commit"] = _commit()
+    return found
+
+
+def command(argv: list[str]) -> str:
+    """The command as it was given, paths cut down to their last part."""
+    parts = [Path(part).name if part.startswith("/") else part for part in argv]
+    return " ".join(["python tests/bench/host.py", *parts])
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _commit() -> str | None:
+    """The commit of the tree that this file lies in, marked when it has changes."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _field(path: str, name: str) -> str | None:
+    for line in (_text(path) or "").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return None
+
+
+def _text(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None

@@ -1,0 +1,127 @@
+"""featcache: owner and readers are asyncio programs, as a model server is.
+
+The slab has the bytes of the window and no more, so the pool itself bounds what is in flight. Refs
+go as frames (a length and `FeatureRef.to_bytes()`) through asyncio streams over the Unix socket;
+a reader that is behind finds many of them in its stream's buffer and reads them with no system
+call, where the blocking readers of the by-hand peers make one call for each.
+
+- `get`: `await put`, `await get`: a copy that the reader owns.
+- `borrow`: `await put`, `async with borrow`: a view in the slab.
+- `get-nowait`, `borrow-nowait`: `put_nowait` and, when the pool is full, `await put`;
+  `get_nowait`. (To borrow has one form only.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+import torch
+
+from bench.peers import Cell
+
+T = TypeVar("T")
+LENGTH = struct.Struct("<I")
+SMALLEST = 1 << 20
+Streams = list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+
+
+def missing(_cell: Cell) -> str | None:
+    return None if find_spec("featcache") else "featcache cannot be imported"
+
+
+def shared(_cell: Cell) -> None:
+    return None
+
+
+class Owner:
+    def __init__(self, cell: Cell, streams: Streams) -> None:
+        self.cell = cell
+        self.streams = streams
+        self.writers = [writer for _, writer in streams]
+        self.nowait = cell.variant.endswith("nowait")
+
+    async def open(self) -> Owner:
+        import featcache
+
+        self.full: type[Exception] = featcache.PoolFull
+        capacity = max(SMALLEST, self.cell.window * self.cell.size)
+        self.context = featcache.create(
+            device="cpu", capacity=capacity, initial=capacity, name="bench"
+        )
+        self.cache = await self.context.__aenter__()
+        self.hello = str(self.cache.endpoint).encode()
+        return self
+
+    async def put(self, x: torch.Tensor) -> Any:
+        if self.nowait:
+            with suppress(self.full):
+                return self.cache.put_nowait(x, readers=self.cell.readers)
+        return await self.cache.put(x, readers=self.cell.readers)
+
+    async def send(self, token: Any) -> None:
+        await self.broadcast(token.to_bytes())
+
+    async def broadcast(self, data: bytes) -> None:
+        frame = LENGTH.pack(len(data)) + data
+        for writer in self.writers:
+            writer.write(frame)
+        for writer in self.writers:
+            await writer.drain()
+
+    async def end(self) -> None:
+        await self.broadcast(b"")
+
+    async def answer(self, nbytes: int) -> list[bytes]:
+        return [await reader.readexactly(nbytes) for reader, _ in self.streams]
+
+    async def close(self) -> None:
+        await self.context.__aexit__(None, None, None)
+
+
+class Reader:
+    def __init__(self, cell: Cell, index: int, streams: Streams, hello: bytes) -> None:
+        self.stream, self.writer = streams[0]
+        self.endpoint = hello.decode()
+        self.name = f"r{index}"
+        self.borrows = cell.variant.startswith("borrow")
+        self.nowait = cell.variant == "get-nowait"
+
+    async def open(self) -> Reader:
+        import featcache
+
+        self.parse = featcache.FeatureRef.from_bytes
+        self.context = featcache.connect(self.endpoint, device="cpu", name=self.name)
+        self.cache = await self.context.__aenter__()
+        return self
+
+    async def next(self) -> Any | None:
+        (nbytes,) = LENGTH.unpack(await self.stream.readexactly(LENGTH.size))
+        return self.parse(await self.stream.readexactly(nbytes)) if nbytes else None
+
+    async def use(self, ref: Any, consume: Callable[[torch.Tensor], T]) -> T:
+        if self.borrows:
+            async with self.cache.borrow(ref) as x:
+                return consume(x)
+        if self.nowait:
+            return consume(self.cache.get_nowait(ref))
+        return consume(await self.cache.get(ref))
+
+    async def answer(self, data: bytes) -> None:
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def close(self) -> None:
+        await self.context.__aexit__(None, None, None)
+
+
+async def owner(cell: Cell, streams: Streams) -> Owner:
+    return await Owner(cell, streams).open()
+
+
+async def reader(cell: Cell, index: int, streams: Streams, hello: bytes) -> Reader:
+    return await Reader(cell, index, streams, hello).open()

@@ -1,0 +1,100 @@
+"""What all tests share: profiles, the gpu mark, a runtime folder of their own, a look for leaks."""
+
+import gc
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+# A time limit on one example says more about the machine than about the code.
+hypothesis.settings.register_profile("dev", deadline=None, max_examples=50)
+hypothesis.settings.register_profile(
+    "ci",
+    deadline=None,
+    derandomize=False,  # each run looks somewhere new; print_blob tells how to repeat a find
+    max_examples=200,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # a busy machine is not a failure
+)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device: torch finds none here"))
+
+
+@pytest.fixture(autouse=True)
+def runtime_dir() -> Iterator[Path]:
+    """Gives each test, and the processes it starts, a runtime folder of its own.
+
+    Not pytest's tmp_path: the path of a Unix socket holds 107 bytes, and that one is long.
+    """
+    path = Path(tempfile.mkdtemp(prefix="fc-"))  # mode 0700
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(path))
+        yield path
+    shutil.rmtree(path)
+
+
+def open_descriptors() -> Counter[str]:
+    """Counts the open descriptors of this process by what they lead to."""
+    # multiprocessing starts its tracker once, at the first need, and keeps its pipe to the end.
+    tracker = getattr(resource_tracker._resource_tracker, "_fd", None)
+    targets: Counter[str] = Counter()
+    for entry in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names, not the links' targets
+        if int(entry) == tracker:
+            continue
+        try:
+            targets[os.readlink(f"/proc/self/fd/{entry}")] += 1  # noqa: PTH115 - "pipe:[1]" is no path
+        except FileNotFoundError:  # the descriptor of this very listing
+            continue
+    return targets
+
+
+def mapped_memfds() -> Counter[str]:
+    """Counts the mappings that this process has of featcache's memory."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return Counter(line.split(maxsplit=5)[5] for line in lines if "memfd:featcache" in line)
+
+
+def endpoint_files(runtime_dir: Path) -> Counter[str]:
+    """Counts the files in the folder of endpoints."""
+    return Counter(str(path) for path in (runtime_dir / "featcache").glob("*"))
+
+
+def difference(before: Counter[str], after: Counter[str]) -> dict[str, int]:
+    """What there is more of (positive) or less of (negative) than before."""
+    return {
+        name: after[name] - before[name]
+        for name in sorted(before | after)
+        if after[name] != before[name]
+    }
+
+
+@pytest.fixture
+def no_leaks(runtime_dir: Path) -> Iterator[None]:
+    """Fails a test that leaves descriptors, mappings or endpoints behind, or closes others'."""
+
+    def state() -> dict[str, Counter[str]]:
+        gc.collect()
+        return {
+            "descriptors": open_descriptors(),
+            "mappings": mapped_memfds(),
+            "endpoint files": endpoint_files(runtime_dir),
+        }
+
+    before = state()
+    yield
+    after = state()
+    changes = {kind: difference(before[kind], after[kind]) for kind in before}
+    assert not any(changes.values()), f"not as before the test (+ left, - lost): {changes}"

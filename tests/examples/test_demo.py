@@ -1,0 +1,117 @@
+import importlib
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo"
+
+
+def fact(output: str, name: str) -> str:
+    """What the summary says under a name."""
+    found = re.search(rf"^{name}  +(.*)$", output, re.MULTILINE)
+    assert found, f"no {name!r} in {output}"
+    return found[1]
+
+
+def run(start, tmp_path, *arguments):
+    errors = tmp_path / "stderr"
+    with errors.open("w") as stderr, start("demo", *arguments, stderr=stderr) as example:
+        output = example.process.communicate()[0]
+        example.assert_no_children()
+    return example.process.returncode, output, errors.read_text()
+
+
+def test_demo_shares_every_picture_and_leaves_nothing(start, pictures, tmp_path):
+    code, output, progress = run(
+        *(start, tmp_path, "--images", *pictures),
+        *("--device", "cpu", "--capacity", "5MiB", "--repeat", 5),
+    )
+    assert code == 0, output + progress
+    assert fact(output, "result") == "right"
+    assert fact(output, "images") == "3, 15 puts with 4 named readers each"
+    assert fact(output, "reads paid") == "60 of 60"
+    assert fact(output, "bytes left") == "0"
+    assert int(fact(output, "puts waited")) > 0
+    assert fact(output, "pressure").startswith("exhausted")
+    assert float(fact(output, "max abs error").split()[0]) < 1e-4
+    for picture in pictures:
+        assert re.search(rf"^{picture.name} .*1x\d+x\d+", output, re.MULTILINE)
+    assert "prepared 3/3" in progress
+    assert "multiplied 15/15" in progress
+
+
+def test_demo_names_a_file_that_is_no_picture(start, tmp_path):
+    code, output, message = run(start, tmp_path, "--images", __file__)
+    assert code == 2
+    assert output == ""
+    assert f"cannot read {__file__}" in message
+    assert "Traceback" not in message
+
+
+def test_demo_ends_when_a_rank_is_killed(start, pictures, tmp_path):
+    errors = tmp_path / "stderr"
+    arguments = ("--images", *pictures, "--capacity", "5MiB", "--repeat", 100_000)
+    with errors.open("w") as stderr, start("demo", *arguments, stderr=stderr) as example:
+        while "multiplied" not in errors.read_text():
+            assert example.process.poll() is None
+            time.sleep(0.05)
+        ranks = [child for child in example.children() if "spawn_main" in str(child.cmdline())]
+        assert len(ranks) == 4
+        ranks[2].kill()
+        assert example.process.wait(20) == 1
+        example.assert_no_children()
+    assert re.search(r"^demo: tp\d ended with exit code -9$", errors.read_text(), re.MULTILINE)
+    assert "Traceback" not in errors.read_text()
+
+
+@pytest.fixture
+def demo(monkeypatch):
+    """Import a module of the demo."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(DEMO)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", "").startswith(str(DEMO)):
+            del sys.modules[name]
+
+
+def test_a_wrong_shard_is_seen(demo):
+    owner, rank, report = demo("owner"), demo("rank"), demo("report")
+    expected = torch.randn(6, rank.OUTPUTS)
+    row = report.Row(name="", size="", grid=(1, 2, 3), bytes=0)
+    sample = owner.Sample({}, expected, row)
+
+    def shards(product, grid=(1, 2, 3)):
+        parts = product.chunk(rank.RANKS, dim=1)
+        return {
+            number: rank.Shard(0, "get", 0.0, grid, part.contiguous().numpy().data.cast("B"))
+            for number, part in enumerate(parts)
+        }
+
+    owner.check(sample, shards(expected))
+    assert (row.wrong, row.error) == (0, 0.0)
+    wrong = expected.clone()
+    wrong[5, -1] += 0.01
+    owner.check(sample, shards(wrong))
+    assert row.wrong == 1
+    assert row.error == pytest.approx(0.01, abs=1e-5)
+    owner.check(sample, shards(expected, grid=(1, 3, 2)))
+    assert row.wrong == 2
+    assert report.Outcome([row]).faults() == ["wrong product: 2"]
+
+
+def test_the_outcome_tells_each_fault(demo):
+    report = demo("report")
+    row = report.Row(name="", size="", grid=(1, 2, 2), bytes=1, puts=[0.1], waits=[0.1])
+    outcome = report.Outcome([row], recycled=2, reads_owed=8, reads_paid=8)
+    assert outcome.faults() == []
+    outcome.reads_paid, outcome.recycled, outcome.left = 7, 1, 256
+    assert outcome.faults() == [
+        "read not paid: 1",
+        "put not recycled: 1",
+        "byte left in the pool: 256",
+    ]

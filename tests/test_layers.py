@@ -1,0 +1,334 @@
+"""Imports point down only, and a few modules stay free of what they must not know.
+
+The tables below are the rules. Imports under TYPE_CHECKING do not count; imports inside functions
+do, and so do importlib.import_module and __import__ with a literal name.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src"
+PACKAGE = "featcache"
+
+Rules = dict[tuple[str, ...], tuple[str, ...]]  # for these modules: these others
+
+# Top to bottom. A module imports from lower layers only. The first pattern that matches counts;
+# a module that none matches is an error, so that a new one is given its place here.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("featcache", "featcache.__main__", "featcache.blocking", "featcache.cli"),
+    (
+        *("featcache.cache", "featcache.feature_cache", "featcache.feature_client"),
+        *("featcache.reads", "featcache.own_pool"),
+    ),
+    (
+        *("featcache.writer", "featcache.reaper", "featcache.pool", "featcache.gauge"),
+        *("featcache.page", "featcache.recycler", "featcache.handles", "featcache.reader"),
+    ),
+    ("featcache.control", "featcache.control.*"),
+    ("featcache.memory", "featcache.memory.*"),
+    ("featcache.core", "featcache.core.*"),
+    (
+        *("featcache.errors", "featcache.settings", "featcache.ref", "featcache.events"),
+        *("featcache.statistics", "featcache._*"),
+    ),
+)
+
+# Layers whose modules may import each other; no cycle may come of it.
+OPEN_LAYERS = {1, 2, 3, 4, 5, 6}
+
+# What else is allowed inside a layer.
+SIDEWAYS = {
+    ("featcache", "featcache.blocking"),  # a public name
+}
+
+# Modules by their names in the table, known as modules even before their files are there.
+NAMED = frozenset(name for layer in LAYERS for name in layer if "*" not in name)
+
+OUTSIDE_MEMORY = tuple(
+    name for layer in LAYERS for name in layer if not name.startswith("featcache.memory")
+)
+
+GROUND = ("featcache.errors", "featcache.settings", "featcache.ref", "featcache.events")
+
+# Which modules may import only these of the package.
+ONLY: Rules = {
+    ("featcache.core", "featcache.core.*"): ("featcache.core", "featcache.core.*", *GROUND),
+}
+
+# Which modules must not reach these of the package, not even through others.
+# control/ carries descriptors and does not know which slab it serves.
+NEVER_REACHED: Rules = {
+    ("featcache.control", "featcache.control.*"): (
+        "featcache.memory.host",
+        "featcache.memory.cuda",
+        "featcache.memory.driver",
+    ),
+}
+
+# Which modules must not import these from outside the package.
+FORBIDDEN: Rules = {
+    # synchronous and pure: no torch, no I/O, no clock of its own
+    ("featcache.core", "featcache.core.*"): (
+        "torch",
+        "cuda",
+        "socket",
+        "select",
+        "selectors",
+        "mmap",
+        "os",
+        "subprocess",
+        "multiprocessing",
+        "time",
+        "datetime",
+        "asyncio",
+        "anyio",
+        "threading",
+        "concurrent",
+        "structlog",
+    ),
+    # only memory/ calls the driver
+    OUTSIDE_MEMORY: ("cuda",),
+}
+
+# Which modules must not import these from outside, not even through others of the package.
+NEVER_REACHED_OUTSIDE: Rules = {
+    GROUND: ("torch", "cuda", "uvloop"),  # a ref can be handled where there is no torch
+}
+
+
+class Module(NamedTuple):
+    name: str
+    source: str
+    is_package: bool = False
+
+
+class Imports(NamedTuple):
+    inside: frozenset[str]  # modules of the package, by full name
+    outside: frozenset[str]  # others, by the first part of their name
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def patterns_for(name: str, rules: Rules) -> tuple[str, ...]:
+    return tuple(
+        pattern for names, patterns in rules.items() if matches(name, names) for pattern in patterns
+    )
+
+
+def layer_of(name: str) -> int | None:
+    return next((level for level, names in enumerate(LAYERS) if matches(name, names)), None)
+
+
+def is_type_checking(test: ast.expr) -> bool:
+    return (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING") or (
+        isinstance(test, ast.Attribute) and test.attr == "TYPE_CHECKING"
+    )
+
+
+def executed(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes under one, without the bodies of `if TYPE_CHECKING`."""
+    yield node
+    children: Iterator[ast.AST] | list[ast.stmt] = ast.iter_child_nodes(node)
+    if isinstance(node, ast.If) and is_type_checking(node.test):
+        children = node.orelse
+    for child in children:
+        yield from executed(child)
+
+
+def called_import(node: ast.Call) -> str | None:
+    """The name in import_module("name") or __import__("name")."""
+    function = node.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    if name in {"import_module", "__import__"} and node.args:
+        argument = node.args[0]
+        if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+            return argument.value
+    return None
+
+
+def imported_from(module: Module, node: ast.ImportFrom, known: frozenset[str]) -> Iterator[str]:
+    base = node.module or ""
+    if node.level:
+        parts = module.name.split(".")
+        kept = parts[: len(parts) - node.level + module.is_package]
+        base = ".".join([*kept, base] if base else kept)
+    for alias in node.names:
+        full = f"{base}.{alias.name}"
+        yield full if full in known | NAMED else base  # a submodule, or a name inside a module
+
+
+def imports_of(module: Module, known: frozenset[str]) -> Imports:
+    names: set[str] = set()
+    for node in executed(ast.parse(module.source, module.name)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.update(imported_from(module, node, known))
+        elif isinstance(node, ast.Call) and (name := called_import(node)):
+            names.add(name)
+    inside = {name for name in names if name == PACKAGE or name.startswith(f"{PACKAGE}.")}
+    return Imports(
+        inside=frozenset(inside - {module.name}),
+        outside=frozenset(name.split(".")[0] for name in names - inside),
+    )
+
+
+def reached(name: str, graph: Mapping[str, Imports]) -> set[str]:
+    """A module and all of the package that it imports, directly or not."""
+    seen: set[str] = set()
+    waiting = [name]
+    while waiting:
+        current = waiting.pop()
+        if current in graph and current not in seen:
+            seen.add(current)
+            waiting.extend(graph[current].inside)
+    return seen
+
+
+def layer_violations(name: str, imports: Imports) -> Iterator[str]:
+    level = layer_of(name)
+    if level is None:
+        yield f"{name} has no layer: give it one in LAYERS"
+        return
+    for target in imports.inside:
+        below = layer_of(target)
+        if below is None or below > level or (name, target) in SIDEWAYS:
+            continue  # a target with no layer is told of by itself
+        if below < level:
+            yield f"{name} imports {target}, which is above it"
+        elif level not in OPEN_LAYERS:
+            yield f"{name} imports {target}, which stands beside it"
+
+
+def rule_violations(name: str, graph: Mapping[str, Imports]) -> Iterator[str]:
+    imports = graph[name]
+    closure = reached(name, graph)
+    outside = {package for module in closure for package in graph[module].outside}
+    for rules, verb, targets in (
+        (NEVER_REACHED, "reaches", closure - {name}),
+        (FORBIDDEN, "imports", imports.outside),
+        (NEVER_REACHED_OUTSIDE, "reaches", outside),
+    ):
+        forbidden = patterns_for(name, rules)
+        yield from (f"{name} {verb} {target}" for target in targets if matches(target, forbidden))
+    if allowed := patterns_for(name, ONLY):
+        for target in imports.inside:
+            if not matches(target, allowed):
+                yield f"{name} imports {target}; of the package it may import only {allowed}"
+
+
+def violations(modules: list[Module]) -> list[str]:
+    known = frozenset(module.name for module in modules)
+    graph = {module.name: imports_of(module, known) for module in modules}
+    found: set[str] = set()
+    for name, imports in graph.items():
+        found.update(layer_violations(name, imports))
+        found.update(rule_violations(name, graph))
+    try:
+        TopologicalSorter({name: imports.inside for name, imports in graph.items()}).prepare()
+    except CycleError as error:
+        found.add(f"a cycle: {' < '.join(error.args[1])}")
+    return sorted(found)
+
+
+def modules_under(source: Path) -> list[Module]:
+    modules = []
+    for path in sorted((source / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(source).with_suffix("").parts
+        is_package = parts[-1] == "__init__"
+        name = ".".join(parts[:-1] if is_package else parts)
+        modules.append(Module(name, path.read_text(), is_package))
+    return modules
+
+
+def test_imports_point_down() -> None:
+    modules = modules_under(SOURCE)
+    assert PACKAGE in {module.name for module in modules}
+    assert violations(modules) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "message"),
+    [
+        ("featcache.core.store", "import featcache.memory.slab", "which is above it"),
+        ("featcache.core.store", "from ..memory import slab", "which is above it"),
+        ("featcache.core.store", "from featcache._tools import x", "may import only"),
+        ("featcache.core.store", "from time import monotonic", "imports time"),
+        ("featcache.core.store", "def f():\n    import os.path", "imports os"),
+        ("featcache.core.store", "import importlib\nimportlib.import_module('torch')", "torch"),
+        ("featcache.core.store", "try:\n    import anyio\nexcept ImportError: pass", "anyio"),
+        ("featcache.memory.slab", "from featcache.control import server", "which is above it"),
+        ("featcache.control.server", "from featcache.memory import host", "memory.host"),
+        ("featcache.control.server", "from featcache.memory import both", "memory.cuda"),
+        ("featcache.recycler", "from featcache.pool import Pool", "which stands beside it"),
+        ("featcache.reader", "import featcache.pool", "which stands beside it"),
+        ("featcache.cache", "from featcache import blocking", "which is above it"),
+        ("featcache.blocking", "import featcache", "which stands beside it"),
+        ("featcache.pool", "from cuda.bindings import driver", "imports cuda"),
+        ("featcache.ref", "import torch", "reaches torch"),
+        ("featcache.ref", "import featcache._tensors", "reaches torch"),
+        ("featcache.core.slots", "from . import store", "a cycle"),
+        ("featcache.extra", "", "has no layer"),
+    ],
+)
+def test_a_violation_is_found(module: str, source: str, message: str) -> None:
+    sound = [
+        Module("featcache", "from featcache import blocking, cache", is_package=True),
+        Module("featcache.blocking", "from featcache.cache import connect"),
+        Module("featcache.cache", "from featcache.pool import Pool"),
+        Module("featcache.pool", "from featcache.recycler import Recycler"),
+        Module("featcache.recycler", "if TYPE_CHECKING:\n    from featcache.pool import Pool"),
+        Module("featcache.control", "", is_package=True),
+        Module("featcache.control.server", "from featcache.memory.slab import Slab"),
+        Module("featcache.memory", "", is_package=True),
+        Module("featcache.memory.slab", "import torch"),
+        Module("featcache.memory.host", "from .slab import Slab"),
+        Module("featcache.memory.cuda", "from .slab import Slab\nimport cuda.bindings.driver"),
+        Module("featcache.memory.both", "from . import cuda, host"),
+        Module("featcache.core", "", is_package=True),
+        Module("featcache.core.store", "from . import slots\nfrom ..errors import PoolFull"),
+        Module("featcache.core.slots", "if typing.TYPE_CHECKING:\n    from .store import Store"),
+        Module("featcache.errors", ""),
+        Module("featcache.ref", "from featcache.errors import MalformedRef"),
+        Module("featcache._tensors", "import torch"),
+        Module("featcache._tools", ""),
+    ]
+    assert violations(sound) == []
+    broken = [entry for entry in sound if entry.name != module]
+    found = violations([*broken, Module(module, source)])
+    assert any(message in violation for violation in found), found
+
+
+# Fails the import of what must not be imported, so that the test holds where it is not installed.
+IMPORT_ALONE = """
+import importlib.abc, sys
+import torch  # may look for cuda.bindings for itself: what counts is what featcache adds
+
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"cuda", "uvloop"}:
+            print(name)
+
+sys.meta_path.insert(0, Watch())
+before = set(sys.modules)
+import featcache
+print(*(name for name in set(sys.modules) - before if name.split(".")[0] in {"cuda", "uvloop"}))
+"""
+
+
+def test_importing_featcache_imports_neither_cuda_nor_uvloop() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALONE], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
