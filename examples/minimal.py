@@ -29,6 +29,7 @@ async def own(pipe: Connection) -> None:
 async def read(pipe: Connection) -> None:
     ref = featcache.FeatureRef.from_bytes(pipe.recv_bytes())
     async with featcache.connect(name="reader") as cache, cache.borrow(ref) as features:
+        assert isinstance(features, torch.Tensor)  # not a dict of tensors, as may be put too
         print(f"reader: {features.numel():,} floats, read where the owner put them")
         total = features.double().sum().item()
     pipe.send(total)

@@ -83,7 +83,7 @@ def start(*arguments: Any) -> SpawnProcess:
 
 
 def stop(process: SpawnProcess) -> None:
-    process.join(10)
+    process.join(10)  # it may still be on its way to its socket
     if process.is_alive():
         process.kill()
         process.join()

@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import featcache.blocking
 import msgspec
 import structlog
 import torch
 from torch import Tensor
 
 import featcache
+import featcache.blocking
 
 
 class Task(msgspec.Struct):
@@ -61,6 +61,7 @@ def main() -> None:
             task = msgspec.json.decode(line, type=Task)
             try:
                 with cache.borrow(featcache.FeatureRef.from_bytes(task.ref)) as picture:
+                    assert isinstance(picture, Tensor)
                     time.sleep(options.delay)
                     answer = Answer(task.number, look(picture))
             except featcache.StaleRef as error:

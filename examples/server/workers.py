@@ -55,6 +55,8 @@ class Worker:
                 await self.listen(process)
             finally:
                 await self.end(process)
+            if not self.attached.is_set():
+                raise WorkerLost(f"worker {self.name} ended before it could attach")
             log.error("worker lost, starting another", worker=self.name, code=process.returncode)
             await anyio.sleep(0.5)
 

@@ -22,8 +22,10 @@ class Offload:
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="featcache")
 
     async def run(self, work: Callable[[], T], late: Callable[[], object]) -> T:
-        """Await `work` in a thread. If the caller is cancelled it goes on at once, and `late` is
-        called in the loop when the work, which can't be stopped, is done.
+        """Await `work` in a thread.
+
+        If the caller is cancelled it goes on at once, and `late` is called in the loop when the
+        work, which can't be stopped, is done.
         """
         loop = asyncio.get_running_loop()
         future = loop.run_in_executor(self._executor, work)

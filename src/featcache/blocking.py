@@ -1,1 +1,258 @@
-"""The same API for code that has no event loop."""
+"""The same API for code that has no event loop: worker processes, scripts, notebooks.
+
+``featcache.blocking.create`` and ``connect`` take what `featcache.create` and `featcache.connect`
+take and are opened with plain ``with``. An event loop in a thread of their own keeps sessions and the
+recycler going; reads of a pool that is attached never enter it, they run in the caller's thread.
+"""
+
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import EllipsisType, TracebackType
+from typing import Any, Generic, Literal, Self, TypeVar
+
+import torch
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from featcache import cache as _async
+from featcache.core.pressure import PressureLevel
+from featcache.errors import CacheClosed, GetTimeout
+from featcache.feature_cache import FeatureCache as AsyncCache
+from featcache.feature_client import FeatureClient as AsyncClient
+from featcache.memory.pack import Feature
+from featcache.reads import NOT_OPENED, check_ref
+from featcache.ref import FeatureRef
+from featcache.settings import Settings
+from featcache.statistics import Statistics
+
+__all__ = ["FeatureCache", "FeatureClient", "Pressure", "connect", "create"]
+
+T = TypeVar("T")
+_inherited: list[AbstractContextManager[BlockingPortal]] = []
+A = TypeVar("A", AsyncCache, AsyncClient)
+
+
+class _Blocking(Generic[A]):
+    """An object of the async API and the thread in which its loop runs."""
+
+    def __init__(self, inner: A) -> None:
+        self._inner: A = inner
+        self._portal: BlockingPortal | None = None
+        self._portal_manager: AbstractContextManager[BlockingPortal] | None = None
+        self._why_closed = NOT_OPENED
+
+    # --- life -----------------------------------------------------------------------------------
+
+    def open(self) -> Self:
+        """Open it; ``with`` does. Raises as the async form."""
+        if self._why_closed != NOT_OPENED or self._portal is not None:
+            raise CacheClosed("it opens once: make another")
+        manager = start_blocking_portal("asyncio")
+        portal = manager.__enter__()
+        try:
+            portal.call(self._inner.open)
+        except BaseException:
+            manager.__exit__(None, None, None)
+            raise
+        self._portal, self._portal_manager = portal, manager
+        return self
+
+    def close(self) -> None:
+        """Close it; ``with`` does. Idempotent."""
+        portal, self._portal = self._portal, None
+        manager, self._portal_manager = self._portal_manager, None
+        if portal is None or manager is None:
+            return
+        self._why_closed = "it was closed"
+        if not self._inner.is_open:
+            # A forked child has no such thread; even dropping the manager would wait for it.
+            _inherited.append(manager)
+            return
+        try:
+            portal.call(self._inner.aclose)
+        finally:
+            manager.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        return self.open()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _call(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Await something in the loop. An interrupt here cancels it there."""
+        portal = self._portal
+        if portal is None:
+            raise CacheClosed(self._why_closed)
+        self._inner.check_open()  # before a thread that a fork has left behind is asked
+        future = portal.start_task_soon(work)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def get(
+        self,
+        ref: FeatureRef,
+        *,
+        device: Any = None,
+        out: Feature | None = None,
+        timeout: float | None = None,
+    ) -> Feature:
+        """Return a copy and pay the read, as `featcache.FeatureClient.get`."""
+        if self._inner.has_attached(check_ref(ref)):
+            try:
+                return self._inner.get_nowait(ref, device=device, out=out)
+            except GetTimeout:
+                pass  # on its way: wait for it in the loop
+        return self._call(lambda: self._inner.get(ref, device=device, out=out, timeout=timeout))
+
+    def get_nowait(
+        self, ref: FeatureRef, *, device: Any = None, out: Feature | None = None
+    ) -> Feature:
+        """As `featcache.FeatureClient.get_nowait`: nothing is waited for."""
+        return self._inner.get_nowait(ref, device=device, out=out)
+
+    @contextmanager
+    def borrow(self, ref: FeatureRef, *, timeout: float | None = None) -> Iterator[Feature]:
+        """Lend a view for the length of a ``with`` block, as `featcache.FeatureClient.borrow`."""
+        borrow = self._inner.borrow(ref, timeout=timeout)
+        if self._inner.has_attached(ref):
+            try:
+                view = borrow.__enter__()
+            except GetTimeout:
+                view = self._call(borrow.__aenter__)
+        else:
+            view = self._call(borrow.__aenter__)
+        try:
+            yield view
+        finally:
+            borrow.__exit__(None, None, None)
+
+    def release(self, ref: FeatureRef, *, timeout: float | None = None) -> None:
+        """Pay the read without reading."""
+        self._call(lambda: self._inner.release(ref, timeout=timeout))
+
+    def discard(self, ref: FeatureRef) -> None:
+        """Take a ref back."""
+        self._call(lambda: self._inner.discard(ref))
+
+    def statistics(self) -> Statistics:
+        """Return the counts, taken in the loop."""
+        inner = self._inner
+
+        async def look() -> Statistics:
+            return inner.statistics()
+
+        return self._call(look)
+
+
+class FeatureClient(_Blocking[AsyncClient]):
+    """`featcache.FeatureClient` for code with no loop."""
+
+
+class FeatureCache(_Blocking[AsyncCache]):
+    """`featcache.FeatureCache` for code with no loop."""
+
+    def __init__(self, inner: AsyncCache) -> None:
+        super().__init__(inner)
+        self.pressure = Pressure(self)
+
+    @property
+    def endpoint(self) -> str:
+        """The path of the socket that `connect` takes."""
+        return self._inner.endpoint
+
+    def put(
+        self,
+        feature: torch.Tensor | dict[str, torch.Tensor],
+        *,
+        readers: Any = 1,
+        ttl: float | EllipsisType | None = ...,
+        timeout: float | None = None,
+        on_full: Literal["wait", "raise"] = "wait",
+    ) -> FeatureRef:
+        """Copy a feature in, waiting for room, as `featcache.FeatureCache.put`."""
+        return self._call(
+            lambda: self._inner.put(
+                feature, readers=readers, ttl=ttl, timeout=timeout, on_full=on_full
+            )
+        )
+
+    def put_nowait(
+        self,
+        feature: torch.Tensor | dict[str, torch.Tensor],
+        *,
+        readers: Any = 1,
+        ttl: float | EllipsisType | None = ...,
+    ) -> FeatureRef:
+        """Copy a feature in, or raise PoolFull: it waits for its loop, never for room."""
+        inner = self._inner
+
+        async def put() -> FeatureRef:
+            return inner.put_nowait(feature, readers=readers, ttl=ttl)
+
+        return self._call(put)
+
+
+class Pressure:
+    """The pool's pressure, for code with no loop."""
+
+    def __init__(self, cache: FeatureCache) -> None:
+        self._cache = cache
+
+    @property
+    def level(self) -> PressureLevel:
+        """The level now."""
+        return self._cache._inner.pressure.level  # noqa: SLF001 - one object in two classes
+
+    def below(self, level: PressureLevel | str, *, timeout: float | None = None) -> None:
+        """Return once the level is lower, as `featcache.gauge.Pressure.below`."""
+        inner = self._cache._inner  # noqa: SLF001 - one object in two classes
+        self._cache._call(lambda: inner.pressure.below(level, timeout=timeout))  # noqa: SLF001
+
+
+def create(
+    *,
+    device: Any = "cpu",
+    capacity: int | str | None = None,
+    endpoint: str | None = None,
+    name: str | None = None,
+    spill: int | str | None = None,
+    settings: Settings | None = None,
+    initial: int | str | None = None,
+    segment: int | str | None = None,
+    idle: float | None = None,
+) -> FeatureCache:
+    """Return a cache to be opened with ``with``; the arguments are `featcache.create`'s."""
+    return FeatureCache(
+        _async.create(
+            device=device,
+            capacity=capacity,
+            endpoint=endpoint,
+            name=name,
+            spill=spill,
+            settings=settings,
+            initial=initial,
+            segment=segment,
+            idle=idle,
+        )
+    )
+
+
+def connect(
+    endpoint: str | None = None,
+    *,
+    device: Any = None,
+    name: str | None = None,
+    settings: Settings | None = None,
+) -> FeatureClient:
+    """Return a client to be opened with ``with``; the arguments are `featcache.connect`'s."""
+    return FeatureClient(_async.connect(endpoint, device=device, name=name, settings=settings))

@@ -16,12 +16,12 @@ __all__ = ["FeatureCache", "FeatureClient", "connect", "create"]
 
 
 def _settings(given: Settings | None, **overrides: Any) -> Settings:
+    changed = {name: value for name, value in overrides.items() if value is not None}
     if given is None:
-        return Settings.from_environment(**overrides)
+        return Settings(**changed)
     if not isinstance(given, Settings):
         raise SettingsError(f"settings={given!r} is not a featcache.Settings")
-    changed = {name: value for name, value in overrides.items() if value is not None}
-    return attrs.evolve(given, **changed) if changed else given
+    return attrs.evolve(given, **changed)
 
 
 def create(

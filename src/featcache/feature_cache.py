@@ -135,6 +135,11 @@ class FeatureCache(Reads):
             state.pool.forget()
             state.reaper.close()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it was opened, and not closed, in this process."""
+        return self._state is not None
+
     def _opened(self) -> _Open:
         state = self._state
         if state is None:
@@ -162,7 +167,7 @@ class FeatureCache(Reads):
         feature: torch.Tensor | dict[str, torch.Tensor],
         *,
         readers: Any = 1,
-        ttl: float | None | EllipsisType = ...,
+        ttl: float | EllipsisType | None = ...,
         timeout: float | None = None,
         on_full: Literal["wait", "raise"] = "wait",
     ) -> FeatureRef:
@@ -199,7 +204,7 @@ class FeatureCache(Reads):
         feature: torch.Tensor | dict[str, torch.Tensor],
         *,
         readers: Any = 1,
-        ttl: float | None | EllipsisType = ...,
+        ttl: float | EllipsisType | None = ...,
     ) -> FeatureRef:
         """`put` with no await: PoolFull at once if there is no room or others wait for it.
 

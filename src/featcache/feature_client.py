@@ -77,6 +77,11 @@ class FeatureClient(Reads):
         if handles is not None:
             handles.forget()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it was opened, and not closed, in this process."""
+        return self._reader is not None
+
     def _reads(self) -> Reader:
         reader = self._reader
         if reader is None:

@@ -105,6 +105,10 @@ class HandleCache:
             )
         return None
 
+    def has(self, ref: FeatureRef) -> bool:
+        """Whether the ref's pool is open now."""
+        return ref.pool_id in self._handles
+
     async def open(self, ref: FeatureRef) -> Attachment:
         """Return the attachment of the ref's pool, attaching first. Single flight by endpoint."""
         return (await self.handle(ref)).attachment

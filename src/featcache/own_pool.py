@@ -29,6 +29,10 @@ class OwnPool:
             self._attachment = self._attach()
         return self._attachment
 
+    def has(self, ref: FeatureRef) -> bool:
+        """Whether the owner has read this pool before; the first read makes its page, in the loop."""
+        return self._attachment is not None and ref.pool_id == self._pool.pool_id
+
     async def open(self, ref: FeatureRef) -> Attachment:
         """As `peek`, which never says that something is yet to be opened."""
         return self.peek(ref)

@@ -141,6 +141,9 @@ class Pools(Protocol):
     def peek(self, ref: FeatureRef) -> Attachment | None:
         """Return it if it is open. Raise UnknownPool if it can never be."""
 
+    def has(self, ref: FeatureRef) -> bool:
+        """Return whether it is open, changing nothing: this is asked in any thread."""
+
     def open(self, ref: FeatureRef) -> Awaitable[Attachment]:
         """Return it, attaching first."""
 
@@ -149,7 +152,7 @@ class Reader:
     """get, borrow and release over whatever pools there are."""
 
     def __init__(self, pools: Pools, offload: Offload, inline_bytes: int) -> None:
-        self._pools = pools
+        self.pools = pools
         self._offload = offload
         self._inline_bytes = inline_bytes
         self.gets = 0
@@ -179,7 +182,7 @@ class Reader:
         timeout_s: float | None,
     ) -> Feature:
         """Copy; large copies leave the loop for a thread. If cancelled, the read is still owed."""
-        attachment = self._pools.peek(ref)
+        attachment = self.pools.peek(ref)
         if attachment is None or not attachment.begin(ref):
             attachment = await self._await_begin(attachment, ref, timeout_s)
         pays = handed_over = False
@@ -209,7 +212,7 @@ class Reader:
 
     async def release(self, ref: FeatureRef, timeout_s: float | None) -> None:
         """Pay without reading."""
-        attachment = self._pools.peek(ref)
+        attachment = self.pools.peek(ref)
         if attachment is None:
             attachment = await self._open(ref, timeout_s)
         attachment.pay(ref)
@@ -224,13 +227,13 @@ class Reader:
 
     async def hold(self, ref: FeatureRef, timeout_s: float | None) -> Attachment:
         """Hold a ref, attaching and waiting for its bytes as need be."""
-        attachment = self._pools.peek(ref)
+        attachment = self.pools.peek(ref)
         if attachment is None or not attachment.begin(ref):
             attachment = await self._await_begin(attachment, ref, timeout_s)
         return attachment
 
     def _attached(self, ref: FeatureRef) -> Attachment:
-        attachment = self._pools.peek(ref)
+        attachment = self.pools.peek(ref)
         if attachment is None:
             raise UnknownPool(
                 "this pool is not attached yet: await a get of it first, or connect to it"
@@ -240,7 +243,7 @@ class Reader:
     async def _open(self, ref: FeatureRef, timeout_s: float | None) -> Attachment:
         try:
             with anyio.fail_after(timeout_s):
-                return await self._pools.open(ref)
+                return await self.pools.open(ref)
         except TimeoutError:
             raise GetTimeout(f"not attached within {timeout_s} s; the read is still owed") from None
 
@@ -252,7 +255,7 @@ class Reader:
         try:
             with anyio.fail_after(timeout_s):
                 if holder is None:
-                    attachment = await self._pools.open(ref)
+                    attachment = await self.pools.open(ref)
                     ready = attachment.begin(ref)
                     holder = attachment
                     if ready:

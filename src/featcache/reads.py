@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 
 from featcache.errors import BackendUnavailable, SettingsError
-from featcache.memory.pack import Feature
+from featcache.memory.pack import MAX_NAME, Feature
 from featcache.reader import Borrow, Reader
 from featcache.ref import FeatureRef
 from featcache.settings import parse_seconds
@@ -36,8 +36,8 @@ def parse_timeout(value: float | None) -> float | None:
 
 def parse_name(value: Any) -> str | None:
     """Return the name of a session, or None."""
-    if value is not None and not (isinstance(value, str) and 0 < len(value) <= 256):
-        raise SettingsError(f"name={value!r} must be a str of 1 to 256 characters")
+    if value is not None and not (isinstance(value, str) and 0 < len(value) <= MAX_NAME):
+        raise SettingsError(f"name={value!r} must be a str of 1 to {MAX_NAME} characters")
     return None if value is None else str(value)
 
 
@@ -56,7 +56,21 @@ class Reads:
     _why_closed = NOT_OPENED
 
     def _reads(self) -> Reader:
+        """Return the open reader, or raise CacheClosed."""
         raise NotImplementedError
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be used, in this process, now."""
+        raise NotImplementedError
+
+    def check_open(self) -> None:
+        """Raise CacheClosed, saying why, if it can't be used."""
+        self._reads()
+
+    def has_attached(self, ref: FeatureRef) -> bool:
+        """Whether the ref's pool is attached, so that `get_nowait` can read it. Safe in any thread."""
+        return self._reads().pools.has(ref)
 
     async def get(
         self,

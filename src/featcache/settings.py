@@ -3,8 +3,8 @@
 import math
 import os
 import re
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any
 
 import attrs
 
@@ -15,7 +15,7 @@ __all__ = ["Settings", "parse_bytes", "parse_seconds", "split_budget"]
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)}
 _UNITS |= {f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+_SIZE_TEXT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 _MAX_BYTES = 1 << 47  # a user address space; what is larger can't be mapped on any machine we know
 _ENVIRONMENT_PREFIX = "FEATCACHE_"
 
@@ -28,7 +28,7 @@ def parse_bytes(value: int | str, what: str = "size", *, minimum: int = 1) -> in
 
     """
     if isinstance(value, str):
-        match = _SIZE.fullmatch(value)
+        match = _SIZE_TEXT.fullmatch(value)
         unit = _UNITS.get(match[2].lower()) if match else None
         if match is None or unit is None:
             raise SettingsError(
@@ -58,122 +58,158 @@ def parse_seconds(
     return seconds
 
 
-def _optional_bytes(value: int | str | None, what: str) -> int | None:
-    return None if value is None else parse_bytes(value, what, minimum=0)
+# Converters: attrs hands them the field, so that an error names it.
 
 
-def _ttl(value: float | str | None) -> float | None:
+def _size(value: int | str, field: "attrs.Attribute[Any]") -> int:
+    return parse_bytes(value, field.name, minimum=0)
+
+
+def _optional_size(value: int | str | None, field: "attrs.Attribute[Any]") -> int | None:
+    return None if value is None else _size(value, field)
+
+
+def _seconds(value: float | str, field: "attrs.Attribute[Any]") -> float:
+    return parse_seconds(value, field.name)
+
+
+def _optional_seconds(value: float | str | None, field: "attrs.Attribute[Any]") -> float | None:
     if value is None or (isinstance(value, str) and value.lower() == "none"):
         return None
-    return parse_seconds(value, "ttl", exclusive=True)
+    return parse_seconds(value, field.name)
 
 
-def _count(value: int | str, what: str, low: int, high: int) -> int:
+def _count(value: int | str, field: "attrs.Attribute[Any]") -> int:
     try:
-        number = int(value)
+        if not isinstance(value, bool | float):
+            return int(value)
     except (TypeError, ValueError):
-        raise SettingsError(f"{what}={value!r} is not a whole number") from None
-    if isinstance(value, bool | float) or not low <= number <= high:
-        raise SettingsError(f"{what}={value!r} is out of range: {low} to {high}")
-    return number
+        pass
+    raise SettingsError(f"{field.name}={value!r} is not a whole number")
 
 
 _FLAGS = {"1": True, "true": True, "yes": True, "on": True}
 _FLAGS |= {"0": False, "false": False, "no": False, "off": False}
 
 
-def _flag(value: bool | str, what: str) -> bool:
+def _flag(value: bool | str, field: "attrs.Attribute[Any]") -> bool:
     known = value if isinstance(value, bool) else _FLAGS.get(str(value).lower())
     if known is None:
-        raise SettingsError(f"{what}={value!r} is neither true nor false")
+        raise SettingsError(f"{field.name}={value!r} is neither true nor false")
     return known
 
 
-# Converters are lambdas because mypy's attrs plugin knows no other kind that carries a field's name.
+_SIZE = attrs.Converter(_size, takes_field=True)
+_OPTIONAL_SIZE = attrs.Converter(_optional_size, takes_field=True)
+_SECONDS = attrs.Converter(_seconds, takes_field=True)
+_OPTIONAL_SECONDS = attrs.Converter(_optional_seconds, takes_field=True)
+_COUNT = attrs.Converter(_count, takes_field=True)
+_FLAG = attrs.Converter(_flag, takes_field=True)
+
+
+def _within(low: int, high: int = _MAX_BYTES) -> Callable[[Any, Any, int], None]:
+    def check(_: object, field: "attrs.Attribute[int]", value: int) -> None:
+        if not low <= value <= high:
+            raise SettingsError(f"{field.name}={value} is out of range: {low} to {high}")
+
+    return check
+
+
+def _positive(_: object, field: "attrs.Attribute[Any]", value: float | None) -> None:
+    if value is not None and value <= 0:
+        raise SettingsError(f"{field.name}={value} must be more than 0 s")
+
+
+def _or_environment(name: str, default: Any) -> Any:
+    """Return a factory: ``FEATCACHE_<NAME>`` as it is when the record is made, else the default."""
+    variable = _ENVIRONMENT_PREFIX + name.upper()
+    return attrs.Factory(lambda: os.environ.get(variable) or default)
+
+
 @attrs.frozen(kw_only=True)
 class Settings:
     """Sizes (bytes, or strings such as ``"512MiB"``), times (seconds) and bounds of a pool.
 
-    `Settings.from_environment` reads ``FEATCACHE_<FIELD>`` for every field, for example
-    ``FEATCACHE_CAPACITY=4GiB``; what is passed to it wins over the environment.
+    A field that is not given is read from ``FEATCACHE_<FIELD>``, such as ``FEATCACHE_CAPACITY=4GiB``
+    or ``FEATCACHE_TTL=none``; without that it has the default.
 
     Raises:
         SettingsError: a value is out of range or not of its kind.
 
     """
 
-    capacity: int = attrs.field(default=1 << 30, converter=lambda v: parse_bytes(v, "capacity"))
+    capacity: int = attrs.field(
+        default=_or_environment("capacity", 1 << 30), converter=_SIZE, validator=_within(1)
+    )
     """Bytes the slab may grow to."""
     segment: int = attrs.field(
-        default=64 << 20, converter=lambda v: parse_bytes(v, "segment", minimum=4096)
+        default=_or_environment("segment", 64 << 20), converter=_SIZE, validator=_within(4096)
     )
     """Bytes committed or given back at a time."""
     initial: int | None = attrs.field(
-        default=None, converter=lambda v: _optional_bytes(v, "initial")
+        default=_or_environment("initial", None), converter=_OPTIONAL_SIZE
     )
     """Bytes committed at the start and never given back; None is one segment."""
-    idle: float = attrs.field(default=30.0, converter=lambda v: parse_seconds(v, "idle"))
+    idle: float = attrs.field(default=_or_environment("idle", 30.0), converter=_SECONDS)
     """Seconds a segment at the tail stays empty before it is given back."""
-    prefault: bool = attrs.field(default=True, converter=lambda v: _flag(v, "prefault"))
+    prefault: bool = attrs.field(default=_or_environment("prefault", True), converter=_FLAG)
     """Touch host pages as they are committed (a first touch costs 40 times a warm copy)."""
-    huge_pages: bool = attrs.field(default=True, converter=lambda v: _flag(v, "huge_pages"))
+    huge_pages: bool = attrs.field(default=_or_environment("huge_pages", True), converter=_FLAG)
     """Ask the system for huge pages under a host slab; it may say no."""
-    slots: int = attrs.field(default=4096, converter=lambda v: _count(v, "slots", 1, 1 << 20))
+    slots: int = attrs.field(
+        default=_or_environment("slots", 4096), converter=_COUNT, validator=_within(1, 1 << 20)
+    )
     """Features the pool can hold at once."""
-    sessions: int = attrs.field(default=64, converter=lambda v: _count(v, "sessions", 1, 4096))
+    sessions: int = attrs.field(
+        default=_or_environment("sessions", 64), converter=_COUNT, validator=_within(1, 4096)
+    )
     """Readers and writers that can be attached at once."""
-    waiters: int = attrs.field(default=4096, converter=lambda v: _count(v, "waiters", 0, 1 << 20))
+    waiters: int = attrs.field(
+        default=_or_environment("waiters", 4096), converter=_COUNT, validator=_within(0, 1 << 20)
+    )
     """Puts that may stand in the queue for room; one more is `PoolFull`."""
-    readers: int = attrs.field(default=1024, converter=lambda v: _count(v, "readers", 1, 1 << 20))
+    readers: int = attrs.field(
+        default=_or_environment("readers", 1024), converter=_COUNT, validator=_within(1, 1 << 20)
+    )
     """Reads that one ref may owe."""
-    tensors: int = attrs.field(default=256, converter=lambda v: _count(v, "tensors", 1, 4096))
+    tensors: int = attrs.field(
+        default=_or_environment("tensors", 256), converter=_COUNT, validator=_within(1, 4096)
+    )
     """Tensors that one feature may pack."""
     attachments: int = attrs.field(
-        default=64, converter=lambda v: _count(v, "attachments", 1, 4096)
+        default=_or_environment("attachments", 64), converter=_COUNT, validator=_within(1, 4096)
     )
     """Pools that one client keeps open; the least recently used idle one makes place."""
-    ttl: float | None = attrs.field(default=300.0, converter=_ttl)
+    ttl: float | None = attrs.field(
+        default=_or_environment("ttl", 300.0), converter=_OPTIONAL_SECONDS, validator=_positive
+    )
     """Seconds until a ref that was not paid expires; None is never."""
-    grace: float = attrs.field(default=0.001, converter=lambda v: parse_seconds(v, "grace"))
+    grace: float = attrs.field(default=_or_environment("grace", 0.001), converter=_SECONDS)
     """Seconds between a revocation and the look at who still holds the bytes."""
     recycle_interval: float = attrs.field(
-        default=0.05, converter=lambda v: parse_seconds(v, "recycle_interval", exclusive=True)
+        default=_or_environment("recycle_interval", 0.05), converter=_SECONDS, validator=_positive
     )
     """Seconds between the recycler's looks while nobody waits; the safety net of its events."""
     pressure_interval: float = attrs.field(
-        default=10.0, converter=lambda v: parse_seconds(v, "pressure_interval", exclusive=True)
+        default=_or_environment("pressure_interval", 10.0), converter=_SECONDS, validator=_positive
     )
     """Seconds between pressure events while the level stays high."""
     log_interval: float = attrs.field(
-        default=1.0, converter=lambda v: parse_seconds(v, "log_interval")
+        default=_or_environment("log_interval", 1.0), converter=_SECONDS
     )
     """Least seconds between two events of one busy kind (``put.waited``, level changes)."""
     attach_timeout: float = attrs.field(
-        default=10.0, converter=lambda v: parse_seconds(v, "attach_timeout", exclusive=True)
+        default=_or_environment("attach_timeout", 10.0), converter=_SECONDS, validator=_positive
     )
     """Seconds for a handshake, on both sides."""
     message_bytes: int = attrs.field(
-        default=64 << 10, converter=lambda v: parse_bytes(v, "message_bytes", minimum=1024)
+        default=_or_environment("message_bytes", 64 << 10), converter=_SIZE, validator=_within(1024)
     )
     """Longest control message."""
     inline_bytes: int = attrs.field(
-        default=4 << 20, converter=lambda v: parse_bytes(v, "inline_bytes", minimum=0)
+        default=_or_environment("inline_bytes", 4 << 20), converter=_SIZE, validator=_within(0)
     )
     """Copies above this many bytes leave the event loop for a thread (about a millisecond)."""
-
-    @classmethod
-    def from_environment(
-        cls, environment: Mapping[str, str] | None = None, **overrides: Any
-    ) -> Self:
-        """Return settings from ``FEATCACHE_…`` variables; overrides that are not None win."""
-        environment = os.environ if environment is None else environment
-        values: dict[str, Any] = {}
-        for field in attrs.fields(cls):
-            name = _ENVIRONMENT_PREFIX + field.name.upper()
-            if environment.get(name):
-                values[field.name] = environment[name]
-        values |= {name: value for name, value in overrides.items() if value is not None}
-        return cls(**values)
 
 
 def split_budget(total: int | str, workers: int, floor: int | str = "128MiB") -> int:

@@ -11,7 +11,7 @@ from featcache import events
 from featcache.core.slots import Slot
 from featcache.core.waiters import Request
 from featcache.errors import PoolFull, PutTimeout, SettingsError
-from featcache.memory.pack import Packed, pack
+from featcache.memory.pack import MAX_NAME, Packed, pack
 from featcache.pool import Pool
 from featcache.ref import FeatureRef, TensorSpec
 from featcache.settings import parse_seconds
@@ -20,7 +20,6 @@ __all__ = ["TTL_DEFAULT", "Writer"]
 
 TTL_DEFAULT: Final[Any] = ...
 """Stands for "as the settings say", since None means "never"."""
-_MAX_NAME: Final = 256
 _COLLECT_BYTES: Final = 256 << 10
 _YIELD_EVERY: Final = 32
 _now = time.monotonic
@@ -56,8 +55,8 @@ class Writer:
         if isinstance(readers, str | bytes) or not isinstance(readers, Iterable):
             raise SettingsError(f"readers={readers!r} is neither a count nor names of readers")
         names = list(readers)
-        if not all(isinstance(name, str) and 0 < len(name) <= _MAX_NAME for name in names):
-            raise SettingsError(f"names of readers are str of 1 to {_MAX_NAME} characters")
+        if not all(isinstance(name, str) and 0 < len(name) <= MAX_NAME for name in names):
+            raise SettingsError(f"names of readers are str of 1 to {MAX_NAME} characters")
         if not 1 <= len(names) <= most or len(set(names)) != len(names):
             raise SettingsError(f"readers={names[:8]!r}: 1 to {most} names, each of them once")
         return frozenset(names)

@@ -6,7 +6,7 @@ The answers of the readers and the refs go through asyncio streams over the same
 from __future__ import annotations
 
 from statistics import median
-from time import perf_counter, perf_counter_ns
+from time import perf_counter, perf_counter_ns, process_time
 from typing import Any
 
 import torch
@@ -21,26 +21,27 @@ class AsyncOwnerLoops:
         self.port = port
         self.sources = make_sources(cell.size)
 
-    async def finish(self, phase: str, count: int) -> float:
+    async def finish(self, phase: str, count: int) -> tuple[float, float]:
         await self.port.end()
         answers = await self.port.answer(CONFIRM.size)
-        ended = perf_counter()
+        ended, cpu = perf_counter(), process_time()
         wanted = expected(self.sources, count, checked=phase == "verify")
         confirm(answers, wanted, phase)
-        return ended
+        return ended, cpu
 
     async def run(self) -> dict[str, Any]:
         await self.pump("warm", 2 * self.cell.window)
         await self.pump("verify", 2 * SOURCES + 1)
         put_us = await self.calls()
         trip_us, trips = await self.trips()
-        rate, count = await self.pipe()
+        rate, count, cpu_s = await self.pipe()
         return {
             "put_us": put_us,
             "trip_us": trip_us,
             "trips": trips,
             "features_per_s": rate,
             "features": count,
+            "cpu_s": cpu_s,
         }
 
     async def pump(self, phase: str, count: int) -> None:
@@ -80,15 +81,16 @@ class AsyncOwnerLoops:
         await self.finish("trips", count)
         return median(times) / 1e3, count
 
-    async def pipe(self) -> tuple[float, int]:
+    async def pipe(self) -> tuple[float, int, float]:
         count = 0
+        cpu_began = process_time()
         began = perf_counter()
         deadline = began + self.cell.seconds
         while perf_counter() < deadline:
             await self.port.send(await self.port.put(self.sources[count % SOURCES]))
             count += 1
-        ended = await self.finish("pipe", count)
-        return count / (ended - began), count
+        ended, cpu_ended = await self.finish("pipe", count)
+        return count / (ended - began), count, cpu_ended - cpu_began
 
 
 class AsyncReaderLoops:
@@ -101,15 +103,17 @@ class AsyncReaderLoops:
         await self.verify()
         read_us = await self.calls()
         await self.trips()
-        await self.drain()
-        return {"read_us": read_us}
+        cpu_s = await self.drain()
+        return {"read_us": read_us, "cpu_s": cpu_s}
 
-    async def drain(self) -> None:
+    async def drain(self) -> float:
+        cpu_began = process_time()
         tally = Tally()
         while (ref := await self.port.next()) is not None:
             tally.total += await self.port.use(ref, touch)
             tally.count += 1
         await self.port.answer(tally.pack())
+        return process_time() - cpu_began
 
     async def verify(self) -> None:
         tally = Tally()

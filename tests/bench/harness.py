@@ -47,7 +47,9 @@ def run_owner(cell: Cell, socks: Sockets, shared: Any) -> Outcome:
 def run_reader(cell: Cell, index: int, socks: Sockets, shared: Any) -> Outcome:
     (sock,) = socks
     hello = wire.recv_frame(sock)
-    port = SYSTEMS[cell.system].load().reader(cell, index, sock, hello, shared)
+    peer = SYSTEMS[cell.system].load()
+    make = peer.blocking_reader if SYSTEMS[cell.system].blocking_reader else peer.reader
+    port = make(cell, index, sock, hello, shared)
     try:
         sock.sendall(b"\1")
         outcome = ReaderLoops(cell, port, sock).run()
@@ -86,7 +88,8 @@ async def arun(cell: Cell, index: int, socks: Sockets) -> Outcome:
 
 def run_cell(cell: Cell, index: int, socks: Sockets, shared: Any) -> Outcome:
     torch.set_num_threads(cell.threads)
-    if SYSTEMS[cell.system].is_async:
+    entry = SYSTEMS[cell.system]
+    if entry.is_async and (index == OWNER or not entry.blocking_reader):
         return asyncio.run(arun(cell, index, socks))
     if index == OWNER:
         return run_owner(cell, socks, shared)
@@ -98,7 +101,7 @@ def child(index: int, work: list[tuple[Cell, Sockets, Any]], pipe: mpc.Connectio
     for cell, socks, shared in work:
         try:
             outcome = run_cell(cell, index, socks, shared)
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - whatever it is, the host is told
             pipe.send({"error": traceback.format_exc()})
             raise SystemExit(1) from None
         pipe.send(outcome)
@@ -117,8 +120,7 @@ class Fleet:
         self.pipes: dict[int, mpc.Connection] = {}
         for index in (OWNER, *readers):
             mine = [
-                [ours for ours, _ in pair] if index == OWNER else [pair[index][1]]
-                for pair in pairs
+                [ours for ours, _ in pair] if index == OWNER else [pair[index][1]] for pair in pairs
             ]
             pipe, far = context.Pipe(duplex=False)
             work = list(zip(cells, mine, self.shared, strict=True))
@@ -137,14 +139,16 @@ class Fleet:
         deadline = time.monotonic() + patience
         said: dict[int, Outcome] = {}
         while len(said) < len(self.pipes):
-            waiting = {pipe: index for index, pipe in self.pipes.items() if index not in said}
+            waiting: dict[Any, int] = {
+                pipe: index for index, pipe in self.pipes.items() if index not in said
+            }
             ready = mpc.wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
                 return {"error": f"nothing for {patience:.0f} s from {sorted(waiting.values())}"}
-            for pipe in ready:
-                index = waiting[pipe]  # type: ignore[index]
+            for pipe in waiting.keys() & ready:
+                index = waiting[pipe]
                 try:
-                    said[index] = pipe.recv()  # type: ignore[union-attr]
+                    said[index] = pipe.recv()
                 except EOFError:
                     said[index] = {"error": f"process {index} died"}
                 if "error" in said[index]:
@@ -152,6 +156,8 @@ class Fleet:
         outcome = said[OWNER]
         read_us = sorted(said[index]["read_us"] for index in range(cell.readers))
         outcome["read_us"] = read_us[len(read_us) // 2]
+        cpu_s = sum(process["cpu_s"] for process in said.values())
+        outcome["cpu_us"] = 1e6 * cpu_s / outcome["features"]
         return outcome
 
     def close(self, *, kill: bool) -> None:
@@ -167,21 +173,22 @@ class Fleet:
 
 
 def run_cells(cells: list[Cell], patience: float = 60.0) -> list[Outcome]:
-    """Runs cells of one system and one number of readers; one outcome for each, in their order."""
-    reason = SYSTEMS[cells[0].system].load().missing(cells[0])
-    if reason is not None:
-        return [{"skipped": reason} for _ in cells]
-    outcomes: list[Outcome] = []
-    while len(outcomes) < len(cells):
-        fleet = Fleet(cells[len(outcomes) :])
+    """Runs cells of one number of readers in one fleet; one outcome for each, in their order."""
+    outcomes: dict[Cell, Outcome] = {}
+    for cell in cells:
+        reason = SYSTEMS[cell.system].load().missing(cell)
+        if reason is not None:
+            outcomes[cell] = {"skipped": reason}
+    while left := [cell for cell in cells if cell not in outcomes]:
+        fleet = Fleet(left)
         failed = False
-        for cell in fleet.cells:
-            outcomes.append(fleet.result(cell, patience + 3 * cell.seconds))
-            if failed := "error" in outcomes[-1]:
-                print(f"{describe(cell)}: {outcomes[-1]['error']}", file=sys.stderr)
+        for cell in left:
+            outcomes[cell] = fleet.result(cell, patience + 3 * cell.seconds)
+            if failed := "error" in outcomes[cell]:
+                print(f"{describe(cell)}: {outcomes[cell]['error']}", file=sys.stderr)
                 break
         fleet.close(kill=failed)
-    return outcomes
+    return [outcomes[cell] for cell in cells]
 
 
 def describe(cell: Cell) -> str:

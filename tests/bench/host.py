@@ -8,9 +8,11 @@ size and number of readers it measures
 
 - pipelined features per second: the owner puts and sends for `--seconds`, with no more features
   in flight than the window; the clock stops when the last reader has confirmed the count;
+- the CPU time that all processes together spend on one of these features: it moves less than the
+  clock does when others use the machine;
 - the round trip: put, every reader gets and answers a byte; one at a time; median;
-- the host time of single calls: put, and get or borrow (with its release), with nothing to wait for;
-  median.
+- the host time of single calls: put, and get or borrow (with its release), with nothing to wait
+  for; median.
 
 All systems get the same random tensors (four in turn, warm), the same window, the same touch (first
 and last element), the same warm-up, the same start method (spawn), the same number of torch threads
@@ -18,7 +20,9 @@ and last element), the same warm-up, the same start method (spawn), the same num
 came; in every phase the sum of what the readers touched must be right, or the cell is an error.
 Systems take turns, beginning with another one each round; a figure is the median over the rounds,
 a ratio the median of the rounds' own ratios. On a machine that others use too, single rounds differ
-by a factor of two and more: take many short rounds. What differs between the systems is said at the top of each file in peers/.
+by a factor of two and more: take many short rounds.
+
+What differs between the systems is said at the top of each file in peers/.
 """
 
 from __future__ import annotations
@@ -35,10 +39,10 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import machine  # noqa: E402 - the line above makes it importable
-from bench.harness import cell_record, describe, run_cells  # noqa: E402
-from bench.peers import SYSTEMS, Cell  # noqa: E402
-from bench.report import FIGURES  # noqa: E402
+from bench import machine
+from bench.harness import cell_record, describe, run_cells
+from bench.peers import SYSTEMS, Cell
+from bench.report import FIGURES
 
 UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import socket
 from statistics import median
-from time import perf_counter, perf_counter_ns
+from time import perf_counter, perf_counter_ns, process_time
 from typing import Any
 
 import torch
@@ -38,27 +38,28 @@ class OwnerLoops:
     def answers(self, nbytes: int) -> list[bytes]:
         return [recv_exactly(sock, nbytes) for sock in self.socks]
 
-    def finish(self, phase: str, count: int) -> float:
-        """Ends a phase, returns when the last reader had confirmed, then checks what they say."""
+    def finish(self, phase: str, count: int) -> tuple[float, float]:
+        """Ends a phase; the times (wall, CPU) at which all had confirmed; checks what they say."""
         self.port.end()
         answers = self.answers(CONFIRM.size)
-        ended = perf_counter()
+        ended, cpu = perf_counter(), process_time()
         wanted = expected(self.sources, count, checked=phase == "verify")
         confirm(answers, wanted, phase)
-        return ended
+        return ended, cpu
 
     def run(self) -> dict[str, Any]:
         self.pump("warm", 2 * self.cell.window)
         self.pump("verify", 2 * SOURCES + 1)
         put_us = self.calls()
         trip_us, trips = self.trips()
-        rate, count = self.pipe()
+        rate, count, cpu_s = self.pipe()
         return {
             "put_us": put_us,
             "trip_us": trip_us,
             "trips": trips,
             "features_per_s": rate,
             "features": count,
+            "cpu_s": cpu_s,
         }
 
     def pump(self, phase: str, count: int) -> None:
@@ -98,15 +99,16 @@ class OwnerLoops:
         self.finish("trips", count)
         return median(times) / 1e3, count
 
-    def pipe(self) -> tuple[float, int]:
+    def pipe(self) -> tuple[float, int, float]:
         count = 0
+        cpu_began = process_time()
         began = perf_counter()
         deadline = began + self.cell.seconds
         while perf_counter() < deadline:
             self.port.send(self.port.put(self.sources[count % SOURCES]))
             count += 1
-        ended = self.finish("pipe", count)
-        return count / (ended - began), count
+        ended, cpu_ended = self.finish("pipe", count)
+        return count / (ended - began), count, cpu_ended - cpu_began
 
 
 class ReaderLoops:
@@ -120,15 +122,17 @@ class ReaderLoops:
         self.verify()
         read_us = self.calls()
         self.trips()
-        self.drain()
-        return {"read_us": read_us}
+        cpu_s = self.drain()
+        return {"read_us": read_us, "cpu_s": cpu_s}
 
-    def drain(self) -> None:
+    def drain(self) -> float:
+        cpu_began = process_time()
         tally = Tally()
         while (ref := self.port.next()) is not None:
             tally.total += self.port.use(ref, touch)
             tally.count += 1
         self.sock.sendall(tally.pack())
+        return process_time() - cpu_began
 
     def verify(self) -> None:
         tally = Tally()

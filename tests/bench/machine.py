@@ -55,7 +55,7 @@ def _commit() -> str | None:
     here = Path(__file__).parent
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
+            ["git", "describe", "--always", "--dirty"],  # noqa: S607 - whichever git is used here
             cwd=here,
             capture_output=True,
             text=True,

@@ -1,6 +1,6 @@
 """Prints Markdown tables from a result file of host.py.
 
-    python tests/bench/report.py result.json [--pick best]
+python tests/bench/report.py result.json [--pick best]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 FIGURES = {
     "features_per_s": "Pipelined features per second",
+    "cpu_us": "CPU time of a pipelined feature, µs (owner and all readers together)",
     "trip_us": "Round trip, µs (put, every reader gets, every reader answers)",
     "put_us": "Host time of a put, µs",
     "read_us": "Host time of a read (get, or borrow and release), µs",
@@ -33,7 +34,7 @@ def size_name(size: int) -> str:
 
 def number(value: float | None) -> str:
     if value is None:
-        return "–"
+        return "-"
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
@@ -78,7 +79,7 @@ def columns(cells: Cells) -> list[tuple[int, int]]:
 
 def heading(column: tuple[int, int]) -> str:
     readers, size = column
-    return f"{readers} × {size_name(size)}"
+    return f"{readers} x {size_name(size)}"
 
 
 def report(result: dict[str, Any], pick: Picked = median) -> str:
@@ -94,7 +95,7 @@ def report(result: dict[str, Any], pick: Picked = median) -> str:
             [system, *(number(pick(cells[system, *column], name)) for column in wide)]
             for system in ran
         ]
-        parts += [f"### {title}\n", table(["readers × size", *map(heading, wide)], rows)]
+        parts += [f"### {title}\n", table(["readers x size", *map(heading, wide)], rows)]
     ours = [system for system in ran if system.startswith(OURS)]
     for mine in ours:
         rows = [
@@ -103,11 +104,11 @@ def report(result: dict[str, Any], pick: Picked = median) -> str:
                 *(number(ratio(cells[mine, *at], cells[other, *at], pick)) for at in wide),
             ]
             for other in ran
-            if other != mine
+            if not other.startswith(OURS)
         ]
         parts += [
             f"### {mine} over the others, features per second\n",
-            table(["readers × size", *map(heading, wide)], rows),
+            table(["readers x size", *map(heading, wide)], rows),
         ]
     parts += notes(cells)
     return "\n".join(parts)

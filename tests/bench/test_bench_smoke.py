@@ -9,39 +9,33 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.harness import run_cells  # noqa: E402 - the line above makes it importable
-from bench.host import summary  # noqa: E402
-from bench.peers import Cell  # noqa: E402
-from bench.report import report  # noqa: E402
+from bench.harness import run_cells
+from bench.host import summary
+from bench.peers import Cell
+from bench.report import FIGURES, report
+from bench.wire import WrongContent, confirm, expected, make_sources
 
 
-def featcache_is_missing() -> bool:
-    try:
-        import featcache
-    except ImportError:
-        return True
-    return not hasattr(featcache, "create")
+def test_a_tiny_cell_counts_every_feature_and_finds_the_right_bytes() -> None:
+    systems = ("byhand-views", "featcache-borrow")
+    cells = [
+        Cell(system=system, size=4096, readers=1, window=4, seconds=0.02) for system in systems
+    ]
+    for outcome in run_cells(cells, patience=30):
+        assert "error" not in outcome, outcome["error"]
+        # Counts, checksums and sums were compared in the owner: a wrong one would be an error.
+        assert outcome["features"] > 0
+        assert outcome["trips"] > 0
+        assert summary([outcome]).keys() >= FIGURES.keys()
 
 
-@pytest.mark.parametrize(
-    "system",
-    [
-        "byhand-views",
-        pytest.param(
-            "featcache-borrow-nowait",
-            marks=pytest.mark.skipif(featcache_is_missing(), reason="featcache is not there yet"),
-        ),
-    ],
-)
-def test_a_tiny_cell_counts_every_feature_and_finds_the_right_bytes(system: str) -> None:
-    cell = Cell(system=system, size=4096, readers=1, window=4, seconds=0.02)
-    (outcome,) = run_cells([cell], patience=30)
-    assert "error" not in outcome, outcome["error"]
-    # Counts, checksums and sums were compared in the owner: a wrong one would be an error.
-    assert outcome["features"] > 0
-    assert outcome["trips"] > 0
-    merged = summary([outcome])
-    assert {"features_per_s", "trip_us", "put_us", "read_us"} <= merged.keys()
+def test_a_reader_that_saw_other_bytes_fails_the_cell() -> None:
+    sources = make_sources(64)
+    right = expected(sources, 9, checked=True)
+    confirm([right.pack()] * 2, right, "verify")
+    seen = expected(sources[1:], 9, checked=True)
+    with pytest.raises(WrongContent, match="verify: reader 1"):
+        confirm([right.pack(), seen.pack()], right, "verify")
 
 
 def test_a_system_that_cannot_run_is_skipped_with_a_reason() -> None:
@@ -51,7 +45,9 @@ def test_a_system_that_cannot_run_is_skipped_with_a_reason() -> None:
 
 def test_the_report_has_every_system_and_a_ratio_of_each_pair() -> None:
     def cell(system: str, rates: list[float | None]) -> dict[str, object]:
-        figures = dict.fromkeys(("trip_us_rounds", "put_us_rounds", "read_us_rounds"), [1.0, 2.0])
+        figures = {
+            f"{name}_rounds": [1.0, 2.0] for name in ("cpu_us", "trip_us", "put_us", "read_us")
+        }
         return {
             "system": system,
             "size": 1 << 20,
@@ -75,7 +71,7 @@ def test_the_report_has_every_system_and_a_ratio_of_each_pair() -> None:
             ],
         }
     )
-    assert "| readers × size | 4 × 1 MiB |" in text
+    assert "| readers x size | 4 x 1 MiB |" in text
     assert "| featcache-get | 1,050 |" in text
     assert "| byhand-copies | 1.05 |" in text
     assert "- vllm: skipped: no --vllm-file" in text

@@ -28,7 +28,7 @@ def touch(x: torch.Tensor) -> float:
 
 
 def checksum(x: torch.Tensor) -> int:
-    return zlib.crc32(x.numpy())
+    return zlib.crc32(x.numpy().data)
 
 
 @dataclass(slots=True)

@@ -285,6 +285,42 @@ def test_the_newest_of_a_bin_is_used_first(size: int) -> None:
     assert [allocate(allocator, size).offset_bytes for _ in freed] == offsets[::-1]
 
 
+def holes(units: list[int]) -> tuple[OffsetAllocator, list[int]]:
+    """An allocator with free extents of these sizes, freed in this order, and their offsets."""
+    allocator = OffsetAllocator((sum(units) + len(units)) * UNIT)
+    extents = []
+    for size in units:
+        extents.append(allocate(allocator, size * UNIT))
+        allocate(allocator, 0)
+    offsets = [extent.offset_bytes for extent in extents]
+    for extent in extents:
+        allocator.free(extent)
+    return allocator, offsets
+
+
+def test_the_newest_of_a_higher_bin_is_used_first() -> None:
+    allocator, offsets = holes([1000, 1001, 1002])
+    assert [allocate(allocator, 900 * UNIT).offset_bytes for _ in offsets] == offsets[::-1]
+
+
+def test_the_lowest_bin_that_fits_is_used() -> None:
+    allocator, offsets = holes([40, 10, 20, 80])
+    assert allocate(allocator, 9 * UNIT).offset_bytes == offsets[1]
+    assert allocate(allocator, 9 * UNIT).offset_bytes == offsets[2]
+
+
+def test_an_extent_that_was_joined_is_the_newest_of_its_bin() -> None:
+    allocator = OffsetAllocator(2003 * UNIT)
+    first, between = allocate(allocator, 1000 * UNIT), allocate(allocator, 0)
+    allocate(allocator, 0)
+    second = allocate(allocator, 1000 * UNIT)
+    allocate(allocator, 0)
+    allocator.free(first)
+    allocator.free(second)
+    allocator.free(between)
+    assert allocate(allocator, 1000 * UNIT).offset_bytes == 0
+
+
 def test_the_low_part_is_given_out_so_that_the_tail_stays_free() -> None:
     allocator = OffsetAllocator(10 * MIB)
     assert allocate(allocator, MIB).offset_bytes == 0
@@ -416,11 +452,22 @@ def test_the_largest_of_a_crowded_bin_is_exact_through_churn() -> None:
     allocator.check()
 
 
+def test_the_last_of_a_crowded_bin_may_change_its_size() -> None:
+    allocator, _ = holes([1000 + index for index in range(16)])
+    assert allocator.largest_free_bytes == 1015 * UNIT
+    for index in range(15):
+        allocate(allocator, (1015 - index) * UNIT)
+    assert allocator.largest_free_bytes == 1000 * UNIT
+    allocate(allocator, UNIT)
+    assert allocator.largest_free_bytes == 999 * UNIT
+    allocator.check()
+
+
 def test_heaps_do_not_keep_what_is_gone() -> None:
     """Extents that leave a crowded bin stay in its heap, so it must be thrown away in time."""
     allocator = crowd(100)
     for _ in range(10_000):
-        extent = allocate(allocator, 1000 * UNIT)
+        extent = allocate(allocator, 992 * UNIT)
         assert allocator.largest_free_bytes == 1023 * UNIT
         allocator.free(extent)
     assert all(len(heap) <= 2 * 100 + 64 for heap in allocator._heaps.values())

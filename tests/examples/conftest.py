@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,11 +21,22 @@ MARK = "FEATCACHE_TEST_MARK"  # in the environment of an example and of all that
 
 
 class Example:
-    """A running example."""
+    """A running example, with a runtime folder of its own."""
 
-    def __init__(self, process: subprocess.Popen[str], mark: str) -> None:
-        self.process = process
-        self.mark = mark
+    def __init__(
+        self, path: str, *arguments: object, runtime: Path, stderr: IO[str] | None
+    ) -> None:
+        self.mark = uuid.uuid4().hex
+        self.runtime = runtime
+        environment = {MARK: self.mark, "XDG_RUNTIME_DIR": str(runtime)}
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "examples" / path), *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=os.environ | environment | {"PYTHONPATH": str(ROOT / "src")},
+        )
 
     def line(self, start: str) -> str:
         """The rest of the next line of output that begins with `start`."""
@@ -33,6 +45,17 @@ class Example:
             if line.startswith(start):
                 return line.removeprefix(start).strip()
         raise AssertionError(f"no line began with {start!r}; exit code {self.process.wait()}")
+
+    def output(self) -> str:
+        """What it prints until it ends."""
+        return self.process.communicate()[0]
+
+    def ends(self, within: float = 20.0) -> int:
+        """The exit code; nothing that it made may be left."""
+        code = self.process.wait(within)
+        self.assert_no_children()
+        assert list((self.runtime / "featcache").glob("*")) == []
+        return code
 
     def children(self) -> list[psutil.Process]:
         """The processes that it started and that still run, whoever their parent is by now."""
@@ -46,8 +69,8 @@ class Example:
                 found.append(process)
         return found
 
-    def assert_no_children(self, within: float = 5.0) -> None:
-        give_up = time.monotonic() + within
+    def assert_no_children(self) -> None:
+        give_up = time.monotonic() + 5
         while (children := self.children()) and time.monotonic() < give_up:
             time.sleep(0.02)
         assert children == []
@@ -62,23 +85,16 @@ def start() -> Start:
 
     @contextmanager
     def started(path: str, *arguments: object, stderr: IO[str] | None = None) -> Iterator[Example]:
-        mark = uuid.uuid4().hex
-        source = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "examples" / path), *map(str, arguments)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env=os.environ | {MARK: mark, "PYTHONPATH": source.rstrip(os.pathsep)},
-        )
-        example = Example(process, mark)
-        with process:
-            try:
-                yield example
-            finally:
-                for child in [process, *example.children()]:
-                    child.kill()
+        # Not pytest's folder: a socket's path has to be short.
+        with tempfile.TemporaryDirectory(prefix="fc-") as runtime:
+            example = Example(path, *arguments, runtime=Path(runtime), stderr=stderr)
+            with example.process:
+                try:
+                    yield example
+                finally:
+                    for child in example.children():
+                        child.kill()
+                    example.process.kill()
 
     return started
 

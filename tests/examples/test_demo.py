@@ -1,11 +1,20 @@
+from __future__ import annotations
+
 import importlib
 import re
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from examples.conftest import Start
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 
@@ -17,19 +26,20 @@ def fact(output: str, name: str) -> str:
     return found[1]
 
 
-def run(start, tmp_path, *arguments):
+def run(start: Start, tmp_path: Path, *arguments: object) -> tuple[int, str, str]:
+    """The exit code of the demo, what it printed, and what it said on the way."""
     errors = tmp_path / "stderr"
     with errors.open("w") as stderr, start("demo", *arguments, stderr=stderr) as example:
-        output = example.process.communicate()[0]
-        example.assert_no_children()
-    return example.process.returncode, output, errors.read_text()
+        output = example.output()
+        code = example.ends()
+    return code, output, errors.read_text()
 
 
-def test_demo_shares_every_picture_and_leaves_nothing(start, pictures, tmp_path):
-    code, output, progress = run(
-        *(start, tmp_path, "--images", *pictures),
-        *("--device", "cpu", "--capacity", "5MiB", "--repeat", 5),
-    )
+def test_demo_shares_every_picture_and_leaves_nothing(
+    start: Start, pictures: list[Path], tmp_path: Path
+) -> None:
+    arguments = ("--device", "cpu", "--capacity", "5MiB", "--repeat", 5)
+    code, output, progress = run(start, tmp_path, "--images", *pictures, *arguments)
     assert code == 0, output + progress
     assert fact(output, "result") == "right"
     assert fact(output, "images") == "3, 15 puts with 4 named readers each"
@@ -44,7 +54,7 @@ def test_demo_shares_every_picture_and_leaves_nothing(start, pictures, tmp_path)
     assert "multiplied 15/15" in progress
 
 
-def test_demo_names_a_file_that_is_no_picture(start, tmp_path):
+def test_demo_names_a_file_that_is_no_picture(start: Start, tmp_path: Path) -> None:
     code, output, message = run(start, tmp_path, "--images", __file__)
     assert code == 2
     assert output == ""
@@ -52,7 +62,9 @@ def test_demo_names_a_file_that_is_no_picture(start, tmp_path):
     assert "Traceback" not in message
 
 
-def test_demo_ends_when_a_rank_is_killed(start, pictures, tmp_path):
+def test_demo_ends_when_a_rank_is_killed(
+    start: Start, pictures: list[Path], tmp_path: Path
+) -> None:
     errors = tmp_path / "stderr"
     arguments = ("--images", *pictures, "--capacity", "5MiB", "--repeat", 100_000)
     with errors.open("w") as stderr, start("demo", *arguments, stderr=stderr) as example:
@@ -62,30 +74,32 @@ def test_demo_ends_when_a_rank_is_killed(start, pictures, tmp_path):
         ranks = [child for child in example.children() if "spawn_main" in str(child.cmdline())]
         assert len(ranks) == 4
         ranks[2].kill()
-        assert example.process.wait(20) == 1
-        example.assert_no_children()
+        assert example.ends() == 1
     assert re.search(r"^demo: tp\d ended with exit code -9$", errors.read_text(), re.MULTILINE)
     assert "Traceback" not in errors.read_text()
 
 
+Importer = Callable[[str], ModuleType]
+
+
 @pytest.fixture
-def demo(monkeypatch):
+def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[Importer]:
     """Import a module of the demo."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(DEMO)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", "").startswith(str(DEMO)):
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(DEMO)):
             del sys.modules[name]
 
 
-def test_a_wrong_shard_is_seen(demo):
+def test_a_wrong_shard_is_seen(demo: Importer) -> None:
     owner, rank, report = demo("owner"), demo("rank"), demo("report")
     expected = torch.randn(6, rank.OUTPUTS)
     row = report.Row(name="", size="", grid=(1, 2, 3), bytes=0)
     sample = owner.Sample({}, expected, row)
 
-    def shards(product, grid=(1, 2, 3)):
+    def shards(product: Tensor, grid: tuple[int, int, int] = (1, 2, 3)) -> dict[int, Any]:
         parts = product.chunk(rank.RANKS, dim=1)
         return {
             number: rank.Shard(0, "get", 0.0, grid, part.contiguous().numpy().data.cast("B"))
@@ -104,7 +118,7 @@ def test_a_wrong_shard_is_seen(demo):
     assert report.Outcome([row]).faults() == ["wrong product: 2"]
 
 
-def test_the_outcome_tells_each_fault(demo):
+def test_the_outcome_tells_each_fault(demo: Importer) -> None:
     report = demo("report")
     row = report.Row(name="", size="", grid=(1, 2, 2), bytes=1, puts=[0.1], waits=[0.1])
     outcome = report.Outcome([row], recycled=2, reads_owed=8, reads_paid=8)

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 patches = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "demo" / "patches.py"))
 
 
-def rows_by_loops(frames):
+def rows_by_loops(frames: Tensor) -> Tensor:
     """The layout written out: one patch after the other, one value after the other."""
     time, channels, height, width = frames.shape
     rows = []
@@ -29,7 +30,7 @@ def rows_by_loops(frames):
 @pytest.mark.parametrize(
     ("time", "height", "width"), [(2, 28, 28), (2, 56, 28), (2, 28, 84), (4, 84, 56)]
 )
-def test_rows_come_in_merge_blocks(time, height, width):
+def test_rows_come_in_merge_blocks(time: int, height: int, width: int) -> None:
     frames = torch.arange(time * 3 * height * width, dtype=torch.float32)
     frames = frames.view(time, 3, height, width)
     rows, grid = patches["cut"](frames)
@@ -39,7 +40,7 @@ def test_rows_come_in_merge_blocks(time, height, width):
     assert torch.equal(rows, rows_by_loops(frames))
 
 
-def test_features_of_a_picture():
+def test_features_of_a_picture() -> None:
     picture = torch.randint(0, 256, (100, 150, 3), dtype=torch.uint8)
     features = patches["features"](picture)
     rows, grid = features["pixel_values"], features["image_grid_thw"]
@@ -51,7 +52,7 @@ def test_features_of_a_picture():
     assert torch.equal(both[:, :, 0], both[:, :, 1])  # the same frame twice
 
 
-def test_normalisation_is_that_of_clip():
+def test_normalisation_is_that_of_clip() -> None:
     # 140 x 140 is already a multiple of 28: nothing is resized.
     colours = torch.tensor([10, 128, 250], dtype=torch.uint8)
     rows = patches["features"](colours.expand(140, 140, 3))["pixel_values"].view(-1, 3, 392)
@@ -73,16 +74,18 @@ def test_normalisation_is_that_of_clip():
         ((42, 70), (56, 56)),  # halves go to the even multiple
     ],
 )
-def test_sizes_are_multiples_of_28_within_the_limits(size, expected):
+def test_sizes_are_multiples_of_28_within_the_limits(
+    size: tuple[int, int], expected: tuple[int, int]
+) -> None:
     assert patches["smart_size"](*size) == expected
 
 
-def test_a_picture_that_is_too_long_is_refused():
+def test_a_picture_that_is_too_long_is_refused() -> None:
     with pytest.raises(ValueError, match="too long and thin"):
         patches["smart_size"](10, 2001)
 
 
-def test_resizing_keeps_to_bytes():
+def test_resizing_keeps_to_bytes() -> None:
     picture = torch.zeros(3, 30, 30, dtype=torch.uint8)
     picture[:, :, 15:] = 255  # an edge, where bicubic filters overshoot
     resized = patches["resize"](picture, (56, 56))

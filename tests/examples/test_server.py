@@ -1,52 +1,68 @@
+from __future__ import annotations
+
 import io
 import signal
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
+if TYPE_CHECKING:
+    from examples.conftest import Example, Start
+
 # A picture of 400 x 300 takes 360 kB: the pool has room for two while the workers look at one.
 OPTIONS = ("--port", 0, "--capacity", "900KiB", "--delay", 0.3, "--put-timeout", 0.2)
 
 
+class Server:
+    """A server that listens."""
+
+    def __init__(self, example: Example) -> None:
+        self.example = example
+        self.address = example.line("listening on ")
+
+    def upload(self, picture: Path) -> httpx.Response:
+        return httpx.post(f"{self.address}/images", content=picture.read_bytes(), timeout=20)
+
+
 @pytest.fixture(scope="module")
-def server(start, pictures):
+def server(start: Start, pictures: list[Path]) -> Iterator[Server]:
     with start("server", *OPTIONS) as example:
-        example.address = example.line("listening on ")
-        yield example
+        server = Server(example)
+        yield server
         # What had begun is finished before it stops.
         with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(upload, example.address, pictures[0])
+            asked = pool.submit(server.upload, pictures[0])
             time.sleep(0.15)
             example.process.send_signal(signal.SIGTERM)
             assert asked.result().status_code == 200
-        assert example.process.wait(15) == 0
-        example.assert_no_children()
-
-
-def upload(address, picture):
-    return httpx.post(f"{address}/images", content=picture.read_bytes(), timeout=20)
+        assert example.ends() == 0
 
 
 @pytest.fixture
-def client(server):
+def client(server: Server) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.address, timeout=20) as client:
         yield client
 
 
-def statistics_when_idle(client):
+def statistics_when_idle(client: httpx.Client) -> dict[str, int]:
     give_up = time.monotonic() + 5
-    while (now := client.get("/statistics").json())["used_bytes"] and time.monotonic() < give_up:
+    while True:
+        now: dict[str, int] = client.get("/statistics").json()
+        if not now["used_bytes"]:
+            return now
+        assert time.monotonic() < give_up, now
         time.sleep(0.02)
-    assert now["used_bytes"] == 0
-    return now
 
 
 @pytest.mark.parametrize("form", [True, False], ids=["form", "bare"])
-def test_workers_answer_an_upload(client, pictures, form):
+def test_workers_answer_an_upload(client: httpx.Client, pictures: list[Path], form: bool) -> None:
     data = pictures[0].read_bytes()
     if form:
         response = client.post("/images", files={"image": ("colour.png", data)})
@@ -62,7 +78,7 @@ def test_workers_answer_an_upload(client, pictures, form):
     assert now["puts"] == now["recycled"]
 
 
-def test_bad_uploads_are_refused(client):
+def test_bad_uploads_are_refused(client: httpx.Client) -> None:
     large = io.BytesIO()
     Image.new("RGB", (1000, 1000)).save(large, "PNG")
     answers = {
@@ -83,7 +99,7 @@ def test_bad_uploads_are_refused(client):
     statistics_when_idle(client)
 
 
-def test_a_full_pool_tells_clients_to_come_back(client, pictures):
+def test_a_full_pool_tells_clients_to_come_back(client: httpx.Client, pictures: list[Path]) -> None:
     data = pictures[0].read_bytes()
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda _: client.post("/images", content=data), range(6)))
@@ -95,7 +111,9 @@ def test_a_full_pool_tells_clients_to_come_back(client, pictures):
     assert statistics_when_idle(client)["waited"] > 0
 
 
-def test_a_client_that_leaves_takes_its_picture_along(client, pictures):
+def test_a_client_that_leaves_takes_its_picture_along(
+    client: httpx.Client, pictures: list[Path]
+) -> None:
     before = statistics_when_idle(client)
     with pytest.raises(httpx.ReadTimeout):
         client.post("/images", content=pictures[0].read_bytes(), timeout=0.15)
@@ -104,27 +122,28 @@ def test_a_client_that_leaves_takes_its_picture_along(client, pictures):
     assert now["recycled"] == before["recycled"] + 1
 
 
-def test_a_killed_worker_is_replaced(client, server, pictures):
-    data = pictures[0].read_bytes()
-    worker = next(child for child in server.children() if "w1" in child.cmdline())
+def test_a_killed_worker_is_replaced(server: Server, pictures: list[Path]) -> None:
+    worker = next(child for child in server.example.children() if "w1" in child.cmdline())
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(client.post, "/images", content=data)
+        asked = pool.submit(server.upload, pictures[0])
         time.sleep(0.15)
         worker.kill()
         assert asked.result().status_code == 503
-    statistics_when_idle(client)
     give_up = time.monotonic() + 30
-    while client.post("/images", content=data).status_code != 200:
+    while server.upload(pictures[0]).status_code != 200:
         assert time.monotonic() < give_up
         time.sleep(0.1)
+    with httpx.Client(base_url=server.address) as client:
+        now = statistics_when_idle(client)
+    assert now["puts"] == now["recycled"]
 
 
-def test_no_worker_outlives_a_killed_server(start, pictures):
+def test_no_worker_outlives_a_killed_server(start: Start, pictures: list[Path]) -> None:
     with start("server", *OPTIONS) as example:
-        address = example.line("listening on ")
+        server = Server(example)
         assert len(example.children()) == 2
         with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(upload, address, pictures[0])
+            asked = pool.submit(server.upload, pictures[0])
             time.sleep(0.15)
             example.process.kill()
             assert isinstance(asked.exception(), httpx.TransportError)

@@ -68,8 +68,10 @@ class Channel:
     # --- sending --------------------------------------------------------------------------------
 
     def send(self, payload: bytes, descriptors: Sequence[int] = ()) -> None:
-        """Send one frame now, or as soon as the peer reads. Descriptors stay the caller's to close,
-        and must stay open until they are sent, which for the first frames of a peer is at once.
+        """Send one frame now, or as soon as the peer reads.
+
+        Descriptors stay the caller's to close, and must stay open until they are sent, which for
+        the first frames of a peer is at once.
         """
         if self.closed:
             return
@@ -146,8 +148,10 @@ class Channel:
             self._lose(error)
 
     def _next_frame(self) -> tuple[bytes, list[int]] | None:
-        """Cut one frame off what came in, None if it is not whole. A header is checked at once:
-        a peer of another kind or version is found out by its first bytes.
+        """Cut one frame off what came in; None if it is not whole.
+
+        A header is checked at once: a peer of another kind or version is found out by its first
+        bytes.
         """
         incoming = self._incoming
         if incoming[:2] != _MAGIC[: len(incoming)]:

@@ -179,8 +179,10 @@ class Link:
 async def dial(
     endpoint: str, name: str | None, device: str, settings: Settings
 ) -> tuple[Link, Welcome, list[int]]:
-    """Attach to the owner at `endpoint`. Return the link, the welcome, and the descriptors after the
-    owner's pidfd: its words, the session's page, the eventfd, the slab's. They are the caller's.
+    """Attach to the owner at `endpoint`.
+
+    Returns the link, the welcome, and the descriptors after the owner's pidfd: its words, the
+    session's page, the eventfd, the slab's. They are the caller's.
 
     Raises:
         OwnerUnreachable: nobody listens there (any more).
@@ -216,7 +218,7 @@ async def _connect(endpoint: str) -> socket.socket:
         sock.setblocking(False)
         # A Unix socket connects at once or, when the listener's backlog is full, says EAGAIN and has
         # nothing to wait on.
-        while (code := sock.connect_ex(endpoint)) == errno.EAGAIN:
+        while (code := sock.connect_ex(endpoint)) == errno.EAGAIN:  # noqa: ASYNC110 - nothing tells
             await anyio.sleep(_CONNECT_RETRY_S)
         if code in {errno.ENOENT, errno.ECONNREFUSED}:
             raise OwnerUnreachable(f"no owner listens at {endpoint}: {os.strerror(code)}")

@@ -58,8 +58,10 @@ class Discard(msgspec.Struct, tag="discard", frozen=True):
 
 
 class Welcome(msgspec.Struct, tag="welcome", frozen=True):
-    """Owner, in answer to Hello. With descriptors: the owner's pidfd, its words, the session's page,
-    the eventfd to ring, then what the slab needs.
+    """Owner, in answer to Hello.
+
+    With descriptors: the owner's pidfd, its words, the session's page, the eventfd to ring, then
+    what the slab needs.
     """
 
     version: int

@@ -6,6 +6,7 @@ import select
 import socket
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from featcache.control.messages import ProtocolError
@@ -43,7 +44,7 @@ def own_pidfd() -> int:
 
 
 def _is_pidfd(fd: int) -> bool:
-    target = os.readlink(f"/proc/self/fd/{fd}")
+    target = str(Path(f"/proc/self/fd/{fd}").readlink())
     return target == "anon_inode:[pidfd]" or target.startswith("pidfd:")  # the latter since 6.9
 
 

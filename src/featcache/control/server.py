@@ -66,8 +66,9 @@ class Host(Protocol):
         """The pool's id in hex, for events."""
 
     def admit(self, session: Session) -> tuple[Welcome, list[int]]:
-        """Make what a session needs and return it with the descriptors that go with it (the host's
-        own, to stay open). Raise FeatcacheError to refuse.
+        """Make what a session needs, and return it with the descriptors that go with it.
+
+        They stay the host's, and open. Raise FeatcacheError to refuse.
         """
 
     def dismiss(self, session: Session, *, died: bool) -> int:
@@ -220,7 +221,8 @@ class Server:
         """Take note that the socket is gone, which says nothing about the process."""
         reason = "its socket closed" if error is None else str(error)
         if session.state is SessionState.GREETING:
-            self._report_refusal(session, reason)
+            if error is not None:  # who only looks whether somebody listens is no event
+                self._report_refusal(session, reason)
             self._end(session)
         elif session.state is SessionState.ACTIVE:
             assert session.watch is not None, "an active session has its watch"

@@ -16,7 +16,6 @@ All of it is constant time, save that the largest of a crowded bin is found in l
 from __future__ import annotations
 
 from heapq import heapify, heappop, heappush
-from operator import attrgetter
 from typing import Final, TypeAlias
 
 __all__ = ["ALIGNMENT_BYTES", "MAX_END_BYTES", "Extent", "OffsetAllocator"]
@@ -243,7 +242,7 @@ class OffsetAllocator:
         heap = self._heaps.get(index)
         if heap is None:
             if len(members) <= _WALK_LIMIT:
-                return max(members, key=attrgetter("size_bytes"))
+                return max(members, key=lambda node: node.size_bytes)
             heap = self._heaps[index] = [_heap_entry(node) for node in members]
             heapify(heap)
         while True:

@@ -8,13 +8,13 @@ import torch
 from featcache.errors import SettingsError
 from featcache.ref import DTYPE_BYTES, TensorSpec
 
-__all__ = ["DTYPES", "Feature", "Packed", "pack", "same_layout", "unpack"]
+__all__ = ["DTYPES", "MAX_NAME", "Feature", "Packed", "pack", "same_layout", "unpack"]
 
 Feature = torch.Tensor | dict[str, torch.Tensor]
 Packed = tuple[tuple[TensorSpec, torch.Tensor], ...]
 
 _ALIGNMENT_BYTES: Final = 256  # of each tensor inside a slot, as the slot itself
-_MAX_NAME = 256
+MAX_NAME = 256
 
 DTYPES: Final[dict[str, torch.dtype]] = {
     name: getattr(torch, name) for name in DTYPE_BYTES if hasattr(torch, name)
@@ -49,8 +49,8 @@ def pack(feature: Any, most: int) -> tuple[tuple[TensorSpec, ...], Packed, int]:
     parts: list[tuple[TensorSpec, torch.Tensor]] = []
     end_bytes = 0
     for name, tensor in feature.items():
-        if not isinstance(name, str) or len(name) > _MAX_NAME:
-            raise SettingsError(f"a tensor's name is a str of at most {_MAX_NAME} characters")
+        if not isinstance(name, str) or len(name) > MAX_NAME:
+            raise SettingsError(f"a tensor's name is a str of at most {MAX_NAME} characters")
         offset_bytes = -(-end_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         parts.append((_spec(name, tensor, offset_bytes), tensor))
         end_bytes = offset_bytes + tensor.nbytes

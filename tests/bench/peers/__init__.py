@@ -5,7 +5,8 @@ A system with no event loop answers to `OwnerPort` and `ReaderPort`, an asyncio 
 
 - `missing(cell)`: None, or the reason why the system cannot run here;
 - `shared(cell)`: what must be made before the processes start (queues, locks) and is handed to all;
-- `owner(cell, socks, shared)` and `reader(cell, index, sock, hello, shared)`: the two ends.
+- `owner(cell, socks, shared)` and `reader(cell, index, sock, hello, shared)`: the two ends
+  (with asyncio streams in place of sockets, and nothing shared, if the system has an event loop).
 """
 
 from __future__ import annotations
@@ -99,6 +100,8 @@ class Entry:
     reads: str
     """'view' or 'copy': what the reader holds in its hands"""
     is_async: bool = False
+    blocking_reader: bool = False
+    """the owner has an event loop, its readers have none"""
 
     def load(self) -> ModuleType:
         return importlib.import_module(f"{__name__}.{self.module}")
@@ -109,9 +112,11 @@ SYSTEMS: dict[str, Entry] = {
     "featcache-borrow": Entry("featcachepeer", "borrow", "view", True),
     "byhand-views": Entry("byhand", "views", "view"),
     "featcache-borrow-nowait": Entry("featcachepeer", "borrow-nowait", "view", True),
+    "featcache-borrow-blocking": Entry("featcachepeer", "borrow-blocking", "view", True, True),
     "featcache-get": Entry("featcachepeer", "get", "copy", True),
     "byhand-copies": Entry("byhand", "copies", "copy"),
     "featcache-get-nowait": Entry("featcachepeer", "get-nowait", "copy", True),
+    "featcache-get-blocking": Entry("featcachepeer", "get-blocking", "copy", True, True),
     "vllm": Entry("vllmstore", "", "copy"),
     "zmq": Entry("zmqpeer", "", "copy"),
     "pickled": Entry("pickled", "", "copy"),

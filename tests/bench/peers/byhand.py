@@ -45,13 +45,18 @@ def shared(_cell: Cell) -> None:
     return None
 
 
+def words_of(memory: SharedMemory) -> memoryview[int]:
+    assert memory.buf is not None
+    return memory.buf.cast("q")
+
+
 class Owner:
     def __init__(self, cell: Cell, socks: Sockets) -> None:
         self.cell = cell
         self.socks = socks
         self.data = SharedMemory(create=True, size=cell.window * cell.size)
         self.marks = SharedMemory(create=True, size=8 * cell.window * cell.readers)
-        self.words = self.marks.buf.cast("q")
+        self.words = words_of(self.marks)
         torch.frombuffer(self.data.buf, dtype=torch.uint8).zero_()
         self.slots = [
             torch.frombuffer(
@@ -99,7 +104,7 @@ class Reader:
         self.sock = sock
         self.copies = cell.variant == "copies"
         self.data, self.marks = (SharedMemory(name) for name in pickle.loads(hello))
-        self.words = self.marks.buf.cast("q")
+        self.words = words_of(self.marks)
 
     def next(self) -> tuple[int, int, int] | None:
         ref = REF.unpack(recv_exactly(self.sock, REF.size))

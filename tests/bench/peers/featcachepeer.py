@@ -8,12 +8,16 @@ call, where the blocking readers of the by-hand peers make one call for each.
 - `get`: `await put`, `await get`: a copy that the reader owns.
 - `borrow`: `await put`, `async with borrow`: a view in the slab.
 - `get-nowait`, `borrow-nowait`: `put_nowait` and, when the pool is full, `await put`;
-  `get_nowait`. (To borrow has one form only.)
+  `get_nowait`, and `with borrow`.
+- `get-blocking`, `borrow-blocking`: the owner as before, with `put_nowait`; the readers have no event
+  loop of their own but `featcache.blocking` and a blocking socket (read through a buffer).
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import socket
 import struct
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,6 +34,13 @@ SMALLEST = 1 << 20
 Streams = list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
 
 
+def silence() -> None:
+    """Lets events below warnings go: their place is a log, not the benchmark's output."""
+    import structlog
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+
+
 def missing(_cell: Cell) -> str | None:
     return None if find_spec("featcache") else "featcache cannot be imported"
 
@@ -43,17 +54,18 @@ class Owner:
         self.cell = cell
         self.streams = streams
         self.writers = [writer for _, writer in streams]
-        self.nowait = cell.variant.endswith("nowait")
+        self.nowait = cell.variant.endswith(("nowait", "blocking"))
 
     async def open(self) -> Owner:
         import featcache
 
+        silence()
         self.full: type[Exception] = featcache.PoolFull
         capacity = max(SMALLEST, self.cell.window * self.cell.size)
         self.context = featcache.create(
             device="cpu", capacity=capacity, initial=capacity, name="bench"
         )
-        self.cache = await self.context.__aenter__()
+        self.cache: Any = await self.context.__aenter__()
         self.hello = str(self.cache.endpoint).encode()
         return self
 
@@ -89,14 +101,15 @@ class Reader:
         self.endpoint = hello.decode()
         self.name = f"r{index}"
         self.borrows = cell.variant.startswith("borrow")
-        self.nowait = cell.variant == "get-nowait"
+        self.nowait = cell.variant.endswith("nowait")
 
     async def open(self) -> Reader:
         import featcache
 
+        silence()
         self.parse = featcache.FeatureRef.from_bytes
         self.context = featcache.connect(self.endpoint, device="cpu", name=self.name)
-        self.cache = await self.context.__aenter__()
+        self.cache: Any = await self.context.__aenter__()
         return self
 
     async def next(self) -> Any | None:
@@ -104,6 +117,9 @@ class Reader:
         return self.parse(await self.stream.readexactly(nbytes)) if nbytes else None
 
     async def use(self, ref: Any, consume: Callable[[torch.Tensor], T]) -> T:
+        if self.borrows and self.nowait:
+            with self.cache.borrow(ref) as x:
+                return consume(x)
         if self.borrows:
             async with self.cache.borrow(ref) as x:
                 return consume(x)
@@ -119,9 +135,42 @@ class Reader:
         await self.context.__aexit__(None, None, None)
 
 
+class BlockingReader:
+    def __init__(self, cell: Cell, index: int, sock: socket.socket, hello: bytes) -> None:
+        import featcache
+
+        self.stream = sock.makefile("rb")
+        silence()
+        self.parse = featcache.FeatureRef.from_bytes
+        self.borrows = cell.variant.startswith("borrow")
+        self.cache: Any = featcache.blocking.connect(
+            hello.decode(), device="cpu", name=f"r{index}"
+        ).open()
+
+    def next(self) -> Any | None:
+        (nbytes,) = LENGTH.unpack(self.stream.read(LENGTH.size))
+        return self.parse(self.stream.read(nbytes)) if nbytes else None
+
+    def use(self, ref: Any, consume: Callable[[torch.Tensor], T]) -> T:
+        if self.borrows:
+            with self.cache.borrow(ref) as x:
+                return consume(x)
+        return consume(self.cache.get(ref))
+
+    def close(self) -> None:
+        self.cache.close()
+        self.stream.close()
+
+
 async def owner(cell: Cell, streams: Streams) -> Owner:
     return await Owner(cell, streams).open()
 
 
 async def reader(cell: Cell, index: int, streams: Streams, hello: bytes) -> Reader:
     return await Reader(cell, index, streams, hello).open()
+
+
+def blocking_reader(
+    cell: Cell, index: int, sock: socket.socket, hello: bytes, _shared: Any
+) -> BlockingReader:
+    return BlockingReader(cell, index, sock, hello)

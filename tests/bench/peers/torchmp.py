@@ -22,7 +22,8 @@ T = TypeVar("T")
 
 
 def missing(cell: Cell) -> str | None:
-    if cell.variant not in tmp.get_all_sharing_strategies():
+    known: set[str] = tmp.get_all_sharing_strategies()  # type: ignore[no-untyped-call]
+    if cell.variant not in known:
         return f"torch has no {cell.variant} strategy here"
     return None
 
@@ -57,8 +58,9 @@ class Owner:
 
 
 def _new_shared(x: torch.Tensor) -> torch.Tensor:
-    storage = torch.UntypedStorage._new_shared(x.nbytes, device="cpu")
-    return torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape)
+    new_shared: Callable[..., torch.UntypedStorage] = torch.UntypedStorage._new_shared
+    storage = new_shared(x.nbytes, device="cpu")
+    return torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape, x.stride())
 
 
 class Reader:
@@ -77,10 +79,10 @@ class Reader:
 
 
 def owner(cell: Cell, _socks: Sockets, queues: list[Any]) -> Owner:
-    tmp.set_sharing_strategy(cell.variant)
+    tmp.set_sharing_strategy(cell.variant)  # type: ignore[no-untyped-call]
     return Owner(queues)
 
 
 def reader(cell: Cell, index: int, _sock: Any, _hello: bytes, queues: list[Any]) -> Reader:
-    tmp.set_sharing_strategy(cell.variant)
+    tmp.set_sharing_strategy(cell.variant)  # type: ignore[no-untyped-call]
     return Reader(queues[index])

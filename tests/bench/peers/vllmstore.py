@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import pickle
+import re
 import socket
 import struct
 import sys
@@ -55,10 +56,8 @@ def serial_utils(vllm_file: str) -> Path:
 
 def version(vllm_file: str) -> str:
     path = Path(vllm_file).parents[2] / "_version.py"
-    namespace: dict[str, Any] = {}
-    if path.is_file():
-        exec(path.read_text(), namespace)
-    return str(namespace.get("__version__", "unknown"))
+    found = path.is_file() and re.search(r"version = '([^']+)'", path.read_text())
+    return found[1] if found else "unknown"
 
 
 def _stand_in(name: str, **names: Any) -> None:
@@ -71,12 +70,13 @@ def _stand_in(name: str, **names: Any) -> None:
 
 
 def _tensor_data(x: torch.Tensor) -> memoryview:
-    return memoryview(x.contiguous().view(-1).view(torch.uint8).numpy())
+    return x.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _load_file(name: str, path: str | Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -102,12 +102,13 @@ def load(vllm_file: str) -> ModuleType:
     _stand_in("vllm.utils.torch_utils", PIN_MEMORY=False)
     _stand_in("vllm.v1.utils", tensor_data=_tensor_data)
     _stand_in("vllm.distributed.device_communicators")
-    for absent, names in {
+    others: dict[str, dict[str, Any]] = {
         "cloudpickle": {},
         "zmq": {"Frame": type("Frame", (), {})},
         "pydantic": {"GetCoreSchemaHandler": object},
         "pydantic_core": {"core_schema": SimpleNamespace(CoreSchema=object)},
-    }.items():
+    }
+    for absent, names in others.items():
         if importlib.util.find_spec(absent) is None:
             _stand_in(absent, **names)
     _load_file("vllm.v1.serial_utils", serial_utils(vllm_file))
@@ -129,9 +130,7 @@ def _storage(cell: Cell, lock: Any, *handle: Any, create: bool = False) -> Any:
 class Owner:
     def __init__(self, cell: Cell, socks: Sockets) -> None:
         self.socks = socks
-        self.storage = _storage(
-            cell, None, cell.window * (cell.size + HEADROOM), None, create=True
-        )
+        self.storage = _storage(cell, None, cell.window * (cell.size + HEADROOM), None, create=True)
         self.count = 0
         self.hello = pickle.dumps(self.storage.ring_buffer.handle())
 
@@ -169,9 +168,7 @@ class Reader:
         ref = REF.unpack(recv_exactly(self.sock, REF.size))
         return None if ref[0] == END else ref
 
-    def use(
-        self, ref: tuple[int, int, int, bytes], consume: Callable[[torch.Tensor], T]
-    ) -> T:
+    def use(self, ref: tuple[int, int, int, bytes], consume: Callable[[torch.Tensor], T]) -> T:
         address, number, key, signature = ref
         return consume(self.storage.get(address, number, list(signature), str(key)))
 

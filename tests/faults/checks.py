@@ -1,0 +1,35 @@
+"""What must be so after a fault."""
+
+from collections.abc import MutableMapping
+from typing import Any
+
+from faults.agents import feature, is_right
+from featcache import FeatureCache
+from featcache.reaper import OWN_SESSION
+
+Log = list[MutableMapping[str, Any]]
+
+
+def events(log: Log, name: str) -> Log:
+    return [entry for entry in log if entry["event"] == f"featcache.{name}"]
+
+
+def assert_empty(cache: FeatureCache, sessions: int = 0) -> None:
+    now = cache.statistics()
+    assert (now.used_bytes, now.slots_used, now.sessions) == (0, 0, sessions)
+    assert now.free_bytes == now.largest_free_bytes == now.capacity_bytes
+    pool = cache._opened().pool
+    assert not pool.store.published
+    assert not pool.store._retiring
+    assert not pool.store._aging
+    assert sum(number != OWN_SESSION for number in pool.pages) == sessions
+
+
+async def assert_whole(cache: FeatureCache) -> None:
+    """The pool can do what a new one can."""
+    assert_empty(cache)
+    capacity = cache.statistics().capacity_bytes
+    ref = cache.put_nowait(feature(99, capacity))
+    assert is_right(await cache.get(ref), 99)
+    cache._opened().pool.collect()
+    assert cache.statistics().used_bytes == 0

@@ -1,0 +1,222 @@
+"""Processes for tests: started in milliseconds, told what to do over a pipe, killed at named steps.
+
+Importing torch takes seconds, so children are forked from a server that has imported it once and
+holds no cache (multiprocessing's forkserver). A child runs one coroutine of a test module with a
+`Pipe`; the test holds the other end in a `Child`. Each child ends when the test's end is gone, so
+that not even a killed test run leaves any behind.
+"""
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import select
+import signal
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from typing import Any
+
+import anyio
+
+PATIENCE_S = 20.0
+"""How long a test waits for what must come. Only a failing test waits so long."""
+_PRELOAD = ["pytest", "torch", "structlog", "featcache"]  # pytest: children import the main module
+
+
+async def until(predicate: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
+    """Let the loop run until `predicate` holds: for states that come by events of the loop."""
+    give_up_s = time.monotonic() + timeout_s
+    while not predicate():
+        assert time.monotonic() < give_up_s, f"not so within {timeout_s} s: {predicate}"
+        await asyncio.sleep(0.005)
+
+
+def gone(pid: int, timeout_s: float = PATIENCE_S) -> None:
+    """Wait, without the loop, until a process is dead (a zombie is)."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        assert poll.poll(timeout_s * 1000), f"process {pid} did not die within {timeout_s} s"
+    finally:
+        os.close(pidfd)
+
+
+class Pipe:
+    """A child's end."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def say(self, *message: Any) -> None:
+        """Tell the test something."""
+        self._connection.send(message)
+
+    async def hear(self) -> Any:
+        """Wait in the loop for what the test says."""
+        await anyio.wait_readable(self._connection)
+        return self._receive()
+
+    def stand(self, step: str) -> Any:
+        """Say that a named step is reached and stand still there, loop and all, until told to go on."""
+        self.say("at", step)
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            return self._connection.recv()
+        except (EOFError, ConnectionError):
+            os._exit(0)  # the test is gone
+
+
+Script = Callable[..., Awaitable[None]]
+
+
+def _main(script: Script, connection: Connection, environment: dict[str, str], given: Any) -> None:
+    os.environ.clear()  # the server that this process was forked from has an older one
+    os.environ.update(environment)
+    import structlog
+    import torch
+
+    torch.set_num_threads(1)
+    structlog.configure(processors=[structlog.testing.LogCapture()])
+    pipe = Pipe(connection)
+    arguments, names = given
+    try:
+        asyncio.run(script(pipe, *arguments, **names))  # type: ignore[arg-type]  # any coroutine
+    except BaseException:
+        with contextlib.suppress(OSError):
+            pipe.say("failed", traceback.format_exc())
+        raise
+
+
+class Child:
+    """A process that runs a script, as the test holds it."""
+
+    def __init__(self, process: ForkServerProcess, connection: Connection) -> None:
+        self._process = process
+        self._connection = connection
+        assert process.pid is not None, "started"
+        self.pid = process.pid
+
+    def tell(self, *message: Any) -> None:
+        """Send the child a message."""
+        self._connection.send(message)
+
+    async def hear(self, timeout_s: float = PATIENCE_S) -> Any:
+        """Wait in the loop for the child's next message."""
+        with anyio.fail_after(timeout_s):
+            await anyio.wait_readable(self._connection)
+        return self._receive()
+
+    def hear_now(self, timeout_s: float = PATIENCE_S) -> Any:
+        """Wait for the child's next message while the loop of this process stands still."""
+        assert self._connection.poll(timeout_s), "the child said nothing in time"
+        return self._receive()
+
+    def said(self) -> bool:
+        """Whether there is something to hear, or the child is gone."""
+        return self._connection.poll(0)
+
+    def _receive(self) -> Any:
+        message = self._connection.recv()
+        assert message[0] != "failed", f"the child failed:\n{message[1]}"
+        return message
+
+    async def expect(self, *message: Any) -> None:
+        """Wait for a message, which must be this one."""
+        assert await self.hear() == message
+
+    async def ask(self, *message: Any) -> Any:
+        """Tell and hear the answer."""
+        self.tell(*message)
+        return await self.hear()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal. A process that is stopped is so when this returns."""
+        os.kill(self.pid, number)
+        if number is signal.SIGSTOP:
+            self._until_state("T")
+
+    def _until_state(self, wanted: str) -> None:
+        give_up_s = time.monotonic() + PATIENCE_S
+        while True:
+            with open(f"/proc/{self.pid}/stat") as file:  # noqa: PTH123 - shorter
+                state = file.read().rpartition(") ")[2][0]
+            if state == wanted:
+                return
+            assert time.monotonic() < give_up_s, f"state {state}, not {wanted}"
+            time.sleep(0.001)  # the kernel tells only the parent, which is the server
+
+    def kill(self) -> None:
+        """Kill with SIGKILL; dead when this returns. The loop of this process has not run."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        gone(self.pid)
+
+    async def ends(self) -> None:
+        """Wait in the loop until the process has ended by itself."""
+        with anyio.fail_after(PATIENCE_S):
+            try:
+                pidfd = os.pidfd_open(self.pid)
+            except ProcessLookupError:
+                return
+            try:
+                await anyio.wait_readable(pidfd)
+            finally:
+                os.close(pidfd)
+
+    def close(self) -> None:
+        """Kill it if it lives, and leave nothing of it here. Idempotent."""
+        if self._connection.closed:
+            return
+        self.kill()
+        self._connection.close()
+        self._process.join(PATIENCE_S)
+        self._process.close()
+
+
+Start = Callable[..., Child]
+
+
+def context() -> ForkServerContext:
+    """Return the context of the server; it starts at the first use, `warm_up` does one."""
+    chosen = multiprocessing.get_context("forkserver")
+    chosen.set_forkserver_preload(_PRELOAD)
+    return chosen
+
+
+def warm_up() -> None:
+    """Start the server, whose descriptors this process then keeps to its end."""
+    process = context().Process(target=int)
+    process.start()
+    process.join(2 * PATIENCE_S)
+    process.close()
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[Start]:
+    """Give a function that starts a script in a process of its own; all are killed at the end."""
+    children: list[Child] = []
+
+    def start(script: Script, *arguments: Any, **names: Any) -> Child:
+        here, there = multiprocessing.Pipe()
+        process = context().Process(
+            target=_main, args=(script, there, dict(os.environ), (arguments, names)), daemon=True
+        )
+        process.start()
+        there.close()
+        children.append(Child(process, here))
+        return children[-1]
+
+    try:
+        yield start
+    finally:
+        for child in children:
+            child.close()
