@@ -10,7 +10,7 @@ from typing import Any, Final
 from featcache import events
 from featcache._offload import Offload
 from featcache.core.slots import Slot
-from featcache.core.store import Effect, Expired, Grow, Limits, Recycled, Retired, Store, Woken
+from featcache.core.store import Effect, Expired, Grow, Limits, Retired, Store, Woken
 from featcache.core.waiters import Waiter
 from featcache.errors import CacheClosed
 from featcache.gauge import Gauge
@@ -81,24 +81,29 @@ class Pool:
     def apply(self, effects: Sequence[Effect]) -> None:
         """Carry out what the store decided."""
         for effect in effects:
-            match effect:
-                case Retired(slot):
-                    self.words.live[slot.index] = 0
-                    if slot.due_s > slot.retired_s:
-                        self.recycler.look_at(slot.due_s - slot.retired_s)
-                case Woken(waiter):
-                    self._wake(waiter)
-                case Expired(label, nbytes, age_s, owed_by):
-                    events.emit(
-                        events.RefExpired(
-                            pool=self.name, ref=label, nbytes=nbytes, age_s=age_s, owed_by=owed_by
-                        )
-                    )
-                case Grow(end_bytes):
-                    self._spawn(self._grow(end_bytes))
-                case Recycled():
-                    pass
+            if type(effect) is Retired:
+                slot = effect.slot
+                self.words.live[slot.index] = 0
+                if slot.due_s > slot.retired_s:
+                    self.recycler.look_at(slot.due_s - slot.retired_s)
+            elif type(effect) is Woken:
+                self._wake(effect.waiter)
+            elif type(effect) is Expired:
+                self._report_expiry(effect)
+            elif type(effect) is Grow:
+                self._spawn(self._grow(effect.end_bytes))
         self._observe()
+
+    def _report_expiry(self, expired: Expired) -> None:
+        events.emit(
+            events.RefExpired(
+                pool=self.name,
+                ref=expired.label,
+                nbytes=expired.nbytes,
+                age_s=expired.age_s,
+                owed_by=expired.owed_by,
+            )
+        )
 
     def _wake(self, waiter: Waiter) -> None:
         future = waiter.tag

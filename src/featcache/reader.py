@@ -19,7 +19,7 @@ from featcache._offload import Offload
 from featcache.errors import GetTimeout, MalformedRef, OwnerLost, StaleRef, UnknownPool
 from featcache.memory.pack import Feature, same_layout, unpack
 from featcache.memory.slab import Mapping
-from featcache.memory.words import Header, OwnerWords, SessionWords, fence_full
+from featcache.memory.words import Header, OwnerWords, SessionWords, fence_after_lock
 from featcache.ref import FeatureRef
 
 __all__ = ["Attachment", "Bell", "Borrow", "Pools", "Reader"]
@@ -76,7 +76,7 @@ class Attachment:
                 self._holds[index, generation] = [False]
             else:
                 uses.append(False)
-        fence_full()
+        fence_after_lock()
         if self._live[index] != generation:
             self.end(ref, pays=False)
             raise StaleRef(f"ref {index}:{generation} was recycled, expired or discarded")

@@ -183,6 +183,7 @@ class Agent:
             uses["endpoint"] = lambda: cache.endpoint
             uses["level"] = lambda: cache.pressure.level
         raised = {use: _raised(call) for use, call in uses.items()}
+        gc.collect()
         return raised, kinds_of_descriptors(), mappings()
 
     async def fork_and_leave(self) -> tuple[Any, ...]:

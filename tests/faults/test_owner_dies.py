@@ -4,10 +4,11 @@ import asyncio
 import contextlib
 import gc
 import os
+import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,24 @@ import featcache
 from faults.agents import feature, is_right, mappings, owner, reader
 from faults.checks import Log, events
 from featcache import FeatureClient, FeatureRef, OwnerLost
+from featcache.control import endpoint as endpoints
 from featcache.memory.host import HostMapping
 from featcache.settings import Settings
-from helpers import Child, Start, until
+from helpers import Child, Start, starting, until
 
 SIZE = 128 << 10
 SETTINGS = Settings(capacity=4 * SIZE, initial=4 * SIZE, slots=8)
 AT_ONCE_S = 2.0  # a busy machine included; no timeout of the library is as short
+
+
+@pytest.fixture
+def start(no_leaks: None) -> Iterator[Start]:
+    """As elsewhere; the socket files of the killed are left to the next owner, which comes here."""
+    with starting() as started:
+        yield started
+    sock, path = endpoints.listen(None)
+    sock.close()
+    endpoints.unlink(path)
 
 
 async def opened(start: Start, **given: Any) -> tuple[Child, str]:
@@ -57,8 +69,6 @@ async def lost_at_once(waiting: Awaitable[object]) -> str:
     with pytest.raises(OwnerLost) as caught:
         await asyncio.wait_for(waiting, AT_ONCE_S)
     return str(caught.value)
-
-
 
 
 async def test_killed_idle(start: Start, log: Log) -> None:
@@ -104,9 +114,28 @@ async def test_killed_in_a_clients_borrow(start: Start, log: Log) -> None:
             await lost_at_once(client.get(second))
         assert one.numel() == two.numel() == 0
         assert slabs() == 0
-        assert descriptors() == before
         gc.collect()
+        assert descriptors() == before
         assert mappings() == []
+
+
+@pytest.mark.xfail(strict=True, reason="an attachment that was lost in a borrow is a cycle")
+async def test_what_is_lost_in_a_borrow_waits_for_no_garbage_collector(
+    start: Start, log: Log
+) -> None:
+    child, endpoint = await opened(start)
+    ref = await put(child, 1)
+    gc.disable()
+    try:
+        before = descriptors()
+        async with featcache.connect(endpoint) as client:
+            async with client.borrow(ref):
+                child.kill()
+                await until(lambda: events(log, "owner.lost"), AT_ONCE_S)
+            assert descriptors() == before
+            assert mappings() == []
+    finally:
+        gc.enable()
 
 
 async def test_killed_and_a_client_closed_in_its_borrow(start: Start, log: Log) -> None:
@@ -141,10 +170,11 @@ async def test_killed_under_load(start: Start, log: Log, bound: bool) -> None:
                 assert await other.ask("get", data, seed) == ("right",)
         _, seed, data = await child.hear()
         async with client.borrow(FeatureRef.from_bytes(data)) as view:
-            os.kill(child.pid, 9)  # and go on: it dies while this process reads
+            os.kill(child.pid, signal.SIGKILL)  # and go on: it dies while this process reads
             await until(lambda: events(log, "owner.lost"), AT_ONCE_S)
             assert is_right(view, seed)
         assert slabs() == 0
+        gc.collect()
         assert descriptors() == before
         await lost_at_once(client.get(FeatureRef.from_bytes(data)))
         assert await other.ask("get", data, seed) == ("raised", other_error(bound))
@@ -202,7 +232,9 @@ async def test_killed_while_it_is_asked(start: Start) -> None:
 
 
 @pytest.mark.xfail(
-    strict=True, raises=featcache.AttachRefused, reason="an attach says AttachRefused, not OwnerLost"
+    strict=True,
+    raises=featcache.AttachRefused,
+    reason="an attach says AttachRefused, not OwnerLost",
 )
 @pytest.mark.parametrize("bound", [True, False], ids=["connect", "first get"])
 async def test_killed_while_a_client_attaches(start: Start, bound: bool) -> None:
@@ -309,8 +341,6 @@ async def test_closing_is_not_death(start: Start, log: Log) -> None:
 
 async def test_stopped_owner_is_not_lost(start: Start, log: Log) -> None:
     """An owner that is stopped is silent, not dead: borrows go on, waits wait."""
-    import signal
-
     child, endpoint = await opened(start)
     first, second = await put(child, 1), await put(child, 2)
     async with featcache.connect(endpoint) as client:

@@ -24,6 +24,7 @@ class PressureLevel(enum.StrEnum):
 _RANK = {level: rank for rank, level in enumerate(PressureLevel)}
 _RISES_AT = ((PressureLevel.HIGH, 0.90), (PressureLevel.ELEVATED, 0.75))
 _HYSTERESIS = 0.05
+_ALWAYS_NORMAL = _RISES_AT[-1][1] - _HYSTERESIS
 
 
 @attrs.define
@@ -44,7 +45,10 @@ class PressureGauge:
 
     def observe(self, used_bytes: int, capacity_bytes: int, waiters: int) -> bool:
         """Set the level; return whether it changed."""
-        level = self._level(used_bytes / capacity_bytes, waiters)
+        fraction = used_bytes / capacity_bytes
+        if not waiters and fraction < _ALWAYS_NORMAL and self.level is PressureLevel.NORMAL:
+            return False  # the common case, at every put
+        level = self._level(fraction, waiters)
         changed, self.level = level is not self.level, level
         return changed
 

@@ -19,6 +19,10 @@ class SlotState(enum.IntEnum):
     RETIRING = 3
 
 
+# Members of an enum are slow to look up, and these are looked up at every put.
+_FREE, _RESERVED = SlotState.FREE, SlotState.RESERVED
+
+
 class Slot:
     """One entry of the table. `generation` grows at each `SlotTable.take` and never repeats."""
 
@@ -99,14 +103,14 @@ class SlotTable:
         """Return a slot, RESERVED and of a new generation. The caller has looked at `full`."""
         slot = self._slots[self._free.pop()]
         slot.generation += 1
-        slot.state = SlotState.RESERVED
+        slot.state = _RESERVED
         if slot.index >= self.high:
             self.high = slot.index + 1
         return slot
 
     def give(self, slot: Slot) -> None:
         """Take a slot back; its generation stays, so that old refs never match again."""
-        slot.state = SlotState.FREE
+        slot.state = _FREE
         slot.extent = None
         slot.owers = slot.payers = None
         slot.unpaid = 0
@@ -117,7 +121,7 @@ class SlotTable:
         if not 0 <= index < self.count:
             return None
         slot = self._slots[index]
-        return slot if slot.generation == generation and slot.state is not SlotState.FREE else None
+        return slot if slot.generation == generation and slot.state is not _FREE else None
 
     def in_use(self) -> list[Slot]:
         """Return the slots that are not FREE, by index. For deaths and reports, not for hot paths."""

@@ -8,6 +8,7 @@ carried out, so no other call can come between (httpcore's connection pool is bu
 from collections.abc import Iterable
 
 import attrs
+import msgspec
 
 from featcache.core.allocator import ALIGNMENT_BYTES, OffsetAllocator
 from featcache.core.slots import Slot, SlotState, SlotTable
@@ -31,15 +32,13 @@ class Limits:
     grow_retry_s: float = 1.0
 
 
-@attrs.frozen
-class Retired:
+class Retired(msgspec.Struct, frozen=True, gc=False):
     """The slot may no longer be read: clear its `live` word now, look at its holds from `due_s`."""
 
     slot: Slot
 
 
-@attrs.frozen
-class Recycled:
+class Recycled(msgspec.Struct, frozen=True, gc=False):
     """The extent is free."""
 
     index: int
@@ -47,15 +46,13 @@ class Recycled:
     nbytes: int
 
 
-@attrs.frozen
-class Woken:
+class Woken(msgspec.Struct, frozen=True, gc=False):
     """This waiter was granted its slot; tell it."""
 
     waiter: Waiter
 
 
-@attrs.frozen
-class Expired:
+class Expired(msgspec.Struct, frozen=True, gc=False):
     """The ref outlived its ttl; `Retired` comes with it."""
 
     label: str
@@ -64,12 +61,14 @@ class Expired:
     owed_by: tuple[str, ...] | int
 
 
-@attrs.frozen
-class Grow:
+class Grow(msgspec.Struct, frozen=True, gc=False):
     """The head of the queue needs the slab committed up to `end_bytes`. One is out at a time."""
 
     end_bytes: int
 
+
+# Members of an enum are slow to look up, and these are looked up at every put and payment.
+_RESERVED, _PUBLISHED, _RETIRING = SlotState.RESERVED, SlotState.PUBLISHED, SlotState.RETIRING
 
 Effect = Retired | Recycled | Woken | Expired | Grow
 
@@ -152,16 +151,16 @@ class Store:
 
     def abandon(self, slot: Slot, now_s: float) -> list[Effect]:
         """Take back a RESERVED slot that will not be published. Nobody can have read it."""
-        if slot.state is not SlotState.RESERVED:
+        if slot.state is not _RESERVED:
             raise ValueError(f"slot {slot.label} is {slot.state.name}, not RESERVED")
         self._free(slot)
         return self.serve(now_s)
 
     def publish(self, slot: Slot, now_s: float) -> list[Effect]:
         """Count the slot's bytes as readable, and its age from now."""
-        if slot.state is not SlotState.RESERVED:
+        if slot.state is not _RESERVED:
             raise ValueError(f"slot {slot.label} is {slot.state.name}, not RESERVED")
-        slot.state = SlotState.PUBLISHED
+        slot.state = _PUBLISHED
         slot.born_s = now_s
         self.published[slot.index] = slot
         if slot.ttl_s is not None:
@@ -176,7 +175,7 @@ class Store:
     def find(self, index: int, generation: int) -> Slot:
         """Return the PUBLISHED slot that a ref names, or raise StaleRef."""
         slot = self.table.find(index, generation)
-        if slot is None or slot.state is not SlotState.PUBLISHED:
+        if slot is None or slot.state is not _PUBLISHED:
             raise StaleRef(f"ref {index}:{generation} was recycled, expired or discarded")
         return slot
 
@@ -185,7 +184,7 @@ class Store:
     ) -> list[Effect]:
         """Count one read as paid by `session`. What it does not owe, or paid before, is ignored."""
         slot = self.table.find(index, generation)
-        if slot is None or slot.state is not SlotState.PUBLISHED:
+        if slot is None or slot.state is not _PUBLISHED:
             return []
         if slot.owers is not None:
             if name not in slot.owers:
@@ -204,12 +203,12 @@ class Store:
         """Pay everything that a dead named reader still owes; return how many reads that was."""
         paid, effects = 0, list[Effect]()
         for slot in self.table.in_use():
-            if slot.owers is None or name not in slot.owers or slot.state is SlotState.RETIRING:
+            if slot.owers is None or name not in slot.owers or slot.state is _RETIRING:
                 continue
             slot.owers.remove(name)
             slot.unpaid -= 1
             paid += 1
-            if slot.unpaid == 0 and slot.state is SlotState.PUBLISHED:
+            if slot.unpaid == 0 and slot.state is _PUBLISHED:
                 effects.append(self._retire(slot, now_s))
         return paid, effects
 
@@ -323,7 +322,7 @@ class Store:
         return slot
 
     def _retire(self, slot: Slot, now_s: float, grace_s: float = 0.0) -> Retired:
-        slot.state = SlotState.RETIRING
+        slot.state = _RETIRING
         slot.retired_s = now_s
         slot.due_s = now_s + grace_s
         del self.published[slot.index]

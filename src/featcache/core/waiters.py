@@ -8,15 +8,14 @@ back and serves the next. The handshake is psycopg_pool's idea (its `WaitingClie
 import enum
 from collections import OrderedDict
 
-import attrs
+import msgspec
 
 from featcache.core.slots import Slot
 
 __all__ = ["Request", "WaitQueue", "Waiter", "WaiterState"]
 
 
-@attrs.frozen
-class Request:
+class Request(msgspec.Struct, frozen=True, gc=False):
     """What a put asks for."""
 
     nbytes: int

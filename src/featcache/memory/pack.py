@@ -34,6 +34,24 @@ def _spec(name: str | None, tensor: Any, offset_bytes: int) -> TensorSpec:
     return TensorSpec(name, dtype, tuple(tensor.shape), offset_bytes)
 
 
+_bare_specs: dict[tuple[torch.dtype, torch.Size], tuple[TensorSpec, ...]] = {}
+_MAX_BARE_SPECS: Final = 1024
+
+
+def _bare_spec(tensor: torch.Tensor) -> tuple[TensorSpec, ...]:
+    """Return the spec of a bare tensor; servers put the same few shapes again and again."""
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        return (_spec(None, tensor, 0),)  # which says what is wrong
+    key = (tensor.dtype, tensor.shape)
+    specs = _bare_specs.get(key)
+    if specs is None:
+        specs = (_spec(None, tensor, 0),)
+        if len(_bare_specs) >= _MAX_BARE_SPECS:
+            _bare_specs.clear()
+        _bare_specs[key] = specs
+    return specs
+
+
 def pack(feature: Any, most: int) -> tuple[tuple[TensorSpec, ...], Packed, int]:
     """Return the specs, the tensors beside them, and the bytes of the slot they need.
 
@@ -41,9 +59,13 @@ def pack(feature: Any, most: int) -> tuple[tuple[TensorSpec, ...], Packed, int]:
         SettingsError: neither a dense tensor nor a dict of 1 to `most` of them under str names.
 
     """
+    if isinstance(feature, torch.Tensor):
+        specs = _bare_spec(feature)
+        return specs, ((specs[0], feature),), feature.nbytes
     if not isinstance(feature, Mapping):
-        spec = _spec(None, feature, 0)
-        return (spec,), ((spec, feature),), feature.nbytes
+        raise SettingsError(
+            f"a feature is a torch.Tensor or a dict of them, not {type(feature).__name__}"
+        )
     if not 1 <= len(feature) <= most:
         raise SettingsError(f"a feature packs 1 to {most} tensors, not {len(feature)}")
     parts: list[tuple[TensorSpec, torch.Tensor]] = []

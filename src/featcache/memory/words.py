@@ -26,6 +26,7 @@ __all__ = [
     "Header",
     "OwnerWords",
     "SessionWords",
+    "fence_after_lock",
     "fence_full",
     "fence_stores",
     "memfd",
@@ -99,6 +100,9 @@ def _nothing() -> None:
 
 fence_stores = _nothing if _TSO else _membarrier
 """Between bytes and the word that vouches for them. x86-64 keeps stores in order by itself."""
+
+fence_after_lock = _nothing if _TSO else _membarrier
+"""`fence_full` where a lock was released since the store: on x86-64 that was the barrier."""
 
 fence_full = _lock_as_barrier if _TSO else _membarrier
 """Between a word written and another process's word read: `held`, then `live` (and the converse)."""
