@@ -50,6 +50,7 @@ lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src tests
+	$(BIN)/mypy $(wildcard examples/*.py)
 	@set -e; for example in $(EXAMPLES); do \
 		echo "$(BIN)/mypy $$example"; MYPYPATH="$$example" $(BIN)/mypy "$$example"; done
 

@@ -33,7 +33,7 @@ class Gauge:
         """Follow the store. Cheap when nothing changed: it runs at every put."""
         store = self._store
         used_bytes = store.allocator.used_bytes
-        if self._gauge.observe(used_bytes, store.limits.capacity_bytes, len(store.queue)):
+        if self._gauge.observe(used_bytes, store.limits.capacity_bytes, store.crowded):
             self._wake()
 
     def report(self, now_s: float) -> None:

@@ -375,7 +375,7 @@ async def test_closing_between_the_grant_and_an_inline_copy(no_leaks: None) -> N
     raises=RuntimeError,
     reason="Offload.run after Offload.close: 'cannot schedule new futures after shutdown'",
 )
-async def test_closing_between_the_grant_and_a_copy_in_a_thread(no_leaks: None) -> None:
+async def test_closing_between_the_grant_and_a_copy_in_a_thread() -> None:
     async with pair(inline_bytes=0, **ONE) as (owner, client):
         first = await full(owner)
         with pytest.raises(CacheClosed):

@@ -1,7 +1,9 @@
 """featcache on host memory beside what people use instead, in one run on one machine.
 
     PYTHONPATH=src python tests/bench/host.py --rounds 5 --out result.json
-    python tests/bench/report.py result.json
+    python tests/bench/report.py result.json      # the tables again
+
+The result file is written after every round. The tables are printed at the end.
 
 One owner process and 1 or 4 reader processes; every reader gets every feature. For each system,
 size and number of readers it measures
@@ -42,7 +44,7 @@ if __package__ in (None, ""):
 from bench import machine
 from bench.harness import cell_record, describe, run_cells
 from bench.peers import SYSTEMS, Cell
-from bench.report import FIGURES
+from bench.report import FIGURES, report
 
 UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -98,7 +100,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default=os.environ.get("FEATCACHE_BENCH_VLLM"),
         help="shm_object_storage.py of an unpacked vllm wheel",
     )
-    parser.add_argument("--out", type=Path, help="result file (JSON); else standard output")
+    parser.add_argument("--out", type=Path, help="result file (JSON)")
     return parser.parse_args(argv)
 
 
@@ -134,15 +136,6 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     return result | ({"errors": errors} if errors else {})
 
 
-def write(result: dict[str, Any], seen: dict[Cell, list[dict[str, Any]]], out: Path | None) -> None:
-    result["cells"] = [cell_record(cell) | summary(rounds) for cell, rounds in seen.items()]
-    text = json.dumps(result, indent=1) + "\n"
-    if out is None:
-        print(text, end="")
-    else:
-        out.write_text(text)
-
-
 def main(argv: list[str]) -> int:
     options = parse(argv)
     result: dict[str, Any] = {
@@ -171,10 +164,10 @@ def main(argv: list[str]) -> int:
                     told = f"{said:.0f}/s" if isinstance(said, float) else said
                     where = f"[{time.monotonic() - began:4.0f} s, round {turn + 1}]"
                     print(f"{where} {describe(cell)}: {told}", file=sys.stderr)
+        result["cells"] = [cell_record(cell) | summary(rounds) for cell, rounds in seen.items()]
         if options.out is not None:
-            write(result, seen, options.out)
-    if options.out is None:
-        write(result, seen, None)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(report(result), end="")
     return int(any("error" in outcome for rounds in seen.values() for outcome in rounds))
 
 

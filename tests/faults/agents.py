@@ -33,7 +33,11 @@ READER_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
     "connected": (Link, "greet", BEFORE),  # nothing was said to the owner yet
     "hello": (Channel, "send", AFTER),  # hello is said, no answer was read
     "welcomed": (HostMapping, "attach", BEFORE),  # admitted, nothing mapped (runs in a thread)
-    "holding": (reader_module, "fence_full", BEFORE),  # `held` is written, `live` not looked at
+    "holding": (
+        reader_module,
+        "fence_after_lock",
+        BEFORE,
+    ),  # `held` is written, `live` not looked at
     "held": (HostMapping, "read", BEFORE),  # before it touches a byte
     "copied": (HostMapping, "read", AFTER),  # has the bytes
     "ending": (Attachment, "end", BEFORE),  # before the release

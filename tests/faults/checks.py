@@ -1,6 +1,7 @@
 """What must be so after a fault."""
 
 from collections.abc import MutableMapping
+from pathlib import Path
 from typing import Any
 
 from faults.agents import feature, is_right
@@ -8,6 +9,10 @@ from featcache import FeatureCache
 from featcache.reaper import OWN_SESSION
 
 Log = list[MutableMapping[str, Any]]
+
+
+def exists(path: str) -> bool:
+    return Path(path).exists()
 
 
 def events(log: Log, name: str) -> Log:

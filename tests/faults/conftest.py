@@ -1,5 +1,6 @@
 """Children for the tests of faults, and what must be so after each of them."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -10,8 +11,11 @@ from faults.checks import Log
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _server() -> None:
+def _server() -> Iterator[None]:
     helpers.warm_up()
+    gc.freeze()  # what torch made is not looked at again, twice in each test, for leaks
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 
 import featcache
 from faults.agents import feature, is_right, mappings, reader
-from faults.checks import Log, assert_whole, events
+from faults.checks import Log, assert_whole, events, exists
 from faults.test_owner_dies import AT_ONCE_S, lost_at_once, opened, put, start
 from featcache import FeatureRef
 from featcache.settings import Settings
@@ -85,7 +85,7 @@ async def test_owner_forks(start: Start, leash: Leash) -> None:
             first, second = await put(child, 1), await put(child, 2)
             if not leash.given.closed:
                 leash.let_go()
-        assert Path(endpoint).exists()
+        assert exists(endpoint)
         assert client.statistics().sessions == 1
     child.tell("end")
     await child.ends()
@@ -239,7 +239,7 @@ async def forking_reader(pipe: Any, endpoint: str, data: bytes, leash: Connectio
                 asyncio.run(reading())
                 code = 0
             os._exit(code)
-        _, status = os.waitpid(pid, 0)
+        _, status = os.waitpid(pid, 0)  # noqa: ASYNC222 - its parent is a child too, with no other work
         pipe.say("right" if is_right(await client.get(ref), 1) else "wrong")
     pipe.say("ended", os.waitstatus_to_exitcode(status))
 
@@ -249,11 +249,16 @@ async def test_what_is_inherited_over_exec(start: Start) -> None:
     async with featcache.create(settings=SETTINGS) as cache:
         child = start(reader, cache.endpoint)
         await child.expect("attached")
-        told = subprocess.run(
-            ["/bin/ls", "-l", "/proc/self/fd"], close_fds=False, capture_output=True, check=True
-        ).stdout.decode()
+        told = descriptors_of_a_program()
         assert "/proc/" in told
         assert not [mark for mark in ("featcache", "eventfd", "pidfd", "socket:") if mark in told]
         assert mappings()
         child.kill()
         await until(lambda: cache.statistics().sessions == 0)
+
+
+def descriptors_of_a_program() -> str:
+    """What a program finds open that this process starts, with all that it lets through."""
+    command = ["/bin/ls", "-l", "/proc/self/fd"]
+    done = subprocess.run(command, close_fds=False, capture_output=True, check=True)
+    return done.stdout.decode()

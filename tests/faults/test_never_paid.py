@@ -68,6 +68,7 @@ async def test_expiry_waits_for_a_borrow(start: Start, log: Log, end: str) -> No
             await child.expect("left")
             child.tell("end")
         await until(lambda: cache.statistics().sessions == 0)
+        cache._opened().pool.collect()
         await assert_whole(cache)
 
 

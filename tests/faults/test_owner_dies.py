@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 import featcache
-from faults.agents import feature, is_right, mappings, owner, reader
-from faults.checks import Log, events
+from faults.agents import is_right, mappings, owner, reader
+from faults.checks import Log, events, exists
 from featcache import FeatureClient, FeatureRef, OwnerLost
 from featcache.control import endpoint as endpoints
 from featcache.memory.host import HostMapping
@@ -64,6 +64,12 @@ def descriptors() -> Counter[str]:
     return targets
 
 
+def holds(client: FeatureClient) -> int:
+    """How many refs a client holds."""
+    assert client._handles is not None, "open"
+    return sum(handle.attachment.holds for handle in client._handles.handles)
+
+
 async def lost_at_once(waiting: Awaitable[object]) -> str:
     """A wait that must end with OwnerLost now; return what it says."""
     with pytest.raises(OwnerLost) as caught:
@@ -93,9 +99,9 @@ async def test_killed_idle(start: Start, log: Log) -> None:
                 pass
         now = client.statistics()
         assert (now.sessions, now.capacity_bytes, now.used_bytes) == (0, 0, 0)
-    assert Path(endpoint).exists()  # the dead don't tidy up; the next owner does
+    assert exists(endpoint)  # the dead don't tidy up; the next owner does
     async with featcache.create(settings=SETTINGS):
-        assert not Path(endpoint).exists()
+        assert not exists(endpoint)
 
 
 async def test_killed_in_a_clients_borrow(start: Start, log: Log) -> None:
@@ -112,7 +118,7 @@ async def test_killed_in_a_clients_borrow(start: Start, log: Log) -> None:
             assert slabs() == 1
             assert is_right(one, 1)
             await lost_at_once(client.get(second))
-        assert one.numel() == two.numel() == 0
+        assert not is_right(one, 1), "a view is empty after its borrow"
         assert slabs() == 0
         gc.collect()
         assert descriptors() == before
@@ -210,13 +216,10 @@ async def test_killed_while_bytes_are_awaited(start: Start) -> None:
 
     async with featcache.connect(endpoint) as client:
         waiting = [asyncio.create_task(client.get(ref)), asyncio.create_task(borrowing(client))]
-        attachment = client._handles.handles[0].attachment  # type: ignore[union-attr]
-        await until(lambda: attachment.holds)
+        await until(lambda: holds(client))
         child.kill()
         for task in waiting:
             await lost_at_once(task)
-        assert attachment.holds == 0
-        del attachment
         assert slabs() == 0
 
 
@@ -322,7 +325,7 @@ async def test_a_new_owner_at_the_same_endpoint(start: Start, log: Log, runtime_
             await bound.get(new)
     heir.tell("end")
     await heir.ends()
-    assert not Path(endpoint).exists()
+    assert not exists(endpoint)
 
 
 async def test_closing_is_not_death(start: Start, log: Log) -> None:
@@ -334,7 +337,7 @@ async def test_closing_is_not_death(start: Start, log: Log) -> None:
         await until(lambda: events(log, "owner.lost"), AT_ONCE_S)
         assert events(log, "owner.lost")[0]["reason"] == "it closed the pool"
         await child.ends()
-        assert not Path(endpoint).exists()
+        assert not exists(endpoint)
         assert is_right(view, 1)
         assert "closed the pool" in await lost_at_once(client.get(ref))
 
@@ -366,7 +369,7 @@ async def test_waits_end_soon(start: Start) -> None:
     ref = await put(child, 1)
     async with featcache.connect(endpoint) as client:
         waiting = asyncio.create_task(client.get(ref))
-        await until(lambda: client._handles.handles[0].attachment.holds)  # type: ignore[union-attr]
+        await until(lambda: holds(client))
         child.kill()
         since_s = time.monotonic()
         await lost_at_once(waiting)

@@ -8,7 +8,7 @@ __all__ = ["PressureGauge", "PressureLevel"]
 
 
 class PressureLevel(enum.StrEnum):
-    """``normal`` < ``elevated`` (75 %) < ``high`` (90 %) < ``exhausted`` (a put waits)."""
+    """``normal`` < ``elevated`` (75 %) < ``high`` (90 %) < ``exhausted`` (a put waits for others' bytes)."""
 
     NORMAL = "normal"
     ELEVATED = "elevated"

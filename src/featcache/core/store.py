@@ -113,6 +113,11 @@ class Store:
         growth = self.limits.capacity_bytes - self.allocator.end_bytes
         return max(self.allocator.largest_free_bytes, self.allocator.tail_free_bytes + growth)
 
+    @property
+    def crowded(self) -> int:
+        """Puts that wait for others' bytes: not those that wait for the slab to grow."""
+        return 0 if self._growing else len(self.queue)
+
     def check_size(self, nbytes: int) -> None:
         """Raise FeatureTooLarge for what even an empty pool can't hold."""
         if _up(nbytes, ALIGNMENT_BYTES) > self.limits.capacity_bytes:

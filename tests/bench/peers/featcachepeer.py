@@ -1,6 +1,6 @@
 """featcache: owner and readers are asyncio programs, as a model server is.
 
-The slab has the bytes of the window and no more, so the pool itself bounds what is in flight. Refs
+The slab has the bytes of the window and no more (but 1 MiB at least), so the pool itself bounds what is in flight. Refs
 go as frames (a length and `FeatureRef.to_bytes()`) through asyncio streams over the Unix socket;
 a reader that is behind finds many of them in its stream's buffer and reads them with no system
 call, where the blocking readers of the by-hand peers make one call for each.

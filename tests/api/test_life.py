@@ -1,0 +1,300 @@
+"""Opening, closing, using what is not open, and where an owner listens."""
+
+import asyncio
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from api.support import KIB, filled, pair, small, spent, until
+
+import featcache
+from featcache import (
+    AttachRefused,
+    CacheClosed,
+    FeatureCache,
+    FeatureClient,
+    FeatureRef,
+    OwnerLost,
+    OwnerUnreachable,
+    SettingsError,
+    UnknownPool,
+)
+
+
+@pytest_asyncio.fixture
+async def ref() -> AsyncIterator[FeatureRef]:
+    async with pair() as (owner, _):
+        yield await owner.put(filled(KIB))
+
+
+async def use_owner(cache: FeatureCache, ref: FeatureRef) -> None:
+    value = filled(1)
+    calls: list[Callable[[], Any]] = [
+        lambda: cache.put_nowait(value),
+        lambda: cache.get_nowait(ref),
+        cache.statistics,
+        lambda: cache.endpoint,
+        lambda: cache.pressure.level,
+        lambda: cache.borrow(ref).__enter__(),
+    ]
+    for call in calls:
+        with pytest.raises(CacheClosed):
+            call()
+    awaited: list[Callable[[], Any]] = [
+        lambda: cache.put(value),
+        lambda: cache.get(ref),
+        lambda: cache.release(ref),
+        lambda: cache.discard(ref),
+        lambda: cache.pressure.below("high"),
+        lambda: cache.borrow(ref).__aenter__(),
+    ]
+    for call in awaited:
+        with pytest.raises(CacheClosed):
+            await call()
+
+
+async def use_client(client: FeatureClient, ref: FeatureRef) -> None:
+    calls: list[Callable[[], Any]] = [
+        lambda: client.get_nowait(ref),
+        client.statistics,
+        lambda: client.borrow(ref).__enter__(),
+    ]
+    for call in calls:
+        with pytest.raises(CacheClosed):
+            call()
+    awaited: list[Callable[[], Any]] = [
+        lambda: client.get(ref),
+        lambda: client.release(ref),
+        lambda: client.discard(ref),
+        lambda: client.borrow(ref).__aenter__(),
+    ]
+    for call in awaited:
+        with pytest.raises(CacheClosed):
+            await call()
+
+
+async def test_use_before_opening_and_after_closing(ref: FeatureRef) -> None:
+    owner = featcache.create(settings=small())
+    await use_owner(owner, ref)
+    assert "not opened" in repr(owner)
+    async with owner:
+        assert owner.endpoint in repr(owner)
+        client = featcache.connect(owner.endpoint, name="tp0")
+        await use_client(client, ref)
+        async with client:
+            assert "tp0" in repr(client)
+        await use_client(client, ref)
+    await use_owner(owner, ref)
+    assert "closed" in repr(owner)
+
+
+async def test_a_cache_opens_once_and_closes_as_often_as_one_likes() -> None:
+    owner = featcache.create(settings=small())
+    await owner.aclose()  # not open, which is no error
+    async with owner:
+        with pytest.raises(CacheClosed, match="create another"):
+            await owner.open()
+        client = featcache.connect(owner.endpoint)
+        async with client:
+            with pytest.raises(CacheClosed, match="connect another"):
+                await client.open()
+            await client.aclose()
+            await client.aclose()
+        with pytest.raises(CacheClosed):
+            await client.open()
+        await owner.aclose()
+        await owner.aclose()
+    with pytest.raises(CacheClosed):
+        await owner.open()
+
+
+async def test_nothing_is_left(no_leaks: None) -> None:
+    for _ in range(3):
+        async with pair(inline_bytes=0) as (owner, client), featcache.connect() as other:
+            ref = await owner.put(filled(KIB), readers=3)
+            await client.get(ref)
+            await other.get(ref)
+            async with owner.borrow(ref):
+                pass
+            await spent(owner)
+            await owner.put(filled(KIB))
+
+
+@pytest.mark.parametrize("who", ["owner", "client"])
+async def test_nothing_is_left_if_the_owner_goes_first(who: str, no_leaks: None) -> None:
+    owner = await featcache.create(settings=small()).open()
+    client = await featcache.connect(owner.endpoint).open()
+    ref = await owner.put(filled(KIB))
+    with client.borrow(ref):
+        await (owner if who == "owner" else client).aclose()
+        await asyncio.sleep(0)
+    await (client if who == "owner" else owner).aclose()
+
+
+async def test_a_client_whose_owner_closed() -> None:
+    async with pair() as (owner, client), featcache.connect() as unbound:
+        ref = await owner.put(filled(KIB), readers=3)
+        await unbound.get(ref)
+        await owner.aclose()
+        for call in (client.get, client.release, client.discard):
+            with pytest.raises(OwnerLost):
+                await call(ref)
+        with pytest.raises(OwnerLost):
+            client.get_nowait(ref)
+        await until(lambda: unbound.statistics().sessions == 0)
+        with pytest.raises(OwnerUnreachable):  # it looks for the pool anew: nobody is there
+            await unbound.get(ref)
+
+
+async def test_another_pool_at_the_refs_endpoint(runtime_dir: Path) -> None:
+    endpoint = str(runtime_dir / "same")
+    async with featcache.connect() as client:
+        async with featcache.create(endpoint=endpoint, settings=small()) as owner:
+            ref = await owner.put(filled(KIB))
+        async with featcache.create(endpoint=endpoint, settings=small()) as owner:
+            with pytest.raises(UnknownPool):
+                await client.get(ref)
+            await client.get(await owner.put(filled(KIB)))
+
+
+@pytest.mark.parametrize("turns", range(14))
+@pytest.mark.parametrize("how", ["cancel", "close"])
+async def test_an_attach_that_is_given_up(turns: int, how: str, no_leaks: None) -> None:
+    """Whatever moment it is, no descriptor stays here."""
+    async with pair() as (owner, _), featcache.connect(name="tp0") as client:
+        task = asyncio.create_task(client.get(await owner.put(filled(KIB))))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if how == "cancel":
+            task.cancel()
+        await client.aclose()
+        done, _ = await asyncio.wait([task])
+        (task,) = done
+        if not task.cancelled():
+            assert isinstance(task.exception(), CacheClosed | OwnerLost | AttachRefused | None)
+
+
+@pytest.mark.parametrize("turns", range(14))
+async def test_a_connect_that_is_cancelled_leaves_its_name_free(turns: int) -> None:
+    async with pair() as (owner, _):
+        client = featcache.connect(owner.endpoint, name="tp0")
+        task = asyncio.create_task(client.open())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        await client.aclose()
+        await until(lambda: owner.statistics().sessions == 1, 1.0)
+        async with featcache.connect(owner.endpoint, name="tp0"):
+            pass
+
+
+# --- where an owner listens ----------------------------------------------------------------------
+
+
+async def test_the_socket_is_this_users_alone(runtime_dir: Path) -> None:
+    async with featcache.create(settings=small()) as owner:
+        path = Path(owner.endpoint)
+        assert path.parent == runtime_dir / "featcache"
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert os.listdir(path.parent) == [path.name]  # noqa: PTH208 - names are what is compared
+    assert not path.exists()
+
+
+async def test_an_endpoint_of_ones_own(runtime_dir: Path) -> None:
+    endpoint = str(runtime_dir / ("x" * (106 - len(os.fsencode(runtime_dir)))))
+    assert len(os.fsencode(endpoint)) == 107
+    async with featcache.create(endpoint=endpoint, settings=small()) as owner:
+        assert owner.endpoint == endpoint
+        async with featcache.connect(endpoint) as client:
+            await client.get(await owner.put(filled(1)))
+    assert not Path(endpoint).exists()
+
+
+async def test_an_endpoint_in_use(runtime_dir: Path, no_leaks: None) -> None:
+    endpoint = str(runtime_dir / "taken")
+    async with featcache.create(endpoint=endpoint, settings=small()) as owner:
+        with pytest.raises(SettingsError, match="in use"):
+            async with featcache.create(endpoint=endpoint, settings=small()):
+                pass
+        async with featcache.connect(endpoint) as client:
+            await client.get(await owner.put(filled(1)))
+
+
+async def test_a_stale_socket_is_replaced(runtime_dir: Path) -> None:
+    endpoint = runtime_dir / "stale"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(endpoint))
+    async with (
+        featcache.create(endpoint=str(endpoint), settings=small()) as owner,
+        featcache.connect(str(endpoint)) as client,
+    ):
+        await client.get(await owner.put(filled(1)))
+
+
+async def test_stale_sockets_of_the_default_folder_are_swept(runtime_dir: Path) -> None:
+    folder = runtime_dir / "featcache"
+    folder.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(folder / "1-dead.sock"))
+    (folder / "notes.txt").write_text("kept")
+    (folder / "odd.sock").write_text("kept: no socket")
+    async with featcache.create(settings=small()) as one, featcache.create(settings=small()) as two:
+        found = {path.name for path in folder.iterdir()}
+        expected = {Path(one.endpoint).name, Path(two.endpoint).name, "notes.txt", "odd.sock"}
+        assert found == expected
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "missing folder", "not a folder"])
+async def test_endpoints_that_no_owner_can_have(
+    kind: str, runtime_dir: Path, no_leaks: None
+) -> None:
+    path = runtime_dir / "endpoint"
+    if kind == "file":
+        path.write_text("precious")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        if kind == "not a folder":
+            path.write_text("precious")
+        path /= "below"
+    with pytest.raises(SettingsError, match="endpoint"):
+        async with featcache.create(endpoint=str(path), settings=small()):
+            pass
+    if kind == "file":
+        assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o701])
+async def test_a_folder_that_others_can_enter(mode: int, runtime_dir: Path, no_leaks: None) -> None:
+    folder = runtime_dir / "featcache"
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(SettingsError, match="0700"):
+        async with featcache.create(settings=small()):
+            pass
+
+
+async def test_a_folder_that_is_a_link_or_a_file(runtime_dir: Path, no_leaks: None) -> None:
+    (runtime_dir / "elsewhere").mkdir(mode=0o700)
+    folder = runtime_dir / "featcache"
+    folder.symlink_to(runtime_dir / "elsewhere")
+    with pytest.raises(SettingsError, match="0700"):
+        await featcache.create(settings=small()).open()
+    folder.unlink()
+    folder.write_text("")
+    with pytest.raises(SettingsError, match="XDG_RUNTIME_DIR"):
+        await featcache.create(settings=small()).open()
+
+
+async def test_with_no_runtime_folder(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    monkeypatch.setattr("tempfile.tempdir", str(runtime_dir))
+    async with featcache.create(settings=small()) as owner:
+        assert Path(owner.endpoint).parent == runtime_dir / f"featcache-{os.geteuid()}"

@@ -1,0 +1,192 @@
+"""Settings, the environment, budgets, and the arguments of create and connect."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+
+import featcache
+from featcache import BackendUnavailable, Settings, SettingsError, split_budget
+
+
+def test_the_defaults_are_the_designs() -> None:
+    settings = Settings()
+    assert settings.capacity == 1 << 30
+    assert settings.segment == 64 << 20
+    assert settings.idle == 30
+    assert settings.recycle_interval == 0.05
+    assert (settings.slots, settings.sessions, settings.ttl) == (4096, 64, 300)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("512MiB", 512 << 20),
+        ("512mib", 512 << 20),
+        (" 1.5 GB ", 1_500_000_000),
+        ("4096", 4096),
+        ("4096B", 4096),
+        ("2 KiB", 2048),
+        ("0.5TiB", 1 << 39),
+        (77, 77),
+    ],
+)
+def test_sizes(text: int | str, size: int) -> None:
+    assert Settings(capacity=text).capacity == size
+
+
+@pytest.mark.parametrize(
+    "size", ["", "12 parsecs", "MiB", "-1", "1e9", "0", "0.1", 0, -5, None, 1.5, True, "200TiB", []]
+)
+def test_sizes_that_are_none(size: Any) -> None:
+    with pytest.raises(SettingsError, match="capacity"):
+        Settings(capacity=size)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("capacity", "3MiB", 3 << 20),
+        ("initial", "1MiB", 1 << 20),
+        ("ttl", "none", None),
+        ("ttl", "2.5", 2.5),
+        ("slots", "7", 7),
+        ("prefault", "off", False),
+        ("huge_pages", "YES", True),
+        ("recycle_interval", "0.01", 0.01),
+    ],
+)
+def test_the_environment(
+    name: str, text: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"FEATCACHE_{name.upper()}", text)
+    assert getattr(Settings(), name) == value
+    monkeypatch.setenv(f"FEATCACHE_{name.upper()}", "")
+    assert getattr(Settings(), name) == attrs.fields_dict(Settings)[name].default.factory()
+
+
+def test_what_is_said_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEATCACHE_SLOTS", "7")
+    assert Settings(slots=9).slots == 9
+
+
+@pytest.mark.parametrize("name", [field.name for field in attrs.fields(Settings)])
+def test_nonsense_is_refused_by_the_name_of_its_field(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong: Any
+    for wrong in ("nonsense", [], -1, float("nan")):
+        with pytest.raises(SettingsError, match=name):
+            Settings(**{name: wrong})
+    monkeypatch.setenv(f"FEATCACHE_{name.upper()}", "nonsense")
+    with pytest.raises(SettingsError, match=name):
+        Settings()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"slots": 0},
+        {"slots": 1 << 21},
+        {"slots": 1.0},
+        {"slots": True},
+        {"sessions": 0},
+        {"waiters": -1},
+        {"readers": 0},
+        {"tensors": 5000},
+        {"ttl": 0},
+        {"recycle_interval": 0},
+        {"attach_timeout": 0},
+        {"message_bytes": 1},
+        {"segment": 4095},
+    ],
+    ids=str,
+)
+def test_bounds(change: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(change))):
+        Settings(**change)
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        Settings().slots = 3  # type: ignore[misc]  # that it can't be set is the point
+    with pytest.raises(TypeError):
+        Settings(speed=3)  # type: ignore[call-arg]
+
+
+# --- budgets -------------------------------------------------------------------------------------
+
+
+def test_a_budget_is_never_exceeded() -> None:
+    for total in (1 << 30, 1_000_000_007):
+        for workers in (1, 2, 3, 7):
+            share = split_budget(total, workers, floor=1)
+            assert share * workers <= total < (share + 1) * workers
+    assert split_budget("1GiB", 4) == 256 << 20
+    assert split_budget("1GiB", 8) == 128 << 20
+
+
+def test_a_share_under_the_floor_names_how_many_fit() -> None:
+    with pytest.raises(SettingsError, match="carries 8 workers"):
+        split_budget("1GiB", 9)
+    with pytest.raises(SettingsError, match="carries 3 workers"):
+        split_budget("100MiB", 4, floor="30MiB")
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1.5, True, None, "2"])
+def test_workers_that_are_none(workers: Any) -> None:
+    with pytest.raises(SettingsError, match="workers"):
+        split_budget("1GiB", workers)
+
+
+def test_budgets_that_are_none() -> None:
+    with pytest.raises(SettingsError, match="total"):
+        split_budget("much", 2)
+    with pytest.raises(SettingsError, match="floor"):
+        split_budget("1GiB", 2, floor="low")
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+BAD: list[dict[str, Any]] = [
+    {"device": "no such"},
+    {"device": "meta"},
+    {"device": []},
+    {"name": ""},
+    {"name": "n" * 257},
+    {"name": 3},
+    {"endpoint": ""},
+    {"endpoint": "/" + 107 * "x"},
+    {"endpoint": "/" + 54 * "é"},
+    {"endpoint": "/tmp/a\0b"},
+    {"endpoint": b"/tmp/socket"},
+    {"endpoint": 3},
+    {"settings": {}},
+    {"settings": 3},
+]
+
+
+@pytest.mark.parametrize("arguments", BAD, ids=str)
+def test_arguments_that_make_no_sense(arguments: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(arguments))):
+        featcache.create(**arguments)
+    with pytest.raises(SettingsError, match=next(iter(arguments))):
+        featcache.connect(**arguments)
+
+
+def test_what_is_not_built_or_not_there() -> None:
+    with pytest.raises(BackendUnavailable):
+        featcache.create(spill="1GiB")
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendUnavailable):
+            featcache.create(device="cuda:0")
+        with pytest.raises(BackendUnavailable):
+            featcache.connect(device="cuda:0")
+
+
+def test_an_endpoint_may_be_a_path(runtime_dir: Path) -> None:
+    featcache.connect(runtime_dir / "socket")  # type: ignore[arg-type]  # harmless, so not refused
+    featcache.create(endpoint=os.fspath(runtime_dir / "socket"))
