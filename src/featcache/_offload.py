@@ -38,6 +38,13 @@ class Offload:
                 future.add_done_callback(lambda done: _settle(done, late))
             raise
 
+    def spawn(self, work: Callable[[], object]) -> None:
+        """Have `work` done in a thread some time soon, or here if the threads are gone."""
+        try:
+            self._executor.submit(work)
+        except RuntimeError:
+            work()
+
     def close(self) -> None:
         """Let the threads end when what they do is done."""
         self._executor.shutdown(wait=False)

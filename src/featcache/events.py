@@ -163,6 +163,8 @@ class PeerRefused(Event):
     severity: ClassVar[Severity] = "warning"
     reason: str
     pid: int
+    unlogged: int
+    """Refusals since the last such event that were not logged."""
 
 
 @attrs.frozen(kw_only=True)
@@ -175,6 +177,8 @@ class RefExpired(Event):
     nbytes: int
     age_s: float
     owed_by: tuple[str, ...] | int
+    unlogged: int
+    """Expiries since the last such event that were not logged."""
 
 
 @attrs.frozen(kw_only=True)
@@ -219,19 +223,24 @@ class OwnerGone(Event):
 
 
 class Throttle:
-    """Lets one event of a busy kind through an interval, and counts the others."""
+    """Lets `burst` events of a busy kind through in an interval, and counts the others."""
 
-    def __init__(self, interval_s: float) -> None:
+    def __init__(self, interval_s: float, *, burst: int = 1) -> None:
         self._interval_s = interval_s
+        self._burst = burst
+        self._left = 0
         self._next_s = float("-inf")
         self._held_back = 0
 
     def pass_(self, now_s: float) -> int | None:
         """Return how many were held back since the last that passed, or None to hold this one."""
-        if now_s < self._next_s:
+        if now_s >= self._next_s:
+            self._next_s = now_s + self._interval_s
+            self._left = self._burst
+        if not self._left:
             self._held_back += 1
             return None
-        self._next_s = now_s + self._interval_s
+        self._left -= 1
         held_back, self._held_back = self._held_back, 0
         return held_back
 

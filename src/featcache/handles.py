@@ -35,10 +35,11 @@ _CONTROL_DESCRIPTORS = 3  # the owner's words, the session's page, the eventfd
 class Handle:
     """One attached pool: the mapped side and the link that keeps its session alive."""
 
-    def __init__(self, attachment: Attachment, link: Link, bell: Bell) -> None:
+    def __init__(self, attachment: Attachment, link: Link, bell: Bell, offload: Offload) -> None:
         self.attachment = attachment
         self.link = link
         self._bell = bell
+        self._offload = offload
 
     async def close(self) -> None:
         """Say goodbye, once nothing is held any more; until then the session stays."""
@@ -48,7 +49,9 @@ class Handle:
             self.attachment.when_idle(lambda: loop.call_soon_threadsafe(self._finish_late))
             return
         await self.link.goodbye()
-        self._let_go()
+        self._bell.close()
+        mapping = self.attachment.mapping
+        await self._offload.run(mapping.close, mapping.close)
 
     def lose(self, reason: str) -> None:
         """Refuse new reads; what is held stays mapped until it is let go."""
@@ -61,12 +64,15 @@ class Handle:
 
     def _let_go(self) -> None:
         self._bell.close()
-        self.attachment.mapping.close()
+        # Unmapping a large slab takes milliseconds: not in the loop.
+        self._offload.spawn(self.attachment.mapping.close)
 
     def forget(self) -> None:
         """Drop descriptors and mappings in a forked child."""
         self.link.forget()
-        self._let_go()
+        self.attachment.forget()
+        self._bell.close()
+        self.attachment.mapping.close()
 
 
 class HandleCache:
@@ -150,13 +156,17 @@ class HandleCache:
         try:
             handle = await self._map(link, welcome, fds)
         except BaseException:
-            link.close()
+            link.say_goodbye()
             raise
         finally:
             close_all(fds)
         if self._closed or link.lost is not None:
             await handle.close()
             raise CacheClosed("the client was closed") if self._closed else OwnerLost(link.lost)
+        known = self._handles.get(welcome.pool_id)
+        if known is not None:  # reached by another spelling of its endpoint
+            await handle.close()
+            return known
         self._handles[welcome.pool_id] = handle
         link.on_lost = lambda reason: self._on_lost(welcome.pool_id, reason)
         return handle
@@ -171,7 +181,7 @@ class HandleCache:
         mapping = await self._offload.run(_mapper(welcome, slab_fds), lambda: None)
         bell = Bell(fds.pop(2))
         attachment = Attachment(welcome.pool_id, words, page, mapping, bell.ring)
-        return Handle(attachment, link, bell)
+        return Handle(attachment, link, bell, self._offload)
 
     async def _make_place(self) -> None:
         """Close the least recently attached pool that nobody reads, when the bound is reached."""

@@ -43,6 +43,12 @@ class OwnPool:
         self._bell = Bell(os.dup(pool.recycler.eventfd))
         return Attachment(pool.pool_id, pool.words, page.words, pool.slab, self._bell.ring)
 
+    def forget(self) -> None:
+        """Cut a forked child off."""
+        if self._attachment is not None:
+            self._attachment.forget()
+        self.close()
+
     def close(self) -> None:
         """Read no more."""
         if self._attachment is not None:

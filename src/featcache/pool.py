@@ -49,6 +49,7 @@ class Pool:
         self.reads_paid = 0
         self.put_bytes = 0
         """Bytes asked for since the last look at what was released."""
+        self._expiries = events.Throttle(settings.log_interval, burst=16)
         self._waiting = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.words.header[Header.CAPACITY] = limits.capacity_bytes
@@ -95,15 +96,18 @@ class Pool:
         self._observe()
 
     def _report_expiry(self, expired: Expired) -> None:
-        events.emit(
-            events.RefExpired(
-                pool=self.name,
-                ref=expired.label,
-                nbytes=expired.nbytes,
-                age_s=expired.age_s,
-                owed_by=expired.owed_by,
+        unlogged = self._expiries.pass_(_now())
+        if unlogged is not None:
+            events.emit(
+                events.RefExpired(
+                    pool=self.name,
+                    ref=expired.label,
+                    nbytes=expired.nbytes,
+                    age_s=expired.age_s,
+                    owed_by=expired.owed_by,
+                    unlogged=unlogged,
+                )
             )
-        )
 
     def _wake(self, waiter: Waiter) -> None:
         future = waiter.tag
@@ -125,6 +129,7 @@ class Pool:
         now_s = _now()
         self.put_bytes = 0
         high = self.store.table.high
+        fence_full()  # after `waiting` was set, before the released words are looked at
         effects: list[Effect] = []
         pay = self.store.pay
         for page in self.pages.values():
@@ -156,8 +161,9 @@ class Pool:
         self.collect()
         if self.store.queue:
             self.apply(self.store.serve(now_s))  # a growth that failed may be tried again
+        old_end_bytes = self.store.committed_bytes
         if (end_bytes := self.store.shrink(now_s)) is not None:
-            self._spawn(self._shrink(end_bytes))
+            self._spawn(self._shrink(end_bytes, old_end_bytes))
         self._observe()
         self.gauge.report(now_s)
         self._publish_gauges()
@@ -216,9 +222,7 @@ class Pool:
             )
         )
 
-    async def _shrink(self, end_bytes: int) -> None:
-        old_end_bytes = self.words.header[Header.COMMITTED]
-        self.words.header[Header.COMMITTED] = end_bytes
+    async def _shrink(self, end_bytes: int, old_end_bytes: int) -> None:
         slab = self.slab
         try:
             await self.offload.run(lambda: slab.decommit(end_bytes, old_end_bytes), lambda: None)
@@ -235,25 +239,34 @@ class Pool:
 
     # --- the end --------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Fail who waits, and let go of everything. What a thread still copies keeps the slab."""
+    def stop(self) -> None:
+        """Take no more puts, and fail who waits."""
         self.closed = True
         error = CacheClosed("the cache was closed")
         while (waiter := self.store.queue.head) is not None:
             self.store.queue.drop(waiter)
             self._fail(waiter, error)
         self.gauge.close(error)
-        for task in self._tasks:
-            task.cancel()
+
+    async def drain(self) -> None:
+        """Wait for commits that are under way: a thread has the slab's descriptor in its hands."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def close(self) -> None:
+        """Let go of everything but the slab. What a thread still copies keeps the mapping."""
+        self.stop()
         self.recycler.close()
         for page in self.pages.values():
             page.close()
         self.pages.clear()
         os.close(self.words_fd)
-        self.slab.close()
 
     def forget(self) -> None:
-        """Drop descriptors and mappings in a forked child; the parent's pool is not touched."""
+        """Drop descriptors and mappings in a forked child; the parent's pool is not touched.
+
+        The words go by hand: the child's copy of the loop keeps this object.
+        """
+        del self.words
         self.closed = True
         self.recycler.forget()
         for page in self.pages.values():

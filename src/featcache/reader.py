@@ -70,6 +70,8 @@ class Attachment:
         with self._lock:
             if self._released[index] == generation:
                 raise StaleRef(f"ref {index}:{generation} was paid by this session already")
+            if self._live[index] != generation:  # never touch the hold of the slot's next tenant
+                raise StaleRef(f"ref {index}:{generation} was recycled, expired or discarded")
             uses = self._holds.get((index, generation))
             if uses is None:
                 self._held[index] = generation
@@ -99,7 +101,9 @@ class Attachment:
                 self.mapping.signal(self._released, index, generation)
             elif self._held[index] == generation:
                 self._held[index] = 0
-            idle = self._on_idle if not self._holds else None
+            idle = None
+            if not self._holds:
+                idle, self._on_idle = self._on_idle, None
         if self.header[Header.WAITING]:
             self._ring()
         if idle is not None:
@@ -128,6 +132,16 @@ class Attachment:
                 self._on_idle = call
                 return
         call()
+
+    def forget(self) -> None:
+        """Cut a forked child off: what it still ends changes nothing that its parent wrote."""
+        self.lost = "this process was forked from the one that attached the pool"
+        self._lock = threading.Lock()  # another thread of the parent may have held it
+        self.header = memoryview(bytes(8 * len(self.header))).cast("Q")
+        self._held, self._released = (
+            memoryview(bytearray(8 * self._slots)).cast("Q") for _ in range(2)
+        )
+        self._live = self._published = self._offset = self._nbytes = self._held
 
     @property
     def holds(self) -> int:
@@ -191,11 +205,13 @@ class Reader:
                 feature = _copy(attachment, ref, device, out)
             else:
                 holder = attachment
+                targets = _targets(attachment, ref, device, out)
                 handed_over = True
-                feature = await self._offload.run(
-                    lambda: _copy(holder, ref, device, out), lambda: holder.end(ref, pays=False)
+                await self._offload.run(
+                    lambda: _fill(holder, ref, targets), lambda: holder.end(ref, pays=False)
                 )
                 handed_over = False
+                feature = unpack(ref.specs, targets) if out is None else out
             pays = True
         except Exception:
             handed_over = False  # the copy itself failed: nobody else ends this use
@@ -272,17 +288,35 @@ class Reader:
             raise
 
 
+def _targets(
+    attachment: Attachment, ref: FeatureRef, device: torch.device | None, out: Feature | None
+) -> list[torch.Tensor]:
+    """Return the tensors to copy into, one for each spec."""
+    if out is not None:
+        return same_layout(ref.specs, out)
+    empty = attachment.mapping.empty
+    return [empty(spec, device) for spec in ref.specs]
+
+
+def _fill(attachment: Attachment, ref: FeatureRef, targets: list[torch.Tensor]) -> None:
+    read, offset_bytes = attachment.mapping.read, ref.offset_bytes
+    for spec, target in zip(ref.specs, targets, strict=True):
+        read(offset_bytes, spec, target)
+
+
 def _copy(
     attachment: Attachment, ref: FeatureRef, device: torch.device | None, out: Feature | None
 ) -> Feature:
-    mapping, offset_bytes, specs = attachment.mapping, ref.offset_bytes, ref.specs
-    if out is not None:
-        for spec, target in zip(specs, same_layout(specs, out), strict=True):
-            mapping.read(offset_bytes, spec, target, device)
-        return out
-    if specs[0].name is None:
-        return mapping.read(offset_bytes, specs[0], None, device)
-    return unpack(specs, [mapping.read(offset_bytes, spec, None, device) for spec in specs])
+    """Copy here and now."""
+    specs = ref.specs
+    if out is None and len(specs) == 1 and specs[0].name is None:  # what most features are
+        mapping = attachment.mapping
+        tensor = mapping.empty(specs[0], device)
+        mapping.read(ref.offset_bytes, specs[0], tensor)
+        return tensor
+    targets = _targets(attachment, ref, device, out)
+    _fill(attachment, ref, targets)
+    return unpack(specs, targets) if out is None else out
 
 
 class Borrow:

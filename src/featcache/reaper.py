@@ -7,6 +7,7 @@ from featcache.control.messages import VERSION, Welcome
 from featcache.control.peers import own_pidfd
 from featcache.control.server import Session
 from featcache.core.store import Effect
+from featcache.errors import AttachRefused
 from featcache.memory.words import SessionWords
 from featcache.page import Page
 from featcache.pool import Pool
@@ -21,8 +22,9 @@ _now = time.monotonic
 class Reaper:
     """Admits sessions to a pool, folds what they paid when they end, pays for those that died."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, own_name: str | None) -> None:
         self._pool = pool
+        self._own_name = own_name
         self._pidfd = own_pidfd()
         self.readers_lost = 0
         self.discarded = 0
@@ -35,6 +37,8 @@ class Reaper:
     def admit(self, session: Session) -> tuple[Welcome, list[int]]:
         """Make a session's page; return the welcome and the descriptors that go with it."""
         pool = self._pool
+        if session.name is not None and session.name == self._own_name:
+            raise AttachRefused(f"the owner itself is named {session.name!r}")
         page = self.open_page(session.number, session.name)
         limits = pool.store.limits
         welcome = Welcome(

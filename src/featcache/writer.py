@@ -147,6 +147,8 @@ class Writer:
         granted = False
         try:
             self._pool.apply(effects)
+            # Readers know now that they must ring; what they released before is looked for here.
+            self._pool.collect()
             with anyio.fail_after(timeout_s):
                 await future
             granted = True

@@ -5,14 +5,24 @@ from typing import Any
 
 import pytest
 import torch
-from api.support import KIB, MIB, Gate, filled, pair, slab_allocated, small, spent, tensor, until
 from structlog.testing import capture_logs
 
 import featcache
-from featcache import BackendUnavailable, FeatureTooLarge, PoolFull, SettingsError
+from api.support import KIB, MIB, Gate, filled, pair, slab_allocated, small, spent, tensor, until
+from featcache import BackendUnavailable, FeatureCache, FeatureTooLarge, PoolFull, SettingsError
 from featcache.memory.host import HostSlab
 
 SEGMENT = 64 * KIB
+
+
+async def recycled(owner: FeatureCache, count: int) -> None:
+    await until(lambda: owner.statistics().recycled >= count)
+
+
+async def committed(owner: FeatureCache, nbytes: int) -> None:
+    """Return when the slab has shrunk or grown to this, for the system too."""
+    await until(lambda: owner.statistics().committed_bytes == nbytes)
+    await until(lambda: slab_allocated() == nbytes, 2.0)
 
 
 def names(logs: Any) -> list[str]:
@@ -72,7 +82,7 @@ async def test_the_tail_stays_while_something_is_in_it() -> None:
         for _ in range(10):  # ten looks of the recycler, each counted by what it recycles
             before = owner.statistics().recycled
             await client.release(await owner.put(filled(1)))
-            await until(lambda before=before: owner.statistics().recycled > before)
+            await recycled(owner, before + 1)
         assert owner.statistics().committed_bytes == committed
         assert torch.equal(tensor(await client.get(late)), filled(SEGMENT, 2))
         await until(lambda: owner.statistics().committed_bytes == SEGMENT)
@@ -105,8 +115,7 @@ async def test_initial_is_there_from_the_beginning_and_stays() -> None:
             assert owner.statistics().committed_bytes == expected
             assert slab_allocated() == expected
             await owner.get(await owner.put(filled(MIB)))
-            await until(lambda expected=expected: owner.statistics().committed_bytes == expected)
-            await until(lambda expected=expected: slab_allocated() == expected, 2.0)
+            await committed(owner, expected)
 
 
 async def test_the_arguments_of_create_win_over_settings() -> None:

@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import pytest_asyncio
-from api.support import KIB, filled, pair, small, spent, until
 
 import featcache
+from api.support import KIB, descriptors, filled, pair, small, spent, until
 from featcache import (
     AttachRefused,
     CacheClosed,
@@ -141,12 +142,12 @@ async def test_a_client_whose_owner_closed() -> None:
         ref = await owner.put(filled(KIB), readers=3)
         await unbound.get(ref)
         await owner.aclose()
+        await until(lambda: client.statistics().sessions == unbound.statistics().sessions == 0)
         for call in (client.get, client.release, client.discard):
             with pytest.raises(OwnerLost):
                 await call(ref)
         with pytest.raises(OwnerLost):
             client.get_nowait(ref)
-        await until(lambda: unbound.statistics().sessions == 0)
         with pytest.raises(OwnerUnreachable):  # it looks for the pool anew: nobody is there
             await unbound.get(ref)
 
@@ -162,36 +163,84 @@ async def test_another_pool_at_the_refs_endpoint(runtime_dir: Path) -> None:
             await client.get(await owner.put(filled(KIB)))
 
 
-@pytest.mark.parametrize("turns", range(14))
+async def give_up(client: FeatureClient, attach: "asyncio.Task[Any]", turns: int, how: str) -> None:
+    """Give an attach up after so many turns of the loop."""
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    if how == "cancel":
+        attach.cancel()
+    await client.aclose()
+    await asyncio.wait([attach])
+    if not attach.cancelled():
+        error = attach.exception()
+        assert isinstance(error, CacheClosed | OwnerLost | AttachRefused | None)
+
+
 @pytest.mark.parametrize("how", ["cancel", "close"])
-async def test_an_attach_that_is_given_up(turns: int, how: str, no_leaks: None) -> None:
-    """Whatever moment it is, no descriptor stays here."""
-    async with pair() as (owner, _), featcache.connect(name="tp0") as client:
-        task = asyncio.create_task(client.get(await owner.put(filled(KIB))))
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        if how == "cancel":
-            task.cancel()
-        await client.aclose()
-        done, _ = await asyncio.wait([task])
-        (task,) = done
-        if not task.cancelled():
-            assert isinstance(task.exception(), CacheClosed | OwnerLost | AttachRefused | None)
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="Link.greet cancelled between the welcome's arrival and its own turn: the welcome's "
+    "descriptors stay in the future and are never closed",
+)
+async def test_an_attach_that_is_given_up_leaks_nothing(how: str) -> None:
+    leaks = {}
+    for turns in range(20):
+        before = descriptors()
+        async with pair() as (owner, _):
+            client = await featcache.connect(name="tp0").open()
+            ref = await owner.put(filled(KIB))
+            await give_up(client, asyncio.create_task(client.get(ref)), turns, how)
+            del client
+        if leaked := descriptors() - before:
+            leaks[turns] = leaked
+    assert leaks == {}
 
 
-@pytest.mark.parametrize("turns", range(14))
-async def test_a_connect_that_is_cancelled_leaves_its_name_free(turns: int) -> None:
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="a cancelled dial closes its socket without a goodbye: the owner quarantines the "
+    "session, page and name included, for as long as this process lives",
+)
+async def test_a_connect_that_is_cancelled_leaves_no_session() -> None:
+    left = {}
+    for turns in range(20):
+        async with pair() as (owner, _):
+            client = featcache.connect(owner.endpoint, name="tp0")
+            await give_up(client, asyncio.create_task(client.open()), turns, "cancel")
+            # A session that came after is seen by the owner after all that went before.
+            async with featcache.connect(owner.endpoint) as last:
+                await last.release(await owner.put(filled(1)))
+                await spent(owner)
+            if (sessions := owner.statistics().sessions) != 1:
+                left[turns] = sessions
+    assert left == {}
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="HandleCache._attach replaces the handle of a pool that it reached by another spelling "
+    "of its endpoint; the first is never closed and its session never ends",
+)
+async def test_a_pool_that_is_reached_by_two_spellings_of_its_endpoint() -> None:
+    before = descriptors()
     async with pair() as (owner, _):
-        client = featcache.connect(owner.endpoint, name="tp0")
-        task = asyncio.create_task(client.open())
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        task.cancel()
-        await asyncio.wait([task])
-        await client.aclose()
-        await until(lambda: owner.statistics().sessions == 1, 1.0)
-        async with featcache.connect(owner.endpoint, name="tp0"):
-            pass
+        async with featcache.connect() as client:
+            ref = await owner.put(filled(KIB))
+            await client.get(ref)
+            path = Path(owner.endpoint)
+            crooked = f"{path.parent}/./{path.name}"
+            forged = msgspec.structs.replace(ref, endpoint=crooked, pool_id=bytes(16))
+            with pytest.raises(UnknownPool):
+                await client.get(FeatureRef.from_bytes(forged.to_bytes()))
+            await client.get(await owner.put(filled(KIB)))
+        await spent(owner)
+        sessions = owner.statistics().sessions
+    del client
+    assert sessions == 1
+    assert descriptors() == before
 
 
 # --- where an owner listens ----------------------------------------------------------------------
@@ -251,7 +300,22 @@ async def test_stale_sockets_of_the_default_folder_are_swept(runtime_dir: Path) 
         assert found == expected
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "missing folder", "not a folder"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "file",
+        "folder",
+        "missing folder",
+        pytest.param(
+            "not a folder",
+            marks=pytest.mark.xfail(
+                strict=True,
+                raises=NotADirectoryError,
+                reason="endpoint.unlink lets NotADirectoryError through",
+            ),
+        ),
+    ],
+)
 async def test_endpoints_that_no_owner_can_have(
     kind: str, runtime_dir: Path, no_leaks: None
 ) -> None:

@@ -2,12 +2,13 @@
 
 import ctypes
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import pytest_asyncio
 import torch
-from api.support import Feature, filled, pair, raw, spent, tensor, tensors
 
+from api.support import Feature, filled, pair, raw, spent, tensor, tensors
 from featcache import (
     BackendUnavailable,
     FeatureCache,
@@ -39,7 +40,7 @@ def pattern(dtype: torch.dtype, count: int) -> torch.Tensor:
 @pytest_asyncio.fixture(params=["inline", "thread"])
 async def both(request: pytest.FixtureRequest) -> AsyncIterator[Pair]:
     """An owner and a client whose copies run in the loop, or all in threads."""
-    changes = {"inline_bytes": 0} if request.param == "thread" else {}
+    changes: dict[str, Any] = {"inline_bytes": 0} if request.param == "thread" else {}
     async with pair(**changes) as made:
         yield made
 
@@ -85,7 +86,7 @@ async def test_quantized_dtypes_are_refused(dtype: torch.dtype) -> None:
     except RuntimeError as error:  # the packed ones have no tensor of their own here
         pytest.skip(f"torch can't make one: {error}")
     async with pair() as (owner, _):
-        with pytest.raises(SettingsError, match="quint|qint"):
+        with pytest.raises(SettingsError, match=r"quint|qint"):
             await owner.put(value)
         await spent(owner)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from api.support import KIB, Gate, filled, pair, small, spent, steps, tensor, until
 
 import featcache
+from api.support import KIB, Gate, filled, pair, small, spent, steps, tensor, until
 from featcache import (
     AttachRefused,
     CacheClosed,
@@ -61,14 +61,16 @@ async def test_a_session_pays_once() -> None:
 
 
 async def test_names_owe_a_read_each() -> None:
-    async with pair(name="tp0") as (owner, tp0):
-        async with featcache.connect(owner.endpoint, name="tp1") as tp1:
-            ref = await owner.put(filled(KIB, 3), readers=["tp0", "tp1"])
-            await tp0.get(ref)
-            await until(lambda: owner.statistics().reads_paid == 1)
-            assert owner.statistics().slots_used == 1
-            await tp1.release(ref)
-            await spent(owner)
+    async with (
+        pair(name="tp0") as (owner, tp0),
+        featcache.connect(owner.endpoint, name="tp1") as tp1,
+    ):
+        ref = await owner.put(filled(KIB, 3), readers=["tp0", "tp1"])
+        await tp0.get(ref)
+        await until(lambda: owner.statistics().reads_paid == 1)
+        assert owner.statistics().slots_used == 1
+        await tp1.release(ref)
+        await spent(owner)
 
 
 async def test_who_is_not_named_reads_but_does_not_pay() -> None:
@@ -268,7 +270,7 @@ async def test_discard_waits_for_who_is_reading() -> None:
 @pytest.mark.parametrize("by", ["put", "settings"])
 async def test_a_ref_expires(by: str) -> None:
     async with pair(ttl=0.03 if by == "settings" else None) as (owner, client):
-        ref = await owner.put(filled(KIB), **({"ttl": 0.03} if by == "put" else {}))
+        ref = await owner.put(filled(KIB), ttl=0.03 if by == "put" else ...)
         lasting = await owner.put(filled(KIB, 2), ttl=None)
         await until(lambda: owner.statistics().expired == 1)
         await until(lambda: owner.statistics().slots_used == 1)

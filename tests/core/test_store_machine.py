@@ -101,7 +101,7 @@ class StoreMachine(RuleBasedStateMachine):
         segment=st.integers(1, 10),
         initial=st.integers(0, 24),
         slots=st.integers(1, 8),
-        waiters=st.integers(0, 6),
+        waiters=st.sampled_from([6, 4, 2, 1, 0]),
         grace_s=st.sampled_from([0.0, 0.5]),
         idle_s=st.sampled_from([0.0, 2.0]),
     )
@@ -264,6 +264,12 @@ class StoreMachine(RuleBasedStateMachine):
             self.waited += 1
             self.follow(effects)
 
+    @rule(share=st.integers(1, 2), behind=requests)
+    def wait_for_much(self, share: int, behind: Request) -> None:
+        """A head that seldom fits, and one behind it that often would."""
+        self.wait(Request(self.limits.capacity_bytes // share, 1, None))
+        self.wait(behind)
+
     @precondition(lambda self: self.granted)
     @rule(data=st.data())
     def accept(self, data: st.DataObject) -> None:
@@ -282,6 +288,14 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
         waiter = data.draw(st.sampled_from(self.waiting + self.granted))
+        self.leave_one(waiter)
+
+    @precondition(lambda self: self.waiting)
+    @rule()
+    def leave_the_head(self) -> None:
+        self.leave_one(self.waiting[0])
+
+    def leave_one(self, waiter: Waiter) -> None:
         if waiter in self.granted:
             self.granted.remove(waiter)
             assert waiter.slot is not None

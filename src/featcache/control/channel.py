@@ -42,7 +42,8 @@ class Channel:
 
     `on_message` is called for each frame with its payload and its descriptors, which it then owns.
     `on_lost` is called once, when the peer is gone (None) or misbehaved (the error), never after
-    `close`. Both run in the loop and must not block.
+    `close`; of a `ProtocolError` it is told before the channel closes. Both run in the loop and must
+    not block.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Channel:
         self._descriptors: deque[int] = deque()
         self._outgoing: deque[tuple[bytes, Sequence[int]]] = deque()
         self.closed = False
+        self._losing = False
         self._loop.add_reader(self._fd, self._readable)
 
     # --- sending --------------------------------------------------------------------------------
@@ -135,14 +137,15 @@ class Channel:
         if flags & socket.MSG_CTRUNC or len(self._descriptors) > 2 * MAX_DESCRIPTORS:
             self._lose(ProtocolError("more descriptors than a message may carry"))
         elif not data:
-            self._lose(None)
+            cut = ProtocolError("the peer hung up in the middle of a message")
+            self._lose(cut if self._incoming else None)
         else:
             self._incoming += data
             self._take_frames()
 
     def _take_frames(self) -> None:
         try:
-            while not self.closed and (frame := self._next_frame()) is not None:
+            while not (self.closed or self._losing) and (frame := self._next_frame()) is not None:
                 self._on_message(*frame)
         except ProtocolError as error:
             self._lose(error)
@@ -175,7 +178,13 @@ class Channel:
     # --- the end --------------------------------------------------------------------------------
 
     def _lose(self, error: Exception | None) -> None:
-        if not self.closed:
+        if self.closed or self._losing:
+            return
+        self._losing = True
+        if isinstance(error, ProtocolError):
+            self._on_lost(error)  # while a last word, that says what was wrong, can still be sent
+            self.close()
+        else:
             self.close()
             self._on_lost(error)
 

@@ -46,7 +46,8 @@ class Link:
         self.lost: str | None = None
         """Why the owner is gone, once it is."""
         self.on_lost: Callable[[str], None] | None = None
-        self._welcome: asyncio.Future[tuple[Welcome, list[int]]] = self._loop.create_future()
+        self._welcome: asyncio.Future[Welcome] = self._loop.create_future()
+        self._welcome_fds: list[int] = []  # this link's to close until `greet` hands them on
         self._farewell: asyncio.Future[None] = self._loop.create_future()
         self._requests: dict[int, asyncio.Future[None]] = {}
         self._numbers = 0
@@ -62,16 +63,13 @@ class Link:
             self._channel.send(encode(Hello(VERSION, name, device)), [pidfd])
         finally:
             os.close(pidfd)
-        welcome, fds = await self._welcome
-        try:
-            if welcome.version != VERSION:
-                raise AttachRefused(f"the owner speaks version {welcome.version}, not {VERSION}")
-            if not fds:
-                raise AttachRefused("the owner's welcome came without descriptors")
-            self._watch = PidWatch(fds.pop(0), lambda: self._lose("its process died"))
-        except BaseException:
-            close_all(fds)
-            raise
+        welcome = await self._welcome
+        if welcome.version != VERSION:
+            raise AttachRefused(f"the owner speaks version {welcome.version}, not {VERSION}")
+        if not self._welcome_fds:
+            raise AttachRefused("the owner's welcome came without descriptors")
+        self._watch = PidWatch(self._welcome_fds.pop(0), lambda: self._lose("its process died"))
+        fds, self._welcome_fds = self._welcome_fds, []
         return welcome, fds
 
     async def discard(self, slot: int, generation: int) -> None:
@@ -108,6 +106,7 @@ class Link:
         self._channel.close()
         if self._watch is not None:
             self._watch.close()
+        self._close_welcome()
         self._settle("the session was closed")
 
     def forget(self) -> None:
@@ -115,6 +114,11 @@ class Link:
         self._channel.forget()
         if self._watch is not None:
             self._watch.forget()
+        self._close_welcome()
+
+    def _close_welcome(self) -> None:
+        close_all(self._welcome_fds)
+        self._welcome_fds = []
 
     # --- what comes in --------------------------------------------------------------------------
 
@@ -122,8 +126,8 @@ class Link:
         try:
             message = decode_from_owner(payload)
             if isinstance(message, Welcome) and not self._welcome.done():
-                self._welcome.set_result((message, fds))
-                fds = []
+                self._welcome.set_result(message)
+                self._welcome_fds, fds = fds, []
             elif isinstance(message, Refused) and not self._welcome.done():
                 self._welcome.set_exception(AttachRefused(f"refused: {message.reason}"))
             elif isinstance(message, Reply):
@@ -148,11 +152,13 @@ class Link:
         future.set_exception((kind or FeatcacheError)(reply.text))
 
     def _on_channel_lost(self, error: Exception | None) -> None:
-        self._lose("its socket closed" if error is None else str(error))
+        self._lose("its socket closed" if error is None else str(error), error)
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, reason: str, error: Exception | None = None) -> None:
         if self.lost is not None:
             return
+        if isinstance(error, ProtocolError) and not self._welcome.done():
+            self._welcome.set_exception(AttachRefused(f"{self.endpoint}: {error}"))
         self.lost = f"the owner at {self.endpoint} is gone: {reason}"
         self.close()
         if self.on_lost is not None:
@@ -162,7 +168,8 @@ class Link:
         """Let nobody wait for an answer that can't come."""
         lost = self.lost or reason
         if not self._welcome.done():
-            self._welcome.set_exception(AttachRefused(lost))
+            refused = AttachRefused if self.lost is None else OwnerUnreachable
+            self._welcome.set_exception(refused(lost))
             self._welcome.exception()  # counted as seen: nobody may be waiting
         self._resolve(self._farewell)
         for future in self._requests.values():
@@ -201,7 +208,9 @@ async def dial(
             try:
                 welcome, fds = await link.greet(name, device)
             except BaseException:
-                link.close()
+                # The owner may have let us in already: without a goodbye it would wait for this
+                # process to die before it gave the name and the place to another.
+                link.say_goodbye()
                 raise
     except TimeoutError:
         raise AttachRefused(

@@ -96,7 +96,7 @@ def listen(endpoint: str | None) -> tuple[socket.socket, str]:
 
 def unlink(path: str) -> None:
     """Remove a socket file if it is still there."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         Path(path).unlink()
 
 

@@ -91,6 +91,7 @@ class Server:
         self._greeting: set[Session] = set()
         self.sessions: dict[int, Session] = {}
         """ACTIVE and QUARANTINED sessions by number."""
+        self._refusals = events.Throttle(settings.log_interval, burst=16)
         self._accept_retry: asyncio.TimerHandle | None = None
         self._loop.add_reader(sock.fileno(), self._accept)
 
@@ -195,7 +196,13 @@ class Server:
         self._end(session)
 
     def _report_refusal(self, session: Session, reason: str) -> None:
-        events.emit(events.PeerRefused(pool=self._host.pool_name, reason=reason, pid=session.pid))
+        unlogged = self._refusals.pass_(self._loop.time())
+        if unlogged is not None:
+            events.emit(
+                events.PeerRefused(
+                    pool=self._host.pool_name, reason=reason, pid=session.pid, unlogged=unlogged
+                )
+            )
 
     # --- requests -------------------------------------------------------------------------------
 
@@ -222,7 +229,7 @@ class Server:
         reason = "its socket closed" if error is None else str(error)
         if session.state is SessionState.GREETING:
             if error is not None:  # who only looks whether somebody listens is no event
-                self._report_refusal(session, reason)
+                self._turn_away(session, reason)
             self._end(session)
         elif session.state is SessionState.ACTIVE:
             assert session.watch is not None, "an active session has its watch"

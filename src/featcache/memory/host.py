@@ -44,6 +44,10 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy between tensors of one dtype and shape, at least one of which is no plain memory."""
+    if target.is_conj() or target.is_neg():
+        target.copy_(source)  # only this kind of dtype can be so, and torch can copy it
+        return
     source = source.detach().resolve_conj().resolve_neg()
     _bits(target).copy_(_bits(source))
 
@@ -101,24 +105,17 @@ class HostMapping:
         flat = torch.frombuffer(mapping, dtype=dtype, count=count, offset=at_bytes)
         return flat if len(shape) == 1 else flat.view(shape)
 
-    def read(
-        self,
-        offset_bytes: int,
-        spec: TensorSpec,
-        out: torch.Tensor | None,
-        device: torch.device | None,
-    ) -> torch.Tensor:
-        """Return a copy of the slab's bytes, in `out` or new; the bytes are there on return."""
-        if out is None and device is not None and device.type != "cpu":
-            return self.view(offset_bytes, spec).to(device)
-        if out is None:
-            out = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=_CPU)
-        elif not _plain(out):
+    def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
+        """Return a new tensor to read into."""
+        return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device or _CPU)
+
+    def read(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor) -> None:
+        """Copy the slab's bytes into `out`; they are there on return."""
+        if not _plain(out):
             _copy(out, self.view(offset_bytes, spec))
-            return out
+            return
         region = self._open()  # kept for the length of the copy
         _memmove(out.data_ptr(), region[1] + offset_bytes + spec.offset_bytes, out.nbytes)
-        return out
 
     def signal(self, words: memoryview, index: int, value: int) -> None:
         """Store the word after the bytes. Host copies are done when they return, so: now."""

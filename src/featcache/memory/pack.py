@@ -22,6 +22,10 @@ DTYPES: Final[dict[str, torch.dtype]] = {
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_nested
+
+
 def _spec(name: str | None, tensor: Any, offset_bytes: int) -> TensorSpec:
     if not isinstance(tensor, torch.Tensor):
         where = "a feature" if name is None else f"feature[{name!r}]"
@@ -29,8 +33,10 @@ def _spec(name: str | None, tensor: Any, offset_bytes: int) -> TensorSpec:
     dtype = _NAMES.get(tensor.dtype)
     if dtype is None:
         raise SettingsError(f"tensors of {tensor.dtype} can't be shared: put their integers")
-    if tensor.layout is not torch.strided or tensor.is_meta:
-        raise SettingsError("only dense tensors with bytes can be shared, not sparse or meta ones")
+    if not _is_dense(tensor):
+        raise SettingsError(
+            "only dense tensors with bytes can be shared, not sparse, nested or meta ones"
+        )
     return TensorSpec(name, dtype, tuple(tensor.shape), offset_bytes)
 
 
@@ -40,7 +46,7 @@ _MAX_BARE_SPECS: Final = 1024
 
 def _bare_spec(tensor: torch.Tensor) -> tuple[TensorSpec, ...]:
     """Return the spec of a bare tensor; servers put the same few shapes again and again."""
-    if tensor.layout is not torch.strided or tensor.is_meta:
+    if not _is_dense(tensor):
         return (_spec(None, tensor, 0),)  # which says what is wrong
     key = (tensor.dtype, tensor.shape)
     specs = _bare_specs.get(key)
@@ -104,7 +110,13 @@ def same_layout(specs: tuple[TensorSpec, ...], out: Any) -> list[torch.Tensor]:
         if (
             not isinstance(tensor, torch.Tensor)
             or tensor.dtype is not dtype
+            or not _is_dense(tensor)
             or tuple(tensor.shape) != spec.shape
         ):
             raise SettingsError(f"out must be a tensor of {spec.dtype} and shape {spec.shape}")
+        if any(
+            stride == 0 and size > 1
+            for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        ):
+            raise SettingsError("out must have memory for each element: it is an expanded view")
     return tensors

@@ -25,14 +25,15 @@ class Mapping(Protocol):
     def view(self, offset_bytes: int, spec: TensorSpec) -> torch.Tensor:
         """Return a tensor over the slab's own bytes: no copy. Writing to it is not allowed."""
 
-    def read(
-        self,
-        offset_bytes: int,
-        spec: TensorSpec,
-        out: torch.Tensor | None,
-        device: torch.device | None,
-    ) -> torch.Tensor:
-        """Return a copy: in `out` if given, else new, contiguous, on `device` or the mapping's own."""
+    def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
+        """Return a new tensor for `read`, contiguous, on `device` or the mapping's own.
+
+        Separate from `read` because memory is best had in the thread that will let it go: malloc
+        gives a thread's large blocks back to the system, and faults them in again, each time.
+        """
+
+    def read(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor) -> None:
+        """Copy the slab's bytes into a tensor of the spec's dtype and shape."""
 
     @property
     def deferred(self) -> bool:

@@ -1,9 +1,9 @@
 """featcache: owner and readers are asyncio programs, as a model server is.
 
-The slab has the bytes of the window and no more (but 1 MiB at least), so the pool itself bounds what is in flight. Refs
-go as frames (a length and `FeatureRef.to_bytes()`) through asyncio streams over the Unix socket;
-a reader that is behind finds many of them in its stream's buffer and reads them with no system
-call, where the blocking readers of the by-hand peers make one call for each.
+The slab has the bytes of the window and no more (but 1 MiB at least), so the pool itself bounds what
+is in flight. Refs go as frames (a length and `FeatureRef.to_bytes()`) through asyncio streams over
+the Unix socket; a reader that is behind finds many of them in its stream's buffer and reads them
+with no system call, where the blocking readers of the by-hand peers make one call for each.
 
 - `get`: `await put`, `await get`: a copy that the reader owns.
 - `borrow`: `await put`, `async with borrow`: a view in the slab.

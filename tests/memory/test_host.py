@@ -1,0 +1,167 @@
+"""The host slab: memory that comes and goes, and readers that can't write."""
+
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from featcache.errors import AttachRefused, CacheClosed
+from featcache.memory.host import HostMapping, HostSlab
+from featcache.memory.pack import pack
+from featcache.ref import TensorSpec
+
+KIB = 1 << 10
+CAPACITY = 1 << 20
+
+
+@pytest.fixture
+def slab() -> Iterator[HostSlab]:
+    made = HostSlab(CAPACITY, huge_pages=False)
+    yield made
+    made.close()
+
+
+def allocated(slab: HostSlab) -> int:
+    (fd,) = slab.descriptors()
+    return os.fstat(fd).st_blocks * 512
+
+
+def write(slab: HostSlab, offset: int, value: torch.Tensor) -> TensorSpec:
+    specs, parts, _ = pack(value, 1)
+    slab.write(offset, parts)
+    return specs[0]
+
+
+def copied(mapping: HostMapping, offset: int, spec: TensorSpec) -> torch.Tensor:
+    out = mapping.empty(spec, None)
+    mapping.read(offset, spec, out)
+    return out
+
+
+@pytest.mark.parametrize("prefault", [True, False])
+def test_memory_comes_and_goes(slab: HostSlab, prefault: bool) -> None:
+    assert allocated(slab) == 0
+    slab.commit(0, 256 * KIB, prefault=prefault)
+    assert allocated(slab) == 256 * KIB
+    slab.commit(256 * KIB, CAPACITY, prefault=prefault)
+    assert allocated(slab) == CAPACITY
+    slab.decommit(512 * KIB, CAPACITY)
+    assert allocated(slab) == 512 * KIB
+    slab.decommit(0, 512 * KIB)
+    assert allocated(slab) == 0
+
+
+def test_what_was_given_back_comes_again_as_zeros(slab: HostSlab) -> None:
+    slab.commit(0, CAPACITY, prefault=False)
+    kept = write(slab, 0, torch.full((4096,), 5, dtype=torch.uint8))
+    spec = write(slab, 4096, torch.full((8192,), 7, dtype=torch.uint8))
+    slab.decommit(4096, CAPACITY)
+    assert allocated(slab) == 4096
+    slab.commit(4096, CAPACITY, prefault=True)
+    assert copied(slab, 4096, spec).sum() == 0
+    assert copied(slab, 0, kept).sum() == 5 * 4096
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.ENOMEM])
+def test_memory_that_is_not_there(
+    slab: HostSlab, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slab.commit(0, 64 * KIB, prefault=False)
+
+    def half(fd: int, offset: int, size: int) -> None:
+        real(fd, offset, size // 2)
+        raise OSError(code, os.strerror(code))
+
+    real = os.posix_fallocate
+    monkeypatch.setattr(os, "posix_fallocate", half)
+    with pytest.raises(MemoryError, match=os.strerror(code)):
+        slab.commit(64 * KIB, CAPACITY, prefault=False)
+    assert allocated(slab) == 64 * KIB  # nothing changed
+
+
+def test_a_kernel_that_does_not_know_populate(
+    slab: HostSlab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featcache.memory.host._MADV_POPULATE_WRITE", 9999)
+    slab.commit(0, 64 * KIB, prefault=True)
+    assert allocated(slab) == 64 * KIB
+
+
+def test_readers_see_the_bytes_and_can_not_write_them(slab: HostSlab) -> None:
+    slab.commit(0, CAPACITY, prefault=True)
+    value = torch.arange(1000, dtype=torch.int32)
+    spec = write(slab, 512, value)
+    (fd,) = slab.descriptors()
+    with pytest.raises(PermissionError):
+        mmap.mmap(fd, CAPACITY, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.pwrite(fd, b"x", 512)
+    with pytest.raises(OSError, match="Invalid argument"):
+        os.ftruncate(fd, 0)
+    reader = HostMapping.attach(fd, CAPACITY, CAPACITY)
+    assert torch.equal(reader.view(512, spec), value)
+    assert torch.equal(copied(reader, 512, spec), value)
+    slab.write(512, ((spec, -value),))
+    assert torch.equal(reader.view(512, spec), -value)
+
+
+@pytest.mark.parametrize("size", [0, 4096, CAPACITY - 4096, 2 * CAPACITY])
+def test_a_slab_of_another_size_is_refused(slab: HostSlab, size: int) -> None:
+    (fd,) = slab.descriptors()
+    with pytest.raises(AttachRefused, match="bytes where"):
+        HostMapping.attach(fd, size, 0)
+
+
+def test_views_keep_a_closed_mapping_alive(no_leaks: None) -> None:
+    slab = HostSlab(CAPACITY, huge_pages=False)
+    slab.commit(0, CAPACITY, prefault=True)
+    spec = write(slab, 0, torch.full((4096,), 5, dtype=torch.uint8))
+    reader = HostMapping.attach(slab.descriptors()[0], CAPACITY, CAPACITY)
+    view = reader.view(0, spec)
+    reader.close()
+    slab.close()
+    slab.close()
+    assert view.sum() == 5 * 4096
+    for mapping in (reader, slab):
+        with pytest.raises(CacheClosed):
+            mapping.view(0, spec)
+        with pytest.raises(CacheClosed):
+            copied(mapping, 0, spec)
+    with pytest.raises(CacheClosed):
+        slab.write(0, ((spec, view),))
+
+
+def test_signals(slab: HostSlab) -> None:
+    words = memoryview(bytearray(64)).cast("Q")
+    slab.signal(words, 3, 1 << 62)
+    assert words.tolist() == [0, 0, 0, 1 << 62, 0, 0, 0, 0]
+    assert not slab.deferred
+
+
+def test_neighbours_are_not_touched(slab: HostSlab) -> None:
+    slab.commit(0, CAPACITY, prefault=False)
+    everything = TensorSpec(None, "uint8", (CAPACITY,), 0)
+    slab.view(0, everything).fill_(0xEE)
+    for value in (torch.zeros(100), torch.zeros(10, 20).T, torch.zeros(3, dtype=torch.uint8)):
+        spec = write(slab, 4096, value)
+        whole = slab.view(0, everything)
+        assert (whole[:4096] == 0xEE).all()
+        assert (whole[4096 : 4096 + spec.nbytes] == 0).all()
+        assert (whole[4096 + spec.nbytes :] == 0xEE).all()
+        whole.fill_(0xEE)
+
+
+def test_nothing_is_left_of_a_slab_that_could_not_be_made(
+    no_leaks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> int:
+        raise FileNotFoundError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(RuntimeError, match="/proc"):
+            HostSlab(CAPACITY)
