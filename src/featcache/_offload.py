@@ -5,6 +5,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from featcache.errors import CacheClosed
+
 __all__ = ["Offload"]
 
 T = TypeVar("T")
@@ -26,9 +28,16 @@ class Offload:
 
         If the caller is cancelled it goes on at once, and `late` is called in the loop when the
         work, which can't be stopped, is done.
+
+        Raises:
+            CacheClosed: the threads are gone.
+
         """
         loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(self._executor, work)
+        try:
+            future = loop.run_in_executor(self._executor, work)
+        except RuntimeError:  # what an executor says that was shut down
+            raise CacheClosed("the cache was closed") from None
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:

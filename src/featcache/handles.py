@@ -45,7 +45,7 @@ class Handle:
         """Say goodbye, once nothing is held any more; until then the session stays."""
         if self.attachment.holds:
             loop = asyncio.get_running_loop()
-            self.attachment.lost = "this client was closed"
+            self.attachment.refuse(CacheClosed("this client was closed"))
             self.attachment.when_idle(lambda: loop.call_soon_threadsafe(self._finish_late))
             return
         await self.link.goodbye()
@@ -55,7 +55,7 @@ class Handle:
 
     def lose(self, reason: str) -> None:
         """Refuse new reads; what is held stays mapped until it is let go."""
-        self.attachment.lost = reason
+        self.attachment.refuse(OwnerLost(reason))
         self.attachment.when_idle(self._let_go)
 
     def _finish_late(self) -> None:
@@ -103,6 +103,8 @@ class HandleCache:
         handle = self._handles.get(ref.pool_id)
         if handle is not None:
             return handle.attachment
+        if self._closed:
+            raise CacheClosed("this client was closed, or is another process's")
         if self._bound is not None:
             if self._lost is not None:
                 raise OwnerLost(self._lost)

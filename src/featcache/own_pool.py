@@ -2,7 +2,7 @@
 
 import os
 
-from featcache.errors import UnknownPool
+from featcache.errors import CacheClosed, UnknownPool
 from featcache.pool import Pool
 from featcache.reader import Attachment, Bell
 from featcache.reaper import OWN_SESSION, Reaper
@@ -52,6 +52,6 @@ class OwnPool:
     def close(self) -> None:
         """Read no more."""
         if self._attachment is not None:
-            self._attachment.lost = "the cache was closed"
+            self._attachment.refuse(CacheClosed("the cache was closed"))
         if self._bell is not None:
             self._bell.close()

@@ -16,7 +16,14 @@ import anyio
 import torch
 
 from featcache._offload import Offload
-from featcache.errors import GetTimeout, MalformedRef, OwnerLost, StaleRef, UnknownPool
+from featcache.errors import (
+    CacheClosed,
+    FeatcacheError,
+    GetTimeout,
+    MalformedRef,
+    StaleRef,
+    UnknownPool,
+)
 from featcache.memory.pack import Feature, same_layout, unpack
 from featcache.memory.slab import Mapping
 from featcache.memory.words import Header, OwnerWords, SessionWords, fence_after_lock
@@ -42,7 +49,7 @@ class Attachment:
         self.pool_id = pool_id
         self.mapping = mapping
         self.header = words.header
-        self.lost: str | None = None
+        self._gone: FeatcacheError | None = None
         self._live, self._published = words.live, words.published
         self._offset, self._nbytes = words.offset, words.nbytes
         self._held, self._released = page.held, page.released
@@ -60,11 +67,12 @@ class Attachment:
             StaleRef: recycled, expired, discarded, or paid by this session before.
             MalformedRef: the ref's extent is not the one that the owner gave this slot.
             OwnerLost: the owner is gone.
+            CacheClosed: this client or cache was closed, or is another process's.
 
         """
         index, generation = ref.slot, ref.generation
-        if self.lost is not None:
-            raise OwnerLost(self.lost)
+        if self._gone is not None:
+            raise type(self._gone)(*self._gone.args)
         if index >= self._slots:
             raise MalformedRef(f"slot {index} of a pool with {self._slots} slots")
         with self._lock:
@@ -118,12 +126,16 @@ class Attachment:
         """Wait on the host until the bytes of a held ref are there."""
         delay_s = _FIRST_WAIT_S
         while self._published[ref.slot] != ref.generation:
-            if self.lost is not None:
-                raise OwnerLost(self.lost)
+            if self._gone is not None:
+                raise type(self._gone)(*self._gone.args)
             if self._live[ref.slot] != ref.generation:
                 raise StaleRef(f"ref {ref.slot}:{ref.generation} was discarded before it came")
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, _LONGEST_WAIT_S)
+
+    def refuse(self, error: FeatcacheError) -> None:
+        """Let no new read begin: each raises this. Reads that have begun may end."""
+        self._gone = error
 
     def when_idle(self, call: Callable[[], object]) -> None:
         """Call once nothing is held: now, or when the last use ends (maybe in another thread)."""
@@ -135,7 +147,7 @@ class Attachment:
 
     def forget(self) -> None:
         """Cut a forked child off: what it still ends changes nothing that its parent wrote."""
-        self.lost = "this process was forked from the one that attached the pool"
+        self.refuse(CacheClosed("this process was forked from the one that attached the pool"))
         self._lock = threading.Lock()  # another thread of the parent may have held it
         self.header = memoryview(bytes(8 * len(self.header))).cast("Q")
         self._held, self._released = (

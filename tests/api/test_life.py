@@ -246,14 +246,19 @@ async def test_a_pool_that_is_reached_by_two_spellings_of_its_endpoint() -> None
 # --- where an owner listens ----------------------------------------------------------------------
 
 
+def modes(folder: Path) -> dict[str, int]:
+    """The mode of a folder, under no name, and of all that is in it."""
+    found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    return {"": stat.S_IMODE(folder.stat().st_mode)} | found
+
+
 async def test_the_socket_is_this_users_alone(runtime_dir: Path) -> None:
+    folder = runtime_dir / "featcache"
     async with featcache.create(settings=small()) as owner:
         path = Path(owner.endpoint)
-        assert path.parent == runtime_dir / "featcache"
-        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        assert os.listdir(path.parent) == [path.name]  # noqa: PTH208 - names are what is compared
-    assert not path.exists()
+        assert path.parent == folder
+        assert modes(folder) == {"": 0o700, path.name: 0o600}
+    assert modes(folder) == {"": 0o700}
 
 
 async def test_an_endpoint_of_ones_own(runtime_dir: Path) -> None:
@@ -263,7 +268,7 @@ async def test_an_endpoint_of_ones_own(runtime_dir: Path) -> None:
         assert owner.endpoint == endpoint
         async with featcache.connect(endpoint) as client:
             await client.get(await owner.put(filled(1)))
-    assert not Path(endpoint).exists()
+    assert modes(runtime_dir) == {"": 0o700}
 
 
 async def test_an_endpoint_in_use(runtime_dir: Path, no_leaks: None) -> None:

@@ -377,7 +377,7 @@ async def test_closing_between_a_grant_and_its_copy(inline_bytes: int) -> None:
         put = Cancellable("native", owner, 1)
         await queued(owner, 1)
         await client.release(first)
-        while owner.statistics().waiters:
+        while owner.statistics().waiters:  # noqa: ASYNC110 - to the very turn, and no further
             await asyncio.sleep(0)
         await owner.aclose()  # the put was granted its room, and has not run since
         await put.wait()

