@@ -305,22 +305,7 @@ async def test_stale_sockets_of_the_default_folder_are_swept(runtime_dir: Path) 
         assert found == expected
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "file",
-        "folder",
-        "missing folder",
-        pytest.param(
-            "not a folder",
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=NotADirectoryError,
-                reason="endpoint.unlink lets NotADirectoryError through",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("kind", ["file", "folder", "missing folder", "not a folder"])
 async def test_endpoints_that_no_owner_can_have(
     kind: str, runtime_dir: Path, no_leaks: None
 ) -> None:

@@ -105,7 +105,6 @@ async def test_a_name_is_one_sessions() -> None:
             pass
 
 
-@pytest.mark.xfail(strict=True, reason="Server._check does not know the owner's own name")
 async def test_the_owners_name_is_taken_too() -> None:
     async with featcache.create(name="me", settings=small()) as owner:
         with pytest.raises(AttachRefused):
@@ -205,11 +204,6 @@ async def test_a_client_that_closes_in_a_borrow_leaves_when_it_ends() -> None:
         await until(lambda: owner.statistics().sessions == 0)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Attachment.begin writes `held` of a slot that the session holds for another "
-    "generation: a stale get takes the hold of an open borrow away",
-)
 @pytest.mark.parametrize("call", ["get", "release"])
 async def test_a_stale_ref_does_not_end_the_hold_of_its_slots_next_tenant(call: str) -> None:
     async with pair(slots=1) as (owner, client):

@@ -358,19 +358,7 @@ async def test_closing_wakes_who_waits() -> None:
                 await task
 
 
-@pytest.mark.parametrize(
-    "inline_bytes",
-    [
-        CAPACITY,
-        pytest.param(
-            0,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="Offload.run after close: 'cannot schedule new futures after shutdown'",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("inline_bytes", [0, CAPACITY])
 async def test_closing_between_a_grant_and_its_copy(inline_bytes: int) -> None:
     async with pair(inline_bytes=inline_bytes, **ONE) as (owner, client):
         first = await full(owner)

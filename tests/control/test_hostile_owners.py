@@ -146,7 +146,7 @@ HOSTILE: dict[str, tuple[Act, str]] = {
         "no sense",
     ),
     "refusal": (answers(frame(encode(Refused("not today")))), "not today"),
-    "farewell": (answers(frame(encode(Farewell()))), "gone|unexpected|no sense"),
+    "farewell": (answers(frame(encode(Farewell()))), "did not answer within"),
     "closing": (answers(frame(encode(Closing()))), "closed the pool"),
     "another version": (welcomes(version=VERSION + 1), f"version {VERSION + 1}"),
     "short pool id": (welcomes(pool_id=b"short"), "no sense"),

@@ -175,6 +175,13 @@ def test_other_memory_is_refused(attach: Callable[[int, int], object], size_byte
         os.close(fd)
 
 
+def test_nothing_is_left(no_leaks: None) -> None:
+    for kind in (OwnerWords, SessionWords):
+        _, fd = kind.create(SLOTS)
+        kind.attach(fd, SLOTS)
+        os.close(fd)
+
+
 ONE_SLOT = [
     pytest.param(SessionWords, OwnerWords, id="a page as words"),
     pytest.param(
@@ -200,13 +207,6 @@ def test_each_others_blocks_are_refused(
         with pytest.raises(AttachRefused):
             meant.attach(fd, 1)
     finally:
-        os.close(fd)
-
-
-def test_nothing_is_left(no_leaks: None) -> None:
-    for kind in (OwnerWords, SessionWords):
-        _, fd = kind.create(SLOTS)
-        kind.attach(fd, SLOTS)
         os.close(fd)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from featcache.errors import AttachRefused, BackendUnavailable, CacheClosed
-from featcache.memory.pack import DTYPES
+from featcache.memory.pack import DTYPES, contiguous_strides
 from featcache.memory.words import fence_stores, memfd
 from featcache.ref import TensorSpec
 
@@ -69,6 +69,7 @@ class HostMapping:
     def __init__(self, mapping: mmap.mmap) -> None:
         address = np.frombuffer(mapping, dtype=np.uint8).ctypes.data
         # Both at once: a copy in a thread holds the mapping it began with while another closes it.
+        self._wholes: dict[str, torch.Tensor] = {}
         self._region: tuple[mmap.mmap, int] | None = (mapping, address)
         with warnings.catch_warnings():
             # torch says once per process that a read-only buffer is not writable; that is the point.
@@ -96,14 +97,22 @@ class HostMapping:
 
     def view(self, offset_bytes: int, spec: TensorSpec) -> torch.Tensor:
         """Return a tensor over the slab's bytes."""
-        dtype, shape = DTYPES[spec.dtype], spec.shape
-        count = spec.nbytes // dtype.itemsize
-        if count == 0:
-            return torch.empty(shape, dtype=dtype, device=_CPU)
+        # One tensor a dtype over the whole slab: a view of it is had in half the time of a new one
+        # from the buffer, and keeps the mapping alive as well.
+        whole = self._wholes.get(spec.dtype)
+        if whole is None:
+            whole = self._whole(spec.dtype)
         at_bytes = offset_bytes + spec.offset_bytes
+        shape = spec.shape
+        return whole.as_strided(shape, contiguous_strides(shape), at_bytes // whole.itemsize)
+
+    def _whole(self, dtype: str) -> torch.Tensor:
         mapping, _ = self._open()
-        flat = torch.frombuffer(mapping, dtype=dtype, count=count, offset=at_bytes)
-        return flat if len(shape) == 1 else flat.view(shape)
+        whole = torch.frombuffer(
+            mapping, dtype=DTYPES[dtype], count=len(mapping) // DTYPES[dtype].itemsize
+        )
+        self._wholes[dtype] = whole
+        return whole
 
     def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
         """Return a new tensor to read into."""
@@ -125,6 +134,7 @@ class HostMapping:
     def close(self) -> None:
         """Drop the mapping; tensors that are still out keep it until they go."""
         self._region = None
+        self._wholes.clear()
 
     def _open(self) -> tuple[mmap.mmap, int]:
         if self._region is None:

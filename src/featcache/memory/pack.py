@@ -1,5 +1,6 @@
 """From what a user puts to specs and bytes: one tensor, or a dict of them packed in one slot."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -8,7 +9,16 @@ import torch
 from featcache.errors import SettingsError
 from featcache.ref import DTYPE_BYTES, TensorSpec
 
-__all__ = ["DTYPES", "MAX_NAME", "Feature", "Packed", "pack", "same_layout", "unpack"]
+__all__ = [
+    "DTYPES",
+    "MAX_NAME",
+    "Feature",
+    "Packed",
+    "contiguous_strides",
+    "pack",
+    "same_layout",
+    "unpack",
+]
 
 Feature = torch.Tensor | dict[str, torch.Tensor]
 Packed = tuple[tuple[TensorSpec, torch.Tensor], ...]
@@ -83,6 +93,17 @@ def pack(feature: Any, most: int) -> tuple[tuple[TensorSpec, ...], Packed, int]:
         parts.append((_spec(name, tensor, offset_bytes), tensor))
         end_bytes = offset_bytes + tensor.nbytes
     return tuple(spec for spec, _ in parts), tuple(parts), end_bytes
+
+
+@functools.lru_cache(maxsize=1024)
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides, in elements, of a contiguous tensor of this shape."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
 
 
 def unpack(specs: tuple[TensorSpec, ...], tensors: list[torch.Tensor]) -> Feature:
