@@ -53,5 +53,6 @@ class OwnPool:
         """Read no more."""
         if self._attachment is not None:
             self._attachment.refuse(CacheClosed("the cache was closed"))
+            self._attachment = None
         if self._bell is not None:
             self._bell.close()

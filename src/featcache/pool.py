@@ -24,6 +24,8 @@ from featcache.settings import Settings
 __all__ = ["Pool"]
 
 _now: Final[Callable[[], float]] = time.monotonic
+_MOST_UNRUNG: Final = 16
+_BUSY_S: Final = 0.004
 
 
 class Pool:
@@ -50,7 +52,8 @@ class Pool:
         self.put_bytes = 0
         """Bytes asked for since the last look at what was released."""
         self._expiries = events.Throttle(settings.log_interval, burst=16)
-        self._waiting = False
+        self._ring_at_now = 0
+        self._busy_until_s = float("-inf")
         self._tasks: set[asyncio.Task[None]] = set()
         self.words.header[Header.CAPACITY] = limits.capacity_bytes
         self._publish_gauges()
@@ -117,12 +120,23 @@ class Pool:
 
     def _observe(self) -> None:
         """Tell readers whether to ring, and follow the pressure."""
-        waiting = bool(self.store.queue)
-        if waiting is not self._waiting:
-            self._waiting = waiting
-            self.words.header[Header.WAITING] = waiting
-            self.recycler.hurry(waiting)
+        ring_at = self._ring_at() if self.store.queue else 0
+        if ring_at != self._ring_at_now:
+            self._ring_at_now = self.words.header[Header.WAITING] = ring_at
+            self.recycler.hurry(ring_at > 0)
         self.gauge.observe()
+
+    def _ring_at(self) -> int:
+        """Return at which release of its own each session is to ring.
+
+        Waking this process for each of a stream of releases would cost more than the features
+        themselves, and a quarter of what is out keeps the readers busy meanwhile. So while releases
+        stream in they ring rarely, and the timer, at a millisecond then, catches the rest; when a
+        look finds none, each rings again.
+        """
+        if _now() >= self._busy_until_s:
+            return 1
+        return max(1, min(_MOST_UNRUNG, len(self.store.published) // 4))
 
     def collect(self) -> None:
         """Count what sessions released since the last look, and take back what nobody owes."""
@@ -133,7 +147,10 @@ class Pool:
         effects: list[Effect] = []
         pay = self.store.pay
         for page in self.pages.values():
-            for index, generation in page.news(high):
+            news = page.news(high)
+            if news:
+                self._busy_until_s = now_s + _BUSY_S
+            for index, generation in news:
                 self.reads_paid += 1
                 effects += pay(index, generation, page.session, page.name, now_s)
         if effects:
@@ -154,19 +171,23 @@ class Pool:
         if ready:
             self.apply(self.store.recycle(ready, now_s))
 
-    def _tick(self) -> None:
+    def _tick(self) -> bool:
+        """Do what time alone brings about; return whether releases stream in."""
         now_s = _now()
         if expired := self.store.expire(now_s):
             self.apply(expired)
         self.collect()
         if self.store.queue:
             self.apply(self.store.serve(now_s))  # a growth that failed may be tried again
+            if self._ring_at_now == 1:
+                self.collect()  # what was released, and not rung, before this was asked for
         old_end_bytes = self.store.committed_bytes
         if (end_bytes := self.store.shrink(now_s)) is not None:
             self._spawn(self._shrink(end_bytes, old_end_bytes))
         self._observe()
         self.gauge.report(now_s)
         self._publish_gauges()
+        return now_s < self._busy_until_s
 
     def _publish_gauges(self) -> None:
         store, header = self.store, self.words.header
@@ -192,7 +213,7 @@ class Pool:
             await self.offload.run(
                 lambda: slab.commit(start_bytes, end_bytes, prefault=prefault), lambda: None
             )
-        except MemoryError as error:
+        except (MemoryError, OSError) as error:
             self.grow_failed(end_bytes - start_bytes, error)
         else:
             self.grown(end_bytes)
@@ -210,7 +231,7 @@ class Pool:
             )
         )
 
-    def grow_failed(self, wanted_bytes: int, error: MemoryError) -> None:
+    def grow_failed(self, wanted_bytes: int, error: Exception) -> None:
         """Go on at the present size; who waits goes on waiting."""
         self.store.grow_failed(_now())
         events.emit(
@@ -260,6 +281,7 @@ class Pool:
             page.close()
         self.pages.clear()
         os.close(self.words_fd)
+        del self.words  # unmapped now, not when the collector of cycles comes by
 
     def forget(self) -> None:
         """Drop descriptors and mappings in a forked child; the parent's pool is not touched.

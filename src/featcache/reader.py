@@ -55,6 +55,7 @@ class Attachment:
         self._held, self._released = page.held, page.released
         self._slots = words.slots
         self._ring = ring
+        self._unrung = 0
         self._lock = threading.Lock()
         self._holds: dict[tuple[int, int], list[bool]] = {}
         """By slot and generation: one entry for each use, whether it pays."""
@@ -112,8 +113,12 @@ class Attachment:
             idle = None
             if not self._holds:
                 idle, self._on_idle = self._on_idle, None
-        if self.header[Header.WAITING]:
-            self._ring()
+        ring_at = self.header[Header.WAITING]
+        if ring_at:
+            self._unrung += 1
+            if self._unrung >= ring_at:
+                self._unrung = 0
+                self._ring()
         if idle is not None:
             idle()
 

@@ -14,14 +14,15 @@ class Recycler:
     """Calls `collect` when readers ring, and `tick` on a timer; both run in the loop.
 
     While somebody waits for room the timer starts at a millisecond. On a host slab the ring comes
-    after the word, so the timer is only the net under a missed ring and backs off; where words come
+    after the word, so the timer is only the net under a missed ring, and backs off as soon as a tick
+    says that releases do not stream in; where words come
     `deferred` (a GPU's stream writes them after the CPU rang) it stays at a millisecond.
     """
 
     def __init__(
         self,
         collect: Callable[[], object],
-        tick: Callable[[], object],
+        tick: Callable[[], bool],
         interval_s: float,
         *,
         deferred: bool,
@@ -32,6 +33,7 @@ class Recycler:
         self._growth = 1.0 if deferred else 2.0
         self._delay_s = interval_s
         self._hurried = False
+        self._busy = True
         self._loop = asyncio.get_running_loop()
         self.eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._timer = self._loop.call_later(interval_s, self._on_timer)
@@ -42,7 +44,7 @@ class Recycler:
         """Follow whether somebody waits: look soon, or fall back to the interval."""
         if waiting == self._hurried:
             return
-        self._hurried = waiting
+        self._hurried = self._busy = waiting
         if waiting:
             self._delay_s = min(_FIRST_DELAY_S, self._interval_s)
             self._timer.cancel()
@@ -68,9 +70,10 @@ class Recycler:
     def _on_timer(self) -> None:
         # Armed again before the work, so that a tick that raises is not the last (psycopg_pool).
         if self._hurried:
-            self._delay_s = min(self._delay_s * self._growth, self._interval_s)
+            growth = 1.0 if self._busy else self._growth
+            self._delay_s = min(self._delay_s * growth, self._interval_s)
         self._timer = self._loop.call_later(self._delay_s, self._on_timer)
-        self._tick()
+        self._busy = self._tick()
 
     def close(self) -> None:
         """Stop looking."""

@@ -19,6 +19,8 @@ _MAGIC: Final = b"fR\x01"
 _HEAD_BYTES: Final = len(_MAGIC) + 4
 _MAX_REF_BYTES: Final = 64 << 10
 _POOL_ID_BYTES: Final = 16
+_MAX_ENDPOINT_BYTES: Final = 107  # sun_path, less its final zero
+_MAX_BYTES: Final = 1 << 48
 
 DTYPE_BYTES: Final[dict[str, int]] = {
     **dict.fromkeys(("bool", "uint8", "int8", "float8_e4m3fn", "float8_e5m2"), 1),
@@ -34,8 +36,8 @@ DTYPE_BYTES: Final[dict[str, int]] = {
 """Bytes of one element, by torch's name of the dtype: all that torch has but the quantized ones,
 which carry a scale beside their bytes. A test holds this table against torch."""
 
-_Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
-_Dim = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
+_Size = Annotated[int, msgspec.Meta(ge=0, le=_MAX_BYTES)]
+_Dim = Annotated[int, msgspec.Meta(ge=0, le=_MAX_BYTES)]
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -63,12 +65,21 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     """
 
     pool_id: Annotated[bytes, msgspec.Meta(min_length=_POOL_ID_BYTES, max_length=_POOL_ID_BYTES)]
-    endpoint: Annotated[str, msgspec.Meta(max_length=107)]
+    endpoint: Annotated[str, msgspec.Meta(max_length=_MAX_ENDPOINT_BYTES)]
     slot: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
     generation: Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
     offset_bytes: _Size
     nbytes: _Size
     specs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=4096)]
+
+    def __post_init__(self) -> None:
+        """Check what types alone don't: also of a ref that was made by hand.
+
+        Raises:
+            MalformedRef: specs that no pool ever made.
+
+        """
+        _check(self)
 
     def to_bytes(self) -> bytes:
         """Return the ref's wire form, about 100 bytes for one tensor."""
@@ -91,9 +102,8 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
             raise MalformedRef("the ref was damaged or cut short on its way")
         try:
             ref = _decoder.decode(body)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise MalformedRef(f"the ref makes no sense: {error}") from None
-        _check_specs(ref)
         return ref  # type: ignore[return-value]  # Self is FeatureRef: the struct is not for subclassing
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -105,16 +115,25 @@ def _unpickle(data: bytes) -> FeatureRef:
     return FeatureRef.from_bytes(data)
 
 
-def _check_specs(ref: FeatureRef) -> None:
-    names = [spec.name for spec in ref.specs]
-    if (None in names and len(names) > 1) or len(set(names)) != len(names):
-        raise MalformedRef("the ref's tensors are not one bare tensor or a dict of distinct names")
-    for spec in ref.specs:
+def _check(ref: FeatureRef) -> None:
+    """Raise MalformedRef for what its types allow but no pool ever made."""
+    if len(ref.endpoint.encode("utf-8", "surrogatepass")) > _MAX_ENDPOINT_BYTES:
+        raise MalformedRef("the ref's endpoint is longer than a Unix socket's path can be")
+    specs = ref.specs
+    if len(specs) > 1:
+        names = {spec.name for spec in specs}
+        if None in names or len(names) != len(specs):
+            raise MalformedRef("the ref's tensors are neither one nor a dict of distinct names")
+    for spec in specs:
         size_bytes = DTYPE_BYTES.get(spec.dtype)
         if size_bytes is None:
             raise MalformedRef(f"the ref has a dtype that is not known here: {spec.dtype[:40]!r}")
-        if spec.offset_bytes % size_bytes or spec.offset_bytes + spec.nbytes > ref.nbytes:
+        shape = spec.shape
+        tensor_bytes = size_bytes * math.prod(shape)
+        if spec.offset_bytes % size_bytes or spec.offset_bytes + tensor_bytes > ref.nbytes:
             raise MalformedRef("a tensor of the ref lies outside its extent")
+        if not tensor_bytes and math.prod(size or 1 for size in shape) > _MAX_BYTES:
+            raise MalformedRef("an empty tensor of the ref has a shape that overflows")
 
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -112,11 +112,6 @@ def slab_allocated() -> int:
     return sum(inodes.values())
 
 
-def descriptors() -> int:
-    """How many descriptors this process has open."""
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 class Gate:
     """Holds a thread in the middle of what it does until it is told to go on."""
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from bench import wire
+from bench.aiowire import open_wire
 from bench.aloops import AsyncOwnerLoops, AsyncReaderLoops
 from bench.loops import OwnerLoops, ReaderLoops
 from bench.peers import SYSTEMS, Cell, Sockets
@@ -60,14 +61,14 @@ def run_reader(cell: Cell, index: int, socks: Sockets, shared: Any) -> Outcome:
 
 
 async def arun(cell: Cell, index: int, socks: Sockets) -> Outcome:
-    """The same for a system with an event loop; the greeting goes before the streams are made."""
+    """The same for a system with an event loop; the greeting goes before the wires are made."""
     peer = SYSTEMS[cell.system].load()
     if index == OWNER:
-        streams = [await asyncio.open_unix_connection(sock=sock) for sock in socks]
-        owner = await peer.owner(cell, streams)
+        wires = [await open_wire(sock) for sock in socks]
+        owner = await peer.owner(cell, wires)
         try:
-            for _, writer in streams:
-                writer.write(wire.LENGTH.pack(len(owner.hello)) + owner.hello)
+            for connection in wires:
+                connection.write(wire.LENGTH.pack(len(owner.hello)) + owner.hello)
             await owner.answer(1)
             outcome = await AsyncOwnerLoops(cell, owner).run()
             await owner.answer(1)
@@ -75,8 +76,8 @@ async def arun(cell: Cell, index: int, socks: Sockets) -> Outcome:
             await owner.close()
         return outcome
     hello = wire.recv_frame(socks[0])
-    streams = [await asyncio.open_unix_connection(sock=sock) for sock in socks]
-    reader = await peer.reader(cell, index, streams, hello)
+    wires = [await open_wire(sock) for sock in socks]
+    reader = await peer.reader(cell, index, wires, hello)
     try:
         await reader.answer(b"\1")
         outcome = await AsyncReaderLoops(cell, reader).run()

@@ -30,7 +30,7 @@ import featcache
 from bench import machine
 from featcache import blocking
 
-FEATURE_BYTES = 1 << 20
+FEATURE_BYTES = 4 << 10
 
 
 def reader(pipe: Connection) -> None:
@@ -61,9 +61,11 @@ async def wakes(pipe: Connection, rounds: int) -> list[float]:
         ref = await cache.put(feature)
         for _ in range(rounds):
             waiting = asyncio.ensure_future(cache.put(feature))
-            while not cache.statistics().waiters:
+            while not cache.statistics().waiters:  # noqa: ASYNC110 - the state is the event
                 await asyncio.sleep(0)
-            await asyncio.sleep(0.003)  # past the first looks of the timer, so that the ring is timed
+            await asyncio.sleep(
+                0.003
+            )  # past the first looks of the timer, so that the ring is timed
             pipe.send_bytes(ref.to_bytes())
             ref = await waiting
             woken_ns = time.monotonic_ns()

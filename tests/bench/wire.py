@@ -13,6 +13,8 @@ SOURCES = 4
 CONFIRM = struct.Struct("<qdq")
 """what a reader answers at the end of a phase: count, sum of touches, checksum"""
 LENGTH = struct.Struct("<q")
+FRAME = struct.Struct("<I")
+"""the length before each ref of the systems that send refs of no fixed size"""
 PHASES = ("warm", "verify", "calls", "trips", "pipe")
 
 

@@ -139,15 +139,7 @@ BEFORE: dict[str, Callable[[Peer], None]] = {
 }
 
 
-NO_UTF8 = pytest.mark.xfail(
-    strict=True, reason="msgspec raises UnicodeDecodeError as it is, not as DecodeError"
-)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[NO_UTF8] if "UTF" in name else []) for name in BEFORE],
-)
+@pytest.mark.parametrize("name", BEFORE)
 async def test_before_the_hello(name: str) -> None:
     with capture_logs() as logs:
         async with pair(attach_timeout=2.0) as (owner, _):
@@ -244,6 +236,7 @@ async def test_after_the_hello(name: str) -> None:
             await serves(owner)
             with pytest.raises(AttachRefused, match="tp9"):
                 await featcache.connect(owner.endpoint, name="tp9").open()
+            await until(lambda: "featcache.reader.quarantined" in [one["event"] for one in logs])
     events = [entry["event"] for entry in logs]
     assert events.count("featcache.reader.quarantined") == 1
     assert "featcache.reader.lost" not in events

@@ -661,6 +661,14 @@ def test_no_growth_is_for_what_fits_already() -> None:
     assert store_of(ELASTIC).growth_for(SEGMENT, 0.0) == 0
 
 
+def test_a_put_that_waits_for_the_slab_to_grow_is_no_crowd() -> None:
+    store = store_of(ELASTIC)
+    store.wait(request(CAPACITY), 0.0, None)
+    assert (len(store.queue), store.crowded) == (1, 0)
+    store.grow_failed(0.0)
+    assert store.crowded == 1
+
+
 def test_even_nothing_needs_a_place_to_grow_for() -> None:
     store = store_of(ELASTIC)
     reserve(store, request(SEGMENT))

@@ -99,7 +99,7 @@ class StoreMachine(RuleBasedStateMachine):
     @initialize(
         capacity=st.integers(1, 24),
         segment=st.integers(1, 10),
-        initial=st.integers(0, 24),
+        initial=st.sampled_from([1, 0, 8, 24]),
         slots=st.integers(1, 8),
         waiters=st.sampled_from([6, 4, 2, 1, 0]),
         grace_s=st.sampled_from([0.0, 0.5]),
@@ -206,6 +206,7 @@ class StoreMachine(RuleBasedStateMachine):
                     self.admit(waiter.slot, waiter.request)
                     self.granted.append(waiter)
                 case Grow(end_bytes):
+                    assert len(self.live) < self.limits.slots, "slots are what is missing"
                     self.check_growth(end_bytes, self.waiting[0].request.nbytes)
                     self.growing = end_bytes
                 case _:
@@ -435,6 +436,16 @@ class StoreMachine(RuleBasedStateMachine):
             self.retire(feature, self.limits.grace_s)
             self.expired += 1
 
+    @rule()
+    def pass_time_until_one_expires(self) -> None:
+        ends = [
+            feature.born_s + feature.request.ttl_s
+            for feature in self.published
+            if feature.request.ttl_s is not None
+        ]
+        self.now = max(self.now, min(ends, default=0.0))
+        self.expire()
+
     # --- recycling and size ---------------------------------------------------------------------
 
     @rule(data=st.data(), all_of_them=st.booleans())
@@ -497,6 +508,14 @@ class StoreMachine(RuleBasedStateMachine):
         self.in_use_seen.clear()
         self.shrinking = True
 
+    @rule(asked=st.none() | requests)
+    def shrink_after_idle(self, asked: Request | None) -> None:
+        self.shrink()
+        self.now += self.limits.idle_s
+        self.shrink()
+        if asked is not None:
+            self.wait(asked)
+
     @precondition(lambda self: self.shrinking)
     @rule()
     def end_a_shrink(self) -> None:
@@ -531,6 +550,7 @@ class StoreMachine(RuleBasedStateMachine):
             feature = self.live[slot.index]
             assert slot.generation == feature.generation
             assert slot.state is feature.state
+            assert slot.state is not SlotState.RETIRING or slot.due_s == feature.due_s
             assert (slot.offset_bytes, slot.nbytes) == (feature.start, feature.request.nbytes)
             assert slot.unpaid == feature.unpaid
             assert slot.owed_by == feature.owed_by
@@ -555,6 +575,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert len(queue) == len(self.waiting)
         assert bool(queue) == bool(self.waiting)
         assert queue.waiting_bytes == sum(waiter.request.nbytes for waiter in self.waiting)
+        assert self.store.crowded == (0 if self.busy else len(self.waiting))
         assert queue.head is (self.waiting[0] if self.waiting else None)
         assert all(waiter.state is WaiterState.WAITING for waiter in self.waiting)
         if self.waiting:

@@ -184,16 +184,7 @@ def test_nothing_is_left(no_leaks: None) -> None:
 
 ONE_SLOT = [
     pytest.param(SessionWords, OwnerWords, id="a page as words"),
-    pytest.param(
-        OwnerWords,
-        SessionWords,
-        id="words as a page",
-        marks=pytest.mark.xfail(
-            strict=True,
-            raises=PermissionError,
-            reason="_map lets the PermissionError of a sealed or read-only descriptor through",
-        ),
-    ),
+    pytest.param(OwnerWords, SessionWords, id="words as a page"),
 ]
 
 

@@ -63,7 +63,7 @@ class Link:
             self._channel.send(encode(Hello(VERSION, name, device)), [pidfd])
         finally:
             os.close(pidfd)
-        welcome = await self._welcome
+        welcome = await asyncio.shield(self._welcome)
         if welcome.version != VERSION:
             raise AttachRefused(f"the owner speaks version {welcome.version}, not {VERSION}")
         if not self._welcome_fds:
@@ -132,7 +132,7 @@ class Link:
                 self._welcome.set_exception(AttachRefused(f"refused: {message.reason}"))
             elif isinstance(message, Reply):
                 self._answer(message)
-            elif isinstance(message, Farewell):
+            elif isinstance(message, Farewell) and self._welcome.done():
                 self._resolve(self._farewell)
             elif isinstance(message, Closing):
                 self._lose("it closed the pool")

@@ -108,7 +108,7 @@ def decode_from_client(payload: bytes) -> FromClient:
     """Return a client's message, or raise ProtocolError."""
     try:
         return _from_client.decode(payload)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"a message that makes no sense: {error}") from None
 
 
@@ -116,5 +116,5 @@ def decode_from_owner(payload: bytes) -> FromOwner:
     """Return an owner's message, or raise ProtocolError."""
     try:
         return _from_owner.decode(payload)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"a message that makes no sense: {error}") from None

@@ -32,15 +32,14 @@ class PressureGauge:
     """The level now, the level last reported, and the times that bound the reports.
 
     The level follows every change at once (admission control needs it); reports do not: a level
-    above the last reported one is reported at once but each level at most once a `log_interval_s`,
-    a lower one when it has lasted that long, and a high one again every `repeat_interval_s`.
+    above the last reported one is reported at once, a lower one not before `log_interval_s` after
+    the last report, and a high one that stays again every `repeat_interval_s`.
     """
 
     log_interval_s: float
     repeat_interval_s: float
     level: PressureLevel = PressureLevel.NORMAL
     reported: PressureLevel = PressureLevel.NORMAL
-    _reported_s: dict[PressureLevel, float] = attrs.field(factory=dict)
     _last_s: float = float("-inf")
 
     def observe(self, used_bytes: int, capacity_bytes: int, waiters: int) -> bool:
@@ -59,12 +58,11 @@ class PressureGauge:
             high = self.level.rank >= PressureLevel.HIGH.rank
             wanted = high and now_s - self._last_s >= self.repeat_interval_s
         else:
-            since_s = self._reported_s.get(self.level, float("-inf")) if rising else self._last_s
-            wanted = now_s - since_s >= self.log_interval_s
+            wanted = rising or now_s - self._last_s >= self.log_interval_s
         if not wanted:
             return None
         previous, self.reported = self.reported, self.level
-        self._last_s = self._reported_s[self.level] = now_s
+        self._last_s = now_s
         return previous
 
     def _level(self, fraction: float, waiters: int) -> PressureLevel:

@@ -10,7 +10,7 @@ __all__ = ["Slot", "SlotState", "SlotTable"]
 class SlotState(enum.IntEnum):
     """A slot's life: FREE → RESERVED → PUBLISHED → RETIRING → FREE.
 
-    RESERVED may go straight to RETIRING (a writer that gave up).
+    RESERVED goes straight back to FREE when a writer gives up: nobody can have read it.
     """
 
     FREE = 0

@@ -1,9 +1,12 @@
 """The host slab: one sparse memfd, filled by fallocate, emptied by punching holes.
 
-The owner maps it read-write; readers get a descriptor opened read-only and can map it no other way
-(a memfd can't carry F_SEAL_FUTURE_WRITE here: that seal also forbids punching holes).
+The owner maps it read-write; readers get a descriptor opened read-only, whose mappings can't be
+written. That guards against accidents, not against this user's own malice: who may open another
+process's descriptors through /proc could open it anew. The seal that would forbid that,
+F_SEAL_FUTURE_WRITE, forbids punching holes as well.
 """
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -69,12 +72,12 @@ class HostMapping:
     def __init__(self, mapping: mmap.mmap) -> None:
         address = np.frombuffer(mapping, dtype=np.uint8).ctypes.data
         # Both at once: a copy in a thread holds the mapping it began with while another closes it.
-        self._wholes: dict[str, torch.Tensor] = {}
         self._region: tuple[mmap.mmap, int] | None = (mapping, address)
         with warnings.catch_warnings():
             # torch says once per process that a read-only buffer is not writable; that is the point.
             warnings.simplefilter("ignore", UserWarning)
-            torch.frombuffer(mapping, dtype=torch.uint8, count=1)
+            whole = torch.frombuffer(mapping, dtype=torch.uint8)
+        self._storage: torch.UntypedStorage | None = whole.untyped_storage()
 
     @classmethod
     def attach(cls, fd: int, capacity_bytes: int, committed_bytes: int) -> "HostMapping":
@@ -97,22 +100,15 @@ class HostMapping:
 
     def view(self, offset_bytes: int, spec: TensorSpec) -> torch.Tensor:
         """Return a tensor over the slab's bytes."""
-        # One tensor a dtype over the whole slab: a view of it is had in half the time of a new one
-        # from the buffer, and keeps the mapping alive as well.
-        whole = self._wholes.get(spec.dtype)
-        if whole is None:
-            whole = self._whole(spec.dtype)
-        at_bytes = offset_bytes + spec.offset_bytes
-        shape = spec.shape
-        return whole.as_strided(shape, contiguous_strides(shape), at_bytes // whole.itemsize)
-
-    def _whole(self, dtype: str) -> torch.Tensor:
-        mapping, _ = self._open()
-        whole = torch.frombuffer(
-            mapping, dtype=DTYPES[dtype], count=len(mapping) // DTYPES[dtype].itemsize
-        )
-        self._wholes[dtype] = whole
-        return whole
+        # Not a view in torch's sense: such a one keeps its base, and with it the mapping, for as
+        # long as somebody keeps the emptied tensor. Half the cost of a new tensor from the buffer.
+        storage = self._storage
+        if storage is None:
+            raise CacheClosed("this mapping of the slab is closed")
+        dtype, shape = DTYPES[spec.dtype], spec.shape
+        at = (offset_bytes + spec.offset_bytes) // dtype.itemsize
+        tensor = torch.empty(0, dtype=dtype, device=_CPU)
+        return tensor.set_(storage, at, shape, contiguous_strides(shape))
 
     def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
         """Return a new tensor to read into."""
@@ -134,7 +130,7 @@ class HostMapping:
     def close(self) -> None:
         """Drop the mapping; tensors that are still out keep it until they go."""
         self._region = None
-        self._wholes.clear()
+        self._storage = None
 
     def _open(self) -> tuple[mmap.mmap, int]:
         if self._region is None:
@@ -170,7 +166,8 @@ class HostSlab(HostMapping):
                 return
             os.posix_fallocate(self._fd, start_bytes, size_bytes)
         except OSError as error:
-            self.decommit(start_bytes, stop_bytes)
+            with contextlib.suppress(OSError):
+                self.decommit(start_bytes, stop_bytes)
             raise MemoryError(f"the host gave no {size_bytes} bytes: {error}") from error
 
     def decommit(self, start_bytes: int, stop_bytes: int) -> None:

@@ -50,7 +50,10 @@ class Header:
     SLOTS = 1
     CAPACITY = 2
     WAITING = 3
-    """1 while a put waits: whoever releases then rings the owner's eventfd."""
+    """n > 0 while a put waits: whoever releases then rings the owner's eventfd, at each n-th release.
+
+    Every release rings (1) unless the owner is busy with releases and looks each millisecond anyway.
+    """
     COMMITTED = 4
     USED = 5
     SLOTS_USED = 6
@@ -132,7 +135,10 @@ def _map(fd: int, size_bytes: int, *, write: bool) -> mmap.mmap:
     if found_bytes != size_bytes:
         raise AttachRefused(f"a control block has {found_bytes} bytes where {size_bytes} belong")
     prot = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
-    return mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED, prot=prot)
+    try:
+        return mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED, prot=prot)
+    except PermissionError as error:
+        raise AttachRefused(f"a control block can't be mapped as it should: {error}") from error
 
 
 def _page_up(size_bytes: int) -> int:

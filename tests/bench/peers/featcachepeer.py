@@ -1,9 +1,10 @@
 """featcache: owner and readers are asyncio programs, as a model server is.
 
 The slab has the bytes of the window and no more (but 1 MiB at least), so the pool itself bounds what
-is in flight. Refs go as frames (a length and `FeatureRef.to_bytes()`) through asyncio streams over
-the Unix socket; a reader that is behind finds many of them in its stream's buffer and reads them
-with no system call, where the blocking readers of the by-hand peers make one call for each.
+is in flight. Refs go as frames (a length and `FeatureRef.to_bytes()`) through an asyncio protocol
+over the Unix socket (aiowire.py): the owner writes each at once, one system call a reader, as the
+by-hand peers do; a reader that is behind gets many of them with one call, where the by-hand readers
+make one for each.
 
 - `get`: `await put`, `await get`: a copy that the reader owns.
 - `borrow`: `await put`, `async with borrow`: a view in the slab.
@@ -15,10 +16,8 @@ with no system call, where the blocking readers of the by-hand peers make one ca
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import socket
-import struct
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
@@ -26,12 +25,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from bench.aiowire import Wire
 from bench.peers import Cell
+from bench.wire import FRAME
 
 T = TypeVar("T")
-LENGTH = struct.Struct("<I")
 SMALLEST = 1 << 20
-Streams = list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
 
 
 def silence() -> None:
@@ -50,10 +49,9 @@ def shared(_cell: Cell) -> None:
 
 
 class Owner:
-    def __init__(self, cell: Cell, streams: Streams) -> None:
+    def __init__(self, cell: Cell, wires: list[Wire]) -> None:
         self.cell = cell
-        self.streams = streams
-        self.writers = [writer for _, writer in streams]
+        self.wires = wires
         self.nowait = cell.variant.endswith(("nowait", "blocking"))
 
     async def open(self) -> Owner:
@@ -79,25 +77,23 @@ class Owner:
         await self.broadcast(token.to_bytes())
 
     async def broadcast(self, data: bytes) -> None:
-        frame = LENGTH.pack(len(data)) + data
-        for writer in self.writers:
-            writer.write(frame)
-        for writer in self.writers:
-            await writer.drain()
+        frame = FRAME.pack(len(data)) + data
+        for wire in self.wires:
+            wire.write(frame)
 
     async def end(self) -> None:
         await self.broadcast(b"")
 
     async def answer(self, nbytes: int) -> list[bytes]:
-        return [await reader.readexactly(nbytes) for reader, _ in self.streams]
+        return [await wire.take(nbytes) for wire in self.wires]
 
     async def close(self) -> None:
         await self.context.__aexit__(None, None, None)
 
 
 class Reader:
-    def __init__(self, cell: Cell, index: int, streams: Streams, hello: bytes) -> None:
-        self.stream, self.writer = streams[0]
+    def __init__(self, cell: Cell, index: int, wires: list[Wire], hello: bytes) -> None:
+        self.wire = wires[0]
         self.endpoint = hello.decode()
         self.name = f"r{index}"
         self.borrows = cell.variant.startswith("borrow")
@@ -113,8 +109,8 @@ class Reader:
         return self
 
     async def next(self) -> Any | None:
-        (nbytes,) = LENGTH.unpack(await self.stream.readexactly(LENGTH.size))
-        return self.parse(await self.stream.readexactly(nbytes)) if nbytes else None
+        data = await self.wire.frame()
+        return self.parse(data) if data else None
 
     async def use(self, ref: Any, consume: Callable[[torch.Tensor], T]) -> T:
         if self.borrows and self.nowait:
@@ -128,8 +124,7 @@ class Reader:
         return consume(await self.cache.get(ref))
 
     async def answer(self, data: bytes) -> None:
-        self.writer.write(data)
-        await self.writer.drain()
+        self.wire.write(data)
 
     async def close(self) -> None:
         await self.context.__aexit__(None, None, None)
@@ -148,7 +143,7 @@ class BlockingReader:
         ).open()
 
     def next(self) -> Any | None:
-        (nbytes,) = LENGTH.unpack(self.stream.read(LENGTH.size))
+        (nbytes,) = FRAME.unpack(self.stream.read(FRAME.size))
         return self.parse(self.stream.read(nbytes)) if nbytes else None
 
     def use(self, ref: Any, consume: Callable[[torch.Tensor], T]) -> T:
@@ -162,12 +157,12 @@ class BlockingReader:
         self.stream.close()
 
 
-async def owner(cell: Cell, streams: Streams) -> Owner:
-    return await Owner(cell, streams).open()
+async def owner(cell: Cell, wires: list[Wire]) -> Owner:
+    return await Owner(cell, wires).open()
 
 
-async def reader(cell: Cell, index: int, streams: Streams, hello: bytes) -> Reader:
-    return await Reader(cell, index, streams, hello).open()
+async def reader(cell: Cell, index: int, wires: list[Wire], hello: bytes) -> Reader:
+    return await Reader(cell, index, wires, hello).open()
 
 
 def blocking_reader(
