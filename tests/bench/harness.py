@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Coroutine
 from typing import Any
 
 import torch
@@ -87,11 +88,20 @@ async def arun(cell: Cell, index: int, socks: Sockets) -> Outcome:
     return outcome
 
 
+def run_loop(main: Coroutine[Any, Any, Outcome]) -> Outcome:
+    """Uvloop where it is installed, as model servers run; it also writes once a turn of the loop."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    return asyncio.Runner(loop_factory=uvloop.new_event_loop).run(main)
+
+
 def run_cell(cell: Cell, index: int, socks: Sockets, shared: Any) -> Outcome:
     torch.set_num_threads(cell.threads)
     entry = SYSTEMS[cell.system]
     if entry.is_async and (index == OWNER or not entry.blocking_reader):
-        return asyncio.run(arun(cell, index, socks))
+        return run_loop(arun(cell, index, socks))
     if index == OWNER:
         return run_owner(cell, socks, shared)
     return run_reader(cell, index, socks, shared)

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.peers import vllmstore
 
-PACKAGES = ("featcache", "torch", "numpy", "anyio", "msgspec", "pyzmq")
+PACKAGES = ("featcache", "torch", "numpy", "anyio", "msgspec", "pyzmq", "uvloop")
 
 
 def machine() -> dict[str, Any]:
