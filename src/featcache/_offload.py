@@ -34,8 +34,12 @@ class Offload:
 
         """
         loop = asyncio.get_running_loop()
+        # What the work holds (a large tensor, say) is let go in the thread before its end is told:
+        # the caller's next allocation can then have the same, warm memory.
+        box = [work]
+        del work
         try:
-            future = loop.run_in_executor(self._executor, work)
+            future = loop.run_in_executor(self._executor, lambda: box.pop()())
         except RuntimeError:  # what an executor says that was shut down
             raise CacheClosed("the cache was closed") from None
         try:
