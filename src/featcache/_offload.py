@@ -39,7 +39,8 @@ class Offload:
         box = [work]
         del work
         try:
-            future = loop.run_in_executor(self._executor, lambda: box.pop()())
+            # The rule that is switched off would empty the box here, into the executor's hands.
+            future = loop.run_in_executor(self._executor, lambda: box.pop()())  # noqa: PLW0108
         except RuntimeError:  # what an executor says that was shut down
             raise CacheClosed("the cache was closed") from None
         try:

@@ -164,6 +164,7 @@ class HandleCache:
             close_all(fds)
         if self._closed or link.lost is not None:
             await handle.close()
+            del handle  # or the error's traceback would keep the words mapped as long as it lives
             raise CacheClosed("the client was closed") if self._closed else OwnerLost(link.lost)
         known = self._handles.get(welcome.pool_id)
         if known is not None:  # reached by another spelling of its endpoint

@@ -24,8 +24,10 @@ def parse_device(value: Any) -> torch.device:
         raise SettingsError(f"device={value!r} is no device: 'cpu' or 'cuda:<n>'") from error
     if device.type not in {"cpu", "cuda"}:
         raise SettingsError(f"device={value!r} is not supported: 'cpu' or 'cuda:<n>'")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailable(f"device={value!r}, but torch sees no CUDA device here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BackendUnavailable(
+            f"device={value!r}, but torch sees {torch.cuda.device_count()} CUDA devices here"
+        )
     return device
 
 

@@ -170,7 +170,7 @@ async def test_many_killed_under_load(start: Start, log: Log) -> None:
     """Six read everything; four are killed, one after the other, while puts wait for room."""
     names = [f"tp{number}" for number in range(6)]
     size, rounds, doomed = 32 << 10, 240, names[:4]
-    settings = Settings(capacity=16 * size, recycle_interval=60.0, slots=64)
+    settings = Settings(capacity=2 * size, recycle_interval=60.0, slots=64)
     async with featcache.create(settings=settings) as cache:
         children = {name: start(busy_reader, cache.endpoint, name=name) for name in names}
         for child in children.values():
