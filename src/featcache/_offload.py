@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from featcache.errors import CacheClosed
@@ -22,6 +22,7 @@ class Offload:
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="featcache")
+        self._spawned: set[Future[object]] = set()
 
     async def run(self, work: Callable[[], T], late: Callable[[], object]) -> T:
         """Await `work` in a thread.
@@ -55,9 +56,17 @@ class Offload:
     def spawn(self, work: Callable[[], object]) -> None:
         """Have `work` done in a thread some time soon, or here if the threads are gone."""
         try:
-            self._executor.submit(work)
+            future = self._executor.submit(work)
         except RuntimeError:
             work()
+            return
+        self._spawned.add(future)
+        future.add_done_callback(self._spawned.discard)
+
+    async def settle(self) -> None:
+        """Return when everything that was spawned is done."""
+        spawned = [asyncio.wrap_future(future) for future in list(self._spawned)]
+        await asyncio.gather(*spawned, return_exceptions=True)
 
     def close(self) -> None:
         """Let the threads end when what they do is done."""

@@ -67,9 +67,13 @@ class FeatureClient(Reads):
         if handles is None:
             return
         self._why_closed = "this client was closed"
-        await handles.close()
-        if self._offload is not None:
-            self._offload.close()
+        try:
+            await handles.close()
+            if self._offload is not None:
+                await self._offload.settle()
+        finally:
+            if self._offload is not None:
+                self._offload.close()
 
     def _forget(self) -> None:
         handles, self._handles, self._reader = self._handles, None, None

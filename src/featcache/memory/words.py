@@ -91,6 +91,14 @@ def _libc() -> ctypes.CDLL:
 _libc_handle: ctypes.CDLL | None = None
 
 
+def _renew_lock() -> None:
+    global _barrier_lock  # noqa: PLW0603 - another thread may have held it as this process forked
+    _barrier_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 def _lock_as_barrier() -> None:
     # An uncontended lock is a LOCK-prefixed instruction on x86, which drains the store buffer.
     _barrier_lock.acquire()
