@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("featcache.reads", "featcache.own_pool"),
     ("featcache.writer", "featcache.reaper", "featcache.handles"),
     ("featcache.pool", "featcache.reader"),
-    ("featcache.gauge", "featcache.page", "featcache.recycler"),
+    ("featcache.gauge", "featcache.page", "featcache.recycler", "featcache.attachment"),
     ("featcache.control", "featcache.control.*"),
     ("featcache.memory", "featcache.memory.*"),
     ("featcache.core", "featcache.core.*"),

@@ -9,6 +9,7 @@ import torch
 
 from featcache import events
 from featcache._offload import Offload
+from featcache.attachment import Attachment, Bell
 from featcache.control.channel import close_all
 from featcache.control.client import Link, dial
 from featcache.control.messages import Welcome
@@ -23,7 +24,6 @@ from featcache.errors import (
 from featcache.memory import host
 from featcache.memory.slab import Mapping
 from featcache.memory.words import OwnerWords, SessionWords
-from featcache.reader import Attachment, Bell
 from featcache.ref import FeatureRef
 from featcache.settings import Settings
 

@@ -2,9 +2,9 @@
 
 import os
 
+from featcache.attachment import Attachment, Bell
 from featcache.errors import CacheClosed, UnknownPool
 from featcache.pool import Pool
-from featcache.reader import Attachment, Bell
 from featcache.reaper import OWN_SESSION, Reaper
 from featcache.ref import FeatureRef
 

@@ -1,14 +1,6 @@
-"""Reading: attachments (one pool mapped in this process), and what get, borrow and release do there.
+"""Reading: what get, borrow and release do with the attachments of pools."""
 
-A read goes: write `held`, fence, look at `live`. If the owner revoked the ref meanwhile then either
-the look here finds `live` cleared, or the owner's look finds the hold and waits for `released`.
-"""
-
-import asyncio
-import contextlib
-import os
-import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from types import TracebackType
 from typing import Protocol
 
@@ -16,154 +8,12 @@ import anyio
 import torch
 
 from featcache._offload import Offload
-from featcache.errors import (
-    CacheClosed,
-    FeatcacheError,
-    GetTimeout,
-    MalformedRef,
-    StaleRef,
-    UnknownPool,
-)
+from featcache.attachment import Attachment
+from featcache.errors import GetTimeout, UnknownPool
 from featcache.memory.pack import Feature, same_layout, unpack
-from featcache.memory.slab import Mapping
-from featcache.memory.words import Header, OwnerWords, SessionWords, fence_after_lock
 from featcache.ref import FeatureRef
 
-__all__ = ["Attachment", "Bell", "Borrow", "Pools", "Reader"]
-
-_FIRST_WAIT_S = 50e-6
-_LONGEST_WAIT_S = 1e-3
-
-
-class Attachment:
-    """One pool as this session maps it. Its calls never block; a lock makes them safe in threads."""
-
-    def __init__(
-        self,
-        pool_id: bytes,
-        words: OwnerWords,
-        page: SessionWords,
-        mapping: Mapping,
-        ring: Callable[[], object],
-    ) -> None:
-        self.pool_id = pool_id
-        self.mapping = mapping
-        self.header = words.header
-        self._gone: FeatcacheError | None = None
-        self._live, self._published = words.live, words.published
-        self._offset, self._nbytes = words.offset, words.nbytes
-        self._held, self._released = page.held, page.released
-        self._slots = words.slots
-        self._ring = ring
-        self._unrung = 0
-        self._lock = threading.Lock()
-        self._holds: dict[tuple[int, int], list[bool]] = {}
-        """By slot and generation: one entry for each use, whether it pays."""
-        self._on_idle: Callable[[], object] | None = None
-
-    def begin(self, ref: FeatureRef) -> bool:
-        """Hold a ref's bytes. Return whether they are there already; `end` must follow either way.
-
-        Raises:
-            StaleRef: recycled, expired, discarded, or paid by this session before.
-            MalformedRef: the ref's extent is not the one that the owner gave this slot.
-            OwnerLost: the owner is gone.
-            CacheClosed: this client or cache was closed, or is another process's.
-
-        """
-        index, generation = ref.slot, ref.generation
-        if self._gone is not None:
-            raise type(self._gone)(*self._gone.args)
-        if index >= self._slots:
-            raise MalformedRef(f"slot {index} of a pool with {self._slots} slots")
-        with self._lock:
-            if self._released[index] == generation:
-                raise StaleRef(f"ref {index}:{generation} was paid by this session already")
-            if self._live[index] != generation:  # never touch the hold of the slot's next tenant
-                raise StaleRef(f"ref {index}:{generation} was recycled, expired or discarded")
-            uses = self._holds.get((index, generation))
-            if uses is None:
-                self._held[index] = generation
-                self._holds[index, generation] = [False]
-            else:
-                uses.append(False)
-        fence_after_lock()
-        if self._live[index] != generation:
-            self.end(ref, pays=False)
-            raise StaleRef(f"ref {index}:{generation} was recycled, expired or discarded")
-        if self._offset[index] != ref.offset_bytes or self._nbytes[index] != ref.nbytes:
-            self.end(ref, pays=False)
-            raise MalformedRef("the ref's extent is not its slot's: it was forged or damaged")
-        return self._published[index] == generation
-
-    def end(self, ref: FeatureRef, *, pays: bool) -> None:
-        """End one use. The session's read is paid when its last use ends, if any of them `pays`."""
-        index, generation = key = ref.slot, ref.generation
-        with self._lock:
-            uses = self._holds[key]
-            if len(uses) > 1:
-                uses.pop()
-                uses[0] = uses[0] or pays
-                return
-            del self._holds[key]
-            if pays or uses[0]:
-                self.mapping.signal(self._released, index, generation)
-            elif self._held[index] == generation:
-                self._held[index] = 0
-            idle = None
-            if not self._holds:
-                idle, self._on_idle = self._on_idle, None
-        ring_at = self.header[Header.WAITING]
-        if ring_at:
-            self._unrung += 1
-            if self._unrung >= ring_at:
-                self._unrung = 0
-                self._ring()
-        if idle is not None:
-            idle()
-
-    def pay(self, ref: FeatureRef) -> None:
-        """Pay the read without reading (`release`)."""
-        self.begin(ref)
-        self.end(ref, pays=True)
-
-    async def arrival(self, ref: FeatureRef) -> None:
-        """Wait on the host until the bytes of a held ref are there."""
-        delay_s = _FIRST_WAIT_S
-        while self._published[ref.slot] != ref.generation:
-            if self._gone is not None:
-                raise type(self._gone)(*self._gone.args)
-            if self._live[ref.slot] != ref.generation:
-                raise StaleRef(f"ref {ref.slot}:{ref.generation} was discarded before it came")
-            await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, _LONGEST_WAIT_S)
-
-    def refuse(self, error: FeatcacheError) -> None:
-        """Let no new read begin: each raises this. Reads that have begun may end."""
-        self._gone = error
-
-    def when_idle(self, call: Callable[[], object]) -> None:
-        """Call once nothing is held: now, or when the last use ends (maybe in another thread)."""
-        with self._lock:
-            if self._holds:
-                self._on_idle = call
-                return
-        call()
-
-    def forget(self) -> None:
-        """Cut a forked child off: what it still ends changes nothing that its parent wrote."""
-        self.refuse(CacheClosed("this process was forked from the one that attached the pool"))
-        self._lock = threading.Lock()  # another thread of the parent may have held it
-        self.header = memoryview(bytes(8 * len(self.header))).cast("Q")
-        self._held, self._released = (
-            memoryview(bytearray(8 * self._slots)).cast("Q") for _ in range(2)
-        )
-        self._live = self._published = self._offset = self._nbytes = self._held
-
-    @property
-    def holds(self) -> int:
-        """Refs that this session holds now."""
-        return len(self._holds)
+__all__ = ["Borrow", "Pools", "Reader"]
 
 
 class Pools(Protocol):
@@ -404,22 +254,3 @@ class Borrow:
     ) -> None:
         """Empty the view and pay the read."""
         self._exit()
-
-
-class Bell:
-    """The owner's eventfd, as a reader rings it. Owns the descriptor."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def ring(self) -> None:
-        """Wake the owner's recycler; an owner that is gone is no error of the reader's."""
-        if self._fd >= 0:
-            with contextlib.suppress(OSError):
-                os.eventfd_write(self._fd, 1)
-
-    def close(self) -> None:
-        """Ring no more. Idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1

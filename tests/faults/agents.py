@@ -14,7 +14,8 @@ import torch
 
 import featcache
 from featcache import FeatureRef
-from featcache import reader as reader_module
+from featcache import attachment as attachment_module
+from featcache.attachment import Attachment
 from featcache.control.channel import Channel
 from featcache.control.client import Link
 from featcache.control.server import Server
@@ -22,7 +23,6 @@ from featcache.feature_cache import FeatureCache
 from featcache.memory.host import HostMapping, HostSlab
 from featcache.memory.words import OwnerWords
 from featcache.pool import Pool
-from featcache.reader import Attachment
 from featcache.settings import Settings
 from helpers import Pipe
 
@@ -34,7 +34,7 @@ READER_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
     "hello": (Channel, "send", AFTER),  # hello is said, no answer was read
     "welcomed": (HostMapping, "attach", BEFORE),  # admitted, nothing mapped (runs in a thread)
     "holding": (
-        reader_module,
+        attachment_module,
         "fence_after_lock",
         BEFORE,
     ),  # `held` is written, `live` not looked at
