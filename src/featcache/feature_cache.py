@@ -161,7 +161,7 @@ class FeatureCache(Reads):
     def _gauge(self) -> Gauge:
         return self._opened().pool.gauge
 
-    def _defaultparse_device(self) -> torch.device | None:
+    def _default_device(self) -> torch.device | None:
         return None
 
     # --- use ------------------------------------------------------------------------------------

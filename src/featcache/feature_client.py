@@ -92,7 +92,7 @@ class FeatureClient(Reads):
             raise CacheClosed(self._why_closed)
         return reader
 
-    def _defaultparse_device(self) -> torch.device | None:
+    def _default_device(self) -> torch.device | None:
         return self._device
 
     async def discard(self, ref: FeatureRef) -> None:

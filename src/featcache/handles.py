@@ -187,7 +187,7 @@ class HandleCache:
         return Handle(attachment, link, bell, self._offload)
 
     async def _make_place(self) -> None:
-        """Close the least recently attached pool that nobody reads, when the bound is reached."""
+        """Close the longest attached pool that nobody reads, when the bound is reached."""
         if len(self._handles) + len(self._opening) <= self._settings.attachments:
             return
         for pool_id, handle in self._handles.items():

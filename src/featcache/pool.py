@@ -196,7 +196,6 @@ class Pool:
         header[Header.SLOTS_USED] = store.table.used
         header[Header.WAITERS] = len(store.queue)
         header[Header.WAITING_BYTES] = store.queue.waiting_bytes
-        header[Header.SESSIONS] = len(self.pages)
         header[Header.LARGEST_FREE] = store.largest_free_bytes
 
     # --- size -----------------------------------------------------------------------------------

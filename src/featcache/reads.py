@@ -143,12 +143,12 @@ class Reads:
         """Pay this session's read without reading. Raises as `get` does."""
         await self._reads().release(check_ref(ref), parse_timeout(timeout))
 
-    def _defaultparse_device(self) -> torch.device | None:
+    def _default_device(self) -> torch.device | None:
         raise NotImplementedError
 
     def _target(self, device: Any, out: Feature | None) -> torch.device | None:
         if device is None:
-            return None if out is not None else self._defaultparse_device()
+            return None if out is not None else self._default_device()
         if out is not None:
             raise SettingsError("get takes a device or an out, not both")
         return parse_device(device)

@@ -15,8 +15,8 @@ class Recycler:
 
     While somebody waits for room the timer starts at a millisecond. On a host slab the ring comes
     after the word, so the timer is only the net under a missed ring, and backs off as soon as a tick
-    says that releases do not stream in; where words come
-    `deferred` (a GPU's stream writes them after the CPU rang) it stays at a millisecond.
+    says that releases do not stream in. Where words come `deferred` (a GPU's stream writes them after
+    the CPU rang) it stays at a millisecond.
     """
 
     def __init__(

@@ -179,7 +179,7 @@ class Settings:
     attachments: int = attrs.field(
         default=_or_environment("attachments", 64), converter=_COUNT, validator=_within(1, 4096)
     )
-    """Pools that one client keeps open; the least recently used idle one makes place."""
+    """Pools that one client keeps open; the longest attached one that is not read makes place."""
     ttl: float | None = attrs.field(
         default=_or_environment("ttl", 300.0), converter=_OPTIONAL_SECONDS, validator=_positive
     )

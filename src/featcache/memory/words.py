@@ -59,8 +59,7 @@ class Header:
     SLOTS_USED = 6
     WAITERS = 7
     WAITING_BYTES = 8
-    SESSIONS = 9
-    LARGEST_FREE = 10
+    LARGEST_FREE = 9
 
 
 # --- order ---------------------------------------------------------------------------------------
