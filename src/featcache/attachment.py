@@ -8,17 +8,33 @@ import asyncio
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable
 
+import numpy as np
+
 from featcache.errors import CacheClosed, FeatcacheError, MalformedRef, StaleRef
-from featcache.memory.slab import Mapping
+from featcache.memory.slab import Mapping, Order, Words
+from featcache.memory.unmapped import Unmapped
 from featcache.memory.words import Header, OwnerWords, SessionWords, fence_after_lock
 from featcache.ref import FeatureRef
 
 __all__ = ["Attachment", "Bell"]
 
-_FIRST_WAIT_S = 50e-6
+_TURNS = 20
+"""Turns of the loop before sleeping, whose shortest is a millisecond: bytes are mostly there sooner."""
 _LONGEST_WAIT_S = 1e-3
+
+
+class _Uses:
+    """The uses of one held ref that are under way, and the places behind which its read is paid."""
+
+    __slots__ = ("behind", "count", "pays")
+
+    def __init__(self) -> None:
+        self.count = 1
+        self.pays = False
+        self.behind: list[Order] = []
 
 
 class Attachment:
@@ -30,21 +46,27 @@ class Attachment:
         words: OwnerWords,
         page: SessionWords,
         mapping: Mapping,
+        released: Words,
         ring: Callable[[], object],
     ) -> None:
+        """Begin with nothing covered; `released` is what the mapping made of the page's words."""
         self.pool_id = pool_id
-        self.mapping = mapping
+        self.mapping: Mapping = mapping
         self.header = words.header
+        self.layout = 0
+        """How many times of segments taken away this process has heard of."""
+        self.covered_bytes = 0
+        """Bytes from the slab's start that can be read here."""
         self._gone: FeatcacheError | None = None
         self._live, self._published = words.live, words.published
         self._offset, self._nbytes = words.offset, words.nbytes
-        self._held, self._released = page.held, page.released
+        self._held, self._released, self._paid = page.held, page.released, released
         self._slots = words.slots
         self._ring = ring
         self._unrung = 0
         self._lock = threading.Lock()
-        self._holds: dict[tuple[int, int], list[bool]] = {}
-        """By slot and generation: one entry for each use, whether it pays."""
+        self._holds: dict[tuple[int, int], _Uses] = {}
+        """By slot and generation."""
         self._on_idle: Callable[[], object] | None = None
 
     def begin(self, ref: FeatureRef) -> bool:
@@ -59,7 +81,7 @@ class Attachment:
         """
         index, generation = ref.slot, ref.generation
         if self._gone is not None:
-            raise type(self._gone)(*self._gone.args)
+            self.check()
         if index >= self._slots:
             raise MalformedRef(f"slot {index} of a pool with {self._slots} slots")
         with self._lock:
@@ -70,9 +92,9 @@ class Attachment:
             uses = self._holds.get((index, generation))
             if uses is None:
                 self._held[index] = generation
-                self._holds[index, generation] = [False]
+                self._holds[index, generation] = _Uses()
             else:
-                uses.append(False)
+                uses.count += 1
         fence_after_lock()
         if self._live[index] != generation:
             self.end(ref, pays=False)
@@ -80,20 +102,36 @@ class Attachment:
         if self._offset[index] != ref.offset_bytes or self._nbytes[index] != ref.nbytes:
             self.end(ref, pays=False)
             raise MalformedRef("the ref's extent is not its slot's: it was forged or damaged")
-        return self._published[index] == generation
+        return self._is_there(ref)
 
-    def end(self, ref: FeatureRef, *, pays: bool) -> None:
-        """End one use. The session's read is paid when its last use ends, if any of them `pays`."""
+    def _is_there(self, ref: FeatureRef) -> bool:
+        """Whether the bytes of a held ref are complete, and mapped here as the owner has them."""
+        return (
+            self._published[ref.slot] == ref.generation
+            and ref.offset_bytes + ref.nbytes <= self.covered_bytes
+            and self.header[Header.LAYOUT] == self.layout
+        )
+
+    def end(self, ref: FeatureRef, *, pays: bool, order: Order = None) -> None:
+        """End one use. The session's read is paid when its last use ends, if any of them `pays`.
+
+        `order` is the place behind which this use is done. A use that does not pay has nothing under
+        way: no copy was asked for, or it failed.
+        """
         index, generation = key = ref.slot, ref.generation
         with self._lock:
             uses = self._holds[key]
-            if len(uses) > 1:
-                uses.pop()
-                uses[0] = uses[0] or pays
+            if uses.count > 1:
+                uses.count -= 1
+                if pays:
+                    uses.pays = True
+                    uses.behind.append(order)
                 return
             del self._holds[key]
-            if pays or uses[0]:
-                self.mapping.signal(self._released, index, generation)
+            if pays or uses.pays:
+                if uses.behind:
+                    order = self.mapping.follow(order, uses.behind)
+                self.mapping.signal(self._paid, index, generation, order)
             elif self._held[index] == generation:
                 self._held[index] = 0
             idle = None
@@ -115,14 +153,38 @@ class Attachment:
 
     async def arrival(self, ref: FeatureRef) -> None:
         """Wait on the host until the bytes of a held ref are there."""
-        delay_s = _FIRST_WAIT_S
-        while self._published[ref.slot] != ref.generation:
-            if self._gone is not None:
-                raise type(self._gone)(*self._gone.args)
+        delay_s, turns = 0.0, 0
+        while not self._is_there(ref):
+            self.check()
             if self._live[ref.slot] != ref.generation:
                 raise StaleRef(f"ref {ref.slot}:{ref.generation} was discarded before it came")
             await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, _LONGEST_WAIT_S)
+            turns += 1
+            if turns > _TURNS:
+                delay_s = _LONGEST_WAIT_S
+
+    @property
+    def settled(self) -> bool:
+        """Whether every read that this session paid has been seen to be: nothing is on a stream."""
+        if not self.mapping.deferred:
+            return True
+        held = np.frombuffer(self._held, dtype=np.uint64)
+        released = np.frombuffer(self._released, dtype=np.uint64)
+        return not bool(((held != 0) & (held != released)).any())
+
+    async def settle(self, timeout_s: float) -> bool:
+        """Wait on the host until `settled`, which the GPU brings about; return whether it did."""
+        give_up_s = time.monotonic() + timeout_s
+        while not self.settled:
+            if time.monotonic() > give_up_s:
+                return False
+            await asyncio.sleep(_LONGEST_WAIT_S)
+        return True
+
+    def check(self) -> None:
+        """Raise why no new read may begin, if none may."""
+        if self._gone is not None:
+            raise type(self._gone)(*self._gone.args)
 
     def refuse(self, error: FeatcacheError) -> None:
         """Let no new read begin: each raises this. Reads that have begun may end."""
@@ -145,6 +207,9 @@ class Attachment:
             memoryview(bytearray(8 * self._slots)).cast("Q") for _ in range(2)
         )
         self._live = self._published = self._offset = self._nbytes = self._held
+        self._paid = self._released
+        mapping, self.mapping = self.mapping, Unmapped(self.mapping.device, "this process forked")
+        mapping.forget()
 
     @property
     def holds(self) -> int:

@@ -19,7 +19,8 @@ from featcache.errors import CacheClosed, GetTimeout
 from featcache.feature_cache import FeatureCache as AsyncCache
 from featcache.feature_client import FeatureClient as AsyncClient
 from featcache.memory.pack import Feature
-from featcache.reads import NOT_OPENED, check_ref
+from featcache.reader import Borrow
+from featcache.reads import NOT_OPENED, check_ref, parse_timeout
 from featcache.ref import FeatureRef
 from featcache.settings import Settings
 from featcache.statistics import Statistics
@@ -112,7 +113,13 @@ class _Blocking(Generic[A]):
                 return self._inner.get_nowait(ref, device=device, out=out)
             except GetTimeout:
                 pass  # on its way: wait for it in the loop
-        return self._call(lambda: self._inner.get(ref, device=device, out=out, timeout=timeout))
+        # Only waited for there: on a GPU it is this thread's stream whose order counts.
+        if self._call(lambda: self._inner.prepare(ref, device=device, out=out, timeout=timeout)):
+            return self._inner.get_nowait(ref, device=device, out=out)
+        if out is None:
+            empty = self._inner.empty(ref, device=device)
+            return self._call(lambda: self._inner.get(ref, out=empty, timeout=timeout))
+        return self._call(lambda: self._inner.get(ref, out=out, timeout=timeout))
 
     def get_nowait(
         self, ref: FeatureRef, *, device: Any = None, out: Feature | None = None
@@ -124,17 +131,23 @@ class _Blocking(Generic[A]):
     def borrow(self, ref: FeatureRef, *, timeout: float | None = None) -> Iterator[Feature]:
         """Lend a view for the length of a ``with`` block, as `featcache.FeatureClient.borrow`."""
         borrow = self._inner.borrow(ref, timeout=timeout)
-        if self._inner.has_attached(ref):
-            try:
+        view = self._entered(borrow) if self._inner.has_attached(ref) else None
+        if view is None:
+            if self._call(lambda: self._inner.prepare(ref, timeout=timeout)):
                 view = borrow.__enter__()
-            except GetTimeout:
+            else:
                 view = self._call(borrow.__aenter__)
-        else:
-            view = self._call(borrow.__aenter__)
         try:
             yield view
         finally:
             borrow.__exit__(None, None, None)
+
+    @staticmethod
+    def _entered(borrow: Borrow) -> Feature | None:
+        try:
+            return borrow.__enter__()
+        except GetTimeout:
+            return None  # on its way
 
     def release(self, ref: FeatureRef, *, timeout: float | None = None) -> None:
         """Pay the read without reading."""
@@ -177,14 +190,13 @@ class FeatureCache(_Blocking[AsyncCache]):
         readers: Any = 1,
         ttl: float | EllipsisType | None = ...,
         timeout: float | None = None,
-        on_full: Literal["wait", "raise"] = "wait",
+        on_full: Literal["wait", "raise", "spill"] = "wait",
     ) -> FeatureRef:
         """Copy a feature in, waiting for room, as `featcache.FeatureCache.put`."""
-        return self._call(
-            lambda: self._inner.put(
-                feature, readers=readers, ttl=ttl, timeout=timeout, on_full=on_full
-            )
-        )
+        inner, timeout_s = self._inner, parse_timeout(timeout)
+        inner.check_open()
+        staged = inner.stage(feature, readers=readers, ttl=ttl, on_full=on_full)
+        return self._call(lambda: inner.put_staged(staged, timeout_s, on_full))
 
     def put_nowait(
         self,
@@ -195,11 +207,9 @@ class FeatureCache(_Blocking[AsyncCache]):
     ) -> FeatureRef:
         """Copy a feature in, or raise PoolFull: it waits for its loop, never for room."""
         inner = self._inner
-
-        async def put() -> FeatureRef:
-            return inner.put_nowait(feature, readers=readers, ttl=ttl)
-
-        return self._call(put)
+        inner.check_open()
+        staged = inner.stage(feature, readers=readers, ttl=ttl, on_full="raise")
+        return self._call(lambda: inner.put_staged_nowait(staged))
 
 
 class Pressure:

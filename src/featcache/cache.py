@@ -5,12 +5,13 @@ from typing import Any
 import attrs
 
 from featcache.control import endpoint as endpoints
-from featcache.errors import BackendUnavailable, SettingsError
-from featcache.feature_cache import FeatureCache, limits_of
+from featcache.errors import SettingsError
+from featcache.feature_cache import FeatureCache
 from featcache.feature_client import FeatureClient
 from featcache.memory.host import HostSlab
 from featcache.reads import parse_device, parse_name
-from featcache.settings import Settings
+from featcache.serving import limits_of
+from featcache.settings import Settings, parse_bytes
 
 __all__ = ["FeatureCache", "FeatureClient", "connect", "create"]
 
@@ -39,13 +40,14 @@ def create(
     """Return a cache to be opened with ``async with``: this process will own its slab.
 
     Args:
-        device: where the slab is; only ``"cpu"`` until the CUDA backend is built.
+        device: where the slab is: ``"cpu"``, or a GPU such as ``"cuda:0"`` (which needs cuda-bindings).
         capacity: bytes the slab may grow to (or ``"512MiB"``); 1 GiB if neither this, `settings` nor
             ``FEATCACHE_CAPACITY`` says otherwise.
         endpoint: the path of the Unix socket to listen at; None makes one that only this user can
             reach.
         name: the name under which the owner itself owes reads (``readers=[name, …]``).
-        spill: bytes of a second, host slab; not until the CUDA backend is built.
+        spill: bytes of a second slab in host memory, which ``put(on_full="spill")`` uses when this one
+            is full; pinned if this one is on a GPU.
         settings: everything else; without it, the environment's ``FEATCACHE_…``.
         initial: bytes committed from the beginning; ``initial=capacity`` fails at the start rather
             than under load. One segment by default.
@@ -58,14 +60,11 @@ def create(
 
     """
     target = parse_device(device)
-    if target.type != "cpu":
-        raise BackendUnavailable("the CUDA slab is not built yet: create(device='cpu')")
-    if spill is not None:
-        raise BackendUnavailable("spilling comes with the CUDA slab: leave spill out")
     chosen = _settings(settings, capacity=capacity, initial=initial, segment=segment, idle=idle)
-    limits_of(chosen, HostSlab.granularity_bytes)
+    limits_of(chosen, HostSlab.granularity_bytes)  # says now what makes no sense
+    spill_bytes = None if spill is None else parse_bytes(spill, "spill")
     path = None if endpoint is None else endpoints.check_endpoint(endpoint)
-    return FeatureCache(target, chosen, path, parse_name(name))
+    return FeatureCache(target, chosen, path, parse_name(name), spill_bytes)
 
 
 def connect(
@@ -80,7 +79,8 @@ def connect(
     Args:
         endpoint: an owner's `FeatureCache.endpoint`; the client then reads that pool only. None
             attaches to a pool when it first meets a ref of it.
-        device: where `get` puts its copies; None is the pool's own device.
+        device: where `get` puts its copies, and the GPU that maps a slab on a GPU; None is the pool's
+            own device where it is visible here, else torch's current one.
         name: the name by which puts may call for this session's reads; one session at a time has it.
         settings: bounds and intervals; without it, the environment's ``FEATCACHE_…``.
 

@@ -13,13 +13,16 @@ import attrs
 import structlog
 
 __all__ = [
+    "BackendChosen",
     "CommitFailed",
     "Event",
     "OwnerGone",
     "PeerRefused",
+    "PeerUnreachable",
     "PoolClosed",
     "PoolOpened",
     "PoolPressure",
+    "PutSpilled",
     "PutWaited",
     "ReaderAttached",
     "ReaderLeft",
@@ -62,6 +65,17 @@ class PoolOpened(Event):
     device: str
     capacity_bytes: int
     committed_bytes: int
+
+
+@attrs.frozen(kw_only=True)
+class BackendChosen(Event):
+    """A slab on a GPU is made in one of two ways."""
+
+    name: ClassVar[str] = "featcache.backend.chosen"
+    backend: str
+    """``cuda-vmm`` (segments shared by descriptor) or ``cuda-ipc`` (one legacy allocation)."""
+    device: str
+    reason: str
 
 
 @attrs.frozen(kw_only=True)
@@ -109,6 +123,17 @@ class PutWaited(Event):
     """False when it gave up (timeout or cancellation)."""
     unlogged: int
     """Waits since the last such event that were not logged."""
+
+
+@attrs.frozen(kw_only=True)
+class PutSpilled(Event):
+    """A put went to the host slab. At most one a `Settings.log_interval`; the others are counted."""
+
+    name: ClassVar[str] = "featcache.put.spilled"
+    spill_pool: str
+    nbytes: int
+    unlogged: int
+    """Spills since the last such event that were not logged."""
 
 
 @attrs.frozen(kw_only=True)
@@ -199,6 +224,8 @@ class SegmentsReturned(Event):
     severity: ClassVar[Severity] = "debug"
     committed_bytes: int
     returned_bytes: int
+    mapped_in_sessions: int = 0
+    """Sessions that had not said in time that they unmapped it; until they do it is not free."""
 
 
 @attrs.frozen(kw_only=True)
@@ -210,6 +237,16 @@ class CommitFailed(Event):
     committed_bytes: int
     wanted_bytes: int
     error: str
+
+
+@attrs.frozen(kw_only=True)
+class PeerUnreachable(Event):
+    """A client's device can't access a pool's slab; its reads go through host memory. Said once."""
+
+    name: ClassVar[str] = "featcache.peer.unreachable"
+    severity: ClassVar[Severity] = "warning"
+    device: str
+    reason: str
 
 
 @attrs.frozen(kw_only=True)

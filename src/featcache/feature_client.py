@@ -69,8 +69,7 @@ class FeatureClient(Reads):
         self._why_closed = "this client was closed"
         try:
             await handles.close()
-            if self._offload is not None:
-                await self._offload.settle()
+            await handles.settle()
         finally:
             if self._offload is not None:
                 self._offload.close()

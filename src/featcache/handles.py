@@ -3,8 +3,10 @@
 import asyncio
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any, NamedTuple
 
+import anyio
 import torch
 
 from featcache import events
@@ -15,64 +17,33 @@ from featcache.control.client import Link, dial
 from featcache.control.messages import Welcome
 from featcache.errors import (
     AttachRefused,
-    BackendUnavailable,
     CacheClosed,
     OwnerLost,
     PoolFull,
     UnknownPool,
 )
-from featcache.memory import host
-from featcache.memory.slab import Mapping
+from featcache.handle import Handle
+from featcache.memory.attach import default_device, map_slab
+from featcache.memory.backing import Unreachable
+from featcache.memory.slab import Mapping, Words
+from featcache.memory.unmapped import Unmapped
 from featcache.memory.words import OwnerWords, SessionWords
 from featcache.ref import FeatureRef
 from featcache.settings import Settings
 
-__all__ = ["Handle", "HandleCache"]
+__all__ = ["HandleCache"]
+
+
+class Mapped(NamedTuple):
+    """A slab as it could be mapped."""
+
+    mapping: Mapping
+    released: Words
+    why_not: str | None
+    """Why it could not be, and is read through the host."""
+
 
 _CONTROL_DESCRIPTORS = 3  # the owner's words, the session's page, the eventfd
-
-
-class Handle:
-    """One attached pool: the mapped side and the link that keeps its session alive."""
-
-    def __init__(self, attachment: Attachment, link: Link, bell: Bell, offload: Offload) -> None:
-        self.attachment = attachment
-        self.link = link
-        self._bell = bell
-        self._offload = offload
-
-    async def close(self) -> None:
-        """Say goodbye, once nothing is held any more; until then the session stays."""
-        if self.attachment.holds:
-            loop = asyncio.get_running_loop()
-            self.attachment.refuse(CacheClosed("this client was closed"))
-            self.attachment.when_idle(lambda: loop.call_soon_threadsafe(self._finish_late))
-            return
-        await self.link.goodbye()
-        self._bell.close()
-        mapping = self.attachment.mapping
-        await self._offload.run(mapping.close, mapping.close)
-
-    def lose(self, reason: str) -> None:
-        """Refuse new reads; what is held stays mapped until it is let go."""
-        self.attachment.refuse(OwnerLost(reason))
-        self.attachment.when_idle(self._let_go)
-
-    def _finish_late(self) -> None:
-        self.link.say_goodbye()
-        self._let_go()
-
-    def _let_go(self) -> None:
-        self._bell.close()
-        # Unmapping a large slab takes milliseconds: not in the loop.
-        self._offload.spawn(self.attachment.mapping.close)
-
-    def forget(self) -> None:
-        """Drop descriptors and mappings in a forked child."""
-        self.link.forget()
-        self.attachment.forget()
-        self._bell.close()
-        self.attachment.mapping.close()
 
 
 class HandleCache:
@@ -94,6 +65,9 @@ class HandleCache:
         self._lost: str | None = None  # why the pool that this client is bound to is gone
         self._handles: OrderedDict[bytes, Handle] = OrderedDict()
         self._opening: dict[str, asyncio.Task[Handle]] = {}
+        self._kin: set[bytes] = set()  # pools that the owner of the one bound to spills to
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._unreachable: set[tuple[bytes, torch.device]] = set()
         self._closed = False
 
     # --- reader.Pools ---------------------------------------------------------------------------
@@ -105,7 +79,7 @@ class HandleCache:
             return handle.attachment
         if self._closed:
             raise CacheClosed("this client was closed, or is another process's")
-        if self._bound is not None:
+        if self._bound is not None and ref.pool_id not in self._kin:
             if self._lost is not None:
                 raise OwnerLost(self._lost)
             raise UnknownPool(
@@ -129,6 +103,30 @@ class HandleCache:
         if handle.attachment.pool_id != ref.pool_id:
             raise UnknownPool(f"{ref.endpoint} serves another pool now than {ref.pool_id.hex()}")
         return handle
+
+    async def reach(self, attachment: Attachment, device: torch.device | None) -> bool:
+        """Open a pool for another device of this process; False, said once, where that can't be."""
+        mapping = attachment.mapping
+        if device is None or isinstance(mapping, Unmapped):
+            return False
+        try:
+            await self._offload.run(lambda: mapping.open_for(device), lambda: None)
+        except Unreachable as error:
+            if (attachment.pool_id, device) not in self._unreachable:
+                self._unreachable.add((attachment.pool_id, device))
+                self._report_unreachable(attachment.pool_id, device, str(error))
+            return False
+        return True
+
+    def _report_unreachable(self, pool_id: bytes, device: torch.device, reason: str) -> None:
+        events.emit(events.PeerUnreachable(pool=pool_id.hex(), device=str(device), reason=reason))
+
+    async def relay(self, ref: FeatureRef) -> FeatureRef:
+        """Have the owner copy a held ref into host memory."""
+        link = (await self.handle(ref)).link
+        there = FeatureRef.from_bytes(await link.relay(ref.to_bytes()))
+        self._kin.add(there.pool_id)
+        return there
 
     # --- attaching ------------------------------------------------------------------------------
 
@@ -170,6 +168,8 @@ class HandleCache:
         if known is not None:  # reached by another spelling of its endpoint
             await handle.close()
             return known
+        if welcome.kin is not None:
+            self._kin.add(welcome.kin)
         self._handles[welcome.pool_id] = handle
         link.on_lost = lambda reason: self._on_lost(welcome.pool_id, reason)
         return handle
@@ -180,11 +180,48 @@ class HandleCache:
             raise AttachRefused("the owner's welcome came without its descriptors")
         words = OwnerWords.attach(fds[0], welcome.slots)
         page = SessionWords.attach(fds[1], welcome.slots)
-        slab_fds = fds[_CONTROL_DESCRIPTORS:]
-        mapping = await self._offload.run(_mapper(welcome, slab_fds), lambda: None)
+        mapping, released = await self._map_slab(welcome, fds[_CONTROL_DESCRIPTORS:], page)
         bell = Bell(fds.pop(2))
-        attachment = Attachment(welcome.pool_id, words, page, mapping, bell.ring)
-        return Handle(attachment, link, bell, self._offload)
+        attachment = Attachment(welcome.pool_id, words, page, mapping, released, bell.ring)
+        attachment.layout = welcome.layout
+        handle = Handle(attachment, link, bell, self._offload, self._spawn)
+        try:
+            with anyio.fail_after(self._settings.attach_timeout):
+                await handle.covers(welcome.committed_bytes)
+        except BaseException as error:
+            handle.lose("it could not be attached")
+            if isinstance(error, TimeoutError):
+                raise AttachRefused("the owner's segments did not come in time") from None
+            raise
+        return handle
+
+    async def _map_slab(
+        self, welcome: Welcome, fds: list[int], page: SessionWords
+    ) -> tuple[Mapping, Words]:
+        box: list[Mapped] = []
+        work = _mapper(welcome, fds, self._device, page, through_host=self._settings.through_host)
+
+        def late() -> None:
+            for mapped in box:
+                self._offload.spawn(mapped.mapping.close)
+
+        await self._offload.run(lambda: box.append(work()), late)
+        mapping, released, why_not = box[0]
+        # Who reads on the CPU has chosen to; only a GPU's detour is worth a warning.
+        if why_not is not None and (mapping.device.type != "cpu" or self._settings.through_host):
+            self._report_unreachable(welcome.pool_id, mapping.device, why_not)
+        return mapping, released
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def settle(self) -> None:
+        """Return when what was begun in the background is done."""
+        await asyncio.sleep(0)  # what another thread has just asked for begins
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _make_place(self) -> None:
         """Close the longest attached pool that nobody reads, when the bound is reached."""
@@ -237,17 +274,43 @@ class HandleCache:
         self._handles.clear()
 
 
-def _mapper(welcome: Welcome, fds: list[int]) -> Callable[[], Mapping]:
-    if welcome.kind != host.KIND:
-        raise BackendUnavailable(f"this client can't map a slab of kind {welcome.kind!r}")
-    if len(fds) != 1:
-        raise AttachRefused("a host slab comes with one descriptor")
-    fd = os.dup(fds[0])  # the thread's own: a cancelled attach closes the others while it maps
+def _mapper(
+    welcome: Welcome,
+    fds: list[int],
+    device: torch.device | None,
+    page: SessionWords,
+    *,
+    through_host: bool,
+) -> Callable[[], Mapped]:
+    """Return what maps a slab, and readies the page for its streams, in a thread."""
+    own = [os.dup(fd) for fd in fds]  # the thread's: a cancelled attach closes the others meanwhile
 
-    def work() -> Mapping:
+    def mapped() -> tuple[Mapping, str | None]:
         try:
-            return host.HostMapping.attach(fd, welcome.capacity_bytes, welcome.committed_bytes)
+            if through_host and welcome.relays:
+                raise Unreachable("Settings.through_host asks for it")
+            return map_slab(
+                welcome.kind,
+                welcome.device,
+                welcome.capacity_bytes,
+                welcome.committed_bytes,
+                welcome.handle,
+                own,
+                device,
+            ), None
+        except Unreachable as error:
+            if not welcome.relays:
+                raise
+            return Unmapped(device or default_device(), str(error)), str(error)
         finally:
-            os.close(fd)
+            close_all(own)
+
+    def work() -> Mapped:
+        mapping, why_not = mapped()
+        try:
+            return Mapped(mapping, mapping.adopt(page, page.released), why_not)
+        except BaseException:
+            mapping.close()
+            raise
 
     return work

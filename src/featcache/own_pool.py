@@ -1,14 +1,19 @@
-"""The owner as a reader of its own pool."""
+"""The owner as a reader of its own pools: the slab's, and the one on the host to which it spills."""
 
 import os
+from collections.abc import Awaitable, Callable
 
+import torch
+
+from featcache._offload import Offload
 from featcache.attachment import Attachment, Bell
 from featcache.errors import CacheClosed, UnknownPool
+from featcache.memory.backing import Unreachable
 from featcache.pool import Pool
 from featcache.reaper import OWN_SESSION, Reaper
 from featcache.ref import FeatureRef
 
-__all__ = ["OwnPool"]
+__all__ = ["OwnPool", "OwnPools"]
 
 
 class OwnPool:
@@ -21,27 +26,25 @@ class OwnPool:
         self._attachment: Attachment | None = None
         self._bell: Bell | None = None
 
-    def peek(self, ref: FeatureRef) -> Attachment:
-        """Return the owner's attachment; any other pool is unknown to it."""
-        if ref.pool_id != self._pool.pool_id:
-            raise UnknownPool(f"the ref is of pool {ref.pool_id.hex()}: read it with a client")
-        if self._attachment is None:
-            self._attachment = self._attach()
+    @property
+    def attached(self) -> Attachment | None:
+        """The owner's attachment, once it has read; the first read makes its page, in the loop."""
         return self._attachment
 
-    def has(self, ref: FeatureRef) -> bool:
-        """Whether the owner has read this pool before; the first read makes its page, in the loop."""
-        return self._attachment is not None and ref.pool_id == self._pool.pool_id
-
-    async def open(self, ref: FeatureRef) -> Attachment:
-        """As `peek`, which never says that something is yet to be opened."""
-        return self.peek(ref)
-
-    def _attach(self) -> Attachment:
-        pool = self._pool
-        page = self._reaper.open_page(OWN_SESSION, self._name)
-        self._bell = Bell(os.dup(pool.recycler.eventfd))
-        return Attachment(pool.pool_id, pool.words, page.words, pool.slab, self._bell.ring)
+    def attach(self) -> Attachment:
+        """Return the owner's attachment."""
+        if self._attachment is None:
+            pool = self._pool
+            page = self._reaper.open_page(OWN_SESSION, self._name).words
+            released = pool.slab.adopt(page, page.released)
+            self._bell = Bell(os.dup(pool.recycler.eventfd))
+            self._attachment = Attachment(
+                pool.pool_id, pool.words, page, pool.slab, released, self._bell.ring
+            )
+            self._attachment.covered_bytes = pool.store.limits.capacity_bytes
+        # Its own mapping is never behind: what it has given away nothing lies in.
+        self._attachment.layout = self._pool.layout
+        return self._attachment
 
     def forget(self) -> None:
         """Cut a forked child off."""
@@ -56,3 +59,44 @@ class OwnPool:
             self._attachment = None
         if self._bell is not None:
             self._bell.close()
+
+
+class OwnPools:
+    """Where the owner's `Reader` finds them. `relay` copies a ref to the host pool."""
+
+    def __init__(
+        self, offload: Offload, relay: Callable[[FeatureRef], Awaitable[FeatureRef]]
+    ) -> None:
+        self._offload = offload
+        self._pools: dict[bytes, OwnPool] = {}
+        self.relay = relay
+
+    def add(self, pool_id: bytes, own: OwnPool) -> None:
+        """Read this pool too."""
+        self._pools[pool_id] = own
+
+    def peek(self, ref: FeatureRef) -> Attachment:
+        """Return the owner's attachment; pools that are not its own are unknown to it."""
+        own = self._pools.get(ref.pool_id)
+        if own is None:
+            raise UnknownPool(f"the ref is of pool {ref.pool_id.hex()}: read it with a client")
+        return own.attach()
+
+    def has(self, ref: FeatureRef) -> bool:
+        """Whether the owner has read this pool before: only then any thread may."""
+        own = self._pools.get(ref.pool_id)
+        return own is not None and own.attached is not None
+
+    async def open(self, ref: FeatureRef) -> Attachment:
+        """As `peek`, which never says that something is yet to be opened."""
+        return self.peek(ref)
+
+    async def reach(self, attachment: Attachment, device: torch.device | None) -> bool:
+        """Open the slab for another device of this process."""
+        if device is None:
+            return True
+        try:
+            await self._offload.run(lambda: attachment.mapping.open_for(device), lambda: None)
+        except Unreachable:
+            return False
+        return True

@@ -1,20 +1,21 @@
 """The owner: the store's decisions carried out on a slab and its words."""
 
 import asyncio
+import contextlib
 import os
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from featcache import events
 from featcache._offload import Offload
-from featcache.core.slots import Slot
+from featcache.core.slots import Slot, SlotState
 from featcache.core.store import Effect, Expired, Grow, Limits, Retired, Store, Woken
 from featcache.core.waiters import Waiter
-from featcache.errors import CacheClosed
+from featcache.errors import BackendUnavailable, CacheClosed
 from featcache.gauge import Gauge
-from featcache.memory.slab import Slab
+from featcache.memory.slab import Order, Segment, Slab
 from featcache.memory.words import Header, OwnerWords, fence_full
 from featcache.page import Page
 from featcache.recycler import Recycler
@@ -26,6 +27,16 @@ __all__ = ["Pool"]
 _now: Final[Callable[[], float]] = time.monotonic
 _MOST_UNRUNG: Final = 16
 _BUSY_S: Final = 0.004
+
+
+class Sessions(Protocol):
+    """Who is told of the slab's size: the server."""
+
+    def announce(self, segments: Sequence[Segment]) -> None:
+        """Send every session the segments that were made."""
+
+    def retire(self, layout: int, end_bytes: int, timeout_s: float) -> Coroutine[Any, Any, int]:
+        """Have every session unmap from `end_bytes` on; awaited, tell how many have not in time."""
 
 
 class Pool:
@@ -42,6 +53,8 @@ class Pool:
         self.store = Store(limits)
         self.store.allocator.grow(limits.initial_bytes)
         self.words, self.words_fd = OwnerWords.create(limits.slots)
+        self._complete = slab.adopt(self.words, self.words.published)
+        self.sessions: Sessions | None = None
         self.pages: dict[int, Page] = {}
         """What sessions say they hold and have released, by session number."""
         self.recycler = Recycler(
@@ -63,13 +76,23 @@ class Pool:
         """The pool's id in hex, as events name it."""
         return self.pool_id.hex()
 
-    def publish(self, slot: Slot, specs: tuple[TensorSpec, ...]) -> FeatureRef:
-        """Let readers have a slot whose bytes were written, and return its ref."""
+    def check_open(self) -> None:
+        """Raise CacheClosed if it is closed."""
+        if self.closed:
+            raise CacheClosed("the cache was closed")
+
+    @property
+    def layout(self) -> int:
+        """How often segments of the slab were taken away."""
+        return self.words.header[Header.LAYOUT]
+
+    def publish(self, slot: Slot, specs: tuple[TensorSpec, ...], order: Order) -> FeatureRef:
+        """Let readers have a slot whose bytes were written, or will be at `order`; return its ref."""
         if self.closed:
             raise CacheClosed("the cache was closed while this put was copying")
         index, generation, nbytes = slot.index, slot.generation, slot.nbytes
         offset_bytes = slot.offset_bytes
-        self.slab.signal(self.words.published, index, generation)
+        self.slab.signal(self._complete, index, generation, order)
         self.words.entitle(index, generation, offset_bytes, nbytes)
         effects = self.store.publish(slot, _now())
         if effects:
@@ -78,6 +101,30 @@ class Pool:
             self._observe()
         return FeatureRef(
             self.pool_id, self.endpoint, index, generation, offset_bytes, nbytes, specs
+        )
+
+    def withdraw(self, slot: Slot, order: Order) -> None:
+        """Give a slot up whose put failed. On a GPU some of its bytes may still be on their way."""
+        if self.closed:
+            return
+        if self.slab.deferred and order is not None:
+            with contextlib.suppress(
+                BackendUnavailable
+            ):  # a broken context: nothing comes any more
+                self.slab.signal(self._complete, slot.index, slot.generation, order)
+                self.apply(self.store.withdraw(slot, _now()))
+                self.recycler.look_at(0.0)
+                return
+        self.apply(self.store.abandon(slot, _now()))
+
+    @property
+    def settled(self) -> bool:
+        """Whether every put's bytes are where they belong: nothing is on a stream any more."""
+        published = self.words.published
+        return all(
+            published[slot.index] == slot.generation
+            for slot in self.store.table.in_use()
+            if slot.state is not SlotState.RESERVED
         )
 
     # --- carrying out ---------------------------------------------------------------------------
@@ -162,11 +209,13 @@ class Pool:
         if not due:
             return
         fence_full()  # after `live` was cleared, before the holds are looked at
-        pages = self.pages.values()
+        pages, published = self.pages.values(), self.words.published
         ready = [
             slot
             for slot in due
-            if not any(page.holds(slot.index, slot.generation) for page in pages)
+            # What was taken back before its bytes came would get them after its next tenant's.
+            if published[slot.index] == slot.generation
+            and not any(page.holds(slot.index, slot.generation) for page in pages)
         ]
         if ready:
             self.apply(self.store.recycle(ready, now_s))
@@ -221,8 +270,12 @@ class Pool:
         """Use what was committed up to `end_bytes`."""
         if self.closed:
             return
-        added_bytes = end_bytes - self.store.committed_bytes
+        start_bytes = self.store.committed_bytes
+        added_bytes = end_bytes - start_bytes
         self.words.header[Header.COMMITTED] = end_bytes
+        segments = self.slab.segments(start_bytes, end_bytes)
+        if segments and self.sessions is not None:
+            self.sessions.announce(segments)  # before any ref can lie there
         self.apply(self.store.grown(end_bytes, _now()))
         events.emit(
             events.SegmentsCommitted(
@@ -243,17 +296,24 @@ class Pool:
         )
 
     async def _shrink(self, end_bytes: int, old_end_bytes: int) -> None:
-        slab = self.slab
+        slab, timeout_s = self.slab, self.settings.attach_timeout
+        retiring: Coroutine[Any, Any, int] | None = None
+        if self.sessions is not None and slab.segments(end_bytes, old_end_bytes):
+            # Before anything can be put where readers have the old segments mapped.
+            layout = self.words.header[Header.LAYOUT] = self.words.header[Header.LAYOUT] + 1
+            retiring = self.sessions.retire(layout, end_bytes, timeout_s)
         try:
             await self.offload.run(lambda: slab.decommit(end_bytes, old_end_bytes), lambda: None)
         finally:
             if not self.closed:
                 self.apply(self.store.shrunk(_now()))
+        behind = 0 if retiring is None else await retiring
         events.emit(
             events.SegmentsReturned(
                 pool=self.name,
                 committed_bytes=end_bytes,
                 returned_bytes=old_end_bytes - end_bytes,
+                mapped_in_sessions=behind,
             )
         )
 
@@ -280,21 +340,21 @@ class Pool:
             page.close()
         self.pages.clear()
         os.close(self.words_fd)
-        del self.words  # unmapped now, not when the collector of cycles comes by
+        del self.words, self._complete  # unmapped now, not when the collector of cycles comes by
 
     def forget(self) -> None:
         """Drop descriptors and mappings in a forked child; the parent's pool is not touched.
 
         The words go by hand: the child's copy of the loop keeps this object.
         """
-        del self.words
+        del self.words, self._complete
         self.closed = True
         self.recycler.forget()
         for page in self.pages.values():
             page.close()
         self.pages.clear()
         os.close(self.words_fd)
-        self.slab.close()
+        self.slab.forget()
 
     @staticmethod
     def _fail(waiter: Waiter, error: Exception) -> None:

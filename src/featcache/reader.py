@@ -10,10 +10,13 @@ import torch
 from featcache._offload import Offload
 from featcache.attachment import Attachment
 from featcache.errors import GetTimeout, UnknownPool
-from featcache.memory.pack import Feature, same_layout, unpack
+from featcache.memory.pack import DTYPES, Feature, same_layout, unpack
+from featcache.memory.slab import Order
 from featcache.ref import FeatureRef
 
 __all__ = ["Borrow", "Pools", "Reader"]
+
+Device = torch.device | None
 
 
 class Pools(Protocol):
@@ -28,6 +31,12 @@ class Pools(Protocol):
     def open(self, ref: FeatureRef) -> Awaitable[Attachment]:
         """Return it, attaching first."""
 
+    def reach(self, attachment: Attachment, device: Device) -> Awaitable[bool]:
+        """Open the pool for a device of this process; False where only host memory leads there."""
+
+    def relay(self, ref: FeatureRef) -> Awaitable[FeatureRef]:
+        """Have the owner copy a held ref's bytes into host memory; return the copy's ref."""
+
 
 class Reader:
     """get, borrow and release over whatever pools there are."""
@@ -38,56 +47,112 @@ class Reader:
         self._inline_bytes = inline_bytes
         self.gets = 0
 
+    # --- get --------------------------------------------------------------------------------------
+
     def get_nowait(
-        self, ref: FeatureRef, device: torch.device | None = None, out: Feature | None = None
+        self, ref: FeatureRef, device: Device = None, out: Feature | None = None
     ) -> Feature:
         """Copy what is there now."""
         attachment = self._attached(ref)
+        mapping = attachment.mapping
+        targets = None
+        if out is not None:
+            targets = same_layout(ref.specs, out)
+            device = targets[0].device
+        if not mapping.reaches(device):
+            raise GetTimeout("the bytes must come another way: await get instead")
         ready = attachment.begin(ref)
-        pays = False
+        pays, order = False, None
         try:
             if not ready:
                 raise GetTimeout("the bytes are still on their way: await get instead")
-            feature = _copy(attachment, ref, device, out)
+            order = mapping.order(device)
+            feature = _copy(attachment, ref, device, targets, order)
             pays = True
         finally:
-            attachment.end(ref, pays=pays)
+            attachment.end(ref, pays=pays, order=order)
         self.gets += 1
-        return feature
+        return feature if out is None else out
 
     async def get(
-        self,
-        ref: FeatureRef,
-        device: torch.device | None,
-        out: Feature | None,
-        timeout_s: float | None,
+        self, ref: FeatureRef, device: Device, out: Feature | None, timeout_s: float | None
     ) -> Feature:
-        """Copy; large copies leave the loop for a thread. If cancelled, the read is still owed."""
+        """Copy; what would hold up the loop is copied in a thread. If cancelled, the read is still owed."""
+        targets = None
+        if out is not None:
+            targets = same_layout(ref.specs, out)
+            device = targets[0].device
         attachment = self.pools.peek(ref)
-        if attachment is None or not attachment.begin(ref):
-            attachment = await self._await_begin(attachment, ref, timeout_s)
-        pays = handed_over = False
+        reached = attachment is not None and attachment.mapping.reaches(device)
+        if attachment is None or not reached or not attachment.begin(ref):
+            begun = attachment if reached else None
+            attachment, reached = await self._await_begin(begun, ref, device, timeout_s)
+        if reached:
+            feature = await self._copy_held(attachment, ref, device, targets)
+        else:
+            feature = await self._copy_relayed(attachment, ref, device, out, timeout_s)
+        self.gets += 1
+        return feature if out is None else out
+
+    async def _copy_held(
+        self,
+        attachment: Attachment,
+        ref: FeatureRef,
+        device: Device,
+        targets: list[torch.Tensor] | None,
+    ) -> Feature:
+        """Copy a held ref's bytes, here or in a thread, and end the use."""
+        mapping = attachment.mapping
+        pays, order, handed_over = False, None, False
         try:
-            if ref.nbytes <= self._inline_bytes:
-                feature = _copy(attachment, ref, device, out)
+            order = mapping.order(device)
+            if mapping.held_bytes(ref.nbytes, device) <= self._inline_bytes:
+                feature = _copy(attachment, ref, device, targets, order)
             else:
-                holder = attachment
-                targets = _targets(attachment, ref, device, out)
+                into = targets or [mapping.empty(spec, device) for spec in ref.specs]
                 handed_over = True
                 await self._offload.run(
-                    lambda: _fill(holder, ref, targets), lambda: holder.end(ref, pays=False)
+                    lambda: _fill(attachment, ref, into, order),
+                    lambda: attachment.end(ref, pays=False),
                 )
                 handed_over = False
-                feature = unpack(ref.specs, targets) if out is None else out
+                feature = unpack(ref.specs, into)
             pays = True
         except Exception:
             handed_over = False  # the copy itself failed: nobody else ends this use
             raise
         finally:
             if not handed_over:
-                attachment.end(ref, pays=pays)
-        self.gets += 1
+                attachment.end(ref, pays=pays, order=order)
         return feature
+
+    async def _copy_relayed(
+        self,
+        attachment: Attachment,
+        ref: FeatureRef,
+        device: Device,
+        out: Feature | None,
+        timeout_s: float | None,
+    ) -> Feature:
+        """Copy a held ref's bytes by way of host memory, and end the use."""
+        if out is None and device is None:
+            device = attachment.mapping.device
+        pays = False
+        try:
+            with anyio.fail_after(timeout_s):
+                there = await self.pools.relay(ref)
+                feature = await self.get(there, None if out is not None else device, out, None)
+            self.gets -= 1  # the copy's get is part of this one
+            pays = True
+        except TimeoutError:
+            raise GetTimeout(
+                f"no copy came through host memory within {timeout_s} s; the read is still owed"
+            ) from None
+        finally:
+            attachment.end(ref, pays=pays)
+        return feature
+
+    # --- borrow and release -------------------------------------------------------------------------
 
     def borrow(self, ref: FeatureRef, timeout_s: float | None) -> "Borrow":
         """Return the context manager of one borrow."""
@@ -97,23 +162,66 @@ class Reader:
         """Pay without reading."""
         attachment = self.pools.peek(ref)
         if attachment is None:
-            attachment = await self._open(ref, timeout_s)
+            try:
+                with anyio.fail_after(timeout_s):
+                    attachment = await self.pools.open(ref)
+            except TimeoutError:
+                raise GetTimeout(
+                    f"not attached within {timeout_s} s; the read is still owed"
+                ) from None
         attachment.pay(ref)
+
+    async def prepare(self, ref: FeatureRef, device: Device, timeout_s: float | None) -> bool:
+        """Wait until `get_nowait` finds the bytes; False if only `get` can reach them."""
+        attachment, reached = await self._await_begin(None, ref, device, timeout_s)
+        attachment.end(ref, pays=False)
+        return reached
+
+    def empty(self, ref: FeatureRef, device: Device) -> Feature:
+        """Return new tensors for a feature, where a get would put it."""
+        where = device or self._attached(ref).mapping.device
+        made = [
+            torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=where) for spec in ref.specs
+        ]
+        return unpack(ref.specs, made)
 
     def hold_nowait(self, ref: FeatureRef) -> Attachment:
         """Hold a ref whose bytes are there now, in a pool that is attached."""
         attachment = self._attached(ref)
+        if not attachment.mapping.reaches(None):
+            raise GetTimeout("the bytes must come another way: use 'async with' instead")
         if not attachment.begin(ref):
             attachment.end(ref, pays=False)
             raise GetTimeout("the bytes are still on their way: use 'async with' instead")
         return attachment
 
-    async def hold(self, ref: FeatureRef, timeout_s: float | None) -> Attachment:
-        """Hold a ref, attaching and waiting for its bytes as need be."""
+    async def hold(
+        self, ref: FeatureRef, timeout_s: float | None
+    ) -> tuple[Attachment, Feature | None]:
+        """Hold a ref, attaching and waiting for its bytes as need be.
+
+        Where there is no way to the slab itself, a copy comes with it.
+        """
         attachment = self.pools.peek(ref)
-        if attachment is None or not attachment.begin(ref):
-            attachment = await self._await_begin(attachment, ref, timeout_s)
-        return attachment
+        if attachment is None or not attachment.mapping.reaches(None) or not attachment.begin(ref):
+            begun = attachment if attachment and attachment.mapping.reaches(None) else None
+            attachment, reached = await self._await_begin(begun, ref, None, timeout_s)
+            if not reached:
+                return attachment, await self._relayed(attachment, ref)
+        return attachment, None
+
+    async def _relayed(self, attachment: Attachment, ref: FeatureRef) -> Feature:
+        """Return a copy of a held ref's bytes, which stays held."""
+        try:
+            there = await self.pools.relay(ref)
+            copied = await self.get(there, attachment.mapping.device, None, None)
+        except BaseException:
+            attachment.end(ref, pays=False)
+            raise
+        self.gets -= 1  # the copy's get is part of the borrow
+        return copied
+
+    # --- getting there ------------------------------------------------------------------------------
 
     def _attached(self, ref: FeatureRef) -> Attachment:
         attachment = self.pools.peek(ref)
@@ -123,28 +231,27 @@ class Reader:
             )
         return attachment
 
-    async def _open(self, ref: FeatureRef, timeout_s: float | None) -> Attachment:
-        try:
-            with anyio.fail_after(timeout_s):
-                return await self.pools.open(ref)
-        except TimeoutError:
-            raise GetTimeout(f"not attached within {timeout_s} s; the read is still owed") from None
-
     async def _await_begin(
-        self, begun: Attachment | None, ref: FeatureRef, timeout_s: float | None
-    ) -> Attachment:
-        """Attach if need be, hold, and wait for the bytes. `begun` holds the ref already."""
-        holder = begun
+        self, begun: Attachment | None, ref: FeatureRef, device: Device, timeout_s: float | None
+    ) -> tuple[Attachment, bool]:
+        """Attach and open for a device if need be, hold, and wait for the bytes.
+
+        `begun` holds the ref already. Returns whether the device reaches the bytes.
+        """
+        holder, reached = begun, True
         try:
             with anyio.fail_after(timeout_s):
                 if holder is None:
                     attachment = await self.pools.open(ref)
+                    reached = attachment.mapping.reaches(device) or await self.pools.reach(
+                        attachment, device
+                    )
                     ready = attachment.begin(ref)
                     holder = attachment
                     if ready:
-                        return holder
+                        return holder, reached
                 await holder.arrival(ref)
-                return holder
+                return holder, reached
         except BaseException as error:
             if holder is not None:
                 holder.end(ref, pays=False)
@@ -155,45 +262,42 @@ class Reader:
             raise
 
 
-def _targets(
-    attachment: Attachment, ref: FeatureRef, device: torch.device | None, out: Feature | None
-) -> list[torch.Tensor]:
-    """Return the tensors to copy into, one for each spec."""
-    if out is not None:
-        return same_layout(ref.specs, out)
-    empty = attachment.mapping.empty
-    return [empty(spec, device) for spec in ref.specs]
-
-
-def _fill(attachment: Attachment, ref: FeatureRef, targets: list[torch.Tensor]) -> None:
+def _fill(
+    attachment: Attachment, ref: FeatureRef, targets: list[torch.Tensor], order: Order
+) -> None:
     read, offset_bytes = attachment.mapping.read, ref.offset_bytes
     for spec, target in zip(ref.specs, targets, strict=True):
-        read(offset_bytes, spec, target)
+        read(offset_bytes, spec, target, order)
 
 
 def _copy(
-    attachment: Attachment, ref: FeatureRef, device: torch.device | None, out: Feature | None
+    attachment: Attachment,
+    ref: FeatureRef,
+    device: Device,
+    targets: list[torch.Tensor] | None,
+    order: Order,
 ) -> Feature:
     """Copy here and now."""
-    specs = ref.specs
-    if out is None and len(specs) == 1 and specs[0].name is None:  # what most features are
-        mapping = attachment.mapping
+    specs, mapping = ref.specs, attachment.mapping
+    if targets is None and len(specs) == 1 and specs[0].name is None:  # what most features are
         tensor = mapping.empty(specs[0], device)
-        mapping.read(ref.offset_bytes, specs[0], tensor)
+        mapping.read(ref.offset_bytes, specs[0], tensor, order)
         return tensor
-    targets = _targets(attachment, ref, device, out)
-    _fill(attachment, ref, targets)
-    return unpack(specs, targets) if out is None else out
+    if targets is None:
+        targets = [mapping.empty(spec, device) for spec in specs]
+    _fill(attachment, ref, targets, order)
+    return unpack(specs, targets)
 
 
 class Borrow:
     """One borrow: ``async with`` waits for the bytes, plain ``with`` takes what is there now.
 
-    Leaving the block pays the read and empties the view (its ``numel()`` is then 0), so that it can't
-    be read by mistake when the bytes are another feature's. Slices made of it are not emptied.
+    Leaving the block pays the read, behind what was asked of the GPU on the stream that is then
+    current, and empties the view (its ``numel()`` is then 0), so that it can't be read by mistake when
+    the bytes are another feature's. Slices made of it are not emptied.
     """
 
-    __slots__ = ("_attachment", "_reader", "_ref", "_tensors", "_timeout_s")
+    __slots__ = ("_attachment", "_copied", "_reader", "_ref", "_tensors", "_timeout_s")
 
     def __init__(self, reader: Reader, ref: FeatureRef, timeout_s: float | None) -> None:
         self._reader = reader
@@ -201,18 +305,21 @@ class Borrow:
         self._timeout_s = timeout_s
         self._attachment: Attachment | None = None
         self._tensors: list[torch.Tensor] = []
+        self._copied = False
 
-    def _enter(self, attachment: Attachment) -> Feature:
+    def _enter(self, attachment: Attachment, copied: Feature | None = None) -> Feature:
         ref = self._ref
-        try:
-            view = attachment.mapping.view
-            self._tensors = [view(ref.offset_bytes, spec) for spec in ref.specs]
-        except BaseException:
-            attachment.end(ref, pays=False)
-            raise
+        self._copied = copied is not None
+        if copied is None:
+            try:
+                view = attachment.mapping.view
+                self._tensors = [view(ref.offset_bytes, spec) for spec in ref.specs]
+            except BaseException:
+                attachment.end(ref, pays=False)
+                raise
         self._attachment = attachment
         self._reader.gets += 1
-        return unpack(ref.specs, self._tensors)
+        return unpack(ref.specs, self._tensors) if copied is None else copied
 
     def _exit(self) -> None:
         attachment, self._attachment = self._attachment, None
@@ -221,7 +328,8 @@ class Borrow:
         for tensor in self._tensors:
             tensor.set_()  # type: ignore[call-overload]  # the stub lacks the form without a source
         self._tensors = []
-        attachment.end(self._ref, pays=True)
+        order = None if self._copied else attachment.mapping.order()
+        attachment.end(self._ref, pays=True, order=order)
 
     def _check_unused(self) -> None:
         if self._attachment is not None:
@@ -230,7 +338,7 @@ class Borrow:
     async def __aenter__(self) -> Feature:
         """Return the view, once its bytes are there."""
         self._check_unused()
-        return self._enter(await self._reader.hold(self._ref, self._timeout_s))
+        return self._enter(*await self._reader.hold(self._ref, self._timeout_s))
 
     async def __aexit__(
         self,

@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 
 from featcache.errors import BackendUnavailable, SettingsError
-from featcache.memory.pack import MAX_NAME, Feature
+from featcache.memory.pack import MAX_NAME, Feature, same_layout
 from featcache.reader import Borrow, Reader
 from featcache.ref import FeatureRef
 from featcache.settings import parse_seconds
@@ -125,6 +125,27 @@ class Reads:
 
         """
         return self._reads().get_nowait(check_ref(ref), self._target(device, out), out)
+
+    async def prepare(
+        self,
+        ref: FeatureRef,
+        *,
+        device: Any = None,
+        out: Feature | None = None,
+        timeout: float | None = None,
+    ) -> bool:
+        """Wait until `get_nowait` or a plain ``with borrow`` finds the bytes there.
+
+        Returns False where only `get` can reach them: by way of host memory. Raises as `get` does.
+        """
+        place = self._target(device, out)
+        if out is not None:
+            place = same_layout(check_ref(ref).specs, out)[0].device
+        return await self._reads().prepare(check_ref(ref), place, parse_timeout(timeout))
+
+    def empty(self, ref: FeatureRef, *, device: Any = None) -> Feature:
+        """Return new tensors that a `get` of this ref can have as its `out`; its pool is attached."""
+        return self._reads().empty(check_ref(ref), self._target(device, None))
 
     def borrow(self, ref: FeatureRef, *, timeout: float | None = None) -> Borrow:
         """Return a context manager whose value is a view in the slab: no copy, whatever the size.

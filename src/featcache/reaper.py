@@ -2,12 +2,14 @@
 
 import os
 import time
+from collections.abc import Awaitable, Callable, Sequence
 
 from featcache.control.messages import VERSION, Welcome
 from featcache.control.peers import own_pidfd
 from featcache.control.server import Session
 from featcache.core.store import Effect
-from featcache.errors import AttachRefused
+from featcache.errors import AttachRefused, BackendUnavailable
+from featcache.memory.slab import Segment
 from featcache.memory.words import SessionWords
 from featcache.page import Page
 from featcache.pool import Pool
@@ -26,6 +28,10 @@ class Reaper:
         self._pool = pool
         self._own_name = own_name
         self._pidfd = own_pidfd()
+        self.relay_ref: Callable[[bytes], Awaitable[bytes]] | None = None
+        """Copies a ref into host memory, for sessions that can't reach the slab."""
+        self.kin: list[Pool] = []
+        """The owner's other pools: what a dead name owed there is paid as well."""
         self.readers_lost = 0
         self.discarded = 0
 
@@ -47,12 +53,26 @@ class Reaper:
             session=session.number,
             slots=limits.slots,
             kind=pool.slab.kind,
-            device=str(pool.slab.device),
+            device=pool.slab.device_name,
             capacity_bytes=limits.capacity_bytes,
             committed_bytes=pool.store.committed_bytes,
+            layout=pool.layout,
+            handle=pool.slab.handle,
+            relays=self.relay_ref is not None,
+            kin=self.kin[0].pool_id if self.kin else None,
         )
         own = [self._pidfd, pool.words_fd, page.fd, pool.recycler.eventfd]
         return welcome, own + pool.slab.descriptors()
+
+    def segments(self) -> Sequence[Segment]:
+        """Return what of the slab is sent piece by piece."""
+        return self._pool.slab.segments(0, self._pool.store.committed_bytes)
+
+    async def relay(self, ref: bytes) -> bytes:
+        """Copy a ref's bytes into host memory; return the copy's ref."""
+        if self.relay_ref is None:
+            raise BackendUnavailable("this pool is in host memory already: read it there")
+        return await self.relay_ref(ref)
 
     def open_page(self, number: int, name: str | None) -> Page:
         """Make the page of a session and begin to look at it."""
@@ -78,6 +98,10 @@ class Reaper:
                 forgiven, more = pool.store.forgive(page.name, now_s)
                 paid += forgiven
                 effects += more
+                for other in self.kin:
+                    forgiven, more_there = other.store.forgive(page.name, now_s)
+                    paid += forgiven
+                    other.apply(more_there)
             self.readers_lost += 1
         page.close()
         pool.apply(effects)

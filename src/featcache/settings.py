@@ -115,6 +115,14 @@ def _within(low: int, high: int = _MAX_BYTES) -> Callable[[Any, Any, int], None]
     return check
 
 
+_BACKENDS = ("auto", "vmm", "ipc")
+
+
+def _backend(_: object, field: "attrs.Attribute[str]", value: str) -> None:
+    if value not in _BACKENDS:
+        raise SettingsError(f"{field.name}={value!r} is none of {_BACKENDS}")
+
+
 def _positive(_: object, field: "attrs.Attribute[Any]", value: float | None) -> None:
     if value is not None and value <= 0:
         raise SettingsError(f"{field.name}={value} must be more than 0 s")
@@ -210,6 +218,21 @@ class Settings:
         default=_or_environment("inline_bytes", 4 << 20), converter=_SIZE, validator=_within(0)
     )
     """Copies above this many bytes leave the event loop for a thread (about a millisecond)."""
+    backend: str = attrs.field(default=_or_environment("backend", "auto"), validator=_backend)
+    """How a slab on a GPU is shared: ``"vmm"`` (segments by descriptor, elastic, read-only in readers),
+    ``"ipc"`` (one legacy allocation of a fixed size), or ``"auto"``, the first that the device can."""
+    through_host: bool = attrs.field(
+        default=_or_environment("through_host", False), converter=_FLAG
+    )
+    """In a client: read by way of host memory even where the slab could be accessed."""
+    spill_always: bool = attrs.field(
+        default=_or_environment("spill_always", False), converter=_FLAG
+    )
+    """Spill every put that says ``on_full="spill"``, also while the slab has room."""
+    relay_ttl: float = attrs.field(
+        default=_or_environment("relay_ttl", 30.0), converter=_SECONDS, validator=_positive
+    )
+    """Seconds that a copy made for a read through host memory waits to be read."""
 
 
 def split_budget(total: int | str, workers: int, floor: int | str = "128MiB") -> int:

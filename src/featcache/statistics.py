@@ -44,6 +44,9 @@ class Statistics:
     waited: int = 0
     """Puts that had to stand in the queue."""
     spilled: int = 0
+    """Puts that went to the host slab; its own figures are not among the gauges."""
+    relayed: int = 0
+    """Features copied to host memory for readers that can't reach the slab."""
     expired: int = 0
     """Refs whose ttl passed with reads unpaid."""
     discarded: int = 0

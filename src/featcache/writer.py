@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import anyio
 
@@ -11,12 +11,13 @@ from featcache import events
 from featcache.core.slots import Slot
 from featcache.core.waiters import Request
 from featcache.errors import PoolFull, PutTimeout, SettingsError
-from featcache.memory.pack import MAX_NAME, Packed, pack
+from featcache.memory.pack import MAX_NAME, pack
+from featcache.memory.slab import Order, Parts
 from featcache.pool import Pool
 from featcache.ref import FeatureRef, TensorSpec
 from featcache.settings import parse_seconds
 
-__all__ = ["TTL_DEFAULT", "Writer"]
+__all__ = ["TTL_DEFAULT", "Staged", "Writer"]
 
 TTL_DEFAULT: Final[Any] = ...
 """Stands for "as the settings say", since None means "never"."""
@@ -25,26 +26,37 @@ _YIELD_EVERY: Final = 32
 _now = time.monotonic
 
 
+class Staged(NamedTuple):
+    """A put as it came in, with the caller's place in the order of its stream."""
+
+    request: Request
+    specs: tuple[TensorSpec, ...]
+    parts: Parts
+    order: Order
+
+
 class Writer:
-    """The owner's puts into its own pool."""
+    """The owner's puts into one of its pools."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._puts = 0
         self._waits = events.Throttle(pool.settings.log_interval)
 
-    def request(
-        self, feature: Any, readers: Any, ttl: Any
-    ) -> tuple[Request, tuple[TensorSpec, ...], Packed]:
-        """Return what a put asks for, or raise SettingsError or FeatureTooLarge."""
-        specs, parts, nbytes = pack(feature, self._pool.settings.tensors)
+    def stage(self, feature: Any, readers: Any, ttl: Any) -> Staged:
+        """Return what a put asks for, or raise SettingsError or FeatureTooLarge.
+
+        Called in the caller's thread, whose current stream is the one that the feature is ready on.
+        """
+        specs, packed, nbytes = pack(feature, self._pool.settings.tensors)
         if ttl is TTL_DEFAULT:
             ttl_s = self._pool.settings.ttl
         else:
             ttl_s = None if ttl is None else parse_seconds(ttl, "ttl", exclusive=True)
         request = Request(nbytes, self._readers(readers), ttl_s)
         self._pool.store.check_size(nbytes)
-        return request, specs, parts
+        parts, order = self._pool.slab.stage(packed)
+        return Staged(request, specs, parts, order)
 
     def _readers(self, readers: Any) -> int | frozenset[str]:
         most = self._pool.settings.readers
@@ -61,58 +73,55 @@ class Writer:
             raise SettingsError(f"readers={names[:8]!r}: 1 to {most} names, each of them once")
         return frozenset(names)
 
-    def put_nowait(self, feature: Any, readers: Any, ttl: Any) -> FeatureRef:
+    def put_nowait(self, staged: Staged) -> FeatureRef:
         """Copy a feature in and return its ref, or raise PoolFull. Growth happens inline."""
-        request, specs, parts = self.request(feature, readers, ttl)
-        slot = self._reserve(request) or self._reserve_by_growing(request)
+        slot = self.take_room(staged.request)
         if slot is None:
-            raise self._full(request)
+            raise self._full(staged.request)
         try:
-            self._pool.slab.write(slot.offset_bytes, parts)
+            self._pool.slab.write(slot.offset_bytes, staged.parts, staged.order)
         except BaseException:
-            self._pool.apply(self._pool.store.abandon(slot, _now()))
+            self._pool.withdraw(slot, staged.order)
             raise
-        return self._pool.publish(slot, specs)
+        return self._pool.publish(slot, staged.specs, staged.order)
 
-    async def put(
-        self, feature: Any, readers: Any, ttl: Any, timeout_s: float | None, *, wait: bool
-    ) -> FeatureRef:
+    async def put(self, staged: Staged, timeout_s: float | None, *, wait: bool) -> FeatureRef:
         """Copy a feature in and return its ref, standing in the queue for room if `wait`."""
-        request, specs, parts = self.request(feature, readers, ttl)
+        request = staged.request
         self._puts += 1
         if self._puts % _YIELD_EVERY == 0:
             await asyncio.sleep(0)  # a loop of puts that never wait must not starve the sessions
-        slot = self._reserve(request)
+        slot = self.reserve(request) if wait else self.take_room(request)
         if slot is None and wait:
-            slot = await self._wait(request, timeout_s)
-        elif slot is None:
-            slot = self._reserve_by_growing(request)
+            slot = await self.await_room(request, timeout_s)
         if slot is None:
             raise self._full(request)
-        await self._fill(slot, parts)
-        return self._pool.publish(slot, specs)
+        return await self.fill(slot, staged)
 
-    async def _fill(self, slot: Slot, parts: Packed) -> None:
-        offset_bytes = slot.offset_bytes
-
-        def abandon() -> None:
-            if not self._pool.closed:
-                self._pool.apply(self._pool.store.abandon(slot, _now()))
-
+    async def fill(self, slot: Slot, staged: Staged) -> FeatureRef:
+        """Copy a feature into its slot and publish it."""
+        offset_bytes, parts, order = slot.offset_bytes, staged.parts, staged.order
+        pool = self._pool
         try:
-            if slot.nbytes <= self._pool.settings.inline_bytes:
-                self._pool.slab.write(offset_bytes, parts)
+            if pool.slab.staged_bytes(parts) <= pool.settings.inline_bytes:
+                pool.slab.write(offset_bytes, parts, order)
             else:
-                await self._pool.offload.run(
-                    lambda: self._pool.slab.write(offset_bytes, parts), abandon
+                await pool.offload.run(
+                    lambda: pool.slab.write(offset_bytes, parts, order),
+                    lambda: pool.withdraw(slot, order),
                 )
         except asyncio.CancelledError:
-            raise  # the thread is still copying: `abandon` runs when it is done
+            raise  # the thread is still copying: the slot is given up when it is done
         except BaseException:
-            abandon()
+            pool.withdraw(slot, order)
             raise
+        return pool.publish(slot, staged.specs, order)
 
-    def _reserve(self, request: Request) -> Slot | None:
+    def take_room(self, request: Request) -> Slot | None:
+        """Reserve a slot without waiting, growing the slab here and now if need be."""
+        return self.reserve(request) or self._reserve_by_growing(request)
+
+    def reserve(self, request: Request) -> Slot | None:
         """Reserve, taking back what was released if that is due or needed."""
         self._pool.put_bytes += request.nbytes
         if self._pool.put_bytes > _COLLECT_BYTES * (len(self._pool.pages) + 3):
@@ -140,7 +149,8 @@ class Writer:
         self._pool.grown(end_bytes)
         return store.reserve(request, _now())
 
-    async def _wait(self, request: Request, timeout_s: float | None) -> Slot:
+    async def await_room(self, request: Request, timeout_s: float | None) -> Slot:
+        """Reserve a slot, standing in the queue for it."""
         future: asyncio.Future[None] = self._pool.loop.create_future()
         since_s = _now()
         waiter, effects = self._pool.store.wait(request, since_s, future)

@@ -13,6 +13,7 @@ from typing import Any
 from bench.peers import vllmstore
 
 PACKAGES = ("featcache", "torch", "numpy", "anyio", "msgspec", "pyzmq", "uvloop")
+CUDA_PACKAGES = ("featcache", "torch", "cuda-bindings", "numpy", "anyio", "msgspec", "uvloop")
 
 
 def machine() -> dict[str, Any]:
@@ -27,9 +28,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def versions(vllm_file: str | None) -> dict[str, str | None]:
+def versions(vllm_file: str | None, packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -40,10 +41,22 @@ def versions(vllm_file: str | None) -> dict[str, str | None]:
     return found
 
 
-def command(argv: list[str]) -> str:
+def gpus() -> list[dict[str, str]]:
+    """The GPUs, as the driver's own tool names them; none where there is none."""
+    fields = ("name", "driver_version", "memory.total", "compute_mode")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    lines = [line.split(", ") for line in done.stdout.strip().splitlines()]
+    return [dict(zip(fields, line, strict=False)) for line in lines]
+
+
+def command(argv: list[str], script: str = "host.py") -> str:
     """The command as it was given, paths cut down to their last part."""
     parts = [Path(part).name if part.startswith("/") else part for part in argv]
-    return " ".join(["python tests/bench/host.py", *parts])
+    return " ".join([f"python tests/bench/{script}", *parts])
 
 
 def now() -> str:
@@ -51,7 +64,10 @@ def now() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the tree that this file lies in, marked when it has changes."""
+    """The commit of the tree that this file lies in, marked when it has changes.
+
+    Where a copy of the tree has no history, FEATCACHE_BENCH_COMMIT can say it.
+    """
     here = Path(__file__).parent
     try:
         done = subprocess.run(
@@ -62,7 +78,7 @@ def _commit() -> str | None:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("FEATCACHE_BENCH_COMMIT")
     return done.stdout.strip()
 
 

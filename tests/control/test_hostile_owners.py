@@ -73,6 +73,10 @@ def welcome_of(**changes: Any) -> bytes:
         "device": "cpu",
         "capacity_bytes": CAPACITY,
         "committed_bytes": 0,
+        "layout": 0,
+        "handle": b"",
+        "relays": False,
+        "kin": None,
     }
     return msgspec.msgpack.encode(fields | changes)
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 def at_the_door(owner: FeatureCache) -> int:
     state = owner._state
     assert state is not None
-    return len(state.server._greeting)
+    return len(state.main.server._greeting)
 
 
 async def serves(owner: FeatureCache) -> None:
@@ -341,8 +341,8 @@ async def test_out_of_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
                 def accept(self) -> None:
                     raise OSError(24, "Too many open files")
 
-            real = state.server._sock
-            patch.setattr(state.server, "_sock", Full())
+            real = state.main.server._sock
+            patch.setattr(state.main.server, "_sock", Full())
             with Peer.connect(owner.endpoint):
                 await until(lambda: logs)
         assert "Too many open files" in logs[0]["reason"]

@@ -319,7 +319,7 @@ class OwnerAgent(Agent):
     async def late_bytes(self) -> tuple[Any, ...]:
         """From now on no bytes ever arrive, as if a stream did not get to them."""
         self.cache._opened().pool.slab.signal = (  # type: ignore[method-assign]
-            lambda words, index, value: None
+            lambda words, index, value, order: None
         )
         return ("late",)
 

@@ -52,7 +52,7 @@ async def test_killed_at_a_step(
         second = await cache.put(feature(2, SIZE), readers=owing)
         child = start(reader, cache.endpoint, name=name, stop=step)
         await lead(child, step, command, first)
-        greeting = cache._opened().server._greeting
+        greeting = cache._opened().main.server._greeting
         await until(
             lambda: (cache.statistics().sessions, len(greeting)) == (admitted, not admitted)
         )

@@ -32,13 +32,13 @@ def allocated(slab: HostSlab) -> int:
 
 def write(slab: HostSlab, offset: int, value: torch.Tensor) -> TensorSpec:
     specs, parts, _ = pack(value, 1)
-    slab.write(offset, parts)
+    slab.write(offset, parts, ())
     return specs[0]
 
 
 def copied(mapping: HostMapping, offset: int, spec: TensorSpec) -> torch.Tensor:
     out = mapping.empty(spec, None)
-    mapping.read(offset, spec, out)
+    mapping.read(offset, spec, out, ())
     return out
 
 
@@ -105,7 +105,7 @@ def test_readers_see_the_bytes_and_can_not_write_them(slab: HostSlab) -> None:
     reader = HostMapping.attach(fd, CAPACITY, CAPACITY)
     assert torch.equal(reader.view(512, spec), value)
     assert torch.equal(copied(reader, 512, spec), value)
-    slab.write(512, ((spec, -value),))
+    slab.write(512, ((spec, -value),), ())
     assert torch.equal(reader.view(512, spec), -value)
 
 
@@ -132,12 +132,12 @@ def test_views_keep_a_closed_mapping_alive(no_leaks: None) -> None:
         with pytest.raises(CacheClosed):
             copied(mapping, 0, spec)
     with pytest.raises(CacheClosed):
-        slab.write(0, ((spec, view),))
+        slab.write(0, ((spec, view),), ())
 
 
 def test_signals(slab: HostSlab) -> None:
     words = memoryview(bytearray(64)).cast("Q")
-    slab.signal(words, 3, 1 << 62)
+    slab.signal(words, 3, 1 << 62, ())
     assert words.tolist() == [0, 0, 0, 1 << 62, 0, 0, 0, 0]
     assert not slab.deferred
 

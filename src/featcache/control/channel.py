@@ -70,11 +70,7 @@ class Channel:
     # --- sending --------------------------------------------------------------------------------
 
     def send(self, payload: bytes, descriptors: Sequence[int] = ()) -> None:
-        """Send one frame now, or as soon as the peer reads.
-
-        Descriptors stay the caller's to close, and must stay open until they are sent, which for
-        the first frames of a peer is at once.
-        """
+        """Send one frame now, or as soon as the peer reads. Descriptors stay the caller's to close."""
         if self.closed:
             return
         if len(payload) > self._limit_bytes or len(descriptors) > MAX_DESCRIPTORS:
@@ -92,7 +88,8 @@ class Channel:
         if len(self._outgoing) >= _MAX_QUEUED:
             self._lose(ProtocolError(f"the peer left {_MAX_QUEUED} messages unread"))
             return
-        self._outgoing.append((frame, descriptors))
+        # The frame's own: the caller may close its descriptors before the peer reads.
+        self._outgoing.append((frame, [os.dup(fd) for fd in descriptors]))
 
     def _send_some(self, frame: bytes, descriptors: Sequence[int]) -> int:
         rights = array.array("i", descriptors)
@@ -109,8 +106,11 @@ class Channel:
         while self._outgoing:
             frame, descriptors = self._outgoing[0]
             sent = self._send_some(frame, descriptors)
+            if sent:
+                close_all(descriptors)
+                descriptors = ()
             if sent < len(frame):
-                self._outgoing[0] = (frame[sent:], () if sent else descriptors)
+                self._outgoing[0] = (frame[sent:], descriptors)
                 return
             self._outgoing.popleft()
         self._loop.remove_writer(self._fd)
@@ -195,14 +195,18 @@ class Channel:
         self.closed = True
         self._loop.remove_reader(self._fd)
         self._loop.remove_writer(self._fd)
+        self._drop_descriptors()
+        self._sock.close()
+
+    def _drop_descriptors(self) -> None:
+        for _, descriptors in self._outgoing:
+            close_all(descriptors)
         self._outgoing.clear()
         close_all(self._descriptors)
         self._descriptors.clear()
-        self._sock.close()
 
     def forget(self) -> None:
         """Drop the socket in a forked child, whose copy of the loop must not be touched."""
         self.closed = True
-        close_all(self._descriptors)
-        self._descriptors.clear()
+        self._drop_descriptors()
         self._sock.close()

@@ -20,7 +20,11 @@ from featcache.control.messages import (
     Hello,
     ProtocolError,
     Refused,
+    Relay,
     Reply,
+    Retire,
+    Retired,
+    Segments,
     Welcome,
     decode_from_owner,
     encode,
@@ -35,6 +39,10 @@ __all__ = ["Link", "dial"]
 _CONNECT_RETRY_S = 0.005
 _FAREWELL_S = 1.0
 _MAX_REQUESTS = 4096
+_MAX_UNTAKEN = 1024
+"""Changes of the slab that may come before somebody takes them."""
+
+SlabChange = Segments | Retire
 
 
 class Link:
@@ -49,7 +57,9 @@ class Link:
         self._welcome: asyncio.Future[Welcome] = self._loop.create_future()
         self._welcome_fds: list[int] = []  # this link's to close until `greet` hands them on
         self._farewell: asyncio.Future[None] = self._loop.create_future()
-        self._requests: dict[int, asyncio.Future[None]] = {}
+        self._requests: dict[int, asyncio.Future[bytes]] = {}
+        self._on_slab: Callable[[SlabChange, list[int]], None] | None = None
+        self._untaken: list[tuple[SlabChange, list[int]]] = []
         self._numbers = 0
         self._watch: PidWatch | None = None
         self._channel = Channel(
@@ -74,18 +84,37 @@ class Link:
 
     async def discard(self, slot: int, generation: int) -> None:
         """Ask the owner to cancel a ref; return when it has."""
+        await self._ask(lambda number: Discard(number, slot, generation))
+
+    async def relay(self, ref: bytes) -> bytes:
+        """Ask the owner to copy a ref's bytes into host memory; return the copy's ref."""
+        return await self._ask(lambda number: Relay(number, ref))
+
+    async def _ask(self, request: Callable[[int], Discard | Relay]) -> bytes:
         if self.lost is not None:
             raise OwnerLost(self.lost)
         if len(self._requests) >= _MAX_REQUESTS:
             raise FeatcacheError(f"{_MAX_REQUESTS} requests are unanswered already")
         self._numbers += 1
         number = self._numbers
-        answer = self._requests[number] = self._loop.create_future()
-        self._channel.send(encode(Discard(number, slot, generation)))
+        answer: asyncio.Future[bytes] = self._loop.create_future()
+        self._requests[number] = answer
+        self._channel.send(encode(request(number)))
         try:
-            await answer
+            return await answer
         finally:
             self._requests.pop(number, None)
+
+    def take_slab_changes(self, take: Callable[[SlabChange, list[int]], None]) -> None:
+        """Have `take` called with every change of the slab and its descriptors, which it then owns."""
+        self._on_slab = take
+        untaken, self._untaken = self._untaken, []
+        for change, fds in untaken:
+            take(change, fds)
+
+    def retired(self, layout: int) -> None:
+        """Say that what a `Retire` took away is not mapped here any more."""
+        self._channel.send(encode(Retired(layout)))
 
     async def goodbye(self) -> None:
         """End the session in order: when this returns the owner has folded it (or is gone)."""
@@ -107,6 +136,7 @@ class Link:
         if self._watch is not None:
             self._watch.close()
         self._close_welcome()
+        self._on_slab = None  # the handle holds this link: without a cycle it goes at once
         self._settle("the session was closed")
 
     def forget(self) -> None:
@@ -119,6 +149,9 @@ class Link:
     def _close_welcome(self) -> None:
         close_all(self._welcome_fds)
         self._welcome_fds = []
+        for _, fds in self._untaken:
+            close_all(fds)
+        self._untaken = []
 
     # --- what comes in --------------------------------------------------------------------------
 
@@ -136,17 +169,31 @@ class Link:
                 self._resolve(self._farewell)
             elif isinstance(message, Closing):
                 self._lose("it closed the pool")
+            elif isinstance(message, SlabChange) and self._welcome.done():
+                changed, fds = fds, []
+                self._change_slab(message, changed)
             else:
                 raise ProtocolError(f"an unexpected {type(message).__name__}")
         finally:
             close_all(fds)
+
+    def _change_slab(self, change: SlabChange, fds: list[int]) -> None:
+        if len(fds) != (len(change.sizes) if isinstance(change, Segments) else 0):
+            close_all(fds)
+            raise ProtocolError("segments and descriptors that are not as many")
+        if self._on_slab is not None:
+            self._on_slab(change, fds)
+            return
+        self._untaken.append((change, fds))
+        if len(self._untaken) > _MAX_UNTAKEN:
+            raise ProtocolError(f"more than {_MAX_UNTAKEN} changes of the slab at once")
 
     def _answer(self, reply: Reply) -> None:
         future = self._requests.pop(reply.request, None)
         if future is None or future.done():
             return
         if reply.error is None:
-            future.set_result(None)
+            future.set_result(reply.ref)
             return
         kind = getattr(errors, reply.error, None) if reply.error in errors.__all__ else None
         future.set_exception((kind or FeatcacheError)(reply.text))

@@ -9,13 +9,14 @@ import asyncio
 import enum
 import errno
 import socket
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol
 
 from featcache import events
 from featcache.control import endpoint as endpoints
 from featcache.control.channel import Channel, close_all
 from featcache.control.messages import (
+    MAX_SEGMENTS,
     VERSION,
     Closing,
     Discard,
@@ -24,7 +25,11 @@ from featcache.control.messages import (
     Hello,
     ProtocolError,
     Refused,
+    Relay,
     Reply,
+    Retire,
+    Retired,
+    Segments,
     Welcome,
     decode_from_client,
     encode,
@@ -37,6 +42,8 @@ __all__ = ["Host", "Server", "Session", "SessionState"]
 
 
 _QUARANTINE_EVENT_S = 0.1
+_MOST_RELAYS = 64
+"""Relays that one session may have under way."""
 
 
 class SessionState(enum.Enum):
@@ -59,6 +66,25 @@ class Session:
         self.channel: Channel | None = None
         self.watch: PidWatch | None = None
         self.deadline: asyncio.TimerHandle | None = None
+        self.layout = 0
+        """The last `Retire` that it has carried out."""
+        self.relays: set[asyncio.Task[None]] = set()
+
+
+class Segment(Protocol):
+    """A piece of a slab as the server sends it."""
+
+    @property
+    def start_bytes(self) -> int:
+        """Where it lies in the slab."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Its bytes."""
+
+    @property
+    def fd(self) -> int:
+        """What it is mapped by."""
 
 
 class Host(Protocol):
@@ -74,11 +100,17 @@ class Host(Protocol):
         They stay the host's, and open. Raise FeatcacheError to refuse.
         """
 
+    def segments(self) -> Sequence[Segment]:
+        """Return what a session maps beyond the welcome, in order."""
+
     def dismiss(self, session: Session, *, died: bool) -> int:
         """Fold what the session paid; if it died, pay for it. Return the reads paid for it."""
 
     def discard(self, index: int, generation: int) -> None:
         """Cancel what a ref still owes, or raise StaleRef."""
+
+    def relay(self, ref: bytes) -> Coroutine[Any, Any, bytes]:
+        """Copy a ref's bytes into host memory; return the copy's ref. Raises as a get does."""
 
 
 class Server:
@@ -94,6 +126,7 @@ class Server:
         self._greeting: set[Session] = set()
         self.sessions: dict[int, Session] = {}
         """ACTIVE and QUARANTINED sessions by number."""
+        self._retiring: dict[int, asyncio.Future[None]] = {}
         self._refusals = events.Throttle(settings.log_interval, burst=16)
         self._accept_retry: asyncio.TimerHandle | None = None
         self._loop.add_reader(sock.fileno(), self._accept)
@@ -151,12 +184,21 @@ class Server:
                 self._greet(session, message, taken)
             elif session.state is not SessionState.ACTIVE:
                 raise ProtocolError("the first message must be a hello")
-            elif isinstance(message, Goodbye):
-                self._goodbye(session)
             else:
-                self._discard(session, message)
+                self._take(session, message)
         finally:
             close_all(fds)
+
+    def _take(self, session: Session, message: Goodbye | Discard | Relay | Retired) -> None:
+        if isinstance(message, Goodbye):
+            self._goodbye(session)
+        elif isinstance(message, Retired):
+            session.layout = max(session.layout, message.layout)
+            self._settle_retired()
+        elif isinstance(message, Relay):
+            self._begin_relay(session, message)
+        else:
+            self._discard(session, message)
 
     def _greet(self, session: Session, hello: Hello, fds: list[int]) -> None:
         if session.state is not SessionState.GREETING:
@@ -177,7 +219,9 @@ class Server:
         session.state = SessionState.ACTIVE
         self.sessions[session.number] = session
         assert session.channel is not None, "a greeting session has its channel"
+        session.layout = welcome.layout
         session.channel.send(encode(welcome), descriptors)
+        self._send_segments(session, self._host.segments())
         self._emit(events.ReaderAttached, session)
 
     def _check(self, hello: Hello) -> None:
@@ -217,6 +261,63 @@ class Server:
             reply = Reply(message.request, type(error).__name__, str(error)[:1000])
         assert session.channel is not None, "an active session has its channel"
         session.channel.send(encode(reply))
+
+    def _begin_relay(self, session: Session, message: Relay) -> None:
+        if len(session.relays) >= _MOST_RELAYS:
+            raise ProtocolError(f"more than {_MOST_RELAYS} relays at once")
+        task = self._loop.create_task(self._relay(session, message))
+        session.relays.add(task)
+        task.add_done_callback(session.relays.discard)
+
+    async def _relay(self, session: Session, message: Relay) -> None:
+        try:
+            reply = Reply(message.request, ref=await self._host.relay(message.ref))
+        except FeatcacheError as error:
+            reply = Reply(message.request, type(error).__name__, str(error)[:1000])
+        if session.channel is not None:
+            session.channel.send(encode(reply))
+
+    # --- the slab's size --------------------------------------------------------------------------
+
+    def announce(self, segments: Sequence[Segment]) -> None:
+        """Send every session the segments that were made."""
+        for session in self.sessions.values():
+            self._send_segments(session, segments)
+
+    def _send_segments(self, session: Session, segments: Sequence[Segment]) -> None:
+        assert session.channel is not None, "an active session has its channel"
+        for first in range(0, len(segments), MAX_SEGMENTS):
+            some = segments[first : first + MAX_SEGMENTS]
+            sizes = [segment.size_bytes for segment in some]
+            session.channel.send(
+                encode(Segments(some[0].start_bytes, sizes)), [segment.fd for segment in some]
+            )
+
+    def retire(self, layout: int, end_bytes: int, timeout_s: float) -> Coroutine[Any, Any, int]:
+        """Have every session unmap the segments from `end_bytes` on: it is sent when this returns.
+
+        Awaiting what it returns tells how many had not said within `timeout_s` that they have; they
+        keep the memory.
+        """
+        for session in self.sessions.values():
+            assert session.channel is not None, "an active session has its channel"
+            session.channel.send(encode(Retire(layout, end_bytes)))
+        return self._await_retired(layout, timeout_s)
+
+    async def _await_retired(self, layout: int, timeout_s: float) -> int:
+        done = self._retiring[layout] = self._loop.create_future()
+        self._settle_retired()
+        await asyncio.wait([done], timeout=timeout_s)
+        del self._retiring[layout]
+        return self._behind(layout)
+
+    def _behind(self, layout: int) -> int:
+        return sum(session.layout < layout for session in self.sessions.values())
+
+    def _settle_retired(self) -> None:
+        for layout, done in self._retiring.items():
+            if not done.done() and not self._behind(layout):
+                done.set_result(None)
 
     # --- departures -----------------------------------------------------------------------------
 
@@ -277,6 +378,9 @@ class Server:
         session.state = SessionState.ENDED
         self._stop_greeting(session)
         self.sessions.pop(session.number, None)
+        for task in list(session.relays):
+            task.cancel()
+        self._settle_retired()
         if session.channel is not None:
             session.channel.close()
         if session.watch is not None:

@@ -162,6 +162,15 @@ class Store:
         self._free(slot)
         return self.serve(now_s)
 
+    def withdraw(self, slot: Slot, now_s: float) -> list[Effect]:
+        """Give up a RESERVED slot whose bytes may still be on their way: `recycle` frees it."""
+        if slot.state is not _RESERVED:
+            raise ValueError(f"slot {slot.label} is {slot.state.name}, not RESERVED")
+        slot.state = _RETIRING
+        slot.retired_s = slot.due_s = now_s
+        self._retiring[slot.index] = slot
+        return [Retired(slot)]
+
     def publish(self, slot: Slot, now_s: float) -> list[Effect]:
         """Count the slot's bytes as readable, and its age from now."""
         if slot.state is not _RESERVED:

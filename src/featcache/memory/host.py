@@ -12,15 +12,17 @@ import errno
 import mmap
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
 
 import numpy as np
 import torch
 
 from featcache.errors import AttachRefused, BackendUnavailable, CacheClosed
+from featcache.memory import copies
 from featcache.memory.pack import DTYPES, contiguous_strides
-from featcache.memory.words import fence_stores, memfd
+from featcache.memory.slab import Parts, Segment
+from featcache.memory.words import Block, fence_stores, memfd
 from featcache.ref import TensorSpec
 
 __all__ = ["KIND", "HostMapping", "HostSlab"]
@@ -30,29 +32,27 @@ _CPU: Final = torch.device("cpu")
 _MADV_POPULATE_READ: Final = 22  # Linux 5.14; Python has no names for them
 _MADV_POPULATE_WRITE: Final = 23
 _FALLOC_PUNCH: Final = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-_INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+_NEVER_HERE: Final = 1 << 62  # bytes: more than any bound on what is copied in the event loop
+
+Streams = Sequence[Any]
+"""The caller's streams of the GPUs that a copy touches. Its copies are done when they return all the
+same; but what the caller enqueued before, such as what makes a put's source, must be done first."""
 _memmove: Callable[[int, int, int], int] = ctypes.memmove  # drops the GIL, unlike a buffer's slice
 
 
 def _plain(tensor: torch.Tensor) -> bool:
     """Whether the tensor's memory is its value, in order, on the CPU."""
-    return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
+    return tensor.is_cpu and copies.is_plain(tensor)
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor as integers of its width: every dtype can be copied so, strided or not."""
-    integer = _INTEGERS.get(tensor.element_size())
-    return tensor if integer is None or tensor.ndim == 0 else tensor.view(integer)
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy between tensors of one dtype and shape, at least one of which is no plain memory."""
-    if target.is_conj() or target.is_neg():
-        target.copy_(source)  # only this kind of dtype can be so, and torch can copy it
-        return
-    source = source.detach().resolve_conj().resolve_neg()
-    _bits(target).copy_(_bits(source))
+@contextlib.contextmanager
+def _on(streams: Streams) -> Iterator[None]:
+    """Have torch use these streams: the caller's, in a thread whose own are others."""
+    with contextlib.ExitStack() as stack:
+        for stream in streams:
+            stack.enter_context(torch.cuda.stream(stream))
+        yield
 
 
 def _advise(mapping: mmap.mmap, advice: int, start_bytes: int, size_bytes: int) -> bool:
@@ -78,6 +78,7 @@ class HostMapping:
             warnings.simplefilter("ignore", UserWarning)
             whole = torch.frombuffer(mapping, dtype=torch.uint8)
         self._storage: torch.UntypedStorage | None = whole.untyped_storage()
+        self.end_bytes = whole.nbytes
 
     @classmethod
     def attach(cls, fd: int, capacity_bytes: int, committed_bytes: int) -> "HostMapping":
@@ -98,8 +99,27 @@ class HostMapping:
         """The CPU."""
         return _CPU
 
-    def view(self, offset_bytes: int, spec: TensorSpec) -> torch.Tensor:
-        """Return a tensor over the slab's bytes."""
+    def reaches(self, device: torch.device | None) -> bool:
+        """Whether `read` can copy there: it always can."""
+        return True
+
+    def open_for(self, device: torch.device) -> None:
+        """Do nothing: every device is reached."""
+
+    def order(self, device: torch.device | None = None) -> Streams:
+        """Return the caller's stream of a GPU that is read to."""
+        if device is None or device.type == "cpu":
+            return ()
+        return (torch.cuda.current_stream(device),)
+
+    def held_bytes(self, nbytes: int, device: torch.device | None) -> int:
+        """Every copy holds up the thread that makes it; one to a GPU waits for its stream besides."""
+        return nbytes if device is None or device.type == "cpu" else _NEVER_HERE
+
+    def view(
+        self, offset_bytes: int, spec: TensorSpec, device: torch.device | None = None
+    ) -> torch.Tensor:
+        """Return a tensor over the slab's bytes, in host memory whatever the device."""
         # Not a view in torch's sense: such a one keeps its base, and with it the mapping, for as
         # long as somebody keeps the emptied tensor. Half the cost of a new tensor from the buffer.
         storage = self._storage
@@ -114,18 +134,41 @@ class HostMapping:
         """Return a new tensor to read into."""
         return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device or _CPU)
 
-    def read(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor) -> None:
+    def read(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor, order: Streams) -> None:
         """Copy the slab's bytes into `out`; they are there on return."""
         if not _plain(out):
-            _copy(out, self.view(offset_bytes, spec))
+            with _on(order):
+                copies.copy(out, self.view(offset_bytes, spec))
             return
         region = self._open()  # kept for the length of the copy
         _memmove(out.data_ptr(), region[1] + offset_bytes + spec.offset_bytes, out.nbytes)
 
-    def signal(self, words: memoryview, index: int, value: int) -> None:
+    def adopt(self, block: Block, words: memoryview) -> memoryview:
+        """Return the words: the CPU writes them as they are."""
+        return words
+
+    def signal(self, words: memoryview, index: int, value: int, order: Streams) -> None:
         """Store the word after the bytes. Host copies are done when they return, so: now."""
         fence_stores()
         words[index] = value
+
+    def follow(self, order: Streams, others: Sequence[Streams]) -> Streams:
+        """Return the order: there is but one."""
+        return order
+
+    def extend(self, start_bytes: int, size_bytes: int, fd: int) -> None:
+        """Refuse: a host slab is one descriptor."""
+        raise AttachRefused("the owner sent segments of a host slab, which has none")
+
+    def cut(self, end_bytes: int) -> None:
+        """Do nothing: the owner punches holes that every mapping sees."""
+
+    def finish(self) -> None:
+        """Do nothing: nothing is ever under way."""
+
+    def forget(self) -> None:
+        """Drop the mapping in a forked child."""
+        self.close()
 
     def close(self) -> None:
         """Drop the mapping; tensors that are still out keep it until they go."""
@@ -154,6 +197,8 @@ class HostSlab(HostMapping):
             _advise(self._open()[0], mmap.MADV_HUGEPAGE, 0, capacity_bytes)
 
     kind = KIND
+    device_name = "cpu"
+    handle = b""
     granularity_bytes = mmap.PAGESIZE
 
     def commit(self, start_bytes: int, stop_bytes: int, *, prefault: bool) -> None:
@@ -179,7 +224,18 @@ class HostSlab(HostMapping):
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
 
-    def write(self, offset_bytes: int, parts: Sequence[tuple[TensorSpec, torch.Tensor]]) -> None:
+    def stage(self, parts: Parts) -> tuple[Parts, Streams]:
+        """Return the parts and the caller's streams of those that are on GPUs."""
+        devices = {tensor.device for _, tensor in parts if not tensor.is_cpu}
+        return parts, [torch.cuda.current_stream(device) for device in devices] if devices else ()
+
+    def staged_bytes(self, parts: Parts) -> int:
+        """Every copy holds up the thread that makes it; one from a GPU waits for its stream besides."""
+        if all(tensor.is_cpu for _, tensor in parts):
+            return sum(tensor.nbytes for _, tensor in parts)
+        return _NEVER_HERE
+
+    def write(self, offset_bytes: int, parts: Parts, order: Streams) -> None:
         """Copy tensors in; the bytes are there on return."""
         _mapping, base = self._open()  # kept for the length of the copies
         for spec, tensor in parts:
@@ -187,7 +243,12 @@ class HostSlab(HostMapping):
                 at = base + offset_bytes + spec.offset_bytes
                 _memmove(at, tensor.data_ptr(), tensor.nbytes)
             else:
-                _copy(self.view(offset_bytes, spec), tensor)
+                with _on(order):
+                    copies.copy(self.view(offset_bytes, spec), tensor)
+
+    def segments(self, start_bytes: int, stop_bytes: int) -> list[Segment]:
+        """Return none: the one descriptor is of the whole range."""
+        return []
 
     def descriptors(self) -> list[int]:
         """Return the read-only descriptor that readers map."""

@@ -3,16 +3,36 @@
 Offsets and sizes are bytes from the slab's start. Everything that touches bytes is *stream ordered*:
 `write`, then `signal`, promise that whoever sees the signal sees the bytes, although both may still
 be on their way when they return. On the host nothing is ever on its way.
+
+An *order* is the caller's place in that sense, as `order` or `stage` saw it when the call came in: for
+a GPU the stream that was torch's current one. It is the slab's own and opaque to everybody else; a
+thread that works for the caller is given it.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 
+from featcache.memory.words import Block
 from featcache.ref import TensorSpec
 
-__all__ = ["Mapping", "Slab"]
+__all__ = ["Mapping", "Order", "Parts", "Segment", "Slab", "Words"]
+
+Parts: TypeAlias = Sequence[tuple[TensorSpec, torch.Tensor]]
+"""The tensors of one feature, each with its place in the slot."""
+Order: TypeAlias = Any
+Words: TypeAlias = Any
+"""Control words as `signal` takes them, from `adopt`."""
+
+
+class Segment(NamedTuple):
+    """A piece of a slab's range that is sent to readers by itself."""
+
+    start_bytes: int
+    size_bytes: int
+    fd: int
+    """What they map it by; the slab's own."""
 
 
 class Mapping(Protocol):
@@ -22,7 +42,29 @@ class Mapping(Protocol):
     def device(self) -> torch.device:
         """Where `view` tensors are."""
 
-    def view(self, offset_bytes: int, spec: TensorSpec) -> torch.Tensor:
+    @property
+    def deferred(self) -> bool:
+        """Whether a signal may land after `signal` returned (on a GPU's stream it does)."""
+
+    @property
+    def end_bytes(self) -> int:
+        """Bytes from the start that are mapped here."""
+
+    def reaches(self, device: torch.device | None) -> bool:
+        """Whether `read` can copy to this device (None: the mapping's own) now."""
+
+    def open_for(self, device: torch.device) -> None:
+        """Make `reaches` true. May block."""
+
+    def order(self, device: torch.device | None = None) -> Order:
+        """Return the caller's place in the order of a device, the mapping's own if None."""
+
+    def held_bytes(self, nbytes: int, device: torch.device | None) -> int:
+        """How many bytes of host memory would hold up a thread as long as a read of `nbytes` does."""
+
+    def view(
+        self, offset_bytes: int, spec: TensorSpec, device: torch.device | None = None
+    ) -> torch.Tensor:
         """Return a tensor over the slab's own bytes: no copy. Writing to it is not allowed."""
 
     def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
@@ -32,18 +74,32 @@ class Mapping(Protocol):
         gives a thread's large blocks back to the system, and faults them in again, each time.
         """
 
-    def read(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor) -> None:
+    def read(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor, order: Order) -> None:
         """Copy the slab's bytes into a tensor of the spec's dtype and shape."""
 
-    @property
-    def deferred(self) -> bool:
-        """Whether a signal may land after `signal` returned (on a GPU's stream it does)."""
+    def adopt(self, block: Block, words: memoryview) -> Words:
+        """Return some words of a block in the form that `signal` takes. May block."""
 
-    def signal(self, words: memoryview, index: int, value: int) -> None:
-        """Store a control word behind everything that this mapping was asked to do before."""
+    def signal(self, words: Words, index: int, value: int, order: Order) -> None:
+        """Store a control word behind everything that was asked for at this order."""
+
+    def follow(self, order: Order, others: Sequence[Order]) -> Order:
+        """Return an order that is behind all of these."""
+
+    def extend(self, start_bytes: int, size_bytes: int, fd: int) -> None:
+        """Map a segment that the owner made. May block. The descriptor stays the caller's."""
+
+    def cut(self, end_bytes: int) -> None:
+        """Unmap the segments from `end_bytes` on: nothing may be under way there. May block."""
+
+    def finish(self) -> None:
+        """Wait for everything that is under way on this process's devices. Blocks."""
 
     def close(self) -> None:
-        """Let the mapping go. Views that are still alive keep their bytes readable."""
+        """Let the mapping go: nothing may be under way on it. Views keep their bytes readable."""
+
+    def forget(self) -> None:
+        """Drop what can be dropped in a forked child."""
 
 
 class Slab(Mapping, Protocol):
@@ -51,15 +107,19 @@ class Slab(Mapping, Protocol):
 
     @property
     def kind(self) -> str:
-        """The backend's name, which a reader needs to map the descriptors."""
+        """The backend's name, which a reader needs to map it."""
+
+    @property
+    def device_name(self) -> str:
+        """The device by a name that other processes know: ``"cpu"`` or a GPU's UUID."""
+
+    @property
+    def handle(self) -> bytes:
+        """What a reader opens it by where descriptors can't serve."""
 
     @property
     def capacity_bytes(self) -> int:
         """Bytes of the range."""
-
-    @property
-    def granularity_bytes(self) -> int:
-        """What segments must be a multiple of."""
 
     def commit(self, start_bytes: int, stop_bytes: int, *, prefault: bool) -> None:
         """Put memory behind a range. May block. Raise MemoryError, with nothing changed, if it can't."""
@@ -67,8 +127,17 @@ class Slab(Mapping, Protocol):
     def decommit(self, start_bytes: int, stop_bytes: int) -> None:
         """Give the memory behind a range back. May block."""
 
-    def write(self, offset_bytes: int, parts: Sequence[tuple[TensorSpec, torch.Tensor]]) -> None:
-        """Copy tensors to where their specs say, counted from `offset_bytes`."""
+    def stage(self, parts: Parts) -> tuple[Parts, Order]:
+        """Return what `write` takes: the parts where it can copy from, and the caller's order."""
+
+    def staged_bytes(self, parts: Parts) -> int:
+        """How many bytes of host memory would hold up a thread as long as this `write` does."""
+
+    def write(self, offset_bytes: int, parts: Parts, order: Order) -> None:
+        """Copy staged tensors to where their specs say, counted from `offset_bytes`."""
 
     def descriptors(self) -> list[int]:
-        """Return the file descriptors a reader needs; they stay the slab's own."""
+        """Return the file descriptors that every reader needs; they stay the slab's own."""
+
+    def segments(self, start_bytes: int, stop_bytes: int) -> Sequence[Segment]:
+        """Return the segments in a part of the range that are sent to readers, in order."""

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from featcache.errors import AttachRefused, BackendUnavailable
 
 __all__ = [
+    "Block",
     "Header",
     "OwnerWords",
     "SessionWords",
@@ -60,6 +61,10 @@ class Header:
     WAITERS = 7
     WAITING_BYTES = 8
     LARGEST_FREE = 9
+    LAYOUT = 10
+    """How often segments of the slab were taken away. A reader that has not heard of the last time yet
+    may have old memory mapped where new segments are, and reads nothing until it has.
+    """
 
 
 # --- order ---------------------------------------------------------------------------------------
@@ -162,7 +167,7 @@ def session_page_bytes(slots: int) -> int:
     return _page_up((_HEADER_WORDS + _SESSION_ARRAYS * slots) * _WORD_BYTES)
 
 
-class _Block:
+class Block:
     """Words over a mapping. Dropping the object unmaps it; nothing is closed under a live view."""
 
     def __init__(self, mapping: mmap.mmap, slots: int, magic: int, arrays: int) -> None:
@@ -173,6 +178,8 @@ class _Block:
                 f"slots, where {magic:#x} with {slots} belongs: owner and client differ"
             )
         self.slots = slots
+        self.whole = words
+        """The block itself, for who registers it with a driver."""
         self.header = words[:_HEADER_WORDS]
         self._arrays = [
             words[_HEADER_WORDS + n * slots : _HEADER_WORDS + (n + 1) * slots]
@@ -193,7 +200,7 @@ def _create(label: str, slots: int, size_bytes: int, magic: int) -> tuple[int, m
     return fd, mapping
 
 
-class OwnerWords(_Block):
+class OwnerWords(Block):
     """The owner's block, as the owner made it (`create`) or as a reader maps it (`attach`)."""
 
     def __init__(self, mapping: mmap.mmap, slots: int) -> None:
@@ -224,7 +231,7 @@ class OwnerWords(_Block):
         self.live[index] = generation
 
 
-class SessionWords(_Block):
+class SessionWords(Block):
     """A session's page, as the owner made it or as the session maps it."""
 
     def __init__(self, mapping: mmap.mmap, slots: int) -> None:

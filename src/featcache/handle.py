@@ -1,0 +1,170 @@
+"""A handle: one attached pool, the link that keeps its session alive, and the changes of its size."""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from featcache._offload import Offload
+from featcache.attachment import Attachment, Bell
+from featcache.control.channel import close_all
+from featcache.control.client import Link, SlabChange
+from featcache.control.messages import Retire
+from featcache.errors import BackendUnavailable, CacheClosed, FeatcacheError, OwnerLost
+from featcache.memory.slab import Mapping
+
+__all__ = ["Handle"]
+
+_SETTLE_S = 10.0
+Spawn = Callable[[Coroutine[Any, Any, None]], object]
+
+
+class Handle:
+    """One attached pool: the mapped side and the link. `spawn` has a coroutine run to its end."""
+
+    def __init__(
+        self, attachment: Attachment, link: Link, bell: Bell, offload: Offload, spawn: Spawn
+    ) -> None:
+        self.attachment = attachment
+        self.link = link
+        self._mapping: Mapping = attachment.mapping
+        self._bell = bell
+        self._offload = offload
+        self._spawn = spawn
+        self._loop = asyncio.get_running_loop()
+        self._changes: deque[tuple[SlabChange, list[int]]] = deque()
+        self._changing = False
+        self._left = False
+        self._changed = asyncio.Event()
+        attachment.covered_bytes = self._mapping.end_bytes
+        link.take_slab_changes(self._take_change)
+
+    # --- the slab's size --------------------------------------------------------------------------
+
+    def _take_change(self, change: SlabChange, fds: list[int]) -> None:
+        if self._left:
+            close_all(fds)
+            return
+        self._changes.append((change, fds))
+        if isinstance(change, Retire):
+            # At once, so that no read begins in what will be another segment when it comes again.
+            self._cover()
+            self.attachment.layout = change.layout
+        if not self._changing:
+            self._changing = True
+            self._spawn(self._carry_out())
+
+    def _cover(self) -> None:
+        ends = [change.end_bytes for change, _ in self._changes if isinstance(change, Retire)]
+        self.attachment.covered_bytes = min([self._mapping.end_bytes, *ends])
+
+    async def _carry_out(self) -> None:
+        """Carry changes out in the order in which the owner made them; mapping blocks, so in a thread."""
+        try:
+            while self._changes:
+                change, fds = self._changes[0]
+                await self._offload.run(lambda: _change(self._mapping, change, fds), lambda: None)  # noqa: B023 - awaited here
+                self._changes.popleft()
+                self._cover()
+                if isinstance(change, Retire):
+                    self.link.retired(change.layout)
+                self._changed.set()
+        except (FeatcacheError, OSError, MemoryError, ValueError) as error:
+            self.attachment.refuse(
+                BackendUnavailable(f"the slab's new memory can't be mapped: {error}")
+            )
+            self._changed.set()
+        finally:
+            self._changing = False
+
+    async def covers(self, end_bytes: int) -> None:
+        """Wait until all that the owner had when it said welcome is mapped here."""
+        while self._mapping.end_bytes < end_bytes:
+            self.attachment.check()
+            retired = [change for change, _ in self._changes if isinstance(change, Retire)]
+            if retired or (not self._changes and self.attachment.layout):
+                return  # it has been taken away again meanwhile
+            self._changed.clear()
+            await self._changed.wait()
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Say goodbye, once nothing is held any more; until then the session stays."""
+        if self.attachment.holds:
+            self.attachment.refuse(CacheClosed("this client was closed"))
+            self.attachment.when_idle(lambda: self._soon(self._say_goodbye_and_leave))
+            return
+        await self._settle()
+        await self.link.goodbye()
+        await self._leave()
+
+    def lose(self, reason: str) -> None:
+        """Refuse new reads; what is held stays mapped until it is let go."""
+        self.attachment.refuse(OwnerLost(reason))
+        self._changed.set()
+        self.attachment.when_idle(lambda: self._soon(self._leave))
+
+    def _soon(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Have work done in the loop, from any thread. Without a loop the process's end must do."""
+        with contextlib.suppress(RuntimeError):
+            if asyncio.get_running_loop() is self._loop:
+                self._spawn(work())
+                return
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(lambda: self._spawn(work()))
+
+    async def _say_goodbye_and_leave(self) -> None:
+        await self._settle()
+        self.link.say_goodbye()
+        await self._leave()
+
+    async def _settle(self) -> None:
+        """Wait for what this session has on its streams: the owner counts what it can see."""
+        if not await self.attachment.settle(_SETTLE_S):
+            await self._in_thread(self._mapping.finish)
+
+    async def _leave(self) -> None:
+        """Unmap, which nothing on a stream may need any more, and which takes milliseconds."""
+        self._left = True
+        await self._settle()
+        self._bell.close()
+        self._drop_changes()
+        await self._in_thread(self._mapping.close)
+
+    async def _in_thread(self, work: Callable[[], object]) -> None:
+        try:
+            await self._offload.run(work, lambda: None)
+        except CacheClosed:  # the client is closed, and its threads with it
+            work()
+
+    def _drop_changes(self) -> None:
+        first = 1 if self._changing else 0  # that one is a thread's
+        for _, fds in list(self._changes)[first:]:
+            close_all(fds)
+        while len(self._changes) > first:
+            self._changes.pop()
+
+    def forget(self) -> None:
+        """Drop descriptors and mappings in a forked child."""
+        self.link.forget()
+        self.attachment.forget()
+        self._bell.close()
+        for _, fds in self._changes:
+            close_all(fds)
+        self._changes.clear()
+
+
+def _change(mapping: Mapping, change: SlabChange, fds: list[int]) -> None:
+    try:
+        if isinstance(change, Retire):
+            mapping.cut(change.end_bytes)
+            return
+        at = change.start_bytes
+        for size_bytes, fd in zip(change.sizes, fds, strict=True):
+            if at >= mapping.end_bytes:  # what was there when this session began may be sent twice
+                mapping.extend(at, size_bytes, fd)
+            at += size_bytes
+    finally:
+        close_all(fds)

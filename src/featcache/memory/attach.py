@@ -1,0 +1,65 @@
+"""From what an owner says of its slab to a mapping of it in this process."""
+
+import torch
+
+from featcache.errors import AttachRefused, BackendUnavailable
+from featcache.memory import cuda, host
+from featcache.memory.backing import IPC, VMM, Unreachable
+from featcache.memory.driver import load
+from featcache.memory.slab import Mapping
+
+__all__ = ["default_device", "map_slab"]
+
+_HANDLE_BYTES = 64
+
+
+def default_device() -> torch.device:
+    """Return the device that this process reads on if it names none and can't read on the slab's."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def map_slab(
+    kind: str,
+    device_name: str,
+    capacity_bytes: int,
+    committed_bytes: int,
+    handle: bytes,
+    fds: list[int],
+    device: torch.device | None,
+) -> Mapping:
+    """Map a peer's slab, of which no word is trusted. May block. The descriptors stay the caller's.
+
+    Args:
+        kind: the backend's name.
+        device_name: ``"cpu"`` or the UUID of the slab's GPU.
+        capacity_bytes: bytes of the slab's range.
+        committed_bytes: bytes of it that have memory behind them.
+        handle: the legacy handle, or nothing.
+        fds: the descriptors that came with the welcome.
+        device: the device that reads; None is the slab's own where it is visible.
+
+    Raises:
+        Unreachable: the device can't access the slab.
+        AttachRefused: the owner says what no owner says.
+        BackendUnavailable: a kind of slab, or a driver, that is not there.
+
+    """
+    if kind == host.KIND:
+        if len(fds) != 1:
+            raise AttachRefused("a host slab comes with one descriptor")
+        return host.HostMapping.attach(fds[0], capacity_bytes, committed_bytes)
+    if kind not in {VMM, IPC}:
+        raise BackendUnavailable(f"this client can't map a slab of kind {kind!r}")
+    if fds or len(handle) != (_HANDLE_BYTES if kind == IPC else 0):
+        raise AttachRefused("a slab on a GPU came with other handles than its kind has")
+    if device is not None and device.type == "cpu":
+        raise Unreachable("the client reads on the CPU")
+    if not torch.cuda.is_available():
+        raise Unreachable("torch sees no CUDA device here")
+    try:
+        driver = load()
+    except BackendUnavailable as error:
+        raise Unreachable(str(error)) from error
+    return cuda.attach(driver, kind, device_name, capacity_bytes, handle, device)
