@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
+# A machine with an NVIDIA driver gets what slabs on GPUs need as well.
+comma := ,
+EXTRAS := dev$(if $(wildcard /dev/nvidiactl),$(comma)cuda)
+
 # The first of these that runs, is 3.11 or newer and can make environments. 3.11 comes first
 # because it is the oldest that featcache supports.
 PYTHONS := python3.11 python3 python3.12 python3.13 python3.14
@@ -37,7 +41,7 @@ venv: $(STAMP) ## make or repair .venv, with everything that the other targets n
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "featcache needs Python 3.11 or newer with venv (tried: $(PYTHONS)); name one with make PYTHON=..." >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: $(STAMP) ## run the demo

@@ -15,6 +15,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from importlib.util import find_spec
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,9 @@ def arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--images", nargs="+", type=Path, default=[], metavar="FILE", help="instead of the shipped")
-    # The slab is on the host until the library has one for CUDA; then the default follows torch.
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="default here: %(default)s")
+    able = torch.cuda.is_available() and find_spec("cuda") and find_spec("cuda.bindings")
+    found = "cuda" if able else "cpu"
+    add("--device", choices=["cpu", "cuda"], default=found, help="default here: %(default)s")
     add("--capacity", default="64MiB", metavar="SIZE", help="of the pool (default: %(default)s)")
     add("--repeat", type=int, default=1, metavar="N", help="times that each image is put")
     add("-v", "--verbose", action="store_true", help="show the events that featcache logs")

@@ -24,6 +24,8 @@ __all__ = ["Attachment", "Bell"]
 _TURNS = 20
 """Turns of the loop before sleeping, whose shortest is a millisecond: bytes are mostly there sooner."""
 _LONGEST_WAIT_S = 1e-3
+_SPIN_S = 200e-6
+_DOZE_S = 50e-6
 
 
 class _Uses:
@@ -53,8 +55,8 @@ class Attachment:
         self.pool_id = pool_id
         self.mapping: Mapping = mapping
         self.header = words.header
-        self.layout = 0
-        """How many times of segments taken away this process has heard of."""
+        self.layout: int | None = 0
+        """How many times of segments taken away this process has heard of; None is of each at once."""
         self.covered_bytes = 0
         """Bytes from the slab's start that can be read here."""
         self._gone: FeatcacheError | None = None
@@ -109,7 +111,7 @@ class Attachment:
         return (
             self._published[ref.slot] == ref.generation
             and ref.offset_bytes + ref.nbytes <= self.covered_bytes
-            and self.header[Header.LAYOUT] == self.layout
+            and (self.layout is None or self.header[Header.LAYOUT] == self.layout)
         )
 
     def end(self, ref: FeatureRef, *, pays: bool, order: Order = None) -> None:
@@ -162,6 +164,20 @@ class Attachment:
             turns += 1
             if turns > _TURNS:
                 delay_s = _LONGEST_WAIT_S
+
+    def arrival_here(self, ref: FeatureRef, give_up_s: float) -> bool:
+        """As `arrival`, in a thread that may block; False if they were not there by `give_up_s`."""
+        doze_from_s = time.monotonic() + _SPIN_S
+        while not self._is_there(ref):
+            self.check()
+            if self._live[ref.slot] != ref.generation:
+                raise StaleRef(f"ref {ref.slot}:{ref.generation} was discarded before it came")
+            now_s = time.monotonic()
+            if now_s > give_up_s:
+                return False
+            if now_s > doze_from_s:
+                time.sleep(_DOZE_S)
+        return True
 
     @property
     def settled(self) -> bool:

@@ -108,18 +108,19 @@ class _Blocking(Generic[A]):
         timeout: float | None = None,
     ) -> Feature:
         """Return a copy and pay the read, as `featcache.FeatureClient.get`."""
-        if self._inner.has_attached(check_ref(ref)):
+        inner = self._inner
+        if inner.has_attached(check_ref(ref)):
             try:
-                return self._inner.get_nowait(ref, device=device, out=out)
+                return inner.get_nowait(ref, device=device, out=out)
             except GetTimeout:
-                pass  # on its way: wait for it in the loop
-        # Only waited for there: on a GPU it is this thread's stream whose order counts.
-        if self._call(lambda: self._inner.prepare(ref, device=device, out=out, timeout=timeout)):
-            return self._inner.get_nowait(ref, device=device, out=out)
+                pass  # on its way
+        # Only waited for: on a GPU it is the stream of this thread whose order counts.
+        place = inner.place_of(ref, device, out)
+        if self._prepared(ref, place, timeout, borrows=False):
+            return inner.get_nowait(ref, device=device, out=out)
         if out is None:
-            empty = self._inner.empty(ref, device=device)
-            return self._call(lambda: self._inner.get(ref, out=empty, timeout=timeout))
-        return self._call(lambda: self._inner.get(ref, out=out, timeout=timeout))
+            out = inner.empty(ref, device=device)
+        return self._call(lambda: inner.get(ref, out=out, timeout=timeout))
 
     def get_nowait(
         self, ref: FeatureRef, *, device: Any = None, out: Feature | None = None
@@ -133,7 +134,7 @@ class _Blocking(Generic[A]):
         borrow = self._inner.borrow(ref, timeout=timeout)
         view = self._entered(borrow) if self._inner.has_attached(ref) else None
         if view is None:
-            if self._call(lambda: self._inner.prepare(ref, timeout=timeout)):
+            if self._prepared(ref, None, timeout, borrows=True):
                 view = borrow.__enter__()
             else:
                 view = self._call(borrow.__aenter__)
@@ -141,6 +142,14 @@ class _Blocking(Generic[A]):
             yield view
         finally:
             borrow.__exit__(None, None, None)
+
+    def _prepared(
+        self, ref: FeatureRef, place: torch.device | None, timeout: float | None, *, borrows: bool
+    ) -> bool:
+        inner = self._inner
+        return inner.prepare_here(ref, place, timeout, borrows=borrows) or self._call(
+            lambda: inner.prepare(ref, place, timeout, borrows=borrows)
+        )
 
     @staticmethod
     def _entered(borrow: Borrow) -> Feature | None:

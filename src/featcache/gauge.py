@@ -7,12 +7,14 @@ from typing import Any
 import anyio
 
 from featcache import events
-from featcache.core.pressure import PressureGauge, PressureLevel
+from featcache.core.pressure import ALWAYS_NORMAL, PressureGauge, PressureLevel
 from featcache.core.store import Store
 from featcache.errors import CacheClosed, GetTimeout, SettingsError
 from featcache.settings import Settings
 
 __all__ = ["Gauge", "Pressure"]
+
+_NORMAL = PressureLevel.NORMAL
 
 
 class Gauge:
@@ -22,6 +24,7 @@ class Gauge:
         self._pool_name = pool_name
         self._store = store
         self._gauge = PressureGauge(settings.log_interval, settings.pressure_interval)
+        self._calm_bytes = int(store.limits.capacity_bytes * ALWAYS_NORMAL)
         self._awaiting: dict[asyncio.Future[None], PressureLevel] = {}
 
     @property
@@ -33,6 +36,8 @@ class Gauge:
         """Follow the store. Cheap when nothing changed: it runs at every put."""
         store = self._store
         used_bytes = store.allocator.used_bytes
+        if used_bytes < self._calm_bytes and not store.queue and self._gauge.level is _NORMAL:
+            return
         if self._gauge.observe(used_bytes, store.limits.capacity_bytes, store.crowded):
             self._wake()
 

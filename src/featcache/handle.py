@@ -71,12 +71,16 @@ class Handle:
                     self.link.retired(change.layout)
                 self._changed.set()
         except (FeatcacheError, OSError, MemoryError, ValueError) as error:
-            self.attachment.refuse(
-                BackendUnavailable(f"the slab's new memory can't be mapped: {error}")
-            )
+            if not self._left:
+                self._left = True  # what follows it can't be mapped either
+                self.attachment.refuse(
+                    BackendUnavailable(f"the slab's new memory can't be mapped: {error}")
+                )
             self._changed.set()
         finally:
             self._changing = False
+            if self._left:
+                self._drop_changes()
 
     async def covers(self, end_bytes: int) -> None:
         """Wait until all that the owner had when it said welcome is mapped here."""
@@ -168,3 +172,4 @@ def _change(mapping: Mapping, change: SlabChange, fds: list[int]) -> None:
             at += size_bytes
     finally:
         close_all(fds)
+        fds.clear()  # the change may still stand in the queue

@@ -135,15 +135,23 @@ class Opened:
             task.exception()  # seen: who asked may have given up
 
     async def _open_host_pool(self) -> Serving:
-        # Without a size for spilling it serves reads through the host, which may be as large as any
-        # feature; its memory comes and goes with its use.
+        # What spills has a size of its own, pinned whole from the start: a GPU's copy can't cross from
+        # one pinned piece to another. A pool that only serves reads through the host may be as large
+        # as any feature, and its memory comes and goes with its use.
+        pins = self.spill_bytes is not None
         capacity_bytes = self.spill_bytes or self.main.pool.store.limits.capacity_bytes
         limits = limits_of(
-            self._settings, host.HostSlab.granularity_bytes, capacity_bytes=capacity_bytes
+            self._settings,
+            host.HostSlab.granularity_bytes,
+            capacity_bytes=capacity_bytes,
+            initial_bytes=capacity_bytes if pins else None,
         )
         spill = await Serving.open(
             lambda: make_host_slab(
-                self._plan, limits.capacity_bytes, huge_pages=self._settings.huge_pages
+                self._plan,
+                limits.capacity_bytes,
+                huge_pages=self._settings.huge_pages,
+                pinned=pins,
             ),
             limits,
             self._settings,

@@ -19,10 +19,13 @@ __all__ = ["OwnPool", "OwnPools"]
 class OwnPool:
     """The owner's own session: it reads through its own mapping, with a page like any other's."""
 
-    def __init__(self, pool: Pool, reaper: Reaper, name: str | None) -> None:
+    def __init__(
+        self, pool: Pool, reaper: Reaper, name: str | None, number: int = OWN_SESSION
+    ) -> None:
         self._pool = pool
         self._reaper = reaper
         self._name = name
+        self._number = number
         self._attachment: Attachment | None = None
         self._bell: Bell | None = None
 
@@ -35,15 +38,15 @@ class OwnPool:
         """Return the owner's attachment."""
         if self._attachment is None:
             pool = self._pool
-            page = self._reaper.open_page(OWN_SESSION, self._name).words
+            page = self._reaper.open_page(self._number, self._name).words
             released = pool.slab.adopt(page, page.released)
             self._bell = Bell(os.dup(pool.recycler.eventfd))
             self._attachment = Attachment(
                 pool.pool_id, pool.words, page, pool.slab, released, self._bell.ring
             )
             self._attachment.covered_bytes = pool.store.limits.capacity_bytes
-        # Its own mapping is never behind: what it has given away nothing lies in.
-        self._attachment.layout = self._pool.layout
+            # Its own mapping is never behind: what it has given away nothing lies in.
+            self._attachment.layout = None
         return self._attachment
 
     def forget(self) -> None:

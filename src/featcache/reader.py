@@ -1,5 +1,6 @@
 """Reading: what get, borrow and release do with the attachments of pools."""
 
+import time
 from collections.abc import Awaitable
 from types import TracebackType
 from typing import Protocol
@@ -100,10 +101,12 @@ class Reader:
         ref: FeatureRef,
         device: Device,
         targets: list[torch.Tensor] | None,
+        *,
+        pays: bool = True,
     ) -> Feature:
-        """Copy a held ref's bytes, here or in a thread, and end the use."""
+        """Copy a held ref's bytes, here or in a thread, and end the use, which then `pays`."""
         mapping = attachment.mapping
-        pays, order, handed_over = False, None, False
+        copied, order, handed_over = False, None, False
         try:
             order = mapping.order(device)
             if mapping.held_bytes(ref.nbytes, device) <= self._inline_bytes:
@@ -117,13 +120,13 @@ class Reader:
                 )
                 handed_over = False
                 feature = unpack(ref.specs, into)
-            pays = True
+            copied = True
         except Exception:
             handed_over = False  # the copy itself failed: nobody else ends this use
             raise
         finally:
             if not handed_over:
-                attachment.end(ref, pays=pays, order=order)
+                attachment.end(ref, pays=copied and pays, order=order)
         return feature
 
     async def _copy_relayed(
@@ -171,11 +174,31 @@ class Reader:
                 ) from None
         attachment.pay(ref)
 
-    async def prepare(self, ref: FeatureRef, device: Device, timeout_s: float | None) -> bool:
-        """Wait until `get_nowait` finds the bytes; False if only `get` can reach them."""
+    async def prepare(
+        self, ref: FeatureRef, device: Device, timeout_s: float | None, *, borrows: bool
+    ) -> bool:
+        """Wait until `get_nowait`, or a plain borrow, finds the bytes; False if it never does."""
         attachment, reached = await self._await_begin(None, ref, device, timeout_s)
         attachment.end(ref, pays=False)
-        return reached
+        return reached and (attachment.mapping.lends or not borrows)
+
+    def prepare_here(
+        self, ref: FeatureRef, device: Device, timeout_s: float | None, *, borrows: bool
+    ) -> bool:
+        """As `prepare`, in a thread that may block; False also for a pool that is not attached yet."""
+        attachment = self.pools.peek(ref) if self.pools.has(ref) else None
+        if attachment is None or not attachment.mapping.reaches(device):
+            return False
+        give_up_s = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        attachment.begin(ref)
+        try:
+            if not attachment.arrival_here(ref, give_up_s):
+                raise GetTimeout(
+                    f"the bytes did not come within {timeout_s} s; the read is still owed"
+                )
+        finally:
+            attachment.end(ref, pays=False)
+        return attachment.mapping.lends or not borrows
 
     def empty(self, ref: FeatureRef, device: Device) -> Feature:
         """Return new tensors for a feature, where a get would put it."""
@@ -188,7 +211,7 @@ class Reader:
     def hold_nowait(self, ref: FeatureRef) -> Attachment:
         """Hold a ref whose bytes are there now, in a pool that is attached."""
         attachment = self._attached(ref)
-        if not attachment.mapping.reaches(None):
+        if not attachment.mapping.lends:
             raise GetTimeout("the bytes must come another way: use 'async with' instead")
         if not attachment.begin(ref):
             attachment.end(ref, pays=False)
@@ -203,21 +226,26 @@ class Reader:
         Where there is no way to the slab itself, a copy comes with it.
         """
         attachment = self.pools.peek(ref)
-        if attachment is None or not attachment.mapping.reaches(None) or not attachment.begin(ref):
-            begun = attachment if attachment and attachment.mapping.reaches(None) else None
+        reached = attachment is not None and attachment.mapping.reaches(None)
+        if attachment is None or not reached or not attachment.begin(ref):
+            begun = attachment if reached else None
             attachment, reached = await self._await_begin(begun, ref, None, timeout_s)
-            if not reached:
-                return attachment, await self._relayed(attachment, ref)
-        return attachment, None
-
-    async def _relayed(self, attachment: Attachment, ref: FeatureRef) -> Feature:
-        """Return a copy of a held ref's bytes, which stays held."""
+        if reached and attachment.mapping.lends:
+            return attachment, None
         try:
-            there = await self.pools.relay(ref)
-            copied = await self.get(there, attachment.mapping.device, None, None)
+            return attachment, await self._copied(attachment, ref, reached=reached)
         except BaseException:
             attachment.end(ref, pays=False)
             raise
+
+    async def _copied(self, attachment: Attachment, ref: FeatureRef, *, reached: bool) -> Feature:
+        """Return a copy of a held ref's bytes, which stays held."""
+        mapping = attachment.mapping
+        if reached:
+            attachment.begin(ref)  # a use of its own, which ends with the copy and pays nothing
+            return await self._copy_held(attachment, ref, None, None, pays=False)
+        there = await self.pools.relay(ref)
+        copied = await self.get(there, mapping.device, None, None)
         self.gets -= 1  # the copy's get is part of the borrow
         return copied
 

@@ -127,21 +127,25 @@ class Reads:
         return self._reads().get_nowait(check_ref(ref), self._target(device, out), out)
 
     async def prepare(
-        self,
-        ref: FeatureRef,
-        *,
-        device: Any = None,
-        out: Feature | None = None,
-        timeout: float | None = None,
+        self, ref: FeatureRef, place: torch.device | None, timeout: float | None, *, borrows: bool
     ) -> bool:
-        """Wait until `get_nowait` or a plain ``with borrow`` finds the bytes there.
+        """Wait until `get_nowait`, or a plain ``with borrow``, finds the bytes there.
 
-        Returns False where only `get` can reach them: by way of host memory. Raises as `get` does.
+        Returns False where it never will, because they come by way of host memory. For a caller
+        whose own thread is to read, in the order of its own stream. Raises as `get` does.
         """
+        return await self._reads().prepare(ref, place, parse_timeout(timeout), borrows=borrows)
+
+    def prepare_here(
+        self, ref: FeatureRef, place: torch.device | None, timeout: float | None, *, borrows: bool
+    ) -> bool:
+        """`prepare` in a thread that may block; False also where the pool is not attached yet."""
+        return self._reads().prepare_here(ref, place, parse_timeout(timeout), borrows=borrows)
+
+    def place_of(self, ref: FeatureRef, device: Any, out: Feature | None) -> torch.device | None:
+        """Return the device that a get copies to, None for the pool's own."""
         place = self._target(device, out)
-        if out is not None:
-            place = same_layout(check_ref(ref).specs, out)[0].device
-        return await self._reads().prepare(check_ref(ref), place, parse_timeout(timeout))
+        return place if out is None else same_layout(check_ref(ref).specs, out)[0].device
 
     def empty(self, ref: FeatureRef, *, device: Any = None) -> Feature:
         """Return new tensors that a `get` of this ref can have as its `out`; its pool is attached."""

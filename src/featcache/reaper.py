@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from featcache.control.messages import VERSION, Welcome
 from featcache.control.peers import own_pidfd
-from featcache.control.server import Session
+from featcache.control.sessions import Session
 from featcache.core.store import Effect
 from featcache.errors import AttachRefused, BackendUnavailable
 from featcache.memory.slab import Segment
@@ -14,10 +14,12 @@ from featcache.memory.words import SessionWords
 from featcache.page import Page
 from featcache.pool import Pool
 
-__all__ = ["OWN_SESSION", "Reaper"]
+__all__ = ["OWN_SESSION", "RELAY_SESSION", "Reaper"]
 
 OWN_SESSION = 0
 """The number of the owner's own session, which reads through the owner's mapping."""
+RELAY_SESSION = -1
+"""The number of what holds features while they are copied for others: the owner may have paid its own."""
 _now = time.monotonic
 
 

@@ -13,7 +13,7 @@ import msgspec
 
 from featcache.errors import MalformedRef
 
-__all__ = ["DTYPE_BYTES", "FeatureRef", "TensorSpec"]
+__all__ = ["DTYPE_BYTES", "FeatureRef", "TensorSpec", "remember_sound"]
 
 _MAGIC: Final = b"fR\x01"
 _HEAD_BYTES: Final = len(_MAGIC) + 4
@@ -79,7 +79,9 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
             MalformedRef: specs that no pool ever made.
 
         """
-        _check(self)
+        known = _sound.get(id(self.specs))
+        if known is None or known[0] is not self.specs or known[1:] != (self.nbytes, self.endpoint):
+            _check(self)
 
     def to_bytes(self) -> bytes:
         """Return the ref's wire form, about 100 bytes for one tensor."""
@@ -109,6 +111,18 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the wire form, so that unpickling runs the same checks."""
         return _unpickle, (self.to_bytes(),)
+
+
+_sound: dict[int, tuple[tuple[TensorSpec, ...], int, str]] = {}
+"""Specs, by identity, that an owner has made refs of before, with their bytes and its endpoint."""
+_MAX_SOUND: Final = 1024
+
+
+def remember_sound(ref: FeatureRef) -> None:
+    """Let refs of the very same specs, bytes and endpoint pass unchecked: an owner makes many."""
+    if len(_sound) >= _MAX_SOUND:
+        _sound.clear()
+    _sound[id(ref.specs)] = (ref.specs, ref.nbytes, ref.endpoint)
 
 
 def _unpickle(data: bytes) -> FeatureRef:

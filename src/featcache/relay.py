@@ -44,7 +44,7 @@ class Relay:
         if (found.offset_bytes, found.nbytes) != (ref.offset_bytes, ref.nbytes):
             raise MalformedRef("the ref's extent is not its slot's: it was forged or damaged")
         target = await self._target()
-        attachment = self._source.own.attach()
+        attachment = self._source.relaying.attach()
         there = attachment.begin(ref)
         try:
             if not there:

@@ -14,7 +14,7 @@ from featcache.errors import BackendUnavailable, SettingsError
 from featcache.memory.slab import Slab
 from featcache.own_pool import OwnPool
 from featcache.pool import Pool
-from featcache.reaper import Reaper
+from featcache.reaper import RELAY_SESSION, Reaper
 from featcache.settings import Settings
 from featcache.writer import Writer
 
@@ -33,6 +33,7 @@ class Serving:
         self.server = server
         self.writer = Writer(pool)
         self.own = OwnPool(pool, reaper, name)
+        self.relaying = OwnPool(pool, reaper, None, RELAY_SESSION)
 
     @classmethod
     async def open(
@@ -78,6 +79,7 @@ class Serving:
         self.server.close()
         own = self.own.attached
         self.own.close()
+        self.relaying.close()
         pool, slab, offload = self.pool, self.pool.slab, self.pool.offload
         pool.stop()
         try:
@@ -99,6 +101,7 @@ class Serving:
         """Drop everything in a forked child."""
         self.server.forget()
         self.own.forget()
+        self.relaying.forget()
         self.pool.forget()
         self.reaper.close()
 
@@ -119,19 +122,18 @@ def limits_of(
     granularity_bytes: int,
     most_segments: int | None = None,
     capacity_bytes: int | None = None,
+    initial_bytes: int | None = None,
 ) -> Limits:
     """Return the sizes of a pool, rounded up to what its slab can do; SettingsError if they clash.
 
-    A slab that can't be cut into as many segments as asked for gets larger ones. `capacity_bytes` is
-    that of a pool whose capacity is not the settings'.
+    A slab that can't be cut into as many segments as asked for gets larger ones. `capacity_bytes` and
+    `initial_bytes` are those of a pool whose size is not the settings'.
     """
 
     def up(size_bytes: int, unit_bytes: int) -> int:
         return -(-size_bytes // unit_bytes) * unit_bytes
 
-    wanted_bytes = settings.initial
-    if capacity_bytes is not None:
-        wanted_bytes = None
+    wanted_bytes = settings.initial if capacity_bytes is None else initial_bytes
     capacity_bytes = up(capacity_bytes or settings.capacity, granularity_bytes)
     segment_bytes = min(up(settings.segment, granularity_bytes), capacity_bytes)
     if most_segments is not None:

@@ -40,6 +40,11 @@ class Writer:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
+        # On the host the next put is to reuse an extent that is still warm in the cache; on a GPU it is
+        # enough to look now and then, before the slab is full.
+        self._collect_bytes = (
+            pool.store.limits.capacity_bytes // 32 if pool.slab.deferred else _COLLECT_BYTES
+        )
         self._puts = 0
         self._waits = events.Throttle(pool.settings.log_interval)
 
@@ -53,7 +58,9 @@ class Writer:
             ttl_s = self._pool.settings.ttl
         else:
             ttl_s = None if ttl is None else parse_seconds(ttl, "ttl", exclusive=True)
-        request = Request(nbytes, self._readers(readers), ttl_s)
+        if type(readers) is not int or not 0 < readers <= self._pool.settings.readers:
+            readers = self._readers(readers)
+        request = Request(nbytes, readers, ttl_s)
         self._pool.store.check_size(nbytes)
         parts, order = self._pool.slab.stage(packed)
         return Staged(request, specs, parts, order)
@@ -124,8 +131,8 @@ class Writer:
     def reserve(self, request: Request) -> Slot | None:
         """Reserve, taking back what was released if that is due or needed."""
         self._pool.put_bytes += request.nbytes
-        if self._pool.put_bytes > _COLLECT_BYTES * (len(self._pool.pages) + 3):
-            self._pool.collect()  # so that the next put reuses an extent that is still warm in the cache
+        if self._pool.put_bytes > self._collect_bytes * (len(self._pool.pages) + 3):
+            self._pool.collect()
         slot = self._pool.store.reserve(request, _now())
         if slot is None:
             self._pool.collect()

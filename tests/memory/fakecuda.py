@@ -14,9 +14,8 @@ has another address for devices than for the host.
 import functools
 import os
 import threading
-import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -40,15 +39,13 @@ class OnDevice(torch.Tensor):
     def get_device(self) -> int:
         return self.ordinal
 
-    def to(self, *where: Any, **how: Any) -> torch.Tensor:  # type: ignore[override]  # fewer kinds
+    def to(self, *where: Any, **how: Any) -> torch.Tensor:
         """Go to the first device: the only one that the code under test asks for."""
         return self.api.tensor(self.as_subclass(torch.Tensor).clone(), 0)
 
 
 class FakeApi(FakeCalls):
     """The driver of one process, in the place of the module of bindings."""
-
-    _all: "ClassVar[weakref.WeakSet[FakeApi]]" = weakref.WeakSet()
 
     def __init__(
         self, visible: tuple[int, ...] = (0, 1), *, peers: bool = True, total_bytes: int = 1 << 30
@@ -58,13 +55,14 @@ class FakeApi(FakeCalls):
         self.broken: list[str] = []
         self.current: dict[int, int] = {}
         """Torch's current stream of each device, where it is not the default one."""
+        self.before: dict[str, Callable[[], None]] = {}
+        """Called before the call of this name is, in its thread."""
         self._failures: list[tuple[int, Code]] = []
         self._named_failures: list[list[Any]] = []
         self._lost_at: int | None = None
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._kept: list[torch.Tensor] = []
-        self._all.add(self)
 
     # --- what tests ask for ---------------------------------------------------------------------
 
@@ -117,10 +115,7 @@ class FakeApi(FakeCalls):
 
     def leftovers(self) -> dict[str, Any]:
         """Return what is still open, by kind; empty when nothing is."""
-        others: set[int] = set()
-        for api in self._all:
-            others |= api.memory.own_descriptors()
-        found = memory_leftovers(self.memory, others)
+        found = memory_leftovers(self.memory)
         found["streams"] = [s for s in self.streams.streams.values() if s.ours]
         found["events"] = list(self.streams.events)
         found["contexts left current"] = self._stack[:]
@@ -136,6 +131,8 @@ class FakeApi(FakeCalls):
     def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
         function: Callable[..., Any] = getattr(self, f"_{name}")
         nothing: tuple[Any, ...] = () if function.__annotations__["return"] is None else (None,)
+        if name in self.before:
+            self.before[name]()
         with self._lock:
             try:
                 self._begin(name)

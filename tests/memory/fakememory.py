@@ -71,6 +71,8 @@ class FakeMemory:
         self.reserved: dict[int, int] = {}
         self.regions: dict[int, Region] = {}
         self.registered: dict[int, _Registered] = {}
+        self.exported: dict[int, str] = {}
+        """Descriptors that are now the caller's, and which memory they are of."""
         self._numbers = itertools.count(0x7001)
 
     def own_descriptors(self) -> set[int]:
@@ -113,7 +115,9 @@ class FakeMemory:
 
     def export(self, number: int) -> int:
         refuse_unless(number in self.handles, Code.CUDA_ERROR_INVALID_HANDLE)
-        return os.dup(self.handles[number].fd)
+        fd = os.dup(self.handles[number].fd)
+        self.exported[fd] = descriptors()[fd]
+        return fd
 
     def import_(self, fd: int) -> int:
         device, size = described(fd)
@@ -280,13 +284,13 @@ class FakeMemory:
         return address
 
 
-def leftovers(memory: FakeMemory, others: set[int]) -> dict[str, Any]:
-    """Return what of a process's memory is still open; `others` are descriptors of other fakes."""
-    known = memory.own_descriptors() | others
+def leftovers(memory: FakeMemory) -> dict[str, Any]:
+    """Return what of a process's memory is still open."""
+    there = descriptors().items()
     return {
         "handles": memory.handles,
         "reservations": memory.reserved,
         "regions": [region for region in memory.regions.values() if region.kind != "torch"],
         "registrations": memory.registered,
-        "descriptors": [name for fd, name in descriptors().items() if fd not in known],
+        "descriptors": [name for fd, name in there if memory.exported.get(fd) == name],
     }

@@ -1,7 +1,7 @@
 """Readers of a slab on a GPU: in other processes, on other devices, read-only, as it grows."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -115,7 +115,7 @@ async def _read_in_a_child(
 
 
 @pytest.fixture
-def start() -> Start:
+def start() -> Iterator[Start]:
     with starting() as start:
         yield start
 

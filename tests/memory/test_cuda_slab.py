@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ ODD: dict[str, Callable[[], torch.Tensor]] = {
     "conjugated": lambda: _complex().conj(),
     "conjugated and transposed": lambda: _complex().conj().t(),
     "negated": lambda: _complex().conj().imag,
-    "conjugated scalar": lambda: _complex()[0, 0].conj(),
+    "conjugated scalar": lambda: _complex().conj()[0, 0],
     "with a gradient": lambda: torch.rand(4, 6, requires_grad=True).t(),
     "a conjugate with a gradient": lambda: torch.rand(
         4, 6, requires_grad=True, dtype=torch.complex64
@@ -179,6 +180,22 @@ def test_the_tensors_of_one_read_are_where_its_order_is(api: FakeApi, slab: Cuda
         slab.read(0, spec, api.tensor(torch.empty(4), 1), slab.order())
 
 
+def test_the_order_is_the_callers_whatever_is_current_later(api: FakeApi, slab: CudaSlab) -> None:
+    raw = api.side_stream()
+    specs, parts, _ = pack(api.tensor(torch.arange(9)), 1)
+    staged, order = slab.stage(parts)
+    out = api.tensor(torch.zeros(9, dtype=torch.int64))
+    api.side_stream()  # in the thread that does the work, say
+    slab.write(0, staged, order)
+    slab.read(0, specs[0], out, order)
+    api.run(api.current[0])
+    assert not slab.view(0, specs[0]).any()
+    api.step(raw)
+    assert not out.any()
+    api.run(raw)
+    assert same(out, torch.arange(9))
+
+
 def test_orders_are_kept_but_not_for_ever(api: FakeApi, slab: CudaSlab) -> None:
     first = slab.order()
     assert slab.order() is first
@@ -203,7 +220,7 @@ def test_a_slab_that_is_closed(slab: CudaSlab) -> None:
         lambda: slab.read(0, spec, torch.empty(4), None),
         lambda: slab.read(0, spec, OnDevice(torch.empty(4)), order),
         lambda: slab.write(0, pack(torch.rand(4), 1)[1], None),
-        lambda: slab.order(SECOND),
+        partial(slab.order, SECOND),
         lambda: slab.open_for(SECOND),
         lambda: slab.open_for(torch.device("cuda", 0)),
         lambda: slab.commit(0, SEGMENT, prefault=False),

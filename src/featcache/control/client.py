@@ -30,7 +30,13 @@ from featcache.control.messages import (
     encode,
 )
 from featcache.control.peers import PidWatch, check_uid, own_pidfd
-from featcache.errors import AttachRefused, FeatcacheError, OwnerLost, OwnerUnreachable
+from featcache.errors import (
+    AttachRefused,
+    FeatcacheError,
+    OwnerLost,
+    OwnerUnreachable,
+    SettingsError,
+)
 from featcache.settings import Settings
 
 __all__ = ["Link", "dial"]
@@ -99,9 +105,13 @@ class Link:
         number = self._numbers
         answer: asyncio.Future[bytes] = self._loop.create_future()
         self._requests[number] = answer
-        self._channel.send(encode(request(number)))
         try:
+            self._channel.send(encode(request(number)))
             return await answer
+        except ValueError as error:
+            if answer.done():
+                raise  # the owner's answer
+            raise SettingsError(f"{error}: raise Settings.message_bytes") from None
         finally:
             self._requests.pop(number, None)
 

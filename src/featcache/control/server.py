@@ -6,11 +6,10 @@ session is *quarantined* and its holds stand until the pidfd fires.
 """
 
 import asyncio
-import enum
 import errno
 import socket
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from featcache import events
 from featcache.control import endpoint as endpoints
@@ -30,87 +29,20 @@ from featcache.control.messages import (
     Retire,
     Retired,
     Segments,
-    Welcome,
     decode_from_client,
     encode,
 )
 from featcache.control.peers import PidWatch, check_uid, peer_pid
-from featcache.errors import AttachRefused, FeatcacheError
+from featcache.control.sessions import Host, Segment, Session, SessionState
+from featcache.errors import AttachRefused, FeatcacheError, SettingsError
 from featcache.settings import Settings
 
-__all__ = ["Host", "Server", "Session", "SessionState"]
+__all__ = ["Server"]
 
 
 _QUARANTINE_EVENT_S = 0.1
 _MOST_RELAYS = 64
 """Relays that one session may have under way."""
-
-
-class SessionState(enum.Enum):
-    """GREETING → ACTIVE → ENDED, or ACTIVE → QUARANTINED → ENDED."""
-
-    GREETING = "greeting"
-    ACTIVE = "active"
-    QUARANTINED = "quarantined"
-    ENDED = "ended"
-
-
-class Session:
-    """One attached process, as the owner knows it."""
-
-    def __init__(self, number: int, pid: int) -> None:
-        self.number = number
-        self.pid = pid
-        self.name: str | None = None
-        self.state = SessionState.GREETING
-        self.channel: Channel | None = None
-        self.watch: PidWatch | None = None
-        self.deadline: asyncio.TimerHandle | None = None
-        self.layout = 0
-        """The last `Retire` that it has carried out."""
-        self.relays: set[asyncio.Task[None]] = set()
-
-
-class Segment(Protocol):
-    """A piece of a slab as the server sends it."""
-
-    @property
-    def start_bytes(self) -> int:
-        """Where it lies in the slab."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Its bytes."""
-
-    @property
-    def fd(self) -> int:
-        """What it is mapped by."""
-
-
-class Host(Protocol):
-    """What the server needs of the pool. It knows nothing of slabs; the pool nothing of sockets."""
-
-    @property
-    def pool_name(self) -> str:
-        """The pool's id in hex, for events."""
-
-    def admit(self, session: Session) -> tuple[Welcome, list[int]]:
-        """Make what a session needs, and return it with the descriptors that go with it.
-
-        They stay the host's, and open. Raise FeatcacheError to refuse.
-        """
-
-    def segments(self) -> Sequence[Segment]:
-        """Return what a session maps beyond the welcome, in order."""
-
-    def dismiss(self, session: Session, *, died: bool) -> int:
-        """Fold what the session paid; if it died, pay for it. Return the reads paid for it."""
-
-    def discard(self, index: int, generation: int) -> None:
-        """Cancel what a ref still owes, or raise StaleRef."""
-
-    def relay(self, ref: bytes) -> Coroutine[Any, Any, bytes]:
-        """Copy a ref's bytes into host memory; return the copy's ref. Raises as a get does."""
 
 
 class Server:
@@ -274,6 +206,9 @@ class Server:
             reply = Reply(message.request, ref=await self._host.relay(message.ref))
         except FeatcacheError as error:
             reply = Reply(message.request, type(error).__name__, str(error)[:1000])
+        if len(encode(reply)) > self._settings.message_bytes:
+            why = "the ref is too long for a message: raise Settings.message_bytes"
+            reply = Reply(message.request, SettingsError.__name__, why)
         if session.channel is not None:
             session.channel.send(encode(reply))
 

@@ -4,7 +4,7 @@ import enum
 
 import attrs
 
-__all__ = ["PressureGauge", "PressureLevel"]
+__all__ = ["ALWAYS_NORMAL", "PressureGauge", "PressureLevel"]
 
 
 class PressureLevel(enum.StrEnum):
@@ -24,7 +24,7 @@ class PressureLevel(enum.StrEnum):
 _RANK = {level: rank for rank, level in enumerate(PressureLevel)}
 _RISES_AT = ((PressureLevel.HIGH, 0.90), (PressureLevel.ELEVATED, 0.75))
 _HYSTERESIS = 0.05
-_ALWAYS_NORMAL = _RISES_AT[-1][1] - _HYSTERESIS
+ALWAYS_NORMAL = _RISES_AT[-1][1] - _HYSTERESIS
 
 
 @attrs.define
@@ -45,7 +45,7 @@ class PressureGauge:
     def observe(self, used_bytes: int, capacity_bytes: int, waiters: int) -> bool:
         """Set the level; return whether it changed."""
         fraction = used_bytes / capacity_bytes
-        if not waiters and fraction < _ALWAYS_NORMAL and self.level is PressureLevel.NORMAL:
+        if not waiters and fraction < ALWAYS_NORMAL and self.level is PressureLevel.NORMAL:
             return False  # the common case, at every put
         level = self._level(fraction, waiters)
         changed, self.level = level is not self.level, level

@@ -20,6 +20,16 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+def _device_named(device_uuid: str) -> torch.device:
+    """Return the device of this process that stands for a peer's."""
+    if not torch.cuda.is_available():
+        return host.CPU
+    for ordinal in range(torch.cuda.device_count()):
+        if str(torch.cuda.get_device_properties(ordinal).uuid) == device_uuid:
+            return torch.device("cuda", ordinal)
+    return default_device()
+
+
 def map_slab(
     kind: str,
     device_name: str,
@@ -49,7 +59,10 @@ def map_slab(
     if kind == host.KIND:
         if len(fds) != 1:
             raise AttachRefused("a host slab comes with one descriptor")
-        return host.HostMapping.attach(fds[0], capacity_bytes, committed_bytes)
+        mapping = host.HostMapping.attach(fds[0], capacity_bytes, committed_bytes)
+        if device_name != "cpu" and (device is None or device.type == "cuda"):
+            mapping.home = device or _device_named(device_name)
+        return mapping
     if kind not in {VMM, IPC}:
         raise BackendUnavailable(f"this client can't map a slab of kind {kind!r}")
     if fds or len(handle) != (_HANDLE_BYTES if kind == IPC else 0):

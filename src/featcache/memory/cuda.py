@@ -39,6 +39,7 @@ class CudaMapping:
     """A slab on a GPU as one process maps it, for one device of its own or for several."""
 
     deferred = True
+    lends = True
 
     def __init__(self, driver: Driver, backing: Backing, ordinal: int) -> None:
         self._driver = driver

@@ -78,9 +78,7 @@ class CudaSlab(CudaMapping):
         """Make segments. What is there from the start is one, however large: it never goes back."""
         if isinstance(self._memory, IpcBacking):
             return
-        if (
-            self.end_bytes > start_bytes
-        ):  # what the driver would not let go of, when it was asked to
+        if self.end_bytes > start_bytes:  # what the driver did not let go of when it was asked to
             self._memory.cut(start_bytes)
         step_bytes = self._segment_bytes if start_bytes else stop_bytes
         at = start_bytes

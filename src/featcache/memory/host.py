@@ -25,10 +25,10 @@ from featcache.memory.slab import Parts, Segment
 from featcache.memory.words import Block, fence_stores, memfd
 from featcache.ref import TensorSpec
 
-__all__ = ["KIND", "HostMapping", "HostSlab"]
+__all__ = ["CPU", "KIND", "HostMapping", "HostSlab"]
 
 KIND: Final = "host"
-_CPU: Final = torch.device("cpu")
+CPU: Final = torch.device("cpu")
 _MADV_POPULATE_READ: Final = 22  # Linux 5.14; Python has no names for them
 _MADV_POPULATE_WRITE: Final = 23
 _FALLOC_PUNCH: Final = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
@@ -79,6 +79,8 @@ class HostMapping:
             whole = torch.frombuffer(mapping, dtype=torch.uint8)
         self._storage: torch.UntypedStorage | None = whole.untyped_storage()
         self.end_bytes = whole.nbytes
+        self.home = CPU
+        """Where reads go that name no device: a GPU's, if that is what this slab stands in for."""
 
     @classmethod
     def attach(cls, fd: int, capacity_bytes: int, committed_bytes: int) -> "HostMapping":
@@ -97,7 +99,12 @@ class HostMapping:
     @property
     def device(self) -> torch.device:
         """The CPU."""
-        return _CPU
+        return CPU
+
+    @property
+    def lends(self) -> bool:
+        """Whether a borrow is a view; where reads go to a GPU, it is a copy there."""
+        return self.home is CPU
 
     def reaches(self, device: torch.device | None) -> bool:
         """Whether `read` can copy there: it always can."""
@@ -108,13 +115,12 @@ class HostMapping:
 
     def order(self, device: torch.device | None = None) -> Streams:
         """Return the caller's stream of a GPU that is read to."""
-        if device is None or device.type == "cpu":
-            return ()
-        return (torch.cuda.current_stream(device),)
+        device = device or self.home
+        return () if device.type == "cpu" else (torch.cuda.current_stream(device),)
 
     def held_bytes(self, nbytes: int, device: torch.device | None) -> int:
         """Every copy holds up the thread that makes it; one to a GPU waits for its stream besides."""
-        return nbytes if device is None or device.type == "cpu" else _NEVER_HERE
+        return nbytes if (device or self.home).type == "cpu" else _NEVER_HERE
 
     def view(
         self, offset_bytes: int, spec: TensorSpec, device: torch.device | None = None
@@ -127,12 +133,12 @@ class HostMapping:
             raise CacheClosed("this mapping of the slab is closed")
         dtype, shape = DTYPES[spec.dtype], spec.shape
         at = (offset_bytes + spec.offset_bytes) // dtype.itemsize
-        tensor = torch.empty(0, dtype=dtype, device=_CPU)
+        tensor = torch.empty(0, dtype=dtype, device=CPU)
         return tensor.set_(storage, at, shape, contiguous_strides(shape))
 
     def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
         """Return a new tensor to read into."""
-        return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device or _CPU)
+        return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device or self.home)
 
     def read(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor, order: Streams) -> None:
         """Copy the slab's bytes into `out`; they are there on return."""
@@ -198,6 +204,7 @@ class HostSlab(HostMapping):
 
     kind = KIND
     device_name = "cpu"
+    """A GPU's UUID if this slab stands in for one on that GPU."""
     handle = b""
     granularity_bytes = mmap.PAGESIZE
 

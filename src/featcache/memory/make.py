@@ -8,7 +8,7 @@ from featcache.errors import BackendUnavailable
 from featcache.memory import host
 from featcache.memory.backing import IPC
 from featcache.memory.cuda_slab import CudaSlab, choose_backend
-from featcache.memory.driver import DriverError, load
+from featcache.memory.driver import load
 from featcache.memory.pinned import PinnedSlab
 from featcache.memory.slab import Slab
 
@@ -61,11 +61,8 @@ def make_slab(plan: Plan, capacity_bytes: int, segment_bytes: int, *, huge_pages
         raise BackendUnavailable(f"the slab could not be made: {error}") from error
 
 
-def make_host_slab(beside: Plan, capacity_bytes: int, *, huge_pages: bool) -> Slab:
-    """Make the host slab to which a pool spills: pinned, so that a GPU copies at full speed."""
-    if beside.kind == host.KIND:
+def make_host_slab(beside: Plan, capacity_bytes: int, *, huge_pages: bool, pinned: bool) -> Slab:
+    """Make the host slab beside another: if `pinned`, a GPU copies to and from it at full speed."""
+    if beside.kind == host.KIND or not pinned:
         return host.HostSlab(capacity_bytes, huge_pages=huge_pages)
-    try:
-        return PinnedSlab(load(), beside.ordinal, capacity_bytes, huge_pages=huge_pages)
-    except DriverError as error:
-        raise BackendUnavailable(f"the spill slab could not be made: {error}") from error
+    return PinnedSlab(load(), beside.ordinal, capacity_bytes, huge_pages=huge_pages)

@@ -50,6 +50,10 @@ class Mapping(Protocol):
     def end_bytes(self) -> int:
         """Bytes from the start that are mapped here."""
 
+    @property
+    def lends(self) -> bool:
+        """Whether `view` is what a borrow lends; else it lends a copy."""
+
     def reaches(self, device: torch.device | None) -> bool:
         """Whether `read` can copy to this device (None: the mapping's own) now."""
 

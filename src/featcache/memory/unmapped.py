@@ -20,6 +20,7 @@ class Unmapped:
     """A slab that is not mapped here."""
 
     deferred = False
+    lends = False
     end_bytes = 1 << 62
     """All of it: the owner, which copies from it, has it all."""
 

@@ -1,0 +1,79 @@
+"""A session, as the owner's end knows it, and what that end needs of the pool behind it."""
+
+import asyncio
+import enum
+from collections.abc import Coroutine, Sequence
+from typing import Any, Protocol
+
+from featcache.control.channel import Channel
+from featcache.control.messages import Welcome
+from featcache.control.peers import PidWatch
+
+__all__ = ["Host", "Segment", "Session", "SessionState"]
+
+
+class SessionState(enum.Enum):
+    """GREETING → ACTIVE → ENDED, or ACTIVE → QUARANTINED → ENDED."""
+
+    GREETING = "greeting"
+    ACTIVE = "active"
+    QUARANTINED = "quarantined"
+    ENDED = "ended"
+
+
+class Session:
+    """One attached process, as the owner knows it."""
+
+    def __init__(self, number: int, pid: int) -> None:
+        self.number = number
+        self.pid = pid
+        self.name: str | None = None
+        self.state = SessionState.GREETING
+        self.channel: Channel | None = None
+        self.watch: PidWatch | None = None
+        self.deadline: asyncio.TimerHandle | None = None
+        self.layout = 0
+        """The last `Retire` that it has carried out."""
+        self.relays: set[asyncio.Task[None]] = set()
+
+
+class Segment(Protocol):
+    """A piece of a slab as the server sends it."""
+
+    @property
+    def start_bytes(self) -> int:
+        """Where it lies in the slab."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Its bytes."""
+
+    @property
+    def fd(self) -> int:
+        """What it is mapped by."""
+
+
+class Host(Protocol):
+    """What the server needs of the pool. It knows nothing of slabs; the pool nothing of sockets."""
+
+    @property
+    def pool_name(self) -> str:
+        """The pool's id in hex, for events."""
+
+    def admit(self, session: Session) -> tuple[Welcome, list[int]]:
+        """Make what a session needs, and return it with the descriptors that go with it.
+
+        They stay the host's, and open. Raise FeatcacheError to refuse.
+        """
+
+    def segments(self) -> Sequence[Segment]:
+        """Return what a session maps beyond the welcome, in order."""
+
+    def dismiss(self, session: Session, *, died: bool) -> int:
+        """Fold what the session paid; if it died, pay for it. Return the reads paid for it."""
+
+    def discard(self, index: int, generation: int) -> None:
+        """Cancel what a ref still owes, or raise StaleRef."""
+
+    def relay(self, ref: bytes) -> Coroutine[Any, Any, bytes]:
+        """Copy a ref's bytes into host memory; return the copy's ref. Raises as a get does."""

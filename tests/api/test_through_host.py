@@ -1,0 +1,436 @@
+"""Reads by way of host memory: the owner copies, the client reads the copy, and nothing is left of it."""
+
+import asyncio
+from typing import Any
+
+import pytest
+import torch
+from structlog.testing import capture_logs
+
+import featcache
+from api.hosted import all_spent, has_host_pool, relayed, store, through_host
+from api.support import KIB, MIB, Gate, filled, small, steps, tensor, tensors, until
+from featcache import (
+    FeatureCache,
+    FeatureClient,
+    FeatureRef,
+    GetTimeout,
+    OwnerLost,
+    SettingsError,
+    StaleRef,
+    UnknownPool,
+)
+from featcache.memory.host import HostSlab
+from featcache.memory.unmapped import Unmapped
+
+BASE = torch.arange(720, dtype=torch.float32)
+FEATURES: dict[str, torch.Tensor] = {
+    "scalar": torch.tensor(3.25),
+    "empty": torch.empty(0, 4, dtype=torch.int16),
+    "bf16": BASE.to(torch.bfloat16),
+    "strided": BASE.view(24, 30).T,
+    "conj": torch.complex(BASE, -BASE).conj(),
+    "bool": BASE > 100,
+}
+
+
+def unmapped(client: FeatureClient) -> int:
+    """How many pools a client reads through the host."""
+    assert client._handles is not None
+    handles = client._handles.handles
+    return sum(isinstance(handle.attachment.mapping, Unmapped) for handle in handles)
+
+
+def holds(client: FeatureClient) -> int:
+    assert client._handles is not None
+    return sum(handle.attachment.holds for handle in client._handles.handles)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("inline_bytes", [0, 4 * MIB], ids=["thread", "inline"])
+async def test_what_comes_back(name: str, inline_bytes: int, no_leaks: None) -> None:
+    value = FEATURES[name]
+    sizes: dict[str, Any] = {"inline_bytes": inline_bytes}
+    async with relayed(client=sizes, **sizes) as (owner, client):
+        assert unmapped(client) == 1
+        assert not has_host_pool(owner), "made when it is first needed"
+        copy = tensor(await client.get(await owner.put(value)))
+        assert torch.equal(copy, value)
+        assert (copy.dtype, copy.shape) == (value.dtype, value.shape)
+        assert copy.is_contiguous()
+        async with client.borrow(await owner.put(value)) as view:
+            assert torch.equal(tensor(view), value)
+        out = torch.empty(value.shape, dtype=value.dtype)
+        assert await client.get(await owner.put(value), out=out) is out
+        assert torch.equal(out, value)
+        assert tensor(await client.get(await owner.put(value), device="cpu")).is_cpu
+        await all_spent(owner)
+        now = owner.statistics()
+        assert (now.relayed, now.gets, now.reads_paid, now.expired) == (4, 0, 4, 0)
+        assert client.statistics().gets == 4
+        assert client.statistics().sessions == 2
+        assert store(owner).expired == 0
+
+
+async def test_a_dict() -> None:
+    async with relayed() as (owner, client):
+        ref = FeatureRef.from_bytes((await owner.put(FEATURES, readers=2)).to_bytes())
+        out = {name: torch.empty(v.shape, dtype=v.dtype) for name, v in FEATURES.items()}
+        async with client.borrow(ref) as views:
+            copies = tensors(await client.get(ref, out=out))
+            for name, value in FEATURES.items():
+                assert torch.equal(tensors(views)[name], value)
+                assert torch.equal(copies[name], value)
+            assert list(tensors(views)) == list(FEATURES)
+        await owner.release(ref)
+        await all_spent(owner)
+
+
+@pytest.mark.parametrize("bound", [True, False], ids=["bound", "unbound"])
+async def test_it_is_said_once(bound: bool) -> None:
+    with capture_logs() as logs:
+        async with (
+            featcache.create(settings=small()) as owner,
+            featcache.connect(owner.endpoint if bound else None, settings=through_host()) as client,
+        ):
+            for value in range(5):
+                ref = await owner.put(filled(KIB, value))
+                assert torch.equal(tensor(await client.get(ref)), filled(KIB, value))
+            pool_id = ref.pool_id.hex()
+            await all_spent(owner)
+    (entry,) = [entry for entry in logs if entry["event"] == "featcache.peer.unreachable"]
+    assert (entry["pool"], entry["log_level"]) == (pool_id, "warning")
+    assert entry["device"] == "cpu" or torch.cuda.is_available()
+    assert "through_host" in entry["reason"]
+
+
+async def test_a_borrow_is_a_copy_that_is_paid_on_leaving() -> None:
+    async with relayed() as (owner, client):
+        ref = await owner.put(filled(KIB, 3))
+        borrow = client.borrow(ref)
+        copy = tensor(await borrow.__aenter__())
+        await until(lambda: store(owner).table.used == 0)  # the copy in the host pool is gone
+        assert owner.statistics().slots_used == 1
+        assert holds(client) == 1
+        copy.fill_(9)  # it is the client's own
+        await borrow.__aexit__(None, None, None)
+        await all_spent(owner)
+        with pytest.raises(StaleRef):
+            await client.get(ref)
+
+
+async def test_release_and_discard_need_no_copy() -> None:
+    async with relayed() as (owner, client):
+        await client.release(await owner.put(filled(KIB)))
+        await client.discard(await owner.put(filled(KIB)))
+        await all_spent(owner)
+        assert owner.statistics().relayed == 0
+        assert not has_host_pool(owner)
+
+
+async def test_the_forms_without_await_say_that_they_can_not() -> None:
+    async with relayed() as (owner, client), featcache.connect(settings=through_host()) as other:
+        ref = await owner.put(filled(KIB, 2))
+        with pytest.raises(GetTimeout, match="another way"):
+            client.get_nowait(ref)
+        with pytest.raises(GetTimeout, match="another way"), client.borrow(ref):
+            pass
+        with pytest.raises(UnknownPool):
+            other.get_nowait(ref)
+        assert holds(client) == 0
+        assert torch.equal(tensor(await client.get(ref)), filled(KIB, 2))
+        await all_spent(owner)
+
+
+async def test_stale_refs_and_outs_that_do_not_fit() -> None:
+    async with relayed() as (owner, client):
+        ref = await owner.put(filled(KIB, 2), readers=2)
+        for out in (torch.empty(KIB), torch.empty(1, dtype=torch.uint8), {"a": filled(KIB)}):
+            with pytest.raises(SettingsError):
+                await client.get(ref, out=out)
+        with pytest.raises(SettingsError, match="not both"):
+            await client.get(ref, out=filled(KIB), device="cpu")
+        await client.get(ref)
+        for use in (client.get(ref), client.release(ref), client.borrow(ref).__aenter__()):
+            with pytest.raises(StaleRef):
+                await use
+        await owner.release(ref)
+        await all_spent(owner)
+        gone = await owner.put(filled(KIB))
+        await owner.discard(gone)
+        with pytest.raises(StaleRef):
+            await client.get(gone)
+        assert owner.statistics().relayed == 1
+        await all_spent(owner)
+
+
+@pytest.mark.parametrize("how", ["get", "borrow", "release"])
+async def test_after_the_owner_itself_has_read(how: str) -> None:
+    """The owner's own read of a ref is no reason not to copy it for others."""
+    async with relayed() as (owner, client):
+        ref = await owner.put(filled(KIB, 4), readers=2)
+        if how == "get":
+            await owner.get(ref)
+        elif how == "borrow":
+            async with owner.borrow(ref):
+                pass
+        else:
+            await owner.release(ref)
+        assert torch.equal(tensor(await client.get(ref)), filled(KIB, 4))
+        await all_spent(owner)
+
+
+async def test_while_the_owner_itself_reads() -> None:
+    async with relayed() as (owner, client):
+        ref = await owner.put(filled(KIB, 4), readers=2)
+        async with owner.borrow(ref) as view:
+            assert torch.equal(tensor(await client.get(ref)), filled(KIB, 4))
+            assert torch.equal(tensor(view), filled(KIB, 4))
+        await all_spent(owner)
+
+
+async def test_names_owe_whichever_way_they_read() -> None:
+    async with (
+        relayed(name="tp0") as (owner, tp0),
+        featcache.connect(owner.endpoint, name="tp1", settings=small()) as tp1,
+    ):
+        ref = await owner.put(filled(KIB, 4), readers=["tp0", "tp1"])
+        for reader in (tp0, tp1):
+            assert torch.equal(tensor(await reader.get(ref)), filled(KIB, 4))
+        await all_spent(owner)
+        assert owner.statistics().relayed == 1
+
+
+async def test_many_readers_at_once_and_some_that_need_no_detour() -> None:
+    async with relayed(capacity=256 * KIB) as (owner, client):
+        others = [featcache.connect(owner.endpoint, settings=through_host()) for _ in range(3)]
+        direct = featcache.connect(owner.endpoint, settings=small())
+        readers = [client, *others, direct]
+        for reader in (*others, direct):
+            await reader.open()
+
+        async def read(reader: FeatureClient, ref: FeatureRef, value: int) -> None:
+            assert torch.equal(tensor(await reader.get(ref)), filled(16 * KIB, value))
+
+        async with asyncio.TaskGroup() as group:
+            for value in range(30):
+                ref = await owner.put(filled(16 * KIB, value), readers=len(readers))
+                for reader in readers:
+                    group.create_task(read(reader, ref, value))
+        await all_spent(owner)
+        assert owner.statistics().relayed == 120
+        for reader in (*others, direct):
+            await reader.aclose()
+
+
+async def test_through_a_host_slab_that_spills_as_well() -> None:
+    """One host pool serves both: what is spilled is mapped there, what is relayed copied there."""
+    settings = small(capacity=64 * KIB, segment=64 * KIB)
+    async with (
+        featcache.create(spill="4MiB", settings=settings) as owner,
+        featcache.connect(owner.endpoint, settings=through_host()) as client,
+    ):
+        here = await owner.put(filled(64 * KIB, 1), on_full="spill")
+        there = await owner.put(filled(64 * KIB, 2), on_full="spill")
+        assert torch.equal(tensor(await client.get(there)), filled(64 * KIB, 2))
+        assert owner.statistics().relayed == 0
+        assert torch.equal(tensor(client.get_nowait(await spilled(owner))), filled(KIB, 3))
+        assert torch.equal(tensor(await client.get(here)), filled(64 * KIB, 1))
+        assert (owner.statistics().relayed, owner.statistics().spilled) == (1, 2)
+        assert unmapped(client) == 1
+        await all_spent(owner)
+
+
+async def spilled(owner: FeatureCache) -> FeatureRef:
+    return await owner.put(filled(KIB, 3), on_full="spill")
+
+
+def test_with_no_loop(no_leaks: None) -> None:
+    with (
+        featcache.blocking.create(settings=small()) as owner,
+        featcache.blocking.connect(owner.endpoint, settings=through_host()) as client,
+        featcache.blocking.connect(settings=through_host()) as unbound,
+    ):
+        for reader in (client, unbound):
+            ref = owner.put(BASE)
+            assert torch.equal(tensor(reader.get(ref)), BASE)
+            with reader.borrow(owner.put({"a": BASE})) as view:
+                assert torch.equal(tensors(view)["a"], BASE)
+            out = torch.empty(720)
+            assert reader.get(owner.put(BASE), out=out) is out
+            assert torch.equal(out, BASE)
+            reader.release(owner.put(BASE))
+            with pytest.raises(StaleRef):
+                reader.get(ref)
+        assert owner.statistics().relayed == 6
+
+
+# --- waiting, giving up --------------------------------------------------------------------------
+
+
+async def stuffed(owner: FeatureCache, client: FeatureClient) -> FeatureRef:
+    """Fill the host pool, which is as large as the slab, with a copy that nobody reads."""
+    capacity = owner.statistics().capacity_bytes
+    first = await owner.put(filled(capacity))
+    await client.get(first)
+    await all_spent(owner)
+    first = await owner.put(filled(capacity), readers=2)
+    await owner._opened().relay.copy(first)
+    await owner.discard(first)
+    await until(lambda: owner.statistics().used_bytes == 0)
+    assert store(owner).free_bytes == 0
+    return await owner.put(filled(KIB, 8))
+
+
+@pytest.mark.parametrize("how", ["get", "borrow"])
+async def test_a_full_host_pool_is_waited_for(how: str) -> None:
+    """A copy that is not read goes by itself, and makes room for the next."""
+    async with relayed(relay_ttl=0.2) as (owner, client):
+        ref = await stuffed(owner, client)
+        if how == "get":
+            assert torch.equal(tensor(await client.get(ref)), filled(KIB, 8))
+        else:
+            async with client.borrow(ref) as view:
+                assert torch.equal(tensor(view), filled(KIB, 8))
+        assert store(owner).expired == 1
+        await all_spent(owner)
+
+
+@pytest.mark.parametrize("how", ["get", "borrow"])
+@pytest.mark.parametrize("end", ["timeout", "cancel"])
+async def test_given_up_while_the_host_pool_is_full(how: str, end: str, no_leaks: None) -> None:
+    async with relayed(relay_ttl=30.0) as (owner, client):
+        ref = await stuffed(owner, client)
+        timeout = 0.05 if end == "timeout" else None
+
+        async def read() -> None:
+            if how == "get":
+                await client.get(ref, timeout=timeout)
+            else:
+                async with client.borrow(ref, timeout=timeout):
+                    pass
+
+        task = asyncio.create_task(read())
+        await until(lambda: store(owner).queue)
+        if end == "cancel":
+            task.cancel()
+        with pytest.raises(GetTimeout if end == "timeout" else asyncio.CancelledError):
+            async with asyncio.timeout(10):
+                await task
+        assert holds(client) == 0
+        for slot in list(store(owner).published.values()):
+            owner._opened().spill.reaper.discard(slot.index, slot.generation)  # type: ignore[union-attr]
+        assert torch.equal(tensor(await client.get(ref)), filled(KIB, 8))  # still owed
+        # What was copied for the read that was given up is never read: it would go by its ttl.
+        await until(lambda: owner.statistics().relayed >= 4)
+        for slot in list(store(owner).published.values()):
+            owner._opened().spill.reaper.discard(slot.index, slot.generation)  # type: ignore[union-attr]
+        await all_spent(owner)
+
+
+@pytest.mark.parametrize("turns", range(0, 24, 3))
+@pytest.mark.parametrize("how", ["get", "borrow"])
+async def test_cancelled_at_any_moment(how: str, turns: int, no_leaks: None) -> None:
+    """Asked for, copied, attached to where the copy is, copied from there: the read is still owed."""
+    async with relayed(relay_ttl=0.05) as (owner, client):
+        ref = await owner.put(filled(KIB, 6))
+        borrow = client.borrow(ref)
+        reading: Any = client.get(ref) if how == "get" else borrow.__aenter__()
+        task = asyncio.create_task(reading)
+        await steps(turns)
+        task.cancel()
+        await asyncio.wait([task])
+        if task.cancelled():
+            assert holds(client) == 0
+            assert torch.equal(tensor(await client.get(ref)), filled(KIB, 6))
+        elif how == "borrow":
+            await borrow.__aexit__(None, None, None)
+        await all_spent(owner)
+
+
+async def test_discarded_while_it_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy is of this ref's bytes, or there is none."""
+    gate = Gate()
+    async with relayed() as (owner, client):
+        await client.get(await owner.put(filled(KIB)))
+        ref = await owner.put(filled(KIB, 6))
+        with monkeypatch.context() as patch:
+            patch.setattr(HostSlab, "read", gate.wrap(HostSlab.read))
+            task = asyncio.create_task(client.get(ref))
+            await until(gate.entered.is_set)
+            await owner.discard(ref)
+            await client.release(await owner.put(filled(KIB, 1)))
+            gate.open()
+            assert torch.equal(tensor(await task), filled(KIB, 6))
+        await all_spent(owner)
+
+
+async def test_a_copy_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> None:
+        raise featcache.BackendUnavailable("no copy today")
+
+    async with relayed() as (owner, client):
+        ref = await owner.put(filled(KIB, 6))
+        with monkeypatch.context() as patch:
+            patch.setattr(HostSlab, "read", fails)
+            for use in (client.get(ref), client.borrow(ref).__aenter__()):
+                with pytest.raises(featcache.BackendUnavailable, match="no copy today"):
+                    await use
+        assert store(owner).table.used == holds(client) == 0
+        assert torch.equal(tensor(await client.get(ref)), filled(KIB, 6))
+        await all_spent(owner)
+
+
+async def test_bytes_that_are_still_on_their_way() -> None:
+    async with relayed() as (owner, client):
+        ref = await owner.put(filled(KIB, 6))
+        published = owner._opened().pool.words.published
+        published[ref.slot] = 0
+        with pytest.raises(GetTimeout):
+            await client.get(ref, timeout=0.02)
+        task = asyncio.create_task(client.get(ref))
+        await steps(5)
+        assert not task.done()
+        published[ref.slot] = ref.generation
+        assert torch.equal(tensor(await task), filled(KIB, 6))
+        await all_spent(owner)
+
+
+# --- the owner's end -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", ["queue", "copy"])
+async def test_the_owner_closes_during_a_relay(
+    at: str, no_leaks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    async with relayed() as (owner, client):
+        ref = await stuffed(owner, client) if at == "queue" else await owner.put(filled(KIB))
+        with monkeypatch.context() as patch:
+            if at == "copy":
+                patch.setattr(HostSlab, "read", gate.wrap(HostSlab.read))
+            task = asyncio.create_task(client.get(ref))
+            await until(gate.entered.is_set if at == "copy" else lambda: store(owner).queue)
+            closing = asyncio.create_task(owner.aclose())
+            await steps(3)
+            gate.open()
+            await closing
+        with pytest.raises(OwnerLost):
+            await task
+        await until(lambda: client.statistics().sessions == 0)
+
+
+async def test_the_client_closes_during_a_relay(no_leaks: None) -> None:
+    async with relayed(relay_ttl=0.3) as (owner, client):
+        ref = await stuffed(owner, client)
+        task = asyncio.create_task(client.get(ref))
+        await until(lambda: store(owner).queue)
+        task.cancel()
+        await client.aclose()
+        await asyncio.wait([task])
+        await until(lambda: not store(owner).queue)  # the session is gone, and its relay with it
+        await owner.get(ref)
+        await all_spent(owner)
