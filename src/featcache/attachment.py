@@ -87,11 +87,14 @@ class Attachment:
         if index >= self._slots:
             raise MalformedRef(f"slot {index} of a pool with {self._slots} slots")
         with self._lock:
-            if self._released[index] == generation:
+            uses = self._holds.get((index, generation))
+            # Paid, and seen to be or not: the word that says so comes by a stream, and the bytes are
+            # the next feature's as soon as the owner sees it.
+            paid = uses is None and self._held[index] == generation
+            if paid or self._released[index] == generation:
                 raise StaleRef(f"ref {index}:{generation} was paid by this session already")
             if self._live[index] != generation:  # never touch the hold of the slot's next tenant
                 raise StaleRef(f"ref {index}:{generation} was recycled, expired or discarded")
-            uses = self._holds.get((index, generation))
             if uses is None:
                 self._held[index] = generation
                 self._holds[index, generation] = _Uses()
@@ -213,6 +216,12 @@ class Attachment:
                 self._on_idle = call
                 return
         call()
+
+    def detour(self, reason: str) -> Mapping:
+        """Go on without a mapping, by way of the host; return the one there was, to be closed."""
+        mapping, self.mapping = self.mapping, Unmapped(self.mapping.device, reason)
+        self._paid = self._released
+        return mapping
 
     def forget(self) -> None:
         """Cut a forked child off: what it still ends changes nothing that its parent wrote."""

@@ -29,6 +29,7 @@ __all__ = [
     "ReaderLost",
     "ReaderQuarantined",
     "RefExpired",
+    "ReturnFailed",
     "SegmentsCommitted",
     "SegmentsReturned",
     "Throttle",
@@ -236,6 +237,16 @@ class CommitFailed(Event):
     severity: ClassVar[Severity] = "error"
     committed_bytes: int
     wanted_bytes: int
+    error: str
+
+
+@attrs.frozen(kw_only=True)
+class ReturnFailed(Event):
+    """Memory that the slab gave back was not taken; the pool goes on without it."""
+
+    name: ClassVar[str] = "featcache.slab.return_failed"
+    severity: ClassVar[Severity] = "error"
+    returned_bytes: int
     error: str
 
 

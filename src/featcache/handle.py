@@ -12,6 +12,7 @@ from featcache.control.channel import close_all
 from featcache.control.client import Link, SlabChange
 from featcache.control.messages import Retire
 from featcache.errors import BackendUnavailable, CacheClosed, FeatcacheError, OwnerLost
+from featcache.memory.backing import Unreachable
 from featcache.memory.slab import Mapping
 
 __all__ = ["Handle"]
@@ -24,14 +25,22 @@ class Handle:
     """One attached pool: the mapped side and the link. `spawn` has a coroutine run to its end."""
 
     def __init__(
-        self, attachment: Attachment, link: Link, bell: Bell, offload: Offload, spawn: Spawn
+        self,
+        attachment: Attachment,
+        link: Link,
+        bell: Bell,
+        offload: Offload,
+        spawn: Spawn,
+        on_unreachable: Callable[[str], object],
     ) -> None:
+        """Begin with what the mapping covers; `on_unreachable` is told why, if it can't be mapped."""
         self.attachment = attachment
         self.link = link
         self._mapping: Mapping = attachment.mapping
         self._bell = bell
         self._offload = offload
         self._spawn = spawn
+        self._on_unreachable = on_unreachable
         self._loop = asyncio.get_running_loop()
         self._changes: deque[tuple[SlabChange, list[int]]] = deque()
         self._changing = False
@@ -64,7 +73,13 @@ class Handle:
         try:
             while self._changes:
                 change, fds = self._changes[0]
-                await self._offload.run(lambda: _change(self._mapping, change, fds), lambda: None)  # noqa: B023 - awaited here
+                try:
+                    await self._offload.run(
+                        lambda: _change(self._mapping, change, fds),  # noqa: B023 - awaited here
+                        lambda: None,
+                    )
+                except Unreachable as error:  # told by a hidden device only when it is to map
+                    await self._detour(str(error))
                 self._changes.popleft()
                 self._cover()
                 if isinstance(change, Retire):
@@ -81,6 +96,12 @@ class Handle:
             self._changing = False
             if self._left:
                 self._drop_changes()
+
+    async def _detour(self, reason: str) -> None:
+        """Read by way of the host from now on: the owner's memory can't be mapped for this device."""
+        mapping, self._mapping = self.attachment.detour(reason), self.attachment.mapping
+        self._on_unreachable(reason)
+        await self._in_thread(mapping.close)
 
     async def covers(self, end_bytes: int) -> None:
         """Wait until all that the owner had when it said welcome is mapped here."""

@@ -184,7 +184,16 @@ class HandleCache:
         bell = Bell(fds.pop(2))
         attachment = Attachment(welcome.pool_id, words, page, mapping, released, bell.ring)
         attachment.layout = welcome.layout
-        handle = Handle(attachment, link, bell, self._offload, self._spawn)
+        handle = Handle(
+            attachment,
+            link,
+            bell,
+            self._offload,
+            self._spawn,
+            lambda reason: self._report_unreachable(
+                welcome.pool_id, attachment.mapping.device, reason
+            ),
+        )
         try:
             with anyio.fail_after(self._settings.attach_timeout):
                 await handle.covers(welcome.committed_bytes)

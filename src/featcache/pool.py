@@ -270,7 +270,7 @@ class Pool:
             await self.offload.run(
                 lambda: slab.commit(start_bytes, end_bytes, prefault=prefault), lambda: None
             )
-        except (MemoryError, OSError) as error:
+        except (MemoryError, OSError, BackendUnavailable) as error:
             self.grow_failed(end_bytes - start_bytes, error)
         else:
             self.grown(end_bytes)
@@ -313,6 +313,12 @@ class Pool:
             retiring = self.sessions.retire(layout, end_bytes, timeout_s)
         try:
             await self.offload.run(lambda: slab.decommit(end_bytes, old_end_bytes), lambda: None)
+        except (OSError, BackendUnavailable) as error:  # the slab tries again before it grows there
+            events.emit(
+                events.ReturnFailed(
+                    pool=self.name, returned_bytes=old_end_bytes - end_bytes, error=str(error)
+                )
+            )
         finally:
             if not self.closed:
                 self.apply(self.store.shrunk(_now()))

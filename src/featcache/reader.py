@@ -18,6 +18,7 @@ from featcache.ref import FeatureRef
 __all__ = ["Borrow", "Pools", "Reader"]
 
 Device = torch.device | None
+_NO_COPY = "no copy came through host memory within"
 
 
 class Pools(Protocol):
@@ -148,9 +149,7 @@ class Reader:
             self.gets -= 1  # the copy's get is part of this one
             pays = True
         except TimeoutError:
-            raise GetTimeout(
-                f"no copy came through host memory within {timeout_s} s; the read is still owed"
-            ) from None
+            raise GetTimeout(f"{_NO_COPY} {timeout_s} s; the read is still owed") from None
         finally:
             attachment.end(ref, pays=pays)
         return feature
@@ -233,9 +232,12 @@ class Reader:
         if reached and attachment.mapping.lends:
             return attachment, None
         try:
-            return attachment, await self._copied(attachment, ref, reached=reached)
-        except BaseException:
+            with anyio.fail_after(timeout_s):
+                return attachment, await self._copied(attachment, ref, reached=reached)
+        except BaseException as error:
             attachment.end(ref, pays=False)
+            if isinstance(error, TimeoutError):
+                raise GetTimeout(f"{_NO_COPY} {timeout_s} s; the read is still owed") from None
             raise
 
     async def _copied(self, attachment: Attachment, ref: FeatureRef, *, reached: bool) -> Feature:

@@ -10,7 +10,7 @@ import anyio
 from featcache import events
 from featcache.core.slots import Slot
 from featcache.core.waiters import Request
-from featcache.errors import PoolFull, PutTimeout, SettingsError
+from featcache.errors import BackendUnavailable, PoolFull, PutTimeout, SettingsError
 from featcache.memory.pack import MAX_NAME, pack
 from featcache.memory.slab import Order, Parts
 from featcache.pool import Pool
@@ -150,7 +150,7 @@ class Writer:
         start_bytes = store.committed_bytes
         try:
             self._pool.slab.commit(start_bytes, end_bytes, prefault=False)
-        except MemoryError as error:
+        except (MemoryError, OSError, BackendUnavailable) as error:
             self._pool.grow_failed(end_bytes - start_bytes, error)
             return None
         self._pool.grown(end_bytes)

@@ -120,7 +120,7 @@ async def test_segments_go_everywhere(gpu: FakeGpu) -> None:
             with capture_logs() as logs:
                 await shrunk(owner)
                 await until(lambda: gpu.mapped() == SEGMENT)
-                await until(lambda: logs)  # noqa: B023 - awaited here
+                await until(lambda: logs)
             assert bytes_alive() == SEGMENT
             (entry,) = [e for e in logs if e["event"] == "featcache.slab.returned"]
             assert entry["mapped_in_sessions"] == 0

@@ -272,6 +272,7 @@ class IpcBacking(_Lent):
                 raise
         self._open[ordinal] = address
         self._undo.append((ordinal, driver.free, address))
+        driver.own_allocations[self.handle] = (ordinal, address)
 
     @property
     def end_bytes(self) -> int:
@@ -287,6 +288,12 @@ class IpcBacking(_Lent):
     def _open_theirs(self, ordinal: int) -> int:
         if self._theirs is None:
             raise Unreachable("the owner's other devices don't open its own legacy allocation")
+        own = self._driver.own_allocations.get(self._theirs)
+        if (
+            own is not None and own[0] == ordinal
+        ):  # a process can't open its own handle, and need not
+            self._open[ordinal] = own[1]
+            return own[1]
         with self._driver.on(ordinal):
             try:
                 address = self._driver.ipc_open(self._theirs)
@@ -300,6 +307,8 @@ class IpcBacking(_Lent):
         return address
 
     def _take_down(self) -> None:
+        if self._theirs is None:
+            self._driver.own_allocations.pop(self.handle, None)
         with ExitStack() as each:
             for step in self._undo:
                 each.callback(self._undo_one, step)

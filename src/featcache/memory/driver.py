@@ -81,6 +81,8 @@ class Driver:
         """Torch's current stream of a device, as the int that the driver knows it by."""
         self.device = device
         """What torch calls a device."""
+        self.own_allocations: dict[bytes, tuple[int, int]] = {}
+        """Device and address of what this process allocated, by its legacy handle."""
         self._contexts: dict[int, Any] = {}
         self._lock = threading.Lock()
         self._posix_fd = api.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
