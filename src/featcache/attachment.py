@@ -107,7 +107,11 @@ class Attachment:
         if self._offset[index] != ref.offset_bytes or self._nbytes[index] != ref.nbytes:
             self.end(ref, pays=False)
             raise MalformedRef("the ref's extent is not its slot's: it was forged or damaged")
-        return self._is_there(ref)
+        return (  # as `_is_there`, inline
+            self._published[index] == generation
+            and ref.offset_bytes + ref.nbytes <= self.covered_bytes
+            and (self.layout is None or self.header[Header.LAYOUT] == self.layout)
+        )
 
     def _is_there(self, ref: FeatureRef) -> bool:
         """Whether the bytes of a held ref are complete, and mapped here as the owner has them."""

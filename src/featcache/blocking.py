@@ -5,8 +5,8 @@ take and are opened with plain ``with``. An event loop in a thread of their own 
 recycler going; reads of a pool that is attached never enter it, they run in the caller's thread.
 """
 
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from types import EllipsisType, TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar
 
@@ -128,20 +128,21 @@ class _Blocking(Generic[A]):
         """As `featcache.FeatureClient.get_nowait`: nothing is waited for."""
         return self._inner.get_nowait(ref, device=device, out=out)
 
-    @contextmanager
-    def borrow(self, ref: FeatureRef, *, timeout: float | None = None) -> Iterator[Feature]:
+    def borrow(self, ref: FeatureRef, *, timeout: float | None = None) -> "Lease":
         """Lend a view for the length of a ``with`` block, as `featcache.FeatureClient.borrow`."""
-        borrow = self._inner.borrow(ref, timeout=timeout)
-        view = self._entered(borrow) if self._inner.has_attached(ref) else None
-        if view is None:
-            if self._prepared(ref, None, timeout, borrows=True):
-                view = borrow.__enter__()
-            else:
-                view = self._call(borrow.__aenter__)
-        try:
-            yield view
-        finally:
-            borrow.__exit__(None, None, None)
+        return Lease(self, self._inner.borrow(ref, timeout=timeout))
+
+    def lend(self, borrow: Borrow) -> Feature:
+        """Enter a borrow, waiting for its bytes; for `Lease`."""
+        ref, timeout = borrow.ref, borrow.timeout_s
+        if self._inner.has_attached(ref):
+            try:
+                return borrow.__enter__()
+            except GetTimeout:
+                pass  # on its way
+        if self._prepared(ref, None, timeout, borrows=True):
+            return borrow.__enter__()
+        return self._call(borrow.__aenter__)
 
     def _prepared(
         self, ref: FeatureRef, place: torch.device | None, timeout: float | None, *, borrows: bool
@@ -150,13 +151,6 @@ class _Blocking(Generic[A]):
         return inner.prepare_here(ref, place, timeout, borrows=borrows) or self._call(
             lambda: inner.prepare(ref, place, timeout, borrows=borrows)
         )
-
-    @staticmethod
-    def _entered(borrow: Borrow) -> Feature | None:
-        try:
-            return borrow.__enter__()
-        except GetTimeout:
-            return None  # on its way
 
     def release(self, ref: FeatureRef, *, timeout: float | None = None) -> None:
         """Pay the read without reading."""
@@ -174,6 +168,29 @@ class _Blocking(Generic[A]):
             return inner.statistics()
 
         return self._call(look)
+
+
+class Lease:
+    """One borrow, for code with no loop: its value is the view, and leaving the block pays."""
+
+    __slots__ = ("_borrow", "_cache")
+
+    def __init__(self, cache: _Blocking[Any], borrow: Borrow) -> None:
+        self._cache = cache
+        self._borrow = borrow
+
+    def __enter__(self) -> Feature:
+        """Return the view, once its bytes are there."""
+        return self._cache.lend(self._borrow)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Empty the view and pay the read."""
+        self._borrow.__exit__(kind, error, trace)
 
 
 class FeatureClient(_Blocking[AsyncClient]):

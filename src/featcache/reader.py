@@ -310,9 +310,7 @@ def _copy(
     """Copy here and now."""
     specs, mapping = ref.specs, attachment.mapping
     if targets is None and len(specs) == 1 and specs[0].name is None:  # what most features are
-        tensor = mapping.empty(specs[0], device)
-        mapping.read(ref.offset_bytes, specs[0], tensor, order)
-        return tensor
+        return mapping.fetch(ref.offset_bytes, specs[0], device, order)
     if targets is None:
         targets = [mapping.empty(spec, device) for spec in specs]
     _fill(attachment, ref, targets, order)
@@ -327,18 +325,18 @@ class Borrow:
     the bytes are another feature's. Slices made of it are not emptied.
     """
 
-    __slots__ = ("_attachment", "_copied", "_reader", "_ref", "_tensors", "_timeout_s")
+    __slots__ = ("_attachment", "_copied", "_reader", "_tensors", "ref", "timeout_s")
 
     def __init__(self, reader: Reader, ref: FeatureRef, timeout_s: float | None) -> None:
         self._reader = reader
-        self._ref = ref
-        self._timeout_s = timeout_s
+        self.ref = ref
+        self.timeout_s = timeout_s
         self._attachment: Attachment | None = None
         self._tensors: list[torch.Tensor] = []
         self._copied = False
 
     def _enter(self, attachment: Attachment, copied: Feature | None = None) -> Feature:
-        ref = self._ref
+        ref = self.ref
         self._copied = copied is not None
         if copied is None:
             try:
@@ -359,7 +357,7 @@ class Borrow:
             tensor.set_()  # type: ignore[call-overload]  # the stub lacks the form without a source
         self._tensors = []
         order = None if self._copied else attachment.mapping.order()
-        attachment.end(self._ref, pays=True, order=order)
+        attachment.end(self.ref, pays=True, order=order)
 
     def _check_unused(self) -> None:
         if self._attachment is not None:
@@ -368,7 +366,7 @@ class Borrow:
     async def __aenter__(self) -> Feature:
         """Return the view, once its bytes are there."""
         self._check_unused()
-        return self._enter(*await self._reader.hold(self._ref, self._timeout_s))
+        return self._enter(*await self._reader.hold(self.ref, self.timeout_s))
 
     async def __aexit__(
         self,
@@ -382,7 +380,7 @@ class Borrow:
     def __enter__(self) -> Feature:
         """Return the view of bytes that are there now."""
         self._check_unused()
-        return self._enter(self._reader.hold_nowait(self._ref))
+        return self._enter(self._reader.hold_nowait(self.ref))
 
     def __exit__(
         self,

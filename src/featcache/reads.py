@@ -124,7 +124,9 @@ class Reads:
             GetTimeout: the bytes are still on their way (on a GPU's stream).
 
         """
-        return self._reads().get_nowait(check_ref(ref), self._target(device, out), out)
+        if device is not None or out is None:
+            device = self._target(device, out)
+        return self._reads().get_nowait(check_ref(ref), device, out)
 
     async def prepare(
         self, ref: FeatureRef, place: torch.device | None, timeout: float | None, *, borrows: bool

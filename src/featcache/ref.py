@@ -80,7 +80,12 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
         """
         known = _sound.get(id(self.specs))
-        if known is None or known[0] is not self.specs or known[1:] != (self.nbytes, self.endpoint):
+        if (
+            known is None
+            or known[0] is not self.specs
+            or known[1] != self.nbytes
+            or known[2] is not self.endpoint
+        ):
             _check(self)
 
     def to_bytes(self) -> bytes:

@@ -3,9 +3,10 @@
 import asyncio
 import time
 from collections.abc import Iterable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import anyio
+import msgspec
 
 from featcache import events
 from featcache.core.slots import Slot
@@ -26,7 +27,7 @@ _YIELD_EVERY: Final = 32
 _now = time.monotonic
 
 
-class Staged(NamedTuple):
+class Staged(msgspec.Struct, frozen=True, gc=False):
     """A put as it came in, with the caller's place in the order of its stream."""
 
     request: Request
@@ -82,15 +83,16 @@ class Writer:
 
     def put_nowait(self, staged: Staged) -> FeatureRef:
         """Copy a feature in and return its ref, or raise PoolFull. Growth happens inline."""
-        slot = self.take_room(staged.request)
+        request, order, pool = staged.request, staged.order, self._pool
+        slot = self.reserve(request) or self._reserve_by_growing(request)
         if slot is None:
-            raise self._full(staged.request)
+            raise self._full(request)
         try:
-            self._pool.slab.write(slot.offset_bytes, staged.parts, staged.order)
+            pool.slab.write(slot.offset_bytes, staged.parts, order)
         except BaseException:
-            self._pool.withdraw(slot, staged.order)
+            pool.withdraw(slot, order)
             raise
-        return self._pool.publish(slot, staged.specs, staged.order)
+        return pool.publish(slot, staged.specs, order)
 
     async def put(self, staged: Staged, timeout_s: float | None, *, wait: bool) -> FeatureRef:
         """Copy a feature in and return its ref, standing in the queue for room if `wait`."""
@@ -130,13 +132,14 @@ class Writer:
 
     def reserve(self, request: Request) -> Slot | None:
         """Reserve, taking back what was released if that is due or needed."""
-        self._pool.put_bytes += request.nbytes
-        if self._pool.put_bytes > self._collect_bytes * (len(self._pool.pages) + 3):
-            self._pool.collect()
-        slot = self._pool.store.reserve(request, _now())
+        pool = self._pool
+        pool.put_bytes += request.nbytes
+        if pool.put_bytes > self._collect_bytes * (len(pool.pages) + 3):
+            pool.collect()
+        slot = pool.store.reserve(request, _now())
         if slot is None:
-            self._pool.collect()
-            slot = self._pool.store.reserve(request, _now())
+            pool.collect()
+            slot = pool.store.reserve(request, _now())
         return slot
 
     def _reserve_by_growing(self, request: Request) -> Slot | None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import featcache
-from api.support import MIB, Feature, raw, small, tensors
+from api.support import MIB, Feature, raw, small, tensors, until
 from featcache import FeatureCache, FeatureClient, FeatureRef, Settings
 
 HOME: Final = torch.device("cuda", 0)
@@ -162,6 +162,18 @@ def busy(seconds: float = 0.2, device: torch.device = HOME) -> Event:
     with torch.cuda.device(device):
         torch.cuda._sleep(int(seconds * 2e9))  # type: ignore[no-untyped-call]  # clocks are near 2 GHz
         return mark(device)
+
+
+def stream_on(device: torch.device = HOME) -> torch.cuda.Stream:
+    """A stream that is not torch's default one, and does not wait for it."""
+    made: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return made
+
+
+async def landed(owner: FeatureCache, ref: FeatureRef) -> None:
+    """Return when the bytes of a ref are there, so that reads of it need not be awaited."""
+    published = owner._opened().pool.words.published
+    await until(lambda: published[ref.slot] == ref.generation)
 
 
 def mark(device: torch.device = HOME) -> Event:

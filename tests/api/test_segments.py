@@ -196,7 +196,7 @@ async def test_the_slab_grows_again_before_a_session_has_unmapped(
         with monkeypatch.context() as patch, capture_logs() as logs:
             plain = CudaMapping.cut
             slow = gate.wrap(plain)
-            mapping = handle_of(client).attachment.mapping
+            mapping: object = handle_of(client).attachment.mapping
 
             def cut(self: CudaMapping, end_bytes: int) -> None:
                 (slow if self is mapping else plain)(self, end_bytes)

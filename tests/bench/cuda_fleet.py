@@ -30,12 +30,15 @@ from bench.cuda_loops import Handles, Outcome, OwnerLoops, ReaderLoops
 from bench.cuda_ports import Plan, Sockets
 from bench.cuda_wire import Inbox, Lines, LoopInbox, LoopLines, SocketLines
 from bench.harness import run_loop
+from bench.quiet import pin, quickest
 
 OWNER = -1
 START_PATIENCE_S = 90.0
 
 
-async def run_owner(plan: Plan, socks: Sockets, credit: Sockets, pipe: mpc.Connection) -> Outcome:
+async def run_owner(
+    plan: Plan, socks: Sockets, credit: Sockets, pipe: mpc.Connection, cpu: int | None
+) -> Outcome:
     port = await plan.entry.load().owner(plan, credit)
     try:
         for sock in socks:
@@ -46,6 +49,7 @@ async def run_owner(plan: Plan, socks: Sockets, credit: Sockets, pipe: mpc.Conne
         if plan.entry.is_async:
             lines = LoopLines([await open_wire(sock) for sock in socks])
         loops = OwnerLoops(plan, port, lines)
+        pin(cpu)
         pipe.send({"ready": True})
         for size in plan.sizes:
             pipe.send(await loops.run(size))
@@ -60,7 +64,12 @@ async def run_owner(plan: Plan, socks: Sockets, credit: Sockets, pipe: mpc.Conne
 
 
 async def run_reader(
-    plan: Plan, index: int, sock: socket.socket, credit: socket.socket, pipe: mpc.Connection
+    plan: Plan,
+    index: int,
+    sock: socket.socket,
+    credit: socket.socket,
+    pipe: mpc.Connection,
+    cpu: int | None,
 ) -> Outcome:
     hello = wire.recv_frame(sock)
     port = await plan.entry.load().reader(plan, index, hello, credit)
@@ -70,6 +79,7 @@ async def run_reader(
         if plan.entry.is_async:
             handles = LoopInbox(await open_wire(sock))
         loops = ReaderLoops(plan, port, handles)
+        pin(cpu)
         pipe.send({"ready": True})
         for size in plan.sizes:
             pipe.send(await loops.run(size))
@@ -80,26 +90,34 @@ async def run_reader(
     return {"closed": True}
 
 
-async def run_alone(plan: Plan, pipe: mpc.Connection) -> Outcome:
+async def run_alone(plan: Plan, pipe: mpc.Connection, cpu: int | None) -> Outcome:
     system = plan.entry.load().alone(plan)
+    pin(cpu)
     pipe.send({"ready": True})
     for size in plan.sizes:
         pipe.send(system.run(size))
     return {"closed": True}
 
 
-def child(index: int, plan: Plan, socks: Sockets, credit: Sockets, pipe: mpc.Connection) -> None:
+def child(
+    index: int,
+    plan: Plan,
+    socks: Sockets,
+    credit: Sockets,
+    pipe: mpc.Connection,
+    cpu: int | None,
+) -> None:
     """The main function of every process of a fleet."""
     torch.set_num_threads(plan.threads)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # sglang 0.5.11: one for each feature
     try:
         if plan.entry.alone:
-            main = run_alone(plan, pipe)
+            main = run_alone(plan, pipe, cpu)
         elif index == OWNER:
-            main = run_owner(plan, socks, credit, pipe)
+            main = run_owner(plan, socks, credit, pipe, cpu)
         else:
-            main = run_reader(plan, index, socks[0], credit[0], pipe)
+            main = run_reader(plan, index, socks[0], credit[0], pipe, cpu)
         pipe.send(run_loop(main))
     except BaseException as error:  # noqa: BLE001 - whatever it is, the parent is told
         if not isinstance(error, ConnectionError):  # which another process's error brings about
@@ -125,13 +143,14 @@ class Fleet:
         wires, credits_ = ([socket.socketpair() for _ in readers] for _ in range(2))
         self.pipes: dict[int, mpc.Connection] = {}
         self.processes = []
+        cpus = dict(zip((OWNER, *readers), quickest(1 + len(readers)), strict=False))
         for index in (OWNER, *readers):
             mine, credit = (
                 [near for near, _ in pairs] if index == OWNER else [pairs[index][1]]
                 for pairs in (wires, credits_)
             )
             pipe, far = context.Pipe(duplex=False)
-            arguments = (index, plan, mine, credit, far)
+            arguments = (index, plan, mine, credit, far, cpus.get(index))
             process = context.Process(target=child, args=arguments, daemon=True)
             process.start()
             far.close()

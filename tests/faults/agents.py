@@ -20,6 +20,8 @@ from featcache.control.channel import Channel
 from featcache.control.client import Link
 from featcache.control.server import Server
 from featcache.feature_cache import FeatureCache
+from featcache.memory.cuda import CudaMapping
+from featcache.memory.cuda_slab import CudaSlab
 from featcache.memory.host import HostMapping, HostSlab
 from featcache.memory.words import OwnerWords
 from featcache.pool import Pool
@@ -54,9 +56,14 @@ OWNER_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
 }
 
 
-def stop_at(pipe: Pipe, step: tuple[Any, str, str], name: str) -> None:
-    """Make this process stand still at a step, each time that it comes there."""
+ON_GPU: Final[dict[Any, Any]] = {HostMapping: CudaMapping, HostSlab: CudaSlab}
+
+
+def stop_at(pipe: Pipe, step: tuple[Any, str, str], name: str, kind: str = "host") -> None:
+    """Make this process stand still at a step, each time that it comes there with a slab of a kind."""
     target, attribute, when = step
+    if kind != "host":
+        target = ON_GPU.get(target, target)
     original = getattr(target, attribute)
 
     def stopping(*arguments: Any, **names: Any) -> Any:
@@ -79,7 +86,7 @@ def feature(seed: int, nbytes: int) -> torch.Tensor:
 
 def is_right(found: Any, seed: int) -> bool:
     """Whether these are the bytes of the feature `seed`, all of them."""
-    return bool(torch.equal(found, feature(seed, found.numel()))) and found.numel() > 0
+    return bool(torch.equal(found.cpu(), feature(seed, found.numel()))) and found.numel() > 0
 
 
 def kinds_of_descriptors() -> list[str]:
@@ -141,6 +148,12 @@ class Agent:
 
     def _look(self, seed: int) -> tuple[Any, ...]:
         return ("right" if is_right(self._borrows[-1][1], seed) else "wrong",)
+
+    async def read_slowly(self, seconds: float) -> tuple[Any, ...]:
+        """Have the GPU read a borrowed view for so long; the CPU goes on at once."""
+        torch.cuda._sleep(int(seconds * 2e9))  # type: ignore[no-untyped-call]
+        self.kept = self._borrows[-1][1].clone()
+        return ("reading",)
 
     async def leave(self) -> tuple[Any, ...]:
         borrow, _ = self._borrows.pop()
@@ -268,12 +281,14 @@ async def reader(
     name: str | None = None,
     stop: str | None = None,
     leash: Connection | None = None,
+    kind: str = "host",
+    settings: Settings | None = None,
 ) -> None:
     """Attach (if there is an endpoint), then follow commands; "end" says goodbye."""
     if stop is not None:
-        stop_at(pipe, READER_STEPS[stop], stop)
+        stop_at(pipe, READER_STEPS[stop], stop, kind)
     agent = ReaderAgent(pipe, leash)
-    async with featcache.connect(endpoint, name=name) as agent.cache:
+    async with featcache.connect(endpoint, name=name, settings=settings) as agent.cache:
         pipe.say("attached")
         await agent.follow()
 
@@ -299,9 +314,11 @@ class OwnerAgent(Agent):
     """An owner."""
 
     cache: FeatureCache
+    device = "cpu"
 
     async def put(self, seed: int, nbytes: int, readers: Any) -> tuple[Any, ...]:
-        ref = await self.cache.put(feature(seed, nbytes), readers=readers)
+        value = feature(seed, nbytes).to(self.device)
+        ref = await self.cache.put(value, readers=readers)
         return ("ref", ref.to_bytes())
 
     async def used(self) -> tuple[Any, ...]:
@@ -311,7 +328,7 @@ class OwnerAgent(Agent):
         """Put without end, and tell each ref."""
         seed = 0
         while True:
-            ref = await self.cache.put(feature(seed, nbytes), readers=1)
+            ref = await self.cache.put(feature(seed, nbytes).to(self.device), readers=1)
             self.pipe.say("ref", seed, ref.to_bytes())
             seed += 1
             await asyncio.sleep(0)
@@ -331,11 +348,14 @@ async def owner(
     endpoint: str | None = None,
     stop: str | None = None,
     leash: Connection | None = None,
+    device: str = "cpu",
 ) -> None:
     """Open a pool, then follow commands; "end" closes it."""
     if stop is not None:
-        stop_at(pipe, OWNER_STEPS[stop], stop)
+        stop_at(pipe, OWNER_STEPS[stop], stop, "host" if device == "cpu" else "gpu")
     agent = OwnerAgent(pipe, leash)
-    async with featcache.create(endpoint=endpoint, settings=settings) as agent.cache:
+    agent.device = device
+    created = featcache.create(device=device, endpoint=endpoint, settings=settings)
+    async with created as agent.cache:
         pipe.say("open", agent.cache.endpoint)
         await agent.follow()

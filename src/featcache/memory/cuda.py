@@ -124,6 +124,27 @@ class CudaMapping:
             device=self._home.device if device is None else device,
         )
 
+    def fetch(
+        self,
+        offset_bytes: int,
+        spec: TensorSpec,
+        device: torch.device | None,
+        order: Order | None,
+    ) -> torch.Tensor:
+        """Return a new tensor with the slab's bytes, or with what will be them at `order`."""
+        if order is None:
+            out = self.empty(spec, device)
+            self._read_to_host(offset_bytes, spec, out)
+            return out
+        lane = order.lane
+        if lane.storage is None:
+            raise CacheClosed("this mapping of the slab is closed")
+        out = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=lane.device)
+        if nbytes := out.nbytes:
+            at = lane.address + offset_bytes + spec.offset_bytes
+            lane.copy(out.data_ptr(), at, nbytes, order.stream)
+        return out
+
     def read(
         self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor, order: Order | None
     ) -> None:
@@ -136,7 +157,9 @@ class CudaMapping:
             raise SettingsError("the tensors of one get are all on one device")
         if lane.storage is None:
             raise CacheClosed("this mapping of the slab is closed")
-        if copies.is_plain(out):
+        if out.is_contiguous() and not (
+            out.is_neg() or out.is_conj()
+        ):  # as copies.is_plain, inline
             if nbytes := out.nbytes:
                 at = lane.address + offset_bytes + spec.offset_bytes
                 lane.copy(out.data_ptr(), at, nbytes, order.stream)
@@ -176,8 +199,8 @@ class CudaMapping:
         if order is None:
             fence_stores()
             words.here[index] = value
-        else:
-            order.lane.write_word(words.address + 8 * index, value, order.stream)
+            return
+        order.lane.write_word(words.address + 8 * index, value, order.stream)
 
     def follow(self, order: Order | None, others: Sequence[Order | None]) -> Order | None:
         """Return an order behind them all: of one read that was used on several streams."""

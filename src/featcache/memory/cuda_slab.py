@@ -137,7 +137,7 @@ class CudaSlab(CudaMapping):
                 lane.copy_now(at, plain.data_ptr(), nbytes)
             elif order is None or tensor.get_device() != lane.ordinal:
                 raise SettingsError("a part was not staged")
-            elif copies.is_plain(tensor):
+            elif tensor.is_contiguous() and not (tensor.is_neg() or tensor.is_conj()):
                 lane.copy(at, tensor.data_ptr(), nbytes, order.stream)
             else:
                 with lane.at(order):

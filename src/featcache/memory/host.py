@@ -140,6 +140,14 @@ class HostMapping:
         """Return a new tensor to read into."""
         return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device or self.home)
 
+    def fetch(
+        self, offset_bytes: int, spec: TensorSpec, device: torch.device | None, order: Streams
+    ) -> torch.Tensor:
+        """Return a new tensor with the slab's bytes."""
+        out = self.empty(spec, device)
+        self.read(offset_bytes, spec, out, order)
+        return out
+
     def read(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor, order: Streams) -> None:
         """Copy the slab's bytes into `out`; they are there on return."""
         if not _plain(out):

@@ -54,17 +54,11 @@ _bare_specs: dict[tuple[torch.dtype, torch.Size], tuple[TensorSpec, ...]] = {}
 _MAX_BARE_SPECS: Final = 1024
 
 
-def _bare_spec(tensor: torch.Tensor) -> tuple[TensorSpec, ...]:
-    """Return the spec of a bare tensor; servers put the same few shapes again and again."""
-    if not _is_dense(tensor):
-        return (_spec(None, tensor, 0),)  # which says what is wrong
-    key = (tensor.dtype, tensor.shape)
-    specs = _bare_specs.get(key)
-    if specs is None:
-        specs = (_spec(None, tensor, 0),)
-        if len(_bare_specs) >= _MAX_BARE_SPECS:
-            _bare_specs.clear()
-        _bare_specs[key] = specs
+def _new_bare_specs(tensor: torch.Tensor) -> tuple[TensorSpec, ...]:
+    specs = (_spec(None, tensor, 0),)
+    if len(_bare_specs) >= _MAX_BARE_SPECS:
+        _bare_specs.clear()
+    _bare_specs[tensor.dtype, tensor.shape] = specs
     return specs
 
 
@@ -76,7 +70,12 @@ def pack(feature: Any, most: int) -> tuple[tuple[TensorSpec, ...], Packed, int]:
 
     """
     if isinstance(feature, torch.Tensor):
-        specs = _bare_spec(feature)
+        # Servers put the same few shapes again and again.
+        if not _is_dense(feature):
+            _spec(None, feature, 0)  # which says what is wrong
+        specs = _bare_specs.get((feature.dtype, feature.shape))
+        if specs is None:
+            specs = _new_bare_specs(feature)
         return specs, ((specs[0], feature),), feature.nbytes
     if not isinstance(feature, Mapping):
         raise SettingsError(

@@ -78,6 +78,11 @@ class Mapping(Protocol):
         gives a thread's large blocks back to the system, and faults them in again, each time.
         """
 
+    def fetch(
+        self, offset_bytes: int, spec: TensorSpec, device: torch.device | None, order: Order
+    ) -> torch.Tensor:
+        """Do `empty` and `read` at once."""
+
     def read(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor, order: Order) -> None:
         """Copy the slab's bytes into a tensor of the spec's dtype and shape."""
 

@@ -57,6 +57,12 @@ class Unmapped:
         """Raise Unreachable."""
         self._refuse()
 
+    def fetch(
+        self, offset_bytes: int, spec: TensorSpec, device: torch.device | None, order: None
+    ) -> torch.Tensor:
+        """Raise Unreachable."""
+        self._refuse()
+
     def read(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor, order: None) -> None:
         """Raise Unreachable."""
         self._refuse()
