@@ -53,8 +53,11 @@ class FeatureClient(Reads):
             if self._endpoint is not None:
                 await handles.attach(self._endpoint)
         except BaseException:
-            await handles.close()
-            offload.close()
+            try:
+                await handles.close()
+                await handles.settle()  # what a failed attach had mapped
+            finally:
+                offload.close()
             raise
         self._offload, self._handles = offload, handles
         self._reader = Reader(handles, offload, self._settings.inline_bytes)

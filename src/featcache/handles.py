@@ -194,14 +194,19 @@ class HandleCache:
                 welcome.pool_id, attachment.mapping.device, reason
             ),
         )
+        link.on_lost = lambda _: handle.lose(link.lost or "it is gone")
         try:
+            if link.lost is not None:  # while a thread mapped
+                raise OwnerLost(link.lost)
             with anyio.fail_after(self._settings.attach_timeout):
                 await handle.covers(welcome.committed_bytes)
         except BaseException as error:
-            handle.lose("it could not be attached")
+            handle.lose(link.lost or "it could not be attached")
             if isinstance(error, TimeoutError):
                 raise AttachRefused("the owner's segments did not come in time") from None
             raise
+        finally:
+            link.on_lost = None  # whoever keeps the handle says what is to be done
         return handle
 
     async def _map_slab(

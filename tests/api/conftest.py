@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from api.slabs import PLACES, Place, Slab, check_devices, slab_params
+from api.slabs import PLACES, Place, Slab, check_devices, slab_params, warm_up_gpus
 
 
 @pytest.fixture(params=slab_params("host", "vmm", "ipc"))
@@ -11,7 +11,7 @@ def slab(request: pytest.FixtureRequest) -> Slab:
     """A kind of slab; those on a GPU are skipped where there is none."""
     found: Slab = request.param
     if found.kind != "host":
-        torch.cuda.init()  # type: ignore[no-untyped-call]
+        warm_up_gpus()
     return found
 
 
@@ -20,4 +20,6 @@ def place(request: pytest.FixtureRequest) -> Place:
     """A kind of slab and who reads it."""
     found: Place = request.param
     check_devices(found)
+    if torch.cuda.is_available():
+        warm_up_gpus()
     return found

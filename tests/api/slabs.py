@@ -7,6 +7,7 @@ on the CPU by way of the host.
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import featcache
-from api.support import MIB, Feature, raw, small, tensors, until
+from api.support import MIB, Feature, raw, small, spent, tensor, tensors, until
 from featcache import FeatureCache, FeatureClient, FeatureRef, Settings
 
 HOME: Final = torch.device("cuda", 0)
@@ -152,6 +153,36 @@ def at(value: torch.Tensor, device: torch.device) -> torch.Tensor:
     whole = torch.frombuffer(bytearray(raw(value) or b"\0"), dtype=torch.uint8).to(device)
     made = torch.empty(0, dtype=value.dtype, device=device)
     return made.set_(whole.untyped_storage(), 0, value.shape, value.stride())
+
+
+# --- beginning -----------------------------------------------------------------------------------
+
+
+@functools.cache
+def warm_up_gpus() -> None:
+    """Have the driver load the kernels that tests use: it may wait for a busy stream to do so."""
+    for ordinal in range(min(2, torch.cuda.device_count())):
+        with torch.cuda.device(ordinal):
+            device = torch.device("cuda", ordinal)
+            flat = torch.full((1000,), 1, dtype=torch.uint8, device=device)
+            flat.fill_(2).add_(1)
+            assert not bool(((flat.clone() + 1) != 4).any())
+            square = torch.zeros(20, 30, device=device)
+            square += torch.arange(30.0, device=device)
+            square.T.view(torch.int32).contiguous()
+            flat.zero_()
+            torch.cuda._sleep(1)  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
+
+
+@contextlib.asynccontextmanager
+async def primed(slab: Slab, **changes: Any) -> AsyncIterator[tuple[FeatureCache, FeatureClient]]:
+    """As `Slab.pair`, with everything done that is done once, such as registering a page."""
+    async with slab.pair(**changes) as (owner, client):
+        ref = await owner.put(full_of(1, 256, slab.device), readers=2)
+        assert same(await client.get(ref), tensor(await owner.get(ref)))
+        await spent(owner)
+        yield owner, client
 
 
 # --- streams -------------------------------------------------------------------------------------

@@ -20,11 +20,13 @@ from api.slabs import (
     full_of,
     landed,
     mark,
+    primed,
     same,
     slab_params,
     stream_on,
     ticking,
     until_past,
+    warm_up_gpus,
 )
 from api.support import MIB, filled, spent, tensor, until
 from featcache import GetTimeout, PoolFull, StaleRef
@@ -45,6 +47,7 @@ def side() -> torch.cuda.Stream:
 @pytest.fixture(autouse=True)
 def _sound() -> Iterator[None]:
     """No test leaves the context broken, or work behind for the next."""
+    warm_up_gpus()
     yield
     torch.cuda.synchronize(HOME)
 
@@ -66,7 +69,7 @@ async def test_a_source_that_its_stream_has_yet_to_make(
     slab: Slab, side: torch.cuda.Stream
 ) -> None:
     """Nobody synchronises; what the stream does to the source afterwards is not seen."""
-    async with slab.pair() as (owner, client):
+    async with primed(slab) as (owner, client):
         with torch.cuda.stream(side):
             source = full_of(1, FEATURE)
             made = busy()
@@ -82,7 +85,7 @@ async def test_a_source_that_its_stream_has_yet_to_make(
 async def test_a_strided_source_that_its_stream_has_yet_to_make(
     slab: Slab, side: torch.cuda.Stream
 ) -> None:
-    async with slab.pair() as (owner, client):
+    async with primed(slab) as (owner, client):
         with torch.cuda.stream(side):
             source = torch.zeros(100, 300, device=HOME)
             busy()
@@ -98,7 +101,7 @@ async def test_a_strided_source_that_its_stream_has_yet_to_make(
 
 async def test_a_source_on_another_gpu(slab: Slab) -> None:
     other = second_gpu()
-    async with slab.pair() as (owner, client):
+    async with primed(slab) as (owner, client):
         with torch.cuda.stream(stream_on(other)):
             source = full_of(1, FEATURE, other)
             busy(device=other)
@@ -118,7 +121,7 @@ async def test_a_source_on_another_gpu(slab: Slab) -> None:
 
 @on_gpu
 async def test_an_early_reader_waits_on_the_cpu(slab: Slab, side: torch.cuda.Stream) -> None:
-    async with slab.pair() as (owner, client):
+    async with primed(slab) as (owner, client):
         for reader in (client, owner):
             with torch.cuda.stream(side):
                 made = busy()
@@ -148,7 +151,7 @@ async def test_an_early_reader_elsewhere(slab: Slab, side: torch.cuda.Stream, de
         second_gpu()
         if slab.kind == "ipc":
             pytest.skip("a process opens its own legacy handle on no other device")
-    async with slab.pair() as (owner, client), featcache.connect(device=device) as far:
+    async with primed(slab) as (owner, client), featcache.connect(device=device) as far:
         with torch.cuda.stream(side):
             busy()
             ref = await owner.put(full_of(5, 1000), readers=3)
@@ -169,7 +172,7 @@ async def test_an_early_reader_elsewhere(slab: Slab, side: torch.cuda.Stream, de
 @on_gpu
 async def test_a_get_on_a_side_stream(slab: Slab, side: torch.cuda.Stream) -> None:
     """The copy, its use and its payment are in that stream; the next put waits for all of that."""
-    async with slab.pair() as (owner, client):
+    async with primed(slab) as (owner, client):
         for reader in (client, owner):
             ref = await owner.put(full_of(5, FEATURE))
             await landed(owner, ref)
@@ -194,7 +197,7 @@ async def test_a_borrow_is_paid_in_the_order_of_its_stream(
     slab: Slab, side: torch.cuda.Stream
 ) -> None:
     """A long kernel, then one that reads the view, then the block is left: all at once for the CPU."""
-    async with slab.pair() as (owner, client):
+    async with primed(slab) as (owner, client):
         for reader in (client, owner):
             ref = await owner.put(full_of(5, FEATURE))
             await landed(owner, ref)
@@ -220,7 +223,7 @@ async def test_a_borrow_is_paid_in_the_order_of_its_stream(
 @on_gpu
 async def test_uses_of_one_ref_on_several_streams(slab: Slab, side: torch.cuda.Stream) -> None:
     """The busy one ends first for the CPU; the read is paid when both streams are done."""
-    async with slab.pair() as (owner, client):
+    async with primed(slab) as (owner, client):
         ref = await owner.put(full_of(5, FEATURE))
         outs = []
         async with client.borrow(ref) as quick:
@@ -243,7 +246,7 @@ async def test_uses_of_one_ref_on_several_streams(slab: Slab, side: torch.cuda.S
 @on_gpu
 async def test_out_on_a_side_stream(slab: Slab, side: torch.cuda.Stream) -> None:
     """What the stream did to `out` before comes before the copy, what it does later after it."""
-    async with slab.pair() as (owner, client):
+    async with primed(slab) as (owner, client):
         value = torch.arange(3000.0).view(50, 60)
         for out in (torch.empty(50, 60, device=HOME), torch.empty(60, 50, device=HOME).T):
             ref = await owner.put(value.to(HOME))
@@ -259,7 +262,7 @@ async def test_out_on_a_side_stream(slab: Slab, side: torch.cuda.Stream) -> None
 
 
 async def test_out_on_a_side_stream_from_a_host_slab(side: torch.cuda.Stream) -> None:
-    async with Slab("host").pair() as (owner, client):
+    async with primed(Slab("host")) as (owner, client):
         out = torch.empty(3000, device=HOME)
         ref = await owner.put(torch.arange(3000.0))
         with torch.cuda.stream(side):
@@ -276,7 +279,7 @@ async def test_out_on_a_side_stream_from_a_host_slab(side: torch.cuda.Stream) ->
 
 async def test_readers_on_two_gpus(side: torch.cuda.Stream) -> None:
     other = second_gpu()
-    async with Slab("vmm").pair() as (owner, near), featcache.connect(device=other) as far:
+    async with primed(Slab("vmm")) as (owner, near), featcache.connect(device=other) as far:
         there = stream_on(other)
         for value in range(20):
             with torch.cuda.stream(side):
@@ -307,7 +310,7 @@ async def test_a_copy_that_lands_after_its_ref_was_taken_back(
     slab: Slab, side: torch.cuda.Stream, how: str
 ) -> None:
     """The next feature in these bytes, put on another stream, has none of them."""
-    async with slab.pair() as (owner, client):
+    async with primed(slab) as (owner, client):
         with torch.cuda.stream(side):
             made = busy()
             ref = await owner.put(full_of(1, FEATURE), ttl=0.005 if how == "expire" else None)
@@ -331,7 +334,7 @@ async def test_a_copy_that_lands_after_its_ref_was_taken_back(
 
 @on_gpu
 async def test_a_put_that_is_cancelled_while_it_waits(slab: Slab, side: torch.cuda.Stream) -> None:
-    async with slab.pair() as (owner, client):
+    async with primed(slab) as (owner, client):
         first = await owner.put(full_of(1, FEATURE))
         with torch.cuda.stream(side):
             busy(0.1)
@@ -354,7 +357,7 @@ async def test_closing_with_copies_under_way(
     slab: Slab, side: torch.cuda.Stream, first: str
 ) -> None:
     """Nothing is unmapped under a copy: the context lives, and what was read is right."""
-    async with slab.pair() as (owner, client):
+    async with primed(slab) as (owner, client):
         ref = await owner.put(full_of(5, FEATURE), readers=2)
         await landed(owner, ref)
         with torch.cuda.stream(side):
@@ -370,7 +373,7 @@ async def test_closing_with_copies_under_way(
 async def test_a_burst_on_many_streams(slab: Slab) -> None:
     """Four slots' worth of room, eight streams, 200 features: each is what was put."""
     streams = [stream_on(HOME) for _ in range(8)]
-    async with slab.pair(capacity=8 * MIB) as (owner, client):
+    async with primed(slab, capacity=8 * MIB) as (owner, client):
         wrong: list[torch.Tensor] = []
 
         async def read(value: int, ref: featcache.FeatureRef) -> None:

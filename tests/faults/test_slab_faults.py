@@ -1,6 +1,7 @@
 """Processes are killed, on every kind of slab: bytes come back, survivors read right, contexts live."""
 
 import asyncio
+import gc
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,10 @@ CAPACITY = 2 * MIB
 SIZE = MIB // 2
 
 
-@pytest.fixture(params=slab_params("host", "vmm", "ipc"))
+on_all = pytest.mark.parametrize("slab", slab_params("host", "vmm", "ipc"), indirect=True)
+
+
+@pytest.fixture(params=slab_params("host", "vmm"))  # a process takes CUDA a second to begin
 def slab(request: pytest.FixtureRequest) -> Slab:
     found: Slab = request.param
     if found.kind != "host":
@@ -32,6 +36,7 @@ def slab(request: pytest.FixtureRequest) -> Slab:
 
 def ours() -> Counter[str]:
     """The descriptors of this process that are the library's: the driver has others, and keeps them."""
+    gc.collect()
     found: Counter[str] = Counter()
     for entry in Path("/proc/self/fd").iterdir():
         try:
@@ -77,7 +82,7 @@ async def works(cache: FeatureCache, slab: Slab) -> None:
 
 # --- readers -------------------------------------------------------------------------------------
 
-MOMENTS = ["waiting", "borrow", "kernel", "left", "ending", "paying", "paid"]
+MOMENTS = ["waiting", "borrow", "left", "ending", "paying", "paid"]
 
 
 async def lead(child: Child, moment: str, ref: FeatureRef) -> None:
@@ -95,14 +100,30 @@ async def lead(child: Child, moment: str, ref: FeatureRef) -> None:
         await child.expect("at", moment)
 
 
-@pytest.mark.parametrize("name", [None, "tp0"], ids=["anonymous", "named"])
-@pytest.mark.parametrize("moment", MOMENTS)
+def cases() -> list[Any]:
+    """All moments on the host; on a GPU those that differ there."""
+    chosen = [("host", moment, name) for moment in MOMENTS for name in (None, "tp0")]
+    chosen += [("vmm", moment, "tp0") for moment in ("waiting", "kernel", "paying")]
+    chosen += [("vmm", moment, None) for moment in ("kernel", "left")]
+    chosen += [("ipc", "kernel", "tp0"), ("ipc", "paid", None)]
+    return [
+        pytest.param(
+            *slab_params(kind)[0].values,
+            moment,
+            name,
+            marks=slab_params(kind)[0].marks,
+            id=f"{kind}-{moment}-{name}",
+        )
+        for kind, moment, name in chosen
+        if (kind, moment) != ("host", "kernel")  # it has no stream that could go on reading
+    ]
+
+
+@pytest.mark.parametrize(("slab", "moment", "name"), cases(), indirect=["slab"])
 async def test_a_reader_is_killed(
     start: Start, log: Log, slab: Slab, moment: str, name: str | None
 ) -> None:
     """What it had begun is paid for it; another reads on; the bytes are the next feature's."""
-    if moment == "kernel" and slab.kind == "host":
-        pytest.skip("there is no stream that reads")
     stop = moment if moment in {"ending", "paying", "paid"} else None
     owing: Any = 2 if name is None else [name, "survivor"]
     async with (
@@ -113,7 +134,7 @@ async def test_a_reader_is_killed(
         await child.expect("attached")
         side = stream_on() if slab.kind != "host" else None
         value = feature(1, SIZE).to(slab.device)
-        with torch.cuda.stream(side):  # type: ignore[arg-type]  # None is no stream, and does nothing
+        with torch.cuda.stream(side):  # None is no stream, and does nothing
             if moment == "waiting" and side is not None:
                 side.wait_stream(torch.cuda.default_stream(HOME))
                 busy(0.5)
@@ -155,7 +176,8 @@ async def works_after_collect(cache: FeatureCache, slab: Slab) -> None:
     assert cache.statistics().used_bytes == 0
 
 
-@pytest.mark.parametrize("name", [None, "tp0"], ids=["anonymous", "named"])
+@on_all
+@pytest.mark.parametrize("name", [None], ids=["anonymous"])
 async def test_a_put_that_waits_gets_the_room_of_the_dead(
     start: Start, slab: Slab, name: str | None
 ) -> None:
@@ -263,23 +285,27 @@ async def test_the_owner_is_killed_idle(start: Start, slab: Slab) -> None:
                 await use
 
 
+@on_all
 async def test_the_owner_is_killed_in_a_borrow(start: Start, slab: Slab) -> None:
     """The bytes stay, and stay right, also for a kernel that reads them after the block was left."""
     child, endpoint = await opened(start, slab)
     first, second = await put(child, 1), await put(child, 2)
     outs = []
-    async with featcache.connect(endpoint, settings=slab.settings()) as client:
-        async with client.borrow(first) as one:
+    async with (
+        featcache.connect(endpoint, settings=slab.settings()) as client,
+        client.borrow(first) as one,
+    ):
+        assert is_right(one, 1)
+        async with client.borrow(second) as two:
+            child.kill()
+            await lost(client)
+            assert is_right(two, 2)
+        if slab.kind == "host":
             assert is_right(one, 1)
-            async with client.borrow(second) as two:
-                child.kill()
-                await until(lambda: client.statistics().sessions == 0)
-                assert is_right(two, 2)
-            if slab.kind != "host":
-                busy(0.3)
-                assert isinstance(one, torch.Tensor)
-                outs.append(one.clone())
-            assert is_right(one, 1) or slab.kind != "host"
+        else:
+            busy(0.3)
+            assert isinstance(one, torch.Tensor)
+            outs.append(one.clone())
     if slab.kind != "host":
         torch.cuda.synchronize(HOME)
     assert all(is_right(out, 1) for out in outs)
@@ -304,7 +330,7 @@ async def test_the_owner_is_killed_while_puts_wait_and_bytes_are_late(
         await lost(client)
 
 
-@pytest.mark.parametrize("step", ["reserved", "written", "publishing", "published"])
+@pytest.mark.parametrize("step", ["written", "published"])
 async def test_the_owner_is_killed_in_a_put(start: Start, slab: Slab, step: str) -> None:
     child = start(owner, settings=slab.settings(), device=str(slab.device), stop=step)
     _, endpoint = await child.hear()

@@ -80,6 +80,8 @@ class Link:
         finally:
             os.close(pidfd)
         welcome = await asyncio.shield(self._welcome)
+        if self.lost is not None:
+            raise OwnerUnreachable(self.lost)
         if welcome.version != VERSION:
             raise AttachRefused(f"the owner speaks version {welcome.version}, not {VERSION}")
         if not self._welcome_fds:
