@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import featcache
-from api.support import MIB, small, until
-from featcache import FeatureCache, FeatureClient, Settings
+from api.support import KIB, MIB, filled, small, until
+from featcache import FeatureCache, FeatureClient, FeatureRef, Settings
 from featcache.core.store import Store
 from featcache.serving import Serving
 
@@ -72,3 +72,22 @@ async def relayed(
         ) as reader,
     ):
         yield owner, reader
+
+
+def holds(client: FeatureClient) -> int:
+    assert client._handles is not None
+    return sum(handle.attachment.holds for handle in client._handles.handles)
+
+
+async def stuffed(owner: FeatureCache, client: FeatureClient) -> FeatureRef:
+    """Fill the host pool, which is as large as the slab, with a copy that nobody reads."""
+    capacity = owner.statistics().capacity_bytes
+    first = await owner.put(filled(capacity))
+    await client.get(first)
+    await all_spent(owner)
+    first = await owner.put(filled(capacity), readers=2)
+    await owner._opened().relay.copy(first)
+    await owner.discard(first)
+    await until(lambda: owner.statistics().used_bytes == 0)
+    assert store(owner).free_bytes == 0
+    return await owner.put(filled(KIB, 8))

@@ -155,7 +155,6 @@ async def test_a_reader_is_killed(
         if slab.kind != "host":
             torch.cuda.synchronize(HOME)
         cache._opened().pool.collect()
-        cache._opened().pool.recycler._delay_s = 0.001
         await works_after_collect(cache, slab)
         assert cache.statistics().readers_lost == 1
         assert cache.statistics().expired == 0

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from conftest import difference, open_descriptors
 from featcache.errors import BackendUnavailable
 from featcache.memory.backing import IPC, VMM, Unreachable
 from featcache.memory.cuda import CudaMapping, attach
 from featcache.memory.cuda_slab import CudaSlab, choose_backend
 from featcache.memory.driver import DriverError
 from featcache.memory.words import OwnerWords, SessionWords
+from leaks import difference, open_descriptors
 from memory.cudaslabs import (
     CAPACITY,
     SECOND,
