@@ -175,6 +175,7 @@ async def test_the_legacy_backend_has_all_of_it_from_the_start(slab: Slab) -> No
 async def test_the_gpus_memory_is_given_back() -> None:
     async with Slab("vmm").pair(capacity=512 * MIB, segment=64 * MIB, idle=0.05) as (owner, client):
         small = owner.statistics().committed_bytes
+        torch.cuda.empty_cache()  # what earlier tests left there would come back in between
         free_before = torch.cuda.mem_get_info(HOME)[0]
         ref = await owner.put(torch.empty(512 * MIB, dtype=torch.uint8, device=HOME))
         torch.cuda.empty_cache()
