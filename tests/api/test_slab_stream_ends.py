@@ -111,7 +111,7 @@ async def test_closing_with_copies_under_way(
 async def test_a_burst_on_many_streams(slab: Slab) -> None:
     """Four slots' worth of room, eight streams, 200 features: each is what was put."""
     streams = [stream_on(HOME) for _ in range(8)]
-    async with primed(slab, capacity=8 * MIB) as (owner, client):
+    async with primed(slab, capacity=8 * MIB, initial=8 * MIB) as (owner, client):
         wrong: list[torch.Tensor] = []
 
         async def read(value: int, ref: featcache.FeatureRef) -> None:

@@ -183,7 +183,6 @@ def run(body: Callable[[Proof], Awaitable[None]], chosen: argparse.Namespace) ->
         error: BaseException = raised
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
-        proof.details["traceback"] = traceback.format_exc()
         last = str(error).strip().splitlines()[-1:] or [""]
         proof.claim("ran to its end", f"{type(error).__name__}: {last[0]}"[:200], "no error", False)
     proof.details["seconds"] = round(time.monotonic() - began_s, 1)
