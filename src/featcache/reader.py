@@ -10,7 +10,7 @@ import torch
 
 from featcache._offload import Offload
 from featcache.attachment import Attachment
-from featcache.errors import GetTimeout, UnknownPool
+from featcache.errors import GetTimeout, SettingsError, UnknownPool
 from featcache.memory.pack import DTYPES, Feature, same_layout, unpack
 from featcache.memory.slab import Order
 from featcache.ref import FeatureRef
@@ -60,7 +60,7 @@ class Reader:
         targets = None
         if out is not None:
             targets = same_layout(ref.specs, out)
-            device = targets[0].device
+            device = _place(targets)
         if not mapping.reaches(device):
             raise GetTimeout("the bytes must come another way: await get instead")
         ready = attachment.begin(ref)
@@ -83,7 +83,7 @@ class Reader:
         targets = None
         if out is not None:
             targets = same_layout(ref.specs, out)
-            device = targets[0].device
+            device = _place(targets)
         attachment = self.pools.peek(ref)
         reached = attachment is not None and attachment.mapping.reaches(device)
         if attachment is None or not reached or not attachment.begin(ref):
@@ -290,6 +290,14 @@ class Reader:
                     f"the bytes did not come within {timeout_s} s; the read is still owed"
                 ) from None
             raise
+
+
+def _place(targets: list[torch.Tensor]) -> torch.device:
+    """Return where they all are: a read is paid in the order of one device."""
+    device = targets[0].device
+    if any(target.device != device for target in targets):
+        raise SettingsError("the tensors of one get's out are all on one device")
+    return device
 
 
 def _fill(

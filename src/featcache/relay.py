@@ -71,10 +71,8 @@ class Relay:
             await self._offload.run(
                 lambda: slab.read(ref.offset_bytes, whole, into, order), abandon
             )
-        except (
-            Exception
-        ):  # not a cancellation: then the thread goes on, and `abandon` comes after it
-            abandon()
+        except Exception:
+            abandon()  # after a cancellation, which is none, the thread goes on and calls it at its end
             raise
         if pool.closed:
             raise CacheClosed("the cache was closed while a feature was copied")
