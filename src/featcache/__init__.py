@@ -6,6 +6,7 @@ back into tensors by readers in other processes. What every reader has paid for 
 
 from featcache import blocking
 from featcache.cache import FeatureCache, FeatureClient, connect, create
+from featcache.content_key import content_key
 from featcache.core.pressure import PressureLevel
 from featcache.errors import (
     AttachRefused,
@@ -15,6 +16,7 @@ from featcache.errors import (
     FeatureTooLarge,
     GetTimeout,
     KeyNotFound,
+    KeyTimeout,
     MalformedRef,
     OwnerLost,
     OwnerUnreachable,
@@ -39,6 +41,7 @@ __all__ = [
     "FeatureTooLarge",
     "GetTimeout",
     "KeyNotFound",
+    "KeyTimeout",
     "MalformedRef",
     "OwnerLost",
     "OwnerUnreachable",
@@ -52,6 +55,7 @@ __all__ = [
     "UnknownPool",
     "blocking",
     "connect",
+    "content_key",
     "create",
     "split_budget",
 ]

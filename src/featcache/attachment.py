@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,13 +20,32 @@ from featcache.memory.unmapped import Unmapped
 from featcache.memory.words import Header, OwnerWords, SessionWords, fence_after_lock
 from featcache.ref import FeatureRef
 
-__all__ = ["Attachment", "Bell"]
+__all__ = ["Attachment", "Bell", "PageWords"]
 
+_GRANTED, _WRITTEN = 1, 2  # their places in PageWords
 _TURNS = 20
 """Turns of the loop before sleeping, whose shortest is a millisecond: bytes are mostly there sooner."""
 _LONGEST_WAIT_S = 1e-3
 _SPIN_S = 200e-6
 _DOZE_S = 50e-6
+
+
+class PageWords(NamedTuple):
+    """The words of a session's page as its mapping's `signal` takes them."""
+
+    released: Words
+    granted: Words
+    written: Words
+
+    @classmethod
+    def adopted(cls, mapping: Mapping, page: SessionWords) -> "PageWords":
+        """Return a page's words in the form that a mapping made of them. May block."""
+        return cls(*(mapping.adopt(page, words) for words in cls.plain(page)))
+
+    @classmethod
+    def plain(cls, page: SessionWords) -> "PageWords":
+        """Return a page's words as they are: the CPU writes them."""
+        return cls(page.released, page.granted, page.written)
 
 
 class _Uses:
@@ -48,10 +68,10 @@ class Attachment:
         words: OwnerWords,
         page: SessionWords,
         mapping: Mapping,
-        released: Words,
+        adopted: PageWords,
         ring: Callable[[], object],
     ) -> None:
-        """Begin with nothing covered; `released` is what the mapping made of the page's words."""
+        """Begin with nothing covered; `adopted` is what the mapping made of the page's words."""
         self.pool_id = pool_id
         self.mapping: Mapping = mapping
         self.header = words.header
@@ -62,7 +82,12 @@ class Attachment:
         self._gone: FeatcacheError | None = None
         self._live, self._published = words.live, words.published
         self._offset, self._nbytes = words.offset, words.nbytes
-        self._held, self._released, self._paid = page.held, page.released, released
+        self._held, self._released = page.held, page.released
+        self._plain = PageWords.plain(page)
+        self._adopted = adopted
+        self._paid = adopted.released
+        self._underway: dict[tuple[int, int], int] = {}
+        """Words that a stream was to write: their values, by which they are and their index."""
         self._slots = words.slots
         self._ring = ring
         self._unrung = 0
@@ -107,14 +132,14 @@ class Attachment:
         if self._offset[index] != ref.offset_bytes or self._nbytes[index] != ref.nbytes:
             self.end(ref, pays=False)
             raise MalformedRef("the ref's extent is not its slot's: it was forged or damaged")
-        return (  # as `_is_there`, inline
+        return (  # as `is_there`, inline
             self._published[index] == generation
             and ref.offset_bytes + ref.nbytes <= self.covered_bytes
             and (self.layout is None or self.header[Header.LAYOUT] == self.layout)
         )
 
-    def _is_there(self, ref: FeatureRef) -> bool:
-        """Whether the bytes of a held ref are complete, and mapped here as the owner has them."""
+    def is_there(self, ref: FeatureRef) -> bool:
+        """Whether the bytes of a held or granted ref are complete, and mapped as the owner has them."""
         return (
             self._published[ref.slot] == ref.generation
             and ref.offset_bytes + ref.nbytes <= self.covered_bytes
@@ -143,27 +168,95 @@ class Attachment:
                 self.mapping.signal(self._paid, index, generation, order)
             elif self._held[index] == generation:
                 self._held[index] = 0
-            idle = None
-            if not self._holds:
-                idle, self._on_idle = self._on_idle, None
+            idle = self._idle()
+        self._ring_if_due()
+        if idle is not None:
+            idle()
+
+    def _idle(self) -> Callable[[], object] | None:
+        """Return whom to tell, with the lock held, that nothing is held any more."""
+        idle = None
+        if not self._holds:
+            idle, self._on_idle = self._on_idle, None
+        return idle
+
+    def _ring_if_due(self) -> None:
         ring_at = self.header[Header.WAITING]
         if ring_at:
             self._unrung += 1
             if self._unrung >= ring_at:
                 self._unrung = 0
                 self._ring()
-        if idle is not None:
-            idle()
 
     def pay(self, ref: FeatureRef) -> None:
         """Pay the read without reading (`release`)."""
         self.begin(ref)
         self.end(ref, pays=True)
 
+    # --- reads by key -----------------------------------------------------------------------------
+
+    def take_grant(self, index: int, serial: int) -> None:
+        """Count a read that was given out by key as held. It needs no other word: the owner knows."""
+        with self._lock:
+            self._holds[-1 - index, serial] = _Uses()
+
+    def pay_grant(self, index: int, serial: int, order: Order, behind: list[Order]) -> None:
+        """Pay it, once, behind `order` and all of `behind`."""
+        with self._lock:
+            del self._holds[-1 - index, serial]
+            if behind:
+                order = self.mapping.follow(order, behind)
+            self._signal(_GRANTED, index, serial, order)
+            idle = self._idle()
+        self._ring_if_due()
+        if idle is not None:
+            idle()
+
+    def return_grant(self, index: int, serial: int) -> None:
+        """Pay a read that nobody took."""
+        self._signal(_GRANTED, index, serial, None)
+        self._ring_if_due()
+
+    def check_granted(self, ref: FeatureRef) -> None:
+        """Raise MalformedRef if a ref that came with a grant is not of this pool or its slot."""
+        index = ref.slot
+        if (
+            ref.pool_id != self.pool_id
+            or index >= self._slots
+            or self._offset[index] != ref.offset_bytes
+            or self._nbytes[index] != ref.nbytes
+        ):
+            raise MalformedRef("what was granted is not what its slot has: the owner is at fault")
+
+    # --- bytes that this session writes -----------------------------------------------------------
+
+    def tell_written(self, index: int, generation: int, order: Order) -> None:
+        """Say, behind `order`, that a slot which the owner reserved for this session is written."""
+        self._signal(_WRITTEN, index, generation, order)
+
+    def covers(self, offset_bytes: int, nbytes: int) -> bool:
+        """Whether a part of the slab is mapped here as the owner has it now."""
+        return offset_bytes + nbytes <= self.covered_bytes and (
+            self.layout is None or self.header[Header.LAYOUT] == self.layout
+        )
+
+    async def coverage(self, offset_bytes: int, nbytes: int) -> None:
+        """Wait on the host until a part of the slab is mapped here."""
+        while not self.covers(offset_bytes, nbytes):
+            self.check()
+            await asyncio.sleep(_LONGEST_WAIT_S)
+
+    def _signal(self, which: int, index: int, value: int, order: Order) -> None:
+        if self.mapping.deferred and order is not None:
+            self._underway[which, index] = value
+        self.mapping.signal(self._adopted[which], index, value, order)
+
+    # --- waiting ----------------------------------------------------------------------------------
+
     async def arrival(self, ref: FeatureRef) -> None:
         """Wait on the host until the bytes of a held ref are there."""
         delay_s, turns = 0.0, 0
-        while not self._is_there(ref):
+        while not self.is_there(ref):
             self.check()
             if self._live[ref.slot] != ref.generation:
                 raise StaleRef(f"ref {ref.slot}:{ref.generation} was discarded before it came")
@@ -175,7 +268,7 @@ class Attachment:
     def arrival_here(self, ref: FeatureRef, give_up_s: float) -> bool:
         """As `arrival`, in a thread that may block; False if they were not there by `give_up_s`."""
         doze_from_s = time.monotonic() + _SPIN_S
-        while not self._is_there(ref):
+        while not self.is_there(ref):
             self.check()
             if self._live[ref.slot] != ref.generation:
                 raise StaleRef(f"ref {ref.slot}:{ref.generation} was discarded before it came")
@@ -188,9 +281,12 @@ class Attachment:
 
     @property
     def settled(self) -> bool:
-        """Whether every read that this session paid has been seen to be: nothing is on a stream."""
+        """Whether every word that this session had written is: nothing is on a stream."""
         if not self.mapping.deferred:
             return True
+        plain = self._plain
+        if any(plain[which][index] != value for (which, index), value in self._underway.items()):
+            return False
         held = np.frombuffer(self._held, dtype=np.uint64)
         released = np.frombuffer(self._released, dtype=np.uint64)
         return not bool(((held != 0) & (held != released)).any())
@@ -224,6 +320,7 @@ class Attachment:
     def detour(self, reason: str) -> Mapping:
         """Go on without a mapping, by way of the host; return the one there was, to be closed."""
         mapping, self.mapping = self.mapping, Unmapped(self.mapping.device, reason)
+        self._adopted = self._plain
         self._paid = self._released
         return mapping
 
@@ -237,6 +334,10 @@ class Attachment:
         )
         self._live = self._published = self._offset = self._nbytes = self._held
         self._paid = self._released
+        self._underway.clear()
+        words = max(self._slots, len(self._plain.granted))
+        nowhere = memoryview(bytearray(8 * words)).cast("Q")
+        self._plain = self._adopted = PageWords(nowhere, nowhere, nowhere)
         mapping, self.mapping = self.mapping, Unmapped(self.mapping.device, "this process forked")
         mapping.forget()
 

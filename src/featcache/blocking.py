@@ -14,15 +14,16 @@ import torch
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from featcache import cache as _async
+from featcache.blocking_by_key import BlockingByKey
+from featcache.borrow import Borrow
 from featcache.core.pressure import PressureLevel
 from featcache.errors import CacheClosed, GetTimeout
 from featcache.feature_cache import FeatureCache as AsyncCache
 from featcache.feature_client import FeatureClient as AsyncClient
 from featcache.memory.pack import Feature
-from featcache.reader import Borrow
-from featcache.reads import NOT_OPENED, check_ref, parse_timeout
+from featcache.reads import NOT_OPENED, check_ref
 from featcache.ref import FeatureRef
-from featcache.settings import Settings
+from featcache.settings import Settings, parse_timeout
 from featcache.statistics import Statistics
 
 __all__ = ["FeatureCache", "FeatureClient", "Pressure", "connect", "create"]
@@ -32,7 +33,7 @@ _inherited: list[AbstractContextManager[BlockingPortal]] = []
 A = TypeVar("A", AsyncCache, AsyncClient)
 
 
-class _Blocking(Generic[A]):
+class _Blocking(BlockingByKey, Generic[A]):
     """An object of the async API and the thread in which its loop runs."""
 
     def __init__(self, inner: A) -> None:
@@ -101,7 +102,7 @@ class _Blocking(Generic[A]):
 
     def get(
         self,
-        ref: FeatureRef,
+        ref: FeatureRef | str | bytes,
         *,
         device: Any = None,
         out: Feature | None = None,
@@ -109,6 +110,8 @@ class _Blocking(Generic[A]):
     ) -> Feature:
         """Return a copy and pay the read, as `featcache.FeatureClient.get`."""
         inner = self._inner
+        if isinstance(ref, str | bytes):
+            return self._get_key(ref, device, out, timeout)
         if inner.has_attached(check_ref(ref)):
             try:
                 return inner.get_nowait(ref, device=device, out=out)
@@ -128,13 +131,15 @@ class _Blocking(Generic[A]):
         """As `featcache.FeatureClient.get_nowait`: nothing is waited for."""
         return self._inner.get_nowait(ref, device=device, out=out)
 
-    def borrow(self, ref: FeatureRef, *, timeout: float | None = None) -> "Lease":
+    def borrow(self, ref: FeatureRef | str | bytes, *, timeout: float | None = None) -> "Lease":
         """Lend a view for the length of a ``with`` block, as `featcache.FeatureClient.borrow`."""
         return Lease(self, self._inner.borrow(ref, timeout=timeout))
 
     def lend(self, borrow: Borrow) -> Feature:
         """Enter a borrow, waiting for its bytes; for `Lease`."""
         ref, timeout = borrow.ref, borrow.timeout_s
+        if borrow.by_key or ref is None:
+            return self._call(borrow.__aenter__)
         if self._inner.has_attached(ref):
             try:
                 return borrow.__enter__()
@@ -196,6 +201,22 @@ class Lease:
 class FeatureClient(_Blocking[AsyncClient]):
     """`featcache.FeatureClient` for code with no loop."""
 
+    def put(
+        self,
+        feature: torch.Tensor | dict[str, torch.Tensor],
+        *,
+        readers: Any = ...,
+        key: str | bytes | None = None,
+        ttl: float | EllipsisType | None = ...,
+        timeout: float | None = None,
+        on_full: Literal["wait", "raise", "spill"] = "wait",
+    ) -> FeatureRef:
+        """Copy a feature in, waiting for room, as `featcache.FeatureClient.put`."""
+        inner, timeout_s = self._inner, parse_timeout(timeout)
+        places = self._call(lambda: inner.places(on_full, key))
+        staged = inner.stage(places, feature, readers=readers, key=key, ttl=ttl)
+        return self._call(lambda: inner.put_staged(staged, timeout_s, on_full))
+
 
 class FeatureCache(_Blocking[AsyncCache]):
     """`featcache.FeatureCache` for code with no loop."""
@@ -213,7 +234,8 @@ class FeatureCache(_Blocking[AsyncCache]):
         self,
         feature: torch.Tensor | dict[str, torch.Tensor],
         *,
-        readers: Any = 1,
+        readers: Any = ...,
+        key: str | bytes | None = None,
         ttl: float | EllipsisType | None = ...,
         timeout: float | None = None,
         on_full: Literal["wait", "raise", "spill"] = "wait",
@@ -221,20 +243,21 @@ class FeatureCache(_Blocking[AsyncCache]):
         """Copy a feature in, waiting for room, as `featcache.FeatureCache.put`."""
         inner, timeout_s = self._inner, parse_timeout(timeout)
         inner.check_open()
-        staged = inner.stage(feature, readers=readers, ttl=ttl, on_full=on_full)
+        staged = inner.stage(feature, readers=readers, key=key, ttl=ttl, on_full=on_full)
         return self._call(lambda: inner.put_staged(staged, timeout_s, on_full))
 
     def put_nowait(
         self,
         feature: torch.Tensor | dict[str, torch.Tensor],
         *,
-        readers: Any = 1,
+        readers: Any = ...,
+        key: str | bytes | None = None,
         ttl: float | EllipsisType | None = ...,
     ) -> FeatureRef:
         """Copy a feature in, or raise PoolFull: it waits for its loop, never for room."""
         inner = self._inner
         inner.check_open()
-        staged = inner.stage(feature, readers=readers, ttl=ttl, on_full="raise")
+        staged = inner.stage(feature, readers=readers, key=key, ttl=ttl, on_full="raise")
         return self._call(lambda: inner.put_staged_nowait(staged))
 
 

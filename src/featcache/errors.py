@@ -14,6 +14,7 @@ __all__ = [
     "FeatureTooLarge",
     "GetTimeout",
     "KeyNotFound",
+    "KeyTimeout",
     "MalformedRef",
     "OwnerLost",
     "OwnerUnreachable",
@@ -59,6 +60,10 @@ class UnknownPool(FeatcacheError, LookupError):
 
 class KeyNotFound(FeatcacheError, LookupError):
     """No feature is kept under this key."""
+
+
+class KeyTimeout(KeyNotFound, GetTimeout):
+    """A get or borrow waited its whole ``timeout`` for a key, and nothing came under it."""
 
 
 class OwnerLost(FeatcacheError, ConnectionError):

@@ -16,6 +16,7 @@ __all__ = [
     "BackendChosen",
     "CommitFailed",
     "Event",
+    "KeyEvicted",
     "OwnerGone",
     "PeerRefused",
     "PeerUnreachable",
@@ -205,6 +206,23 @@ class RefExpired(Event):
     owed_by: tuple[str, ...] | int
     unlogged: int
     """Expiries since the last such event that were not logged."""
+
+
+@attrs.frozen(kw_only=True)
+class KeyEvicted(Event):
+    """A key was dropped. At most 16 a `Settings.log_interval`; the others are counted."""
+
+    name: ClassVar[str] = "featcache.key.evicted"
+    severity: ClassVar[Severity] = "debug"
+    key: str
+    """Its text, or its bytes in hex; at most 64 characters."""
+    nbytes: int
+    unused_s: float
+    """Seconds since it was last looked up, or put."""
+    cause: str
+    """``room`` (a put needed it), ``watermark``, ``compaction``, ``asked``, or ``writer lost``."""
+    unlogged: int
+    """Evictions since the last such event that were not logged."""
 
 
 @attrs.frozen(kw_only=True)

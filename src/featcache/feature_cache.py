@@ -8,11 +8,13 @@ import torch
 from featcache import _forks, events
 from featcache.errors import CacheClosed, SettingsError, UnknownPool
 from featcache.gauge import Gauge, Pressure
+from featcache.memory.pack import Feature
 from featcache.opened import Opened, StagedPut
+from featcache.own_keys import OwnKeys
 from featcache.reader import Reader
-from featcache.reads import NOT_OPENED, Reads, check_ref, parse_timeout
+from featcache.reads import NOT_OPENED, Reads, check_ref
 from featcache.ref import FeatureRef
-from featcache.settings import Settings
+from featcache.settings import Settings, parse_timeout
 from featcache.statistics import Statistics
 
 __all__ = ["FeatureCache"]
@@ -73,7 +75,7 @@ class FeatureCache(Reads):
             return
         self._why_closed = "this cache was closed"
         pool = state.main.pool
-        unpaid = len(pool.store.published)
+        unpaid = len(pool.store.owing)
         await state.aclose()
         events.emit(events.PoolClosed(pool=pool.name, endpoint=pool.endpoint, unpaid_refs=unpaid))
 
@@ -97,6 +99,9 @@ class FeatureCache(Reads):
     def _reads(self) -> Reader:
         return self._opened().reader
 
+    def _keys(self) -> OwnKeys:
+        return self._opened().keys
+
     def _gauge(self) -> Gauge:
         return self._opened().main.pool.gauge
 
@@ -114,7 +119,8 @@ class FeatureCache(Reads):
         self,
         feature: torch.Tensor | dict[str, torch.Tensor],
         *,
-        readers: Any = 1,
+        readers: Any = ...,
+        key: str | bytes | None = None,
         ttl: float | EllipsisType | None = ...,
         timeout: float | None = None,
         on_full: OnFull = "wait",
@@ -125,12 +131,18 @@ class FeatureCache(Reads):
             feature: a dense tensor of any dtype (but quantized ones) and shape, on any device,
                 contiguous or not; or a dict of them, packed in one slot.
             readers: how many reads the ref owes, each by another session; or the names of the
-                sessions that owe one each (`connect(name=…)`).
-            ttl: seconds until the ref expires unpaid; None is never, left out is as in Settings.
+                sessions that owe one each (`connect(name=…)`). 1 if it is left out; with a `key` none:
+                the feature is there for whoever comes by its key, and what it owes besides keeps it
+                from being evicted.
+            key: a str or bytes of 1 to 1024 bytes (a str is its UTF-8; `content_key` makes one of the
+                content). The feature is kept under it until it is evicted, the longest unused first,
+                when a put needs its room. What was under the key before is dropped.
+            ttl: seconds until the ref expires unpaid; None is never, left out is as in Settings. A
+                feature that is kept under a key stays.
             timeout: seconds to wait for room; None is for ever.
             on_full: ``"wait"`` stands in the queue, first come, first served; ``"raise"`` does not;
                 ``"spill"`` puts it into the host slab instead (`create(spill=…)`), and waits only
-                when that is full too. The ref looks the same to its readers.
+                when that is full too. The ref looks the same to its readers. Not with a `key`.
 
         Raises:
             FeatureTooLarge: it can never fit.
@@ -147,17 +159,25 @@ class FeatureCache(Reads):
         """
         timeout_s = parse_timeout(timeout)
         return await self.put_staged(
-            self.stage(feature, readers=readers, ttl=ttl, on_full=on_full), timeout_s, on_full
+            self.stage(feature, readers=readers, key=key, ttl=ttl, on_full=on_full),
+            timeout_s,
+            on_full,
         )
 
-    def stage(self, feature: Any, *, readers: Any, ttl: Any, on_full: str) -> StagedPut:
+    async def put_made(self, feature: Feature, key: bytes) -> FeatureRef:
+        """Put what `get_or_put` made."""
+        return await self.put(feature, key=key)
+
+    def stage(self, feature: Any, *, readers: Any, key: Any, ttl: Any, on_full: str) -> StagedPut:
         """Return what a put asks for and where its caller's stream stands; for `put_staged`.
 
         The first half of `put`, in the thread of the caller.
         """
         if on_full not in {"wait", "raise", "spill"}:
             raise SettingsError(f"on_full={on_full!r} is none of 'wait', 'raise', 'spill'")
-        return self._opened().stage(feature, readers, ttl, spills=on_full == "spill")
+        if key is not None and on_full == "spill":
+            raise SettingsError("what is kept under a key makes its own room: it does not spill")
+        return self._opened().stage(feature, readers, ttl, key, spills=on_full == "spill")
 
     async def put_staged(
         self, staged: StagedPut, timeout_s: float | None, on_full: str
@@ -169,7 +189,8 @@ class FeatureCache(Reads):
         self,
         feature: torch.Tensor | dict[str, torch.Tensor],
         *,
-        readers: Any = 1,
+        readers: Any = ...,
+        key: str | bytes | None = None,
         ttl: float | EllipsisType | None = ...,
     ) -> FeatureRef:
         """`put` with no await: PoolFull at once if there is no room or others wait for it.
@@ -178,7 +199,7 @@ class FeatureCache(Reads):
         some. Call it in the loop's thread.
         """
         writer = self._opened().main.writer
-        return writer.put_nowait(writer.stage(feature, readers, ttl))
+        return writer.put_nowait(writer.stage(feature, readers, ttl, key))
 
     async def put_staged_nowait(self, staged: StagedPut) -> FeatureRef:
         """Do the other half of `put_nowait`, in the loop."""
@@ -219,6 +240,12 @@ class FeatureCache(Reads):
             expired=store.expired,
             spilled=state.spilled,
             relayed=state.relay.relayed,
+            keys=len(store.directory),
+            resident_bytes=store.directory.resident_bytes,
+            pinned_bytes=store.directory.pinned_bytes,
+            hits=store.hits,
+            misses=store.misses,
+            evicted=store.evicted,
             discarded=main.reaper.discarded,
             readers_lost=main.reaper.readers_lost,
         )

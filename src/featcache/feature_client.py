@@ -1,6 +1,7 @@
-"""`FeatureClient`: a reader of other processes' pools, as users hold it."""
+"""`FeatureClient`: a reader and writer of other processes' pools, as users hold it."""
 
-from typing import Self
+from types import EllipsisType
+from typing import Any, Literal, Self
 
 import torch
 
@@ -8,18 +9,23 @@ from featcache import _forks
 from featcache._offload import Offload
 from featcache.errors import CacheClosed
 from featcache.handles import HandleCache
+from featcache.memory.pack import Feature
 from featcache.memory.words import Header
 from featcache.reader import Reader
 from featcache.reads import NOT_OPENED, Reads, check_ref
 from featcache.ref import FeatureRef
-from featcache.settings import Settings
+from featcache.remote_keys import RemoteKeys
+from featcache.remote_puts import Places, RemotePuts, StagedPut
+from featcache.settings import Settings, parse_timeout
 from featcache.statistics import Statistics
 
 __all__ = ["FeatureClient"]
 
+OnFull = Literal["wait", "raise", "spill"]
+
 
 class FeatureClient(Reads):
-    """Reads the pools of other processes. See `connect`."""
+    """Reads the pools of other processes, and puts into the one that it is connected to. See `connect`."""
 
     def __init__(
         self,
@@ -35,6 +41,8 @@ class FeatureClient(Reads):
         self._offload: Offload | None = None
         self._handles: HandleCache | None = None
         self._reader: Reader | None = None
+        self._directory: RemoteKeys | None = None
+        self._puts: RemotePuts | None = None
 
     async def open(self) -> Self:
         """Attach, if an endpoint was given.
@@ -61,6 +69,8 @@ class FeatureClient(Reads):
             raise
         self._offload, self._handles = offload, handles
         self._reader = Reader(handles, offload, self._settings.inline_bytes)
+        self._directory = RemoteKeys(handles.bound_handle)
+        self._puts = RemotePuts(handles, self._settings, offload)
         _forks.watch(self)
         return self
 
@@ -94,8 +104,67 @@ class FeatureClient(Reads):
             raise CacheClosed(self._why_closed)
         return reader
 
+    def _keys(self) -> RemoteKeys:
+        self._reads()
+        assert self._directory is not None, "an open client has its keys"
+        return self._directory
+
     def _default_device(self) -> torch.device | None:
         return self._device
+
+    # --- puts -----------------------------------------------------------------------------------
+
+    async def put(
+        self,
+        feature: torch.Tensor | dict[str, torch.Tensor],
+        *,
+        readers: Any = ...,
+        key: str | bytes | None = None,
+        ttl: float | EllipsisType | None = ...,
+        timeout: float | None = None,
+        on_full: OnFull = "wait",
+    ) -> FeatureRef:
+        """Copy a feature into the slab of the pool that this client is connected to.
+
+        The arguments, the errors and what is promised are those of `FeatureCache.put`; `ttl` left out
+        is as in this client's Settings. Waiting puts of all processes, the owner's too, stand in one
+        queue. The copy is this process's own, on its torch stream; it takes two round trips besides.
+
+        Raises besides:
+            BackendUnavailable: this client's device can't access the slab.
+            OwnerLost: the owner died or closed the pool.
+
+        """
+        timeout_s = parse_timeout(timeout)
+        places = await self.places(on_full, key)
+        staged = self.stage(places, feature, readers=readers, key=key, ttl=ttl)
+        return await self.put_staged(staged, timeout_s, on_full)
+
+    async def put_made(self, feature: Feature, key: bytes) -> FeatureRef:
+        """Put what `get_or_put` made."""
+        return await self.put(feature, key=key)
+
+    async def places(self, on_full: str, key: Any) -> Places:
+        """Return where a put may go, attached; for `stage`."""
+        return await self._writing().places(on_full, key)
+
+    def stage(self, places: Places, feature: Any, *, readers: Any, key: Any, ttl: Any) -> StagedPut:
+        """Return what a put asks for and where its caller's stream stands; for `put_staged`.
+
+        In the thread of the caller.
+        """
+        return self._writing().stage(places, feature, readers, ttl, key)
+
+    async def put_staged(
+        self, staged: StagedPut, timeout_s: float | None, on_full: str
+    ) -> FeatureRef:
+        """Do the other half of `put`."""
+        return await self._writing().put(staged, timeout_s, on_full)
+
+    def _writing(self) -> RemotePuts:
+        self._reads()
+        assert self._puts is not None, "an open client has its puts"
+        return self._puts
 
     async def discard(self, ref: FeatureRef) -> None:
         """Ask the owner to take a ref back: its request was cancelled. As `FeatureCache.discard`."""
@@ -122,6 +191,12 @@ class FeatureClient(Reads):
             waiters=sum(header[Header.WAITERS] for header in headers),
             waiting_bytes=sum(header[Header.WAITING_BYTES] for header in headers),
             sessions=len(headers),
+            keys=sum(header[Header.KEYS] for header in headers),
+            resident_bytes=sum(header[Header.RESIDENT] for header in headers),
+            pinned_bytes=sum(header[Header.PINNED] for header in headers),
+            evicted=sum(header[Header.EVICTED] for header in headers),
+            puts=self._writing().puts,
+            spilled=self._writing().spilled,
             gets=reader.gets,
         )
 

@@ -7,8 +7,8 @@ from typing import Any
 import anyio
 
 from featcache import events
+from featcache.core.keyed_store import KeyedStore
 from featcache.core.pressure import ALWAYS_NORMAL, PressureGauge, PressureLevel
-from featcache.core.store import Store
 from featcache.errors import CacheClosed, GetTimeout, SettingsError
 from featcache.settings import Settings
 
@@ -20,7 +20,7 @@ _NORMAL = PressureLevel.NORMAL
 class Gauge:
     """Keeps the level of one store, emits `PoolPressure`, wakes who awaits a lower level."""
 
-    def __init__(self, pool_name: str, store: Store, settings: Settings) -> None:
+    def __init__(self, pool_name: str, store: KeyedStore, settings: Settings) -> None:
         self._pool_name = pool_name
         self._store = store
         self._gauge = PressureGauge(settings.log_interval, settings.pressure_interval)
@@ -35,7 +35,7 @@ class Gauge:
     def observe(self) -> None:
         """Follow the store. Cheap when nothing changed: it runs at every put."""
         store = self._store
-        used_bytes = store.allocator.used_bytes
+        used_bytes = store.wanted_bytes
         if used_bytes < self._calm_bytes and not store.queue and self._gauge.level is _NORMAL:
             return
         if self._gauge.observe(used_bytes, store.limits.capacity_bytes, store.crowded):
@@ -70,7 +70,7 @@ class Gauge:
 
     def _facts(self, now_s: float) -> dict[str, Any]:
         store = self._store
-        oldest = next(iter(store.published.values()), None)
+        oldest = next(iter(store.owing.values()), None)
         return {
             "pool": self._pool_name,
             "level": self._gauge.level.value,
@@ -83,8 +83,8 @@ class Gauge:
             "slots_used": store.table.used,
             "waiters": len(store.queue),
             "waiting_bytes": store.queue.waiting_bytes,
-            "resident_bytes": 0,
-            "pinned_bytes": 0,
+            "resident_bytes": store.directory.resident_bytes,
+            "pinned_bytes": store.directory.pinned_bytes,
             "oldest_ref": None if oldest is None else oldest.label,
             "oldest_age_s": 0.0 if oldest is None else now_s - oldest.born_s,
             "oldest_owed_by": 0 if oldest is None else oldest.owed_by,

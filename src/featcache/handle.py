@@ -28,6 +28,7 @@ class Handle:
         self,
         attachment: Attachment,
         link: Link,
+        endpoint: str,
         bell: Bell,
         offload: Offload,
         spawn: Spawn,
@@ -36,6 +37,10 @@ class Handle:
         """Begin with what the mapping covers; `on_unreachable` is told why, if it can't be mapped."""
         self.attachment = attachment
         self.link = link
+        self.endpoint = endpoint
+        """Where the owner listens, as its refs say it."""
+        self.kin_endpoint = ""
+        """Where puts may spill to, if they may."""
         self._mapping: Mapping = attachment.mapping
         self._bell = bell
         self._offload = offload

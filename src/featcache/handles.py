@@ -11,7 +11,8 @@ import torch
 
 from featcache import events
 from featcache._offload import Offload
-from featcache.attachment import Attachment, Bell
+from featcache.attachment import Attachment, Bell, PageWords
+from featcache.control import messages
 from featcache.control.channel import close_all
 from featcache.control.client import Link, dial
 from featcache.control.messages import Welcome
@@ -20,12 +21,13 @@ from featcache.errors import (
     CacheClosed,
     OwnerLost,
     PoolFull,
+    SettingsError,
     UnknownPool,
 )
 from featcache.handle import Handle
 from featcache.memory.attach import default_device, map_slab
 from featcache.memory.backing import Unreachable
-from featcache.memory.slab import Mapping, Words
+from featcache.memory.slab import Mapping
 from featcache.memory.unmapped import Unmapped
 from featcache.memory.words import OwnerWords, SessionWords
 from featcache.ref import FeatureRef
@@ -38,7 +40,7 @@ class Mapped(NamedTuple):
     """A slab as it could be mapped."""
 
     mapping: Mapping
-    released: Words
+    adopted: PageWords
     why_not: str | None
     """Why it could not be, and is read through the host."""
 
@@ -103,6 +105,22 @@ class HandleCache:
         if handle.attachment.pool_id != ref.pool_id:
             raise UnknownPool(f"{ref.endpoint} serves another pool now than {ref.pool_id.hex()}")
         return handle
+
+    async def bound_handle(self) -> Handle:
+        """Return the handle of the pool that this client is connected to.
+
+        Raises:
+            OwnerLost: it is gone.
+            SettingsError: the client is connected to none.
+
+        """
+        if self._closed:
+            raise CacheClosed("this client was closed, or is another process's")
+        if self._bound is None:
+            raise SettingsError("keys and puts need a client that is connected: connect(endpoint)")
+        if self._lost is not None:
+            raise OwnerLost(self._lost)
+        return await self.attach(self._bound)
 
     async def reach(self, attachment: Attachment, device: torch.device | None) -> bool:
         """Open a pool for another device of this process; False, said once, where that can't be."""
@@ -179,14 +197,15 @@ class HandleCache:
         if len(fds) < _CONTROL_DESCRIPTORS:
             raise AttachRefused("the owner's welcome came without its descriptors")
         words = OwnerWords.attach(fds[0], welcome.slots)
-        page = SessionWords.attach(fds[1], welcome.slots)
-        mapping, released = await self._map_slab(welcome, fds[_CONTROL_DESCRIPTORS:], page)
+        page = SessionWords.attach(fds[1], welcome.slots, welcome.grants)
+        mapping, adopted = await self._map_slab(welcome, fds[_CONTROL_DESCRIPTORS:], page)
         bell = Bell(fds.pop(2))
-        attachment = Attachment(welcome.pool_id, words, page, mapping, released, bell.ring)
+        attachment = Attachment(welcome.pool_id, words, page, mapping, adopted, bell.ring)
         attachment.layout = welcome.layout
         handle = Handle(
             attachment,
             link,
+            welcome.endpoint or link.endpoint,
             bell,
             self._offload,
             self._spawn,
@@ -194,6 +213,8 @@ class HandleCache:
                 welcome.pool_id, attachment.mapping.device, reason
             ),
         )
+        handle.kin_endpoint = welcome.kin_endpoint
+        link.on_orphan = lambda request, answer: give_back(handle, request, answer)
         link.on_lost = lambda _: handle.lose(link.lost or "it is gone")
         try:
             if link.lost is not None:  # while a thread mapped
@@ -211,7 +232,7 @@ class HandleCache:
 
     async def _map_slab(
         self, welcome: Welcome, fds: list[int], page: SessionWords
-    ) -> tuple[Mapping, Words]:
+    ) -> tuple[Mapping, PageWords]:
         box: list[Mapped] = []
         work = _mapper(welcome, fds, self._device, page, through_host=self._settings.through_host)
 
@@ -220,11 +241,11 @@ class HandleCache:
                 self._offload.spawn(mapped.mapping.close)
 
         await self._offload.run(lambda: box.append(work()), late)
-        mapping, released, why_not = box[0]
+        mapping, adopted, why_not = box[0]
         # Who reads on the CPU has chosen to; only a GPU's detour is worth a warning.
         if why_not is not None and (mapping.device.type != "cpu" or self._settings.through_host):
             self._report_unreachable(welcome.pool_id, mapping.device, why_not)
-        return mapping, released
+        return mapping, adopted
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -288,6 +309,19 @@ class HandleCache:
         self._handles.clear()
 
 
+def give_back(handle: Handle, request: messages.Request, answer: messages.Answer) -> None:
+    """Return what an answer handed over whose asker was cancelled."""
+    link = handle.link
+    if isinstance(answer, messages.Granted):
+        handle.attachment.return_grant(answer.index, answer.serial)
+    elif isinstance(answer, messages.MayMake) and isinstance(request, messages.Find):
+        link.tell(messages.Unclaim(request.key, answer.claim))
+    elif isinstance(answer, messages.Reserved):
+        link.tell(messages.Withdraw(answer.slot, answer.generation, landed=True))
+    elif isinstance(request, messages.Publish):  # nobody has its ref
+        link.discard_soon(request.slot, request.generation)
+
+
 def _mapper(
     welcome: Welcome,
     fds: list[int],
@@ -322,7 +356,7 @@ def _mapper(
     def work() -> Mapped:
         mapping, why_not = mapped()
         try:
-            return Mapped(mapping, mapping.adopt(page, page.released), why_not)
+            return Mapped(mapping, PageWords.adopted(mapping, page), why_not)
         except BaseException:
             mapping.close()
             raise

@@ -6,10 +6,11 @@ import torch
 
 from featcache import events
 from featcache._offload import Offload
-from featcache.core.store import Limits
+from featcache.core.effects import Limits
 from featcache.errors import FeatureTooLarge, SettingsError
 from featcache.memory import host
 from featcache.memory.make import Plan, make_host_slab, make_slab, plan_for
+from featcache.own_keys import OwnKeys
 from featcache.own_pool import OwnPools
 from featcache.pool import Pool
 from featcache.reader import Reader
@@ -49,8 +50,10 @@ class Opened:
         self.relay = Relay(main, self.host_pool, self.offload)
         self._pools = OwnPools(self.offload, self.relay.copy)
         self._pools.add(main.pool.pool_id, main.own)
+        self.keys = OwnKeys(main.lookups, main.own)
         self.reader = Reader(self._pools, self.offload, settings.inline_bytes)
         main.reaper.relay_ref = self.relay.encoded
+        main.reaper.spills = spill_bytes is not None
 
     @classmethod
     async def open(
@@ -177,10 +180,12 @@ class Opened:
 
     # --- puts that may spill --------------------------------------------------------------------------
 
-    def stage(self, feature: object, readers: object, ttl: object, *, spills: bool) -> StagedPut:
+    def stage(
+        self, feature: object, readers: object, ttl: object, key: object, *, spills: bool
+    ) -> StagedPut:
         """Return what a put asks for, in the caller's thread."""
         if not spills:
-            return self.main.writer.stage(feature, readers, ttl), None
+            return self.main.writer.stage(feature, readers, ttl, key), None
         if self.spill is None or self.spill_bytes is None:
             raise SettingsError("on_full='spill' needs a host slab: create(…, spill='2GiB')")
         there = self.spill.writer.stage(feature, readers, ttl)

@@ -6,9 +6,10 @@ from collections.abc import Awaitable, Callable
 import torch
 
 from featcache._offload import Offload
-from featcache.attachment import Attachment, Bell
+from featcache.attachment import Attachment, Bell, PageWords
 from featcache.errors import CacheClosed, UnknownPool
 from featcache.memory.backing import Unreachable
+from featcache.page import Page
 from featcache.pool import Pool
 from featcache.reaper import OWN_SESSION, Reaper
 from featcache.ref import FeatureRef
@@ -39,15 +40,20 @@ class OwnPool:
         if self._attachment is None:
             pool = self._pool
             page = self._reaper.open_page(self._number, self._name).words
-            released = pool.slab.adopt(page, page.released)
+            adopted = PageWords.adopted(pool.slab, page)
             self._bell = Bell(os.dup(pool.recycler.eventfd))
             self._attachment = Attachment(
-                pool.pool_id, pool.words, page, pool.slab, released, self._bell.ring
+                pool.pool_id, pool.words, page, pool.slab, adopted, self._bell.ring
             )
             self._attachment.covered_bytes = pool.store.limits.capacity_bytes
             # Its own mapping is never behind: what it has given away nothing lies in.
             self._attachment.layout = None
         return self._attachment
+
+    def page(self) -> Page:
+        """Return the page of the owner's own session."""
+        self.attach()
+        return self._pool.pages[self._number]
 
     def forget(self) -> None:
         """Cut a forked child off."""

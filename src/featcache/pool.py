@@ -10,9 +10,21 @@ from typing import Any, Final, Protocol
 
 from featcache import events
 from featcache._offload import Offload
+from featcache.core.effects import (
+    Effect,
+    Evicted,
+    Expired,
+    Found,
+    Grow,
+    Limits,
+    MayMake,
+    Retired,
+    Woken,
+)
+from featcache.core.keyed_store import KeyedStore, key_label
+from featcache.core.seekers import Seeker
 from featcache.core.slots import Slot, SlotState
-from featcache.core.store import Effect, Expired, Grow, Limits, Retired, Store, Woken
-from featcache.core.waiters import Waiter
+from featcache.core.waiters import Request
 from featcache.errors import BackendUnavailable, CacheClosed
 from featcache.gauge import Gauge
 from featcache.memory.slab import Order, Segment, Slab
@@ -22,9 +34,10 @@ from featcache.recycler import Recycler
 from featcache.ref import FeatureRef, TensorSpec, remember_sound
 from featcache.settings import Settings
 
-__all__ = ["Pool"]
+__all__ = ["Pool", "now"]
 
-_now: Final[Callable[[], float]] = time.monotonic
+now: Final[Callable[[], float]] = time.monotonic
+"""The clock of everything in a pool."""
 _MOST_UNRUNG: Final = 16
 _BUSY_S: Final = 0.004
 
@@ -50,7 +63,7 @@ class Pool:
         self.offload = offload
         self.closed = False
         self.loop = asyncio.get_running_loop()
-        self.store = Store(limits)
+        self.store = KeyedStore(limits)
         self.store.allocator.grow(limits.initial_bytes)
         self.words, self.words_fd = OwnerWords.create(limits.slots)
         try:
@@ -61,7 +74,15 @@ class Pool:
         self._last_specs: tuple[TensorSpec, ...] = ()
         self.sessions: Sessions | None = None
         self.pages: dict[int, Page] = {}
-        """What sessions say they hold and have released, by session number."""
+        """What sessions say they hold, have released and have written, by session number."""
+        self.kept: dict[int, FeatureRef] = {}
+        """Refs of what is kept under keys, by slot; a slot's old one stays until it has a new one."""
+        self.seekers: dict[asyncio.Future[None], Seeker] = {}
+        """Who waits for a key, by the future that tells it."""
+        self.unlanded: dict[int, tuple[int, Page]] = {}
+        """Slots by index, with their generations, whose bytes a session's stream has yet to write."""
+        self._forsaken: dict[int, int] = {}
+        """Slots by index, with their generations, whose bytes will never come: their writer died."""
         self.recycler = Recycler(
             self.collect, self._tick, settings.recycle_interval, deferred=slab.deferred
         )
@@ -70,6 +91,7 @@ class Pool:
         self.put_bytes = 0
         """Bytes asked for since the last look at what was released."""
         self._expiries = events.Throttle(settings.log_interval, burst=16)
+        self._evictions = events.Throttle(settings.log_interval, burst=16)
         self._ring_at_now = 0
         self._busy_until_s = float("-inf")
         self._tasks: set[asyncio.Task[None]] = set()
@@ -95,11 +117,19 @@ class Pool:
         """Let readers have a slot whose bytes were written, or will be at `order`; return its ref."""
         if self.closed:
             raise CacheClosed("the cache was closed while this put was copying")
+        self.slab.signal(self._complete, slot.index, slot.generation, order)
+        return self._published(slot, specs)
+
+    def publish_from(self, slot: Slot, specs: tuple[TensorSpec, ...], page: Page) -> FeatureRef:
+        """Let readers have a slot that a session wrote, or whose stream will have; return its ref."""
+        self.expect(slot, page)
+        return self._published(slot, specs)
+
+    def _published(self, slot: Slot, specs: tuple[TensorSpec, ...]) -> FeatureRef:
         index, generation, nbytes = slot.index, slot.generation, slot.nbytes
         offset_bytes = slot.offset_bytes
-        self.slab.signal(self._complete, index, generation, order)
         self.words.entitle(index, generation, offset_bytes, nbytes)
-        effects = self.store.publish(slot, _now())
+        effects = self.store.publish(slot, now())
         if effects:
             self.apply(effects)
         else:
@@ -107,6 +137,8 @@ class Pool:
         ref = FeatureRef(
             self.pool_id, self.endpoint, index, generation, offset_bytes, nbytes, specs
         )
+        if slot.key is not None:
+            self.kept[index] = ref
         if specs is not self._last_specs:  # servers put the same few shapes again and again
             self._last_specs = specs
             remember_sound(ref)
@@ -121,10 +153,10 @@ class Pool:
                 BackendUnavailable
             ):  # a broken context: nothing comes any more
                 self.slab.signal(self._complete, slot.index, slot.generation, order)
-                self.apply(self.store.withdraw(slot, _now()))
+                self.apply(self.store.withdraw(slot, now()))
                 self.recycler.look_at(0.0)
                 return
-        self.apply(self.store.abandon(slot, _now()))
+        self.apply(self.store.abandon(slot, now()))
 
     @property
     def settled(self) -> bool:
@@ -140,22 +172,45 @@ class Pool:
 
     def apply(self, effects: Sequence[Effect]) -> None:
         """Carry out what the store decided."""
+        due_now = False
         for effect in effects:
             if type(effect) is Retired:
                 slot = effect.slot
                 self.words.live[slot.index] = 0
                 if slot.due_s > slot.retired_s:
                     self.recycler.look_at(slot.due_s - slot.retired_s)
+                else:
+                    due_now = True
             elif type(effect) is Woken:
-                self._wake(effect.waiter)
+                self._wake(effect.waiter.tag)
+            elif type(effect) is Found or type(effect) is MayMake:
+                self._wake(effect.seeker.tag)
             elif type(effect) is Expired:
                 self._report_expiry(effect)
+            elif type(effect) is Evicted:
+                self._report_eviction(effect)
             elif type(effect) is Grow:
                 self._spawn(self._grow(effect.end_bytes))
+        if due_now:
+            self._reclaim(now())
         self._observe()
 
+    def _report_eviction(self, evicted: Evicted) -> None:
+        unlogged = self._evictions.pass_(now())
+        if unlogged is not None:
+            events.emit(
+                events.KeyEvicted(
+                    pool=self.name,
+                    key=key_label(evicted.key)[:64],
+                    nbytes=evicted.nbytes,
+                    unused_s=evicted.unused_s,
+                    cause=evicted.cause,
+                    unlogged=unlogged,
+                )
+            )
+
     def _report_expiry(self, expired: Expired) -> None:
-        unlogged = self._expiries.pass_(_now())
+        unlogged = self._expiries.pass_(now())
         if unlogged is not None:
             events.emit(
                 events.RefExpired(
@@ -168,9 +223,9 @@ class Pool:
                 )
             )
 
-    def _wake(self, waiter: Waiter) -> None:
-        future = waiter.tag
-        assert isinstance(future, asyncio.Future), "waiters are tagged with their future"
+    @staticmethod
+    def _wake(future: object) -> None:
+        assert isinstance(future, asyncio.Future), "who waits is tagged with its future"
         if not future.done():
             future.set_result(None)
 
@@ -179,8 +234,11 @@ class Pool:
         ring_at = self._ring_at() if self.store.queue else 0
         if ring_at != self._ring_at_now:
             self._ring_at_now = self.words.header[Header.WAITING] = ring_at
-            self.recycler.hurry(ring_at > 0)
+            self._hurry()
         self.gauge.observe()
+
+    def _hurry(self) -> None:
+        self.recycler.hurry(self._ring_at_now > 0 or bool(self.unlanded))
 
     def _ring_at(self) -> int:
         """Return at which release of its own each session is to ring.
@@ -190,13 +248,13 @@ class Pool:
         stream in they ring rarely, and the timer, at a millisecond then, catches the rest; when a
         look finds none, each rings again.
         """
-        if _now() >= self._busy_until_s:
+        if now() >= self._busy_until_s:
             return 1
-        return max(1, min(_MOST_UNRUNG, len(self.store.published) // 4))
+        return max(1, min(_MOST_UNRUNG, len(self.store.owing) // 4))
 
     def collect(self) -> None:
         """Count what sessions released since the last look, and take back what nobody owes."""
-        now_s = _now()
+        now_s = now()
         self.put_bytes = 0
         high = self.store.table.high
         fence_full()  # after `waiting` was set, before the released words are looked at
@@ -209,9 +267,67 @@ class Pool:
             for index, generation in news:
                 self.reads_paid += 1
                 effects += pay(index, generation, page.session, page.name, now_s)
+            if page.grants:
+                for grant in page.paid_grants():
+                    self.reads_paid += 1
+                    effects += self.store.pay_grant(grant.slot, now_s)
         if effects:
             self.apply(effects)
+        if self.unlanded:
+            self._land()
         self._reclaim(now_s)
+        while (head := self.store.queue.head) is not None and self.make_room(head.request):
+            pass
+
+    def make_room(self, request: Request) -> bool:
+        """Evict for a request, if that is the way to room for it; return whether anything went."""
+        effects = self.store.evict_for(request, self.is_held, now())
+        self.apply(effects)
+        return bool(effects)
+
+    def is_held(self, slot: Slot) -> bool:
+        """Whether a session reads a slot's bytes by a ref now."""
+        index, generation = slot.index, slot.generation
+        return any(page.holds(index, generation) for page in self.pages.values())
+
+    # --- bytes that sessions write ----------------------------------------------------------------
+
+    def expect(self, slot: Slot, page: Page) -> None:
+        """Have a slot count as complete once its session's stream has written it."""
+        self.unlanded[slot.index] = (slot.generation, page)
+        self._land()
+        self._hurry()
+
+    def _land(self) -> None:
+        landed = [
+            (index, generation)
+            for index, (generation, page) in self.unlanded.items()
+            if page.has_written(index, generation)
+        ]
+        if not landed:
+            return
+        fence_full()  # their word was seen, so their bytes are there; ours vouches for them
+        for index, generation in landed:
+            self.words.published[index] = generation
+            del self.unlanded[index]
+        self._hurry()
+
+    def forsake(self, page: Page) -> list[Effect]:
+        """Give up what a session that ended was to write and has not."""
+        self._land()
+        effects: list[Effect] = []
+        now_s = now()
+        for index, (generation, whose) in list(self.unlanded.items()):
+            if whose is page:
+                del self.unlanded[index]
+                self._forsaken[index] = generation
+                slot = self.store.table.find(index, generation)
+                if slot is not None and slot.state is SlotState.PUBLISHED:
+                    effects += self.store.forsake(slot, now_s)
+        for slot in page.reserved.values():
+            effects += self.store.abandon(slot, now_s)
+        page.reserved.clear()
+        return effects
 
     def _reclaim(self, now_s: float) -> None:
         due = self.store.due(now_s)
@@ -223,18 +339,24 @@ class Pool:
             slot
             for slot in due
             # What was taken back before its bytes came would get them after its next tenant's.
-            if published[slot.index] == slot.generation
+            if (
+                published[slot.index] == slot.generation
+                or self._forsaken.get(slot.index) == slot.generation
+            )
             and not any(page.holds(slot.index, slot.generation) for page in pages)
         ]
         if ready:
+            for slot in ready:
+                self._forsaken.pop(slot.index, None)
             self.apply(self.store.recycle(ready, now_s))
 
     def _tick(self) -> bool:
         """Do what time alone brings about; return whether releases stream in."""
-        now_s = _now()
+        now_s = now()
         if expired := self.store.expire(now_s):
             self.apply(expired)
         self.collect()
+        self.apply(self.store.trim(self.is_held, now_s))
         if self.store.queue:
             self.apply(self.store.serve(now_s))  # a growth that failed may be tried again
             if self._ring_at_now == 1:
@@ -242,7 +364,7 @@ class Pool:
         old_end_bytes = self.store.committed_bytes
         if (end_bytes := self.store.shrink(now_s)) is not None:
             self._spawn(self._shrink(end_bytes, old_end_bytes))
-        self._observe()
+        self.apply(self.store.compact(self.is_held, now_s))
         self.gauge.report(now_s)
         self._publish_gauges()
         return now_s < self._busy_until_s
@@ -255,6 +377,10 @@ class Pool:
         header[Header.WAITERS] = len(store.queue)
         header[Header.WAITING_BYTES] = store.queue.waiting_bytes
         header[Header.LARGEST_FREE] = store.largest_free_bytes
+        header[Header.KEYS] = len(store.directory)
+        header[Header.RESIDENT] = store.directory.resident_bytes
+        header[Header.PINNED] = store.directory.pinned_bytes
+        header[Header.EVICTED] = store.evicted
 
     # --- size -----------------------------------------------------------------------------------
 
@@ -285,7 +411,7 @@ class Pool:
         segments = self.slab.segments(start_bytes, end_bytes)
         if segments and self.sessions is not None:
             self.sessions.announce(segments)  # before any ref can lie there
-        self.apply(self.store.grown(end_bytes, _now()))
+        self.apply(self.store.grown(end_bytes, now()))
         events.emit(
             events.SegmentsCommitted(
                 pool=self.name, committed_bytes=end_bytes, added_bytes=added_bytes
@@ -294,7 +420,7 @@ class Pool:
 
     def grow_failed(self, wanted_bytes: int, error: Exception) -> None:
         """Go on at the present size; who waits goes on waiting."""
-        self.store.grow_failed(_now())
+        self.store.grow_failed(now())
         events.emit(
             events.CommitFailed(
                 pool=self.name,
@@ -321,7 +447,7 @@ class Pool:
             )
         finally:
             if not self.closed:
-                self.apply(self.store.shrunk(_now()))
+                self.apply(self.store.shrunk(now()))
         behind = 0 if retiring is None else await retiring
         events.emit(
             events.SegmentsReturned(
@@ -340,7 +466,9 @@ class Pool:
         error = CacheClosed("the cache was closed")
         while (waiter := self.store.queue.head) is not None:
             self.store.queue.drop(waiter)
-            self._fail(waiter, error)
+            self._fail(waiter.tag, error)
+        for future in self.seekers:
+            self._fail(future, error)
         self.gauge.close(error)
 
     async def drain(self) -> None:
@@ -372,8 +500,7 @@ class Pool:
         self.slab.forget()
 
     @staticmethod
-    def _fail(waiter: Waiter, error: Exception) -> None:
-        future = waiter.tag
-        assert isinstance(future, asyncio.Future), "waiters are tagged with their future"
+    def _fail(future: object, error: Exception) -> None:
+        assert isinstance(future, asyncio.Future), "who waits is tagged with its future"
         if not future.done():
             future.set_exception(error)

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Awaitable
-from types import TracebackType
 from typing import Protocol
 
 import anyio
@@ -11,13 +10,16 @@ import torch
 from featcache._offload import Offload
 from featcache.attachment import Attachment
 from featcache.errors import GetTimeout, SettingsError, UnknownPool
+from featcache.granted import GrantedRead
 from featcache.memory.pack import DTYPES, Feature, same_layout, unpack
 from featcache.memory.slab import Order
 from featcache.ref import FeatureRef
 
-__all__ = ["Borrow", "Pools", "Reader"]
+__all__ = ["Held", "Pools", "Reader"]
 
 Device = torch.device | None
+Held = Attachment | GrantedRead
+"""What the bytes are read by, and told when a use of them ends."""
 _NO_COPY = "no copy came through host memory within"
 
 
@@ -96,9 +98,65 @@ class Reader:
         self.gets += 1
         return feature if out is None else out
 
+    async def get_granted(
+        self, read: GrantedRead, device: Device, out: Feature | None, timeout_s: float | None
+    ) -> Feature:
+        """Copy what was granted, and pay it, whatever comes of this."""
+        try:
+            targets = None if out is None else same_layout(read.ref.specs, out)
+            device = device if targets is None else _place(targets)
+        except BaseException:
+            read.end(read.ref, pays=False)
+            raise
+        if await self._await_granted(read, device, timeout_s):
+            feature = await self._copy_held(read, read.ref, device, targets)
+        else:
+            feature = await self._copy_relayed(read, read.ref, device, out, timeout_s)
+        self.gets += 1
+        return feature if out is None else out
+
+    def get_granted_here(
+        self, read: GrantedRead, device: Device, out: Feature | None
+    ) -> Feature | None:
+        """As `get_granted`, in a thread that may block; None, with nothing done, if out of reach."""
+        pays, order, ref, reached = False, None, read.ref, True
+        try:
+            targets = None if out is None else same_layout(ref.specs, out)
+            device = device if targets is None else _place(targets)
+            reached = read.mapping.reaches(device)
+            if not reached:
+                return None
+            read.arrival_here(float("inf"))
+            order = read.mapping.order(device)
+            feature = _copy(read, ref, device, targets, order)
+            pays = True
+        finally:
+            if reached:
+                read.end(ref, pays=pays, order=order)
+        self.gets += 1
+        return feature if out is None else out
+
+    async def _await_granted(
+        self, read: GrantedRead, device: Device, timeout_s: float | None
+    ) -> bool:
+        """Wait for the bytes; return whether a device reaches them. If that fails the read ends."""
+        reached = read.mapping.reaches(device)
+        if reached and read.is_there():
+            return True
+        try:
+            with anyio.fail_after(timeout_s):
+                reached = reached or await self.pools.reach(read.attachment, device)
+                await read.arrival()
+        except BaseException as error:
+            read.end(read.ref, pays=False)
+            if isinstance(error, TimeoutError):
+                raise GetTimeout(f"the bytes did not come within {timeout_s} s") from None
+            raise
+        return reached
+
     async def _copy_held(
         self,
-        attachment: Attachment,
+        attachment: Held,
         ref: FeatureRef,
         device: Device,
         targets: list[torch.Tensor] | None,
@@ -132,7 +190,7 @@ class Reader:
 
     async def _copy_relayed(
         self,
-        attachment: Attachment,
+        attachment: Held,
         ref: FeatureRef,
         device: Device,
         out: Feature | None,
@@ -155,10 +213,6 @@ class Reader:
         return feature
 
     # --- borrow and release -------------------------------------------------------------------------
-
-    def borrow(self, ref: FeatureRef, timeout_s: float | None) -> "Borrow":
-        """Return the context manager of one borrow."""
-        return Borrow(self, ref, timeout_s)
 
     async def release(self, ref: FeatureRef, timeout_s: float | None) -> None:
         """Pay without reading."""
@@ -201,7 +255,10 @@ class Reader:
 
     def empty(self, ref: FeatureRef, device: Device) -> Feature:
         """Return new tensors for a feature, where a get would put it."""
-        where = device or self._attached(ref).mapping.device
+        return self.empty_like(ref, device or self._attached(ref).mapping.device)
+
+    def empty_like(self, ref: FeatureRef, where: torch.device) -> Feature:
+        """Return new tensors for a feature on a device."""
         made = [
             torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=where) for spec in ref.specs
         ]
@@ -231,21 +288,39 @@ class Reader:
             attachment, reached = await self._await_begin(begun, ref, None, timeout_s)
         if reached and attachment.mapping.lends:
             return attachment, None
+        return attachment, await self._copied_in_time(attachment, ref, timeout_s, reached=reached)
+
+    async def hold_granted(
+        self, read: GrantedRead, timeout_s: float | None
+    ) -> tuple[GrantedRead, Feature | None]:
+        """As `hold`, of what was granted."""
+        reached = await self._await_granted(read, None, timeout_s)
+        if reached and read.mapping.lends:
+            return read, None
+        return read, await self._copied_in_time(read, read.ref, timeout_s, reached=reached)
+
+    async def _copied_in_time(
+        self, held: Held, ref: FeatureRef, timeout_s: float | None, *, reached: bool
+    ) -> Feature:
         try:
             with anyio.fail_after(timeout_s):
-                return attachment, await self._copied(attachment, ref, reached=reached)
+                return await self._copied(held, ref, reached=reached)
         except BaseException as error:
-            attachment.end(ref, pays=False)
+            held.end(ref, pays=False)
             if isinstance(error, TimeoutError):
                 raise GetTimeout(f"{_NO_COPY} {timeout_s} s; the read is still owed") from None
             raise
 
-    async def _copied(self, attachment: Attachment, ref: FeatureRef, *, reached: bool) -> Feature:
+    async def _copied(self, held: Held, ref: FeatureRef, *, reached: bool) -> Feature:
         """Return a copy of a held ref's bytes, which stays held."""
-        mapping = attachment.mapping
+        mapping = held.mapping
         if reached:
-            attachment.begin(ref)  # a use of its own, which ends with the copy and pays nothing
-            return await self._copy_held(attachment, ref, None, None, pays=False)
+            # A use of its own, which ends with the copy and pays nothing.
+            if isinstance(held, GrantedRead):
+                held.use()
+            else:
+                held.begin(ref)
+            return await self._copy_held(held, ref, None, None, pays=False)
         there = await self.pools.relay(ref)
         copied = await self.get(there, mapping.device, None, None)
         self.gets -= 1  # the copy's get is part of the borrow
@@ -300,16 +375,14 @@ def _place(targets: list[torch.Tensor]) -> torch.device:
     return device
 
 
-def _fill(
-    attachment: Attachment, ref: FeatureRef, targets: list[torch.Tensor], order: Order
-) -> None:
+def _fill(attachment: Held, ref: FeatureRef, targets: list[torch.Tensor], order: Order) -> None:
     read, offset_bytes = attachment.mapping.read, ref.offset_bytes
     for spec, target in zip(ref.specs, targets, strict=True):
         read(offset_bytes, spec, target, order)
 
 
 def _copy(
-    attachment: Attachment,
+    attachment: Held,
     ref: FeatureRef,
     device: Device,
     targets: list[torch.Tensor] | None,
@@ -323,78 +396,3 @@ def _copy(
         targets = [mapping.empty(spec, device) for spec in specs]
     _fill(attachment, ref, targets, order)
     return unpack(specs, targets)
-
-
-class Borrow:
-    """One borrow: ``async with`` waits for the bytes, plain ``with`` takes what is there now.
-
-    Leaving the block pays the read, behind what was asked of the GPU on the stream that is then
-    current, and empties the view (its ``numel()`` is then 0), so that it can't be read by mistake when
-    the bytes are another feature's. Slices made of it are not emptied.
-    """
-
-    __slots__ = ("_attachment", "_copied", "_reader", "_tensors", "ref", "timeout_s")
-
-    def __init__(self, reader: Reader, ref: FeatureRef, timeout_s: float | None) -> None:
-        self._reader = reader
-        self.ref = ref
-        self.timeout_s = timeout_s
-        self._attachment: Attachment | None = None
-        self._tensors: list[torch.Tensor] = []
-        self._copied = False
-
-    def _enter(self, attachment: Attachment, copied: Feature | None = None) -> Feature:
-        ref = self.ref
-        self._copied = copied is not None
-        if copied is None:
-            try:
-                view = attachment.mapping.view
-                self._tensors = [view(ref.offset_bytes, spec) for spec in ref.specs]
-            except BaseException:
-                attachment.end(ref, pays=False)
-                raise
-        self._attachment = attachment
-        self._reader.gets += 1
-        return unpack(ref.specs, self._tensors) if copied is None else copied
-
-    def _exit(self) -> None:
-        attachment, self._attachment = self._attachment, None
-        if attachment is None:
-            return
-        for tensor in self._tensors:
-            tensor.set_()  # type: ignore[call-overload]  # the stub lacks the form without a source
-        self._tensors = []
-        order = None if self._copied else attachment.mapping.order()
-        attachment.end(self.ref, pays=True, order=order)
-
-    def _check_unused(self) -> None:
-        if self._attachment is not None:
-            raise RuntimeError("this borrow is entered already; call borrow() for another")
-
-    async def __aenter__(self) -> Feature:
-        """Return the view, once its bytes are there."""
-        self._check_unused()
-        return self._enter(*await self._reader.hold(self.ref, self.timeout_s))
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Empty the view and pay the read."""
-        self._exit()
-
-    def __enter__(self) -> Feature:
-        """Return the view of bytes that are there now."""
-        self._check_unused()
-        return self._enter(self._reader.hold_nowait(self.ref))
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Empty the view and pay the read."""
-        self._exit()

@@ -5,13 +5,14 @@ from typing import Any, Self
 
 import torch
 
+from featcache.borrow import Borrow
+from featcache.by_key import ByKey
 from featcache.errors import BackendUnavailable, SettingsError
 from featcache.memory.pack import MAX_NAME, Feature, same_layout
-from featcache.reader import Borrow, Reader
 from featcache.ref import FeatureRef
-from featcache.settings import parse_seconds
+from featcache.settings import parse_timeout
 
-__all__ = ["NOT_OPENED", "Reads", "check_ref", "parse_device", "parse_name", "parse_timeout"]
+__all__ = ["NOT_OPENED", "Reads", "check_ref", "parse_device", "parse_name"]
 
 NOT_OPENED = "not opened yet: use 'async with', or await open()"
 
@@ -31,11 +32,6 @@ def parse_device(value: Any) -> torch.device:
     return device
 
 
-def parse_timeout(value: float | None) -> float | None:
-    """Return seconds, or None for ever."""
-    return None if value is None else parse_seconds(value, "timeout")
-
-
 def parse_name(value: Any) -> str | None:
     """Return the name of a session, or None."""
     if value is not None and not (isinstance(value, str) and 0 < len(value) <= MAX_NAME):
@@ -47,19 +43,15 @@ def check_ref(value: Any) -> FeatureRef:
     """Return a ref, or say what was meant."""
     if not isinstance(value, FeatureRef):
         raise SettingsError(
-            f"expected a FeatureRef, not {type(value).__name__}: for bytes, FeatureRef.from_bytes"
+            f"expected a FeatureRef, not {type(value).__name__}: for its bytes, FeatureRef.from_bytes"
         )
     return value
 
 
-class Reads:
+class Reads(ByKey):
     """Reading, the same for owners and clients."""
 
     _why_closed = NOT_OPENED
-
-    def _reads(self) -> Reader:
-        """Return the open reader, or raise CacheClosed."""
-        raise NotImplementedError
 
     @property
     def is_open(self) -> bool:
@@ -76,7 +68,7 @@ class Reads:
 
     async def get(
         self,
-        ref: FeatureRef,
+        ref: FeatureRef | str | bytes,
         *,
         device: Any = None,
         out: Feature | None = None,
@@ -85,13 +77,14 @@ class Reads:
         """Return a copy of the feature that the caller owns, and pay this session's read.
 
         Args:
-            ref: a ref from `put`, in this process or another.
+            ref: a ref from `put`, in this process or another; or a key, for what is kept under it.
             device: where the copy is to be; None is the device this object was made with, else the
                 pool's own.
             out: a tensor (or dict of them) of the feature's shapes and dtypes to copy into; it is
                 also what is returned. Not with `device`.
             timeout: seconds to wait for the pool to be attached and the bytes to come; None is for
-                ever.
+                ever. Of a key, seconds to wait for something to be put under it too; None is not at
+                all.
 
         Returns:
             A contiguous tensor of the shape and dtype that were put, or a dict of them.
@@ -102,12 +95,16 @@ class Reads:
             UnknownPool: the ref is of a pool that this object can't reach.
             OwnerLost: the owner died or closed the pool.
             GetTimeout: not in time; the read is still owed.
+            KeyNotFound: nothing is kept under the key; KeyTimeout: nor came in time.
+            PoolFull: as many reads by key are out in this session as may be (`Settings.grants`).
             CacheClosed: this object is not open.
             SettingsError: `out` or `device` does not fit.
 
         If the call is cancelled the read is still owed: get it again, or release it.
 
         """
+        if isinstance(ref, str | bytes):
+            return await self._get_key(ref, self._target(device, out), out, timeout)
         return await self._reads().get(
             check_ref(ref), self._target(device, out), out, parse_timeout(timeout)
         )
@@ -153,25 +150,26 @@ class Reads:
         """Return new tensors that a `get` of this ref can have as its `out`; its pool is attached."""
         return self._reads().empty(check_ref(ref), self._target(device, None))
 
-    def borrow(self, ref: FeatureRef, *, timeout: float | None = None) -> Borrow:
+    def borrow(self, ref: FeatureRef | str | bytes, *, timeout: float | None = None) -> Borrow:
         """Return a context manager whose value is a view in the slab: no copy, whatever the size.
 
         ``async with`` waits for the bytes, plain ``with`` takes what is there now (as `get_nowait`).
         Leaving the block pays the read and empties the view. The view is for reading: in another
         process than the owner's its memory is mapped read-only, and a write to it ends the process.
 
+        Of a key, `timeout` is as in `get`; it is looked up on entry, so it takes ``async with``.
+
         Raises (on entry):
             As `get` does.
 
         """
-        return self._reads().borrow(check_ref(ref), parse_timeout(timeout))
+        if isinstance(ref, str | bytes):
+            return self._borrow_key(ref, timeout)
+        return Borrow(self._reads(), check_ref(ref), parse_timeout(timeout))
 
     async def release(self, ref: FeatureRef, *, timeout: float | None = None) -> None:
         """Pay this session's read without reading. Raises as `get` does."""
         await self._reads().release(check_ref(ref), parse_timeout(timeout))
-
-    def _default_device(self) -> torch.device | None:
-        raise NotImplementedError
 
     def _target(self, device: Any, out: Feature | None) -> torch.device | None:
         if device is None:

@@ -1,18 +1,17 @@
 """Sessions come and go: their pages, and who pays for the dead. The server's host."""
 
 import os
-import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from featcache.control.messages import VERSION, Welcome
 from featcache.control.peers import own_pidfd
 from featcache.control.sessions import Session
-from featcache.core.store import Effect
+from featcache.core.effects import Effect
 from featcache.errors import AttachRefused, BackendUnavailable
 from featcache.memory.slab import Segment
 from featcache.memory.words import SessionWords
 from featcache.page import Page
-from featcache.pool import Pool
+from featcache.pool import Pool, now
 
 __all__ = ["OWN_SESSION", "RELAY_SESSION", "Reaper"]
 
@@ -20,7 +19,6 @@ OWN_SESSION = 0
 """The number of the owner's own session, which reads through the owner's mapping."""
 RELAY_SESSION = -1
 """The number of what holds features while they are copied for others: the owner may have paid its own."""
-_now = time.monotonic
 
 
 class Reaper:
@@ -34,6 +32,8 @@ class Reaper:
         """Copies a ref into host memory, for sessions that can't reach the slab."""
         self.kin: list[Pool] = []
         """The owner's other pools: what a dead name owed there is paid as well."""
+        self.spills = False
+        """Whether puts may go to the other pool."""
         self.readers_lost = 0
         self.discarded = 0
 
@@ -62,6 +62,9 @@ class Reaper:
             handle=pool.slab.handle,
             relays=self.relay_ref is not None,
             kin=self.kin[0].pool_id if self.kin else None,
+            kin_endpoint=self.kin[0].endpoint if self.spills else "",
+            endpoint=pool.endpoint,
+            grants=pool.settings.grants,
         )
         own = [self._pidfd, pool.words_fd, page.fd, pool.recycler.eventfd]
         return welcome, own + pool.slab.descriptors()
@@ -78,16 +81,22 @@ class Reaper:
 
     def open_page(self, number: int, name: str | None) -> Page:
         """Make the page of a session and begin to look at it."""
-        words, fd = SessionWords.create(self._pool.store.limits.slots)
+        slots, grants = self._pool.store.limits.slots, self._pool.settings.grants
+        words, fd = SessionWords.create(slots, grants)
         page = self._pool.pages[number] = Page(number, name, words, fd)
         return page
 
     def dismiss(self, session: Session, *, died: bool) -> int:
         """Fold a session's page; if its process died, pay what it had begun and what its name owed."""
-        pool, now_s = self._pool, _now()
+        pool, now_s = self._pool, now()
         pool.collect()
         page = pool.pages.pop(session.number)
         paid, effects = 0, list[Effect]()
+        for grant in list(page.grants.values()):
+            effects += pool.store.pay_grant(page.take_back(grant).slot, now_s)
+            paid += died
+        effects += pool.forsake(page)
+        effects += pool.store.end_session(page.session, now_s)
         if died:
             for slot in pool.store.table.in_use():
                 if page.holds(slot.index, slot.generation):
@@ -112,7 +121,7 @@ class Reaper:
 
     def discard(self, index: int, generation: int) -> None:
         """Cancel what a ref still owes, or raise StaleRef."""
-        self._pool.apply(self._pool.store.revoke(index, generation, _now()))
+        self._pool.apply(self._pool.store.revoke(index, generation, now()))
         self.discarded += 1
 
     def close(self) -> None:

@@ -9,8 +9,10 @@ import anyio
 from featcache._offload import Offload
 from featcache.control import endpoint as endpoints
 from featcache.control.server import Server
-from featcache.core.store import Limits
+from featcache.core.effects import Limits
+from featcache.desk import Desk
 from featcache.errors import BackendUnavailable, SettingsError
+from featcache.lookups import Lookups
 from featcache.memory.slab import Slab
 from featcache.own_pool import OwnPool
 from featcache.pool import Pool
@@ -27,11 +29,20 @@ _LOOK_S = 0.001
 class Serving:
     """What an open pool has, taken down in the reverse order of its making."""
 
-    def __init__(self, pool: Pool, reaper: Reaper, server: Server, name: str | None) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        reaper: Reaper,
+        server: Server,
+        writer: Writer,
+        lookups: Lookups,
+        name: str | None,
+    ) -> None:
         self.pool = pool
         self.reaper = reaper
         self.server = server
-        self.writer = Writer(pool)
+        self.writer = writer
+        self.lookups = lookups
         self.own = OwnPool(pool, reaper, name)
         self.relaying = OwnPool(pool, reaper, None, RELAY_SESSION)
 
@@ -70,9 +81,11 @@ class Serving:
             pool.endpoint = path
             reaper = Reaper(pool, name)
             undo.callback(reaper.close)
-            server = pool.sessions = Server(sock, path, settings, reaper)
+            writer, lookups = Writer(pool), Lookups(pool)
+            desk = Desk(pool, writer, lookups, reaper)
+            server = pool.sessions = Server(sock, path, settings, reaper, desk)
             undo.pop_all()
-        return cls(pool, reaper, server, name)
+        return cls(pool, reaper, server, writer, lookups, name)
 
     async def aclose(self) -> None:
         """Close: waiting puts raise CacheClosed, sessions are told, the socket's file goes."""
@@ -151,4 +164,19 @@ def limits_of(
         waiters=settings.waiters,
         grace_s=settings.grace,
         idle_s=settings.idle,
+        evict_first=settings.when_full == "evict",
+        evict_above=settings.evict_above,
+        evict_to=_evict_to(settings),
+        compact=settings.compact,
     )
+
+
+def _evict_to(settings: Settings) -> float:
+    above, to = settings.evict_above, settings.evict_to
+    if above is None:
+        return 1.0
+    if to is None:
+        return max(0.0, above - 0.05)
+    if to > above:
+        raise SettingsError(f"evict_to={to} is more than evict_above={above}")
+    return to

@@ -10,12 +10,21 @@ import attrs
 
 from featcache.errors import SettingsError
 
-__all__ = ["Settings", "parse_bytes", "parse_seconds", "split_budget"]
+__all__ = [
+    "MAX_KEY_BYTES",
+    "Settings",
+    "parse_bytes",
+    "parse_seconds",
+    "parse_timeout",
+    "split_budget",
+]
 
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)}
 _UNITS |= {f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)}
 _SIZE_TEXT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+MAX_KEY_BYTES = 1024
+"""Bytes of the longest key."""
 _MAX_BYTES = 1 << 47  # a user address space; what is larger can't be mapped on any machine we know
 _ENVIRONMENT_PREFIX = "FEATCACHE_"
 
@@ -42,6 +51,11 @@ def parse_bytes(value: int | str, what: str = "size", *, minimum: int = 1) -> in
     if not minimum <= size_bytes <= _MAX_BYTES:
         raise SettingsError(f"{what}={value!r} is out of range: {minimum} to {_MAX_BYTES} bytes")
     return size_bytes
+
+
+def parse_timeout(value: float | None) -> float | None:
+    """Return seconds, or None for ever."""
+    return None if value is None else parse_seconds(value, "timeout")
 
 
 def parse_seconds(
@@ -99,6 +113,21 @@ def _flag(value: bool | str, field: "attrs.Attribute[Any]") -> bool:
     return known
 
 
+def _share(value: float | str, field: "attrs.Attribute[Any]") -> float:
+    share = parse_seconds(value, field.name)
+    if share > 1.0:
+        raise SettingsError(f"{field.name}={value!r} is a share of the whole: 0 to 1")
+    return share
+
+
+def _optional_share(value: float | str | None, field: "attrs.Attribute[Any]") -> float | None:
+    if value is None or (isinstance(value, str) and value.lower() == "none"):
+        return None
+    return _share(value, field)
+
+
+_SHARE = attrs.Converter(_share, takes_field=True)
+_OPTIONAL_SHARE = attrs.Converter(_optional_share, takes_field=True)
 _SIZE = attrs.Converter(_size, takes_field=True)
 _OPTIONAL_SIZE = attrs.Converter(_optional_size, takes_field=True)
 _SECONDS = attrs.Converter(_seconds, takes_field=True)
@@ -121,6 +150,14 @@ _BACKENDS = ("auto", "vmm", "ipc")
 def _backend(_: object, field: "attrs.Attribute[str]", value: str) -> None:
     if value not in _BACKENDS:
         raise SettingsError(f"{field.name}={value!r} is none of {_BACKENDS}")
+
+
+_WHEN_FULL = ("grow", "evict")
+
+
+def _when_full(_: object, field: "attrs.Attribute[str]", value: str) -> None:
+    if value not in _WHEN_FULL:
+        raise SettingsError(f"{field.name}={value!r} is none of {_WHEN_FULL}")
 
 
 def _positive(_: object, field: "attrs.Attribute[Any]", value: float | None) -> None:
@@ -229,6 +266,25 @@ class Settings:
         default=_or_environment("spill_always", False), converter=_FLAG
     )
     """Spill every put that says ``on_full="spill"``, also while the slab has room."""
+    grants: int = attrs.field(
+        default=_or_environment("grants", 1024), converter=_COUNT, validator=_within(1, 1 << 16)
+    )
+    """Reads by key that one session may have out at once."""
+    when_full: str = attrs.field(default=_or_environment("when_full", "grow"), validator=_when_full)
+    """What a full slab does first: ``"grow"`` up to the capacity, or ``"evict"`` what is kept under
+    keys and not read, the longest unused first."""
+    evict_above: float | None = attrs.field(
+        default=_or_environment("evict_above", None), converter=_OPTIONAL_SHARE
+    )
+    """Share of the capacity above which features are evicted before a put needs their room, down to
+    `evict_to`; None is only when one does."""
+    evict_to: float | None = attrs.field(
+        default=_or_environment("evict_to", None), converter=_OPTIONAL_SHARE
+    )
+    """Share of the capacity down to which `evict_above` evicts; None is five hundredths less."""
+    compact: float = attrs.field(default=_or_environment("compact", 0.0), converter=_SHARE)
+    """Share of the last segment up to which idle features in it are evicted, after `idle` seconds, so
+    that it can be given back; 0 is never."""
     relay_ttl: float = attrs.field(
         default=_or_environment("relay_ttl", 30.0), converter=_SECONDS, validator=_positive
     )

@@ -30,9 +30,11 @@ class Statistics:
     """What those puts want."""
     sessions: int = 0
     keys: int = 0
-    """Keys in the directory (always 0 until the keyed cache is built)."""
+    """Keys in the directory."""
     resident_bytes: int = 0
+    """Extents kept under them: of `used_bytes`."""
     pinned_bytes: int = 0
+    """Those of pinned keys."""
     puts: int = 0
     """Features published."""
     gets: int = 0
@@ -51,6 +53,11 @@ class Statistics:
     """Refs whose ttl passed with reads unpaid."""
     discarded: int = 0
     """Refs that were taken back with `discard`."""
+    hits: int = 0
+    """Lookups by key that found something."""
+    misses: int = 0
+    """Lookups by key that found nothing; some then waited for it, or made it."""
     evicted: int = 0
+    """Keys that were dropped: for room, by a watermark, or because `evict` asked."""
     readers_lost: int = 0
     """Sessions whose process died."""

@@ -2,26 +2,22 @@
 
 import asyncio
 import time
-from collections.abc import Iterable
 from typing import Any, Final
 
 import anyio
 import msgspec
 
 from featcache import events
+from featcache.asks import ask
 from featcache.core.slots import Slot
 from featcache.core.waiters import Request
-from featcache.errors import BackendUnavailable, PoolFull, PutTimeout, SettingsError
-from featcache.memory.pack import MAX_NAME, pack
+from featcache.errors import BackendUnavailable, PoolFull, PutTimeout
 from featcache.memory.slab import Order, Parts
 from featcache.pool import Pool
 from featcache.ref import FeatureRef, TensorSpec
-from featcache.settings import parse_seconds
 
-__all__ = ["TTL_DEFAULT", "Staged", "Writer"]
+__all__ = ["Staged", "Writer"]
 
-TTL_DEFAULT: Final[Any] = ...
-"""Stands for "as the settings say", since None means "never"."""
 _COLLECT_BYTES: Final = 256 << 10
 _YIELD_EVERY: Final = 32
 _now = time.monotonic
@@ -49,44 +45,22 @@ class Writer:
         self._puts = 0
         self._waits = events.Throttle(pool.settings.log_interval)
 
-    def stage(self, feature: Any, readers: Any, ttl: Any) -> Staged:
+    def stage(self, feature: Any, readers: Any, ttl: Any, key: Any = None) -> Staged:
         """Return what a put asks for, or raise SettingsError or FeatureTooLarge.
 
         Called in the caller's thread, whose current stream is the one that the feature is ready on.
         """
-        specs, packed, nbytes = pack(feature, self._pool.settings.tensors)
-        if ttl is TTL_DEFAULT:
-            ttl_s = self._pool.settings.ttl
-        else:
-            ttl_s = None if ttl is None else parse_seconds(ttl, "ttl", exclusive=True)
-        if type(readers) is not int or not 0 < readers <= self._pool.settings.readers:
-            readers = self._readers(readers)
-        request = Request(nbytes, readers, ttl_s)
-        self._pool.store.check_size(nbytes)
+        request, specs, packed = ask(feature, readers, ttl, key, self._pool.settings)
+        self._pool.store.check_size(request.nbytes)
         parts, order = self._pool.slab.stage(packed)
         return Staged(request, specs, parts, order)
-
-    def _readers(self, readers: Any) -> int | frozenset[str]:
-        most = self._pool.settings.readers
-        if isinstance(readers, int) and not isinstance(readers, bool):
-            if not 1 <= readers <= most:
-                raise SettingsError(f"readers={readers} is out of range: 1 to {most}")
-            return readers
-        if isinstance(readers, str | bytes) or not isinstance(readers, Iterable):
-            raise SettingsError(f"readers={readers!r} is neither a count nor names of readers")
-        names = list(readers)
-        if not all(isinstance(name, str) and 0 < len(name) <= MAX_NAME for name in names):
-            raise SettingsError(f"names of readers are str of 1 to {MAX_NAME} characters")
-        if not 1 <= len(names) <= most or len(set(names)) != len(names):
-            raise SettingsError(f"readers={names[:8]!r}: 1 to {most} names, each of them once")
-        return frozenset(names)
 
     def put_nowait(self, staged: Staged) -> FeatureRef:
         """Copy a feature in and return its ref, or raise PoolFull. Growth happens inline."""
         request, order, pool = staged.request, staged.order, self._pool
         slot = self.reserve(request) or self._reserve_by_growing(request)
         if slot is None:
-            raise self._full(request)
+            raise self.full(request)
         try:
             pool.slab.write(slot.offset_bytes, staged.parts, order)
         except BaseException:
@@ -104,7 +78,7 @@ class Writer:
         if slot is None and wait:
             slot = await self.await_room(request, timeout_s)
         if slot is None:
-            raise self._full(request)
+            raise self.full(request)
         return await self.fill(slot, staged)
 
     async def fill(self, slot: Slot, staged: Staged) -> FeatureRef:
@@ -131,7 +105,7 @@ class Writer:
         return self.reserve(request) or self._reserve_by_growing(request)
 
     def reserve(self, request: Request) -> Slot | None:
-        """Reserve, taking back what was released if that is due or needed."""
+        """Reserve, taking back what was released if that is due or needed, then evicting."""
         pool = self._pool
         pool.put_bytes += request.nbytes
         if pool.put_bytes > self._collect_bytes * (len(pool.pages) + 3):
@@ -140,6 +114,8 @@ class Writer:
         if slot is None:
             pool.collect()
             slot = pool.store.reserve(request, _now())
+            while slot is None and not pool.store.queue and pool.make_room(request):
+                slot = pool.store.reserve(request, _now())
         return slot
 
     def _reserve_by_growing(self, request: Request) -> Slot | None:
@@ -196,7 +172,8 @@ class Writer:
                 )
             )
 
-    def _full(self, request: Request) -> PoolFull:
+    def full(self, request: Request) -> PoolFull:
+        """Return the error of a put that has no room and does not wait."""
         return PoolFull(f"no room for {request.nbytes} bytes now: {self._room()}")
 
     def _room(self) -> str:

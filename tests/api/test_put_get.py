@@ -15,6 +15,7 @@ from featcache import (
     FeatureClient,
     FeatureRef,
     FeatureTooLarge,
+    KeyNotFound,
     SettingsError,
     UnknownPool,
 )
@@ -313,17 +314,20 @@ async def test_what_is_not_a_ref_is_refused(both: Pair) -> None:
     owner, client = both
     ref = await owner.put(BASE)
     for reader in (owner, client):
-        for wrong in (None, ref.to_bytes(), "key", ref.slot):
+        for wrong in (None, ref.slot, [ref], bytearray(b"key")):  # a key is str or bytes
             with pytest.raises(SettingsError):
                 await reader.get(wrong)  # type: ignore[arg-type]
             with pytest.raises(SettingsError):
-                reader.get_nowait(wrong)  # type: ignore[arg-type]
-            with pytest.raises(SettingsError):
                 reader.borrow(wrong)  # type: ignore[arg-type]
+        with pytest.raises(KeyNotFound, match="from_bytes"):
+            await reader.get(ref.to_bytes())
+        for no_ref in (None, ref.to_bytes(), "key", ref.slot):
             with pytest.raises(SettingsError):
-                await reader.release(wrong)  # type: ignore[arg-type]
+                reader.get_nowait(no_ref)  # type: ignore[arg-type]
             with pytest.raises(SettingsError):
-                await reader.discard(wrong)  # type: ignore[arg-type]
+                await reader.release(no_ref)  # type: ignore[arg-type]
+            with pytest.raises(SettingsError):
+                await reader.discard(no_ref)  # type: ignore[arg-type]
 
 
 # --- put_nowait, get_nowait, room ----------------------------------------------------------------

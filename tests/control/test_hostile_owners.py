@@ -77,6 +77,9 @@ def welcome_of(**changes: Any) -> bytes:
         "handle": b"",
         "relays": False,
         "kin": None,
+        "kin_endpoint": "",
+        "endpoint": "",
+        "grants": 1024,
     }
     return msgspec.msgpack.encode(fields | changes)
 
@@ -168,7 +171,7 @@ HOSTILE: dict[str, tuple[Act, str]] = {
     "words with other slots": (welcomes(slots=SLOTS + 1), "slots, where"),
     "words and page in the wrong order": (
         welcomes(lambda fds: [fds[0], fds[2], fds[1], *fds[3:]]),
-        "layout",
+        "bytes where",
     ),
     "slab of another size": (welcomes(capacity_bytes=2 * CAPACITY), "bytes where"),
     "slab of another kind": (welcomes(kind="cuda"), "kind 'cuda'"),

@@ -446,7 +446,7 @@ def test_forgiven_while_the_bytes_are_copied_it_retires_as_it_is_published() -> 
     assert store.forgive("tp0", 0.0) == (1, [])
     assert slot.state is SlotState.RESERVED
     assert store.publish(slot, 2.0) == [Retired(slot)]
-    assert (store.puts, store.published, store.due(2.0)) == (1, {}, [slot])
+    assert (store.puts, store.owing, store.due(2.0)) == (1, {}, [slot])
     assert store.expire(100.0) == []
 
 
@@ -556,9 +556,9 @@ def test_published_slots_are_known_the_oldest_first() -> None:
     slots = [reserve(store) for _ in range(3)]
     for at, index in enumerate((2, 0, 1)):
         store.publish(slots[index], float(at))
-    assert list(store.published.values()) == [slots[2], slots[0], slots[1]]
+    assert list(store.owing.values()) == [slots[2], slots[0], slots[1]]
     pay(store, slots[2])
-    assert list(store.published.values()) == [slots[0], slots[1]]
+    assert list(store.owing.values()) == [slots[0], slots[1]]
 
 
 # --- recycling ----------------------------------------------------------------------------------

@@ -558,7 +558,7 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def books_agree(self) -> None:
         store = self.store
-        assert list(store.published.values()) == [feature.slot for feature in self.published]
+        assert list(store.owing.values()) == [feature.slot for feature in self.published]
         assert list(store._retiring.values()) == [feature.slot for feature in self.retiring]
         aging = {
             ttl_s: [feature.slot for feature in self.published if feature.request.ttl_s == ttl_s]

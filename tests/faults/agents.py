@@ -19,6 +19,7 @@ from featcache.attachment import Attachment
 from featcache.control.channel import Channel
 from featcache.control.client import Link
 from featcache.control.server import Server
+from featcache.desk import Desk
 from featcache.feature_cache import FeatureCache
 from featcache.memory.cuda import CudaMapping
 from featcache.memory.cuda_slab import CudaSlab
@@ -48,7 +49,7 @@ READER_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
 }
 OWNER_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
     "greeting": (Server, "_greet", BEFORE),  # hello has come, no welcome was sent
-    "discarding": (Server, "_discard", BEFORE),  # asked, and never answers
+    "discarding": (Desk, "_discard", BEFORE),  # asked, and never answers
     "reserved": (HostSlab, "write", BEFORE),  # room is given, no bytes are there
     "written": (HostSlab, "write", AFTER),  # the bytes are there, nobody knows
     "publishing": (OwnerWords, "entitle", BEFORE),  # `published` is written, `live` is not

@@ -23,7 +23,7 @@ def assert_empty(cache: FeatureCache, sessions: int = 0) -> None:
     assert (now.used_bytes, now.slots_used, now.sessions) == (0, 0, sessions)
     assert now.free_bytes == now.largest_free_bytes == now.capacity_bytes
     pool = cache._opened().pool
-    assert not pool.store.published
+    assert not pool.store.owing
     assert not pool.store._retiring
     assert not pool.store._aging
     assert sum(number > 0 for number in pool.pages) == sessions  # the others are the owner's own

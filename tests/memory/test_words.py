@@ -182,21 +182,22 @@ def test_nothing_is_left(no_leaks: None) -> None:
         os.close(fd)
 
 
-ONE_SLOT = [
+ALIKE = 1024  # slots with which both kinds of block are of one size
+BLOCKS = [
     pytest.param(SessionWords, OwnerWords, id="a page as words"),
     pytest.param(OwnerWords, SessionWords, id="words as a page"),
 ]
 
 
-@pytest.mark.parametrize(("made", "meant"), ONE_SLOT)
+@pytest.mark.parametrize(("made", "meant"), BLOCKS)
 def test_each_others_blocks_are_refused(
     made: type[OwnerWords | SessionWords], meant: type[OwnerWords | SessionWords]
 ) -> None:
-    assert owner_block_bytes(1) == session_page_bytes(1)
-    _, fd = made.create(1)
+    assert owner_block_bytes(ALIKE) == session_page_bytes(ALIKE)
+    _, fd = made.create(ALIKE)
     try:
         with pytest.raises(AttachRefused):
-            meant.attach(fd, 1)
+            meant.attach(fd, ALIKE)
     finally:
         os.close(fd)
 

@@ -13,15 +13,19 @@ from featcache import errors
 from featcache.control.channel import Channel, close_all
 from featcache.control.messages import (
     VERSION,
+    Answer,
+    Cancel,
     Closing,
     Discard,
     Farewell,
     Goodbye,
     Hello,
+    Note,
     ProtocolError,
     Refused,
     Relay,
     Reply,
+    Request,
     Retire,
     Retired,
     Segments,
@@ -63,7 +67,10 @@ class Link:
         self._welcome: asyncio.Future[Welcome] = self._loop.create_future()
         self._welcome_fds: list[int] = []  # this link's to close until `greet` hands them on
         self._farewell: asyncio.Future[None] = self._loop.create_future()
-        self._requests: dict[int, asyncio.Future[bytes]] = {}
+        self._requests: dict[int, asyncio.Future[tuple[Answer, list[int]]]] = {}
+        self._orphans: dict[int, Request] = {}
+        self.on_orphan: Callable[[Request, Answer], None] | None = None
+        """Told of answers whose askers were cancelled."""
         self._on_slab: Callable[[SlabChange, list[int]], None] | None = None
         self._untaken: list[tuple[SlabChange, list[int]]] = []
         self._numbers = 0
@@ -92,30 +99,71 @@ class Link:
 
     async def discard(self, slot: int, generation: int) -> None:
         """Ask the owner to cancel a ref; return when it has."""
-        await self._ask(lambda number: Discard(number, slot, generation))
+        await self.ask(Discard(self.number(), slot, generation))
 
     async def relay(self, ref: bytes) -> bytes:
         """Ask the owner to copy a ref's bytes into host memory; return the copy's ref."""
-        return await self._ask(lambda number: Relay(number, ref))
+        reply, _ = await self.ask(Relay(self.number(), ref))
+        if not isinstance(reply, Reply):
+            raise ProtocolError("the owner answered a relay with something else")
+        return reply.ref
 
-    async def _ask(self, request: Callable[[int], Discard | Relay]) -> bytes:
+    def number(self) -> int:
+        """Return the number of a new request."""
+        self._numbers += 1
+        return self._numbers
+
+    async def ask(self, request: Request) -> tuple[Answer, list[int]]:
+        """Return the owner's answer and its descriptors, or raise the error that it says.
+
+        If cancelled, the owner is told, and its answer goes to `on_orphan` when it comes.
+        """
         if self.lost is not None:
             raise OwnerLost(self.lost)
-        if len(self._requests) >= _MAX_REQUESTS:
+        if len(self._requests) + len(self._orphans) >= _MAX_REQUESTS:
             raise FeatcacheError(f"{_MAX_REQUESTS} requests are unanswered already")
-        self._numbers += 1
-        number = self._numbers
-        answer: asyncio.Future[bytes] = self._loop.create_future()
+        number = request.request
+        payload = encode(request)
+        answer: asyncio.Future[tuple[Answer, list[int]]] = self._loop.create_future()
         self._requests[number] = answer
         try:
-            self._channel.send(encode(request(number)))
-            return await answer
+            self._channel.send(payload)
         except ValueError as error:
-            if answer.done():
-                raise  # the owner's answer
+            del self._requests[number]
             raise SettingsError(f"{error}: raise Settings.message_bytes") from None
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self._abandon(request, answer)
+            raise
         finally:
             self._requests.pop(number, None)
+
+    def _abandon(
+        self, request: Request, answer: "asyncio.Future[tuple[Answer, list[int]]]"
+    ) -> None:
+        """See to an answer that nobody awaits any more: what it hands over is to be given back."""
+        if answer.done() and not answer.cancelled():
+            if answer.exception() is None:
+                self._take_orphan(request, *answer.result())
+        elif self.lost is None and not self._channel.closed:
+            self._orphans[request.request] = request
+            self.tell(Cancel(request.request))
+
+    def _take_orphan(self, request: Request, answer: Answer, fds: list[int]) -> None:
+        close_all(fds)
+        if self.on_orphan is not None:
+            self.on_orphan(request, answer)
+
+    def discard_soon(self, slot: int, generation: int) -> None:
+        """As `discard`, for who does not want to know."""
+        if self.lost is None and not self._channel.closed:
+            self._channel.send(encode(Discard(self.number(), slot, generation)))
+
+    def tell(self, note: Note) -> None:
+        """Send what is not answered. An owner that is gone needs no telling."""
+        if self.lost is None and not self._channel.closed:
+            self._channel.send(encode(note))
 
     def take_slab_changes(self, take: Callable[[SlabChange, list[int]], None]) -> None:
         """Have `take` called with every change of the slab and its descriptors, which it then owns."""
@@ -149,6 +197,7 @@ class Link:
             self._watch.close()
         self._close_welcome()
         self._on_slab = None  # the handle holds this link: without a cycle it goes at once
+        self.on_orphan = None
         self._settle("the session was closed")
 
     def forget(self) -> None:
@@ -175,8 +224,9 @@ class Link:
                 self._welcome_fds, fds = fds, []
             elif isinstance(message, Refused) and not self._welcome.done():
                 self._welcome.set_exception(AttachRefused(f"refused: {message.reason}"))
-            elif isinstance(message, Reply):
-                self._answer(message)
+            elif isinstance(message, Answer):
+                answered, fds = fds, []
+                self._answer(message, answered)
             elif isinstance(message, Farewell) and self._welcome.done():
                 self._resolve(self._farewell)
             elif isinstance(message, Closing):
@@ -200,13 +250,20 @@ class Link:
         if len(self._untaken) > _MAX_UNTAKEN:
             raise ProtocolError(f"more than {_MAX_UNTAKEN} changes of the slab at once")
 
-    def _answer(self, reply: Reply) -> None:
+    def _answer(self, reply: Answer, fds: list[int]) -> None:
         future = self._requests.pop(reply.request, None)
+        failed = isinstance(reply, Reply) and reply.error is not None
         if future is None or future.done():
+            orphan = self._orphans.pop(reply.request, None)
+            if orphan is None or failed:
+                close_all(fds)
+            else:
+                self._take_orphan(orphan, reply, fds)
             return
-        if reply.error is None:
-            future.set_result(reply.ref)
+        if not isinstance(reply, Reply) or reply.error is None:
+            future.set_result((reply, fds))
             return
+        close_all(fds)
         kind = getattr(errors, reply.error, None) if reply.error in errors.__all__ else None
         future.set_exception((kind or FeatcacheError)(reply.text))
 
@@ -235,6 +292,7 @@ class Link:
             if not future.done():
                 future.set_exception(OwnerLost(lost))
         self._requests.clear()
+        self._orphans.clear()
 
     @staticmethod
     def _resolve(future: asyncio.Future[None]) -> None:

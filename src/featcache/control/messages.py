@@ -1,35 +1,52 @@
 """What owner and readers say to each other. Bounded, typed, versioned; nothing is trusted by type alone."""
 
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 
 from featcache.errors import FeatcacheError
+from featcache.ref import TensorSpec
+from featcache.settings import MAX_KEY_BYTES
 
 __all__ = [
     "MAX_SEGMENTS",
     "VERSION",
+    "Answer",
+    "Cancel",
     "Closing",
     "Discard",
     "Farewell",
+    "Find",
     "FromClient",
     "FromOwner",
     "Goodbye",
+    "Granted",
     "Hello",
+    "MayMake",
+    "Note",
+    "OfKey",
     "ProtocolError",
+    "Publish",
     "Refused",
     "Relay",
     "Reply",
+    "Request",
+    "Reserve",
+    "Reserved",
     "Retire",
     "Retired",
     "Segments",
+    "Unclaim",
     "Welcome",
+    "Withdraw",
+    "Writable",
+    "Write",
     "decode_from_client",
     "decode_from_owner",
     "encode",
 ]
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Grows when a message or a shared layout changes; both sides must have the same."""
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
@@ -38,6 +55,8 @@ _Natural = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _PoolId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 _Handle = Annotated[bytes, msgspec.Meta(max_length=64)]
 _Ref = Annotated[bytes, msgspec.Meta(max_length=64 << 10)]
+_Key = Annotated[bytes, msgspec.Meta(min_length=1, max_length=MAX_KEY_BYTES)]
+_Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 MAX_SEGMENTS: Final = 32
 """Most segments that one message can bring; each comes with its descriptor."""
@@ -74,6 +93,74 @@ class Relay(msgspec.Struct, tag="relay", frozen=True):
     ref: _Ref
 
 
+class Find(msgspec.Struct, tag="find", frozen=True):
+    """Client: a read of what is under this key. Answered by `Granted`, `MayMake` or `Reply`."""
+
+    request: _Natural
+    key: _Key
+    waits: bool = False
+    """Whether to answer only once there is something."""
+    makes: bool = False
+    """Whether the client would make it itself; it then waits for another who does."""
+
+
+class Cancel(msgspec.Struct, tag="cancel", frozen=True):
+    """Client: it awaits this request no longer. The request is answered all the same."""
+
+    request: _Natural
+
+
+class Unclaim(msgspec.Struct, tag="unclaim", frozen=True):
+    """Client: what it was to make is published, or will not be."""
+
+    key: _Key
+    claim: _Natural
+
+
+class OfKey(msgspec.Struct, tag="of_key", frozen=True):
+    """Client: do this to a key. Answered by `Reply`."""
+
+    request: _Natural
+    key: _Key
+    what: Literal["contains", "evict", "pin", "unpin"]
+
+
+class Reserve(msgspec.Struct, tag="reserve", frozen=True):
+    """Client: room for a feature that it writes itself. Answered by `Reserved` or `Reply`."""
+
+    request: _Natural
+    nbytes: _Natural
+    readers: _Natural | Annotated[list[_Name], msgspec.Meta(min_length=1)]
+    ttl_s: _Seconds | None
+    key: _Key | None
+    waits: bool
+    """Whether to stand in the queue for it."""
+
+
+class Publish(msgspec.Struct, tag="publish", frozen=True):
+    """Client: a slot that it reserved is written, or will be in its stream's order. See `Reply`."""
+
+    request: _Natural
+    slot: _Natural
+    generation: _Natural
+    specs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=4096)]
+
+
+class Withdraw(msgspec.Struct, tag="withdraw", frozen=True):
+    """Client: it will not publish this slot, of whose bytes some may be on their way."""
+
+    slot: _Natural
+    generation: _Natural
+    landed: bool
+    """Whether none are: no word will follow."""
+
+
+class Write(msgspec.Struct, tag="write", frozen=True):
+    """Client, before its first put: what it needs to map the slab for writing. See `Writable`."""
+
+    request: _Natural
+
+
 class Retired(msgspec.Struct, tag="retired", frozen=True):
     """Client, in answer to `Retire`: what was taken away is not mapped here any more."""
 
@@ -104,6 +191,12 @@ class Welcome(msgspec.Struct, tag="welcome", frozen=True):
     """Whether the owner copies features into host memory for sessions that can't reach the slab."""
     kin: _PoolId | None = None
     """The owner's other pool, to which it spills."""
+    kin_endpoint: _Text = ""
+    """Where that one listens, if puts may go there."""
+    endpoint: _Text = ""
+    """Where the owner listens, as its refs say it."""
+    grants: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] = 1024
+    """Reads by key that the session may have out."""
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True):
@@ -120,6 +213,39 @@ class Reply(msgspec.Struct, tag="reply", frozen=True):
     text: _Text = ""
     ref: _Ref = b""
     """What was asked for, if that is a ref."""
+    flag: bool = False
+    """What was asked for, if that is yes or no."""
+
+
+class Granted(msgspec.Struct, tag="granted", frozen=True):
+    """Owner: a read by key, paid by `serial` in the word at `index` of the session's page."""
+
+    request: _Natural
+    index: _Natural
+    serial: _Natural
+    ref: _Ref
+
+
+class MayMake(msgspec.Struct, tag="may_make", frozen=True):
+    """Owner: there is nothing under the key, and this client makes it. Ended by `Unclaim`."""
+
+    request: _Natural
+    claim: _Natural
+
+
+class Reserved(msgspec.Struct, tag="reserved", frozen=True):
+    """Owner: the client may write there. Ended by `Publish` or `Withdraw`."""
+
+    request: _Natural
+    slot: _Natural
+    generation: _Natural
+    offset_bytes: _Natural
+
+
+class Writable(msgspec.Struct, tag="writable", frozen=True):
+    """Owner, with the descriptors, if any, that the slab is mapped for writing by."""
+
+    request: _Natural
 
 
 class Segments(msgspec.Struct, tag="segments", frozen=True):
@@ -144,8 +270,13 @@ class Closing(msgspec.Struct, tag="closing", frozen=True):
     """Owner, last: it closes the pool."""
 
 
-FromClient = Hello | Goodbye | Discard | Relay | Retired
-FromOwner = Welcome | Refused | Reply | Farewell | Closing | Segments | Retire
+Request = Discard | Relay | Find | OfKey | Reserve | Publish | Write
+"""What is answered, once, under its number."""
+Note = Cancel | Unclaim | Withdraw
+"""What is not."""
+Answer = Reply | Granted | MayMake | Reserved | Writable
+FromClient = Hello | Goodbye | Retired | Request | Note
+FromOwner = Welcome | Refused | Farewell | Closing | Segments | Retire | Answer
 
 encode = msgspec.msgpack.Encoder().encode
 _from_client: msgspec.msgpack.Decoder[FromClient] = msgspec.msgpack.Decoder(FromClient)

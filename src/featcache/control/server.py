@@ -18,14 +18,13 @@ from featcache.control.messages import (
     MAX_SEGMENTS,
     VERSION,
     Closing,
-    Discard,
     Farewell,
     Goodbye,
     Hello,
+    Note,
     ProtocolError,
     Refused,
-    Relay,
-    Reply,
+    Request,
     Retire,
     Retired,
     Segments,
@@ -33,23 +32,25 @@ from featcache.control.messages import (
     encode,
 )
 from featcache.control.peers import PidWatch, check_uid, peer_pid
+from featcache.control.requests import Desk, Requests
 from featcache.control.sessions import Host, Segment, Session, SessionState
-from featcache.errors import AttachRefused, FeatcacheError, SettingsError
+from featcache.errors import AttachRefused, FeatcacheError
 from featcache.settings import Settings
 
 __all__ = ["Server"]
 
 
 _QUARANTINE_EVENT_S = 0.1
-_MOST_RELAYS = 64
-"""Relays that one session may have under way."""
 
 
 class Server:
     """Listens, greets, and keeps the sessions. Everything runs in the loop, nothing blocks."""
 
-    def __init__(self, sock: socket.socket, path: str, settings: Settings, host: Host) -> None:
+    def __init__(
+        self, sock: socket.socket, path: str, settings: Settings, host: Host, desk: Desk
+    ) -> None:
         self.endpoint = path
+        self._requests = Requests(desk, settings)
         self._sock = sock
         self._settings = settings
         self._host = host
@@ -121,16 +122,14 @@ class Server:
         finally:
             close_all(fds)
 
-    def _take(self, session: Session, message: Goodbye | Discard | Relay | Retired) -> None:
+    def _take(self, session: Session, message: Goodbye | Retired | Request | Note) -> None:
         if isinstance(message, Goodbye):
             self._goodbye(session)
         elif isinstance(message, Retired):
             session.layout = max(session.layout, message.layout)
             self._settle_retired()
-        elif isinstance(message, Relay):
-            self._begin_relay(session, message)
         else:
-            self._discard(session, message)
+            self._requests.take(session, message)
 
     def _greet(self, session: Session, hello: Hello, fds: list[int]) -> None:
         if session.state is not SessionState.GREETING:
@@ -182,35 +181,6 @@ class Server:
                     pool=self._host.pool_name, reason=reason, pid=session.pid, unlogged=unlogged
                 )
             )
-
-    # --- requests -------------------------------------------------------------------------------
-
-    def _discard(self, session: Session, message: Discard) -> None:
-        reply = Reply(message.request)
-        try:
-            self._host.discard(message.slot, message.generation)
-        except FeatcacheError as error:
-            reply = Reply(message.request, type(error).__name__, str(error)[:1000])
-        assert session.channel is not None, "an active session has its channel"
-        session.channel.send(encode(reply))
-
-    def _begin_relay(self, session: Session, message: Relay) -> None:
-        if len(session.relays) >= _MOST_RELAYS:
-            raise ProtocolError(f"more than {_MOST_RELAYS} relays at once")
-        task = self._loop.create_task(self._relay(session, message))
-        session.relays.add(task)
-        task.add_done_callback(session.relays.discard)
-
-    async def _relay(self, session: Session, message: Relay) -> None:
-        try:
-            reply = Reply(message.request, ref=await self._host.relay(message.ref))
-        except FeatcacheError as error:
-            reply = Reply(message.request, type(error).__name__, str(error)[:1000])
-        if len(encode(reply)) > self._settings.message_bytes:
-            why = "the ref is too long for a message: raise Settings.message_bytes"
-            reply = Reply(message.request, SettingsError.__name__, why)
-        if session.channel is not None:
-            session.channel.send(encode(reply))
 
     # --- the slab's size --------------------------------------------------------------------------
 
@@ -276,6 +246,7 @@ class Server:
                 self._on_death(session)
                 return
             session.state = SessionState.QUARANTINED
+            session.cancel_tasks()
             # A process that is killed loses its sockets a moment before its pidfd fires: only what
             # lasts is worth a warning.
             session.deadline = self._loop.call_later(
@@ -313,8 +284,7 @@ class Server:
         session.state = SessionState.ENDED
         self._stop_greeting(session)
         self.sessions.pop(session.number, None)
-        for task in list(session.relays):
-            task.cancel()
+        session.cancel_tasks()
         self._settle_retired()
         if session.channel is not None:
             session.channel.close()

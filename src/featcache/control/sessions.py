@@ -2,11 +2,11 @@
 
 import asyncio
 import enum
-from collections.abc import Coroutine, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 from featcache.control.channel import Channel
-from featcache.control.messages import Welcome
+from featcache.control.messages import Answer, Welcome
 from featcache.control.peers import PidWatch
 
 __all__ = ["Host", "Segment", "Session", "SessionState"]
@@ -34,7 +34,15 @@ class Session:
         self.deadline: asyncio.TimerHandle | None = None
         self.layout = 0
         """The last `Retire` that it has carried out."""
-        self.relays: set[asyncio.Task[None]] = set()
+        self.tasks: dict[int, asyncio.Task[Answer]] = {}
+        """What is under way for it, by the number of its request."""
+        self.relays: set[int] = set()
+        """Those of them that are relays."""
+
+    def cancel_tasks(self) -> None:
+        """Let nothing be under way for it: no answer can reach it any more."""
+        for task in list(self.tasks.values()):
+            task.cancel()
 
 
 class Segment(Protocol):
@@ -71,9 +79,3 @@ class Host(Protocol):
 
     def dismiss(self, session: Session, *, died: bool) -> int:
         """Fold what the session paid; if it died, pay for it. Return the reads paid for it."""
-
-    def discard(self, index: int, generation: int) -> None:
-        """Cancel what a ref still owes, or raise StaleRef."""
-
-    def relay(self, ref: bytes) -> Coroutine[Any, Any, bytes]:
-        """Copy a ref's bytes into host memory; return the copy's ref. Raises as a get does."""

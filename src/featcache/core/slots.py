@@ -31,14 +31,20 @@ class Slot:
         "due_s",
         "extent",
         "generation",
+        "grants",
+        "idle",
         "index",
+        "key",
         "nbytes",
         "owers",
         "payers",
         "retired_s",
         "state",
+        "tick",
         "ttl_s",
         "unpaid",
+        "used_s",
+        "wanted_key",
     )
 
     def __init__(self, index: int) -> None:
@@ -58,6 +64,18 @@ class Slot:
         self.retired_s = 0.0
         self.due_s = 0.0
         """When a RETIRING slot's holds may be looked at."""
+        self.wanted_key: bytes | None = None
+        """The key under which it is to be kept once it is published."""
+        self.key: bytes | None = None
+        """The key under which the directory holds it."""
+        self.grants = 0
+        """Reads given out by key that are not paid yet."""
+        self.idle = False
+        """Whether it could be evicted now: kept under a key, and nobody reads, owes or pins it."""
+        self.tick = 0
+        """Its place in the order of use; greater is more recent."""
+        self.used_s = 0.0
+        """When it was last looked up, or published."""
 
     @property
     def offset_bytes(self) -> int:
@@ -112,7 +130,7 @@ class SlotTable:
         """Take a slot back; its generation stays, so that old refs never match again."""
         slot.state = _FREE
         slot.extent = None
-        slot.owers = slot.payers = None
+        slot.owers = slot.payers = slot.wanted_key = None
         slot.unpaid = 0
         self._free.append(slot.index)
 

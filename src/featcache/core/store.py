@@ -8,10 +8,8 @@ carried out, so no other call can come between (httpcore's connection pool is bu
 from collections.abc import Iterable
 from itertools import takewhile
 
-import attrs
-import msgspec
-
 from featcache.core.allocator import ALIGNMENT_BYTES, OffsetAllocator
+from featcache.core.effects import Effect, Expired, Grow, Limits, Recycled, Retired, Woken
 from featcache.core.slots import Slot, SlotState, SlotTable
 from featcache.core.waiters import Request, Waiter, WaitQueue
 from featcache.errors import FeatureTooLarge, PoolFull, StaleRef
@@ -19,59 +17,8 @@ from featcache.errors import FeatureTooLarge, PoolFull, StaleRef
 __all__ = ["Effect", "Expired", "Grow", "Limits", "Recycled", "Retired", "Store", "Woken"]
 
 
-@attrs.frozen
-class Limits:
-    """The sizes that a store is made with."""
-
-    capacity_bytes: int
-    segment_bytes: int
-    initial_bytes: int
-    slots: int
-    waiters: int
-    grace_s: float
-    idle_s: float
-    grow_retry_s: float = 1.0
-
-
-class Retired(msgspec.Struct, frozen=True, gc=False):
-    """The slot may no longer be read: clear its `live` word now, look at its holds from `due_s`."""
-
-    slot: Slot
-
-
-class Recycled(msgspec.Struct, frozen=True, gc=False):
-    """The extent is free."""
-
-    index: int
-    generation: int
-    nbytes: int
-
-
-class Woken(msgspec.Struct, frozen=True, gc=False):
-    """This waiter was granted its slot; tell it."""
-
-    waiter: Waiter
-
-
-class Expired(msgspec.Struct, frozen=True, gc=False):
-    """The ref outlived its ttl; `Retired` comes with it."""
-
-    label: str
-    nbytes: int
-    age_s: float
-    owed_by: tuple[str, ...] | int
-
-
-class Grow(msgspec.Struct, frozen=True, gc=False):
-    """The head of the queue needs the slab committed up to `end_bytes`. One is out at a time."""
-
-    end_bytes: int
-
-
 # Members of an enum are slow to look up, and these are looked up at every put and payment.
 _RESERVED, _PUBLISHED, _RETIRING = SlotState.RESERVED, SlotState.PUBLISHED, SlotState.RETIRING
-
-Effect = Retired | Recycled | Woken | Expired | Grow
 
 
 def _up(value: int, unit: int) -> int:
@@ -86,14 +33,16 @@ class Store:
         self.table = SlotTable(limits.slots)
         self.queue = WaitQueue()
         self.allocator = OffsetAllocator(0)
-        self.published: dict[int, Slot] = {}
-        """PUBLISHED slots by index, the oldest first."""
+        self.owing: dict[int, Slot] = {}
+        """PUBLISHED slots that owe reads, by index, the oldest first."""
         self._retiring: dict[int, Slot] = {}
         self._aging: dict[float, dict[int, Slot]] = {}  # by ttl: within one ttl age is order
         self._growing = False
         self._grow_after_s = float("-inf")
         self._tail_since_s: float | None = None
         self._tail_high_bytes = 0
+        self.tail_in_use = False
+        """Whether an idle window ended in which the last segment was in use throughout."""
         self.puts = self.recycled = self.expired = self.waited = 0
 
     # --- room -----------------------------------------------------------------------------------
@@ -177,13 +126,17 @@ class Store:
             raise ValueError(f"slot {slot.label} is {slot.state.name}, not RESERVED")
         slot.state = _PUBLISHED
         slot.born_s = now_s
-        self.published[slot.index] = slot
-        if slot.ttl_s is not None:
-            self._aging.setdefault(slot.ttl_s, {})[slot.index] = slot
         self.puts += 1
-        if slot.unpaid == 0:  # every named reader died while the bytes were being copied
-            return [self._retire(slot, now_s)]
-        return []
+        if slot.unpaid:
+            self.owing[slot.index] = slot
+            if slot.ttl_s is not None:
+                self._aging.setdefault(slot.ttl_s, {})[slot.index] = slot
+            if slot.wanted_key is None:
+                return []
+        if slot.wanted_key is not None:
+            return self._keep(slot, now_s)
+        # Every named reader died while the bytes were being copied.
+        return [self._retire(slot, now_s)]
 
     # --- reads ----------------------------------------------------------------------------------
 
@@ -199,7 +152,7 @@ class Store:
     ) -> list[Effect]:
         """Count one read as paid by `session`. What it does not owe, or paid before, is ignored."""
         slot = self.table.find(index, generation)
-        if slot is None or slot.state is not _PUBLISHED:
+        if slot is None or slot.state is not _PUBLISHED or not slot.unpaid:
             return []
         if slot.owers is not None:
             if name not in slot.owers:
@@ -212,7 +165,7 @@ class Store:
         else:
             slot.payers.add(session)
         slot.unpaid -= 1
-        return [self._retire(slot, now_s)] if slot.unpaid == 0 else []
+        return [] if slot.unpaid else self._settle(slot, now_s)
 
     def forgive(self, name: str, now_s: float) -> tuple[int, list[Effect]]:
         """Pay everything that a dead named reader still owes; return how many reads that was."""
@@ -224,12 +177,20 @@ class Store:
             slot.unpaid -= 1
             paid += 1
             if slot.unpaid == 0 and slot.state is _PUBLISHED:
-                effects.append(self._retire(slot, now_s))
+                effects += self._settle(slot, now_s)
         return paid, effects
 
     def revoke(self, index: int, generation: int, now_s: float) -> list[Effect]:
-        """Cancel every read still owed (discard). Raise StaleRef if there is nothing to cancel."""
-        return [self._retire(self.find(index, generation), now_s, self.limits.grace_s)]
+        """Cancel every read still owed (discard). Raise StaleRef if there is nothing to cancel.
+
+        What is kept under a key, or read by one, stays for those who come by the key.
+        """
+        return self._cancel(self.find(index, generation), now_s)
+
+    def _cancel(self, slot: Slot, now_s: float) -> list[Effect]:
+        if slot.key is not None or slot.grants:
+            slot.unpaid, slot.owers = 0, None  # it is read by others, who do not owe these
+        return self._settle(slot, now_s, self.limits.grace_s)
 
     def expire(self, now_s: float) -> list[Effect]:
         """Revoke what has outlived its ttl."""
@@ -240,7 +201,7 @@ class Store:
             for slot in ripe:
                 age_s = now_s - slot.born_s
                 effects.append(Expired(slot.label, slot.nbytes, age_s, slot.owed_by))
-                effects.append(self._retire(slot, now_s, self.limits.grace_s))
+                effects += self._cancel(slot, now_s)
                 self.expired += 1
         return effects
 
@@ -248,7 +209,7 @@ class Store:
 
     def due(self, now_s: float) -> list[Slot]:
         """Return retiring slots whose grace has passed: recycle those that no session holds."""
-        return [slot for slot in self._retiring.values() if slot.due_s <= now_s]
+        return [slot for slot in self._retiring.values() if slot.due_s <= now_s and not slot.grants]
 
     def recycle(self, slots: Iterable[Slot], now_s: float) -> list[Effect]:
         """Free the extents of retired slots that nobody holds, and serve the queue."""
@@ -307,7 +268,8 @@ class Store:
             return None
         keep = max(_up(self._tail_high_bytes, limits.segment_bytes), limits.initial_bytes)
         self._tail_since_s = None
-        if keep >= allocator.end_bytes:
+        self.tail_in_use = keep >= allocator.end_bytes
+        if self.tail_in_use:
             return None
         allocator.shrink(keep)
         self._growing = True  # nothing grows into what is being given back
@@ -330,6 +292,7 @@ class Store:
         slot.extent = extent
         slot.nbytes = request.nbytes
         slot.ttl_s = request.ttl_s
+        slot.wanted_key = request.key
         slot.born_s = now_s
         readers = request.readers
         if isinstance(readers, int):
@@ -338,18 +301,36 @@ class Store:
             slot.unpaid, slot.owers = len(readers), set(readers)
         return slot
 
+    def _settle(self, slot: Slot, now_s: float, grace_s: float = 0.0) -> list[Effect]:
+        """Count a slot as owing no reads any more; retire it unless a key or a grant keeps it."""
+        self._leave_owing(slot)
+        if slot.key is None and not slot.grants:
+            return [self._retire(slot, now_s, grace_s)]
+        self._kept(slot)
+        return []
+
+    def _leave_owing(self, slot: Slot) -> None:
+        if self.owing.pop(slot.index, None) is None or slot.ttl_s is None:
+            return
+        aging = self._aging[slot.ttl_s]
+        del aging[slot.index]
+        if not aging:
+            del self._aging[slot.ttl_s]
+
     def _retire(self, slot: Slot, now_s: float, grace_s: float = 0.0) -> Retired:
         slot.state = _RETIRING
         slot.retired_s = now_s
         slot.due_s = now_s + grace_s
-        del self.published[slot.index]
-        if slot.ttl_s is not None:
-            aging = self._aging[slot.ttl_s]
-            del aging[slot.index]
-            if not aging:
-                del self._aging[slot.ttl_s]
         self._retiring[slot.index] = slot
         return Retired(slot)
+
+    def _keep(self, slot: Slot, now_s: float) -> list[Effect]:
+        """Keep a slot that was just published under the key that it wants (`KeyedStore`)."""
+        raise NotImplementedError
+
+    def _kept(self, slot: Slot) -> None:
+        """Note that a slot which a key or a grant keeps owes no reads any more (`KeyedStore`)."""
+        raise NotImplementedError
 
     def _free(self, slot: Slot) -> None:
         assert slot.extent is not None, "only FREE slots have no extent"

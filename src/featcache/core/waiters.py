@@ -20,7 +20,9 @@ class Request(msgspec.Struct, frozen=True, gc=False):
 
     nbytes: int
     readers: int | frozenset[str]
+    """How many reads are owed (0 only with a key), or by whom."""
     ttl_s: float | None
+    key: bytes | None = None
 
 
 class WaiterState(enum.Enum):

@@ -51,6 +51,9 @@ class Backing(Protocol):
     def open_for(self, ordinal: int) -> int:
         """Let a device access it; return the address at which it does. May block."""
 
+    def open_for_writing(self) -> int:
+        """Return the address at which the first device may write it. May block."""
+
     def storage(self, address: int, device: torch.device) -> torch.UntypedStorage:
         """Return a storage over the whole range. It keeps the backing up."""
 
@@ -140,6 +143,10 @@ class SegmentBacking(_Lent):
         """Handles of memory that is not mapped any more, until the driver has let them go."""
         with driver.on(ordinal):
             self._address = driver.reserve(capacity_bytes)
+        self._twin = 0
+        """Where the same memory is mapped once more, for writing, if it is."""
+        self._untwinned: list[_Mapped] = []
+        """Segments that are not mapped there any more, while the driver would not unmap them here."""
 
     @property
     def end_bytes(self) -> int:
@@ -158,6 +165,34 @@ class SegmentBacking(_Lent):
                         self._allow(segment.start_bytes, segment.size_bytes, devices)
                 self._devices = devices
             return self._address
+
+    def open_for_writing(self) -> int:
+        """As `Backing.open_for_writing`: where readers map it, a second range of addresses."""
+        with self._changing, self._driver.on(self._ordinal), ExitStack() as undo:
+            self._check_open()
+            if self._write:
+                return self._address
+            if not self._twin:
+                twin = self._driver.reserve(self.capacity_bytes)
+                undo.callback(self._driver.unreserve, twin, self.capacity_bytes)
+                for segment in self.segments:
+                    self._map_twin(twin, segment.start_bytes, segment.size_bytes, segment.handle)
+                    undo.callback(self._unmap_twin, twin, segment)
+                self._twin = twin
+                undo.pop_all()
+            return self._twin
+
+    def _map_twin(self, twin: int, start_bytes: int, size_bytes: int, handle: Any) -> None:
+        driver, address = self._driver, twin + start_bytes
+        driver.map(address, size_bytes, handle)
+        try:
+            driver.allow(address, size_bytes, [self._ordinal], write=True)
+        except BaseException:
+            driver.unmap(address, size_bytes)
+            raise
+
+    def _unmap_twin(self, twin: int, segment: _Mapped) -> None:
+        self._driver.unmap(twin + segment.start_bytes, segment.size_bytes)
 
     def make(self, start_bytes: int, size_bytes: int) -> None:
         """Put new memory at the end of what there is, with a descriptor for readers."""
@@ -188,6 +223,8 @@ class SegmentBacking(_Lent):
         driver.map(address, size_bytes, handle)
         try:
             self._allow(start_bytes, size_bytes, self._devices)
+            if self._twin:
+                self._map_twin(self._twin, start_bytes, size_bytes, handle)
         except BaseException:
             driver.unmap(address, size_bytes)
             raise
@@ -214,8 +251,13 @@ class SegmentBacking(_Lent):
                     each.callback(self._take_away, segment)
 
     def _take_away(self, segment: _Mapped) -> None:
+        if self._twin and segment not in self._untwinned:
+            self._unmap_twin(self._twin, segment)
+            self._untwinned.append(segment)
         self._driver.unmap(self._address + segment.start_bytes, segment.size_bytes)
         self.segments.remove(segment)
+        if segment in self._untwinned:
+            self._untwinned.remove(segment)
         if segment.fd >= 0:
             os.close(segment.fd)
         self._let_go(segment.handle)
@@ -236,6 +278,9 @@ class SegmentBacking(_Lent):
             with ExitStack() as each:
                 each.callback(self._let_go)
                 each.callback(self._cut, 0)
+            if self._twin:
+                self._driver.unreserve(self._twin, self.capacity_bytes)
+                self._twin = 0
             self._driver.unreserve(self._address, self.capacity_bytes)
             self._address = 0
 
@@ -284,6 +329,10 @@ class IpcBacking(_Lent):
             self._check_open()
             address = self._open.get(ordinal)
             return self._open_theirs(ordinal) if address is None else address
+
+    def open_for_writing(self) -> int:
+        """As `Backing.open_for_writing`: what a legacy handle opens may be written."""
+        return self.open_for(self._ordinal)
 
     def _open_theirs(self, ordinal: int) -> int:
         if self._theirs is None:

@@ -8,7 +8,7 @@ returns, on a stream of the mapping's own: it may then block, and belongs in a t
 import ctypes
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,16 +16,14 @@ import torch
 from featcache.errors import AttachRefused, CacheClosed, SettingsError
 from featcache.memory import copies
 from featcache.memory.backing import IPC, VMM, Backing, IpcBacking, SegmentBacking, Unreachable
+from featcache.memory.cuda_writing import SLOWER, CudaWriting
 from featcache.memory.driver import Driver
 from featcache.memory.lane import Lane, Order
 from featcache.memory.pack import DTYPES, contiguous_strides
 from featcache.memory.words import Block, fence_stores
 from featcache.ref import TensorSpec
 
-__all__ = ["SLOWER", "CudaMapping", "attach"]
-
-SLOWER: Final = 16
-"""How much longer a byte takes over PCIe, from pageable memory and waited for, than in host memory."""
+__all__ = ["CudaMapping", "attach"]
 
 
 class Words(NamedTuple):
@@ -35,7 +33,7 @@ class Words(NamedTuple):
     address: int
 
 
-class CudaMapping:
+class CudaMapping(CudaWriting):
     """A slab on a GPU as one process maps it, for one device of its own or for several."""
 
     deferred = True
@@ -72,6 +70,16 @@ class CudaMapping:
             raise CacheClosed("this mapping of the slab is closed")
         if ordinal not in self._lanes:
             self._open_lane(ordinal)
+
+    def open_for_writing(self, fds: Sequence[int]) -> None:
+        """Map the slab a second time, to be written: what is lent from the first stays read-only."""
+        if self._home.storage is None:
+            raise CacheClosed("this mapping of the slab is closed")
+        if fds:
+            raise AttachRefused("the owner sent descriptors where a slab on a GPU has none")
+        if self._target is None:
+            address = self._backing.open_for_writing()
+            self._target = (address, self._backing.storage(address, self._home.device))
 
     def _open_lane(self, ordinal: int) -> Lane:
         lane = Lane(self._driver, ordinal, self._driver.device(ordinal))
@@ -244,6 +252,7 @@ class CudaMapping:
         """
         with ExitStack() as each:  # from the last to the first
             each.callback(self._backing.close)
+            self._target = None
             for lane in self._lanes.values():
                 each.callback(lane.close)
             for address in self._adopted:
@@ -257,6 +266,7 @@ class CudaMapping:
     def forget(self) -> None:
         """Drop in a forked child what it can drop without CUDA, which does not work there."""
         self._adopted.clear()
+        self._target = None
         for lane in self._lanes.values():
             lane.storage = None
         if isinstance(self._backing, SegmentBacking):

@@ -1,14 +1,10 @@
 """A slab on a GPU, as its owner has it."""
 
-import torch
-
-from featcache.errors import BackendUnavailable, CacheClosed, SettingsError
-from featcache.memory import copies
+from featcache.errors import BackendUnavailable
 from featcache.memory.backing import IPC, VMM, IpcBacking, SegmentBacking
-from featcache.memory.cuda import SLOWER, CudaMapping
+from featcache.memory.cuda import CudaMapping
 from featcache.memory.driver import Driver
-from featcache.memory.lane import Order
-from featcache.memory.slab import Parts, Segment
+from featcache.memory.slab import Segment
 
 __all__ = ["CudaSlab", "choose_backend"]
 
@@ -54,6 +50,8 @@ class CudaSlab(CudaMapping):
         except BaseException:
             backing.close()
             raise
+        assert self._home.storage is not None, "a new mapping is open"
+        self._target = (self._home.address, self._home.storage)
 
     @property
     def handle(self) -> bytes:
@@ -62,6 +60,10 @@ class CudaSlab(CudaMapping):
 
     def descriptors(self) -> list[int]:
         """Return none: segments are sent one by one, as they are made."""
+        return []
+
+    def write_descriptors(self) -> list[int]:
+        """Return none: the segments' own serve."""
         return []
 
     def segments(self, start_bytes: int, stop_bytes: int) -> list[Segment]:
@@ -94,57 +96,3 @@ class CudaSlab(CudaMapping):
     def decommit(self, start_bytes: int, stop_bytes: int) -> None:
         """Give segments back. The memory is free once no session has them mapped any more."""
         self.cut(start_bytes)
-
-    # --- writing ----------------------------------------------------------------------------------
-
-    def stage(self, parts: Parts) -> tuple[Parts, Order | None]:
-        """Return the parts on this device or the host, and the caller's place in its stream's order.
-
-        None is the order where no part is on a GPU: what is on the host is there already.
-        """
-        ordinal, on_device = self._ordinal, False
-        for _, tensor in parts:
-            where = tensor.get_device()
-            if where == ordinal:
-                on_device = True
-            elif where >= 0:
-                # torch orders a copy between devices after both their current streams.
-                device = self._home.device
-                parts = [
-                    (spec, part.to(device) if part.get_device() >= 0 else part)
-                    for spec, part in parts
-                ]
-                on_device = True
-                break
-        return parts, self._home.order() if on_device else None
-
-    def staged_bytes(self, parts: Parts) -> int:
-        """Return how many bytes of host memory would hold up a thread as long as `write` does."""
-        return sum(tensor.nbytes for _, tensor in parts if tensor.get_device() < 0) * SLOWER
-
-    def write(self, offset_bytes: int, parts: Parts, order: Order | None) -> None:
-        """Copy staged tensors in: from the GPU enqueued at `order`, from the host done on return."""
-        lane = self._home
-        if lane.storage is None:
-            raise CacheClosed("this mapping of the slab is closed")
-        for spec, tensor in parts:
-            nbytes = tensor.nbytes
-            if not nbytes:
-                continue
-            at = lane.address + offset_bytes + spec.offset_bytes
-            if tensor.get_device() < 0:
-                plain = tensor if copies.is_plain(tensor) else _made_plain(tensor)
-                lane.copy_now(at, plain.data_ptr(), nbytes)
-            elif order is None or tensor.get_device() != lane.ordinal:
-                raise SettingsError("a part was not staged")
-            elif tensor.is_contiguous() and not (tensor.is_neg() or tensor.is_conj()):
-                lane.copy(at, tensor.data_ptr(), nbytes, order.stream)
-            else:
-                with lane.at(order):
-                    copies.copy(self.view(offset_bytes, spec), tensor)
-
-
-def _made_plain(tensor: torch.Tensor) -> torch.Tensor:
-    plain = torch.empty(tensor.shape, dtype=tensor.dtype)
-    copies.copy(plain, tensor)
-    return plain

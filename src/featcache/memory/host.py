@@ -13,7 +13,7 @@ import mmap
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -66,6 +66,28 @@ def _advise(mapping: mmap.mmap, advice: int, start_bytes: int, size_bytes: int) 
     return True
 
 
+def _view(storage: torch.UntypedStorage, offset_bytes: int, spec: TensorSpec) -> torch.Tensor:
+    # Not a view in torch's sense: such a one keeps its base, and with it the mapping, for as
+    # long as somebody keeps the emptied tensor. Half the cost of a new tensor from the buffer.
+    dtype, shape = DTYPES[spec.dtype], spec.shape
+    at = (offset_bytes + spec.offset_bytes) // dtype.itemsize
+    tensor = torch.empty(0, dtype=dtype, device=CPU)
+    return tensor.set_(storage, at, shape, contiguous_strides(shape))
+
+
+class _Target(NamedTuple):
+    """A mapping that may be written."""
+
+    address: int
+    storage: torch.UntypedStorage
+
+    @classmethod
+    def over(cls, mapping: mmap.mmap) -> "_Target":
+        """Return one over a mapping, which lives as long as its storage does."""
+        whole = torch.frombuffer(mapping, dtype=torch.uint8)
+        return cls(whole.data_ptr(), whole.untyped_storage())
+
+
 class HostMapping:
     """A host slab as one process maps it. It is unmapped when the last tensor over it is gone."""
 
@@ -79,6 +101,7 @@ class HostMapping:
             whole = torch.frombuffer(mapping, dtype=torch.uint8)
         self._storage: torch.UntypedStorage | None = whole.untyped_storage()
         self.end_bytes = whole.nbytes
+        self._target: _Target | None = None
         self.home = CPU
         """Where reads go that name no device: a GPU's, if that is what this slab stands in for."""
 
@@ -126,15 +149,10 @@ class HostMapping:
         self, offset_bytes: int, spec: TensorSpec, device: torch.device | None = None
     ) -> torch.Tensor:
         """Return a tensor over the slab's bytes, in host memory whatever the device."""
-        # Not a view in torch's sense: such a one keeps its base, and with it the mapping, for as
-        # long as somebody keeps the emptied tensor. Half the cost of a new tensor from the buffer.
         storage = self._storage
         if storage is None:
             raise CacheClosed("this mapping of the slab is closed")
-        dtype, shape = DTYPES[spec.dtype], spec.shape
-        at = (offset_bytes + spec.offset_bytes) // dtype.itemsize
-        tensor = torch.empty(0, dtype=dtype, device=CPU)
-        return tensor.set_(storage, at, shape, contiguous_strides(shape))
+        return _view(storage, offset_bytes, spec)
 
     def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
         """Return a new tensor to read into."""
@@ -156,6 +174,50 @@ class HostMapping:
             return
         region = self._open()  # kept for the length of the copy
         _memmove(out.data_ptr(), region[1] + offset_bytes + spec.offset_bytes, out.nbytes)
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    @property
+    def writable(self) -> bool:
+        """Whether `write` can be called."""
+        return self._target is not None
+
+    def open_for_writing(self, fds: Sequence[int]) -> None:
+        """Map the slab a second time, to be written: what is lent from the first stays read-only."""
+        self._open()
+        if self._target is not None:
+            return
+        if len(fds) != 1 or os.fstat(fds[0]).st_size != self.end_bytes:
+            raise AttachRefused("a host slab is written by one descriptor, of the slab's size")
+        self._target = _Target.over(mmap.mmap(fds[0], self.end_bytes, flags=mmap.MAP_SHARED))
+
+    def stage(self, parts: Parts) -> tuple[Parts, Streams]:
+        """Return the parts and the caller's streams of those that are on GPUs."""
+        devices = {tensor.device for _, tensor in parts if not tensor.is_cpu}
+        return parts, [torch.cuda.current_stream(device) for device in devices] if devices else ()
+
+    def staged_bytes(self, parts: Parts) -> int:
+        """Every copy holds up the thread that makes it; one from a GPU waits for its stream besides."""
+        if all(tensor.is_cpu for _, tensor in parts):
+            return sum(tensor.nbytes for _, tensor in parts)
+        return _NEVER_HERE
+
+    def write(self, offset_bytes: int, parts: Parts, order: Streams) -> None:
+        """Copy tensors in; the bytes are there on return."""
+        target = self._target  # kept for the length of the copies
+        if target is None:
+            self._open()
+            raise BackendUnavailable("this mapping of the slab was not opened for writing")
+        base = target.address
+        for spec, tensor in parts:
+            if _plain(tensor):
+                at = base + offset_bytes + spec.offset_bytes
+                _memmove(at, tensor.data_ptr(), tensor.nbytes)
+            else:
+                with _on(order):
+                    copies.copy(_view(target.storage, offset_bytes, spec), tensor)
+
+    # --- words ------------------------------------------------------------------------------------
 
     def adopt(self, block: Block, words: memoryview) -> memoryview:
         """Return the words: the CPU writes them as they are."""
@@ -188,6 +250,7 @@ class HostMapping:
         """Drop the mapping; tensors that are still out keep it until they go."""
         self._region = None
         self._storage = None
+        self._target = None
 
     def _open(self) -> tuple[mmap.mmap, int]:
         if self._region is None:
@@ -207,6 +270,8 @@ class HostSlab(HostMapping):
             os.close(self._fd)
             raise BackendUnavailable(f"a host slab needs /proc to be mounted: {error}") from error
         super().__init__(mmap.mmap(self._fd, capacity_bytes, flags=mmap.MAP_SHARED))
+        assert self._storage is not None, "a new mapping is open"
+        self._target = _Target(self._open()[1], self._storage)
         if huge_pages:
             _advise(self._open()[0], mmap.MADV_HUGEPAGE, 0, capacity_bytes)
 
@@ -239,28 +304,6 @@ class HostSlab(HostMapping):
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
 
-    def stage(self, parts: Parts) -> tuple[Parts, Streams]:
-        """Return the parts and the caller's streams of those that are on GPUs."""
-        devices = {tensor.device for _, tensor in parts if not tensor.is_cpu}
-        return parts, [torch.cuda.current_stream(device) for device in devices] if devices else ()
-
-    def staged_bytes(self, parts: Parts) -> int:
-        """Every copy holds up the thread that makes it; one from a GPU waits for its stream besides."""
-        if all(tensor.is_cpu for _, tensor in parts):
-            return sum(tensor.nbytes for _, tensor in parts)
-        return _NEVER_HERE
-
-    def write(self, offset_bytes: int, parts: Parts, order: Streams) -> None:
-        """Copy tensors in; the bytes are there on return."""
-        _mapping, base = self._open()  # kept for the length of the copies
-        for spec, tensor in parts:
-            if _plain(tensor):
-                at = base + offset_bytes + spec.offset_bytes
-                _memmove(at, tensor.data_ptr(), tensor.nbytes)
-            else:
-                with _on(order):
-                    copies.copy(self.view(offset_bytes, spec), tensor)
-
     def segments(self, start_bytes: int, stop_bytes: int) -> list[Segment]:
         """Return none: the one descriptor is of the whole range."""
         return []
@@ -268,6 +311,10 @@ class HostSlab(HostMapping):
     def descriptors(self) -> list[int]:
         """Return the read-only descriptor that readers map."""
         return [self._reader_fd]
+
+    def write_descriptors(self) -> list[int]:
+        """Return the one that can be mapped for writing."""
+        return [self._fd]
 
     def close(self) -> None:
         """Drop the mapping and the descriptors."""

@@ -86,6 +86,22 @@ class Mapping(Protocol):
     def read(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor, order: Order) -> None:
         """Copy the slab's bytes into a tensor of the spec's dtype and shape."""
 
+    @property
+    def writable(self) -> bool:
+        """Whether `write` can be called: in the owner always, elsewhere after `open_for_writing`."""
+
+    def open_for_writing(self, fds: Sequence[int]) -> None:
+        """Map the slab for writing, by the descriptors that the owner sent for it. May block."""
+
+    def stage(self, parts: Parts) -> tuple[Parts, Order]:
+        """Return what `write` takes: the parts where it can copy from, and the caller's order."""
+
+    def staged_bytes(self, parts: Parts) -> int:
+        """How many bytes of host memory would hold up a thread as long as this `write` does."""
+
+    def write(self, offset_bytes: int, parts: Parts, order: Order) -> None:
+        """Copy staged tensors to where their specs say, counted from `offset_bytes`."""
+
     def adopt(self, block: Block, words: memoryview) -> Words:
         """Return some words of a block in the form that `signal` takes. May block."""
 
@@ -136,17 +152,11 @@ class Slab(Mapping, Protocol):
     def decommit(self, start_bytes: int, stop_bytes: int) -> None:
         """Give the memory behind a range back. May block."""
 
-    def stage(self, parts: Parts) -> tuple[Parts, Order]:
-        """Return what `write` takes: the parts where it can copy from, and the caller's order."""
-
-    def staged_bytes(self, parts: Parts) -> int:
-        """How many bytes of host memory would hold up a thread as long as this `write` does."""
-
-    def write(self, offset_bytes: int, parts: Parts, order: Order) -> None:
-        """Copy staged tensors to where their specs say, counted from `offset_bytes`."""
-
     def descriptors(self) -> list[int]:
         """Return the file descriptors that every reader needs; they stay the slab's own."""
+
+    def write_descriptors(self) -> list[int]:
+        """Return those that a session needs besides to write; they stay the slab's own."""
 
     def segments(self, start_bytes: int, stop_bytes: int) -> Sequence[Segment]:
         """Return the segments in a part of the range that are sent to readers, in order."""

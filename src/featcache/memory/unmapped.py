@@ -10,6 +10,7 @@ from typing import NoReturn
 import torch
 
 from featcache.memory.backing import Unreachable
+from featcache.memory.slab import Parts
 from featcache.memory.words import Block, fence_stores
 from featcache.ref import TensorSpec
 
@@ -37,6 +38,24 @@ class Unmapped:
         return False
 
     def open_for(self, device: torch.device) -> None:
+        """Raise Unreachable."""
+        self._refuse()
+
+    writable = False
+
+    def open_for_writing(self, fds: Sequence[int]) -> None:
+        """Raise Unreachable."""
+        self._refuse()
+
+    def stage(self, parts: Parts) -> NoReturn:
+        """Raise Unreachable."""
+        self._refuse()
+
+    def staged_bytes(self, parts: Parts) -> int:
+        """Raise Unreachable."""
+        self._refuse()
+
+    def write(self, offset_bytes: int, parts: Parts, order: None) -> None:
         """Raise Unreachable."""
         self._refuse()
 

@@ -2,7 +2,8 @@
 
 Two kinds of block. The *owner's* block has a header and one `live`, `published`, `offset` and
 `nbytes` word per slot; it is sealed so that readers can map it only for reading. A *session's* page
-has one `held` and one `released` word per slot; that session and the owner map it, nobody else.
+has one `held`, one `released` and one `written` word per slot, and one `granted` word per grant that
+it may have out; that session and the owner map it, nobody else.
 
 Why aligned 8-byte stores through a memoryview are enough: CPython packs an item with one 8-byte
 move, which x86-64 and arm64 make single-copy atomic when aligned; the order between bytes and words,
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from featcache.errors import AttachRefused, BackendUnavailable
 
 __all__ = [
+    "GRANTS",
     "Block",
     "Header",
     "OwnerWords",
@@ -38,9 +40,11 @@ __all__ = [
 _WORD_BYTES: Final = 8
 _HEADER_WORDS: Final = 64
 _OWNER_MAGIC: Final = int.from_bytes(b"fcOwner\x01", "little")
-_SESSION_MAGIC: Final = int.from_bytes(b"fcSessn\x01", "little")
+_SESSION_MAGIC: Final = int.from_bytes(b"fcSessn\x02", "little")
 _OWNER_ARRAYS: Final = 4
-_SESSION_ARRAYS: Final = 2
+_SESSION_ARRAYS: Final = 3
+GRANTS: Final = 1024
+"""Grants that a session may have out, unless it is said otherwise."""
 _F_SEAL_FUTURE_WRITE: Final = 0x0010  # Linux 5.1; Python's fcntl does not name it before 3.13
 
 
@@ -65,6 +69,10 @@ class Header:
     """How often segments of the slab were taken away. A reader that has not heard of the last time yet
     may have old memory mapped where new segments are, and reads nothing until it has.
     """
+    KEYS = 11
+    RESIDENT = 12
+    PINNED = 13
+    EVICTED = 14
 
 
 # --- order ---------------------------------------------------------------------------------------
@@ -162,9 +170,9 @@ def owner_block_bytes(slots: int) -> int:
     return _page_up((_HEADER_WORDS + _OWNER_ARRAYS * slots) * _WORD_BYTES)
 
 
-def session_page_bytes(slots: int) -> int:
+def session_page_bytes(slots: int, grants: int = GRANTS) -> int:
     """Return the size of a session's page."""
-    return _page_up((_HEADER_WORDS + _SESSION_ARRAYS * slots) * _WORD_BYTES)
+    return _page_up((_HEADER_WORDS + _SESSION_ARRAYS * slots + grants) * _WORD_BYTES)
 
 
 class Block:
@@ -234,25 +242,32 @@ class OwnerWords(Block):
 class SessionWords(Block):
     """A session's page, as the owner made it or as the session maps it."""
 
-    def __init__(self, mapping: mmap.mmap, slots: int) -> None:
+    def __init__(self, mapping: mmap.mmap, slots: int, grants: int) -> None:
         super().__init__(mapping, slots, _SESSION_MAGIC, _SESSION_ARRAYS)
-        self.held, self.released = self._arrays
+        self.held, self.released, self.written = self._arrays
+        first = _HEADER_WORDS + _SESSION_ARRAYS * slots
+        self.granted = self.whole[first : first + grants]
 
     @classmethod
-    def create(cls, slots: int) -> tuple["SessionWords", int]:
+    def create(cls, slots: int, grants: int = GRANTS) -> tuple["SessionWords", int]:
         """Return a page and its descriptor, of a size that its session can't change."""
-        fd, mapping = _create("session", slots, session_page_bytes(slots), _SESSION_MAGIC)
+        size_bytes = session_page_bytes(slots, grants)
+        fd, mapping = _create("session", slots, size_bytes, _SESSION_MAGIC)
         try:
             _seal(fd, 0)
-            return cls(mapping, slots), fd
+            return cls(mapping, slots, grants), fd
         except BaseException:
             os.close(fd)
             raise
 
     @classmethod
-    def attach(cls, fd: int, slots: int) -> "SessionWords":
+    def attach(cls, fd: int, slots: int, grants: int = GRANTS) -> "SessionWords":
         """Map one's own page for writing, after checking its size and layout."""
-        return cls(_map(fd, session_page_bytes(slots), write=True), slots)
+        return cls(_map(fd, session_page_bytes(slots, grants), write=True), slots, grants)
+
+    def granted_array(self) -> NDArray[np.uint64]:
+        """Return the `granted` words as an array over the same memory, for vector compares."""
+        return np.frombuffer(self.granted, dtype=np.uint64)
 
     def released_array(self) -> NDArray[np.uint64]:
         """Return the `released` words as an array over the same memory, for vector compares."""

@@ -1,0 +1,92 @@
+"""The calls that name features by key, for code that has no event loop."""
+
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from featcache.asks import key_bytes
+from featcache.by_key import moved
+from featcache.errors import CacheClosed
+from featcache.granted import GrantedRead, Making
+from featcache.memory.pack import Feature
+from featcache.ref import FeatureRef
+from featcache.settings import parse_timeout
+
+__all__ = ["BlockingByKey"]
+
+T = TypeVar("T")
+
+
+class BlockingByKey:
+    """As `featcache.by_key.ByKey`: looked up in the loop, copied in the caller's thread and order."""
+
+    _inner: Any
+
+    def _call(self, work: Callable[[], Awaitable[T]]) -> T:
+        raise NotImplementedError
+
+    def put(self, feature: Feature, *, key: str | bytes | None = None) -> FeatureRef:
+        """Put a feature."""
+        raise NotImplementedError
+
+    def _get_key(self, key: Any, device: Any, out: Feature | None, timeout: Any) -> Feature:
+        inner, wanted, timeout_s = self._inner, key_bytes(key), parse_timeout(timeout)
+        inner.check_open()
+        place = inner.target(device, out)
+        read = self._call(lambda: inner.find_key(wanted, timeout_s))
+        return self._read(read, place, out)
+
+    def _read(self, read: GrantedRead, place: Any, out: Feature | None) -> Feature:
+        inner = self._inner
+        copied: Feature | None = inner.get_granted_here(read, place, out)
+        if copied is not None:
+            return copied
+        # By way of the host: what it is copied to is this thread's.
+        target = inner.empty_like(read, place) if out is None else out
+        feature: Feature = self._call(lambda: inner.get_granted(read, target))
+        return feature
+
+    def get_or_put(
+        self,
+        key: str | bytes,
+        make: Callable[[], Feature],
+        *,
+        device: Any = None,
+        timeout: float | None = None,
+    ) -> Feature:
+        """As `featcache.FeatureCache.get_or_put`; `make` runs in this thread."""
+        inner, wanted, timeout_s = self._inner, key_bytes(key), parse_timeout(timeout)
+        inner.check_open()
+        place = inner.target(device, None)
+        found = self._call(lambda: inner.find_or_claim(wanted, timeout_s))
+        if isinstance(found, GrantedRead):
+            return self._read(found, place, None)
+        try:
+            feature = make()
+            self.put(feature, key=wanted)
+        finally:
+            self._end(found)
+        return moved(feature, place)
+
+    def _end(self, making: Making) -> None:
+        async def end() -> None:
+            making.end()
+
+        with contextlib.suppress(CacheClosed):  # and with it the claim has ended
+            self._call(end)
+
+    def contains(self, key: str | bytes) -> bool:
+        """Whether a feature is kept under a key now."""
+        return bool(self._call(lambda: self._inner.contains(key)))
+
+    def evict(self, key: str | bytes) -> bool:
+        """Drop a key; return whether it was there."""
+        return bool(self._call(lambda: self._inner.evict(key)))
+
+    def pin(self, key: str | bytes) -> None:
+        """Keep a feature from being evicted, as `featcache.FeatureCache.pin`."""
+        self._call(lambda: self._inner.pin(key))
+
+    def unpin(self, key: str | bytes) -> None:
+        """Take back a pin, as `featcache.FeatureCache.unpin`."""
+        self._call(lambda: self._inner.unpin(key))

@@ -1,0 +1,171 @@
+"""The calls that name features by key, the same for owners and clients."""
+
+import time
+from collections.abc import Awaitable
+from typing import Any
+
+import anyio
+import torch
+
+from featcache.asks import key_bytes
+from featcache.borrow import Borrow
+from featcache.errors import KeyTimeout
+from featcache.granted import GrantedRead, Making
+from featcache.memory.pack import Feature
+from featcache.reader import Reader
+from featcache.settings import parse_timeout
+from featcache.single_flight import Keys, Make, get_or_make
+
+__all__ = ["ByKey", "moved"]
+
+
+class ByKey:
+    """The directory's calls, over whatever `Keys` the object has."""
+
+    def _keys(self) -> Keys:
+        """Return the directory, or raise CacheClosed; SettingsError if there is none."""
+        raise NotImplementedError
+
+    def _reads(self) -> Reader:
+        """Return the open reader, or raise CacheClosed."""
+        raise NotImplementedError
+
+    def _default_device(self) -> torch.device | None:
+        raise NotImplementedError
+
+    def _target(self, device: Any, out: Feature | None) -> torch.device | None:
+        raise NotImplementedError
+
+    async def put_made(self, feature: Feature, key: bytes) -> object:
+        """Put what `get_or_put` made."""
+        raise NotImplementedError
+
+    async def _get_key(
+        self, key: Any, device: torch.device | None, out: Feature | None, timeout: Any
+    ) -> Feature:
+        timeout_s = parse_timeout(timeout)
+        since_s = time.monotonic()
+        read = await self._keys().find(key_bytes(key), timeout_s)
+        left_s = None if timeout_s is None else max(0.0, since_s + timeout_s - time.monotonic())
+        return await self._reads().get_granted(read, device, out, left_s)
+
+    def _borrow_key(self, key: Any, timeout: Any) -> Borrow:
+        wanted, timeout_s = key_bytes(key), parse_timeout(timeout)
+
+        def find() -> Awaitable[GrantedRead]:
+            return self._keys().find(wanted, timeout_s)
+
+        return Borrow(self._reads(), find, timeout_s)
+
+    # What code with no loop is made of (`featcache.blocking_by_key`).
+
+    def target(self, device: Any, out: Feature | None) -> torch.device | None:
+        """Return where a get puts its copy, None for the pool's own device."""
+        return self._target(device, out)
+
+    async def find_key(self, key: bytes, timeout_s: float | None) -> GrantedRead:
+        """Return a read of what is under a key."""
+        return await self._keys().find(key, timeout_s)
+
+    def get_granted_here(
+        self, read: GrantedRead, device: torch.device | None, out: Feature | None
+    ) -> Feature | None:
+        """Copy in the caller's thread, which may block; None where only host memory leads there."""
+        return self._reads().get_granted_here(read, device, out)
+
+    def empty_like(self, read: GrantedRead, device: torch.device | None) -> Feature:
+        """Return new tensors for a granted feature."""
+        return self._reads().empty_like(read.ref, device or read.mapping.device)
+
+    async def get_granted(self, read: GrantedRead, out: Feature) -> Feature:
+        """Copy in the loop."""
+        return await self._reads().get_granted(read, None, out, None)
+
+    async def get_or_put(
+        self,
+        key: str | bytes,
+        make: Make,
+        *,
+        device: Any = None,
+        timeout: float | None = None,
+    ) -> Feature:
+        """Return what is under a key; if there is nothing, make it and put it there.
+
+        Of all who ask for a key at once, in all processes, one runs its `make`. The others wait for
+        what it puts. If it raises, is cancelled or its process dies, one of those that wait runs its
+        own `make` next; the error reaches only the caller whose `make` raised it.
+
+        Args:
+            key: as in `put`.
+            make: called with no arguments, in the event loop; returns a feature, or an awaitable of
+                one. What takes long is to be awaitable, or to run in a thread.
+            device: where the feature is to be; None is the device this object was made with, else
+                the pool's own for what is read, and what `make` returned for what was made.
+            timeout: seconds to wait for another's `make`; None is for ever.
+
+        Raises:
+            KeyTimeout: nothing came in time.
+            FeatureTooLarge, PoolFull: what was made can't be put.
+            OwnerLost, CacheClosed, SettingsError: as `get` and `put` do.
+
+        """
+        wanted, timeout_s = key_bytes(key), parse_timeout(timeout)
+        place = self._target(device, None)
+        found = await self.find_or_claim(wanted, timeout_s)
+
+        def read(granted: GrantedRead) -> Awaitable[Feature]:
+            return self._reads().get_granted(granted, place, None, None)
+
+        made = await get_or_make(found, make, read, lambda made: self.put_made(made, wanted))
+        return made if isinstance(found, GrantedRead) else moved(made, place)
+
+    async def find_or_claim(self, key: bytes, timeout_s: float | None) -> GrantedRead | Making:
+        """Return a read of a key, or the right to make it; the first half of `get_or_put`."""
+        try:
+            with anyio.fail_after(timeout_s):
+                return await self._keys().find_or_claim(key)
+        except TimeoutError:
+            raise KeyTimeout(f"nobody made it within {timeout_s} s") from None
+
+    async def contains(self, key: str | bytes) -> bool:
+        """Whether a feature is kept under a key now. It does not count as a use."""
+        return await self._keys().contains(key_bytes(key))
+
+    async def evict(self, key: str | bytes) -> bool:
+        """Drop a key, pinned or not; return whether it was there.
+
+        Who reads its feature may finish, and reads that its ref owes stay owed; its bytes are recycled
+        after that.
+        """
+        return await self._keys().evict(key_bytes(key))
+
+    async def pin(self, key: str | bytes) -> None:
+        """Keep a feature from being evicted to make room.
+
+        Pins are counted, and belong to the session that made them: they end with it.
+
+        Raises:
+            KeyNotFound: nothing is kept under the key.
+
+        """
+        await self._keys().pin(key_bytes(key))
+
+    async def unpin(self, key: str | bytes) -> None:
+        """Take back a pin: one of this session's, else the oldest of another's, if there is one.
+
+        Raises:
+            KeyNotFound: nothing is kept under the key.
+
+        """
+        await self._keys().unpin(key_bytes(key))
+
+
+def moved(feature: Feature, device: torch.device | None) -> Feature:
+    """Return a feature that was made, contiguous and on a device (None: where it is)."""
+    if isinstance(feature, torch.Tensor):
+        return _moved(feature, device)
+    return {name: _moved(tensor, device) for name, tensor in feature.items()}
+
+
+def _moved(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    return (tensor if device is None else tensor.to(device)).contiguous()

@@ -1,0 +1,124 @@
+"""What sessions ask, answered: at once where it can be, else by a task of its own that may wait.
+
+Every request is answered exactly once, also one that was cancelled: its asker has to know what became
+of it. An answer that hands something over and can't be sent any more is taken back.
+"""
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any, Final, Protocol
+
+from featcache.control.messages import (
+    Answer,
+    Cancel,
+    Note,
+    ProtocolError,
+    Relay,
+    Reply,
+    Request,
+    Unclaim,
+    Withdraw,
+    Writable,
+    encode,
+)
+from featcache.control.sessions import Session, SessionState
+from featcache.errors import FeatcacheError, SettingsError
+from featcache.settings import Settings
+
+__all__ = ["Desk", "Requests"]
+
+_MOST_RELAYS: Final = 64
+"""Relays that one session may have under way."""
+
+Wait = Coroutine[Any, Any, Answer]
+
+
+class Desk(Protocol):
+    """What is asked of the pool. What it hands over is the session's, or comes back by `take_back`."""
+
+    def answer(self, session: int, ask: Request) -> Answer | Wait:
+        """Do what is asked and return the answer, or what will. Raise FeatcacheError to refuse."""
+
+    def note(self, session: int, note: Unclaim | Withdraw) -> None:
+        """Do what needs no answer."""
+
+    def writable(self) -> Sequence[int]:
+        """Return the descriptors by which the slab is mapped for writing; they stay the pool's."""
+
+    def take_back(self, session: int, answer: Answer) -> None:
+        """Undo what an answer that was never sent handed over."""
+
+
+class Requests:
+    """The askings of all sessions of one server."""
+
+    def __init__(self, desk: Desk, settings: Settings) -> None:
+        self._desk = desk
+        self._message_bytes = settings.message_bytes
+        self._loop = asyncio.get_running_loop()
+
+    def take(self, session: Session, message: Request | Note) -> None:
+        """Answer a request, now or later; or take note."""
+        if isinstance(message, Cancel):
+            task = session.tasks.get(message.request)
+            if task is not None:
+                task.cancel()
+        elif isinstance(message, Unclaim | Withdraw):
+            self._desk.note(session.number, message)
+        else:
+            self._answer(session, message)
+
+    def _answer(self, session: Session, ask: Request) -> None:
+        if isinstance(ask, Relay) and len(session.relays) >= _MOST_RELAYS:
+            raise ProtocolError(f"more than {_MOST_RELAYS} relays at once")
+        try:
+            answer = self._desk.answer(session.number, ask)
+        except FeatcacheError as error:
+            answer = _refusal(ask.request, error)
+        if isinstance(answer, Coroutine):
+            self._wait(session, ask, answer)
+        else:
+            self._send(session, answer)
+
+    def _wait(self, session: Session, ask: Request, wait: Wait) -> None:
+        request = ask.request
+        if request in session.tasks:
+            wait.close()
+            raise ProtocolError(f"request {request} is under way already")
+        if isinstance(ask, Relay):
+            session.relays.add(request)
+        task = session.tasks[request] = self._loop.create_task(wait)
+        # Not in the task itself: one that is cancelled before its first step never runs.
+        task.add_done_callback(lambda done: self._finish(session, request, done))
+
+    def _finish(self, session: Session, request: int, task: "asyncio.Task[Answer]") -> None:
+        session.tasks.pop(request, None)
+        session.relays.discard(request)
+        if task.cancelled():
+            self._send(
+                session, Reply(request, FeatcacheError.__name__, "the request was cancelled")
+            )
+            return
+        error = task.exception()
+        if error is None:
+            self._send(session, task.result())
+        elif isinstance(error, FeatcacheError):
+            self._send(session, _refusal(request, error))
+        else:
+            raise error  # a fault of ours: to the loop's handler of such
+
+    def _send(self, session: Session, answer: Answer) -> None:
+        channel = session.channel
+        if channel is None or channel.closed or session.state is not SessionState.ACTIVE:
+            self._desk.take_back(session.number, answer)
+            return
+        payload = encode(answer)
+        if len(payload) > self._message_bytes:
+            self._desk.take_back(session.number, answer)
+            why = "the ref is too long for a message: raise Settings.message_bytes"
+            payload = encode(Reply(answer.request, SettingsError.__name__, why))
+        channel.send(payload, self._desk.writable() if isinstance(answer, Writable) else ())
+
+
+def _refusal(request: int, error: FeatcacheError) -> Reply:
+    return Reply(request, type(error).__name__, str(error)[:1000])

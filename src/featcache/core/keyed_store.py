@@ -1,0 +1,241 @@
+"""The rules of keys on top of those of room: lookups, grants, claims, and what is evicted when.
+
+A slot that is kept under a key stays PUBLISHED when no reads are owed any more. It goes when its key
+was dropped (evicted, or given to another feature) and the last grant on it was paid.
+"""
+
+from collections.abc import Callable, Iterable
+
+from featcache.core.directory import Directory
+from featcache.core.effects import Effect, Evicted, Found, Limits, MayMake, Retired
+from featcache.core.seekers import Seeker, Seekers, SeekerState
+from featcache.core.slots import Slot, SlotState
+from featcache.core.store import Store
+from featcache.core.waiters import Request
+from featcache.errors import KeyNotFound, PoolFull
+
+__all__ = ["Held", "KeyedStore", "key_label"]
+
+Held = Callable[[Slot], bool]
+"""Whether a session reads a slot's bytes by a ref now."""
+
+
+def key_label(key: bytes) -> str:
+    """Return a key as logs and errors name it: its text, or its bytes in hex."""
+    text = key.decode("utf-8", "replace")
+    return text if text.isprintable() and "\ufffd" not in text else key.hex()
+
+
+class KeyedStore(Store):
+    """A store whose slots can be kept under keys."""
+
+    def __init__(self, limits: Limits) -> None:
+        super().__init__(limits)
+        self.directory = Directory()
+        self.seekers = Seekers()
+        self.hits = self.misses = self.evicted = 0
+
+    @property
+    def wanted_bytes(self) -> int:
+        """Used bytes that a put can't have: all but what would be evicted for it."""
+        return self.allocator.used_bytes - self.directory.idle_bytes
+
+    # --- lookups ----------------------------------------------------------------------------------
+
+    def lookup(self, key: bytes, now_s: float) -> Slot | None:
+        """Return the slot under a key with one more grant on it, or None. Counts as a use."""
+        slot = self.directory.find(key)
+        if slot is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._grant(slot, now_s)
+        return slot
+
+    def _grant(self, slot: Slot, now_s: float) -> None:
+        slot.grants += 1
+        self.directory.touch(slot, now_s)
+        self.directory.refresh(slot)
+
+    def pay_grant(self, slot: Slot, now_s: float) -> list[Effect]:
+        """Count one grant as paid."""
+        slot.grants -= 1
+        if slot.grants or slot.unpaid or slot.state is not SlotState.PUBLISHED:
+            return []
+        return self._settle(slot, now_s)
+
+    def seek(self, key: bytes, session: int, *, makes: bool, tag: object) -> Seeker:
+        """Wait for a key that `lookup` did not find; see `core.seekers`."""
+        if self.seekers.count >= self.limits.waiters:
+            raise PoolFull(
+                f"{self.seekers.count} wait for keys already, the bound: raise Settings.waiters"
+            )
+        return self.seekers.join(key, session, makes=makes, tag=tag)
+
+    def take(self, seeker: Seeker) -> Slot | None:
+        """Finish the handshake: return what was found, or None for who was chosen to make it."""
+        if seeker.state not in {SeekerState.FOUND, SeekerState.CHOSEN}:
+            raise ValueError(f"this seeker is {seeker.state.value}")
+        seeker.state = SeekerState.TAKEN
+        return seeker.slot
+
+    def unseek(self, seeker: Seeker, now_s: float) -> list[Effect]:
+        """Give up seeking, whatever was handed over meanwhile."""
+        was = self.seekers.leave(seeker)
+        if was is SeekerState.FOUND:
+            assert seeker.slot is not None, "found"
+            return self.pay_grant(seeker.slot, now_s)
+        if was is SeekerState.CHOSEN:
+            return self.unclaim(seeker.key, seeker.claim)
+        return []
+
+    def unclaim(self, key: bytes, claim: int) -> list[Effect]:
+        """End a claim, whether its feature was published or not. Others' and old ones are ignored."""
+        following = self.seekers.unclaim(key, claim)
+        return [] if following is None else [MayMake(following)]
+
+    # --- keeping ----------------------------------------------------------------------------------
+
+    def _keep(self, slot: Slot, now_s: float) -> list[Effect]:
+        key, slot.wanted_key = slot.wanted_key, None
+        assert key is not None, "it wants one"
+        effects: list[Effect] = []
+        old = self.directory.keep(key, slot, now_s)
+        if old is not None:
+            effects += self._let_go(old, now_s, self.limits.grace_s)
+        for seeker in self.seekers.found(key, slot):
+            self._grant(slot, now_s)
+            effects.append(Found(seeker))
+        return effects
+
+    def _kept(self, slot: Slot) -> None:
+        self.directory.refresh(slot)
+
+    def _dropped(
+        self, slot: Slot, key: bytes, now_s: float, cause: str, grace_s: float = 0.0
+    ) -> list[Effect]:
+        self.evicted += 1
+        evicted = Evicted(key, slot.nbytes, now_s - slot.used_s, cause)
+        return [evicted, *self._let_go(slot, now_s, grace_s)]
+
+    def _let_go(self, slot: Slot, now_s: float, grace_s: float) -> list[Effect]:
+        """Retire a slot whose key was dropped, if that was all that kept it."""
+        return [] if slot.unpaid or slot.grants else [self._retire(slot, now_s, grace_s)]
+
+    def evict(self, key: bytes, now_s: float) -> list[Effect]:
+        """Drop a key by name, pinned or not. Who reads its feature may finish. Nothing if not there."""
+        slot = self.directory.find(key)
+        if slot is None:
+            return []
+        self.directory.drop(slot)
+        return self._dropped(slot, key, now_s, "asked", self.limits.grace_s)
+
+    def pin(self, key: bytes, session: int) -> None:
+        """Keep a key from being evicted, or raise KeyNotFound."""
+        self._check_key(key)
+        self.directory.pin(key, session)
+
+    def unpin(self, key: bytes, session: int) -> None:
+        """Take back a pin, or raise KeyNotFound."""
+        self._check_key(key)
+        self.directory.unpin(key, session)
+
+    def _check_key(self, key: bytes) -> None:
+        if key not in self.directory:
+            raise KeyNotFound(f"no feature is kept under {key_label(key)!r}")
+
+    # --- evicting ---------------------------------------------------------------------------------
+
+    def evict_for(self, request: Request, held: Held, now_s: float) -> list[Effect]:
+        """Evict the longest unused feature if that is how a request may get its room, else nothing.
+
+        Its extent is free once the caller has recycled it. By `Limits.evict_first`, a slab that can
+        still grow evicts nothing.
+        """
+        if self.wanted_bytes + request.nbytes > self.limits.capacity_bytes:
+            return []  # not even if everything went
+        if not (self.limits.evict_first or self.table.full) and (
+            self._growing or self.growth_for(request.nbytes, now_s)
+        ):
+            return []
+        return self._evict_coldest(held, now_s, "room")
+
+    def trim(self, held: Held, now_s: float) -> list[Effect]:
+        """Evict down to `Limits.evict_to` where more than `Limits.evict_above` is in use."""
+        above, capacity_bytes = self.limits.evict_above, self.limits.capacity_bytes
+        used_bytes = self.allocator.used_bytes
+        if above is None or used_bytes <= above * capacity_bytes:
+            return []
+        effects: list[Effect] = []
+        target_bytes = used_bytes - self.limits.evict_to * capacity_bytes
+        freed_bytes = 0
+        while freed_bytes < target_bytes and (
+            evicted := self._evict_coldest(held, now_s, "watermark")
+        ):
+            effects += evicted
+            freed_bytes += sum(one.nbytes for one in evicted if isinstance(one, Evicted))
+        return effects
+
+    def _evict_coldest(self, held: Held, now_s: float, cause: str) -> list[Effect]:
+        slot = self.directory.coldest(held)
+        if slot is None or slot.key is None:
+            return []
+        key = slot.key
+        self.directory.drop(slot)
+        return self._dropped(slot, key, now_s, cause)
+
+    def compact(self, held: Held, now_s: float) -> list[Effect]:
+        """Evict the few features that alone hold the last segment, so that it can be given back."""
+        limits, end_bytes = self.limits, self.committed_bytes
+        if not self.tail_in_use or not limits.compact:
+            return []
+        self.tail_in_use = False
+        start_bytes = (end_bytes - 1) // limits.segment_bytes * limits.segment_bytes
+        if start_bytes < limits.initial_bytes:
+            return []
+        tail = [slot for slot in self.table.in_use() if _reaches(slot, start_bytes)]
+        tail_bytes = sum(slot.nbytes for slot in tail)
+        if tail_bytes > limits.compact * (end_bytes - start_bytes):
+            return []
+        if not all(slot.idle and not held(slot) for slot in tail):
+            return []
+        return self._evict_all(tail, now_s)
+
+    def _evict_all(self, slots: Iterable[Slot], now_s: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for slot in slots:
+            assert slot.key is not None, "idle slots are kept under a key"
+            key = slot.key
+            self.directory.drop(slot)
+            effects += self._dropped(slot, key, now_s, "compaction")
+        return effects
+
+    # --- the ends of others -----------------------------------------------------------------------
+
+    def end_session(self, session: int, now_s: float) -> list[Effect]:
+        """Take back a session's pins, its places and its claims; others get what it was to make."""
+        self.directory.unpin_all(session)
+        effects: list[Effect] = []
+        for seeker in self.seekers.of(session):
+            effects += self.unseek(seeker, now_s)
+        for key, claim in self.seekers.claims_of(session):
+            effects += self.unclaim(key, claim)
+        return effects + self.serve(now_s)
+
+    def forsake(self, slot: Slot, now_s: float) -> list[Effect]:
+        """Revoke a PUBLISHED slot whose bytes will never come: whoever was to write them died."""
+        slot.unpaid, slot.owers = 0, None
+        self._leave_owing(slot)
+        effects: list[Effect] = []
+        if slot.key is not None:
+            key = slot.key
+            self.directory.drop(slot)
+            self.evicted += 1
+            effects.append(Evicted(key, slot.nbytes, now_s - slot.used_s, "writer lost"))
+        retired: Retired = self._retire(slot, now_s)
+        return [*effects, retired]
+
+
+def _reaches(slot: Slot, offset_bytes: int) -> bool:
+    extent = slot.extent
+    return extent is not None and extent.offset_bytes + extent.size_bytes > offset_bytes

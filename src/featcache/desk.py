@@ -1,0 +1,176 @@
+"""What sessions ask of a pool, done: lookups, claims, and slots that they write themselves."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from featcache.asks import parse_readers
+from featcache.control import messages
+from featcache.control.messages import Answer
+from featcache.control.requests import Wait
+from featcache.core.slots import Slot
+from featcache.core.waiters import Request
+from featcache.errors import MalformedRef, StaleRef
+from featcache.lookups import Claim, Granted, Lookups, not_found
+from featcache.page import Page
+from featcache.pool import Pool, now
+from featcache.reaper import Reaper
+from featcache.ref import FeatureRef
+from featcache.writer import Writer
+
+__all__ = ["Desk"]
+
+
+class Desk:
+    """The server's `control.requests.Desk`. Nothing that a session says is taken on trust."""
+
+    def __init__(self, pool: Pool, writer: Writer, lookups: Lookups, reaper: Reaper) -> None:
+        self._pool = pool
+        self._writer = writer
+        self._lookups = lookups
+        self._reaper = reaper
+        self._answers: dict[type, Callable[[int, Any], Answer | Wait]] = {
+            messages.Find: self._find,
+            messages.OfKey: self._of_key,
+            messages.Reserve: self._reserve,
+            messages.Publish: self._publish,
+            messages.Write: lambda _, ask: messages.Writable(ask.request),
+            messages.Discard: self._discard,
+            messages.Relay: lambda _, ask: self._relay(ask),
+        }
+
+    def answer(self, session: int, ask: messages.Request) -> Answer | Wait:
+        """Do what is asked and return the answer, or what will."""
+        return self._answers[type(ask)](session, ask)
+
+    def note(self, session: int, note: messages.Unclaim | messages.Withdraw) -> None:
+        """Do what needs no answer."""
+        if isinstance(note, messages.Unclaim):
+            self._lookups.unclaim(Claim(note.key, note.claim))
+        else:
+            self._withdraw(session, note)
+
+    def _page(self, session: int) -> Page:
+        return self._pool.pages[session]
+
+    def _discard(self, _: int, ask: messages.Discard) -> Answer:
+        self._reaper.discard(ask.slot, ask.generation)
+        return messages.Reply(ask.request)
+
+    async def _relay(self, ask: messages.Relay) -> Answer:
+        return messages.Reply(ask.request, ref=await self._reaper.relay(ask.ref))
+
+    # --- keys -------------------------------------------------------------------------------------
+
+    def _find(self, session: int, ask: messages.Find) -> Answer | Wait:
+        granted = self._lookups.find(ask.key, self._page(session))
+        if granted is not None:
+            return self._granted(ask.request, granted)
+        if not ask.waits and not ask.makes:
+            raise not_found(ask.key)
+        return self._seek(session, ask)
+
+    async def _seek(self, session: int, ask: messages.Find) -> Answer:
+        found = await self._lookups.seek(ask.key, self._page(session), makes=ask.makes)
+        if isinstance(found, Claim):
+            return messages.MayMake(ask.request, found.number)
+        return self._granted(ask.request, found)
+
+    @staticmethod
+    def _granted(request: int, granted: Granted) -> messages.Granted:
+        grant, ref = granted
+        return messages.Granted(request, grant.index, grant.serial, ref.to_bytes())
+
+    def _of_key(self, session: int, ask: messages.OfKey) -> Answer:
+        key, lookups, flag = ask.key, self._lookups, True
+        if ask.what == "contains":
+            flag = lookups.contains(key)
+        elif ask.what == "evict":
+            flag = lookups.evict(key)
+        elif ask.what == "pin":
+            lookups.pin(key, session)
+        else:
+            lookups.unpin(key, session)
+        return messages.Reply(ask.request, flag=flag)
+
+    # --- slots that sessions write ----------------------------------------------------------------
+
+    def _reserve(self, session: int, ask: messages.Reserve) -> Answer | Wait:
+        request = self._request(ask)
+        slot = self._writer.reserve(request) if ask.waits else self._writer.take_room(request)
+        if slot is not None:
+            return self._reserved(session, ask.request, slot)
+        if not ask.waits:
+            raise self._writer.full(request)
+        return self._await_room(session, ask.request, request)
+
+    async def _await_room(self, session: int, number: int, request: Request) -> Answer:
+        """Stand in the queue, in which owner and sessions are served as they came."""
+        return self._reserved(session, number, await self._writer.await_room(request, None))
+
+    def _request(self, ask: messages.Reserve) -> Request:
+        settings = self._pool.settings
+        least = 1 if ask.key is None else 0
+        self._pool.store.check_size(ask.nbytes)
+        readers = parse_readers(ask.readers, settings.readers, least=least)
+        return Request(ask.nbytes, readers, ask.ttl_s, ask.key)
+
+    def _reserved(self, session: int, request: int, slot: Slot) -> messages.Reserved:
+        self._page(session).reserved[slot.index] = slot
+        return messages.Reserved(request, slot.index, slot.generation, slot.offset_bytes)
+
+    def _taken(self, page: Page, index: int, generation: int) -> Slot:
+        slot = page.reserved.get(index)
+        if slot is None or slot.generation != generation:
+            raise StaleRef(f"slot {index}:{generation} is not this session's to publish")
+        return slot
+
+    def _publish(self, session: int, ask: messages.Publish) -> Answer:
+        """Let readers have what the session wrote; they see it once its word has landed."""
+        pool, page = self._pool, self._page(session)
+        slot = self._taken(page, ask.slot, ask.generation)
+        if len(ask.specs) > pool.settings.tensors:
+            raise MalformedRef(f"{len(ask.specs)} tensors: at most {pool.settings.tensors}")
+        # Raises MalformedRef for specs that no feature of this slot has.
+        FeatureRef(
+            *(pool.pool_id, pool.endpoint, slot.index, slot.generation),
+            *(slot.offset_bytes, slot.nbytes, ask.specs),
+        )
+        del page.reserved[slot.index]
+        pool.publish_from(slot, ask.specs, page)
+        return messages.Reply(ask.request)
+
+    def _withdraw(self, session: int, note: messages.Withdraw) -> None:
+        """Give up a slot; if the session's stream may still write it, not before it has."""
+        pool, page = self._pool, self._page(session)
+        slot = page.reserved.get(note.slot)
+        if slot is None or slot.generation != note.generation:
+            return
+        del page.reserved[slot.index]
+        if note.landed:
+            pool.apply(pool.store.abandon(slot, now()))
+        else:
+            pool.apply(pool.store.withdraw(slot, now()))
+            pool.expect(slot, page)
+            pool.recycler.look_at(0.0)
+
+    def writable(self) -> Sequence[int]:
+        """Return what the slab is mapped for writing by."""
+        return self._pool.slab.write_descriptors()
+
+    # --- answers that did not arrive --------------------------------------------------------------
+
+    def take_back(self, session: int, answer: Answer) -> None:
+        """Undo what an answer handed over; a session that is gone has had it undone already."""
+        page = self._pool.pages.get(session)
+        if isinstance(answer, messages.MayMake):
+            for key, claim in self._pool.store.seekers.claims_of(session):
+                if claim == answer.claim:
+                    self._lookups.unclaim(Claim(key, claim))
+        elif page is None or self._pool.closed:
+            return
+        elif isinstance(answer, messages.Granted):
+            grant = page.grants.get(answer.index)
+            if grant is not None and grant.serial == answer.serial:
+                self._lookups.give_back(page, grant)
+        elif isinstance(answer, messages.Reserved):
+            self._withdraw(session, messages.Withdraw(answer.slot, answer.generation, landed=True))

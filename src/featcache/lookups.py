@@ -1,0 +1,126 @@
+"""The directory of a pool in service: lookups that grant reads, those that wait, claims, pins."""
+
+import asyncio
+from typing import NamedTuple
+
+from featcache.core.keyed_store import key_label
+from featcache.core.seekers import Seeker
+from featcache.core.slots import Slot
+from featcache.errors import KeyNotFound
+from featcache.page import Grant, Page
+from featcache.pool import Pool, now
+from featcache.ref import FeatureRef
+
+__all__ = ["Claim", "Granted", "Lookups", "not_found"]
+
+
+class Granted(NamedTuple):
+    """A read given out by key, and what it reads."""
+
+    grant: Grant
+    ref: FeatureRef
+
+
+class Claim(NamedTuple):
+    """The right, and the duty, to make what a key stands for, until it is given back."""
+
+    key: bytes
+    number: int
+
+
+def not_found(key: bytes) -> KeyNotFound:
+    """Return the error of a key under which there is nothing."""
+    hint = ": was a ref's bytes meant? FeatureRef.from_bytes" if key.startswith(b"fR\x01") else ""
+    return KeyNotFound(f"no feature is kept under {key_label(key)[:64]!r}{hint}")
+
+
+class Lookups:
+    """What owner and sessions ask of the directory; all of it in the loop."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    def find(self, key: bytes, page: Page) -> Granted | None:
+        """Return a read of what is under a key, or None.
+
+        Raises:
+            PoolFull: the session has as many reads by key out as it may.
+
+        """
+        pool = self._pool
+        if not page.can_grant:
+            pool.collect()
+            if not page.can_grant and key in pool.store.directory:
+                page.check_can_grant()
+        slot = pool.store.lookup(key, now())
+        return None if slot is None else self._granted(slot, page)
+
+    def _granted(self, slot: Slot, page: Page) -> Granted:
+        return Granted(page.grant(slot), self._pool.kept[slot.index])
+
+    async def seek(self, key: bytes, page: Page, *, makes: bool) -> Granted | Claim:
+        """Wait for a key under which there is nothing yet; or be chosen, if that `makes`, to make it.
+
+        Raises:
+            PoolFull: too many wait already, or too many reads of the session are out.
+            CacheClosed: the cache was closed.
+
+        If cancelled, what was handed over meanwhile goes to the next who waits.
+        """
+        pool = self._pool
+        if key in pool.store.directory and (found := self.find(key, page)) is not None:
+            return found  # it came between the caller's look and this
+        future: asyncio.Future[None] = pool.loop.create_future()
+        seeker = pool.store.seek(key, page.session, makes=makes, tag=future)
+        if seeker.claim:  # chosen at once
+            pool.store.take(seeker)
+            return Claim(key, seeker.claim)
+        pool.seekers[future] = seeker
+        try:
+            await future
+            return self._taken(seeker, page)
+        finally:
+            pool.seekers.pop(future, None)
+            if not pool.closed:
+                pool.apply(pool.store.unseek(seeker, now()))
+
+    def _taken(self, seeker: Seeker, page: Page) -> Granted | Claim:
+        """Finish the handshake. No other task runs between this and the reply or the read."""
+        if not page.can_grant:
+            self._pool.collect()
+            page.check_can_grant()
+        slot = self._pool.store.take(seeker)
+        return Claim(seeker.key, seeker.claim) if slot is None else self._granted(slot, page)
+
+    def unclaim(self, claim: Claim) -> None:
+        """End a claim: its feature was published, or will not be and another is to make it."""
+        if not self._pool.closed:
+            self._pool.apply(self._pool.store.unclaim(claim.key, claim.number))
+
+    def give_back(self, page: Page, grant: Grant) -> None:
+        """Count a grant as paid that nobody took."""
+        if not self._pool.closed and page.grants.get(grant.index) is grant:
+            page.take_back(grant)
+            self._pool.apply(self._pool.store.pay_grant(grant.slot, now()))
+
+    # --- what is done to a key --------------------------------------------------------------------
+
+    def contains(self, key: bytes) -> bool:
+        """Whether there is something under a key. No use of it."""
+        return key in self._pool.store.directory
+
+    def evict(self, key: bytes) -> bool:
+        """Drop a key; return whether it was there."""
+        effects = self._pool.store.evict(key, now())
+        self._pool.apply(effects)
+        return bool(effects)
+
+    def pin(self, key: bytes, session: int) -> None:
+        """Keep a key from being evicted, or raise KeyNotFound."""
+        self._pool.store.pin(key, session)
+
+    def unpin(self, key: bytes, session: int) -> None:
+        """Take back a pin, or raise KeyNotFound. Who waits for room may now get it."""
+        self._pool.store.unpin(key, session)
+        if self._pool.store.queue:
+            self._pool.collect()

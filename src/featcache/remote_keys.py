@@ -1,0 +1,84 @@
+"""The directory as a client uses it: one round trip to its owner for a lookup, a word to end a read."""
+
+from collections.abc import Awaitable, Callable
+from typing import Literal
+
+import anyio
+
+from featcache.asks import key_timeout
+from featcache.control import messages
+from featcache.control.messages import Find, OfKey, ProtocolError
+from featcache.core.keyed_store import key_label
+from featcache.granted import GrantedRead, Making
+from featcache.handle import Handle
+from featcache.ref import FeatureRef
+
+__all__ = ["RemoteKeys"]
+
+_What = Literal["contains", "evict", "pin", "unpin"]
+
+
+class RemoteKeys:
+    """`reads.Keys` of a session. `handle` returns that of the pool it is bound to, attaching first."""
+
+    def __init__(self, handle: Callable[[], Awaitable[Handle]]) -> None:
+        self._handle = handle
+
+    async def find(self, key: bytes, timeout_s: float | None) -> GrantedRead:
+        """Return a read of what is under a key; with a timeout, wait for it that long."""
+        if timeout_s is None:
+            found = await self._find(key, waits=False, makes=False)
+        else:
+            try:
+                with anyio.fail_after(timeout_s):
+                    found = await self._find(key, waits=True, makes=False)
+            except TimeoutError:
+                raise key_timeout(key_label(key), timeout_s) from None
+        if isinstance(found, Making):
+            raise ProtocolError("the owner gave a claim to who did not ask for one")
+        return found
+
+    async def find_or_claim(self, key: bytes) -> GrantedRead | Making:
+        """Return a read, once there is something, or the right to make it."""
+        return await self._find(key, waits=True, makes=True)
+
+    async def _find(self, key: bytes, *, waits: bool, makes: bool) -> GrantedRead | Making:
+        handle = await self._handle()
+        answer, _ = await handle.link.ask(Find(handle.link.number(), key, waits, makes))
+        if isinstance(answer, messages.MayMake):
+            unclaim = messages.Unclaim(key, answer.claim)
+            return Making(lambda: handle.link.tell(unclaim))
+        if not isinstance(answer, messages.Granted):
+            raise ProtocolError(f"the owner answered a lookup with {type(answer).__name__}")
+        attachment = handle.attachment
+        try:
+            ref = FeatureRef.from_bytes(answer.ref)
+            attachment.check_granted(ref)
+            attachment.check()
+        except Exception:
+            attachment.return_grant(answer.index, answer.serial)
+            raise
+        return GrantedRead(attachment, ref, answer.index, answer.serial)
+
+    async def contains(self, key: bytes) -> bool:
+        """Whether there is something under a key."""
+        return await self._do("contains", key)
+
+    async def evict(self, key: bytes) -> bool:
+        """Drop a key; return whether it was there."""
+        return await self._do("evict", key)
+
+    async def pin(self, key: bytes) -> None:
+        """Keep a key from being evicted."""
+        await self._do("pin", key)
+
+    async def unpin(self, key: bytes) -> None:
+        """Take back a pin."""
+        await self._do("unpin", key)
+
+    async def _do(self, what: _What, key: bytes) -> bool:
+        link = (await self._handle()).link
+        answer, _ = await link.ask(OfKey(link.number(), key, what))
+        if not isinstance(answer, messages.Reply):
+            raise ProtocolError(f"the owner answered a question with {type(answer).__name__}")
+        return answer.flag

@@ -1,0 +1,82 @@
+"""A client's puts into the pool that it is connected to, and into the one beside it that takes spills."""
+
+from typing import Any
+
+from featcache._offload import Offload
+from featcache.errors import FeatureTooLarge, PoolFull, SettingsError
+from featcache.handle import Handle
+from featcache.handles import HandleCache
+from featcache.ref import FeatureRef
+from featcache.remote_writer import RemoteWriter
+from featcache.settings import Settings
+from featcache.writer import Staged
+
+__all__ = ["Places", "RemotePuts", "StagedPut"]
+
+Places = tuple[RemoteWriter | None, RemoteWriter | None]
+Placed = tuple[RemoteWriter, Staged]
+StagedPut = tuple[Placed | None, Placed | None]
+"""A put for the slab, and the same for the host slab where it may go there: at least one of them."""
+
+
+class RemotePuts:
+    """Finds the writer of a put, and spills what may."""
+
+    def __init__(self, handles: HandleCache, settings: Settings, offload: Offload) -> None:
+        self._handles = handles
+        self._settings = settings
+        self._offload = offload
+        self._writers: dict[bytes, RemoteWriter] = {}
+        self.spilled = 0
+
+    @property
+    def puts(self) -> int:
+        """Features that this client published."""
+        return sum(writer.puts for writer in self._writers.values())
+
+    def _writer(self, handle: Handle) -> RemoteWriter:
+        pool_id = handle.attachment.pool_id
+        writer = self._writers.get(pool_id)
+        if writer is None or writer.handle is not handle:
+            known = 0 if writer is None else writer.puts
+            writer = self._writers[pool_id] = RemoteWriter(handle, self._settings, self._offload)
+            writer.puts = known
+        return writer
+
+    async def places(self, on_full: str, key: Any) -> Places:
+        """Return the writers of the slab and of the host slab, of where a put may go; attach them."""
+        if on_full not in {"wait", "raise", "spill"}:
+            raise SettingsError(f"on_full={on_full!r} is none of 'wait', 'raise', 'spill'")
+        handle = await self._handles.bound_handle()
+        here = self._writer(handle)
+        if on_full != "spill":
+            return here, None
+        if key is not None:
+            raise SettingsError("what is kept under a key makes its own room: it does not spill")
+        if not handle.kin_endpoint:
+            raise SettingsError("on_full='spill' needs a host slab: create(…, spill='2GiB')")
+        there = self._writer(await self._handles.attach(handle.kin_endpoint))
+        return (None if self._settings.spill_always else here), there
+
+    def stage(self, places: Places, feature: Any, readers: Any, ttl: Any, key: Any) -> StagedPut:
+        """Return what a put asks for; in the caller's thread."""
+        here, there = (
+            None if writer is None else (writer, writer.stage(feature, readers, ttl, key))
+            for writer in places
+        )
+        return here, there
+
+    async def put(self, staged: StagedPut, timeout_s: float | None, on_full: str) -> FeatureRef:
+        """Put into the slab; if it is full and that was asked for, into the host slab."""
+        here, there = staged
+        if here is not None:
+            writer, put = here
+            try:
+                return await writer.put(put, timeout_s, wait=on_full == "wait")
+            except (PoolFull, FeatureTooLarge):
+                if there is None:
+                    raise
+        assert there is not None, "a put goes somewhere"
+        ref = await there[0].put(there[1], timeout_s, wait=True)
+        self.spilled += 1
+        return ref

@@ -1,0 +1,166 @@
+"""A client's puts: room from the owner's one queue, the bytes written here, then told to the owner.
+
+Two round trips: `Reserve`, then `Publish`. Between them the slot is this session's alone. The bytes go
+into a mapping of the slab that can be written, apart from the one that views are lent from. A word in
+the session's page, stored behind the copy, says that they have landed.
+"""
+
+import asyncio
+from typing import Any
+
+import anyio
+
+from featcache._offload import Offload
+from featcache.asks import ask
+from featcache.control import messages
+from featcache.control.channel import close_all
+from featcache.control.messages import ProtocolError, Reserved
+from featcache.core.waiters import Request
+from featcache.errors import PutTimeout
+from featcache.handle import Handle
+from featcache.ref import FeatureRef
+from featcache.settings import Settings
+from featcache.writer import Staged
+
+__all__ = ["RemoteWriter"]
+
+
+class RemoteWriter:
+    """Puts into the pool of one handle."""
+
+    def __init__(self, handle: Handle, settings: Settings, offload: Offload) -> None:
+        self.handle = handle
+        self._settings = settings
+        self._offload = offload
+        self._opening: asyncio.Task[None] | None = None
+        self.puts = 0
+
+    def stage(self, feature: Any, readers: Any, ttl: Any, key: Any) -> Staged:
+        """Return what a put asks for, in the caller's thread.
+
+        Raises:
+            SettingsError: an argument makes no sense.
+            BackendUnavailable: this client's device can't access the slab.
+
+        """
+        request, specs, packed = ask(feature, readers, ttl, key, self._settings)
+        parts, order = self.handle.attachment.mapping.stage(packed)
+        return Staged(request, specs, parts, order)
+
+    async def put(self, staged: Staged, timeout_s: float | None, *, wait: bool) -> FeatureRef:
+        """Copy a feature in and return its ref.
+
+        Raises:
+            FeatureTooLarge, PoolFull, PutTimeout, OwnerLost: as `FeatureClient.put`.
+
+        """
+        self.handle.attachment.check()
+        try:
+            with anyio.fail_after(timeout_s):
+                if not self.handle.attachment.mapping.writable:
+                    await self._open()
+                reserved = await self._reserve(staged.request, wait=wait)
+        except TimeoutError:
+            raise PutTimeout(
+                f"no room for {staged.request.nbytes} bytes within {timeout_s} s"
+            ) from None
+        return await self._fill(reserved, staged)
+
+    async def _reserve(self, request: Request, *, wait: bool) -> Reserved:
+        link, readers = self.handle.link, request.readers
+        answer, _ = await link.ask(
+            messages.Reserve(
+                link.number(),
+                request.nbytes,
+                readers if isinstance(readers, int) else sorted(readers),
+                request.ttl_s,
+                request.key,
+                wait,
+            )
+        )
+        if not isinstance(answer, Reserved):
+            raise ProtocolError(f"the owner answered a put with {type(answer).__name__}")
+        return answer
+
+    async def _fill(self, reserved: Reserved, staged: Staged) -> FeatureRef:
+        """Write a slot that is this session's, and publish it; give it up if that fails."""
+        attachment, parts, order = self.handle.attachment, staged.parts, staged.order
+        mapping, at = attachment.mapping, reserved.offset_bytes
+        wrote = False
+        try:
+            if not attachment.covers(at, staged.request.nbytes):
+                await attachment.coverage(at, staged.request.nbytes)
+            if mapping.staged_bytes(parts) <= self._settings.inline_bytes:
+                wrote = True
+                mapping.write(at, parts, order)
+            else:
+                # From here the slot is the thread's, until it is done; if nobody awaits that, it is
+                # given up then.
+                wrote = True
+                await self._offload.run(
+                    lambda: mapping.write(at, parts, order),
+                    lambda: self._withdraw(reserved, staged, wrote=True),
+                )
+        except asyncio.CancelledError:
+            if not wrote:
+                self._withdraw(reserved, staged, wrote=False)
+            raise
+        except BaseException:
+            self._withdraw(reserved, staged, wrote=wrote)
+            raise
+        attachment.tell_written(reserved.slot, reserved.generation, order)
+        return await self._publish(reserved, staged)
+
+    async def _publish(self, reserved: Reserved, staged: Staged) -> FeatureRef:
+        handle, request = self.handle, staged.request
+        link, slot, generation = handle.link, reserved.slot, reserved.generation
+        # Made first: what would be refused is refused before anybody can read it.
+        ref = FeatureRef(
+            *(handle.attachment.pool_id, handle.endpoint, slot, generation),
+            *(reserved.offset_bytes, request.nbytes, staged.specs),
+        )
+        await link.ask(messages.Publish(link.number(), slot, generation, staged.specs))
+        self.puts += 1
+        return ref
+
+    def _withdraw(self, reserved: Reserved, staged: Staged, *, wrote: bool) -> None:
+        """Give a slot up. What a stream may still write there lands first."""
+        attachment, order = self.handle.attachment, staged.order
+        slot, generation = reserved.slot, reserved.generation
+        landed = not (wrote and attachment.mapping.deferred and order is not None)
+        if not landed:
+            attachment.tell_written(slot, generation, order)
+        self.handle.link.tell(messages.Withdraw(slot, generation, landed))
+
+    # --- the first time ---------------------------------------------------------------------------
+
+    async def _open(self) -> None:
+        """Map the slab for writing, once however many ask at once."""
+        if self._opening is None:
+            self._opening = asyncio.get_running_loop().create_task(self._open_once())
+            self._opening.add_done_callback(self._opened)
+        await asyncio.shield(self._opening)
+
+    def _opened(self, task: "asyncio.Task[None]") -> None:
+        self._opening = None
+        if not task.cancelled():
+            task.exception()  # seen: who asked may have given up
+
+    async def _open_once(self) -> None:
+        link, mapping = self.handle.link, self.handle.attachment.mapping
+        answer, fds = await link.ask(messages.Write(link.number()))
+        try:
+            if not isinstance(answer, messages.Writable):
+                raise ProtocolError(f"the owner answered a writer with {type(answer).__name__}")
+        except ProtocolError:
+            close_all(fds)
+            raise
+        # The thread's, which closes them; if the loop is gone by then it does so all the same.
+        await self._offload.run(lambda: _open_for_writing(mapping, fds), lambda: None)
+
+
+def _open_for_writing(mapping: Any, fds: list[int]) -> None:
+    try:
+        mapping.open_for_writing(fds)
+    finally:
+        close_all(fds)

@@ -1,0 +1,945 @@
+"""KeyedStore against a naive model with an ideal LRU, under whatever order hypothesis comes upon.
+
+test_store_machine.py has what concerns room alone: sizes, the queue's order, growth, shrinking.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from featcache.core.allocator import ALIGNMENT_BYTES
+from featcache.core.effects import (
+    Effect,
+    Evicted,
+    Expired,
+    Found,
+    Grow,
+    Limits,
+    MayMake,
+    Recycled,
+    Retired,
+    Woken,
+)
+from featcache.core.keyed_store import KeyedStore
+from featcache.core.seekers import Seeker, SeekerState
+from featcache.core.slots import Slot, SlotState
+from featcache.core.waiters import Request, Waiter
+from featcache.errors import KeyNotFound, PoolFull, StaleRef
+
+UNIT = ALIGNMENT_BYTES
+NAMES = {1: "a", 2: "b", 3: None}  # of sessions, by their numbers
+TTLS = (1.0, 4.0)
+
+keys = st.sampled_from([b"k0", b"k1", b"k2", b"k3"])
+sessions = st.sampled_from(list(NAMES))
+readers = st.one_of(st.sampled_from([0, 0, 1, 2]), st.frozensets(st.sampled_from("ab"), min_size=1))
+sizes = st.integers(1, 5).map(lambda units: units * UNIT)
+ttls = st.sampled_from([None, *TTLS])
+keyed = st.builds(Request, sizes, readers, ttls, keys)
+unkeyed = st.builds(Request, sizes, st.integers(1, 2), ttls)
+requests = st.one_of(keyed, keyed, keyed, unkeyed)
+
+
+@dataclass(eq=False)
+class Feature:
+    """What the model knows of a slot that is not free."""
+
+    slot: Slot
+    request: Request
+    index: int
+    generation: int
+    start: int
+    state: SlotState = SlotState.RESERVED
+    key: bytes | None = None
+    grants: int = 0
+    paid: set[int | str] = field(default_factory=set)
+    forgiven: bool = False
+    """Whether what it still owed was forgiven, by ttl or discard."""
+    born_s: float = 0.0
+    used_s: float = 0.0
+    due_s: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        return self.request.nbytes
+
+    @property
+    def extent(self) -> int:
+        return -(-self.nbytes // UNIT) * UNIT
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.extent
+
+    @property
+    def owed_by(self) -> tuple[str, ...] | int:
+        wanted = self.request.readers
+        if isinstance(wanted, int):
+            return 0 if self.forgiven else wanted - len(self.paid)
+        return 0 if self.forgiven else tuple(sorted(wanted - self.paid))
+
+    @property
+    def unpaid(self) -> int:
+        owed_by = self.owed_by
+        return owed_by if isinstance(owed_by, int) else len(owed_by)
+
+    def pay(self, session: int) -> None:
+        wanted, name = self.request.readers, NAMES[session]
+        if self.state is not SlotState.PUBLISHED or not self.unpaid:
+            return
+        if isinstance(wanted, int):
+            self.paid.add(session)
+        elif name in wanted:
+            self.paid.add(name)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing keeps it any more."""
+        published = self.state is SlotState.PUBLISHED
+        return published and self.key is None and not self.grants and not self.unpaid
+
+
+class KeyedMachine(RuleBasedStateMachine):
+    store: KeyedStore
+    limits: Limits
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.end = 0  # committed
+        self.busy = False  # the slab changes its size
+        self.grow_after = 0.0
+        self.live: dict[int, Feature] = {}  # by slot
+        self.reserved: list[Feature] = []
+        self.retiring: list[Feature] = []
+        self.order: list[Feature] = []  # what is kept, the longest unused first
+        self.pins: dict[bytes, Counter[int]] = {}
+        self.grants: list[Feature] = []  # one for each grant that is out and was taken
+        self.refs: list[tuple[int, int]] = []
+        self.waiters: list[Waiter] = []
+        self.woken: list[Waiter] = []
+        self.seeking: list[Seeker] = []  # in order of arrival
+        self.found: list[tuple[Seeker, Feature]] = []  # told, and not taken yet
+        self.chosen: list[Seeker] = []
+        self.making: list[Seeker] = []  # taken, and its claim not given back
+        self.past: list[Seeker] = []
+        self.claims: dict[bytes, Seeker] = {}
+        self.hits = self.misses = self.evicted = self.puts = self.recycled = self.expired = 0
+
+    @initialize(
+        capacity=st.integers(4, 20),
+        segment=st.integers(2, 6),
+        initial=st.sampled_from([20, 1, 8]),
+        slots=st.sampled_from([8, 5, 2]),
+        seekers=st.sampled_from([8, 2]),
+        evict_first=st.booleans(),
+        marks=st.sampled_from([(None, 1.0), (0.75, 0.5), (0.5, 0.0)]),
+        compact=st.sampled_from([0.0, 0.5, 1.0]),
+    )
+    def make(
+        self,
+        capacity: int,
+        segment: int,
+        initial: int,
+        slots: int,
+        seekers: int,
+        evict_first: bool,
+        marks: tuple[float | None, float],
+        compact: float,
+    ) -> None:
+        segment = min(segment, capacity)
+        self.limits = Limits(
+            capacity_bytes=capacity * UNIT,
+            segment_bytes=segment * UNIT,
+            initial_bytes=min(-(-initial // segment) * segment, capacity) * UNIT,
+            slots=slots,
+            waiters=seekers,
+            grace_s=0.5,
+            idle_s=2.0,
+            evict_first=evict_first,
+            evict_above=marks[0],
+            evict_to=marks[1],
+            compact=compact,
+        )
+        self.store = KeyedStore(self.limits)
+        self.end = self.limits.initial_bytes
+        self.store.allocator.grow(self.end)
+
+    # --- the model ------------------------------------------------------------------------------
+
+    def kept(self, key: bytes) -> Feature | None:
+        return next((feature for feature in self.order if feature.key == key), None)
+
+    def idle(self) -> list[Feature]:
+        """What could be evicted, the longest unused first: an ideal LRU."""
+        return [
+            feature
+            for feature in self.order
+            if not feature.grants and not feature.unpaid and feature.key not in self.pins
+        ]
+
+    def use(self, feature: Feature) -> None:
+        feature.used_s = self.now
+        self.order.remove(feature)
+        self.order.append(feature)
+
+    def drop(self, feature: Feature, *, with_pins: bool = True) -> None:
+        assert feature.key is not None
+        if with_pins:
+            self.pins.pop(feature.key, None)
+        self.order.remove(feature)
+        feature.key = None
+
+    def settle(self, feature: Feature, grace_s: float = 0.0) -> list[Effect]:
+        """Retire a feature that nothing keeps; return what is then said."""
+        if not feature.over:
+            return []
+        return self.retire(feature, grace_s)
+
+    def retire(self, feature: Feature, grace_s: float = 0.0) -> list[Effect]:
+        feature.state = SlotState.RETIRING
+        feature.due_s = self.now + grace_s
+        self.retiring.append(feature)
+        return [Retired(feature.slot)]
+
+    def evict_one(self, feature: Feature, cause: str, grace_s: float = 0.0) -> list[Effect]:
+        key = feature.key
+        assert key is not None
+        said = Evicted(key, feature.nbytes, self.now - feature.used_s, cause)
+        self.drop(feature)
+        self.evicted += 1
+        return [said, *self.settle(feature, grace_s)]
+
+    def pay_one_grant(self, feature: Feature) -> list[Effect]:
+        feature.grants -= 1
+        return self.settle(feature)
+
+    def choose_next(self, key: bytes) -> list[Effect]:
+        """Pass the claim of a key on; return what is then said."""
+        del self.claims[key]
+        for seeker in self.seeking:
+            if seeker.key == key and seeker.makes:
+                self.seeking.remove(seeker)
+                self.chosen.append(seeker)
+                self.claims[key] = seeker
+                return [MayMake(seeker)]
+        return []
+
+    @property
+    def used(self) -> int:
+        return sum(feature.extent for feature in self.live.values())
+
+    @property
+    def in_use_end(self) -> int:
+        return max((feature.stop for feature in self.live.values()), default=0)
+
+    def fits(self, nbytes: int) -> bool:
+        holes, at = [], 0
+        for feature in sorted(self.live.values(), key=lambda feature: feature.start):
+            holes.append(feature.start - at)
+            at = feature.stop
+        return len(self.live) < self.limits.slots and max(*holes, self.end - at, 0) >= nbytes
+
+    def may_grow_for(self, nbytes: int) -> bool:
+        if self.busy or self.now < self.grow_after:
+            return False
+        return self.end < self.in_use_end + nbytes <= self.limits.capacity_bytes
+
+    def admit(self, slot: Slot, request: Request) -> Feature:
+        assert slot.index not in self.live
+        assert slot.key is None
+        assert slot.grants == 0, "granted to readers of its last tenant"
+        start = slot.offset_bytes
+        feature = Feature(slot, request, slot.index, slot.generation, start)
+        for other in self.live.values():
+            assert feature.stop <= other.start or other.stop <= start, "two slots share bytes"
+        self.live[slot.index] = feature
+        self.refs.append((slot.index, slot.generation))
+        return feature
+
+    def follow(self, effects: Iterable[Effect]) -> None:
+        """Take over what recycling and the queue decided."""
+        for effect in effects:
+            match effect:
+                case Recycled(index, generation, nbytes):
+                    feature = self.live.pop(index)
+                    assert (generation, nbytes) == (feature.generation, feature.nbytes)
+                    assert feature.grants == 0, "recycled while it was granted"
+                    self.retiring.remove(feature)
+                    self.recycled += 1
+                case Woken(waiter):
+                    assert waiter is self.waiters.pop(0), "granted out of turn"
+                    assert waiter.slot is not None
+                    self.admit(waiter.slot, waiter.request)
+                    self.woken.append(waiter)
+                case Grow(_):
+                    assert self.may_grow_for(self.waiters[0].request.nbytes)
+                    self.busy = True
+                    self.growing_to = effect.end_bytes
+                case _:
+                    pytest.fail(f"{effect} has no place here")
+
+    # --- puts -----------------------------------------------------------------------------------
+
+    def reserve(self, request: Request) -> Feature | None:
+        expected = not self.waiters and self.fits(request.nbytes)
+        slot = self.store.reserve(request, self.now)
+        assert (slot is not None) == expected
+        return None if slot is None else self.admit(slot, request)
+
+    @rule(request=requests)
+    def only_reserve(self, request: Request) -> None:
+        feature = self.reserve(request)
+        if feature is not None:
+            self.reserved.append(feature)
+
+    @rule(request=requests, data=st.data())
+    def put(self, request: Request, data: st.DataObject) -> None:
+        """Evict, or have the slab grow, until there is room, as a put does that may not wait."""
+        held = self.some_held(data)
+        while (feature := self.reserve(request)) is None:
+            if self.waiters:
+                return
+            if self.evict_for(request, held):
+                self.recycle(held)
+            elif not self.grow_for(request):
+                return
+        self.publish_one(feature)
+
+    def grow_for(self, request: Request) -> bool:
+        end = self.store.growth_for(request.nbytes, self.now)
+        assert bool(end) == self.may_grow_for(request.nbytes)
+        if not end or len(self.live) == self.limits.slots:
+            return False
+        self.store.growing()
+        self.end = end
+        self.follow(self.store.grown(end, self.now))
+        return True
+
+    @rule(chosen=st.lists(keys, min_size=1, max_size=6), data=st.data())
+    def put_some(self, chosen: list[bytes], data: st.DataObject) -> None:
+        """Small features under several keys: an LRU needs something to choose from."""
+        for key in chosen:
+            self.put(Request(UNIT, 0, None, key), data)
+
+    @precondition(lambda self: self.reserved)
+    @rule(data=st.data())
+    def publish(self, data: st.DataObject) -> None:
+        self.publish_one(self.take_one(data, self.reserved))
+
+    @staticmethod
+    def take_one(data: st.DataObject, features: list[Feature]) -> Feature:
+        feature = data.draw(st.sampled_from(features))
+        features.remove(feature)
+        return feature
+
+    def publish_one(self, feature: Feature) -> None:
+        feature.state = SlotState.PUBLISHED
+        feature.born_s = feature.used_s = self.now
+        self.puts += 1
+        expected = self.keep(feature, feature.request.key)
+        assert self.store.publish(feature.slot, self.now) == expected
+
+    def keep(self, feature: Feature, key: bytes | None) -> list[Effect]:
+        """Keep a feature under its key; return what is then said."""
+        if key is None:
+            return self.settle(feature)
+        effects: list[Effect] = []
+        old = self.kept(key)
+        if old is not None:
+            self.drop(old, with_pins=False)
+            effects += self.settle(old, self.limits.grace_s)
+        feature.key = key
+        self.order.append(feature)
+        for seeker in [seeker for seeker in self.seeking if seeker.key == key]:
+            self.seeking.remove(seeker)
+            self.found.append((seeker, feature))
+            feature.grants += 1
+            effects.append(Found(seeker))
+        return effects
+
+    @precondition(lambda self: self.reserved)
+    @rule(data=st.data(), landed=st.booleans())
+    def give_up_a_slot(self, data: st.DataObject, landed: bool) -> None:
+        feature = self.take_one(data, self.reserved)
+        if landed:
+            del self.live[feature.index]
+            self.follow(self.store.abandon(feature.slot, self.now))
+        else:
+            assert self.store.withdraw(feature.slot, self.now) == self.retire(feature)
+
+    @precondition(lambda self: any(f.state is SlotState.PUBLISHED for f in self.live.values()))
+    @rule(data=st.data())
+    def lose_the_writer(self, data: st.DataObject) -> None:
+        """Its bytes will never come."""
+        published = [f for f in self.live.values() if f.state is SlotState.PUBLISHED]
+        feature = data.draw(st.sampled_from(published))
+        expected: list[Effect] = []
+        if feature.key is not None:
+            self.evicted += 1
+            unused_s = self.now - feature.used_s
+            expected = [Evicted(feature.key, feature.nbytes, unused_s, "writer lost")]
+            self.drop(feature)
+        feature.forgiven = True
+        expected += self.retire(feature)
+        assert self.store.forsake(feature.slot, self.now) == expected
+
+    # --- waiting for room -----------------------------------------------------------------------
+
+    @rule(request=requests)
+    def wait(self, request: Request) -> None:
+        if request.nbytes > self.limits.capacity_bytes or len(self.waiters) >= self.limits.waiters:
+            return
+        waiter, effects = self.store.wait(request, self.now, None)
+        self.waiters.append(waiter)
+        self.follow(effects)
+
+    @precondition(lambda self: self.waiters)
+    @rule(data=st.data())
+    def make_room_for_the_head(self, data: st.DataObject) -> None:
+        """Evict and recycle until nothing more can go: if the slab is idle, it is served."""
+        held = self.some_held(data)
+        while self.waiters and self.evict_for(self.waiters[0].request, held):
+            self.recycle(held)
+
+    @precondition(lambda self: self.woken)
+    @rule(data=st.data())
+    def accept(self, data: st.DataObject) -> None:
+        waiter = data.draw(st.sampled_from(self.woken))
+        self.woken.remove(waiter)
+        self.reserved.append(self.live[self.store.accept(waiter).index])
+
+    @precondition(lambda self: self.waiters or self.woken)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        waiter = data.draw(st.sampled_from(self.waiters + self.woken))
+        if waiter in self.woken:
+            self.woken.remove(waiter)
+            assert waiter.slot is not None
+            del self.live[waiter.slot.index]
+        else:
+            self.waiters.remove(waiter)
+        self.follow(self.store.leave(waiter, self.now))
+
+    # --- lookups --------------------------------------------------------------------------------
+
+    @rule(key=keys, keeps=st.booleans())
+    def look_up(self, key: bytes, keeps: bool) -> None:
+        feature = self.kept(key)
+        slot = self.store.lookup(key, self.now)
+        if feature is None:
+            assert slot is None
+            self.misses += 1
+            return
+        assert slot is feature.slot
+        self.hits += 1
+        feature.grants += 1
+        self.use(feature)
+        if keeps:
+            self.grants.append(feature)
+        else:
+            assert self.store.pay_grant(slot, self.now) == self.pay_one_grant(feature)
+
+    @rule(chosen=st.lists(keys, min_size=1, max_size=6))
+    def use_some(self, chosen: list[bytes]) -> None:
+        for key in chosen:
+            self.look_up(key, keeps=False)
+
+    @precondition(lambda self: self.grants)
+    @rule(data=st.data())
+    def pay_a_grant(self, data: st.DataObject) -> None:
+        """Also of what was evicted, replaced or forsaken meanwhile."""
+        feature = self.take_one(data, self.grants)
+        assert feature.slot.generation == feature.generation, "recycled while it was granted"
+        assert self.store.pay_grant(feature.slot, self.now) == self.pay_one_grant(feature)
+
+    @rule(key=keys, who=st.lists(st.tuples(sessions, st.booleans()), min_size=1, max_size=4))
+    def seek_at_once(self, key: bytes, who: list[tuple[int, bool]]) -> None:
+        for session, makes in who:
+            self.seek(key, session, makes)
+
+    def seek(self, key: bytes, session: int, makes: bool) -> None:
+        self.look_up(key, keeps=False)
+        if self.kept(key) is not None:
+            return
+        if len(self.seeking) >= self.limits.waiters:
+            with pytest.raises(PoolFull):
+                self.store.seek(key, session, makes=False, tag=None)
+            return
+        tag = object()
+        seeker = self.store.seek(key, session, makes=makes, tag=tag)
+        assert (seeker.key, seeker.session, seeker.tag) == (key, session, tag)
+        if makes and key not in self.claims:
+            assert seeker.state is SeekerState.CHOSEN
+            self.claims[key] = seeker
+            self.chosen.append(seeker)
+        else:
+            assert seeker.state is SeekerState.WAITING
+            self.seeking.append(seeker)
+
+    @precondition(lambda self: self.found)
+    @rule(data=st.data())
+    def take_what_was_found(self, data: st.DataObject) -> None:
+        entry = data.draw(st.sampled_from(self.found))
+        self.found.remove(entry)
+        seeker, feature = entry
+        assert self.store.take(seeker) is feature.slot
+        assert feature.slot.generation == feature.generation, "recycled before it was taken"
+        self.past.append(seeker)
+        self.grants.append(feature)
+
+    @precondition(lambda self: self.chosen)
+    @rule(data=st.data())
+    def begin_to_make(self, data: st.DataObject) -> None:
+        seeker = data.draw(st.sampled_from(self.chosen))
+        self.chosen.remove(seeker)
+        assert self.store.take(seeker) is None
+        self.making.append(seeker)
+
+    @precondition(lambda self: self.making)
+    @rule(data=st.data(), works=st.booleans())
+    def end_to_make(self, data: st.DataObject, works: bool) -> None:
+        seeker = data.draw(st.sampled_from(self.making))
+        if works:
+            feature = self.reserve(Request(UNIT, 0, None, seeker.key))
+            if feature is None:
+                return
+            self.publish_one(feature)
+        self.making.remove(seeker)
+        self.past.append(seeker)
+        self.unclaim(seeker)
+
+    @precondition(lambda self: self.seeking)
+    @rule(data=st.data())
+    def put_what_is_sought(self, data: st.DataObject) -> None:
+        """By somebody who does not know that it is."""
+        seeker = data.draw(st.sampled_from(self.seeking))
+        self.put(Request(UNIT, data.draw(st.integers(0, 1)), None, seeker.key), data)
+
+    def unclaim(self, seeker: Seeker) -> None:
+        is_out = self.claims.get(seeker.key) is seeker
+        expected = self.choose_next(seeker.key) if is_out else []
+        assert self.store.unclaim(seeker.key, seeker.claim) == expected
+
+    @precondition(lambda self: self.past)
+    @rule(data=st.data())
+    def unclaim_or_unseek_what_is_over(self, data: st.DataObject) -> None:
+        seeker = data.draw(st.sampled_from(self.past))
+        assert self.store.unseek(seeker, self.now) == []
+        self.unclaim(seeker)
+
+    @precondition(lambda self: self.seeking or self.found or self.chosen)
+    @rule(data=st.data())
+    def give_up_seeking(self, data: st.DataObject) -> None:
+        told = [seeker for seeker, _ in self.found]
+        seeker = data.draw(st.sampled_from(self.seeking + told + self.chosen))
+        self.past.append(seeker)
+        expected: list[Effect] = []
+        if seeker in self.seeking:
+            self.seeking.remove(seeker)
+        elif seeker in self.chosen:
+            self.chosen.remove(seeker)
+            expected = self.choose_next(seeker.key)
+        else:
+            entry = next(entry for entry in self.found if entry[0] is seeker)
+            self.found.remove(entry)
+            expected = self.pay_one_grant(entry[1])
+        assert self.store.unseek(seeker, self.now) == expected
+        assert seeker.state is SeekerState.GONE
+
+    # --- keys -----------------------------------------------------------------------------------
+
+    @rule(key=keys)
+    def evict(self, key: bytes) -> None:
+        feature = self.kept(key)
+        grace_s = self.limits.grace_s
+        expected = [] if feature is None else self.evict_one(feature, "asked", grace_s)
+        assert self.store.evict(key, self.now) == expected
+
+    @rule(key=keys, session=sessions)
+    def pin(self, key: bytes, session: int) -> None:
+        if self.kept(key) is None:
+            with pytest.raises(KeyNotFound):
+                self.store.pin(key, session)
+            return
+        self.store.pin(key, session)
+        self.pins.setdefault(key, Counter())[session] += 1
+
+    @rule(key=keys, session=sessions)
+    def unpin(self, key: bytes, session: int) -> None:
+        if self.kept(key) is None:
+            with pytest.raises(KeyNotFound):
+                self.store.unpin(key, session)
+            return
+        self.store.unpin(key, session)
+        if key in self.pins:
+            whose = session if session in self.pins[key] else next(iter(self.pins[key]))
+            self.take_pins(key, whose, 1)
+
+    def take_pins(self, key: bytes, session: int, count: int) -> None:
+        self.pins[key][session] -= count
+        if not self.pins[key][session]:
+            del self.pins[key][session]
+        if not self.pins[key]:
+            del self.pins[key]
+
+    # --- evicting -------------------------------------------------------------------------------
+
+    def some_held(self, data: st.DataObject) -> set[Slot]:
+        if not self.live or data.draw(st.booleans()):
+            return set()
+        slots = [feature.slot for feature in self.live.values()]
+        return data.draw(st.sets(st.sampled_from(slots)))
+
+    def victims(self, held: set[Slot]) -> list[Feature]:
+        return [feature for feature in self.idle() if feature.slot not in held]
+
+    def evict_for(self, request: Request, held: set[Slot]) -> bool:
+        may_grow = self.busy or self.may_grow_for(request.nbytes)
+        grows = may_grow and len(self.live) < self.limits.slots and not self.limits.evict_first
+        helps = self.used - extents(self.idle()) + request.nbytes <= self.limits.capacity_bytes
+        victims = self.victims(held) if helps and not grows else []
+        expected = self.evict_one(victims[0], "room") if victims else []
+        assert self.store.evict_for(request, held.__contains__, self.now) == expected
+        return bool(expected)
+
+    @rule(nbytes=st.sampled_from([UNIT, 3 * UNIT]), count=st.integers(1, 4), data=st.data())
+    def evict_some(self, nbytes: int, count: int, data: st.DataObject) -> None:
+        """Whether or not there is room: that is the caller's to ask."""
+        held = self.some_held(data)
+        for _ in range(count):
+            self.evict_for(Request(nbytes, 1, None), held)
+
+    @rule(chosen=st.lists(keys, max_size=5), data=st.data())
+    def trim(self, chosen: list[bytes], data: st.DataObject) -> None:
+        self.put_some(chosen, data)
+        held = self.some_held(data)
+        self.recycle(held)  # as is done before each look at the watermarks
+        above, to = self.limits.evict_above, self.limits.evict_to
+        capacity, used = self.limits.capacity_bytes, self.used
+        expected: list[Effect] = []
+        if above is not None and used > above * capacity:
+            for feature in self.victims(held):
+                if used <= to * capacity:
+                    break
+                used -= feature.extent
+                expected += self.evict_one(feature, "watermark")
+        assert self.store.trim(held.__contains__, self.now) == expected
+
+    @rule(data=st.data())
+    def compact(self, data: st.DataObject) -> None:
+        held, limits = self.some_held(data), self.limits
+        start = (self.end - 1) // limits.segment_bytes * limits.segment_bytes
+        tail = [self.live[index] for index in sorted(self.live) if self.live[index].stop > start]
+        few = sum(feature.nbytes for feature in tail) <= limits.compact * (self.end - start)
+        sound = set(tail) <= set(self.victims(held))
+        wanted = self.store.tail_in_use and bool(limits.compact)
+        expected: list[Effect] = []
+        if wanted and few and sound and start >= limits.initial_bytes:
+            for feature in tail:
+                expected += self.evict_one(feature, "compaction")
+        assert self.store.compact(held.__contains__, self.now) == expected
+
+    @rule(chosen=st.lists(keys, max_size=3), data=st.data())
+    def compact_after_an_idle_window(self, chosen: list[bytes], data: st.DataObject) -> None:
+        self.put_some(chosen, data)
+        for _ in range(2):
+            self.shrink()
+            self.now += self.limits.idle_s
+        self.shrink()
+        self.compact(data)
+
+    @rule()
+    def look_through_the_whole_order(self) -> None:
+        """What would go next, and next, if all before it were held: exactly the model's order."""
+        order = self.idle()
+        for count in range(len(order) + 1):
+            before = {feature.slot for feature in order[:count]}
+            expected = order[count].slot if count < len(order) else None
+            assert self.store.directory.coldest(before.__contains__) is expected
+
+    # --- reads by ref ---------------------------------------------------------------------------
+
+    def find(self, index: int, generation: int) -> Feature | None:
+        feature = self.live.get(index)
+        if feature is None or feature.generation != generation:
+            return None
+        return feature if feature.state is SlotState.PUBLISHED else None
+
+    @precondition(lambda self: self.refs)
+    @rule(data=st.data(), session=sessions, recent=st.booleans())
+    def pay(self, data: st.DataObject, session: int, recent: bool) -> None:
+        owing = [(f.index, f.generation) for f in self.live.values() if f.unpaid]
+        index, generation = data.draw(st.sampled_from(owing if recent and owing else self.refs))
+        feature = self.find(index, generation)
+        expected: list[Effect] = []
+        if feature is not None:
+            feature.pay(session)
+            expected = self.settle(feature)
+        name = NAMES[session]
+        assert self.store.pay(index, generation, session, name, self.now) == expected
+
+    @precondition(lambda self: self.refs)
+    @rule(data=st.data())
+    def discard(self, data: st.DataObject) -> None:
+        index, generation = data.draw(st.sampled_from(self.refs))
+        feature = self.find(index, generation)
+        if feature is None:
+            with pytest.raises(StaleRef):
+                self.store.revoke(index, generation, self.now)
+            return
+        expected = self.forgive_all(feature)
+        assert self.store.revoke(index, generation, self.now) == expected
+
+    def forgive_all(self, feature: Feature) -> list[Effect]:
+        feature.forgiven = True
+        return self.settle(feature, self.limits.grace_s)
+
+    @rule(name=st.sampled_from("ab"))
+    def lose_a_name(self, name: str) -> None:
+        count, expected = 0, list[Effect]()
+        for _, feature in sorted(self.live.items()):
+            owed_by = feature.owed_by
+            if isinstance(owed_by, tuple) and name in owed_by:
+                if feature.state is SlotState.RETIRING:
+                    continue
+                count += 1
+                feature.paid.add(name)
+                expected += self.settle(feature)
+        assert self.store.forgive(name, self.now) == (count, expected)
+
+    @rule(waits=st.booleans())
+    def expire(self, waits: bool) -> None:
+        """What has outlived its ttl; or, if one `waits`, the first that will have."""
+        ends = {
+            feature: feature.born_s + feature.request.ttl_s
+            for feature in self.live.values()
+            if feature.state is SlotState.PUBLISHED
+            and feature.unpaid
+            and feature.request.ttl_s is not None
+        }
+        if waits:
+            self.now = max(self.now, min(ends.values(), default=0.0))
+        old = [feature for feature, end_s in ends.items() if end_s <= self.now]
+        effects = self.store.expire(self.now)
+        expected: list[list[Effect]] = []
+        for feature in old:
+            label, age_s = f"{feature.index}:{feature.generation}", self.now - feature.born_s
+            said = Expired(label, feature.nbytes, age_s, feature.owed_by)
+            expected.append([said, *self.forgive_all(feature)])
+        self.expired += len(old)
+        # One ttl after the other, which store_machine looks at; here each with what comes of it.
+        assert sorted(split(effects), key=str) == sorted(expected, key=str)
+
+    # --- the ends of others ---------------------------------------------------------------------
+
+    @rule(session=sessions)
+    def end_a_session(self, session: int) -> None:
+        for key in [key for key, pins in self.pins.items() if session in pins]:
+            self.take_pins(key, session, self.pins[key][session])
+        mine = [seeker for seeker in self.seeking if seeker.session == session]
+        self.seeking = [seeker for seeker in self.seeking if seeker not in mine]
+        self.past += mine
+        expected: list[Effect] = []
+        for key, seeker in list(self.claims.items()):
+            if seeker.session == session:
+                chosen = self.chosen if seeker in self.chosen else self.making
+                chosen.remove(seeker)
+                self.past.append(seeker)
+                expected += self.choose_next(key)
+        effects = self.store.end_session(session, self.now)
+        told = effects[: len(expected)]
+        # In the order in which the claims were given out.
+        assert sorted(told, key=str) == sorted(expected, key=str)
+        assert all(seeker.state is SeekerState.GONE for seeker in mine)
+        self.follow(effects[len(expected) :])
+
+    # --- recycling and size ---------------------------------------------------------------------
+
+    @rule(data=st.data())
+    def recycle_what_is_not_held(self, data: st.DataObject) -> None:
+        self.recycle(self.some_held(data))
+
+    def recycle(self, held: set[Slot]) -> None:
+        due = self.store.due(self.now)
+        assert due == [
+            feature.slot
+            for feature in self.retiring
+            if feature.due_s <= self.now and not feature.grants
+        ]
+        self.follow(self.store.recycle([slot for slot in due if slot not in held], self.now))
+
+    @precondition(lambda self: self.busy)
+    @rule(works=st.sampled_from([True, True, False]))
+    def end_a_change_of_size(self, works: bool) -> None:
+        self.busy = False
+        if self.growing_to is None:
+            self.follow(self.store.shrunk(self.now))
+        elif works:
+            self.end = self.growing_to
+            self.follow(self.store.grown(self.end, self.now))
+        else:
+            self.grow_after = self.now + self.limits.grow_retry_s
+            self.store.grow_failed(self.now)
+
+    growing_to: int | None = None  # None while the slab shrinks
+
+    @rule()
+    def serve(self) -> None:
+        self.follow(self.store.serve(self.now))
+
+    @rule()
+    def shrink(self) -> None:
+        keep = self.store.shrink(self.now)
+        if keep is not None:
+            assert keep >= self.in_use_end, "what is kept lies beyond the end"
+            self.end, self.busy, self.growing_to = keep, True, None
+
+    @rule(seconds=st.sampled_from([0.25, 0.5, 1.0, 4.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+
+    # --- what always holds ----------------------------------------------------------------------
+
+    @invariant()
+    def slots_are_as_in_the_model(self) -> None:
+        table = self.store.table
+        assert table.in_use() == [self.live[index].slot for index in sorted(self.live)]
+        idle = set(self.idle())
+        for feature in self.live.values():
+            slot = feature.slot
+            assert (slot.generation, slot.state) == (feature.generation, feature.state)
+            assert (slot.key, slot.grants) == (feature.key, feature.grants)
+            assert slot.idle == (feature in idle)
+            if feature.state is not SlotState.RETIRING:
+                assert slot.unpaid == feature.unpaid
+            if feature.key is not None:
+                assert slot.used_s == feature.used_s
+
+    @invariant()
+    def books_agree(self) -> None:
+        store, directory = self.store, self.store.directory
+        store.allocator.check()
+        assert store.allocator.used_bytes == self.used
+        assert store.committed_bytes == self.end
+        assert list(store._retiring.values()) == [feature.slot for feature in self.retiring]
+        owing = {f.index for f in self.live.values() if f.state is SlotState.PUBLISHED and f.unpaid}
+        assert set(store.owing) == owing
+        aging = [index for slots in store._aging.values() for index in slots]
+        assert sorted(aging) == sorted(i for i in owing if self.live[i].request.ttl_s is not None)
+        pinned = [feature for feature in self.order if feature.key in self.pins]
+        assert directory.resident_bytes == extents(self.order)
+        assert directory.pinned_bytes == extents(pinned)
+        assert directory.idle_bytes == extents(self.idle())
+        assert store.wanted_bytes == self.used - extents(self.idle())
+
+    @invariant()
+    def counters_agree(self) -> None:
+        store = self.store
+        assert (store.hits, store.misses) == (self.hits, self.misses)
+        assert (store.puts, store.recycled) == (self.puts, self.recycled)
+        assert (store.evicted, store.expired) == (self.evicted, self.expired)
+
+    @invariant()
+    def keys_are_as_in_the_model(self) -> None:
+        directory = self.store.directory
+        assert {key: directory.find(key) for key in directory} == {
+            feature.key: feature.slot for feature in self.order
+        }
+        assert len(directory) == len(self.order)
+        assert directory._pins == self.pins
+        assert set(self.pins) <= set(directory)
+        assert all(feature.state is SlotState.PUBLISHED for feature in self.order)
+
+    @invariant()
+    def nothing_is_both_recycled_and_granted(self) -> None:
+        told = [feature for _, feature in self.found]
+        granted = Counter(self.grants + told)
+        for feature, count in granted.items():
+            assert feature.grants == count
+            assert self.live.get(feature.index) is feature, "its bytes are another's"
+        assert all(feature.grants == granted[feature] for feature in self.live.values())
+
+    @invariant()
+    def nothing_stays_that_nobody_keeps(self) -> None:
+        assert not any(feature.over for feature in self.live.values())
+
+    @invariant()
+    def nobody_is_lost_who_seeks(self) -> None:
+        seekers = self.store.seekers
+        assert seekers.count == len(self.seeking)
+        waiting = [seeker for found in seekers._waiting.values() for seeker in found.values()]
+        assert sorted(waiting, key=lambda seeker: seeker.number) == self.seeking
+        assert all(seeker.state is SeekerState.WAITING for seeker in self.seeking)
+        assert all(seeker.state is SeekerState.FOUND for seeker, _ in self.found)
+        assert all(seeker.state is SeekerState.CHOSEN for seeker in self.chosen)
+        assert all(seeker.state is SeekerState.TAKEN for seeker in self.making)
+        for seeker in self.seeking:
+            assert self.kept(seeker.key) is None, "waits for what is there"
+            assert not seeker.makes or seeker.key in self.claims, "nobody makes what it waits for"
+
+    @invariant()
+    def a_key_has_one_claim(self) -> None:
+        out = Counter(seeker.key for seeker in self.chosen + self.making)
+        assert out == Counter(self.claims.keys())
+        claims = {key: (seeker.claim, seeker.session) for key, seeker in self.claims.items()}
+        assert self.store.seekers._claims == claims
+        assert all(self.store.seekers.holds(key, claim) for key, (claim, _) in claims.items())
+
+    # --- the end --------------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        """All is free once everybody goes: nothing was lost on the way."""
+        if not hasattr(self, "store"):
+            return
+        for session in NAMES:
+            self.end_a_session(session)
+        while self.found:
+            seeker, feature = self.found.pop()
+            assert self.store.unseek(seeker, self.now) == self.pay_one_grant(feature)
+        while self.grants:
+            feature = self.grants.pop()
+            assert self.store.pay_grant(feature.slot, self.now) == self.pay_one_grant(feature)
+        for waiter in self.waiters + self.woken:
+            self.store.leave(waiter, self.now)
+        for feature in self.reserved:
+            self.store.abandon(feature.slot, self.now)
+        for key in list(self.store.directory):
+            self.store.evict(key, self.now)
+        for slot in list(self.store.owing.values()):
+            self.store.revoke(slot.index, slot.generation, self.now)
+        self.now += 10.0
+        self.store.recycle(self.store.due(self.now), self.now)
+        self.check_that_all_is_free()
+
+    def check_that_all_is_free(self) -> None:
+        store, directory = self.store, self.store.directory
+        assert store.allocator.used_bytes == store.table.used == 0
+        assert (len(directory), directory._pins) == (0, {})
+        assert (directory.resident_bytes, directory.pinned_bytes, directory.idle_bytes) == (0, 0, 0)
+        assert directory.coldest(lambda _: False) is None
+        assert (store.seekers.count, store.seekers._waiting, store.seekers._claims) == (0, {}, {})
+        assert (store.owing, store._aging, store._retiring) == ({}, {}, {})
+
+
+def extents(features: Iterable[Feature]) -> int:
+    return sum(feature.extent for feature in features)
+
+
+def split(effects: Sequence[Effect]) -> list[list[Effect]]:
+    """Each expiry with what came of it."""
+    groups: list[list[Effect]] = []
+    for effect in effects:
+        if isinstance(effect, Expired):
+            groups.append([])
+        groups[-1].append(effect)
+    return groups
+
+
+TestAgainstModel = KeyedMachine.TestCase
+TestAgainstModel.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
