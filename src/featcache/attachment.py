@@ -23,6 +23,7 @@ from featcache.ref import FeatureRef
 __all__ = ["Attachment", "Bell", "PageWords"]
 
 _GRANTED, _WRITTEN = 1, 2  # their places in PageWords
+_WRITES = 1 << 40  # beyond any slot: what is written is held under other indices than what is read
 _TURNS = 20
 """Turns of the loop before sleeping, whose shortest is a millisecond: bytes are mostly there sooner."""
 _LONGEST_WAIT_S = 1e-3
@@ -229,6 +230,20 @@ class Attachment:
             raise MalformedRef("what was granted is not what its slot has: the owner is at fault")
 
     # --- bytes that this session writes -----------------------------------------------------------
+
+    def begin_write(self, index: int, generation: int) -> None:
+        """Count a slot that the owner reserved as held until `end_write`: the session stays for it."""
+        self.check()
+        with self._lock:
+            self._holds[_WRITES + index, generation] = _Uses()
+
+    def end_write(self, index: int, generation: int) -> None:
+        """Count it as held no longer: it is published, or given up."""
+        with self._lock:
+            del self._holds[_WRITES + index, generation]
+            idle = self._idle()
+        if idle is not None:
+            idle()
 
     def tell_written(self, index: int, generation: int, order: Order) -> None:
         """Say, behind `order`, that a slot which the owner reserved for this session is written."""

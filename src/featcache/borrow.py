@@ -6,7 +6,7 @@ from types import TracebackType
 
 import torch
 
-from featcache.errors import GetTimeout
+from featcache.errors import GetTimeout, StaleRef
 from featcache.granted import GrantedRead
 from featcache.memory.pack import Feature, unpack
 from featcache.reader import Held, Reader
@@ -85,10 +85,15 @@ class Borrow:
             assert self._ref is not None, "a ref or a key"
             return self._enter(self._ref, *await self._reader.hold(self._ref, self.timeout_s))
         give_up_s = None if self.timeout_s is None else time.monotonic() + self.timeout_s
-        read = await self._find()
-        left_s = None if give_up_s is None else max(0.0, give_up_s - time.monotonic())
-        self._ref = read.ref
-        return self._enter(read.ref, *await self._reader.hold_granted(read, left_s))
+        while True:
+            read = await self._find()
+            left_s = None if give_up_s is None else max(0.0, give_up_s - time.monotonic())
+            self._ref = read.ref
+            try:
+                held = await self._reader.hold_granted(read, left_s)
+            except StaleRef:
+                continue  # its writer died before its bytes came, and the key went with it
+            return self._enter(read.ref, *held)
 
     async def __aexit__(
         self,

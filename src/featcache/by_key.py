@@ -9,12 +9,12 @@ import torch
 
 from featcache.asks import key_bytes
 from featcache.borrow import Borrow
-from featcache.errors import KeyTimeout
+from featcache.errors import KeyTimeout, StaleRef
 from featcache.granted import GrantedRead, Making
 from featcache.memory.pack import Feature
 from featcache.reader import Reader
 from featcache.settings import parse_timeout
-from featcache.single_flight import Keys, Make, get_or_make
+from featcache.single_flight import Keys, Make, make_and_put
 
 __all__ = ["ByKey", "moved"]
 
@@ -43,11 +43,17 @@ class ByKey:
     async def _get_key(
         self, key: Any, device: torch.device | None, out: Feature | None, timeout: Any
     ) -> Feature:
-        timeout_s = parse_timeout(timeout)
+        wanted, timeout_s = key_bytes(key), parse_timeout(timeout)
         since_s = time.monotonic()
-        read = await self._keys().find(key_bytes(key), timeout_s)
-        left_s = None if timeout_s is None else max(0.0, since_s + timeout_s - time.monotonic())
-        return await self._reads().get_granted(read, device, out, left_s)
+        left_s = timeout_s
+        while True:
+            read = await self._keys().find(wanted, left_s)
+            if timeout_s is not None:
+                left_s = max(0.0, since_s + timeout_s - time.monotonic())
+            try:
+                return await self._reads().get_granted(read, device, out, left_s)
+            except StaleRef:
+                pass  # its writer died before its bytes came, and the key went with it: look again
 
     def _borrow_key(self, key: Any, timeout: Any) -> Borrow:
         wanted, timeout_s = key_bytes(key), parse_timeout(timeout)
@@ -111,13 +117,15 @@ class ByKey:
         """
         wanted, timeout_s = key_bytes(key), parse_timeout(timeout)
         place = self._target(device, None)
-        found = await self.find_or_claim(wanted, timeout_s)
-
-        def read(granted: GrantedRead) -> Awaitable[Feature]:
-            return self._reads().get_granted(granted, place, None, None)
-
-        made = await get_or_make(found, make, read, lambda made: self.put_made(made, wanted))
-        return made if isinstance(found, GrantedRead) else moved(made, place)
+        while True:
+            found = await self.find_or_claim(wanted, timeout_s)
+            if isinstance(found, Making):
+                made = await make_and_put(found, make, lambda made: self.put_made(made, wanted))
+                return moved(made, place)
+            try:
+                return await self._reads().get_granted(found, place, None, None)
+            except StaleRef:
+                pass  # whoever made it died before its bytes came: one of those that waited makes it
 
     async def find_or_claim(self, key: bytes, timeout_s: float | None) -> GrantedRead | Making:
         """Return a read of a key, or the right to make it; the first half of `get_or_put`."""

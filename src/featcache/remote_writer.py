@@ -16,7 +16,7 @@ from featcache.control import messages
 from featcache.control.channel import close_all
 from featcache.control.messages import ProtocolError, Reserved
 from featcache.core.waiters import Request
-from featcache.errors import PutTimeout
+from featcache.errors import FeatcacheError, PutTimeout
 from featcache.handle import Handle
 from featcache.ref import FeatureRef
 from featcache.settings import Settings
@@ -86,6 +86,11 @@ class RemoteWriter:
         """Write a slot that is this session's, and publish it; give it up if that fails."""
         attachment, parts, order = self.handle.attachment, staged.parts, staged.order
         mapping, at = attachment.mapping, reserved.offset_bytes
+        try:
+            attachment.begin_write(reserved.slot, reserved.generation)
+        except BaseException:  # closed meanwhile: nothing was written
+            self._give_up(reserved, landed=True)
+            raise
         wrote = False
         try:
             if not attachment.covers(at, staged.request.nbytes):
@@ -109,7 +114,13 @@ class RemoteWriter:
             self._withdraw(reserved, staged, wrote=wrote)
             raise
         attachment.tell_written(reserved.slot, reserved.generation, order)
-        return await self._publish(reserved, staged)
+        try:
+            return await self._publish(reserved, staged)
+        except FeatcacheError:
+            self._give_up(reserved, landed=False)  # refused: it is this session's still
+            raise
+        finally:
+            attachment.end_write(reserved.slot, reserved.generation)
 
     async def _publish(self, reserved: Reserved, staged: Staged) -> FeatureRef:
         handle, request = self.handle, staged.request
@@ -130,7 +141,11 @@ class RemoteWriter:
         landed = not (wrote and attachment.mapping.deferred and order is not None)
         if not landed:
             attachment.tell_written(slot, generation, order)
-        self.handle.link.tell(messages.Withdraw(slot, generation, landed))
+        self._give_up(reserved, landed=landed)
+        attachment.end_write(slot, generation)
+
+    def _give_up(self, reserved: Reserved, *, landed: bool) -> None:
+        self.handle.link.tell(messages.Withdraw(reserved.slot, reserved.generation, landed))
 
     # --- the first time ---------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import Protocol
 from featcache.granted import GrantedRead, Making
 from featcache.memory.pack import Feature
 
-__all__ = ["Keys", "Make", "get_or_make"]
+__all__ = ["Keys", "Make", "make_and_put"]
 
 Make = Callable[[], Feature | Awaitable[Feature]]
 
@@ -34,23 +34,18 @@ class Keys(Protocol):
         """Take back a pin, or raise KeyNotFound."""
 
 
-async def get_or_make(
-    found: GrantedRead | Making,
-    make: Make,
-    read: Callable[[GrantedRead], Awaitable[Feature]],
-    put: Callable[[Feature], Awaitable[object]],
+async def make_and_put(
+    making: Making, make: Make, put: Callable[[Feature], Awaitable[object]]
 ) -> Feature:
-    """Read what was found, or make it and put it; return the feature either way.
+    """Make what was claimed and put it; return it.
 
     However it ends the claim is given back: to nobody if the feature is there by then, else to the next
     who waits.
     """
-    if isinstance(found, GrantedRead):
-        return await read(found)
     try:
         made = make()
         feature = await made if inspect.isawaitable(made) else made
         await put(feature)
     finally:
-        found.end()
+        making.end()
     return feature
