@@ -19,7 +19,7 @@ from featcache.memory.slab import Order, Segment, Slab
 from featcache.memory.words import Header, OwnerWords, fence_full
 from featcache.page import Page
 from featcache.recycler import Recycler
-from featcache.ref import FeatureRef, TensorSpec, remember_sound
+from featcache.ref import FeatureRef, TensorSpec
 from featcache.settings import Settings
 
 __all__ = ["Pool"]
@@ -58,7 +58,6 @@ class Pool:
         except BaseException:
             os.close(self.words_fd)
             raise
-        self._last_specs: tuple[TensorSpec, ...] = ()
         self.sessions: Sessions | None = None
         self.pages: dict[int, Page] = {}
         """What sessions say they hold and have released, by session number."""
@@ -104,13 +103,9 @@ class Pool:
             self.apply(effects)
         else:
             self._observe()
-        ref = FeatureRef(
+        return FeatureRef(
             self.pool_id, self.endpoint, index, generation, offset_bytes, nbytes, specs
         )
-        if specs is not self._last_specs:  # servers put the same few shapes again and again
-            self._last_specs = specs
-            remember_sound(ref)
-        return ref
 
     def withdraw(self, slot: Slot, order: Order) -> None:
         """Give a slot up whose put failed. On a GPU some of its bytes may still be on their way."""

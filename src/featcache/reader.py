@@ -11,6 +11,7 @@ import torch
 from featcache._offload import Offload
 from featcache.attachment import Attachment
 from featcache.errors import GetTimeout, SettingsError, UnknownPool
+from featcache.memory.blank import empty_out
 from featcache.memory.pack import DTYPES, Feature, same_layout, unpack
 from featcache.memory.slab import Order
 from featcache.ref import FeatureRef
@@ -55,7 +56,7 @@ class Reader:
         self, ref: FeatureRef, device: Device = None, out: Feature | None = None
     ) -> Feature:
         """Copy what is there now."""
-        attachment = self._attached(ref)
+        attachment = self.pools.peek(ref) or self._attached(ref)
         mapping = attachment.mapping
         targets = None
         if out is not None:
@@ -209,7 +210,7 @@ class Reader:
 
     def hold_nowait(self, ref: FeatureRef) -> Attachment:
         """Hold a ref whose bytes are there now, in a pool that is attached."""
-        attachment = self._attached(ref)
+        attachment = self.pools.peek(ref) or self._attached(ref)
         if not attachment.mapping.lends:
             raise GetTimeout("the bytes must come another way: use 'async with' instead")
         if not attachment.begin(ref):
@@ -317,7 +318,7 @@ def _copy(
 ) -> Feature:
     """Copy here and now."""
     specs, mapping = ref.specs, attachment.mapping
-    if targets is None and len(specs) == 1 and specs[0].name is None:  # what most features are
+    if targets is None and specs[0].name is None:  # one bare tensor, as most features are
         return mapping.fetch(ref.offset_bytes, specs[0], device, order)
     if targets is None:
         targets = [mapping.empty(spec, device) for spec in specs]
@@ -348,21 +349,26 @@ class Borrow:
         self._copied = copied is not None
         if copied is None:
             try:
-                view = attachment.mapping.view
-                self._tensors = [view(ref.offset_bytes, spec) for spec in ref.specs]
+                view, specs, offset_bytes = attachment.mapping.view, ref.specs, ref.offset_bytes
+                if specs[0].name is None:  # one bare tensor, as most features are
+                    copied = view(offset_bytes, specs[0])
+                    self._tensors = [copied]
+                else:
+                    self._tensors = [view(offset_bytes, spec) for spec in specs]
+                    copied = unpack(specs, self._tensors)
             except BaseException:
                 attachment.end(ref, pays=False)
                 raise
         self._attachment = attachment
         self._reader.gets += 1
-        return unpack(ref.specs, self._tensors) if copied is None else copied
+        return copied
 
     def _exit(self) -> None:
         attachment, self._attachment = self._attachment, None
         if attachment is None:
             return
         for tensor in self._tensors:
-            tensor.set_()  # type: ignore[call-overload]  # the stub lacks the form without a source
+            empty_out(tensor)
         self._tensors = []
         order = None if self._copied else attachment.mapping.order()
         attachment.end(self.ref, pays=True, order=order)

@@ -124,9 +124,13 @@ class Reads:
             GetTimeout: the bytes are still on their way (on a GPU's stream).
 
         """
-        if device is not None or out is None:
+        if device is not None:
             device = self._target(device, out)
-        return self._reads().get_nowait(check_ref(ref), device, out)
+        elif out is None:
+            device = self._default_device()
+        if type(ref) is not FeatureRef:
+            check_ref(ref)
+        return self._reads().get_nowait(ref, device, out)
 
     async def prepare(
         self, ref: FeatureRef, place: torch.device | None, timeout: float | None, *, borrows: bool

@@ -13,7 +13,7 @@ import msgspec
 
 from featcache.errors import MalformedRef
 
-__all__ = ["DTYPE_BYTES", "FeatureRef", "TensorSpec", "remember_sound"]
+__all__ = ["DTYPE_BYTES", "FeatureRef", "TensorSpec"]
 
 _MAGIC: Final = b"fR\x01"
 _HEAD_BYTES: Final = len(_MAGIC) + 4
@@ -79,14 +79,10 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
             MalformedRef: specs that no pool ever made.
 
         """
-        known = _sound.get(id(self.specs))
-        if (
-            known is None
-            or known[0] is not self.specs
-            or known[1] != self.nbytes
-            or known[2] is not self.endpoint
-        ):
+        known = _sound.get(self.nbytes)
+        if known is None or known[0] != self.specs or known[1] != self.endpoint:
             _check(self)
+            _remember_sound(self)
 
     def to_bytes(self) -> bytes:
         """Return the ref's wire form, about 100 bytes for one tensor."""
@@ -118,16 +114,19 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
         return _unpickle, (self.to_bytes(),)
 
 
-_sound: dict[int, tuple[tuple[TensorSpec, ...], int, str]] = {}
-"""Specs, by identity, that an owner has made refs of before, with their bytes and its endpoint."""
-_MAX_SOUND: Final = 1024
+_sound: dict[int, tuple[tuple[TensorSpec, ...], str]] = {}
+"""Specs and endpoint by bytes, as they were last found sound: all that a check looks at."""
+_MAX_SOUND: Final = 256
+_MAX_SOUND_SPECS: Final = 16  # what a peer sends is kept, and must stay small
 
 
-def remember_sound(ref: FeatureRef) -> None:
-    """Let refs of the very same specs, bytes and endpoint pass unchecked: an owner makes many."""
+def _remember_sound(ref: FeatureRef) -> None:
+    """Let the next ref of equal specs, bytes and endpoint pass: servers share the same few shapes."""
+    if len(ref.specs) > _MAX_SOUND_SPECS:
+        return
     if len(_sound) >= _MAX_SOUND:
         _sound.clear()
-    _sound[id(ref.specs)] = (ref.specs, ref.nbytes, ref.endpoint)
+    _sound[ref.nbytes] = (ref.specs, ref.endpoint)
 
 
 def _unpickle(data: bytes) -> FeatureRef:

@@ -132,11 +132,12 @@ class CudaSlab(CudaMapping):
             if not nbytes:
                 continue
             at = lane.address + offset_bytes + spec.offset_bytes
-            if tensor.get_device() < 0:
+            where = tensor.get_device()
+            if where != lane.ordinal or order is None:
+                if where >= 0:
+                    raise SettingsError("a part was not staged")
                 plain = tensor if copies.is_plain(tensor) else _made_plain(tensor)
                 lane.copy_now(at, plain.data_ptr(), nbytes)
-            elif order is None or tensor.get_device() != lane.ordinal:
-                raise SettingsError("a part was not staged")
             elif tensor.is_contiguous() and not (tensor.is_neg() or tensor.is_conj()):
                 lane.copy(at, tensor.data_ptr(), nbytes, order.stream)
             else:

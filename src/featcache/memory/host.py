@@ -20,6 +20,7 @@ import torch
 
 from featcache.errors import AttachRefused, BackendUnavailable, CacheClosed
 from featcache.memory import copies
+from featcache.memory.blank import view_over
 from featcache.memory.pack import DTYPES, contiguous_strides
 from featcache.memory.slab import Parts, Segment
 from featcache.memory.words import Block, fence_stores, memfd
@@ -126,15 +127,12 @@ class HostMapping:
         self, offset_bytes: int, spec: TensorSpec, device: torch.device | None = None
     ) -> torch.Tensor:
         """Return a tensor over the slab's bytes, in host memory whatever the device."""
-        # Not a view in torch's sense: such a one keeps its base, and with it the mapping, for as
-        # long as somebody keeps the emptied tensor. Half the cost of a new tensor from the buffer.
         storage = self._storage
         if storage is None:
             raise CacheClosed("this mapping of the slab is closed")
         dtype, shape = DTYPES[spec.dtype], spec.shape
         at = (offset_bytes + spec.offset_bytes) // dtype.itemsize
-        tensor = torch.empty(0, dtype=dtype, device=CPU)
-        return tensor.set_(storage, at, shape, contiguous_strides(shape))
+        return view_over(storage, at, dtype, shape, contiguous_strides(shape), CPU)
 
     def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
         """Return a new tensor to read into."""

@@ -41,6 +41,7 @@ class Lane:
         """Where the slab begins, once this device can access it."""
         self.storage: torch.UntypedStorage | None = None
         self._orders: dict[int, Order] = {}
+        self._stream_now = driver.current_stream
         self._context = int(driver.context(ordinal))
         self._current = driver.api.cuCtxGetCurrent
         self._memcpy = driver.api.cuMemcpyAsync
@@ -50,7 +51,7 @@ class Lane:
 
     def order(self) -> Order:
         """Return the caller's place: torch's current stream of this device."""
-        raw = self.driver.current_stream(self.ordinal)
+        raw = self._stream_now(self.ordinal)
         order = self._orders.get(raw)
         if order is None:
             if len(self._orders) >= _MOST_ORDERS:
