@@ -109,7 +109,9 @@ class _Blocking(Generic[A]):
     ) -> Feature:
         """Return a copy and pay the read, as `featcache.FeatureClient.get`."""
         inner = self._inner
-        if inner.has_attached(check_ref(ref)):
+        if type(ref) is not FeatureRef:
+            check_ref(ref)
+        if inner.has_attached(ref):
             try:
                 return inner.get_nowait(ref, device=device, out=out)
             except GetTimeout:
@@ -190,7 +192,7 @@ class Lease:
         trace: TracebackType | None,
     ) -> None:
         """Empty the view and pay the read."""
-        self._borrow.__exit__(kind, error, trace)
+        self._borrow.close()
 
 
 class FeatureClient(_Blocking[AsyncClient]):

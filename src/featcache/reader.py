@@ -157,10 +157,6 @@ class Reader:
 
     # --- borrow and release -------------------------------------------------------------------------
 
-    def borrow(self, ref: FeatureRef, timeout_s: float | None) -> "Borrow":
-        """Return the context manager of one borrow."""
-        return Borrow(self, ref, timeout_s)
-
     async def release(self, ref: FeatureRef, timeout_s: float | None) -> None:
         """Pay without reading."""
         attachment = self.pools.peek(ref)
@@ -363,7 +359,8 @@ class Borrow:
         self._reader.gets += 1
         return copied
 
-    def _exit(self) -> None:
+    def close(self) -> None:
+        """Empty the view and pay the read; what leaving the block does."""
         attachment, self._attachment = self._attachment, None
         if attachment is None:
             return
@@ -389,11 +386,12 @@ class Borrow:
         trace: TracebackType | None,
     ) -> None:
         """Empty the view and pay the read."""
-        self._exit()
+        self.close()
 
     def __enter__(self) -> Feature:
         """Return the view of bytes that are there now."""
-        self._check_unused()
+        if self._attachment is not None:
+            self._check_unused()
         return self._enter(self._reader.hold_nowait(self.ref))
 
     def __exit__(
@@ -403,4 +401,4 @@ class Borrow:
         trace: TracebackType | None,
     ) -> None:
         """Empty the view and pay the read."""
-        self._exit()
+        self.close()

@@ -168,7 +168,10 @@ class Reads:
             As `get` does.
 
         """
-        return self._reads().borrow(check_ref(ref), parse_timeout(timeout))
+        if type(ref) is not FeatureRef:
+            check_ref(ref)
+        timeout_s = None if timeout is None else parse_timeout(timeout)
+        return Borrow(self._reads(), ref, timeout_s)
 
     async def release(self, ref: FeatureRef, *, timeout: float | None = None) -> None:
         """Pay this session's read without reading. Raises as `get` does."""

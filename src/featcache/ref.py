@@ -6,6 +6,7 @@ map) catches forgery: a reader compares slot, generation and extent with it befo
 """
 
 import math
+import struct
 import zlib
 from typing import Annotated, Any, Final, Self
 
@@ -16,7 +17,8 @@ from featcache.errors import MalformedRef
 __all__ = ["DTYPE_BYTES", "FeatureRef", "TensorSpec"]
 
 _MAGIC: Final = b"fR\x01"
-_HEAD_BYTES: Final = len(_MAGIC) + 4
+_HEAD: Final = struct.Struct("<3sI")
+_read_head: Final = _HEAD.unpack_from
 _MAX_REF_BYTES: Final = 64 << 10
 _POOL_ID_BYTES: Final = 16
 _MAX_ENDPOINT_BYTES: Final = 107  # sun_path, less its final zero
@@ -87,7 +89,7 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     def to_bytes(self) -> bytes:
         """Return the ref's wire form, about 100 bytes for one tensor."""
         body = _encode(self)
-        return b"".join((_MAGIC, zlib.crc32(body).to_bytes(4, "little"), body))
+        return _HEAD.pack(_MAGIC, zlib.crc32(body)) + body
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview) -> Self:
@@ -98,10 +100,13 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
         """
         data = bytes(data)
-        if len(data) > _MAX_REF_BYTES or not data.startswith(_MAGIC):
+        if not _HEAD.size <= len(data) <= _MAX_REF_BYTES:
             raise MalformedRef("these bytes are not a FeatureRef of this version")
-        body = data[_HEAD_BYTES:]
-        if zlib.crc32(body) != int.from_bytes(data[len(_MAGIC) : _HEAD_BYTES], "little"):
+        magic, checksum = _read_head(data)
+        if magic != _MAGIC:
+            raise MalformedRef("these bytes are not a FeatureRef of this version")
+        body = data[_HEAD.size :]
+        if zlib.crc32(body) != checksum:
             raise MalformedRef("the ref was damaged or cut short on its way")
         try:
             ref = _decoder.decode(body)
