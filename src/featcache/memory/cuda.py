@@ -16,7 +16,6 @@ import torch
 from featcache.errors import AttachRefused, CacheClosed, SettingsError
 from featcache.memory import copies
 from featcache.memory.backing import IPC, VMM, Backing, IpcBacking, SegmentBacking, Unreachable
-from featcache.memory.blank import view_over
 from featcache.memory.driver import Driver
 from featcache.memory.lane import Lane, Order
 from featcache.memory.pack import DTYPES, contiguous_strides
@@ -121,12 +120,7 @@ class CudaMapping:
     ) -> torch.Tensor:
         """Return a tensor over the slab's bytes, on a device that has opened it."""
         lane = self._home if device is None else self._lane(self._ordinal_at(device))
-        storage = lane.storage
-        if storage is None:
-            raise CacheClosed("this mapping of the slab is closed")
-        dtype, shape = DTYPES[spec.dtype], spec.shape
-        at = (offset_bytes + spec.offset_bytes) // dtype.itemsize
-        return view_over(storage, at, dtype, shape, contiguous_strides(shape), lane.device)
+        return lane.view(offset_bytes, spec)
 
     def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
         """Return a new tensor to read into."""
@@ -273,7 +267,7 @@ class CudaMapping:
         """Drop in a forked child what it can drop without CUDA, which does not work there."""
         self._adopted.clear()
         for lane in self._lanes.values():
-            lane.storage = None
+            lane.drop_storage()
         if isinstance(self._backing, SegmentBacking):
             self._backing.drop_descriptors()
 
