@@ -19,7 +19,7 @@ from featcache.ref import FeatureRef
 __all__ = ["Borrow", "Pools", "Reader"]
 
 Device = torch.device | None
-_NO_COPY = "no copy came through host memory within"
+_NO_COPY = "no copy came through host memory in time; the read is still owed"
 
 
 class Pools(Protocol):
@@ -88,8 +88,9 @@ class Reader:
         attachment = self.pools.peek(ref)
         reached = attachment is not None and attachment.mapping.reaches(device)
         if attachment is None or not reached or not attachment.begin(ref):
-            begun = attachment if reached else None
+            begun, since_s = attachment if reached else None, time.monotonic()
             attachment, reached = await self._await_begin(begun, ref, device, timeout_s)
+            timeout_s = _left(timeout_s, since_s)
         if reached:
             feature = await self._copy_held(attachment, ref, device, targets)
         else:
@@ -150,7 +151,7 @@ class Reader:
             self.gets -= 1  # the copy's get is part of this one
             pays = True
         except TimeoutError:
-            raise GetTimeout(f"{_NO_COPY} {timeout_s} s; the read is still owed") from None
+            raise GetTimeout(_NO_COPY) from None
         finally:
             attachment.end(ref, pays=pays)
         return feature
@@ -224,8 +225,9 @@ class Reader:
         attachment = self.pools.peek(ref)
         reached = attachment is not None and attachment.mapping.reaches(None)
         if attachment is None or not reached or not attachment.begin(ref):
-            begun = attachment if reached else None
+            begun, since_s = attachment if reached else None, time.monotonic()
             attachment, reached = await self._await_begin(begun, ref, None, timeout_s)
+            timeout_s = _left(timeout_s, since_s)
         if reached and attachment.mapping.lends:
             return attachment, None
         try:
@@ -234,7 +236,7 @@ class Reader:
         except BaseException as error:
             attachment.end(ref, pays=False)
             if isinstance(error, TimeoutError):
-                raise GetTimeout(f"{_NO_COPY} {timeout_s} s; the read is still owed") from None
+                raise GetTimeout(_NO_COPY) from None
             raise
 
     async def _copied(self, attachment: Attachment, ref: FeatureRef, *, reached: bool) -> Feature:
@@ -287,6 +289,11 @@ class Reader:
                     f"the bytes did not come within {timeout_s} s; the read is still owed"
                 ) from None
             raise
+
+
+def _left(timeout_s: float | None, since_s: float) -> float | None:
+    """Return what is left of a time limit."""
+    return None if timeout_s is None else max(0.0, timeout_s - (time.monotonic() - since_s))
 
 
 def _place(targets: list[torch.Tensor]) -> torch.device:
