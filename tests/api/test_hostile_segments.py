@@ -250,11 +250,14 @@ async def test_more_changes_than_a_client_keeps_until_it_has_carried_them_out(
 ) -> None:
     gate = Gate()
     monkeypatch.setattr("featcache.handle._change", gate.wrap(lambda *_: None))
-    many = [says(Retire(n, 0)) for n in range(1, 1030)]
+    many = b"".join(frame(encode(Retire(n, 0))) for n in range(1, 1030))
+    attached = asyncio.Event()
+    act = welcomes(lambda peer: peer.send(many), when=attached.is_set)
     async with (
-        owner_that(welcomes(*many), runtime_dir) as endpoint,
+        owner_that(act, runtime_dir) as endpoint,
         featcache.connect(endpoint, settings=small()) as client,
     ):
+        attached.set()
         assert client._handles is not None
         (handle,) = client._handles.handles
         await until(lambda: handle._left)
