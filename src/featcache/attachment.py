@@ -60,6 +60,10 @@ class _Uses:
         self.behind: list[Order] = []
 
 
+_ONE_USE = _Uses()
+"""Of a ref with a single use, which almost all have; it is never written, but replaced."""
+
+
 class Attachment:
     """One pool as this session maps it. Its calls never block; a lock makes them safe in threads."""
 
@@ -123,8 +127,10 @@ class Attachment:
                 raise StaleRef(f"ref {index}:{generation} was recycled, expired or discarded")
             if uses is None:
                 self._held[index] = generation
-                self._holds[index, generation] = _Uses()
+                self._holds[index, generation] = _ONE_USE
             else:
+                if uses is _ONE_USE:
+                    uses = self._holds[index, generation] = _Uses()
                 uses.count += 1
         fence_after_lock()
         if self._live[index] != generation:

@@ -110,9 +110,11 @@ class _Blocking(BlockingByKey, Generic[A]):
     ) -> Feature:
         """Return a copy and pay the read, as `featcache.FeatureClient.get`."""
         inner = self._inner
-        if isinstance(ref, str | bytes):
-            return self._get_key(ref, device, out, timeout)
-        if inner.has_attached(check_ref(ref)):
+        if type(ref) is not FeatureRef:
+            if isinstance(ref, str | bytes):
+                return self._get_key(ref, device, out, timeout)
+            check_ref(ref)
+        if inner.has_attached(ref):
             try:
                 return inner.get_nowait(ref, device=device, out=out)
             except GetTimeout:
@@ -195,7 +197,7 @@ class Lease:
         trace: TracebackType | None,
     ) -> None:
         """Empty the view and pay the read."""
-        self._borrow.__exit__(kind, error, trace)
+        self._borrow.close()
 
 
 class FeatureClient(_Blocking[AsyncClient]):

@@ -8,6 +8,7 @@ import torch
 
 from featcache.errors import GetTimeout, StaleRef
 from featcache.granted import GrantedRead
+from featcache.memory.blank import empty_out
 from featcache.memory.pack import Feature, unpack
 from featcache.reader import Held, Reader
 from featcache.ref import FeatureRef
@@ -55,21 +56,27 @@ class Borrow:
         self._copied = copied is not None
         if copied is None:
             try:
-                view = attachment.mapping.view
-                self._tensors = [view(ref.offset_bytes, spec) for spec in ref.specs]
+                view, specs, offset_bytes = attachment.mapping.view, ref.specs, ref.offset_bytes
+                if specs[0].name is None:  # one bare tensor, as most features are
+                    copied = view(offset_bytes, specs[0])
+                    self._tensors = [copied]
+                else:
+                    self._tensors = [view(offset_bytes, spec) for spec in specs]
+                    copied = unpack(specs, self._tensors)
             except BaseException:
                 attachment.end(ref, pays=False)
                 raise
         self._attachment = attachment
         self._reader.gets += 1
-        return unpack(ref.specs, self._tensors) if copied is None else copied
+        return copied
 
-    def _exit(self) -> None:
+    def close(self) -> None:
+        """Empty the view and pay the read; what leaving the block does."""
         attachment, self._attachment = self._attachment, None
         if attachment is None or self._ref is None:
             return
         for tensor in self._tensors:
-            tensor.set_()  # type: ignore[call-overload]  # the stub lacks the form without a source
+            empty_out(tensor)
         self._tensors = []
         order = None if self._copied else attachment.mapping.order()
         attachment.end(self._ref, pays=True, order=order)
@@ -102,7 +109,7 @@ class Borrow:
         trace: TracebackType | None,
     ) -> None:
         """Empty the view and pay the read."""
-        self._exit()
+        self.close()
 
     def __enter__(self) -> Feature:
         """Return the view of bytes that are there now."""
@@ -118,4 +125,4 @@ class Borrow:
         trace: TracebackType | None,
     ) -> None:
         """Empty the view and pay the read."""
-        self._exit()
+        self.close()

@@ -18,6 +18,8 @@ from featcache.memory.slab import Mapping
 __all__ = ["Handle"]
 
 _SETTLE_S = 10.0
+_MOST_CHANGES = 1024
+"""Changes that may wait to be carried out: four times what a slab can have of segments."""
 Spawn = Callable[[Coroutine[Any, Any, None]], object]
 
 
@@ -57,6 +59,8 @@ class Handle:
     # --- the slab's size --------------------------------------------------------------------------
 
     def _take_change(self, change: SlabChange, fds: list[int]) -> None:
+        if not self._left and len(self._changes) >= _MOST_CHANGES:
+            self._give_up("its owner changes it faster than it can be mapped")
         if self._left:
             close_all(fds)
             return
@@ -92,15 +96,20 @@ class Handle:
                 self._changed.set()
         except (FeatcacheError, OSError, MemoryError, ValueError) as error:
             if not self._left:
-                self._left = True  # what follows it can't be mapped either
-                self.attachment.refuse(
-                    BackendUnavailable(f"the slab's new memory can't be mapped: {error}")
-                )
+                self._give_up(str(error))  # what follows it can't be mapped either
             self._changed.set()
         finally:
             self._changing = False
             if self._left:
                 self._drop_changes()
+
+    def _give_up(self, reason: str) -> None:
+        """Let no new read begin: what the owner has made or taken away since is not followed here."""
+        self._left = True
+        self.attachment.refuse(
+            BackendUnavailable(f"the slab's new memory can't be mapped: {reason}")
+        )
+        self._changed.set()
 
     async def _detour(self, reason: str) -> None:
         """Read by way of the host from now on: the owner's memory can't be mapped for this device."""

@@ -101,7 +101,7 @@ class HandleCache:
         """Return the handle of the ref's pool, attaching first."""
         if self.peek(ref) is not None:
             return self._handles[ref.pool_id]
-        handle = await self.attach(ref.endpoint)
+        handle = await self.attach(ref.endpoint, kin=ref.pool_id in self._kin)
         if handle.attachment.pool_id != ref.pool_id:
             raise UnknownPool(f"{ref.endpoint} serves another pool now than {ref.pool_id.hex()}")
         return handle
@@ -148,14 +148,17 @@ class HandleCache:
 
     # --- attaching ------------------------------------------------------------------------------
 
-    async def attach(self, endpoint: str) -> Handle:
-        """Attach to the owner at `endpoint`, or join who is at it already."""
+    async def attach(self, endpoint: str, *, kin: bool = False) -> Handle:
+        """Attach to the owner at `endpoint`, or join who is at it already.
+
+        The host pool beside another is its `kin`.
+        """
         for handle in self._handles.values():
             if handle.link.endpoint == endpoint:
                 return handle
         task = self._opening.get(endpoint)
         if task is None:
-            task = asyncio.get_running_loop().create_task(self._attach(endpoint))
+            task = asyncio.get_running_loop().create_task(self._attach(endpoint, kin=kin))
             self._opening[endpoint] = task
             task.add_done_callback(lambda done: self._opened(endpoint, done))
         # One that gives up must not take the others' attach with it.
@@ -166,8 +169,8 @@ class HandleCache:
         if not task.cancelled():
             task.exception()  # seen: all who asked may have given up
 
-    async def _attach(self, endpoint: str) -> Handle:
-        await self._make_place()
+    async def _attach(self, endpoint: str, *, kin: bool) -> Handle:
+        await self._make_place(kin=kin)
         link, welcome, fds = await dial(
             endpoint, self._name, str(self._device or "default"), self._settings
         )
@@ -258,11 +261,16 @@ class HandleCache:
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _make_place(self) -> None:
-        """Close the longest attached pool that nobody reads, when the bound is reached."""
-        if len(self._handles) + len(self._opening) <= self._settings.attachments:
+    async def _make_place(self, *, kin: bool) -> None:
+        """Close the longest attached pool that nobody reads, when the bound is reached.
+
+        Host pools beside others are counted apart: a read by way of one holds both.
+        """
+        alike = [pool_id for pool_id in self._handles if (pool_id in self._kin) is kin]
+        if len(alike) + len(self._opening) <= self._settings.attachments:
             return
-        for pool_id, handle in self._handles.items():
+        for pool_id in alike:
+            handle = self._handles[pool_id]
             if not handle.attachment.holds:
                 del self._handles[pool_id]
                 await handle.close()

@@ -31,7 +31,7 @@ from featcache.memory.slab import Order, Segment, Slab
 from featcache.memory.words import Header, OwnerWords, fence_full
 from featcache.page import Page
 from featcache.recycler import Recycler
-from featcache.ref import FeatureRef, TensorSpec, remember_sound
+from featcache.ref import FeatureRef, TensorSpec
 from featcache.settings import Settings
 
 __all__ = ["Pool", "now"]
@@ -71,7 +71,6 @@ class Pool:
         except BaseException:
             os.close(self.words_fd)
             raise
-        self._last_specs: tuple[TensorSpec, ...] = ()
         self.sessions: Sessions | None = None
         self.pages: dict[int, Page] = {}
         """What sessions say they hold, have released and have written, by session number."""
@@ -139,9 +138,6 @@ class Pool:
         )
         if slot.key is not None:
             self.kept[index] = ref
-        if specs is not self._last_specs:  # servers put the same few shapes again and again
-            self._last_specs = specs
-            remember_sound(ref)
         return ref
 
     def withdraw(self, slot: Slot, order: Order) -> None:

@@ -20,7 +20,7 @@ __all__ = ["Held", "Pools", "Reader"]
 Device = torch.device | None
 Held = Attachment | GrantedRead
 """What the bytes are read by, and told when a use of them ends."""
-_NO_COPY = "no copy came through host memory within"
+_NO_COPY = "no copy came through host memory in time; the read is still owed"
 
 
 class Pools(Protocol):
@@ -57,7 +57,7 @@ class Reader:
         self, ref: FeatureRef, device: Device = None, out: Feature | None = None
     ) -> Feature:
         """Copy what is there now."""
-        attachment = self._attached(ref)
+        attachment = self.pools.peek(ref) or self._attached(ref)
         mapping = attachment.mapping
         targets = None
         if out is not None:
@@ -89,8 +89,9 @@ class Reader:
         attachment = self.pools.peek(ref)
         reached = attachment is not None and attachment.mapping.reaches(device)
         if attachment is None or not reached or not attachment.begin(ref):
-            begun = attachment if reached else None
+            begun, since_s = attachment if reached else None, time.monotonic()
             attachment, reached = await self._await_begin(begun, ref, device, timeout_s)
+            timeout_s = _left(timeout_s, since_s)
         if reached:
             feature = await self._copy_held(attachment, ref, device, targets)
         else:
@@ -207,7 +208,7 @@ class Reader:
             self.gets -= 1  # the copy's get is part of this one
             pays = True
         except TimeoutError:
-            raise GetTimeout(f"{_NO_COPY} {timeout_s} s; the read is still owed") from None
+            raise GetTimeout(_NO_COPY) from None
         finally:
             attachment.end(ref, pays=pays)
         return feature
@@ -266,7 +267,7 @@ class Reader:
 
     def hold_nowait(self, ref: FeatureRef) -> Attachment:
         """Hold a ref whose bytes are there now, in a pool that is attached."""
-        attachment = self._attached(ref)
+        attachment = self.pools.peek(ref) or self._attached(ref)
         if not attachment.mapping.lends:
             raise GetTimeout("the bytes must come another way: use 'async with' instead")
         if not attachment.begin(ref):
@@ -284,8 +285,9 @@ class Reader:
         attachment = self.pools.peek(ref)
         reached = attachment is not None and attachment.mapping.reaches(None)
         if attachment is None or not reached or not attachment.begin(ref):
-            begun = attachment if reached else None
+            begun, since_s = attachment if reached else None, time.monotonic()
             attachment, reached = await self._await_begin(begun, ref, None, timeout_s)
+            timeout_s = _left(timeout_s, since_s)
         if reached and attachment.mapping.lends:
             return attachment, None
         return attachment, await self._copied_in_time(attachment, ref, timeout_s, reached=reached)
@@ -308,7 +310,7 @@ class Reader:
         except BaseException as error:
             held.end(ref, pays=False)
             if isinstance(error, TimeoutError):
-                raise GetTimeout(f"{_NO_COPY} {timeout_s} s; the read is still owed") from None
+                raise GetTimeout(_NO_COPY) from None
             raise
 
     async def _copied(self, held: Held, ref: FeatureRef, *, reached: bool) -> Feature:
@@ -367,6 +369,11 @@ class Reader:
             raise
 
 
+def _left(timeout_s: float | None, since_s: float) -> float | None:
+    """Return what is left of a time limit."""
+    return None if timeout_s is None else max(0.0, timeout_s - (time.monotonic() - since_s))
+
+
 def _place(targets: list[torch.Tensor]) -> torch.device:
     """Return where they all are: a read is paid in the order of one device."""
     device = targets[0].device
@@ -390,7 +397,7 @@ def _copy(
 ) -> Feature:
     """Copy here and now."""
     specs, mapping = ref.specs, attachment.mapping
-    if targets is None and len(specs) == 1 and specs[0].name is None:  # what most features are
+    if targets is None and specs[0].name is None:  # one bare tensor, as most features are
         return mapping.fetch(ref.offset_bytes, specs[0], device, order)
     if targets is None:
         targets = [mapping.empty(spec, device) for spec in specs]

@@ -103,11 +103,11 @@ class Reads(ByKey):
         If the call is cancelled the read is still owed: get it again, or release it.
 
         """
-        if isinstance(ref, str | bytes):
-            return await self._get_key(ref, self._target(device, out), out, timeout)
-        return await self._reads().get(
-            check_ref(ref), self._target(device, out), out, parse_timeout(timeout)
-        )
+        if type(ref) is not FeatureRef:
+            if isinstance(ref, str | bytes):
+                return await self._get_key(ref, self._target(device, out), out, timeout)
+            check_ref(ref)
+        return await self._reads().get(ref, self._target(device, out), out, parse_timeout(timeout))
 
     def get_nowait(
         self, ref: FeatureRef, *, device: Any = None, out: Feature | None = None
@@ -121,9 +121,13 @@ class Reads(ByKey):
             GetTimeout: the bytes are still on their way (on a GPU's stream).
 
         """
-        if device is not None or out is None:
+        if device is not None:
             device = self._target(device, out)
-        return self._reads().get_nowait(check_ref(ref), device, out)
+        elif out is None:
+            device = self._default_device()
+        if type(ref) is not FeatureRef:
+            check_ref(ref)
+        return self._reads().get_nowait(ref, device, out)
 
     async def prepare(
         self, ref: FeatureRef, place: torch.device | None, timeout: float | None, *, borrows: bool
@@ -163,9 +167,12 @@ class Reads(ByKey):
             As `get` does.
 
         """
-        if isinstance(ref, str | bytes):
-            return self._borrow_key(ref, timeout)
-        return Borrow(self._reads(), check_ref(ref), parse_timeout(timeout))
+        if type(ref) is not FeatureRef:
+            if isinstance(ref, str | bytes):
+                return self._borrow_key(ref, timeout)
+            check_ref(ref)
+        timeout_s = None if timeout is None else parse_timeout(timeout)
+        return Borrow(self._reads(), ref, timeout_s)
 
     async def release(self, ref: FeatureRef, *, timeout: float | None = None) -> None:
         """Pay this session's read without reading. Raises as `get` does."""

@@ -6,6 +6,7 @@ map) catches forgery: a reader compares slot, generation and extent with it befo
 """
 
 import math
+import struct
 import zlib
 from typing import Annotated, Any, Final, Self
 
@@ -13,10 +14,11 @@ import msgspec
 
 from featcache.errors import MalformedRef
 
-__all__ = ["DTYPE_BYTES", "FeatureRef", "TensorSpec", "remember_sound"]
+__all__ = ["DTYPE_BYTES", "FeatureRef", "TensorSpec"]
 
 _MAGIC: Final = b"fR\x01"
-_HEAD_BYTES: Final = len(_MAGIC) + 4
+_HEAD: Final = struct.Struct("<3sI")
+_read_head: Final = _HEAD.unpack_from
 _MAX_REF_BYTES: Final = 64 << 10
 _POOL_ID_BYTES: Final = 16
 _MAX_ENDPOINT_BYTES: Final = 107  # sun_path, less its final zero
@@ -79,19 +81,15 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
             MalformedRef: specs that no pool ever made.
 
         """
-        known = _sound.get(id(self.specs))
-        if (
-            known is None
-            or known[0] is not self.specs
-            or known[1] != self.nbytes
-            or known[2] is not self.endpoint
-        ):
+        known = _sound.get(self.nbytes)
+        if known is None or known[0] != self.specs or known[1] != self.endpoint:
             _check(self)
+            _remember_sound(self)
 
     def to_bytes(self) -> bytes:
         """Return the ref's wire form, about 100 bytes for one tensor."""
         body = _encode(self)
-        return b"".join((_MAGIC, zlib.crc32(body).to_bytes(4, "little"), body))
+        return _HEAD.pack(_MAGIC, zlib.crc32(body)) + body
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview) -> Self:
@@ -102,10 +100,13 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
         """
         data = bytes(data)
-        if len(data) > _MAX_REF_BYTES or not data.startswith(_MAGIC):
+        if not _HEAD.size <= len(data) <= _MAX_REF_BYTES:
             raise MalformedRef("these bytes are not a FeatureRef of this version")
-        body = data[_HEAD_BYTES:]
-        if zlib.crc32(body) != int.from_bytes(data[len(_MAGIC) : _HEAD_BYTES], "little"):
+        magic, checksum = _read_head(data)
+        if magic != _MAGIC:
+            raise MalformedRef("these bytes are not a FeatureRef of this version")
+        body = data[_HEAD.size :]
+        if zlib.crc32(body) != checksum:
             raise MalformedRef("the ref was damaged or cut short on its way")
         try:
             ref = _decoder.decode(body)
@@ -118,16 +119,19 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
         return _unpickle, (self.to_bytes(),)
 
 
-_sound: dict[int, tuple[tuple[TensorSpec, ...], int, str]] = {}
-"""Specs, by identity, that an owner has made refs of before, with their bytes and its endpoint."""
-_MAX_SOUND: Final = 1024
+_sound: dict[int, tuple[tuple[TensorSpec, ...], str]] = {}
+"""Specs and endpoint by bytes, as they were last found sound: all that a check looks at."""
+_MAX_SOUND: Final = 256
+_MAX_SOUND_SPECS: Final = 16  # what a peer sends is kept, and must stay small
 
 
-def remember_sound(ref: FeatureRef) -> None:
-    """Let refs of the very same specs, bytes and endpoint pass unchecked: an owner makes many."""
+def _remember_sound(ref: FeatureRef) -> None:
+    """Let the next ref of equal specs, bytes and endpoint pass: servers share the same few shapes."""
+    if len(ref.specs) > _MAX_SOUND_SPECS:
+        return
     if len(_sound) >= _MAX_SOUND:
         _sound.clear()
-    _sound[id(ref.specs)] = (ref.specs, ref.nbytes, ref.endpoint)
+    _sound[ref.nbytes] = (ref.specs, ref.endpoint)
 
 
 def _unpickle(data: bytes) -> FeatureRef:

@@ -15,7 +15,7 @@ from api.fakegpu import SEGMENT, FakeGpu, fake_gpu
 from api.support import Gate, small, steps, until
 from control.peers import Peer, frame
 from control.test_hostile_owners import furniture, owner_that, welcome_of
-from featcache import FeatcacheError, FeatureRef, OwnerLost
+from featcache import BackendUnavailable, FeatcacheError, FeatureRef, OwnerLost
 from featcache.control.messages import Farewell, Retire, encode
 from featcache.memory.attach import map_slab
 from featcache.ref import TensorSpec
@@ -243,3 +243,25 @@ async def test_more_changes_than_a_client_keeps_until_it_has_mapped(
         gate.open()
         with pytest.raises(OwnerLost, match="changes of the slab"):
             await opening
+
+
+async def test_more_changes_than_a_client_keeps_until_it_has_carried_them_out(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    monkeypatch.setattr("featcache.handle._change", gate.wrap(lambda *_: None))
+    many = b"".join(frame(encode(Retire(n, 0))) for n in range(1, 1030))
+    attached = asyncio.Event()
+    act = welcomes(lambda peer: peer.send(many), when=attached.is_set)
+    async with (
+        owner_that(act, runtime_dir) as endpoint,
+        featcache.connect(endpoint, settings=small()) as client,
+    ):
+        attached.set()
+        assert client._handles is not None
+        (handle,) = client._handles.handles
+        await until(lambda: handle._left)
+        assert len(handle._changes) <= 1024
+        with pytest.raises(BackendUnavailable, match="faster than"):
+            await client.get(a_ref(endpoint))
+        gate.open()

@@ -1,7 +1,9 @@
 """Reads by way of host memory: the owner copies, the client reads the copy, and nothing is left of it."""
 
 import asyncio
-from typing import Any
+import time
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from featcache import (
     UnknownPool,
 )
 from featcache.memory.unmapped import Unmapped
+from featcache.reader import _place
 
 BASE = torch.arange(720, dtype=torch.float32)
 FEATURES: dict[str, torch.Tensor] = {
@@ -259,3 +262,47 @@ def test_with_no_loop(no_leaks: None) -> None:
             with pytest.raises(StaleRef):
                 reader.get(ref)
         assert owner.statistics().relayed == 6
+
+
+async def test_a_client_with_one_attachment_has_room_for_the_pool_beside_it() -> None:
+    async with relayed(client={"attachments": 1}) as (owner, client):
+        for value in range(3):
+            ref = await owner.put(filled(KIB, value))
+            assert torch.equal(tensor(await client.get(ref)), filled(KIB, value))
+        await all_spent(owner)
+
+
+async def test_the_whole_of_a_relayed_read_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with relayed() as (owner, client):
+        ref = await owner.put(filled(KIB, 2))
+        assert client._handles is not None
+        begun = client._reads()._await_begin
+
+        async def late(*arguments: Any) -> Any:
+            await asyncio.sleep(0.3)
+            return await begun(*arguments)
+
+        async def never(_: FeatureRef) -> FeatureRef:
+            await asyncio.sleep(60)
+            raise AssertionError
+
+        monkeypatch.setattr(client._reads(), "_await_begin", late)
+        monkeypatch.setattr(client._handles, "relay", never)
+        for use in (client.get(ref, timeout=0.4), client.borrow(ref, timeout=0.4).__aenter__()):
+            began_s = time.monotonic()
+            with pytest.raises(GetTimeout, match="still owed"):
+                await use
+            assert time.monotonic() - began_s < 0.6
+        assert holds(client) == 0
+        monkeypatch.undo()
+        assert torch.equal(tensor(await client.get(ref)), filled(KIB, 2))
+
+
+def test_the_tensors_of_one_out_are_on_one_device() -> None:
+    here, there = (
+        cast("torch.Tensor", SimpleNamespace(device=torch.device(name)))
+        for name in ("cpu", "cuda:1")
+    )
+    assert _place([there, there]) == torch.device("cuda:1")
+    with pytest.raises(SettingsError, match="one device"):
+        _place([here, there])

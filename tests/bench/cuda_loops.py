@@ -176,8 +176,15 @@ class ReaderLoops:
 
     async def drain(self) -> list[int]:
         port, sampler, times_ns = self.port, self.sampler, list[int]()
+        handles, parse = self.handles, port.parse
         sampler.count = count = 0
-        while (ref := await self.next()) is not None:
+        while True:
+            if not handles.ready():
+                port.dry()
+            data = await handles.frame()
+            if not data:
+                break
+            ref = parse(data)
             began_ns = perf_counter_ns()
             x = port.take(ref) if port.nowait else await port.take_async(ref)
             taken_ns = perf_counter_ns()

@@ -14,7 +14,7 @@ each system, size and number of readers it measures
 All systems get the same random tensors in the same order, the same pool, the same warm-up, the same
 start method (spawn), the same number of torch threads, and the same sockets for their handles: eight
 to a write while features stream. Before anything is timed every byte of 22 features is compared; of
-those that stream every seventh is sampled on the GPU, in stream order, and all samples are compared
+those that stream every 31st is sampled on the GPU, in stream order, and all samples are compared
 at the end. A system that hangs or fails is an error with its reason; one whose readers saw wrong bytes
 keeps its figures and is marked so.
 

@@ -68,6 +68,8 @@ GET_STEPS = (
 MAPPING_STEPS = (
     *("featcache.memory.cuda:CudaMapping.reaches", "featcache.memory.cuda:CudaMapping.order"),
     *("featcache.memory.cuda:CudaMapping.empty", "featcache.memory.cuda:CudaMapping.read"),
+    *("featcache.memory.cuda:CudaMapping.fetch", "featcache.memory.cuda:view_over"),
+    *("featcache.memory.host:HostMapping.fetch", "featcache.reader:empty_out"),
     *("featcache.memory.cuda:CudaMapping.view", "featcache.memory.cuda:CudaMapping.signal"),
     *("featcache.memory.host:HostMapping.empty", "featcache.memory.host:HostMapping.read"),
     *("featcache.memory.host:HostMapping.view", "featcache.memory.host:HostMapping.signal"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import socket
 import struct
+from collections import deque
 from typing import Protocol
 
 import torch
@@ -19,7 +20,7 @@ from bench.wire import FRAME, recv_exactly
 
 SOURCES = 7
 ORDER = random.Random(1).choices(range(SOURCES), k=9973)
-SAMPLE_EVERY = 7
+SAMPLE_EVERY = 31
 """one feature of so many is looked at while features stream: on the GPU, nothing is waited for"""
 SAMPLES = 16
 """elements of it, from the first to the last"""
@@ -157,25 +158,31 @@ class Inbox:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._data = b""
-        self._at = 0
+        self._rest = b""
+        self._frames: deque[bytes] = deque()
 
     def ready(self) -> bool:
         """Whether the next frame is here already."""
-        left = len(self._data) - self._at - FRAME.size
-        return left >= 0 and left >= FRAME.unpack_from(self._data, self._at)[0]
+        return bool(self._frames)
 
     async def frame(self) -> bytes:
-        while not self.ready():
+        while not self._frames:
             more = self._sock.recv(1 << 16)
             if not more:
                 raise ConnectionError("the other end has gone")
-            self._data = self._data[self._at :] + more
-            self._at = 0
-        start = self._at + FRAME.size
-        (nbytes,) = FRAME.unpack_from(self._data, self._at)
-        self._at = start + nbytes
-        return self._data[start : self._at]
+            self._split(self._rest + more)
+        return self._frames.popleft()
+
+    def _split(self, data: bytes) -> None:
+        at, end = 0, len(data) - FRAME.size
+        while at <= end:
+            start = at + FRAME.size
+            stop = start + FRAME.unpack_from(data, at)[0]
+            if stop > len(data):
+                break
+            self._frames.append(data[start:stop])
+            at = stop
+        self._rest = data[at:]
 
     def write(self, data: bytes) -> None:
         self._sock.sendall(data)

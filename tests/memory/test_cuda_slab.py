@@ -9,6 +9,7 @@ import torch
 
 from featcache.errors import BackendUnavailable, CacheClosed, SettingsError
 from featcache.memory.backing import IPC, VMM
+from featcache.memory.blank import empty_out
 from featcache.memory.cuda_slab import CudaSlab, choose_backend
 from featcache.memory.lane import Order
 from featcache.memory.pack import DTYPES, pack
@@ -314,3 +315,22 @@ def test_choosing_a_backend(api: FakeApi, lacking: int | None) -> None:
     else:
         with pytest.raises(BackendUnavailable, match="backend='ipc'"):
             choose_backend(driver, 0, "vmm")
+
+
+def test_views_of_one_place_are_tensors_of_their_own(slab: CudaSlab) -> None:
+    spec = put_one(slab, 0, torch.arange(6, dtype=torch.int32).view(2, 3))
+    first, second = slab.view(0, spec), slab.view(0, spec)
+    empty_out(first)
+    assert first.numel() == 0
+    assert second.shape == (2, 3)
+    assert slab.view(0, spec).shape == (2, 3)
+
+
+def test_views_are_kept_but_not_for_ever_and_not_past_the_end(slab: CudaSlab) -> None:
+    spec = put_one(slab, 0, torch.arange(6, dtype=torch.int32))
+    for offset in range(0, 4 * 5000, 4):
+        slab.view(offset, spec)
+    kept = slab._home._views
+    assert 0 < len(kept) <= 4096
+    slab.close()
+    assert not kept

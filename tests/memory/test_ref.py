@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featcache import FeatureRef, MalformedRef
+from featcache import FeatureRef, MalformedRef, ref
 from featcache.ref import TensorSpec
 
 SPEC = TensorSpec(None, "bfloat16", (2, 1176), 0)
@@ -254,3 +254,22 @@ def test_any_shape_at_any_offset(shape: list[int], offset: int) -> None:
     except MalformedRef:
         return
     assert 0 <= ref.specs[0].offset_bytes + ref.specs[0].nbytes <= ref.nbytes
+
+
+def test_what_was_sound_once_says_nothing_of_what_differs() -> None:
+    changed = fields(REF)
+    assert FeatureRef.from_bytes(sealed(msgspec.msgpack.encode(changed))) == REF
+    changed[6] = [[None, "bfloat16", [1 << 20], 0]]
+    for _ in range(2):
+        with pytest.raises(MalformedRef, match="outside"):
+            FeatureRef.from_bytes(sealed(msgspec.msgpack.encode(changed)))
+    assert FeatureRef.from_bytes(REF.to_bytes()) == REF
+
+
+def test_what_was_found_sound_is_kept_within_bounds() -> None:
+    for nbytes in range(64, 64 + 400):
+        msgspec.structs.replace(REF, nbytes=REF.nbytes + nbytes)
+    many = tuple(TensorSpec(str(n), "uint8", (1,), n) for n in range(100))
+    FeatureRef(REF.pool_id, REF.endpoint, 0, 1, 0, 100, many)
+    assert len(ref._sound) <= 256
+    assert all(len(specs) <= 16 for specs, _ in ref._sound.values())

@@ -6,6 +6,7 @@ import torch
 
 from featcache.errors import BackendUnavailable, CacheClosed, SettingsError
 from featcache.memory import copies
+from featcache.memory.blank import view_over
 from featcache.memory.lane import Lane, Order
 from featcache.memory.pack import DTYPES, contiguous_strides
 from featcache.memory.slab import Parts
@@ -67,11 +68,12 @@ class CudaWriting:
             if not nbytes:
                 continue
             at = target[0] + offset_bytes + spec.offset_bytes
-            if tensor.get_device() < 0:
+            where = tensor.get_device()
+            if where != lane.ordinal or order is None:
+                if where >= 0:
+                    raise SettingsError("a part was not staged")
                 plain = tensor if copies.is_plain(tensor) else _made_plain(tensor)
                 lane.copy_now(at, plain.data_ptr(), nbytes)
-            elif order is None or tensor.get_device() != lane.ordinal:
-                raise SettingsError("a part was not staged")
             elif tensor.is_contiguous() and not (tensor.is_neg() or tensor.is_conj()):
                 lane.copy(at, tensor.data_ptr(), nbytes, order.stream)
             else:
@@ -88,5 +90,4 @@ def _made_plain(tensor: torch.Tensor) -> torch.Tensor:
 def _view(storage: Any, offset_bytes: int, spec: TensorSpec, device: torch.device) -> torch.Tensor:
     dtype, shape = DTYPES[spec.dtype], spec.shape
     at = (offset_bytes + spec.offset_bytes) // dtype.itemsize
-    tensor = torch.empty(0, dtype=dtype, device=device)
-    return tensor.set_(storage, at, shape, contiguous_strides(shape))
+    return view_over(storage, at, dtype, shape, contiguous_strides(shape), device)

@@ -20,6 +20,7 @@ import torch
 
 from featcache.errors import AttachRefused, BackendUnavailable, CacheClosed
 from featcache.memory import copies
+from featcache.memory.blank import view_over
 from featcache.memory.pack import DTYPES, contiguous_strides
 from featcache.memory.slab import Parts, Segment
 from featcache.memory.words import Block, fence_stores, memfd
@@ -67,12 +68,9 @@ def _advise(mapping: mmap.mmap, advice: int, start_bytes: int, size_bytes: int) 
 
 
 def _view(storage: torch.UntypedStorage, offset_bytes: int, spec: TensorSpec) -> torch.Tensor:
-    # Not a view in torch's sense: such a one keeps its base, and with it the mapping, for as
-    # long as somebody keeps the emptied tensor. Half the cost of a new tensor from the buffer.
     dtype, shape = DTYPES[spec.dtype], spec.shape
     at = (offset_bytes + spec.offset_bytes) // dtype.itemsize
-    tensor = torch.empty(0, dtype=dtype, device=CPU)
-    return tensor.set_(storage, at, shape, contiguous_strides(shape))
+    return view_over(storage, at, dtype, shape, contiguous_strides(shape), CPU)
 
 
 class _Target(NamedTuple):

@@ -12,10 +12,15 @@ from typing import Any, Final
 
 import torch
 
+from featcache.errors import CacheClosed
+from featcache.memory.blank import view_over
 from featcache.memory.driver import Driver
+from featcache.memory.pack import DTYPES, contiguous_strides
+from featcache.ref import TensorSpec
 
 __all__ = ["Lane", "Order"]
 
+_MOST_VIEWS: Final = 4096
 _MOST_ORDERS: Final = 256  # torch has 32 streams to a device and priority; others come and go
 
 
@@ -41,6 +46,8 @@ class Lane:
         """Where the slab begins, once this device can access it."""
         self.storage: torch.UntypedStorage | None = None
         self._orders: dict[int, Order] = {}
+        self._views: dict[tuple[int, TensorSpec], torch.Tensor] = {}
+        self._stream_now = driver.current_stream
         self._context = int(driver.context(ordinal))
         self._current = driver.api.cuCtxGetCurrent
         self._memcpy = driver.api.cuMemcpyAsync
@@ -50,13 +57,33 @@ class Lane:
 
     def order(self) -> Order:
         """Return the caller's place: torch's current stream of this device."""
-        raw = self.driver.current_stream(self.ordinal)
+        raw = self._stream_now(self.ordinal)
         order = self._orders.get(raw)
         if order is None:
             if len(self._orders) >= _MOST_ORDERS:
                 self._orders.clear()
             order = self._orders[raw] = Order(self, raw)
         return order
+
+    def view(self, offset_bytes: int, spec: TensorSpec) -> torch.Tensor:
+        """Return a tensor over the slab's bytes.
+
+        Features of one shape come to lie at the same few places, and a tensor that lies there already
+        is a third of the work of a new one: `.data` of it is another tensor over the same memory.
+        """
+        storage = self.storage
+        if storage is None:
+            raise CacheClosed("this mapping of the slab is closed")
+        key = offset_bytes, spec
+        kept = self._views.get(key)
+        if kept is None:
+            dtype, shape = DTYPES[spec.dtype], spec.shape
+            at = (offset_bytes + spec.offset_bytes) // dtype.itemsize
+            kept = view_over(storage, at, dtype, shape, contiguous_strides(shape), self.device)
+            if len(self._views) >= _MOST_VIEWS:
+                self._views.clear()
+            self._views[key] = kept
+        return kept.data
 
     def copy(self, target: int, source: int, nbytes: int, stream: Any) -> None:
         """Enqueue a copy between addresses that this device can access."""
@@ -109,9 +136,14 @@ class Lane:
         with torch.cuda.stream(stream):
             yield
 
+    def drop_storage(self) -> None:
+        """Let go of the slab's memory; tensors that are out keep it."""
+        self.storage = None
+        self._views.clear()
+
     def close(self) -> None:
         """Let the lane's own stream go, and its hold on the slab's memory."""
-        self.storage = None
+        self.drop_storage()
         if self._own is not None:
             with self.driver.on(self.ordinal):
                 self.driver.end_stream(self._own)

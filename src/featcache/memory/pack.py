@@ -71,7 +71,7 @@ def pack(feature: Any, most: int) -> tuple[tuple[TensorSpec, ...], Packed, int]:
     """
     if isinstance(feature, torch.Tensor):
         # Servers put the same few shapes again and again.
-        if not _is_dense(feature):
+        if feature.layout is not torch.strided or feature.is_meta or feature.is_nested:
             _spec(None, feature, 0)  # which says what is wrong
         specs = _bare_specs.get((feature.dtype, feature.shape))
         if specs is None:

@@ -24,6 +24,8 @@ from bench.cuda_ports import Plan, Sockets
 
 MOST_UNTOLD = 16
 """a reader says what it has done with after so many features, or when it must wait for more"""
+HEAR_EVERY = 32
+"""the owner listens at each so many features"""
 
 
 def missing(plan: Plan) -> str | None:
@@ -43,7 +45,9 @@ class Owner:
 
     def put_nowait(self, x: torch.Tensor) -> Any | None:
         window = self.plan.window(x.nbytes)
-        if len(self.kept) >= window // 2:
+        # Heard long before the window is full: a few hundred answers of one byte fill a socket, and a
+        # reader that can't answer takes no more handles.
+        if self.count % HEAR_EVERY == 0 or len(self.kept) >= window:
             self._hear(socket.MSG_DONTWAIT)
         if len(self.kept) >= window:
             return None
