@@ -150,7 +150,7 @@ class Desk:
             pool.apply(pool.store.abandon(slot, now()))
         else:
             pool.apply(pool.store.withdraw(slot, now()))
-            pool.expect(slot, page)
+            pool.landings.expect(slot, page)
             pool.recycler.look_at(0.0)
 
     def writable(self) -> Sequence[int]:

@@ -5,8 +5,8 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from featcache import events
 from featcache._offload import Offload
@@ -27,7 +27,9 @@ from featcache.core.slots import Slot, SlotState
 from featcache.core.waiters import Request
 from featcache.errors import BackendUnavailable, CacheClosed
 from featcache.gauge import Gauge
-from featcache.memory.slab import Order, Segment, Slab
+from featcache.growth import Growth
+from featcache.landings import Landings
+from featcache.memory.slab import Order, Slab
 from featcache.memory.words import Header, OwnerWords, fence_full
 from featcache.page import Page
 from featcache.recycler import Recycler
@@ -40,16 +42,6 @@ now: Final[Callable[[], float]] = time.monotonic
 """The clock of everything in a pool."""
 _MOST_UNRUNG: Final = 16
 _BUSY_S: Final = 0.004
-
-
-class Sessions(Protocol):
-    """Who is told of the slab's size: the server."""
-
-    def announce(self, segments: Sequence[Segment]) -> None:
-        """Send every session the segments that were made."""
-
-    def retire(self, layout: int, end_bytes: int, timeout_s: float) -> Coroutine[Any, Any, int]:
-        """Have every session unmap from `end_bytes` on; awaited, tell how many have not in time."""
 
 
 class Pool:
@@ -71,17 +63,16 @@ class Pool:
         except BaseException:
             os.close(self.words_fd)
             raise
-        self.sessions: Sessions | None = None
+        self.growth = Growth(
+            *(self.name, slab, self.store, self.words.header, settings, offload, self.apply)
+        )
         self.pages: dict[int, Page] = {}
         """What sessions say they hold, have released and have written, by session number."""
         self.kept: dict[int, FeatureRef] = {}
         """Refs of what is kept under keys, by slot; a slot's old one stays until it has a new one."""
         self.seekers: dict[asyncio.Future[None], Seeker] = {}
         """Who waits for a key, by the future that tells it."""
-        self.unlanded: dict[int, tuple[int, Page]] = {}
-        """Slots by index, with their generations, whose bytes a session's stream has yet to write."""
-        self._forsaken: dict[int, int] = {}
-        """Slots by index, with their generations, whose bytes will never come: their writer died."""
+        self.landings = Landings(self.words.published, self._hurry)
         self.recycler = Recycler(
             self.collect, self._tick, settings.recycle_interval, deferred=slab.deferred
         )
@@ -93,7 +84,6 @@ class Pool:
         self._evictions = events.Throttle(settings.log_interval, burst=16)
         self._ring_at_now = 0
         self._busy_until_s = float("-inf")
-        self._tasks: set[asyncio.Task[None]] = set()
         self.words.header[Header.CAPACITY] = limits.capacity_bytes
         self._publish_gauges()
 
@@ -121,7 +111,7 @@ class Pool:
 
     def publish_from(self, slot: Slot, specs: tuple[TensorSpec, ...], page: Page) -> FeatureRef:
         """Let readers have a slot that a session wrote, or whose stream will have; return its ref."""
-        self.expect(slot, page)
+        self.landings.expect(slot, page)
         return self._published(slot, specs)
 
     def _published(self, slot: Slot, specs: tuple[TensorSpec, ...]) -> FeatureRef:
@@ -186,7 +176,7 @@ class Pool:
             elif type(effect) is Evicted:
                 self._report_eviction(effect)
             elif type(effect) is Grow:
-                self._spawn(self._grow(effect.end_bytes))
+                self.growth.grow(effect.end_bytes)
         if due_now:
             self._reclaim(now())
         self._observe()
@@ -234,7 +224,7 @@ class Pool:
         self.gauge.observe()
 
     def _hurry(self) -> None:
-        self.recycler.hurry(self._ring_at_now > 0 or bool(self.unlanded))
+        self.recycler.hurry(self._ring_at_now > 0 or bool(self.landings))
 
     def _ring_at(self) -> int:
         """Return at which release of its own each session is to ring.
@@ -269,8 +259,8 @@ class Pool:
                     effects += self.store.pay_grant(grant.slot, now_s)
         if effects:
             self.apply(effects)
-        if self.unlanded:
-            self._land()
+        if self.landings:
+            self.landings.look()
         self._reclaim(now_s)
         while (head := self.store.queue.head) is not None and self.make_room(head.request):
             pass
@@ -286,40 +276,14 @@ class Pool:
         index, generation = slot.index, slot.generation
         return any(page.holds(index, generation) for page in self.pages.values())
 
-    # --- bytes that sessions write ----------------------------------------------------------------
-
-    def expect(self, slot: Slot, page: Page) -> None:
-        """Have a slot count as complete once its session's stream has written it."""
-        self.unlanded[slot.index] = (slot.generation, page)
-        self._land()
-        self._hurry()
-
-    def _land(self) -> None:
-        landed = [
-            (index, generation)
-            for index, (generation, page) in self.unlanded.items()
-            if page.has_written(index, generation)
-        ]
-        if not landed:
-            return
-        fence_full()  # their word was seen, so their bytes are there; ours vouches for them
-        for index, generation in landed:
-            self.words.published[index] = generation
-            del self.unlanded[index]
-        self._hurry()
-
     def forsake(self, page: Page) -> list[Effect]:
         """Give up what a session that ended was to write and has not."""
-        self._land()
         effects: list[Effect] = []
         now_s = now()
-        for index, (generation, whose) in list(self.unlanded.items()):
-            if whose is page:
-                del self.unlanded[index]
-                self._forsaken[index] = generation
-                slot = self.store.table.find(index, generation)
-                if slot is not None and slot.state is SlotState.PUBLISHED:
-                    effects += self.store.forsake(slot, now_s)
+        for index, generation in self.landings.forsake(page):
+            slot = self.store.table.find(index, generation)
+            if slot is not None and slot.state is SlotState.PUBLISHED:
+                effects += self.store.forsake(slot, now_s)
         for slot in page.reserved.values():
             effects += self.store.abandon(slot, now_s)
         page.reserved.clear()
@@ -335,15 +299,10 @@ class Pool:
             slot
             for slot in due
             # What was taken back before its bytes came would get them after its next tenant's.
-            if (
-                published[slot.index] == slot.generation
-                or self._forsaken.get(slot.index) == slot.generation
-            )
+            if (published[slot.index] == slot.generation or self.landings.forsook(slot))
             and not any(page.holds(slot.index, slot.generation) for page in pages)
         ]
         if ready:
-            for slot in ready:
-                self._forsaken.pop(slot.index, None)
             self.apply(self.store.recycle(ready, now_s))
 
     def _tick(self) -> bool:
@@ -359,7 +318,7 @@ class Pool:
                 self.collect()  # what was released, and not rung, before this was asked for
         old_end_bytes = self.store.committed_bytes
         if (end_bytes := self.store.shrink(now_s)) is not None:
-            self._spawn(self._shrink(end_bytes, old_end_bytes))
+            self.growth.shrink(end_bytes, old_end_bytes)
         self.apply(self.store.compact(self.is_held, now_s))
         self.gauge.report(now_s)
         self._publish_gauges()
@@ -378,87 +337,11 @@ class Pool:
         header[Header.PINNED] = store.directory.pinned_bytes
         header[Header.EVICTED] = store.evicted
 
-    # --- size -----------------------------------------------------------------------------------
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self.loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _grow(self, end_bytes: int) -> None:
-        start_bytes, slab = self.store.committed_bytes, self.slab
-        prefault = self.settings.prefault
-        try:
-            await self.offload.run(
-                lambda: slab.commit(start_bytes, end_bytes, prefault=prefault), lambda: None
-            )
-        except (MemoryError, OSError, BackendUnavailable) as error:
-            self.grow_failed(end_bytes - start_bytes, error)
-        else:
-            self.grown(end_bytes)
-
-    def grown(self, end_bytes: int) -> None:
-        """Use what was committed up to `end_bytes`."""
-        if self.closed:
-            return
-        start_bytes = self.store.committed_bytes
-        added_bytes = end_bytes - start_bytes
-        self.words.header[Header.COMMITTED] = end_bytes
-        segments = self.slab.segments(start_bytes, end_bytes)
-        if segments and self.sessions is not None:
-            self.sessions.announce(segments)  # before any ref can lie there
-        self.apply(self.store.grown(end_bytes, now()))
-        events.emit(
-            events.SegmentsCommitted(
-                pool=self.name, committed_bytes=end_bytes, added_bytes=added_bytes
-            )
-        )
-
-    def grow_failed(self, wanted_bytes: int, error: Exception) -> None:
-        """Go on at the present size; who waits goes on waiting."""
-        self.store.grow_failed(now())
-        events.emit(
-            events.CommitFailed(
-                pool=self.name,
-                committed_bytes=self.store.committed_bytes,
-                wanted_bytes=wanted_bytes,
-                error=str(error),
-            )
-        )
-
-    async def _shrink(self, end_bytes: int, old_end_bytes: int) -> None:
-        slab, timeout_s = self.slab, self.settings.attach_timeout
-        retiring: Coroutine[Any, Any, int] | None = None
-        if self.sessions is not None and slab.segments(end_bytes, old_end_bytes):
-            # Before anything can be put where readers have the old segments mapped.
-            layout = self.words.header[Header.LAYOUT] = self.words.header[Header.LAYOUT] + 1
-            retiring = self.sessions.retire(layout, end_bytes, timeout_s)
-        try:
-            await self.offload.run(lambda: slab.decommit(end_bytes, old_end_bytes), lambda: None)
-        except (OSError, BackendUnavailable) as error:  # the slab tries again before it grows there
-            events.emit(
-                events.ReturnFailed(
-                    pool=self.name, returned_bytes=old_end_bytes - end_bytes, error=str(error)
-                )
-            )
-        finally:
-            if not self.closed:
-                self.apply(self.store.shrunk(now()))
-        behind = 0 if retiring is None else await retiring
-        events.emit(
-            events.SegmentsReturned(
-                pool=self.name,
-                committed_bytes=end_bytes,
-                returned_bytes=old_end_bytes - end_bytes,
-                mapped_in_sessions=behind,
-            )
-        )
-
     # --- the end --------------------------------------------------------------------------------
 
     def stop(self) -> None:
         """Take no more puts, and fail who waits."""
-        self.closed = True
+        self.closed = self.growth.closed = True
         error = CacheClosed("the cache was closed")
         while (waiter := self.store.queue.head) is not None:
             self.store.queue.drop(waiter)
@@ -467,18 +350,16 @@ class Pool:
             self._fail(future, error)
         self.gauge.close(error)
 
-    async def drain(self) -> None:
-        """Wait for commits that are under way: a thread has the slab's descriptor in its hands."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
     def close(self) -> None:
         """Let go of everything but the slab. What a thread still copies keeps the mapping."""
         self.stop()
+        self.growth.close()
         self.recycler.close()
         for page in self.pages.values():
             page.close()
         self.pages.clear()
         os.close(self.words_fd)
+        self.landings.close()
         del self.words, self._complete  # unmapped now, not when the collector of cycles comes by
 
     def forget(self) -> None:
@@ -486,6 +367,8 @@ class Pool:
 
         The words go by hand: the child's copy of the loop keeps this object.
         """
+        self.growth.close()
+        self.landings.close()
         del self.words, self._complete
         self.closed = True
         self.recycler.forget()

@@ -83,7 +83,7 @@ class Serving:
             undo.callback(reaper.close)
             writer, lookups = Writer(pool), Lookups(pool)
             desk = Desk(pool, writer, lookups, reaper)
-            server = pool.sessions = Server(sock, path, settings, reaper, desk)
+            server = pool.growth.sessions = Server(sock, path, settings, reaper, desk)
             undo.pop_all()
         return cls(pool, reaper, server, writer, lookups, name)
 
@@ -96,7 +96,7 @@ class Serving:
         pool, slab, offload = self.pool, self.pool.slab, self.pool.offload
         pool.stop()
         try:
-            await pool.drain()
+            await pool.growth.drain()
             # Nothing of ours may be on a stream when the memory goes.
             give_up_s = time.monotonic() + _SETTLE_S
             while slab.deferred and not (pool.settled and (own is None or own.settled)):

@@ -130,9 +130,9 @@ class Writer:
         try:
             self._pool.slab.commit(start_bytes, end_bytes, prefault=False)
         except (MemoryError, OSError, BackendUnavailable) as error:
-            self._pool.grow_failed(end_bytes - start_bytes, error)
+            self._pool.growth.grow_failed(end_bytes - start_bytes, error)
             return None
-        self._pool.grown(end_bytes)
+        self._pool.growth.grown(end_bytes)
         return store.reserve(request, _now())
 
     async def await_room(self, request: Request, timeout_s: float | None) -> Slot:
