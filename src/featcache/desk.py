@@ -36,6 +36,8 @@ class Desk:
             messages.Write: lambda _, ask: messages.Writable(ask.request),
             messages.Discard: self._discard,
             messages.Relay: lambda _, ask: self._relay(ask),
+            messages.HostPool: lambda _, ask: self._host_pool(ask),
+            messages.Upload: lambda _, ask: self._upload(ask, self._request(ask)),
         }
 
     def answer(self, session: int, ask: messages.Request) -> Answer | Wait:
@@ -58,6 +60,13 @@ class Desk:
 
     async def _relay(self, ask: messages.Relay) -> Answer:
         return messages.Reply(ask.request, ref=await self._reaper.relay(ask.ref))
+
+    async def _host_pool(self, ask: messages.HostPool) -> Answer:
+        return messages.Reply(ask.request, text=await self._reaper.host_pool())
+
+    async def _upload(self, ask: messages.Upload, request: Request) -> Answer:
+        ref = await self._reaper.upload(ask.ref, request, wait=ask.waits)
+        return messages.Reply(ask.request, ref=ref)
 
     # --- keys -------------------------------------------------------------------------------------
 
@@ -107,7 +116,7 @@ class Desk:
         """Stand in the queue, in which owner and sessions are served as they came."""
         return self._reserved(session, number, await self._writer.await_room(request, None))
 
-    def _request(self, ask: messages.Reserve) -> Request:
+    def _request(self, ask: messages.Reserve | messages.Upload) -> Request:
         settings = self._pool.settings
         least = 1 if ask.key is None else 0
         self._pool.store.check_size(ask.nbytes)

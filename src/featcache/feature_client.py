@@ -129,9 +129,10 @@ class FeatureClient(Reads):
         The arguments, the errors and what is promised are those of `FeatureCache.put`; `ttl` left out
         is as in this client's Settings. Waiting puts of all processes, the owner's too, stand in one
         queue. The copy is this process's own, on its torch stream; it takes two round trips besides.
+        Where this client's device can't access the slab, the feature goes into host memory, and the
+        owner copies it from there.
 
         Raises besides:
-            BackendUnavailable: this client's device can't access the slab.
             OwnerLost: the owner died or closed the pool.
 
         """

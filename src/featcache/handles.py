@@ -191,6 +191,8 @@ class HandleCache:
             return known
         if welcome.kin is not None:
             self._kin.add(welcome.kin)
+        if kin:
+            self._kin.add(welcome.pool_id)
         self._handles[welcome.pool_id] = handle
         link.on_lost = lambda reason: self._on_lost(welcome.pool_id, reason)
         return handle
@@ -328,6 +330,9 @@ def give_back(handle: Handle, request: messages.Request, answer: messages.Answer
         link.tell(messages.Withdraw(answer.slot, answer.generation, landed=True))
     elif isinstance(request, messages.Publish):  # nobody has its ref
         link.discard_soon(request.slot, request.generation)
+    elif isinstance(request, messages.Upload) and isinstance(answer, messages.Reply):
+        ref = FeatureRef.from_bytes(answer.ref)
+        link.discard_soon(ref.slot, ref.generation)
 
 
 def _mapper(

@@ -53,6 +53,8 @@ class Opened:
         self.keys = OwnKeys(main.lookups, main.own)
         self.reader = Reader(self._pools, self.offload, settings.inline_bytes)
         main.reaper.relay_ref = self.relay.encoded
+        main.reaper.upload_ref = self.relay.upload
+        main.reaper.host_endpoint = self.relay.endpoint
         main.reaper.spills = spill_bytes is not None
 
     @classmethod

@@ -7,6 +7,7 @@ from featcache.control.messages import VERSION, Welcome
 from featcache.control.peers import own_pidfd
 from featcache.control.sessions import Session
 from featcache.core.effects import Effect
+from featcache.core.waiters import Request
 from featcache.errors import AttachRefused, BackendUnavailable
 from featcache.memory.slab import Segment
 from featcache.memory.words import SessionWords
@@ -30,6 +31,10 @@ class Reaper:
         self._pidfd = own_pidfd()
         self.relay_ref: Callable[[bytes], Awaitable[bytes]] | None = None
         """Copies a ref into host memory, for sessions that can't reach the slab."""
+        self.upload_ref: Callable[..., Awaitable[bytes]] | None = None
+        """Puts a ref of host memory into the slab, for the same sessions."""
+        self.host_endpoint: Callable[[], Awaitable[str]] | None = None
+        """Where the pool in host memory listens, which is opened for this if need be."""
         self.kin: list[Pool] = []
         """The owner's other pools: what a dead name owed there is paid as well."""
         self.spills = False
@@ -78,6 +83,18 @@ class Reaper:
         if self.relay_ref is None:
             raise BackendUnavailable("this pool is in host memory already: read it there")
         return await self.relay_ref(ref)
+
+    async def upload(self, ref: bytes, request: Request, *, wait: bool) -> bytes:
+        """Put what a ref of host memory has into the slab; return the new ref."""
+        if self.upload_ref is None:
+            raise BackendUnavailable("this pool is in host memory already: put there")
+        return await self.upload_ref(ref, request, wait=wait)
+
+    async def host_pool(self) -> str:
+        """Return where the pool in host memory listens."""
+        if self.host_endpoint is None:
+            raise BackendUnavailable("this pool is in host memory already: put there")
+        return await self.host_endpoint()
 
     def open_page(self, number: int, name: str | None) -> Page:
         """Make the page of a session and begin to look at it."""

@@ -1,4 +1,4 @@
-"""Reads by way of host memory: the owner copies a feature to its host pool, from where it is read."""
+"""Reads and puts by way of host memory: the owner copies between its slab and its host pool."""
 
 from collections.abc import Awaitable, Callable
 
@@ -13,7 +13,7 @@ __all__ = ["Relay"]
 
 
 class Relay:
-    """Copies features of one pool into another, for one read each."""
+    """Copies features of one pool into another, for one read each, and back for those who put so."""
 
     def __init__(
         self, source: Serving, target: Callable[[], Awaitable[Serving]], offload: Offload
@@ -56,6 +56,62 @@ class Relay:
             return await self._fill(target, slot, ref)
         finally:
             attachment.end(ref, pays=False)
+
+    async def endpoint(self) -> str:
+        """Return where the host pool listens, for sessions that put by way of it."""
+        return (await self._target()).pool.endpoint
+
+    async def upload(self, data: bytes, request: Request, *, wait: bool) -> bytes:
+        """Put what a ref of the host pool has into the slab, and pay it; return the new ref's bytes.
+
+        For sessions whose device can't access the slab.
+
+        Raises:
+            StaleRef, MalformedRef, UnknownPool: as a get does.
+            PoolFull: no room, and `wait` is false.
+
+        """
+        ref = FeatureRef.from_bytes(data)
+        host = await self._target()
+        if ref.pool_id != host.pool.pool_id:
+            raise UnknownPool(
+                f"the ref is of pool {ref.pool_id.hex()}, not of this owner's host pool"
+            )
+        if ref.nbytes != request.nbytes:
+            raise MalformedRef("room of another size was asked for than the feature has")
+        attachment, writer = host.relaying.attach(), self._source.writer
+        there, done = attachment.begin(ref), False
+        try:
+            if not there:
+                await attachment.arrival(ref)
+            slot = writer.reserve(request) if wait else writer.take_room(request)
+            if slot is None and not wait:
+                raise writer.full(request)
+            if slot is None:
+                slot = await writer.await_room(request, None)
+            uploaded = await self._upload_into(slot, host, ref)
+            done = True
+        finally:
+            attachment.end(ref, pays=done)
+        return uploaded.to_bytes()
+
+    async def _upload_into(self, slot: Slot, host: Serving, ref: FeatureRef) -> FeatureRef:
+        pool, slab = self._source.pool, self._source.pool.slab
+        whole = TensorSpec(None, "uint8", (ref.nbytes,), 0)
+        parts = [(whole, host.pool.slab.view(ref.offset_bytes, whole))]
+
+        def abandon() -> None:
+            if not pool.closed:
+                pool.withdraw(slot, None)
+
+        try:
+            await self._offload.run(lambda: slab.write(slot.offset_bytes, parts, None), abandon)
+        except Exception:
+            abandon()  # as in `_fill`
+            raise
+        if pool.closed:
+            raise CacheClosed("the cache was closed while a feature was copied")
+        return pool.publish(slot, ref.specs, None)
 
     async def _fill(self, target: Serving, slot: Slot, ref: FeatureRef) -> FeatureRef:
         pool, slab = target.pool, self._source.pool.slab

@@ -9,6 +9,7 @@ from featcache.asks import key_timeout
 from featcache.control import messages
 from featcache.control.messages import Find, OfKey, ProtocolError
 from featcache.core.keyed_store import key_label
+from featcache.errors import KeyNotFound
 from featcache.granted import GrantedRead, Making
 from featcache.handle import Handle
 from featcache.ref import FeatureRef
@@ -28,6 +29,11 @@ class RemoteKeys:
         """Return a read of what is under a key; with a timeout, wait for it that long."""
         if timeout_s is None:
             found = await self._find(key, waits=False, makes=False)
+        elif timeout_s == 0:  # not to wait: a round trip takes longer than that, and is no wait
+            try:
+                found = await self._find(key, waits=False, makes=False)
+            except KeyNotFound:
+                raise key_timeout(key_label(key), timeout_s) from None
         else:
             try:
                 with anyio.fail_after(timeout_s):

@@ -3,18 +3,23 @@
 from typing import Any
 
 from featcache._offload import Offload
+from featcache.control import messages
+from featcache.control.messages import ProtocolError
 from featcache.errors import FeatureTooLarge, PoolFull, SettingsError
 from featcache.handle import Handle
 from featcache.handles import HandleCache
+from featcache.memory.unmapped import Unmapped
 from featcache.ref import FeatureRef
+from featcache.remote_upload import Uploader
 from featcache.remote_writer import RemoteWriter
 from featcache.settings import Settings
 from featcache.writer import Staged
 
 __all__ = ["Places", "RemotePuts", "StagedPut"]
 
-Places = tuple[RemoteWriter | None, RemoteWriter | None]
-Placed = tuple[RemoteWriter, Staged]
+Writes = RemoteWriter | Uploader
+Places = tuple[Writes | None, Writes | None]
+Placed = tuple[Writes, Staged]
 StagedPut = tuple[Placed | None, Placed | None]
 """A put for the slab, and the same for the host slab where it may go there: at least one of them."""
 
@@ -26,36 +31,51 @@ class RemotePuts:
         self._handles = handles
         self._settings = settings
         self._offload = offload
-        self._writers: dict[bytes, RemoteWriter] = {}
+        self._writers: dict[bytes, Writes] = {}
+        self._puts = 0  # of writers that are gone
         self.spilled = 0
 
     @property
     def puts(self) -> int:
         """Features that this client published."""
-        return sum(writer.puts for writer in self._writers.values())
+        return self._puts + sum(writer.puts for writer in self._writers.values())
 
-    def _writer(self, handle: Handle) -> RemoteWriter:
+    async def _writer(self, handle: Handle) -> Writes:
+        """Return the writer of a pool; where the slab is out of reach, one that goes through the host."""
         pool_id = handle.attachment.pool_id
         writer = self._writers.get(pool_id)
-        if writer is None or writer.handle is not handle:
-            known = 0 if writer is None else writer.puts
-            writer = self._writers[pool_id] = RemoteWriter(handle, self._settings, self._offload)
-            writer.puts = known
-        return writer
+        if writer is not None and writer.handle is handle:
+            return writer
+        made: Writes
+        if isinstance(handle.attachment.mapping, Unmapped):
+            made = Uploader(handle, await self._beside(handle), self._settings)
+        else:
+            made = RemoteWriter(handle, self._settings, self._offload)
+        if writer is not None:
+            self._puts += writer.puts
+        self._writers[pool_id] = made
+        return made
+
+    async def _beside(self, handle: Handle) -> RemoteWriter:
+        answer, _ = await handle.link.ask(messages.HostPool(handle.link.number()))
+        if not isinstance(answer, messages.Reply):
+            raise ProtocolError(f"the owner answered a question with {type(answer).__name__}")
+        beside = await self._handles.attach(answer.text, kin=True)
+        return RemoteWriter(beside, self._settings, self._offload)
 
     async def places(self, on_full: str, key: Any) -> Places:
         """Return the writers of the slab and of the host slab, of where a put may go; attach them."""
         if on_full not in {"wait", "raise", "spill"}:
             raise SettingsError(f"on_full={on_full!r} is none of 'wait', 'raise', 'spill'")
         handle = await self._handles.bound_handle()
-        here = self._writer(handle)
+        here = await self._writer(handle)
         if on_full != "spill":
             return here, None
         if key is not None:
             raise SettingsError("what is kept under a key makes its own room: it does not spill")
         if not handle.kin_endpoint:
             raise SettingsError("on_full='spill' needs a host slab: create(…, spill='2GiB')")
-        there = self._writer(await self._handles.attach(handle.kin_endpoint))
+        there = await self._writer(await self._handles.attach(handle.kin_endpoint, kin=True))
         return (None if self._settings.spill_always else here), there
 
     def stage(self, places: Places, feature: Any, readers: Any, ttl: Any, key: Any) -> StagedPut:

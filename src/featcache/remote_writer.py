@@ -16,7 +16,7 @@ from featcache.control import messages
 from featcache.control.channel import close_all
 from featcache.control.messages import ProtocolError, Reserved
 from featcache.core.waiters import Request
-from featcache.errors import FeatcacheError, PutTimeout
+from featcache.errors import FeatcacheError, PoolFull, PutTimeout
 from featcache.handle import Handle
 from featcache.ref import FeatureRef
 from featcache.settings import Settings
@@ -55,11 +55,16 @@ class RemoteWriter:
 
         """
         self.handle.attachment.check()
+        at_once = wait and timeout_s == 0  # not to wait: round trips take longer, and are no wait
         try:
-            with anyio.fail_after(timeout_s):
+            with anyio.fail_after(None if at_once else timeout_s):
                 if not self.handle.attachment.mapping.writable:
                     await self._open()
-                reserved = await self._reserve(staged.request, wait=wait)
+                reserved = await self._reserve(staged.request, wait=wait and not at_once)
+        except PoolFull as full:
+            if not at_once:
+                raise
+            raise PutTimeout(f"{full}, within {timeout_s} s") from None
         except TimeoutError:
             raise PutTimeout(
                 f"no room for {staged.request.nbytes} bytes within {timeout_s} s"

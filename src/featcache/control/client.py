@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable
+from typing import TypeAlias
 
 import anyio
 
@@ -53,6 +54,7 @@ _MAX_UNTAKEN = 1024
 """Changes of the slab that may come before somebody takes them."""
 
 SlabChange = Segments | Retire
+Answered: TypeAlias = asyncio.Future[tuple[Answer, list[int]]]
 
 
 class Link:
@@ -67,7 +69,7 @@ class Link:
         self._welcome: asyncio.Future[Welcome] = self._loop.create_future()
         self._welcome_fds: list[int] = []  # this link's to close until `greet` hands them on
         self._farewell: asyncio.Future[None] = self._loop.create_future()
-        self._requests: dict[int, asyncio.Future[tuple[Answer, list[int]]]] = {}
+        self._requests: dict[int, tuple[Request, Answered]] = {}
         self._orphans: dict[int, Request] = {}
         self.on_orphan: Callable[[Request, Answer], None] | None = None
         """Told of answers whose askers were cancelled."""
@@ -124,8 +126,8 @@ class Link:
             raise FeatcacheError(f"{_MAX_REQUESTS} requests are unanswered already")
         number = request.request
         payload = encode(request)
-        answer: asyncio.Future[tuple[Answer, list[int]]] = self._loop.create_future()
-        self._requests[number] = answer
+        answer: Answered = self._loop.create_future()
+        self._requests[number] = request, answer
         try:
             self._channel.send(payload)
         except ValueError as error:
@@ -139,14 +141,12 @@ class Link:
         finally:
             self._requests.pop(number, None)
 
-    def _abandon(
-        self, request: Request, answer: "asyncio.Future[tuple[Answer, list[int]]]"
-    ) -> None:
+    def _abandon(self, request: Request, answer: Answered) -> None:
         """See to an answer that nobody awaits any more: what it hands over is to be given back."""
         if answer.done() and not answer.cancelled():
             if answer.exception() is None:
                 self._take_orphan(request, *answer.result())
-        elif self.lost is None and not self._channel.closed:
+        elif request.request in self._requests and self.lost is None and not self._channel.closed:
             self._orphans[request.request] = request
             self.tell(Cancel(request.request))
 
@@ -251,10 +251,11 @@ class Link:
             raise ProtocolError(f"more than {_MAX_UNTAKEN} changes of the slab at once")
 
     def _answer(self, reply: Answer, fds: list[int]) -> None:
-        future = self._requests.pop(reply.request, None)
+        request, future = self._requests.pop(reply.request, (None, None))
         failed = isinstance(reply, Reply) and reply.error is not None
         if future is None or future.done():
-            orphan = self._orphans.pop(reply.request, None)
+            # Cancelled: its task has found that out, or is yet to.
+            orphan = self._orphans.pop(reply.request, request)
             if orphan is None or failed:
                 close_all(fds)
             else:
@@ -288,7 +289,7 @@ class Link:
             self._welcome.set_exception(refused(lost))
             self._welcome.exception()  # counted as seen: nobody may be waiting
         self._resolve(self._farewell)
-        for future in self._requests.values():
+        for _, future in self._requests.values():
             if not future.done():
                 future.set_exception(OwnerLost(lost))
         self._requests.clear()

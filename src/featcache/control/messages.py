@@ -22,6 +22,7 @@ __all__ = [
     "Goodbye",
     "Granted",
     "Hello",
+    "HostPool",
     "MayMake",
     "Note",
     "OfKey",
@@ -37,6 +38,7 @@ __all__ = [
     "Retired",
     "Segments",
     "Unclaim",
+    "Upload",
     "Welcome",
     "Withdraw",
     "Writable",
@@ -135,6 +137,24 @@ class Reserve(msgspec.Struct, tag="reserve", frozen=True):
     key: _Key | None
     waits: bool
     """Whether to stand in the queue for it."""
+
+
+class HostPool(msgspec.Struct, tag="host_pool", frozen=True):
+    """Client: where does the pool in host memory beside this one listen? `Reply.text` says it."""
+
+    request: _Natural
+
+
+class Upload(msgspec.Struct, tag="upload", frozen=True):
+    """Client: put what this ref of the host pool has into the slab. Answered by `Reply` with its ref."""
+
+    request: _Natural
+    ref: _Ref
+    nbytes: _Natural
+    readers: _Natural | Annotated[list[_Name], msgspec.Meta(min_length=1)]
+    ttl_s: _Seconds | None
+    key: _Key | None
+    waits: bool
 
 
 class Publish(msgspec.Struct, tag="publish", frozen=True):
@@ -270,7 +290,7 @@ class Closing(msgspec.Struct, tag="closing", frozen=True):
     """Owner, last: it closes the pool."""
 
 
-Request = Discard | Relay | Find | OfKey | Reserve | Publish | Write
+Request = Discard | Relay | Find | OfKey | Reserve | Publish | Write | HostPool | Upload
 """What is answered, once, under its number."""
 Note = Cancel | Unclaim | Withdraw
 """What is not."""

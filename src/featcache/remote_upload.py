@@ -1,0 +1,68 @@
+"""A client's puts where its device can't access the slab: into host memory, from where the owner copies."""
+
+from typing import Any
+
+import anyio
+import msgspec
+
+from featcache.control import messages
+from featcache.control.messages import ProtocolError
+from featcache.core.waiters import Request
+from featcache.errors import PutTimeout
+from featcache.handle import Handle
+from featcache.ref import FeatureRef
+from featcache.remote_writer import RemoteWriter
+from featcache.settings import Settings
+from featcache.writer import Staged
+
+__all__ = ["Uploader"]
+
+
+class Uploader:
+    """As `RemoteWriter`, by way of the writer of the pool on the host beside the one of `handle`."""
+
+    def __init__(self, handle: Handle, beside: RemoteWriter, settings: Settings) -> None:
+        self.handle = handle
+        self._beside = beside
+        self._settings = settings
+        self.puts = 0
+
+    def stage(self, feature: Any, readers: Any, ttl: Any, key: Any) -> Staged:
+        """Return what a put asks for, in the caller's thread."""
+        return self._beside.stage(feature, readers, ttl, key)
+
+    async def put(self, staged: Staged, timeout_s: float | None, *, wait: bool) -> FeatureRef:
+        """Copy a feature in and return its ref, as `RemoteWriter.put`."""
+        request = staged.request
+        there = Request(request.nbytes, 1, self._settings.relay_ttl)
+        try:
+            with anyio.fail_after(timeout_s):
+                ref = await self._beside.put(
+                    msgspec.structs.replace(staged, request=there), None, wait=True
+                )
+                try:
+                    return await self._upload(ref, request, wait=wait)
+                except BaseException:
+                    # Held by the owner's copy as long as that goes on.
+                    self._beside.handle.link.discard_soon(ref.slot, ref.generation)
+                    raise
+        except TimeoutError:
+            raise PutTimeout(f"no room for {request.nbytes} bytes within {timeout_s} s") from None
+
+    async def _upload(self, ref: FeatureRef, request: Request, *, wait: bool) -> FeatureRef:
+        link, readers = self.handle.link, request.readers
+        answer, _ = await link.ask(
+            messages.Upload(
+                link.number(),
+                ref.to_bytes(),
+                request.nbytes,
+                readers if isinstance(readers, int) else sorted(readers),
+                request.ttl_s,
+                request.key,
+                wait,
+            )
+        )
+        if not isinstance(answer, messages.Reply):
+            raise ProtocolError(f"the owner answered a put with {type(answer).__name__}")
+        self.puts += 1
+        return FeatureRef.from_bytes(answer.ref)
