@@ -77,8 +77,8 @@ def connect(
     """Return a client to be opened with ``async with``.
 
     Args:
-        endpoint: an owner's `FeatureCache.endpoint`; the client then reads that pool only. None
-            attaches to a pool when it first meets a ref of it.
+        endpoint: an owner's `FeatureCache.endpoint`; the client then reads that pool only, and can
+            put into it and use its keys. None attaches to a pool when it first meets a ref of it.
         device: where `get` puts its copies, and the GPU that maps a slab on a GPU; None is the pool's
             own device where it is visible here, else torch's current one.
         name: the name by which puts may call for this session's reads; one session at a time has it.

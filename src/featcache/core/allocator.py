@@ -55,17 +55,25 @@ def _must(condition: object, otherwise: str) -> None:
 class Extent:
     """A piece of the range. Callers may read its offset and size, until they free it."""
 
-    __slots__ = ("_bin", "_next", "_owner", "_previous", "offset_bytes", "size_bytes")
+    __slots__ = ("_bin", "_next", "_owner", "_previous", "holder", "offset_bytes", "size_bytes")
 
     _owner: OffsetAllocator | None  # whose it is while in use, else None
     _bin: int  # where it lies while it is free
     _previous: Extent  # neighbours in the range: a ring, closed by the allocator's wall
     _next: Extent
+    holder: object
+    """The caller's own, while it is in use."""
 
     def __init__(self, offset_bytes: int, size_bytes: int, owner: OffsetAllocator | None) -> None:
         self.offset_bytes = offset_bytes
         self.size_bytes = size_bytes
         self._owner = owner
+        self.holder = None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it is not in use."""
+        return self._owner is None
 
     def __repr__(self) -> str:
         state = "free" if self._owner is None else "used"
@@ -175,6 +183,16 @@ class OffsetAllocator:
             self._resize(following, following.size_bytes + size)
         else:
             self._link(extent, _bin_of(size))
+
+    def previous(self, extent: Extent) -> Extent | None:
+        """The extent before this one in the range, free or not; None before the first."""
+        before = extent._previous
+        return None if before is self._wall else before
+
+    def following(self, extent: Extent) -> Extent | None:
+        """The extent after this one in the range, free or not; None after the last."""
+        after = extent._next
+        return None if after is self._wall else after
 
     def grow(self, end_bytes: int) -> None:
         """Moves the end up: the bytes from the old end on are free."""

@@ -82,6 +82,8 @@ class Directory:
         """Count a use: the slot is the last to go. The caller then refreshes it."""
         self._ticks += 1
         slot.tick, slot.used_s = self._ticks, now_s
+        if slot.idle:
+            self._push(slot)
 
     def refresh(self, slot: Slot) -> None:
         """Look anew at whether a slot could be evicted."""
@@ -101,6 +103,9 @@ class Directory:
             return
         self._idle += 1
         self.idle_bytes += _extent_bytes(slot)
+        self._push(slot)
+
+    def _push(self, slot: Slot) -> None:
         heappush(self._coldest, (slot.tick, slot))
         if len(self._coldest) > 2 * self._idle + 64:
             self._coldest = [(kept.tick, kept) for kept in self._slots.values() if kept.idle]
@@ -123,6 +128,20 @@ class Directory:
             else:
                 found = slot
         for entry in aside:
+            heappush(heap, entry)
+        return found
+
+    def coldest_few(self, count: int, held: Callable[[Slot], bool]) -> list[Slot]:
+        """Return up to so many of those that could be evicted, the longest unused first."""
+        heap, taken, found = self._coldest, list[tuple[int, Slot]](), list[Slot]()
+        while heap and len(found) < count:
+            entry = heappop(heap)
+            tick, slot = entry
+            if slot.idle and slot.tick == tick:
+                taken.append(entry)
+                if not held(slot) and slot not in found:
+                    found.append(slot)
+        for entry in taken:
             heappush(heap, entry)
         return found
 

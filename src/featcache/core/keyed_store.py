@@ -4,20 +4,19 @@ A slot that is kept under a key stays PUBLISHED when no reads are owed any more.
 was dropped (evicted, or given to another feature) and the last grant on it was paid.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
+from featcache.core.allocator import ALIGNMENT_BYTES
 from featcache.core.directory import Directory
 from featcache.core.effects import Effect, Evicted, Found, Limits, MayMake, Retired
+from featcache.core.eviction import Held, victims
 from featcache.core.seekers import Seeker, Seekers, SeekerState
 from featcache.core.slots import Slot, SlotState
-from featcache.core.store import Store
+from featcache.core.store import Store, up
 from featcache.core.waiters import Request
 from featcache.errors import KeyNotFound, PoolFull
 
 __all__ = ["Held", "KeyedStore", "key_label"]
-
-Held = Callable[[Slot], bool]
-"""Whether a session reads a slot's bytes by a ref now."""
 
 
 def key_label(key: bytes) -> str:
@@ -66,7 +65,10 @@ class KeyedStore(Store):
 
     def seek(self, key: bytes, session: int, *, makes: bool, tag: object) -> Seeker:
         """Wait for a key that `lookup` did not find; see `core.seekers`."""
-        if self.seekers.count >= self.limits.waiters:
+        if makes and not self.seekers.claimed(key):  # it will not wait
+            if self.seekers.claims >= self.limits.slots:
+                raise PoolFull(f"{self.seekers.claims} features are being made already, the bound")
+        elif self.seekers.count >= self.limits.waiters:
             raise PoolFull(
                 f"{self.seekers.count} wait for keys already, the bound: raise Settings.waiters"
             )
@@ -147,9 +149,9 @@ class KeyedStore(Store):
     # --- evicting ---------------------------------------------------------------------------------
 
     def evict_for(self, request: Request, held: Held, now_s: float) -> list[Effect]:
-        """Evict the longest unused feature if that is how a request may get its room, else nothing.
+        """Evict the longest unused of what makes room for a request, if it may be had so, else nothing.
 
-        Its extent is free once the caller has recycled it. By `Limits.evict_first`, a slab that can
+        Extents are free once the caller has recycled them. By `Limits.evict_first`, a slab that can
         still grow evicts nothing.
         """
         if self.wanted_bytes + request.nbytes > self.limits.capacity_bytes:
@@ -158,31 +160,29 @@ class KeyedStore(Store):
             self._growing or self.growth_for(request.nbytes, now_s)
         ):
             return []
-        return self._evict_coldest(held, now_s, "room")
+        if self.table.full:
+            coldest = self.directory.coldest(held)
+            return [] if coldest is None else self._evict_all([coldest], now_s, "room")
+        size_bytes = max(up(request.nbytes, ALIGNMENT_BYTES), ALIGNMENT_BYTES)
+        going = victims(self.directory, self.allocator, size_bytes, held)
+        return self._evict_all(going, now_s, "room")
 
     def trim(self, held: Held, now_s: float) -> list[Effect]:
         """Evict down to `Limits.evict_to` where more than `Limits.evict_above` is in use."""
         above, capacity_bytes = self.limits.evict_above, self.limits.capacity_bytes
-        used_bytes = self.allocator.used_bytes
-        if above is None or used_bytes <= above * capacity_bytes:
+        if above is None or self.allocator.used_bytes <= above * capacity_bytes:
+            return []
+        kept_bytes = self.allocator.used_bytes - self.retiring_bytes
+        if kept_bytes <= above * capacity_bytes:
             return []
         effects: list[Effect] = []
-        target_bytes = used_bytes - self.limits.evict_to * capacity_bytes
-        freed_bytes = 0
-        while freed_bytes < target_bytes and (
-            evicted := self._evict_coldest(held, now_s, "watermark")
+        while kept_bytes > self.limits.evict_to * capacity_bytes and (
+            slot := self.directory.coldest(held)
         ):
-            effects += evicted
-            freed_bytes += sum(one.nbytes for one in evicted if isinstance(one, Evicted))
+            assert slot.extent is not None, "it is kept"
+            kept_bytes -= slot.extent.size_bytes
+            effects += self._evict_all([slot], now_s, "watermark")
         return effects
-
-    def _evict_coldest(self, held: Held, now_s: float, cause: str) -> list[Effect]:
-        slot = self.directory.coldest(held)
-        if slot is None or slot.key is None:
-            return []
-        key = slot.key
-        self.directory.drop(slot)
-        return self._dropped(slot, key, now_s, cause)
 
     def compact(self, held: Held, now_s: float) -> list[Effect]:
         """Evict the few features that alone hold the last segment, so that it can be given back."""
@@ -199,15 +199,15 @@ class KeyedStore(Store):
             return []
         if not all(slot.idle and not held(slot) for slot in tail):
             return []
-        return self._evict_all(tail, now_s)
+        return self._evict_all(tail, now_s, "compaction")
 
-    def _evict_all(self, slots: Iterable[Slot], now_s: float) -> list[Effect]:
+    def _evict_all(self, slots: Iterable[Slot], now_s: float, cause: str) -> list[Effect]:
         effects: list[Effect] = []
         for slot in slots:
             assert slot.key is not None, "idle slots are kept under a key"
             key = slot.key
             self.directory.drop(slot)
-            effects += self._dropped(slot, key, now_s, "compaction")
+            effects += self._dropped(slot, key, now_s, cause)
         return effects
 
     # --- the ends of others -----------------------------------------------------------------------

@@ -95,6 +95,15 @@ class Seekers:
             seeker.slot = slot
         return list(waiting.values())
 
+    @property
+    def claims(self) -> int:
+        """How many claims are out."""
+        return len(self._claims)
+
+    def claimed(self, key: bytes) -> bool:
+        """Whether somebody has the claim to a key."""
+        return key in self._claims
+
     def holds(self, key: bytes, claim: int) -> bool:
         """Whether this is the claim that is out."""
         held = self._claims.get(key)

@@ -14,14 +14,15 @@ from featcache.core.slots import Slot, SlotState, SlotTable
 from featcache.core.waiters import Request, Waiter, WaitQueue
 from featcache.errors import FeatureTooLarge, PoolFull, StaleRef
 
-__all__ = ["Effect", "Expired", "Grow", "Limits", "Recycled", "Retired", "Store", "Woken"]
+__all__ = ["Effect", "Expired", "Grow", "Limits", "Recycled", "Retired", "Store", "Woken", "up"]
 
 
 # Members of an enum are slow to look up, and these are looked up at every put and payment.
 _RESERVED, _PUBLISHED, _RETIRING = SlotState.RESERVED, SlotState.PUBLISHED, SlotState.RETIRING
 
 
-def _up(value: int, unit: int) -> int:
+def up(value: int, unit: int) -> int:
+    """Return the least multiple of a unit that is no less."""
     return -(-value // unit) * unit
 
 
@@ -64,13 +65,19 @@ class Store:
         return max(self.allocator.largest_free_bytes, self.allocator.tail_free_bytes + growth)
 
     @property
+    def retiring_bytes(self) -> int:
+        """Extents that are free as soon as nobody holds them."""
+        extents = [slot.extent for slot in self._retiring.values()]
+        return sum(extent.size_bytes for extent in extents if extent is not None)
+
+    @property
     def crowded(self) -> int:
         """Puts that wait for others' bytes: not those that wait for the slab to change its size."""
         return 0 if self._growing else len(self.queue)
 
     def check_size(self, nbytes: int) -> None:
         """Raise FeatureTooLarge for what even an empty pool can't hold."""
-        if _up(nbytes, ALIGNMENT_BYTES) > self.limits.capacity_bytes:
+        if up(nbytes, ALIGNMENT_BYTES) > self.limits.capacity_bytes:
             raise FeatureTooLarge(
                 f"a feature of {nbytes} bytes never fits a pool of {self.limits.capacity_bytes}: "
                 "raise capacity or split the feature"
@@ -230,11 +237,11 @@ class Store:
         if self._growing or now_s < self._grow_after_s:
             return 0
         limits, end = self.limits, self.allocator.end_bytes
-        size = max(_up(nbytes, ALIGNMENT_BYTES), ALIGNMENT_BYTES)
+        size = max(up(nbytes, ALIGNMENT_BYTES), ALIGNMENT_BYTES)
         missing = size - self.allocator.tail_free_bytes
         if missing <= 0 or end + missing > limits.capacity_bytes:
             return 0
-        return min(_up(end + missing, limits.segment_bytes), limits.capacity_bytes)
+        return min(up(end + missing, limits.segment_bytes), limits.capacity_bytes)
 
     def growing(self) -> None:
         """Note that a commit is under way outside; `grown` or `grow_failed` ends it."""
@@ -245,6 +252,7 @@ class Store:
         self._growing = False
         self.allocator.grow(end_bytes)
         self._tail_since_s = None
+        self.tail_in_use = False
         return self.serve(now_s)
 
     def grow_failed(self, now_s: float) -> None:
@@ -266,7 +274,7 @@ class Store:
         self._tail_high_bytes = max(self._tail_high_bytes, in_use)
         if self._growing or self.queue or now_s - self._tail_since_s < limits.idle_s:
             return None
-        keep = max(_up(self._tail_high_bytes, limits.segment_bytes), limits.initial_bytes)
+        keep = max(up(self._tail_high_bytes, limits.segment_bytes), limits.initial_bytes)
         self._tail_since_s = None
         self.tail_in_use = keep >= allocator.end_bytes
         if self.tail_in_use:
@@ -290,6 +298,7 @@ class Store:
             return None
         slot = self.table.take()
         slot.extent = extent
+        extent.holder = slot
         slot.nbytes = request.nbytes
         slot.ttl_s = request.ttl_s
         slot.wanted_key = request.key

@@ -1,0 +1,78 @@
+"""Whom to evict for a feature of some size: the longest unused, of those whose going makes the room.
+
+Where all features are of one size that is the longest unused one. Where they are not, evicting in the
+order of use alone frees many pieces before one is large enough: on traces of image features it lost 1.5
+to 2.5 points of the hits that a cache without fragments has. So a few of the coldest are each looked at
+with their neighbours in the slab, and the window goes whose most recently used feature was used the
+longest ago. The work is bounded, whatever the number of features.
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+from featcache.core.allocator import Extent, OffsetAllocator
+from featcache.core.directory import Directory
+from featcache.core.slots import Slot
+
+__all__ = ["Held", "victims"]
+
+Held = Callable[[Slot], bool]
+"""Whether a session reads a slot's bytes by a ref now."""
+
+_WINDOWS: Final = 16
+"""Coldest features around which a window is tried."""
+
+
+def victims(
+    directory: Directory, allocator: OffsetAllocator, size_bytes: int, held: Held
+) -> list[Slot]:
+    """Return features to evict so that an extent of a size fits; fewer if they do not do; or none."""
+    coldest = directory.coldest(held)
+    if coldest is None:
+        return []
+    best = _window(allocator, coldest, size_bytes, held)
+    if len(best) == 1:
+        return best
+    for slot in directory.coldest_few(_WINDOWS, held)[1:]:
+        if best and slot.tick > best[0].tick:
+            break  # no window around this one or a warmer one is colder
+        window = _window(allocator, slot, size_bytes, held)
+        if window and (not best or window[0].tick < best[0].tick):
+            best = window
+    return best or [coldest]
+
+
+def _window(allocator: OffsetAllocator, slot: Slot, size_bytes: int, held: Held) -> list[Slot]:
+    """Return a feature and neighbours whose going frees one piece of a size, the warmest first.
+
+    Empty if what can't go is in the way. Of two neighbours the colder one goes.
+    """
+    extent = slot.extent
+    assert extent is not None, "it is kept"
+    window, total_bytes = [slot], extent.size_bytes
+    before, after = allocator.previous(extent), allocator.following(extent)
+    while total_bytes < size_bytes:
+        low, high = _tick(before, held), _tick(after, held)
+        if low is None and high is None:
+            return []
+        goes_low = high is None or (low is not None and low <= high)
+        taken = before if goes_low else after
+        assert taken is not None, "it has a tick"
+        total_bytes += taken.size_bytes
+        if isinstance(taken.holder, Slot) and not taken.is_free:
+            window.append(taken.holder)
+        if goes_low:
+            before = allocator.previous(taken)
+        else:
+            after = allocator.following(taken)
+    return sorted(window, key=lambda one: one.tick, reverse=True)
+
+
+def _tick(extent: Extent | None, held: Held) -> int | None:
+    """Return how recently an extent was used, 0 if it is free; None if it can't go, or is none."""
+    if extent is None:
+        return None
+    if extent.is_free:
+        return 0
+    slot = extent.holder
+    return slot.tick if isinstance(slot, Slot) and slot.idle and not held(slot) else None
