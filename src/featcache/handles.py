@@ -262,6 +262,8 @@ class HandleCache:
         await asyncio.sleep(0)  # what another thread has just asked for begins
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            # Python 3.12 does not wait for tasks that are done, and they leave the set in a turn.
+            await asyncio.sleep(0)
 
     async def _make_place(self, *, kin: bool) -> None:
         """Close the longest attached pool that nobody reads, when the bound is reached.
