@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from featcache.core.allocator import ALIGNMENT_BYTES
 from featcache.core.directory import Directory
 from featcache.core.effects import Effect, Evicted, Found, Limits, MayMake, Retired
-from featcache.core.eviction import Held, victims
+from featcache.core.eviction import FEW, Held, victims
 from featcache.core.seekers import Seeker, Seekers, SeekerState
 from featcache.core.slots import Slot, SlotState
 from featcache.core.store import Store, up
@@ -17,6 +17,9 @@ from featcache.core.waiters import Request
 from featcache.errors import KeyNotFound, PoolFull
 
 __all__ = ["Held", "KeyedStore", "key_label"]
+
+
+_LOOK_AT_ALL_S = 0.05
 
 
 def key_label(key: bytes) -> str:
@@ -33,6 +36,7 @@ class KeyedStore(Store):
         self.directory = Directory()
         self.seekers = Seekers()
         self.hits = self.misses = self.evicted = 0
+        self._look_at_all_from_s = float("-inf")
 
     @property
     def wanted_bytes(self) -> int:
@@ -156,16 +160,31 @@ class KeyedStore(Store):
         """
         if self.wanted_bytes + request.nbytes > self.limits.capacity_bytes:
             return []  # not even if everything went
-        if not (self.limits.evict_first or self.table.full) and (
-            self._growing or self.growth_for(request.nbytes, now_s)
-        ):
-            return []
         if self.table.full:
             coldest = self.directory.coldest(held)
             return [] if coldest is None else self._evict_all([coldest], now_s, "room")
+        grows = bool(self._growing or self.growth_for(request.nbytes, now_s))
+        if grows and not self.limits.evict_first:
+            return []
         size_bytes = max(up(request.nbytes, ALIGNMENT_BYTES), ALIGNMENT_BYTES)
-        going = victims(self.directory, self.allocator, size_bytes, held)
+        going = self._victims(size_bytes, held, now_s, 0)
+        if not going and not grows:  # it needs more than the slab has now, even if all went
+            growth_bytes = self.limits.capacity_bytes - self.committed_bytes
+            going = self._victims(size_bytes, held, now_s, growth_bytes) if growth_bytes else []
         return self._evict_all(going, now_s, "room")
+
+    def _victims(self, size_bytes: int, held: Held, now_s: float, growth_bytes: int) -> list[Slot]:
+        directory, allocator = self.directory, self.allocator
+        going = victims(directory, allocator, size_bytes, held, growth_bytes=growth_bytes)
+        if going or len(directory) <= FEW or now_s < self._look_at_all_from_s:
+            return going
+        windows = len(directory)
+        going = victims(
+            directory, allocator, size_bytes, held, windows=windows, growth_bytes=growth_bytes
+        )
+        if not going:  # which is much to find out, and asked for at every look while a put waits
+            self._look_at_all_from_s = now_s + _LOOK_AT_ALL_S
+        return going
 
     def trim(self, held: Held, now_s: float) -> list[Effect]:
         """Evict down to `Limits.evict_to` where more than `Limits.evict_above` is in use."""
