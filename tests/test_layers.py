@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "featcache.reads",
         "featcache.serving",
         "featcache.remote_writer",
-        "featcache.content_key",
+        "featcache.content",
     ),
     ("featcache.by_key", "featcache.own_keys", "featcache.remote_keys", "featcache.desk"),
     ("featcache.borrow", "featcache.own_pool", "featcache.lookups", "featcache.single_flight"),

@@ -6,7 +6,7 @@ back into tensors by readers in other processes. What every reader has paid for 
 
 from featcache import blocking
 from featcache.cache import FeatureCache, FeatureClient, connect, create
-from featcache.content_key import content_key
+from featcache.content import content_key
 from featcache.core.pressure import PressureLevel
 from featcache.errors import (
     AttachRefused,

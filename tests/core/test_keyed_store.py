@@ -733,6 +733,29 @@ def test_a_slab_that_can_grow_evicts_nothing() -> None:
     assert room_for(store) == gone(slot, b"a")
 
 
+def test_what_stands_before_the_room_to_grow_is_found_among_many() -> None:
+    sizes = attrs.evolve(ELASTIC, capacity_bytes=64 * UNIT, segment_bytes=20 * UNIT)
+    store = store_of(attrs.evolve(sizes, initial_bytes=20 * UNIT, slots=64))
+    put_some(store, 20)
+    store.pin(b"18", 1)  # between the cold ones and the last, which stands before the room
+    assert store.growth_for(45 * UNIT, 0.0) == 0
+    told = [room_for(store, 45 * UNIT, float(now_s)) for now_s in range(3)]
+    assert any(told), "a put waits for ever beside what could be evicted"
+
+
+def test_neighbours_that_make_room_are_found_among_many() -> None:
+    """Those around the few coldest are looked at first, and make none here."""
+    store = store_of(attrs.evolve(FIXED, slots=64, capacity_bytes=64 * UNIT))
+    store.allocator.grow(64 * UNIT)
+    put_some(store, 40)
+    put(store, None, nbytes=24 * UNIT, readers=1)
+    for n in range(1, 36, 2):
+        store.pin(b"%d" % n, 1)
+    effects = room_for(store, 2 * UNIT)
+    keys = {effect.key for effect in effects if isinstance(effect, Evicted)}
+    assert keys == {b"36", b"37"}
+
+
 def test_a_slab_whose_growth_failed_evicts_until_it_may_be_tried_again() -> None:
     store = store_of(ELASTIC)
     slots = put_some(store, 2, SEGMENT // 2)

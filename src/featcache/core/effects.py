@@ -64,7 +64,7 @@ class Woken(msgspec.Struct, frozen=True, gc=False):
 
 
 class Expired(msgspec.Struct, frozen=True, gc=False):
-    """The ref outlived its ttl; `Retired` comes with it."""
+    """The ref outlived its ttl; `Retired` comes with it, unless a key keeps the feature."""
 
     label: str
     nbytes: int

@@ -36,7 +36,8 @@ class KeyedStore(Store):
         self.directory = Directory()
         self.seekers = Seekers()
         self.hits = self.misses = self.evicted = 0
-        self._look_at_all_from_s = float("-inf")
+        self._in_vain = (0, float("-inf"))
+        """For how many bytes all was looked at in vain, and until when that is not done again."""
 
     @property
     def wanted_bytes(self) -> int:
@@ -167,24 +168,28 @@ class KeyedStore(Store):
         if grows and not self.limits.evict_first:
             return []
         size_bytes = max(up(request.nbytes, ALIGNMENT_BYTES), ALIGNMENT_BYTES)
-        going = self._victims(size_bytes, held, now_s, 0)
-        if not going and not grows:  # it needs more than the slab has now, even if all went
-            growth_bytes = self.limits.capacity_bytes - self.committed_bytes
-            going = self._victims(size_bytes, held, now_s, growth_bytes) if growth_bytes else []
-        return self._evict_all(going, now_s, "room")
+        # What it needs beyond what the slab has now, even if all went there, may come by growth.
+        growth_bytes = self.limits.capacity_bytes - self.committed_bytes
+        growths = [0, growth_bytes] if growth_bytes and not grows else [0]
+        return self._evict_all(self._victims(size_bytes, held, now_s, growths), now_s, "room")
 
-    def _victims(self, size_bytes: int, held: Held, now_s: float, growth_bytes: int) -> list[Slot]:
-        directory, allocator = self.directory, self.allocator
-        going = victims(directory, allocator, size_bytes, held, growth_bytes=growth_bytes)
-        if going or len(directory) <= FEW or now_s < self._look_at_all_from_s:
-            return going
-        windows = len(directory)
-        going = victims(
-            directory, allocator, size_bytes, held, windows=windows, growth_bytes=growth_bytes
-        )
-        if not going:  # which is much to find out, and asked for at every look while a put waits
-            self._look_at_all_from_s = now_s + _LOOK_AT_ALL_S
-        return going
+    def _victims(self, size_bytes: int, held: Held, now_s: float, growths: list[int]) -> list[Slot]:
+        """Try windows around a few features; if none makes room, around all, with each growth."""
+        everything = len(self.directory)
+        in_vain_bytes, until_s = self._in_vain
+        look_at_all = everything > FEW and (size_bytes < in_vain_bytes or now_s >= until_s)
+        for windows in [FEW, everything] if look_at_all else [FEW]:
+            for growth_bytes in growths:
+                going = victims(
+                    *(self.directory, self.allocator, size_bytes, held),
+                    windows=windows,
+                    growth_bytes=growth_bytes,
+                )
+                if going:
+                    return going
+        if look_at_all:  # which is much to find out, and asked for at every look while a put waits
+            self._in_vain = (size_bytes, now_s + _LOOK_AT_ALL_S)
+        return []
 
     def trim(self, held: Held, now_s: float) -> list[Effect]:
         """Evict down to `Limits.evict_to` where more than `Limits.evict_above` is in use."""

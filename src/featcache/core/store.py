@@ -188,7 +188,7 @@ class Store:
         return paid, effects
 
     def revoke(self, index: int, generation: int, now_s: float) -> list[Effect]:
-        """Cancel every read still owed (discard). Raise StaleRef if there is nothing to cancel.
+        """Cancel every read still owed (discard). Raise StaleRef if the ref is no more.
 
         What is kept under a key, or read by one, stays for those who come by the key.
         """
