@@ -1,14 +1,20 @@
 """What the children do: a reader and an owner that follow commands and stop at named steps."""
 
 import asyncio
+import contextlib
 import ctypes
+import functools
 import gc
 import os
+import random
+import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
+import anyio
+import msgspec
 import numpy as np
 import torch
 
@@ -21,9 +27,11 @@ from featcache.control.client import Link
 from featcache.control.server import Server
 from featcache.desk import Desk
 from featcache.feature_cache import FeatureCache
+from featcache.memory import host as host_module
 from featcache.memory.cuda import CudaMapping
 from featcache.memory.cuda_slab import CudaSlab
 from featcache.memory.host import HostMapping, HostSlab
+from featcache.memory.lane import Lane
 from featcache.memory.words import OwnerWords
 from featcache.pool import Pool
 from featcache.settings import Settings
@@ -50,12 +58,35 @@ READER_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
 OWNER_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
     "greeting": (Server, "_greet", BEFORE),  # hello has come, no welcome was sent
     "discarding": (Desk, "_discard", BEFORE),  # asked, and never answers
+    "finding": (Desk, "_find", BEFORE),  # the same of a key
+    "of key": (Desk, "_of_key", BEFORE),  # asked to pin it, evict it and so on
+    "reserving": (Desk, "_reserve", BEFORE),  # the same of room
+    "admitting": (Desk, "_publish", BEFORE),  # a client has written; nobody may read it yet
     "reserved": (HostSlab, "write", BEFORE),  # room is given, no bytes are there
     "written": (HostSlab, "write", AFTER),  # the bytes are there, nobody knows
     "publishing": (OwnerWords, "entitle", BEFORE),  # `published` is written, `live` is not
     "published": (Pool, "publish", AFTER),  # readers may read, nobody has the ref
 }
 
+
+# Those at which a client stops once it was told to `arm` them; besides them "sent …", of a message.
+KEY_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
+    "answered": (Link, "_answer", BEFORE),  # what it asked for was given, and lies in its socket
+    "taken": (Attachment, "take_grant", AFTER),  # it counts the grant as its own
+    "copying": (HostMapping, "fetch", BEFORE),  # before it touches a byte
+    "copied": (HostMapping, "fetch", AFTER),  # has the bytes
+    "ending": (Attachment, "pay_grant", BEFORE),  # before it pays
+    "paying": (HostMapping, "signal", BEFORE),  # in it, before its word
+    "paid": (HostMapping, "signal", AFTER),  # the word is written, nobody was told
+    "reserved": (HostMapping, "write", BEFORE),  # a slot is its own, no bytes are there
+    "halfway": (host_module, "_memmove", AFTER),  # one of two tensors is there
+    "filled": (HostMapping, "write", AFTER),  # both are
+    "told": (Attachment, "tell_written", AFTER),  # its word says so, nobody asked to publish it
+}
+KEY_STEPS_ON_GPU: Final[dict[str, tuple[Any, str, str]]] = {
+    "halfway": (Lane, "copy", AFTER),
+    "paid": (Lane, "write_word", AFTER),  # enqueued, and soon done
+}
 
 ON_GPU: Final[dict[Any, Any]] = {HostMapping: CudaMapping, HostSlab: CudaSlab}
 
@@ -77,6 +108,18 @@ def stop_at(pipe: Pipe, step: tuple[Any, str, str], name: str, kind: str = "host
 
     bound = isinstance(vars(target).get(attribute), classmethod)
     setattr(target, attribute, staticmethod(stopping) if bound else stopping)
+
+
+def stop_sent(pipe: Pipe, tag: str) -> None:
+    """Make this process stand still each time that it has sent such a message."""
+    send = Channel.send
+
+    def sending(channel: Channel, payload: bytes, descriptors: Any = ()) -> None:
+        send(channel, payload, descriptors)
+        if msgspec.msgpack.decode(payload)["type"] == tag:
+            pipe.stand(f"sent {tag}")
+
+    setattr(Channel, "send", sending)  # noqa: B010 - not what the type says
 
 
 def feature(seed: int, nbytes: int) -> torch.Tensor:
@@ -200,6 +243,18 @@ class Agent:
             uses["put_nowait"] = lambda: cache.put_nowait(torch.zeros(1))
             uses["endpoint"] = lambda: cache.endpoint
             uses["level"] = lambda: cache.pressure.level
+        keyed: dict[str, Callable[[], Any]] = {
+            "get a key": lambda: cache.get("key"),
+            "wait for a key": lambda: cache.get("key", timeout=1.0),
+            "evict": lambda: cache.evict("key"),
+            "contains": lambda: cache.contains("key"),
+            "pin": lambda: cache.pin("key"),
+            "unpin": lambda: cache.unpin("key"),
+            "put under a key": lambda: cache.put(torch.zeros(1), key="key"),
+            "borrow a key": lambda: cache.borrow("key").__aenter__(),
+        }
+        uses |= {use: functools.partial(_take_step, call) for use, call in keyed.items()}
+        uses["get_or_put"] = lambda: _run(cache.get_or_put("key", lambda: torch.zeros(1)))
         raised = {use: _raised(call) for use, call in uses.items()}
         gc.collect()
         return raised, kinds_of_descriptors(), mappings()
@@ -244,6 +299,16 @@ def _step(coroutine: Any) -> Any:
     except StopIteration as stop:
         return stop.value
     raise AssertionError("it waits")
+
+
+def _take_step(call: Callable[[], Any]) -> Any:
+    return _step(call())
+
+
+def _run(coroutine: Any) -> Any:
+    """Run a coroutine in a loop of this process's own, whose parent's loop it has a copy of."""
+    asyncio.events._set_running_loop(None)
+    return asyncio.run(coroutine)
 
 
 def _raised(call: Callable[[], Any]) -> str:
@@ -360,3 +425,292 @@ async def owner(
     async with created as agent.cache:
         pipe.say("open", agent.cache.endpoint)
         await agent.follow()
+
+
+# --- keys, and puts of clients -------------------------------------------------------------------
+
+
+class Trouble(Exception):
+    """What a `make` raises that fails."""
+
+
+class KeyedAgent(Agent):
+    """What owners and clients do by key. A command that may wait is begun, and tells its end."""
+
+    device = "cpu"
+    kind = "host"
+
+    def __init__(self, pipe: Pipe, leash: Connection | None) -> None:
+        super().__init__(pipe, leash)
+        self._begun: set[asyncio.Task[None]] = set()
+        self._orders: dict[str, asyncio.Future[str]] = {}
+        self._go_on = threading.Event()
+        self._aside: torch.cuda.Stream | None = None
+
+    async def begin(self, label: str, command: str, *arguments: Any) -> tuple[Any, ...]:
+        """Do a command beside others; its answer comes as a message that the label is the first of."""
+        task = asyncio.create_task(self._tell_end(label, command, arguments))
+        self._begun.add(task)
+        task.add_done_callback(self._begun.discard)
+        return ("begun",)
+
+    async def _tell_end(self, label: str, command: str, arguments: tuple[Any, ...]) -> None:
+        try:
+            answer = await getattr(self, command)(*arguments)
+        except (featcache.FeatcacheError, Trouble) as error:
+            answer = ("raised", type(error).__name__)
+        self.pipe.say(label, *answer)
+
+    async def arm(self, step: str) -> tuple[Any, ...]:
+        """Stand still at a step from now on."""
+        if step.startswith("sent "):
+            stop_sent(self.pipe, step.removeprefix("sent "))
+        elif self.kind != "host" and step in KEY_STEPS_ON_GPU:
+            stop_at(self.pipe, KEY_STEPS_ON_GPU[step], step)
+        else:
+            stop_at(self.pipe, KEY_STEPS[step], step, self.kind)
+        return ("armed",)
+
+    def _made(self, seed: int, nbytes: int) -> torch.Tensor:
+        with torch.cuda.stream(self._aside):  # None is no stream, and does nothing
+            return feature(seed, nbytes).to(self.device)
+
+    async def put_key(self, seed: int, nbytes: int, key: str | None) -> tuple[Any, ...]:
+        """Put a feature, under a key or owing one read."""
+        ref = await self.cache.put(self._made(seed, nbytes), key=key)
+        return ("ref", ref.to_bytes())
+
+    async def put_pair(self, seed: int, nbytes: int, key: str | None) -> tuple[Any, ...]:
+        """The same of a feature that two copies write."""
+        made = self._made(seed, nbytes).chunk(2)
+        ref = await self.cache.put({"first": made[0], "second": made[1]}, key=key)
+        return ("ref", ref.to_bytes())
+
+    async def get_key(self, key: str, seed: int, timeout: float | None = None) -> tuple[Any, ...]:
+        found = await self.cache.get(key, timeout=timeout)
+        return ("right" if is_right(found, seed) else "wrong",)
+
+    async def borrow_key(self, key: str, seed: int) -> tuple[Any, ...]:
+        borrow = self.cache.borrow(key)
+        self._borrows.append((borrow, await borrow.__aenter__()))
+        return self._look(seed)
+
+    async def pin(self, key: str) -> tuple[Any, ...]:
+        await self.cache.pin(key)
+        return ("pinned",)
+
+    async def contains(self, key: str) -> tuple[Any, ...]:
+        return ("contains", await self.cache.contains(key))
+
+    async def get_or_put(self, key: str, seed: int, nbytes: int) -> tuple[Any, ...]:
+        """Its `make` tells that it was called, and waits for an `order` what to do."""
+
+        async def make() -> torch.Tensor:
+            told = self._orders[key] = asyncio.get_running_loop().create_future()
+            self.pipe.say("making", key)
+            if await told == "raise":
+                raise Trouble(key)
+            return self._made(seed, nbytes)
+
+        found = await self.cache.get_or_put(key, make)
+        return ("right" if is_right(found, seed) else "wrong",)
+
+    async def order(self, key: str, what: str) -> tuple[Any, ...]:
+        """Have a `make` that waits "make" it or "raise"."""
+        self._orders.pop(key).set_result(what)
+        return ("ordered",)
+
+    async def late(self) -> tuple[Any, ...]:
+        """From now on the bytes of puts do not arrive, as those of a stream that is busy elsewhere."""
+        if self.kind == "host":
+            Attachment.tell_written = lambda *_: None  # type: ignore[method-assign]
+        else:
+            # What is put is made beside the stream that is busy.
+            self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            torch.cuda._sleep(int(20.0 * 2e9))  # type: ignore[no-untyped-call]
+        return ("late",)
+
+    async def hold_writes(self) -> tuple[Any, ...]:
+        """From now on puts stand still in the thread that copies, and the loop goes on."""
+        write = HostMapping.write
+
+        def slow(*arguments: Any) -> None:
+            self.pipe.say("at", "writing")
+            assert self._go_on.wait(60.0), "never let go"
+            write(*arguments)
+
+        setattr(HostMapping, "write", slow)  # noqa: B010 - not what the type says
+        return ("holding",)
+
+    async def let_go(self) -> tuple[Any, ...]:
+        self._go_on.set()
+        return ("let go",)
+
+    async def fork_in_make(self, key: str) -> tuple[Any, ...]:
+        """Claim a key and fork; the child leaves its `make` by an error, as if it had the claim."""
+        making = await self.cache.find_or_claim(key.encode(), None)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                making.end()
+                self.pipe.say("ended", os.getpid())
+                self._hang()
+            finally:
+                os._exit(1)
+        return ("parent", pid)
+
+
+class KeyedReader(KeyedAgent, ReaderAgent):
+    """A client that looks up and puts."""
+
+
+class KeyedOwner(KeyedAgent, OwnerAgent):
+    """An owner that is asked."""
+
+
+async def keyed_reader(
+    pipe: Pipe,
+    endpoint: str,
+    *,
+    name: str | None = None,
+    leash: Connection | None = None,
+    device: str = "cpu",
+    settings: Settings | None = None,
+) -> None:
+    """Attach, then follow commands; "end" says goodbye."""
+    agent = KeyedReader(pipe, leash)
+    agent.device, agent.kind = device, "host" if device == "cpu" else "gpu"
+    async with featcache.connect(endpoint, name=name, settings=settings) as agent.cache:
+        pipe.say("attached")
+        await agent.follow()
+
+
+async def keyed_owner(
+    pipe: Pipe,
+    *,
+    settings: Settings,
+    stop: str | None = None,
+    leash: Connection | None = None,
+    device: str = "cpu",
+) -> None:
+    """Open a pool, then follow commands; "end" closes it."""
+    agent = KeyedOwner(pipe, leash)
+    agent.device, agent.kind = device, "host" if device == "cpu" else "gpu"
+    if stop is not None:
+        stop_at(pipe, OWNER_STEPS[stop], stop, agent.kind)
+    async with featcache.create(device=device, settings=settings) as agent.cache:
+        pipe.say("open", agent.cache.endpoint)
+        await agent.follow()
+
+
+# --- everything at once ---------------------------------------------------------------------------
+
+KEYS: Final = 20
+
+
+class Busy:
+    """Does all there is by key, at random, and checks every byte. What a key has, its name tells."""
+
+    def __init__(self, cache: Any, random_: random.Random, device: str = "cpu") -> None:
+        self.cache = cache
+        self.done = 0
+        self.wrong: list[str] = []
+        self._random = random_
+        self._device = device
+
+    def _value(self, seed: int) -> torch.Tensor:
+        return feature(seed, (1 + seed % 5) * 8192).to(self._device)
+
+    def _check(self, found: Any, seed: int, what: str) -> None:
+        if not is_right(found, seed) or found.numel() != (1 + seed % 5) * 8192:
+            self.wrong.append(f"{what} of {seed}")
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Until told to stop. A call that does not end in time is wrong as well."""
+        uses = [self.get, self.borrow, self.get_or_put, self.put, self.pass_on, self.pin]
+        uses += [self.get_or_put, self.wait, self.evict, self.give_up]
+        expected = (
+            featcache.KeyNotFound,  # and KeyTimeout, of those that wait
+            featcache.PutTimeout,
+            featcache.StaleRef,
+            Trouble,
+        )
+        while not stop.is_set() and not self.wrong:
+            use, seed = self._random.choice(uses), self._random.randrange(KEYS)
+            try:
+                with anyio.fail_after(20.0):
+                    await use(seed)
+            except expected:
+                pass
+            except featcache.FeatcacheError as error:
+                self.wrong.append(f"{use.__name__}: {error!r}")
+            except TimeoutError:
+                self.wrong.append(f"{use.__name__} of {seed} does not end")
+            self.done += 1
+            await asyncio.sleep(0)
+
+    async def get(self, seed: int) -> None:
+        self._check(await self.cache.get(str(seed)), seed, "get")
+
+    async def wait(self, seed: int) -> None:
+        self._check(await self.cache.get(str(seed), timeout=0.02), seed, "wait")
+
+    async def borrow(self, seed: int) -> None:
+        async with self.cache.borrow(str(seed)) as view:
+            self._check(view, seed, "borrow")
+            await asyncio.sleep(self._random.random() * 0.005)
+            self._check(view, seed, "end of borrow")
+
+    async def get_or_put(self, seed: int) -> None:
+        async def make() -> torch.Tensor:
+            await asyncio.sleep(self._random.random() * 0.005)
+            if self._random.random() < 0.2:
+                raise Trouble(str(seed))
+            return self._value(seed)
+
+        self._check(await self.cache.get_or_put(str(seed), make), seed, "get_or_put")
+
+    async def put(self, seed: int) -> None:
+        await self.cache.put(self._value(seed), key=str(seed), timeout=1.0)
+
+    async def pass_on(self, seed: int) -> None:
+        """By ref, to itself."""
+        ref = await self.cache.put(self._value(seed), timeout=1.0, ttl=0.5)
+        if self._random.random() < 0.3:
+            await self.cache.discard(ref)
+        else:
+            self._check(await self.cache.get(ref), seed, "ref")
+
+    async def pin(self, seed: int) -> None:
+        await self.cache.pin(str(seed))
+        await asyncio.sleep(self._random.random() * 0.005)
+        await self.cache.unpin(str(seed))
+
+    async def evict(self, seed: int) -> None:
+        if self._random.random() < 0.3:
+            await self.cache.evict(str(seed))
+        await self.cache.contains(str(seed))
+
+    async def give_up(self, seed: int) -> None:
+        """Begin something and cancel it, wherever it is by then."""
+        use = self._random.choice([self.get_or_put, self.put, self.wait, self.borrow])
+        task = asyncio.ensure_future(use(seed))
+        await asyncio.sleep(self._random.random() * 0.004)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, featcache.FeatcacheError, Trouble):
+            await task
+
+
+async def busy_by_key(
+    pipe: Pipe, endpoint: str, *, seed: int, settings: Settings, device: str = "cpu"
+) -> None:
+    """Be busy, four times over, until there is a word; then say how busy, and what was wrong."""
+    stop = asyncio.Event()
+    async with featcache.connect(endpoint, settings=settings) as client:
+        busy = [Busy(client, random.Random(seed * 10 + n), device) for n in range(4)]
+        tasks = [asyncio.ensure_future(one.run(stop)) for one in busy]
+        pipe.say("attached")
+        await pipe.hear()
+        stop.set()
+        await asyncio.gather(*tasks)
+    pipe.say("did", sum(one.done for one in busy), [what for one in busy for what in one.wrong])

@@ -1,0 +1,155 @@
+"""What the tests of keys, and of clients that put, share: slabs, children, looks into the owner."""
+
+import gc
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+import pytest
+import torch
+
+import featcache
+import helpers
+from api.slabs import HOME, Slab, slab_params
+from api.support import MIB
+from faults.agents import feature, is_right, keyed_owner, keyed_reader
+from faults.checks import Log, events
+from faults.test_slab_faults import ours, slab
+from featcache import FeatureCache, FeatureRef
+from featcache.control import endpoint as endpoints
+from featcache.recycler import Recycler
+from helpers import Child, Start, until
+
+__all__ = ["CAPACITY", "SIZE", "slab", "start"]
+
+CAPACITY: Final = 2 * MIB
+SIZE: Final = MIB // 2
+"""A quarter of what there is."""
+
+
+@pytest.fixture
+def start(
+    slab: Slab, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Start]:
+    """As elsewhere; the socket files of the killed are left to the next owner, which comes here.
+
+    On a host slab no timer of this process's pools helps: what is seen came by an event. (What a GPU's
+    stream writes is only seen by looking.)
+    """
+    if slab.kind == "host":
+        request.getfixturevalue("no_leaks")
+        monkeypatch.setattr(Recycler, "hurry", lambda self, waiting: None)
+    before = ours()
+    with helpers.starting() as started:
+        yield started
+    give_up_s = time.monotonic() + 2.0
+    while ours() != before and time.monotonic() < give_up_s:
+        gc.collect()
+        time.sleep(0.005)  # the loop is gone, the thread that unmaps may not be
+    assert ours() == before
+    sock, path = endpoints.listen(None)
+    sock.close()
+    endpoints.unlink(path)
+    if slab.kind != "host":
+        torch.cuda.synchronize(HOME)  # this process's context is sound
+
+
+def case(kind: str, *values: Any, name: str) -> Any:
+    """One case of a test that has a slab and more. On a GPU those that differ there will do."""
+    (slab_of_kind,) = slab_params(kind)
+    return pytest.param(
+        *slab_of_kind.values, *values, marks=slab_of_kind.marks, id=f"{kind}-{name}"
+    )
+
+
+async def client(start: Start, slab: Slab, endpoint: str, **given: Any) -> Child:
+    """A process with a client."""
+    settings = given.pop("settings", None) or slab.settings()
+    child = start(keyed_reader, endpoint, device=str(slab.device), settings=settings, **given)
+    await child.expect("attached")
+    return child
+
+
+async def owner(start: Start, slab: Slab, **given: Any) -> tuple[Child, str]:
+    """A process with a pool, and its endpoint."""
+    settings = slab.settings(**given.pop("changes", {}))
+    child = start(keyed_owner, settings=settings, device=str(slab.device), **given)
+    message, endpoint = await child.hear()
+    assert message == "open"
+    return child, endpoint
+
+
+async def put(
+    cache: FeatureCache | featcache.FeatureClient,
+    slab: Slab,
+    seed: int,
+    nbytes: int = SIZE,
+    **how: Any,
+) -> FeatureRef:
+    """Put a feature that tells which it is."""
+    return await cache.put(feature(seed, nbytes).to(slab.device), **how)
+
+
+async def lost(log: Log, count: int = 1) -> None:
+    """Wait until the owner has seen so many deaths."""
+    await until(lambda: len(events(log, "reader.lost")) >= count)
+
+
+def reads_out(cache: FeatureCache) -> int:
+    """How many reads by key are out, in whichever session."""
+    return sum(len(page.grants) for page in cache._opened().pool.pages.values())
+
+
+def reserved(cache: FeatureCache) -> int:
+    """How many slots sessions have that they have not published."""
+    return sum(len(page.reserved) for page in cache._opened().pool.pages.values())
+
+
+def seekers(cache: FeatureCache) -> int:
+    """How many wait for a key."""
+    return cache._opened().pool.store.seekers.count
+
+
+def claims(cache: FeatureCache) -> int:
+    """How many keys somebody has the right to make."""
+    return len(cache._opened().pool.store.seekers._claims)
+
+
+def assert_nothing_out(cache: FeatureCache) -> None:
+    """Nobody reads, writes, waits or makes; only what is kept under keys is there, and all of it idle."""
+    store = cache._opened().pool.store
+    assert (reads_out(cache), reserved(cache), seekers(cache), claims(cache)) == (0, 0, 0, 0)
+    assert not store.queue
+    assert not store.seekers._waiting
+    assert not store.owing
+    assert not store._retiring
+    pool = cache._opened().pool
+    assert not pool.seekers
+    assert not pool.landings
+    assert sum(number > 0 for number in pool.pages) == cache.statistics().sessions
+    directory = store.directory
+    assert not directory._pins
+    assert directory.idle_bytes == directory.resident_bytes == cache.statistics().used_bytes
+    assert store.table.used == len(directory)
+    assert all(slot.grants == 0 for slot in store.table.in_use())
+
+
+async def works(cache: FeatureCache, slab: Slab) -> None:
+    """The pool can do what a new one can: all of it is one feature's, kept ones make room."""
+
+    def settled() -> bool:
+        cache._opened().pool.collect()  # no timer looks
+        is_out = reads_out(cache) or reserved(cache) or seekers(cache) or claims(cache)
+        return not is_out and cache.statistics().used_bytes == cache.statistics().resident_bytes
+
+    await until(settled)
+    assert_nothing_out(cache)
+    ref = await put(cache, slab, 99, CAPACITY, timeout=20.0)
+    assert is_right(await cache.get(ref), 99)
+
+    def empty() -> bool:
+        cache._opened().pool.collect()
+        return cache.statistics().slots_used == 0
+
+    await until(empty)
+    assert cache.statistics().used_bytes == 0
