@@ -173,20 +173,20 @@ class OffsetAllocator:
         self.used_bytes -= size
         self._count -= 1
         previous, following = extent._previous, extent._next
-        if previous._owner is None:
-            # As `_drop`, inline: features mostly go in the order in which they came.
+        if previous._owner is None or following._owner is None:
+            # As `_drop`, inline: features mostly lie beside what was free already.
             previous._next = following
             following._previous = previous
             extent._previous = extent._next = self._wall
+            if previous._owner is not None:
+                following.offset_bytes -= size
+                self._resize(following, following.size_bytes + size)
+                return
             if following._owner is None:
                 self._unlink(following)
                 self._drop(following)
                 size += following.size_bytes
             self._resize(previous, previous.size_bytes + size)
-        elif following._owner is None:
-            self._drop(extent)
-            following.offset_bytes -= size
-            self._resize(following, following.size_bytes + size)
         else:
             self._link(extent, _bin_of(size))
 
@@ -302,8 +302,9 @@ class OffsetAllocator:
         index = node._bin
         if _LEAST[index] <= size < _LEAST[index + 1] and not self._heaps:
             members = self._bins[index]  # which it need not leave
-            del members[node]
-            members[node] = None
+            if len(members) > 1:
+                del members[node]
+                members[node] = None
             return
         index = _bin_of(size)
         self._unlink(node)

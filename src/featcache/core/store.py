@@ -206,7 +206,12 @@ class Store:
             else:
                 slot.payers.add(session)
             slot.unpaid -= 1
-            if not slot.unpaid:
+            if slot.unpaid:
+                continue
+            if slot.key is None and not slot.grants:  # as `_settle`, inline
+                self._leave_owing(slot)
+                effects.append(self._retire(slot, now_s))
+            else:
                 effects += self._settle(slot, now_s)
         return effects
 
@@ -263,7 +268,7 @@ class Store:
             if index not in retiring or retiring[index] is not slot:
                 raise ValueError(f"slot {slot.label} is {slot.state.name}, not RETIRING")
             del retiring[index]
-            effects += (Recycled(index, slot.generation, slot.nbytes),)
+            effects.append(Recycled(index, slot.generation, slot.nbytes))
             self._free(slot)
             self.recycled += 1
         return effects + self.serve(now_s) if self.queue.count else effects
