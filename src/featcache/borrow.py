@@ -33,10 +33,9 @@ class Borrow:
         self._reader = reader
         self._ref: FeatureRef | None = None
         self._find: Find | None = None
-        if type(what) is FeatureRef:
+        if type(what) is FeatureRef or isinstance(what, FeatureRef):
             self._ref = what
         else:
-            assert not isinstance(what, FeatureRef), "it is not for subclassing"
             self._find = what
         self.timeout_s = timeout_s
         self._attachment: Held | None = None

@@ -103,10 +103,9 @@ class Store:
         slot.wanted_key = request.key
         slot.born_s = now_s
         readers = request.readers
-        if type(readers) is int:
+        if type(readers) is int or isinstance(readers, int):
             slot.unpaid = readers
         else:
-            assert isinstance(readers, frozenset), "a count, or names"
             slot.unpaid, slot.owers = len(readers), set(readers)
         return slot
 
