@@ -1,7 +1,7 @@
 """What a put asks for and what a key is: arguments made sense of, the same for owners and clients."""
 
 from collections.abc import Iterable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, TypeAlias
 
 from featcache.core.waiters import Request
 from featcache.errors import KeyTimeout, SettingsError
@@ -15,12 +15,8 @@ TTL_DEFAULT: Final[Any] = ...
 """Stands for "as the settings say", since None means "never"."""
 
 
-class Ask(NamedTuple):
-    """What a put asks for, and the tensors that it brings."""
-
-    request: Request
-    specs: tuple[TensorSpec, ...]
-    packed: Packed
+Ask: TypeAlias = tuple[Request, tuple[TensorSpec, ...], Packed]
+"""What a put asks for, its specs, and the tensors that it brings."""
 
 
 def key_bytes(key: Any) -> bytes:
@@ -61,7 +57,7 @@ def ask(feature: Any, readers: Any, ttl: Any, key: Any, settings: Settings) -> A
         readers = 1 if kept is None else 0
     elif type(readers) is not int or not 0 < readers <= settings.readers:
         readers = parse_readers(readers, settings.readers, least=1 if kept is None else 0)
-    return Ask(Request(nbytes, readers, ttl_s, kept), specs, packed)
+    return Request(nbytes, readers, ttl_s, kept), specs, packed
 
 
 def parse_readers(readers: Any, most: int, *, least: int) -> int | frozenset[str]:

@@ -22,6 +22,7 @@ from featcache.ref import FeatureRef
 
 __all__ = ["Attachment", "Bell", "PageWords"]
 
+_WAITING, _LAYOUT = Header.WAITING, Header.LAYOUT
 _GRANTED, _WRITTEN = 1, 2  # their places in PageWords
 _WRITES = 1 << 40  # beyond any slot: what is written is held under other indices than what is read
 _TURNS = 20
@@ -111,13 +112,13 @@ class Attachment:
             CacheClosed: this client or cache was closed, or is another process's.
 
         """
-        index, generation = ref.slot, ref.generation
+        index, generation = key = ref.slot, ref.generation
         if self._gone is not None:
             self.check()
         if index >= self._slots:
             raise MalformedRef(f"slot {index} of a pool with {self._slots} slots")
         with self._lock:
-            uses = self._holds.get((index, generation))
+            uses = self._holds[key] if key in self._holds else None  # noqa: SIM401 - no call
             # Paid, and seen to be or not: the word that says so comes by a stream, and the bytes are
             # the next feature's as soon as the owner sees it.
             paid = uses is None and self._held[index] == generation
@@ -127,10 +128,10 @@ class Attachment:
                 raise StaleRef(f"ref {index}:{generation} was recycled, expired or discarded")
             if uses is None:
                 self._held[index] = generation
-                self._holds[index, generation] = _ONE_USE
+                self._holds[key] = _ONE_USE
             else:
                 if uses is _ONE_USE:
-                    uses = self._holds[index, generation] = _Uses()
+                    uses = self._holds[key] = _Uses()
                 uses.count += 1
         fence_after_lock()
         if self._live[index] != generation:
@@ -142,7 +143,7 @@ class Attachment:
         return (  # as `is_there`, inline
             self._published[index] == generation
             and ref.offset_bytes + ref.nbytes <= self.covered_bytes
-            and (self.layout is None or self.header[Header.LAYOUT] == self.layout)
+            and (self.layout is None or self.header[_LAYOUT] == self.layout)
         )
 
     def is_there(self, ref: FeatureRef) -> bool:
@@ -175,8 +176,9 @@ class Attachment:
                 self.mapping.signal(self._paid, index, generation, order)
             elif self._held[index] == generation:
                 self._held[index] = 0
-            idle = self._idle()
-        self._ring_if_due()
+            idle = None if self._on_idle is None else self._idle()
+        if self.header[_WAITING]:
+            self._ring_if_due()
         if idle is not None:
             idle()
 
@@ -188,7 +190,7 @@ class Attachment:
         return idle
 
     def _ring_if_due(self) -> None:
-        ring_at = self.header[Header.WAITING]
+        ring_at = self.header[_WAITING]
         if ring_at:
             self._unrung += 1
             if self._unrung >= ring_at:

@@ -33,7 +33,7 @@ class Borrow:
         self._reader = reader
         self._ref: FeatureRef | None = None
         self._find: Find | None = None
-        if isinstance(what, FeatureRef):
+        if type(what) is FeatureRef or isinstance(what, FeatureRef):
             self._ref = what
         else:
             self._find = what
@@ -72,6 +72,15 @@ class Borrow:
 
     def close(self) -> None:
         """Empty the view and pay the read; what leaving the block does."""
+        self.__exit__(None, None, None)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Empty the view and pay the read."""
         attachment, self._attachment = self._attachment, None
         if attachment is None or self._ref is None:
             return
@@ -113,16 +122,8 @@ class Borrow:
 
     def __enter__(self) -> Feature:
         """Return the view of bytes that are there now."""
-        self._check_unused()
+        if self._attachment is not None:
+            self._check_unused()
         if self._ref is None:
             raise GetTimeout("a key is looked up first: use 'async with' instead")
         return self._enter(self._ref, self._reader.hold_nowait(self._ref))
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Empty the view and pay the read."""
-        self.close()

@@ -157,12 +157,13 @@ class FeatureCache(Reads):
         cancelled, its room or its place in the queue goes to the next.
 
         """
-        timeout_s = parse_timeout(timeout)
-        return await self.put_staged(
-            self.stage(feature, readers=readers, key=key, ttl=ttl, on_full=on_full),
-            timeout_s,
-            on_full,
-        )
+        timeout_s = None if timeout is None else parse_timeout(timeout)
+        state = self._state
+        if on_full == "wait" and state is not None:  # the most usual, by the shortest way
+            writer = state.main.writer
+            return await writer.put(writer.stage(feature, readers, ttl, key), timeout_s, wait=True)
+        staged = self.stage(feature, readers=readers, key=key, ttl=ttl, on_full=on_full)
+        return await self.put_staged(staged, timeout_s, on_full)
 
     async def put_made(self, feature: Feature, key: bytes) -> FeatureRef:
         """Put what `get_or_put` made."""
@@ -198,7 +199,8 @@ class FeatureCache(Reads):
         The copy runs in the loop whatever its size, and so does the growth of the slab if it needs
         some. Call it in the loop's thread.
         """
-        writer = self._opened().main.writer
+        state = self._state
+        writer = (self._opened() if state is None else state).main.writer
         return writer.put_nowait(writer.stage(feature, readers, ttl, key))
 
     async def put_staged_nowait(self, staged: StagedPut) -> FeatureRef:

@@ -35,12 +35,11 @@ class FeatureClient(Reads):
         settings: Settings,
     ) -> None:
         self._endpoint = endpoint
-        self._device = device
+        self._device = self._place = device
         self._name = name
         self._settings = settings
         self._offload: Offload | None = None
         self._handles: HandleCache | None = None
-        self._reader: Reader | None = None
         self._directory: RemoteKeys | None = None
         self._puts: RemotePuts | None = None
 

@@ -24,7 +24,10 @@ class Gauge:
         self._pool_name = pool_name
         self._store = store
         self._gauge = PressureGauge(settings.log_interval, settings.pressure_interval)
-        self._calm_bytes = int(store.limits.capacity_bytes * ALWAYS_NORMAL)
+        self.calm_bytes = int(store.limits.capacity_bytes * ALWAYS_NORMAL)
+        """Below this use, with nobody waiting, a level that is normal stays so: no need to observe."""
+        self.is_normal = True
+        """Whether the level is, for who would save the call."""
         self._awaiting: dict[asyncio.Future[None], PressureLevel] = {}
 
     @property
@@ -36,9 +39,10 @@ class Gauge:
         """Follow the store. Cheap when nothing changed: it runs at every put."""
         store = self._store
         used_bytes = store.wanted_bytes
-        if used_bytes < self._calm_bytes and not store.queue and self._gauge.level is _NORMAL:
+        if used_bytes < self.calm_bytes and not store.queue and self._gauge.level is _NORMAL:
             return
         if self._gauge.observe(used_bytes, store.limits.capacity_bytes, store.crowded):
+            self.is_normal = self._gauge.level is _NORMAL
             self._wake()
 
     def report(self, now_s: float) -> None:

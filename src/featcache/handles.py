@@ -76,9 +76,10 @@ class HandleCache:
 
     def peek(self, ref: FeatureRef) -> Attachment | None:
         """Return the attachment of the ref's pool if it is open."""
-        handle = self._handles.get(ref.pool_id)
-        if handle is not None:
-            return handle.attachment
+        try:
+            return self._handles[ref.pool_id].attachment
+        except KeyError:
+            pass  # looked at more closely below
         if self._closed:
             raise CacheClosed("this client was closed, or is another process's")
         if self._bound is not None and ref.pool_id not in self._kin:

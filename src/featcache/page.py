@@ -47,7 +47,7 @@ class Page:
 
     def news(self, high: int) -> list[tuple[int, int]]:
         """Return (slot, generation) for each `released` word that changed since the last call."""
-        changed = np.flatnonzero(self._now[:high] != self._seen[:high])
+        changed = (self._now[:high] != self._seen[:high]).nonzero()[0]
         if not changed.size:
             return []
         values = self._now[changed]
@@ -57,6 +57,15 @@ class Page:
     def holds(self, index: int, generation: int) -> bool:
         """Whether the session may be reading these bytes now."""
         return self._held[index] == generation and self._released[index] != generation
+
+    def not_held(self, slots: list[Slot]) -> list[Slot]:
+        """Return those of the slots that it does not hold, as `holds` says of each."""
+        held, released = self._held, self._released
+        return [
+            slot
+            for slot in slots
+            if held[slot.index] != slot.generation or released[slot.index] == slot.generation
+        ]
 
     def has_written(self, index: int, generation: int) -> bool:
         """Whether the bytes that the session was to write there have landed."""

@@ -59,7 +59,8 @@ class Pool:
         self.store.allocator.grow(limits.initial_bytes)
         self.words, self.words_fd = OwnerWords.create(limits.slots)
         try:
-            self._complete = slab.adopt(self.words, self.words.published)
+            self.complete = slab.adopt(self.words, self.words.published)
+            """The `published` words as the slab signals them."""
         except BaseException:
             os.close(self.words_fd)
             raise
@@ -106,23 +107,31 @@ class Pool:
         """Let readers have a slot whose bytes were written, or will be at `order`; return its ref."""
         if self.closed:
             raise CacheClosed("the cache was closed while this put was copying")
-        self.slab.signal(self._complete, slot.index, slot.generation, order)
-        return self._published(slot, specs)
+        self.slab.signal(self.complete, slot.index, slot.generation, order)
+        return self.announce(slot, specs, now())
 
     def publish_from(self, slot: Slot, specs: tuple[TensorSpec, ...], page: Page) -> FeatureRef:
         """Let readers have a slot that a session wrote, or whose stream will have; return its ref."""
         self.landings.expect(slot, page)
-        return self._published(slot, specs)
+        return self.announce(slot, specs, now())
 
-    def _published(self, slot: Slot, specs: tuple[TensorSpec, ...]) -> FeatureRef:
+    def announce(self, slot: Slot, specs: tuple[TensorSpec, ...], now_s: float) -> FeatureRef:
+        """Let readers have a slot whose `published` word was asked for; return its ref."""
+        store, gauge, extent = self.store, self.gauge, slot.extent
+        assert extent is not None, "it is reserved"
         index, generation, nbytes = slot.index, slot.generation, slot.nbytes
-        offset_bytes = slot.offset_bytes
+        offset_bytes = extent.offset_bytes
         self.words.entitle(index, generation, offset_bytes, nbytes)
-        effects = self.store.publish(slot, now())
+        effects = store.publish(slot, now_s)
         if effects:
             self.apply(effects)
-        else:
-            self._observe()
+        elif (
+            store.allocator.used_bytes >= gauge.calm_bytes
+            or store.queue.count
+            or self._ring_at_now
+            or not gauge.is_normal
+        ):
+            self._observe()  # else it would find nothing new
         ref = FeatureRef(
             self.pool_id, self.endpoint, index, generation, offset_bytes, nbytes, specs
         )
@@ -138,7 +147,7 @@ class Pool:
             with contextlib.suppress(
                 BackendUnavailable
             ):  # a broken context: nothing comes any more
-                self.slab.signal(self._complete, slot.index, slot.generation, order)
+                self.slab.signal(self.complete, slot.index, slot.generation, order)
                 self.apply(self.store.withdraw(slot, now()))
                 self.recycler.look_at(0.0)
                 return
@@ -217,7 +226,7 @@ class Pool:
 
     def _observe(self) -> None:
         """Tell readers whether to ring, and follow the pressure."""
-        ring_at = self._ring_at() if self.store.queue else 0
+        ring_at = self._ring_at() if self.store.queue.count else 0
         if ring_at != self._ring_at_now:
             self._ring_at_now = self.words.header[Header.WAITING] = ring_at
             self._hurry()
@@ -245,14 +254,11 @@ class Pool:
         high = self.store.table.high
         fence_full()  # after `waiting` was set, before the released words are looked at
         effects: list[Effect] = []
-        pay = self.store.pay
         for page in self.pages.values():
-            news = page.news(high)
-            if news:
+            if news := page.news(high):
                 self._busy_until_s = now_s + _BUSY_S
-            for index, generation in news:
-                self.reads_paid += 1
-                effects += pay(index, generation, page.session, page.name, now_s)
+                self.reads_paid += len(news)
+                effects += self.store.pay_all(news, page.session, page.name, now_s)
             if page.grants:
                 for grant in page.paid_grants():
                     self.reads_paid += 1
@@ -294,14 +300,15 @@ class Pool:
         if not due:
             return
         fence_full()  # after `live` was cleared, before the holds are looked at
-        pages, published = self.pages.values(), self.words.published
+        published = self.words.published
         ready = [
             slot
             for slot in due
             # What was taken back before its bytes came would get them after its next tenant's.
-            if (published[slot.index] == slot.generation or self.landings.forsook(slot))
-            and not any(page.holds(slot.index, slot.generation) for page in pages)
+            if published[slot.index] == slot.generation or self.landings.forsook(slot)
         ]
+        for page in self.pages.values():
+            ready = page.not_held(ready)
         if ready:
             self.apply(self.store.recycle(ready, now_s))
 
@@ -360,7 +367,7 @@ class Pool:
         self.pages.clear()
         os.close(self.words_fd)
         self.landings.close()
-        del self.words, self._complete  # unmapped now, not when the collector of cycles comes by
+        del self.words, self.complete  # unmapped now, not when the collector of cycles comes by
 
     def forget(self) -> None:
         """Drop descriptors and mappings in a forked child; the parent's pool is not touched.
@@ -369,7 +376,7 @@ class Pool:
         """
         self.growth.close()
         self.landings.close()
-        del self.words, self._complete
+        del self.words, self.complete
         self.closed = True
         self.recycler.forget()
         for page in self.pages.values():

@@ -71,7 +71,11 @@ class Reader:
             if not ready:
                 raise GetTimeout("the bytes are still on their way: await get instead")
             order = mapping.order(device)
-            feature = _copy(attachment, ref, device, targets, order)
+            specs = ref.specs
+            if targets is None and specs[0].name is None:  # as `_copy`, inline
+                feature: Feature = mapping.fetch(ref.offset_bytes, specs[0], device, order)
+            else:
+                feature = _copy(attachment, ref, device, targets, order)
             pays = True
         finally:
             attachment.end(ref, pays=pays, order=order)

@@ -9,6 +9,7 @@ from featcache.borrow import Borrow
 from featcache.by_key import ByKey
 from featcache.errors import BackendUnavailable, SettingsError
 from featcache.memory.pack import MAX_NAME, Feature, same_layout
+from featcache.reader import Reader
 from featcache.ref import FeatureRef
 from featcache.settings import parse_timeout
 
@@ -52,6 +53,10 @@ class Reads(ByKey):
     """Reading, the same for owners and clients."""
 
     _why_closed = NOT_OPENED
+    _reader: Reader | None = None
+    """What `_reads` returns, where it is kept at hand."""
+    _place: torch.device | None = None
+    """What `_default_device` returns."""
 
     @property
     def is_open(self) -> bool:
@@ -124,10 +129,11 @@ class Reads(ByKey):
         if device is not None:
             device = self._target(device, out)
         elif out is None:
-            device = self._default_device()
+            device = self._place
         if type(ref) is not FeatureRef:
             check_ref(ref)
-        return self._reads().get_nowait(ref, device, out)
+        reader = self._reader
+        return (self._reads() if reader is None else reader).get_nowait(ref, device, out)
 
     async def prepare(
         self, ref: FeatureRef, place: torch.device | None, timeout: float | None, *, borrows: bool
@@ -172,7 +178,8 @@ class Reads(ByKey):
                 return self._borrow_key(ref, timeout)
             check_ref(ref)
         timeout_s = None if timeout is None else parse_timeout(timeout)
-        return Borrow(self._reads(), ref, timeout_s)
+        reader = self._reader
+        return Borrow(self._reads() if reader is None else reader, ref, timeout_s)
 
     async def release(self, ref: FeatureRef, *, timeout: float | None = None) -> None:
         """Pay this session's read without reading. Raises as `get` does."""

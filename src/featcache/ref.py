@@ -81,8 +81,12 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
             MalformedRef: specs that no pool ever made.
 
         """
-        known = _sound.get(self.nbytes)
-        if known is None or known[0] != self.specs or known[1] != self.endpoint:
+        try:
+            specs, endpoint = _sound[self.nbytes]
+            known = specs == self.specs and endpoint == self.endpoint
+        except KeyError:
+            known = False
+        if not known:
             _check(self)
             _remember_sound(self)
 

@@ -11,7 +11,7 @@ from featcache import events
 from featcache.asks import ask
 from featcache.core.slots import Slot
 from featcache.core.waiters import Request
-from featcache.errors import BackendUnavailable, PoolFull, PutTimeout
+from featcache.errors import BackendUnavailable, CacheClosed, PoolFull, PutTimeout
 from featcache.memory.slab import Order, Parts
 from featcache.pool import Pool
 from featcache.ref import FeatureRef, TensorSpec
@@ -42,6 +42,7 @@ class Writer:
         self._collect_bytes = (
             pool.store.limits.capacity_bytes // 32 if pool.slab.deferred else _COLLECT_BYTES
         )
+        self._least_bytes = 3 * self._collect_bytes
         self._puts = 0
         self._waits = events.Throttle(pool.settings.log_interval)
 
@@ -50,23 +51,20 @@ class Writer:
 
         Called in the caller's thread, whose current stream is the one that the feature is ready on.
         """
-        request, specs, packed = ask(feature, readers, ttl, key, self._pool.settings)
-        self._pool.store.check_size(request.nbytes)
-        parts, order = self._pool.slab.stage(packed)
+        pool = self._pool
+        request, specs, packed = ask(feature, readers, ttl, key, pool.settings)
+        if request.nbytes > pool.store.most_bytes:
+            pool.store.check_size(request.nbytes)  # which raises
+        parts, order = pool.slab.stage(packed)
         return Staged(request, specs, parts, order)
 
     def put_nowait(self, staged: Staged) -> FeatureRef:
         """Copy a feature in and return its ref, or raise PoolFull. Growth happens inline."""
-        request, order, pool = staged.request, staged.order, self._pool
+        request = staged.request
         slot = self.reserve(request) or self._reserve_by_growing(request)
         if slot is None:
             raise self.full(request)
-        try:
-            pool.slab.write(slot.offset_bytes, staged.parts, order)
-        except BaseException:
-            pool.withdraw(slot, order)
-            raise
-        return pool.publish(slot, staged.specs, order)
+        return self._fill_now(slot, staged)
 
     async def put(self, staged: Staged, timeout_s: float | None, *, wait: bool) -> FeatureRef:
         """Copy a feature in and return its ref, standing in the queue for room if `wait`."""
@@ -79,20 +77,42 @@ class Writer:
             slot = await self.await_room(request, timeout_s)
         if slot is None:
             raise self.full(request)
-        return await self.fill(slot, staged)
+        pool = self._pool
+        if pool.slab.staged_bytes(staged.parts) <= pool.settings.inline_bytes:
+            return self._fill_now(slot, staged)
+        return await self._fill_in_thread(slot, staged)
 
     async def fill(self, slot: Slot, staged: Staged) -> FeatureRef:
         """Copy a feature into its slot and publish it."""
+        if self._pool.slab.staged_bytes(staged.parts) <= self._pool.settings.inline_bytes:
+            return self._fill_now(slot, staged)
+        return await self._fill_in_thread(slot, staged)
+
+    def _fill_now(self, slot: Slot, staged: Staged) -> FeatureRef:
+        """Copy a feature into a slot that was just reserved, with the word that publishes it behind.
+
+        Its age counts from when it got its room: one look at the clock is enough for a put.
+        """
+        pool, order, extent = self._pool, staged.order, slot.extent
+        assert extent is not None, "it is reserved"
+        if pool.closed:
+            raise CacheClosed("the cache was closed while this put was on its way")
+        try:
+            word = (pool.complete, slot.index, slot.generation)
+            pool.slab.write(extent.offset_bytes, staged.parts, order, word)
+        except BaseException:
+            pool.withdraw(slot, order)
+            raise
+        return pool.announce(slot, staged.specs, slot.born_s)
+
+    async def _fill_in_thread(self, slot: Slot, staged: Staged) -> FeatureRef:
         offset_bytes, parts, order = slot.offset_bytes, staged.parts, staged.order
         pool = self._pool
         try:
-            if pool.slab.staged_bytes(parts) <= pool.settings.inline_bytes:
-                pool.slab.write(offset_bytes, parts, order)
-            else:
-                await pool.offload.run(
-                    lambda: pool.slab.write(offset_bytes, parts, order),
-                    lambda: pool.withdraw(slot, order),
-                )
+            await pool.offload.run(
+                lambda: pool.slab.write(offset_bytes, parts, order),
+                lambda: pool.withdraw(slot, order),
+            )
         except asyncio.CancelledError:
             raise  # the thread is still copying: the slot is given up when it is done
         except BaseException:
@@ -108,7 +128,9 @@ class Writer:
         """Reserve, taking back what was released if that is due or needed, then evicting."""
         pool = self._pool
         pool.put_bytes += request.nbytes
-        if pool.put_bytes > self._collect_bytes * (len(pool.pages) + 3):
+        if pool.put_bytes > self._least_bytes and (
+            pool.put_bytes > self._collect_bytes * (len(pool.pages) + 3)
+        ):
             pool.collect()
         slot = pool.store.reserve(request, _now())
         if slot is None:

@@ -38,10 +38,10 @@ PUT_STEPS = (
     "featcache.feature_cache:FeatureCache.put_nowait",
     "featcache.writer:Writer.put_nowait",
     "featcache.writer:Writer.stage",
-    "featcache.writer:pack",
-    "featcache.writer:Request",
-    "featcache.writer:Writer.take_room",
-    "featcache.writer:Writer._reserve",
+    "featcache.asks:pack",
+    "featcache.writer:ask",
+    "featcache.writer:Writer.reserve",
+    "featcache.writer:Writer._fill_now",
     "featcache.pool:Pool.collect",
     "featcache.core.store:Store.reserve",
     "featcache.core.allocator:OffsetAllocator.allocate",
@@ -49,7 +49,7 @@ PUT_STEPS = (
     "featcache.memory.host:HostSlab.stage",
     "featcache.memory.cuda_slab:CudaSlab.write",
     "featcache.memory.host:HostSlab.write",
-    "featcache.pool:Pool.publish",
+    "featcache.pool:Pool.announce",
     "featcache.memory.words:OwnerWords.entitle",
     "featcache.core.store:Store.publish",
     "featcache.pool:FeatureRef",
@@ -76,6 +76,7 @@ MAPPING_STEPS = (
     "featcache.memory.lane:Lane.order",
     "featcache.memory.lane:Lane.copy",
     "featcache.memory.lane:Lane.write_word",
+    "featcache.memory.lane:Lane.copy_and_tell",
 )
 MOST_BATCH = 200
 

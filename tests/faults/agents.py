@@ -65,7 +65,7 @@ OWNER_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
     "reserved": (HostSlab, "write", BEFORE),  # room is given, no bytes are there
     "written": (HostSlab, "write", AFTER),  # the bytes are there, nobody knows
     "publishing": (OwnerWords, "entitle", BEFORE),  # `published` is written, `live` is not
-    "published": (Pool, "publish", AFTER),  # readers may read, nobody has the ref
+    "published": (Pool, "announce", AFTER),  # readers may read, nobody has the ref
 }
 
 

@@ -36,15 +36,16 @@ def _bin_of(size_bytes: int) -> int:
     return (shift << _MANTISSA_BITS) + (units >> shift) if shift > 0 else units
 
 
-def _newest(members: dict[Extent, None]) -> Extent:
-    """The last of a bin, found in constant time (amortised).
+def _least_of(index: int) -> int:
+    """The smallest size that lies in a bin."""
+    shift = (index >> _MANTISSA_BITS) - 1
+    if shift <= 0:
+        return index << _UNIT_BITS
+    return (index - (shift << _MANTISSA_BITS)) << shift << _UNIT_BITS
 
-    Not by `reversed`: that steps over every entry that was deleted from the end since the dict last
-    grew, while taking the last one out and putting it back cuts those entries off.
-    """
-    newest, _ = members.popitem()
-    members[newest] = None
-    return newest
+
+_BINS: Final = _bin_of(MAX_END_BYTES) + 1
+_LEAST: Final = tuple(_least_of(index) for index in range(_BINS + 1))
 
 
 def _must(condition: object, otherwise: str) -> None:
@@ -91,14 +92,16 @@ def _heap_entry(extent: Extent) -> _HeapEntry:
 class OffsetAllocator:
     """Gives out extents of `[0, end)`, aligned to 256 bytes and never overlapping."""
 
-    __slots__ = ("_bins", "_count", "_end", "_heaps", "_mask", "_used", "_wall")
+    __slots__ = ("_bins", "_count", "_end", "_heaps", "_mask", "_wall", "used_bytes")
 
     def __init__(self, end_bytes: int = 0) -> None:
-        self._end = self._used = self._count = 0
+        self._end = self._count = 0
+        self.used_bytes = 0
+        """Bytes that are given out. To be read only; no property, as it is looked at in every put."""
         self._mask = 0  # a bit for each bin that holds something
         # Dicts serve as ordered sets: the newest extent of a bin is its last.
         self._bins: list[dict[Extent, None]]
-        self._bins = [{} for _ in range(_bin_of(MAX_END_BYTES) + 1)]
+        self._bins = [{} for _ in range(_BINS)]
         self._heaps: dict[int, list[_HeapEntry]] = {}
         # Stands before the first extent and after the last. Never free, so nothing is joined to it.
         wall = self._wall = Extent(0, 0, self)
@@ -110,12 +113,8 @@ class OffsetAllocator:
         return self._end
 
     @property
-    def used_bytes(self) -> int:
-        return self._used
-
-    @property
     def free_bytes(self) -> int:
-        return self._end - self._used
+        return self._end - self.used_bytes
 
     @property
     def extent_count(self) -> int:
@@ -141,7 +140,7 @@ class OffsetAllocator:
         if size_bytes < 0:
             raise ValueError(f"size_bytes must not be negative, got {size_bytes}")
         size = (size_bytes + (ALIGNMENT_BYTES - 1)) & -ALIGNMENT_BYTES or ALIGNMENT_BYTES
-        if size > self._end - self._used:
+        if size > self._end - self.used_bytes:
             return None
         node = self._find(size)
         if node is None:
@@ -155,8 +154,12 @@ class OffsetAllocator:
         node._previous = extent
         # The low part is given out, so that the tail drains and can be given back.
         node.offset_bytes += size
-        self._resize(node, node.size_bytes - size)
-        self._used += size
+        rest = node.size_bytes - size
+        if rest >= _LEAST[node._bin] and not self._heaps:
+            node.size_bytes = rest  # it stays in its bin, and was the newest there
+        else:
+            self._resize(node, rest)
+        self.used_bytes += size
         self._count += 1
         return extent
 
@@ -167,20 +170,23 @@ class OffsetAllocator:
             raise ValueError(f"{extent!r} {state}")
         extent._owner = None
         size = extent.size_bytes
-        self._used -= size
+        self.used_bytes -= size
         self._count -= 1
         previous, following = extent._previous, extent._next
-        if previous._owner is None:
-            self._drop(extent)
+        if previous._owner is None or following._owner is None:
+            # As `_drop`, inline: features mostly lie beside what was free already.
+            previous._next = following
+            following._previous = previous
+            extent._previous = extent._next = self._wall
+            if previous._owner is not None:
+                following.offset_bytes -= size
+                self._resize(following, following.size_bytes + size)
+                return
             if following._owner is None:
                 self._unlink(following)
                 self._drop(following)
                 size += following.size_bytes
             self._resize(previous, previous.size_bytes + size)
-        elif following._owner is None:
-            self._drop(extent)
-            following.offset_bytes -= size
-            self._resize(following, following.size_bytes + size)
         else:
             self._link(extent, _bin_of(size))
 
@@ -221,7 +227,9 @@ class OffsetAllocator:
                 count += 1
             offset += size
             node = node._next
-        _must((self._end, self._used, self._count) == (offset, used, count), "a total is wrong")
+        _must(
+            (self._end, self.used_bytes, self._count) == (offset, used, count), "a total is wrong"
+        )
         _must(all(node in self._bins[node._bin] for node in free), "one is in no bin")
         _must(sum(map(len, self._bins)) == len(free), "a bin holds what is not free")
         mask = sum(1 << index for index, members in enumerate(self._bins) if members)
@@ -249,12 +257,20 @@ class OffsetAllocator:
         # The newest of the request's own bin comes first: searching only the bins above would keep
         # features of one size from ever reusing each other's bytes.
         members = self._bins[index]
-        if members and (newest := _newest(members)).size_bytes >= size:
-            return newest
+        if members:
+            # Not found by `reversed`: that steps over every entry that was deleted from the end since
+            # the dict last grew; taking the last out and putting it back cuts those entries off.
+            newest, _ = members.popitem()
+            members[newest] = None
+            if newest.size_bytes >= size:
+                return newest
         above = self._mask >> (index + 1)
         if above:
             # Every extent in a higher bin is large enough: the lowest such bin wastes least.
-            return _newest(self._bins[index + (above & -above).bit_length()])
+            higher = self._bins[index + (above & -above).bit_length()]
+            newest, _ = higher.popitem()
+            higher[newest] = None
+            return newest
         if not members:
             return None
         # No higher bin holds anything, so the largest of this one is the largest of all.
@@ -283,12 +299,14 @@ class OffsetAllocator:
     def _resize(self, node: Extent, size: int) -> None:
         """Gives a free extent another size: it is the newest of its bin then, or gone if empty."""
         node.size_bytes = size
-        units = size >> _UNIT_BITS
-        shift = units.bit_length() - (_MANTISSA_BITS + 1)
-        index = (shift << _MANTISSA_BITS) + (units >> shift) if shift > 0 else units
-        # Alone in a bin that it need not leave, as the tail of the range mostly is.
-        if index == node._bin and len(self._bins[index]) == 1 and not self._heaps:
+        index = node._bin
+        if _LEAST[index] <= size < _LEAST[index + 1] and not self._heaps:
+            members = self._bins[index]  # which it need not leave
+            if len(members) > 1:
+                del members[node]
+                members[node] = None
             return
+        index = _bin_of(size)
         self._unlink(node)
         if size:
             self._link(node, index)

@@ -101,8 +101,10 @@ class SlotTable:
     """
 
     def __init__(self, count: int) -> None:
-        self._slots = [Slot(index) for index in range(count)]
-        self._free = list(range(count - 1, -1, -1))
+        self.slots = [Slot(index) for index in range(count)]
+        """All of them, by index."""
+        self.free = self.slots[::-1]
+        """The FREE ones; the last is taken next."""
         self.count = count
         self.high = 0
         """One more than the highest index ever taken: words beyond it were never written."""
@@ -110,16 +112,16 @@ class SlotTable:
     @property
     def used(self) -> int:
         """Slots that are not FREE."""
-        return self.count - len(self._free)
+        return self.count - len(self.free)
 
     @property
     def full(self) -> bool:
         """Whether `take` would find nothing."""
-        return not self._free
+        return not self.free
 
     def take(self) -> Slot:
         """Return a slot, RESERVED and of a new generation. The caller has looked at `full`."""
-        slot = self._slots[self._free.pop()]
+        slot = self.free.pop()
         slot.generation += 1
         slot.state = _RESERVED
         if slot.index >= self.high:
@@ -132,15 +134,15 @@ class SlotTable:
         slot.extent = None
         slot.owers = slot.payers = slot.wanted_key = None
         slot.unpaid = 0
-        self._free.append(slot.index)
+        self.free.append(slot)
 
     def find(self, index: int, generation: int) -> Slot | None:
         """Return the slot if it still has this generation, else None."""
         if not 0 <= index < self.count:
             return None
-        slot = self._slots[index]
+        slot = self.slots[index]
         return slot if slot.generation == generation and slot.state is not _FREE else None
 
     def in_use(self) -> list[Slot]:
         """Return the slots that are not FREE, by index. For deaths and reports, not for hot paths."""
-        return [slot for slot in self._slots[: self.high] if slot.state is not SlotState.FREE]
+        return [slot for slot in self.slots[: self.high] if slot.state is not _FREE]

@@ -31,6 +31,8 @@ class Store:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
+        self.most_bytes = limits.capacity_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+        """Bytes of the largest feature that an empty pool could hold."""
         self.table = SlotTable(limits.slots)
         self.queue = WaitQueue()
         self.allocator = OffsetAllocator(0)
@@ -77,17 +79,35 @@ class Store:
 
     def check_size(self, nbytes: int) -> None:
         """Raise FeatureTooLarge for what even an empty pool can't hold."""
-        if up(nbytes, ALIGNMENT_BYTES) > self.limits.capacity_bytes:
+        if nbytes > self.most_bytes:
             raise FeatureTooLarge(
                 f"a feature of {nbytes} bytes never fits a pool of {self.limits.capacity_bytes}: "
                 "raise capacity or split the feature"
             )
 
-    def reserve(self, request: Request, now_s: float) -> Slot | None:
-        """Return a RESERVED slot, or None if there is no room or others came first."""
-        if self.queue:
+    def reserve(self, request: Request, now_s: float, *, first: bool = False) -> Slot | None:
+        """Return a RESERVED slot, or None if there is no room or others came first.
+
+        Nobody comes before the head of the queue, which is `first`.
+        """
+        if (self.queue.count and not first) or not self.table.free:
             return None
-        return self._reserve(request, now_s)
+        extent = self.allocator.allocate(request.nbytes)
+        if extent is None:
+            return None
+        slot = self.table.take()
+        slot.extent = extent
+        extent.holder = slot
+        slot.nbytes = request.nbytes
+        slot.ttl_s = request.ttl_s
+        slot.wanted_key = request.key
+        slot.born_s = now_s
+        readers = request.readers
+        if type(readers) is int or isinstance(readers, int):
+            slot.unpaid = readers
+        else:
+            slot.unpaid, slot.owers = len(readers), set(readers)
+        return slot
 
     def wait(self, request: Request, now_s: float, tag: object) -> tuple[Waiter, list[Effect]]:
         """Stand in the queue for what `reserve` would give."""
@@ -137,7 +157,9 @@ class Store:
         if slot.unpaid:
             self.owing[slot.index] = slot
             if slot.ttl_s is not None:
-                self._aging.setdefault(slot.ttl_s, {})[slot.index] = slot
+                if slot.ttl_s not in self._aging:
+                    self._aging[slot.ttl_s] = {}
+                self._aging[slot.ttl_s][slot.index] = slot
             if slot.wanted_key is None:
                 return []
         if slot.wanted_key is not None:
@@ -158,21 +180,39 @@ class Store:
         self, index: int, generation: int, session: int, name: str | None, now_s: float
     ) -> list[Effect]:
         """Count one read as paid by `session`. What it does not owe, or paid before, is ignored."""
-        slot = self.table.find(index, generation)
-        if slot is None or slot.state is not _PUBLISHED or not slot.unpaid:
+        if not 0 <= index < self.table.count:
             return []
-        if slot.owers is not None:
-            if name not in slot.owers:
-                return []
-            slot.owers.remove(name)
-        elif slot.payers is None:
-            slot.payers = {session}
-        elif session in slot.payers:
-            return []
-        else:
-            slot.payers.add(session)
-        slot.unpaid -= 1
-        return [] if slot.unpaid else self._settle(slot, now_s)
+        return self.pay_all([(index, generation)], session, name, now_s)
+
+    def pay_all(
+        self, reads: Iterable[tuple[int, int]], session: int, name: str | None, now_s: float
+    ) -> list[Effect]:
+        """Count many reads as `pay` does, each by an index of the table and a generation."""
+        slots = self.table.slots
+        effects: list[Effect] = []
+        for index, generation in reads:
+            slot = slots[index]
+            if slot.generation != generation or slot.state is not _PUBLISHED or not slot.unpaid:
+                continue
+            if slot.owers is not None:
+                if name not in slot.owers:
+                    continue
+                slot.owers.remove(name)
+            elif slot.payers is None:
+                slot.payers = {session}
+            elif session in slot.payers:
+                continue
+            else:
+                slot.payers.add(session)
+            slot.unpaid -= 1
+            if slot.unpaid:
+                continue
+            if slot.key is None and not slot.grants:  # as `_settle`, inline
+                self._leave_owing(slot)
+                effects.append(self._retire(slot, now_s))
+            else:
+                effects += self._settle(slot, now_s)
+        return effects
 
     def forgive(self, name: str, now_s: float) -> tuple[int, list[Effect]]:
         """Pay everything that a dead named reader still owes; return how many reads that was."""
@@ -221,14 +261,16 @@ class Store:
     def recycle(self, slots: Iterable[Slot], now_s: float) -> list[Effect]:
         """Free the extents of retired slots that nobody holds, and serve the queue."""
         effects: list[Effect] = []
+        retiring = self._retiring
         for slot in slots:
-            if self._retiring.pop(slot.index, None) is not slot:
+            index = slot.index
+            if index not in retiring or retiring[index] is not slot:
                 raise ValueError(f"slot {slot.label} is {slot.state.name}, not RETIRING")
-            effects.append(Recycled(slot.index, slot.generation, slot.nbytes))
+            del retiring[index]
+            effects.append(Recycled(index, slot.generation, slot.nbytes))
             self._free(slot)
             self.recycled += 1
-        effects += self.serve(now_s)
-        return effects
+        return effects + self.serve(now_s) if self.queue.count else effects
 
     # --- size -----------------------------------------------------------------------------------
 
@@ -290,26 +332,6 @@ class Store:
 
     # --- the rules themselves -------------------------------------------------------------------
 
-    def _reserve(self, request: Request, now_s: float) -> Slot | None:
-        if self.table.full:
-            return None
-        extent = self.allocator.allocate(request.nbytes)
-        if extent is None:
-            return None
-        slot = self.table.take()
-        slot.extent = extent
-        extent.holder = slot
-        slot.nbytes = request.nbytes
-        slot.ttl_s = request.ttl_s
-        slot.wanted_key = request.key
-        slot.born_s = now_s
-        readers = request.readers
-        if isinstance(readers, int):
-            slot.unpaid = readers
-        else:
-            slot.unpaid, slot.owers = len(readers), set(readers)
-        return slot
-
     def _settle(self, slot: Slot, now_s: float, grace_s: float = 0.0) -> list[Effect]:
         """Count a slot as owing no reads any more; retire it unless a key or a grant keeps it."""
         self._leave_owing(slot)
@@ -319,12 +341,16 @@ class Store:
         return []
 
     def _leave_owing(self, slot: Slot) -> None:
-        if self.owing.pop(slot.index, None) is None or slot.ttl_s is None:
+        index, ttl_s = slot.index, slot.ttl_s
+        if index not in self.owing:
             return
-        aging = self._aging[slot.ttl_s]
-        del aging[slot.index]
+        del self.owing[index]
+        if ttl_s is None:
+            return
+        aging = self._aging[ttl_s]
+        del aging[index]
         if not aging:
-            del self._aging[slot.ttl_s]
+            del self._aging[ttl_s]
 
     def _retire(self, slot: Slot, now_s: float, grace_s: float = 0.0) -> Retired:
         slot.state = _RETIRING
@@ -350,7 +376,7 @@ class Store:
         """Grant the queue from its head while what it asks for fits."""
         effects: list[Effect] = []
         while (waiter := self.queue.head) is not None:
-            slot = self._reserve(waiter.request, now_s)
+            slot = self.reserve(waiter.request, now_s, first=True)
             if slot is None:
                 if not self.table.full and (end := self.growth_for(waiter.request.nbytes, now_s)):
                     self.growing()

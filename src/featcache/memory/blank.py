@@ -45,5 +45,9 @@ def view_over(
 
 def empty_out(view: torch.Tensor) -> None:
     """Take a view's memory away; its `numel()` is then 0."""
-    view.data = _blank(view.dtype, view.device)
+    dtype, device = view.dtype, view.device
+    try:
+        view.data = _blanks[dtype, device]
+    except KeyError:
+        view.data = _blank(dtype, device)
     increment_version(view)

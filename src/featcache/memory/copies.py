@@ -4,8 +4,10 @@ from typing import Final
 
 import torch
 
-__all__ = ["copy", "is_plain"]
+__all__ = ["COMPLEX", "copy", "is_plain"]
 
+COMPLEX: Final = frozenset({"complex32", "complex64", "complex128"})
+"""The dtypes, by torch's names, of which a tensor can be conjugated: others need not be asked."""
 _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

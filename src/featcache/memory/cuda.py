@@ -114,9 +114,10 @@ class CudaMapping(CudaWriting):
         """Return the caller's place on a device's stream; None for the CPU, which is always in order."""
         if device is None:
             return self._home.order()
-        lane = self._lane_of.get(device)
-        if lane is not None and lane.storage is not None:
-            return lane.order()
+        if device in self._lane_of:
+            lane = self._lane_of[device]
+            if lane.storage is not None:
+                return lane.order()
         return None if device.type == "cpu" else self._lane(self._ordinal_at(device)).order()
 
     def held_bytes(self, nbytes: int, device: torch.device | None) -> int:

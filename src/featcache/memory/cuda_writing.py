@@ -9,7 +9,7 @@ from featcache.memory import copies
 from featcache.memory.blank import view_over
 from featcache.memory.lane import Lane, Order
 from featcache.memory.pack import DTYPES, contiguous_strides
-from featcache.memory.slab import Parts
+from featcache.memory.slab import Parts, Word, Words
 from featcache.ref import TensorSpec
 
 __all__ = ["SLOWER", "CudaWriting"]
@@ -54,10 +54,23 @@ class CudaWriting:
 
     def staged_bytes(self, parts: Parts) -> int:
         """Return how many bytes of host memory would hold up a thread as long as `write` does."""
-        return sum(tensor.nbytes for _, tensor in parts if tensor.get_device() < 0) * SLOWER
+        total_bytes = 0
+        for _, tensor in parts:
+            if tensor.get_device() < 0:
+                total_bytes += tensor.nbytes
+        return total_bytes * SLOWER
 
-    def write(self, offset_bytes: int, parts: Parts, order: Order | None) -> None:
-        """Copy staged tensors in: from the GPU enqueued at `order`, from the host done on return."""
+    def signal(self, words: Words, index: int, value: int, order: Order | None) -> None:
+        """Store a word behind everything enqueued at `order`, or now if that is None (`CudaMapping`)."""
+        raise NotImplementedError
+
+    def write(
+        self, offset_bytes: int, parts: Parts, order: Order | None, word: Word | None = None
+    ) -> None:
+        """Copy staged tensors in: from the GPU enqueued at `order`, from the host done on return.
+
+        Then `signal` the word: of one bare tensor, as most features are, in one go with its copy.
+        """
         lane, target = self._home, self._target
         if lane.storage is None:
             raise CacheClosed("this mapping of the slab is closed")
@@ -74,11 +87,20 @@ class CudaWriting:
                     raise SettingsError("a part was not staged")
                 plain = tensor if copies.is_plain(tensor) else _made_plain(tensor)
                 lane.copy_now(at, plain.data_ptr(), nbytes)
-            elif tensor.is_contiguous() and not (tensor.is_neg() or tensor.is_conj()):
-                lane.copy(at, tensor.data_ptr(), nbytes, order.stream)
-            else:
+            elif (  # as not copies.is_plain, inline
+                not tensor.is_contiguous()
+                or tensor.is_neg()
+                or (spec.dtype in copies.COMPLEX and tensor.is_conj())
+            ):
                 with lane.at(order):
                     copies.copy(_view(target[1], offset_bytes, spec, lane.device), tensor)
+            elif word is None or spec.name is not None:
+                lane.copy(at, tensor.data_ptr(), nbytes, order.stream)
+            else:
+                lane.copy_and_tell(at, tensor.data_ptr(), nbytes, word, order.stream)
+                return
+        if word is not None:
+            self.signal(*word, order)
 
 
 def _made_plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from featcache.errors import AttachRefused, BackendUnavailable, CacheClosed
 from featcache.memory import copies
 from featcache.memory.blank import view_over
 from featcache.memory.pack import DTYPES, contiguous_strides
-from featcache.memory.slab import Parts, Segment
+from featcache.memory.slab import Parts, Segment, Word
 from featcache.memory.words import Block, fence_stores, memfd
 from featcache.ref import TensorSpec
 
@@ -191,29 +191,43 @@ class HostMapping:
 
     def stage(self, parts: Parts) -> tuple[Parts, Streams]:
         """Return the parts and the caller's streams of those that are on GPUs."""
+        for _, tensor in parts:
+            if not tensor.is_cpu:
+                break
+        else:
+            return parts, ()
         devices = {tensor.device for _, tensor in parts if not tensor.is_cpu}
-        return parts, [torch.cuda.current_stream(device) for device in devices] if devices else ()
+        return parts, [torch.cuda.current_stream(device) for device in devices]
 
     def staged_bytes(self, parts: Parts) -> int:
         """Every copy holds up the thread that makes it; one from a GPU waits for its stream besides."""
-        if all(tensor.is_cpu for _, tensor in parts):
-            return sum(tensor.nbytes for _, tensor in parts)
-        return _NEVER_HERE
+        total_bytes = 0
+        for _, tensor in parts:
+            total_bytes += tensor.nbytes if tensor.is_cpu else _NEVER_HERE
+        return total_bytes
 
-    def write(self, offset_bytes: int, parts: Parts, order: Streams) -> None:
-        """Copy tensors in; the bytes are there on return."""
+    def write(
+        self, offset_bytes: int, parts: Parts, order: Streams, word: Word | None = None
+    ) -> None:
+        """Copy tensors in, then store the word; the bytes are there on return."""
         target = self._target  # kept for the length of the copies
         if target is None:
             self._open()
             raise BackendUnavailable("this mapping of the slab was not opened for writing")
         base = target.address
         for spec, tensor in parts:
-            if _plain(tensor):
-                at = base + offset_bytes + spec.offset_bytes
+            if (
+                tensor.is_cpu
+                and tensor.is_contiguous()
+                and not (tensor.is_neg() or tensor.is_conj())
+            ):
+                at = base + offset_bytes + spec.offset_bytes  # it is `_plain`
                 _memmove(at, tensor.data_ptr(), tensor.nbytes)
             else:
                 with _on(order):
                     copies.copy(_view(target.storage, offset_bytes, spec), tensor)
+        if word is not None:
+            self.signal(*word, order)
 
     # --- words ------------------------------------------------------------------------------------
 

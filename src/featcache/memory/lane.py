@@ -58,12 +58,13 @@ class Lane:
     def order(self) -> Order:
         """Return the caller's place: torch's current stream of this device."""
         raw = self._stream_now(self.ordinal)
-        order = self._orders.get(raw)
-        if order is None:
+        try:
+            return self._orders[raw]
+        except KeyError:
             if len(self._orders) >= _MOST_ORDERS:
                 self._orders.clear()
             order = self._orders[raw] = Order(self, raw)
-        return order
+            return order
 
     def view(self, offset_bytes: int, spec: TensorSpec) -> torch.Tensor:
         """Return a tensor over the slab's bytes.
@@ -75,15 +76,16 @@ class Lane:
         if storage is None:
             raise CacheClosed("this mapping of the slab is closed")
         key = offset_bytes, spec
-        kept = self._views.get(key)
-        if kept is None:
+        try:
+            return self._views[key].data
+        except KeyError:
             dtype, shape = DTYPES[spec.dtype], spec.shape
             at = (offset_bytes + spec.offset_bytes) // dtype.itemsize
             kept = view_over(storage, at, dtype, shape, contiguous_strides(shape), self.device)
             if len(self._views) >= _MOST_VIEWS:
                 self._views.clear()
             self._views[key] = kept
-        return kept.data
+            return kept.data
 
     def copy(self, target: int, source: int, nbytes: int, stream: Any) -> None:
         """Enqueue a copy between addresses that this device can access."""
@@ -95,6 +97,26 @@ class Lane:
                 code = self._memcpy(target, source, nbytes, stream)[0]
         if code != 0:
             self.driver.fail("cuMemcpyAsync", code)
+
+    def copy_and_tell(
+        self, target: int, source: int, nbytes: int, word: tuple[Any, int, int], stream: Any
+    ) -> None:
+        """As `copy` and then `write_word`, of words at their `address`, at an index.
+
+        Asking which context is current, and having the answer, takes a tenth of the two.
+        """
+        words, index, value = word
+        current = self._current()[1]
+        if current is None or int(current) != self._context:
+            self.copy(target, source, nbytes, stream)
+            self.write_word(words.address + 8 * index, value, stream)
+            return
+        code = self._memcpy(target, source, nbytes, stream)[0]
+        if code != 0:
+            self.driver.fail("cuMemcpyAsync", code)
+        code = self._write(stream, words.address + 8 * index, value, 0)[0]
+        if code != 0:
+            self.driver.fail("cuStreamWriteValue64", code)
 
     def write_word(self, address: int, value: int, stream: Any) -> None:
         """Enqueue the store of a 64-bit word, seen by the host after all that was enqueued before."""

@@ -73,8 +73,9 @@ def pack(feature: Any, most: int) -> tuple[tuple[TensorSpec, ...], Packed, int]:
         # Servers put the same few shapes again and again.
         if feature.layout is not torch.strided or feature.is_meta or feature.is_nested:
             _spec(None, feature, 0)  # which says what is wrong
-        specs = _bare_specs.get((feature.dtype, feature.shape))
-        if specs is None:
+        try:
+            specs = _bare_specs[feature.dtype, feature.shape]
+        except KeyError:
             specs = _new_bare_specs(feature)
         return specs, ((specs[0], feature),), feature.nbytes
     if not isinstance(feature, Mapping):

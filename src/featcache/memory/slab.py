@@ -17,13 +17,15 @@ import torch
 from featcache.memory.words import Block
 from featcache.ref import TensorSpec
 
-__all__ = ["Mapping", "Order", "Parts", "Segment", "Slab", "Words"]
+__all__ = ["Mapping", "Order", "Parts", "Segment", "Slab", "Word", "Words"]
 
 Parts: TypeAlias = Sequence[tuple[TensorSpec, torch.Tensor]]
 """The tensors of one feature, each with its place in the slot."""
 Order: TypeAlias = Any
 Words: TypeAlias = Any
 """Control words as `signal` takes them, from `adopt`."""
+Word: TypeAlias = tuple[Words, int, int]
+"""One of them, by its index, and what it is to say."""
 
 
 class Segment(NamedTuple):
@@ -99,8 +101,13 @@ class Mapping(Protocol):
     def staged_bytes(self, parts: Parts) -> int:
         """How many bytes of host memory would hold up a thread as long as this `write` does."""
 
-    def write(self, offset_bytes: int, parts: Parts, order: Order) -> None:
-        """Copy staged tensors to where their specs say, counted from `offset_bytes`."""
+    def write(
+        self, offset_bytes: int, parts: Parts, order: Order, word: Word | None = None
+    ) -> None:
+        """Copy staged tensors to where their specs say, counted from `offset_bytes`.
+
+        Then `signal` a word, if one is given: both at once cost less.
+        """
 
     def adopt(self, block: Block, words: memoryview) -> Words:
         """Return some words of a block in the form that `signal` takes. May block."""

@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 
 from featcache.memory.backing import Unreachable
-from featcache.memory.slab import Parts
+from featcache.memory.slab import Parts, Word
 from featcache.memory.words import Block, fence_stores
 from featcache.ref import TensorSpec
 
@@ -55,7 +55,7 @@ class Unmapped:
         """Raise Unreachable."""
         self._refuse()
 
-    def write(self, offset_bytes: int, parts: Parts, order: None) -> None:
+    def write(self, offset_bytes: int, parts: Parts, order: None, word: Word | None = None) -> None:
         """Raise Unreachable."""
         self._refuse()
 
