@@ -131,8 +131,10 @@ class Handle:
 
     async def close(self) -> None:
         """Say goodbye, once nothing is held any more; until then the session stays."""
+        closed = CacheClosed("this client was closed")
+        self.attachment.refuse(closed)  # first: nothing may begin that the owner will not know of
+        self.link.abandon(closed)
         if self.attachment.holds:
-            self.attachment.refuse(CacheClosed("this client was closed"))
             self.attachment.when_idle(lambda: self._soon(self._say_goodbye_and_leave))
             return
         await self._settle()

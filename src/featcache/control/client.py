@@ -23,6 +23,7 @@ from featcache.control.messages import (
     Hello,
     Note,
     ProtocolError,
+    Publish,
     Refused,
     Relay,
     Reply,
@@ -37,6 +38,7 @@ from featcache.control.messages import (
 from featcache.control.peers import PidWatch, check_uid, own_pidfd
 from featcache.errors import (
     AttachRefused,
+    CacheClosed,
     FeatcacheError,
     OwnerLost,
     OwnerUnreachable,
@@ -149,6 +151,15 @@ class Link:
         elif request.request in self._requests and self.lost is None and not self._channel.closed:
             self._orphans[request.request] = request
             self.tell(Cancel(request.request))
+
+    def abandon(self, error: FeatcacheError) -> None:
+        """Let nobody wait for an answer any longer: each raises this. Publishing is not given up."""
+        for request, future in list(self._requests.values()):
+            if not isinstance(request, Publish) and not future.done():
+                future.set_exception(error)
+                del self._requests[request.request]
+                self._orphans[request.request] = request
+                self.tell(Cancel(request.request))
 
     def _take_orphan(self, request: Request, answer: Answer, fds: list[int]) -> None:
         close_all(fds)
@@ -284,6 +295,7 @@ class Link:
     def _settle(self, reason: str) -> None:
         """Let nobody wait for an answer that can't come."""
         lost = self.lost or reason
+        kind = CacheClosed if self.lost is None else OwnerLost
         if not self._welcome.done():
             refused = AttachRefused if self.lost is None else OwnerUnreachable
             self._welcome.set_exception(refused(lost))
@@ -291,7 +303,7 @@ class Link:
         self._resolve(self._farewell)
         for _, future in self._requests.values():
             if not future.done():
-                future.set_exception(OwnerLost(lost))
+                future.set_exception(kind(lost))
         self._requests.clear()
         self._orphans.clear()
 
