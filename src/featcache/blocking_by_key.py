@@ -1,12 +1,13 @@
 """The calls that name features by key, for code that has no event loop."""
 
 import contextlib
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from featcache.asks import key_bytes
 from featcache.by_key import moved
-from featcache.errors import CacheClosed
+from featcache.errors import CacheClosed, GetTimeout, StaleRef
 from featcache.granted import GrantedRead, Making
 from featcache.memory.pack import Feature
 from featcache.ref import FeatureRef
@@ -33,11 +34,28 @@ class BlockingByKey:
         inner, wanted, timeout_s = self._inner, key_bytes(key), parse_timeout(timeout)
         inner.check_open()
         place = inner.target(device, out)
-        read = self._call(lambda: inner.find_key(wanted, timeout_s))
-        return self._read(read, place, out)
+        give_up_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            read = self._call(lambda: inner.find_key(wanted, timeout_s))  # noqa: B023 - called here
+            try:
+                return self._read(read, place, out, give_up_s)
+            except StaleRef:  # its writer died before its bytes came, and the key went with it
+                if give_up_s is not None:
+                    timeout_s = max(0.0, give_up_s - time.monotonic())
 
-    def _read(self, read: GrantedRead, place: Any, out: Feature | None) -> Feature:
-        inner = self._inner
+    def _read(
+        self, read: GrantedRead, place: Any, out: Feature | None, give_up_s: float | None = None
+    ) -> Feature:
+        inner, there = self._inner, False
+        try:
+            there = read.arrival_here(float("inf") if give_up_s is None else give_up_s)
+        finally:
+            if not there:
+                read.end(read.ref, pays=False)
+        if not there:
+            raise GetTimeout(
+                "what is kept under the key was found, but its bytes did not come in time"
+            )
         copied: Feature | None = inner.get_granted_here(read, place, out)
         if copied is not None:
             return copied
@@ -58,9 +76,12 @@ class BlockingByKey:
         inner, wanted, timeout_s = self._inner, key_bytes(key), parse_timeout(timeout)
         inner.check_open()
         place = inner.target(device, None)
-        found = self._call(lambda: inner.find_or_claim(wanted, timeout_s))
-        if isinstance(found, GrantedRead):
-            return self._read(found, place, None)
+        while True:
+            found = self._call(lambda: inner.find_or_claim(wanted, timeout_s))
+            if isinstance(found, Making):
+                break
+            with contextlib.suppress(StaleRef):  # as above
+                return self._read(found, place, None)
         try:
             feature = make()
             self.put(feature, key=wanted)

@@ -47,7 +47,8 @@ class Desk:
     def note(self, session: int, note: messages.Unclaim | messages.Withdraw) -> None:
         """Do what needs no answer."""
         if isinstance(note, messages.Unclaim):
-            self._lookups.unclaim(Claim(note.key, note.claim))
+            if (note.key, note.claim) in self._pool.store.seekers.claims_of(session):
+                self._lookups.unclaim(Claim(note.key, note.claim))
         else:
             self._withdraw(session, note)
 

@@ -16,7 +16,7 @@ from featcache.control import messages
 from featcache.control.channel import close_all
 from featcache.control.messages import ProtocolError, Reserved
 from featcache.core.waiters import Request
-from featcache.errors import FeatcacheError, PoolFull, PutTimeout
+from featcache.errors import BackendUnavailable, FeatcacheError, PoolFull, PutTimeout
 from featcache.handle import Handle
 from featcache.ref import FeatureRef
 from featcache.settings import Settings
@@ -111,6 +111,7 @@ class RemoteWriter:
                     lambda: mapping.write(at, parts, order),
                     lambda: self._withdraw(reserved, staged, wrote=True),
                 )
+            attachment.tell_written(reserved.slot, reserved.generation, order)
         except asyncio.CancelledError:
             if not wrote:
                 self._withdraw(reserved, staged, wrote=False)
@@ -118,7 +119,6 @@ class RemoteWriter:
         except BaseException:
             self._withdraw(reserved, staged, wrote=wrote)
             raise
-        attachment.tell_written(reserved.slot, reserved.generation, order)
         try:
             return await self._publish(reserved, staged)
         except FeatcacheError:
@@ -135,7 +135,9 @@ class RemoteWriter:
             *(handle.attachment.pool_id, handle.endpoint, slot, generation),
             *(reserved.offset_bytes, request.nbytes, staged.specs),
         )
-        await link.ask(messages.Publish(link.number(), slot, generation, staged.specs))
+        answer, _ = await link.ask(messages.Publish(link.number(), slot, generation, staged.specs))
+        if not isinstance(answer, messages.Reply):
+            raise ProtocolError(f"the owner answered a put with {type(answer).__name__}")
         self.puts += 1
         return ref
 
@@ -145,7 +147,10 @@ class RemoteWriter:
         slot, generation = reserved.slot, reserved.generation
         landed = not (wrote and attachment.mapping.deferred and order is not None)
         if not landed:
-            attachment.tell_written(slot, generation, order)
+            try:
+                attachment.tell_written(slot, generation, order)
+            except BackendUnavailable:
+                landed = True  # a broken context: nothing comes any more
         self._give_up(reserved, landed=landed)
         attachment.end_write(slot, generation)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import hashlib
+import os
 import signal
 import statistics
 import traceback
@@ -31,6 +32,10 @@ from bench.keyed_redis import BareRedis, RedisPy
 from bench.quiet import pin
 from featcache.control.channel import Channel
 
+ECHO, COPY, ECHO_AND_COPY = "echo", "copy", "echo, then copy"
+GET, GET_OUT, BORROW = "featcache-get", "featcache-get-out", "featcache-borrow"
+BARE_REDIS, REDIS_PY = "redis, bare client", "redis-py"
+REDIS_PY_SINGLY = "redis-py, one in flight"
 CHECK_EVERY = 256
 """Of the pipelined hits, how many have one whose first and last bytes are looked at."""
 
@@ -138,6 +143,11 @@ def _child(
         with suppress(OSError):
             pipe.say("failed", traceback.format_exc())
         raise SystemExit(1) from None
+
+
+def commit(versions: dict[str, str | None]) -> dict[str, str | None]:
+    """The commit that FEATCACHE_BENCH_COMMIT says, if it says one, in the place of the tree's own."""
+    return versions | {"commit": os.environ.get("FEATCACHE_BENCH_COMMIT") or versions["commit"]}
 
 
 def middle_us(times_ns: list[int]) -> float:
@@ -253,29 +263,72 @@ class Copy:
         return out
 
     async def many(self, size: int, seconds: float) -> tuple[int, float]:
-        count, began = 0, perf_counter()
-        while perf_counter() < began + seconds:
-            await self.once(size, count % self.plan.keys)
-            count += 1
-        synchronize(torch.device(self.plan.device))
-        return count, perf_counter() - began
+        return await one_by_one(self, size, seconds, self.plan)
+
+
+class EchoAndCopy:
+    """One after the other, so that each finds the caches as the other leaves them."""
+
+    def __init__(self, echo: Echo, copy: Copy) -> None:
+        self.echo = echo
+        self.copy = copy
+
+    async def once(self, size: int, number: int) -> torch.Tensor | None:
+        await self.echo.ask(1)
+        return await self.copy.once(size, number)
+
+    async def many(self, size: int, seconds: float) -> tuple[int, float]:
+        return await one_by_one(self, size, seconds, self.echo.plan)
+
+
+class OneByOne:
+    """Another system, with one in flight however many may be."""
+
+    def __init__(self, system: System, plan: Plan) -> None:
+        self.system = system
+        self.plan = plan
+
+    async def once(self, size: int, number: int) -> torch.Tensor | None:
+        return await self.system.once(size, number)
+
+    async def many(self, size: int, seconds: float) -> tuple[int, float]:
+        return await one_by_one(self.system, size, seconds, self.plan)
+
+
+async def one_by_one(system: System, size: int, seconds: float, plan: Plan) -> tuple[int, float]:
+    count, began = 0, perf_counter()
+    while perf_counter() < began + seconds:
+        await system.once(size, count % plan.keys)
+        count += 1
+    synchronize(torch.device(plan.device))
+    return count, perf_counter() - began
 
 
 class Cached:
-    """featcache: `get`, or `borrow`."""
+    """featcache: `get`, `get` into a tensor that there is already, or `borrow`."""
 
-    def __init__(self, cache: featcache.FeatureClient, plan: Plan, *, borrows: bool) -> None:
+    def __init__(self, cache: featcache.FeatureClient, plan: Plan, how: str) -> None:
         self.cache = cache
         self.plan = plan
-        self.borrows = borrows
+        self.how = how
+        self.outs = {
+            size: torch.zeros(size, dtype=torch.uint8, device=plan.device) for size in plan.sizes
+        }
         self.keys = {
             size: [key_of(size, number) for number in range(plan.keys)] for size in plan.sizes
+        }
+        self.ends = {
+            (size, number): feature_of(size, number)[[0, -1]]
+            for size in plan.sizes
+            for number in range(plan.keys)
         }
 
     async def once(self, size: int, number: int) -> torch.Tensor | None:
         key = self.keys[size][number]
-        if not self.borrows:
+        if self.how == "get":
             return _bare(await self.cache.get(key))
+        if self.how == "out":
+            return _bare(await self.cache.get(key, out=self.outs[size]))
         async with self.cache.borrow(key):
             return None
 
@@ -289,17 +342,17 @@ class Cached:
 
     async def _stream(self, size: int, first: int, end_s: float) -> int:
         cache, keys, count = self.cache, self.keys[size], 0
-        ends = {number: feature_of(size, number)[[0, -1]] for number in range(len(keys))}
+        out = torch.empty_like(self.outs[size]) if self.how == "out" else None
         while perf_counter() < end_s:
             number = (first + count) % len(keys)
-            if self.borrows:
+            if self.how == "borrow":
                 async with cache.borrow(keys[number]) as view:
                     if count % CHECK_EVERY == 0:
-                        _check_ends(_bare(view), ends[number])
+                        _check_ends(_bare(view), self.ends[size, number])
             else:
-                x = await cache.get(keys[number])
+                x = await cache.get(keys[number], out=out)
                 if count % CHECK_EVERY == 0:
-                    _check_ends(_bare(x), ends[number])
+                    _check_ends(_bare(x), self.ends[size, number])
             count += 1
         return count
 
@@ -325,20 +378,23 @@ async def client(pipe: crew.Pipe, plan: Plan, index: int, endpoint: str) -> None
             for n in range(plan.keys):
                 lent = await stack.enter_async_context(cache.borrow(key_of(size, n)))
                 views[size, n] = _bare(lent)
+        echo, copy = Echo(stream, plan), Copy(views, plan)
         systems: dict[str, System] = {
-            "echo": Echo(stream, plan),
-            "copy": Copy(views, plan),
-            "featcache-get": Cached(cache, plan, borrows=False),
-            "featcache-borrow": Cached(cache, plan, borrows=True),
+            ECHO: echo,
+            COPY: copy,
+            ECHO_AND_COPY: EchoAndCopy(echo, copy),
+            GET: Cached(cache, plan, "get"),
+            GET_OUT: Cached(cache, plan, "out"),
+            BORROW: Cached(cache, plan, "borrow"),
         }
         if plan.redis_path is not None:
             keys = [(size, n, key_of(size, n)) for size in plan.sizes for n in range(plan.keys)]
             bare = stack.enter_context(BareRedis(plan.redis_path, keys, plan.flight))
-            systems["redis, bare client"] = bare
+            systems[BARE_REDIS] = bare
             if RedisPy.exists():
-                systems["redis-py"] = await stack.enter_async_context(
-                    RedisPy(plan.redis_path, keys, plan.flight)
-                )
+                redis = await stack.enter_async_context(RedisPy(plan.redis_path, keys, plan.flight))
+                systems[REDIS_PY] = redis
+                systems[REDIS_PY_SINGLY] = OneByOne(redis, plan)
         sources = {size: feature_of(size, 0).to(plan.device) for size in plan.sizes}
         await verify(systems, plan)
         pipe.say("ready", list(systems))
@@ -348,7 +404,9 @@ async def client(pipe: crew.Pipe, plan: Plan, index: int, endpoint: str) -> None
                 pipe.say(word, await alone(systems, plan, size, *rest))
             elif word == "pipe":
                 name, seconds = rest
-                pipe.say(word, *await systems[name].many(size, seconds))
+                cpu_s = process_time()
+                hits, took_s = await systems[name].many(size, seconds)
+                pipe.say(word, hits, took_s, process_time() - cpu_s)
             elif word == "puts":
                 pipe.say(word, await time_puts(cache, sources[size], rest[0]))
 

@@ -8,6 +8,7 @@ asyncio client (with hiredis, where that is installed), which is what a server w
 from __future__ import annotations
 
 import contextlib
+import importlib
 import shutil
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -29,9 +30,21 @@ class NoRedis(Exception):
     """Why it can't be compared with here."""
 
 
+class Served(NamedTuple):
+    """A server that runs."""
+
+    path: str
+    pid: int
+
+    def cpu_s(self) -> float:
+        """The CPU time of all its threads."""
+        tasks = Path(f"/proc/{self.pid}/task").iterdir()
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
 @contextlib.contextmanager
-def serve(program: str | None, folder: Path) -> Iterator[str]:
-    """Run a server for the length of a block; the value is the path of its socket."""
+def serve(program: str | None, folder: Path) -> Iterator[Served]:
+    """Run a server for the length of a block."""
     program = shutil.which(program or "redis-server")
     if program is None:
         raise NoRedis("there is no redis-server (a package of most systems), nor was one named")
@@ -45,7 +58,7 @@ def serve(program: str | None, folder: Path) -> Iterator[str]:
             if server.poll() is not None or time.monotonic() > give_up_s:
                 raise NoRedis(f"redis-server did not begin to listen (exit {server.poll()})")
             time.sleep(0.01)
-        yield str(path)
+        yield Served(str(path), server.pid)
     finally:
         server.terminate()
         try:
@@ -137,13 +150,11 @@ class RedisPy:
     """redis-py, in the client's event loop."""
 
     def __init__(self, path: str, keys: Keys, flight: int) -> None:
-        import redis.asyncio
-
         self.flight = flight
         self.keys: dict[int, list[str]] = {}
         for size, _, key in keys:
             self.keys.setdefault(size, []).append(key)
-        self.redis: Any = redis.asyncio.Redis(unix_socket_path=path)
+        self.redis: Any = importlib.import_module("redis.asyncio").Redis(unix_socket_path=path)
         # torch says that a bytes object can't be written to: nobody does.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench import hit_rate, keyed_redis, keyed_scale, keyed_speed
 from bench.harness import run_cells
 from bench.host import summary
 from bench.peers import Cell
@@ -75,3 +77,58 @@ def test_the_report_has_every_system_and_a_ratio_of_each_pair() -> None:
     assert "| featcache-get | 1,050 |" in text
     assert "| byhand-copies | 1.05 |" in text
     assert "- vllm: skipped: no --vllm-file" in text
+
+
+def test_the_benchmark_of_keys_compares_every_byte_and_says_what_was_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "result.json"
+    small = ["--sizes", "4KiB", "--keys", "3", "--clients", "2", "--flight", "3", "--rounds", "2"]
+    few = ["--count", "4", "--pipe-rounds", "1", "--seconds", "0.02"]
+    without = ["--redis", "none", "--no-ray"]
+    assert keyed_speed.main([*small, *few, *without, "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert set(result["not_run"]) == {"Redis", "Ray"}
+    cell = result["cells"]["4096"]
+    assert all(cell[name]["us"] > 0 and cell[name]["hits_per_s"] > 0 for name in cell)
+    assert cell["featcache-get"]["owner_cpu_us"] > 0
+    assert result["puts"]["4096"]["client_us"] > 0
+    # A goal beside Redis needs Redis.
+    assert not any("redis" in one["goal"] for one in result["goals"])
+    assert any("over 1.6 echoes and the copy" in one["goal"] for one in result["goals"])
+    assert "- Ray: not run: left out" in capsys.readouterr().out
+
+
+def test_redis_that_is_not_there_is_said_not_failed_for(tmp_path: Path) -> None:
+    with (
+        pytest.raises(keyed_redis.NoRedis, match="no redis-server"),
+        keyed_redis.serve("no-such-program", tmp_path),
+    ):
+        pass
+    assert keyed_redis.request(b"GET", b"key") == b"*2\r\n$3\r\nGET\r\n$3\r\nkey\r\n"
+
+
+def test_the_table_of_growth_has_every_figure_and_every_goal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "result.json"
+    few = ["--features", "64,80", "--sessions", "1,2", "--among", "64", "--rounds", "1"]
+    assert keyed_scale.main([*few, "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert all(set(figures) == set(keyed_scale.FIGURES) for figures in result["features"].values())
+    assert len(result["goals"]) == 7
+    assert "| recycle, nothing paid |" in capsys.readouterr().out
+
+
+def test_the_trace_finds_the_right_bytes_and_the_ideal_is_a_plain_lru(tmp_path: Path) -> None:
+    lru = hit_rate.IdealLru(10)
+    assert [lru.ask(*one) for one in [(1, 4), (2, 4), (1, 4), (3, 4), (2, 4), (3, 4)]] == [
+        *(False, False, True, False, False, True)
+    ]
+    out = tmp_path / "result.json"
+    small = ["--images", "200", "--requests", "600", "--warm", "200", "--shrink", "16"]
+    assert hit_rate.main([*small, "--pool", "4MiB", "--segment", "1MiB", "--out", str(out)]) == 0
+    grow, evict = json.loads(out.read_text())["runs"]
+    assert grow["committed_bytes"] == 4 << 20
+    assert evict["committed_bytes"] == 2 << 20
+    assert all(one["hit_rate"] > 0 and one["evicted"] > 0 for one in (grow, evict))

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import plot
+from bench import keyed_ray, keyed_speed, plot
 from bench.cuda_fleet import run_plan, short
 from bench.cuda_ports import Plan
 from bench.cuda_report import goals, report, summary
@@ -124,3 +124,41 @@ def test_the_plot_is_skipped_where_matplotlib_is_not(
     assert plot.main([str(result), "--svg", str(tmp_path / "plot.svg")]) == 0
     assert "| featcache-get | 900 | 500 |" in capsys.readouterr().out
     assert not (tmp_path / "plot.svg").exists()
+
+
+def test_on_a_gpu_the_benchmark_of_keys_tells_when_a_call_returns_from_when_its_bytes_are_there() -> (
+    None
+):
+    def cell(us: float, returned_us: float) -> dict[str, list[float]]:
+        figures = {"us": us, "returned_us": returned_us, "hits_per_s": 1e6 / us}
+        return {name: [value, value] for name, value in figures.items()}
+
+    owner = {"owner_cpu_us": [9.0, 9.0], "owner_cpu_alone_us": [31.0, 31.0]}
+    cells = {
+        str(1 << 20): {
+            "echo": cell(30.0, 30.0),
+            "copy": cell(20.0, 5.0),
+            "featcache-get": cell(66.0, 40.0) | owner,
+            "featcache-borrow": cell(96.0, 45.0),
+        }
+    }
+    puts = {str(1 << 20): {"owner_us": [20.0], "client_us": [70.0], "echo_us": [30.0]}}
+    goals = keyed_speed.goals(cells, puts)
+    result = {
+        "clients": 4,
+        "cells": keyed_speed.summary(cells),
+        "puts": {size: {name: us[0] for name, us in put.items()} for size, put in puts.items()},
+        "goals": goals,
+        "not_run": {"Redis": "its memory is the host's"},
+    }
+    text = keyed_speed.report(result)
+    assert "| featcache-get | 66.0 |" in text.split("The same, until the call returns")[0]
+    assert "| featcache-get | 40.0 |" in text.split("The same, until the call returns")[1]
+    assert "one get at a time, over 1.6 echoes and the copy | 1 MiB | 0.97 | 1 | reached |" in text
+    assert "one borrow at a time, over 1.6 echoes | 1 MiB | 2.00 | 1 | MISSED |" in text
+    assert "lookup, pipelined, µs | 1 MiB | 9.00 | 30 | reached |" in text
+    assert "- Redis: not run: its memory is the host's" in text
+
+
+def test_ray_is_not_beside_a_slab_on_a_gpu() -> None:
+    assert keyed_ray.missing("cuda:0") == "its object store is host memory"

@@ -606,6 +606,7 @@ async def keyed_owner(
 # --- everything at once ---------------------------------------------------------------------------
 
 KEYS: Final = 20
+_BUSY_BYTES: Final = 48 << 10
 
 
 class Busy:
@@ -619,10 +620,10 @@ class Busy:
         self._device = device
 
     def _value(self, seed: int) -> torch.Tensor:
-        return feature(seed, (1 + seed % 5) * 8192).to(self._device)
+        return feature(seed, (1 + seed % 5) * _BUSY_BYTES).to(self._device)
 
     def _check(self, found: Any, seed: int, what: str) -> None:
-        if not is_right(found, seed) or found.numel() != (1 + seed % 5) * 8192:
+        if not is_right(found, seed) or found.numel() != (1 + seed % 5) * _BUSY_BYTES:
             self.wrong.append(f"{what} of {seed}")
 
     async def run(self, stop: asyncio.Event) -> None:

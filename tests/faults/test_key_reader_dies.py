@@ -330,7 +330,7 @@ async def test_quarantined(start: Start, log: Log, slab: Slab) -> None:
         child.tell("hang_up")
         assert sorted([await child.hear(), await child.hear()]) == [
             ("hung up",),
-            ("wait", "raised", "OwnerLost"),
+            ("wait", "raised", "CacheClosed"),
         ]
         await until(lambda: events(log, "reader.quarantined"))
         assert seekers(cache) == 0

@@ -5,10 +5,9 @@ import functools
 import random
 
 from api.slabs import Slab
-from api.support import MIB
 from faults.agents import KEYS, Busy, busy_by_key, is_right
 from faults.checks import Log
-from faults.keyed import lost, slab, start, works
+from faults.keyed import CAPACITY, lost, put, slab, start, works
 from featcache import FeatureCache
 from helpers import Child, Start, until
 
@@ -25,7 +24,7 @@ def has_put(cache: FeatureCache, count: int) -> bool:
 async def test_many_killed_under_load(start: Start, log: Log, slab: Slab) -> None:
     """Four at a time and the owner, in a slab that holds part of what they want, some of it late."""
     random_ = random.Random(7)
-    settings = slab.settings(capacity=2 * MIB, recycle_interval=0.05, inline_bytes=16 << 10)
+    settings = slab.settings(inline_bytes=96 << 10)
 
     async def begin(seed: int) -> Child:
         child = start(
@@ -34,7 +33,8 @@ async def test_many_killed_under_load(start: Start, log: Log, slab: Slab) -> Non
         await child.expect("attached")
         return child
 
-    async with slab.create(recycle_interval=0.05, slots=8) as cache:
+    async with slab.create(recycle_interval=0.05) as cache:
+        held = await put(cache, slab, 99, CAPACITY // 2)  # so that puts wait
         own = Busy(cache, random.Random(5), str(slab.device))
         stop = asyncio.Event()
         task = asyncio.create_task(own.run(stop))
@@ -55,6 +55,7 @@ async def test_many_killed_under_load(start: Start, log: Log, slab: Slab) -> Non
         await lost(log, KILLS)
         assert cache.statistics().evicted > 0, "never full: no load"
         assert cache.statistics().waited > 0, "never full: no load"
+        assert is_right(await cache.get(held), 99)
         for seed in range(KEYS):
             if await cache.contains(str(seed)):
                 assert is_right(await cache.get(str(seed)), seed)

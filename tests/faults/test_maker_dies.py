@@ -314,7 +314,7 @@ async def test_a_quarantined_maker_is_waited_for(start: Start, log: Log, slab: S
         child.tell("hang_up")
         assert sorted([await child.hear(), await child.hear()]) == [
             ("hung up",),
-            ("m", "raised", "OwnerLost"),
+            ("m", "raised", "CacheClosed"),
         ]
         await until(lambda: events(log, "reader.quarantined"))
         assert (claims(cache), seekers(cache)) == (2, 1)

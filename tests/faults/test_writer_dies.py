@@ -419,7 +419,7 @@ async def test_a_quarantined_writer_keeps_its_slots(start: Start, log: Log, slab
         child.tell("hang_up")
         assert {await child.hear(), await child.hear()} == {
             ("hung up",),
-            ("three", "raised", "OwnerLost"),
+            ("three", "raised", "CacheClosed"),
         }
         await until(lambda: events(log, "reader.quarantined"))
         await until(lambda: waiters(cache) == 0)  # it waits no longer
