@@ -81,6 +81,8 @@ class Attachment:
         self.pool_id = pool_id
         self.mapping: Mapping = mapping
         self.header = words.header
+        self.capacity_bytes = 1 << 62
+        """Bytes of the slab's range, as its owner said."""
         self.layout: int | None = 0
         """How many times of segments taken away this process has heard of; None is of each at once."""
         self.covered_bytes = 0
@@ -223,8 +225,14 @@ class Attachment:
 
     def return_grant(self, index: int, serial: int) -> None:
         """Pay a read that nobody took."""
+        self.check_grant(index, serial)
         self._signal(_GRANTED, index, serial, None)
         self._ring_if_due()
+
+    def check_grant(self, grant: int, serial: int) -> None:
+        """Raise MalformedRef if there is no such grant in the page, or it is out already."""
+        if grant >= len(self._plain.granted) or (-1 - grant, serial) in self._holds:
+            raise MalformedRef(f"no grant {grant}:{serial} can be had: the owner is at fault")
 
     def check_granted(self, ref: FeatureRef) -> None:
         """Raise MalformedRef if a ref that came with a grant is not of this pool or its slot."""
@@ -239,9 +247,17 @@ class Attachment:
 
     # --- bytes that this session writes -----------------------------------------------------------
 
-    def begin_write(self, index: int, generation: int) -> None:
-        """Count a slot that the owner reserved as held until `end_write`: the session stays for it."""
+    def begin_write(self, index: int, generation: int, offset_bytes: int, nbytes: int) -> None:
+        """Count a slot that the owner reserved as held until `end_write`: the session stays for it.
+
+        Raises:
+            MalformedRef: the slot, or its place, is not in this pool.
+            OwnerLost, CacheClosed: nothing may begin any more.
+
+        """
         self.check()
+        if index >= self._slots or offset_bytes + nbytes > self.capacity_bytes:
+            raise MalformedRef("the owner gave room that its slab does not have")
         with self._lock:
             self._holds[_WRITES + index, generation] = _Uses()
 
@@ -272,6 +288,8 @@ class Attachment:
     def _signal(self, which: int, index: int, value: int, order: Order) -> None:
         if self.mapping.deferred and order is not None:
             self._underway[which, index] = value
+        else:
+            self._underway.pop((which, index), None)  # the CPU writes it now
         self.mapping.signal(self._adopted[which], index, value, order)
 
     # --- waiting ----------------------------------------------------------------------------------
@@ -308,7 +326,9 @@ class Attachment:
         if not self.mapping.deferred:
             return True
         plain = self._plain
-        if any(plain[which][index] != value for (which, index), value in self._underway.items()):
+        if any(
+            plain[which][index] != value for (which, index), value in list(self._underway.items())
+        ):
             return False
         held = np.frombuffer(self._held, dtype=np.uint64)
         released = np.frombuffer(self._released, dtype=np.uint64)
@@ -366,8 +386,9 @@ class Attachment:
 
     @property
     def holds(self) -> int:
-        """Refs that this session holds now."""
-        return len(self._holds)
+        """Refs that this session holds now, and slots that it writes."""
+        with self._lock:  # whose holder signals a word before it is done
+            return len(self._holds)
 
 
 class Bell:

@@ -5,7 +5,9 @@ take and are opened with plain ``with``. An event loop in a thread of their own 
 recycler going; reads of a pool that is attached never enter it, they run in the caller's thread.
 """
 
+import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from types import EllipsisType, TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar
@@ -85,17 +87,53 @@ class _Blocking(BlockingByKey, Generic[A]):
     ) -> None:
         self.close()
 
-    def _call(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Await something in the loop. An interrupt here cancels it there."""
+    def _call(
+        self, work: Callable[[], Awaitable[T]], undo: Callable[[T], object] | None = None
+    ) -> T:
+        """Await something in the loop. An interrupt here cancels it there.
+
+        What it returned by then, and nobody has, is `undo`'s to give back.
+        """
         portal = self._portal
         if portal is None:
             raise CacheClosed(self._why_closed)
         self._inner.check_open()  # before a thread that a fork has left behind is asked
-        future = portal.start_task_soon(work)
+        if undo is None:
+            future = portal.start_task_soon(work)
+            try:
+                return future.result()
+            except BaseException:
+                future.cancel()
+                raise
+        return self._call_or_undo(portal, work, undo)
+
+    @staticmethod
+    def _call_or_undo(
+        portal: BlockingPortal, work: Callable[[], Awaitable[T]], undo: Callable[[T], object]
+    ) -> T:
+        returned, gone = list[T](), threading.Event()
+
+        async def run() -> T:
+            result = await work()
+            if gone.is_set():
+                undo(result)
+            else:
+                returned.append(result)
+            return result
+
+        async def settle() -> None:  # in the loop, so that it is before or after the end of `run`
+            gone.set()
+            while returned:
+                undo(returned.pop())
+
+        future: Future[T] | None = None
         try:
+            future = portal.start_task_soon(run)
             return future.result()
         except BaseException:
-            future.cancel()
+            portal.start_task_soon(settle)
+            if future is not None:
+                future.cancel()
             raise
 
     # --- reading --------------------------------------------------------------------------------

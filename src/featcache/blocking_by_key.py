@@ -23,7 +23,9 @@ class BlockingByKey:
 
     _inner: Any
 
-    def _call(self, work: Callable[[], Awaitable[T]]) -> T:
+    def _call(
+        self, work: Callable[[], Awaitable[T]], undo: Callable[[T], object] | None = None
+    ) -> T:
         raise NotImplementedError
 
     def put(self, feature: Feature, *, key: str | bytes | None = None) -> FeatureRef:
@@ -36,7 +38,7 @@ class BlockingByKey:
         place = inner.target(device, out)
         give_up_s = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            read = self._call(lambda: inner.find_key(wanted, timeout_s))  # noqa: B023 - called here
+            read = self._call(lambda: inner.find_key(wanted, timeout_s), _give_back)  # noqa: B023 - called here
             try:
                 return self._read(read, place, out, give_up_s)
             except StaleRef:  # its writer died before its bytes came, and the key went with it
@@ -77,7 +79,7 @@ class BlockingByKey:
         inner.check_open()
         place = inner.target(device, None)
         while True:
-            found = self._call(lambda: inner.find_or_claim(wanted, timeout_s))
+            found = self._call(lambda: inner.find_or_claim(wanted, timeout_s), _give_back)
             if isinstance(found, Making):
                 break
             with contextlib.suppress(StaleRef):  # as above
@@ -111,3 +113,11 @@ class BlockingByKey:
     def unpin(self, key: str | bytes) -> None:
         """Take back a pin, as `featcache.FeatureCache.unpin`."""
         self._call(lambda: self._inner.unpin(key))
+
+
+def _give_back(found: GrantedRead | Making) -> None:
+    """End what was found, in the loop, for a caller who was interrupted before having it."""
+    if isinstance(found, Making):
+        found.end()
+    else:
+        found.end(found.ref, pays=False)

@@ -124,6 +124,6 @@ class Borrow:
         """Return the view of bytes that are there now."""
         if self._attachment is not None:
             self._check_unused()
-        if self._ref is None:
+        if self._find is not None or self._ref is None:
             raise GetTimeout("a key is looked up first: use 'async with' instead")
         return self._enter(self._ref, self._reader.hold_nowait(self._ref))

@@ -9,7 +9,7 @@ import torch
 
 from featcache.asks import key_bytes
 from featcache.borrow import Borrow
-from featcache.errors import KeyTimeout, StaleRef
+from featcache.errors import KeyNotFound, KeyTimeout, StaleRef
 from featcache.granted import GrantedRead, Making
 from featcache.memory.pack import Feature
 from featcache.reader import Reader
@@ -99,7 +99,8 @@ class ByKey:
 
         Of all who ask for a key at once, in all processes, one runs its `make`. The others wait for
         what it puts. If it raises, is cancelled or its process dies, one of those that wait runs its
-        own `make` next; the error reaches only the caller whose `make` raised it.
+        own `make` next; the error reaches only the caller whose `make` raised it. A `make` that asks
+        for its own key waits for itself.
 
         Args:
             key: as in `put`.
@@ -107,7 +108,8 @@ class ByKey:
                 one. What takes long is to be awaitable, or to run in a thread.
             device: where the feature is to be; None is the device this object was made with, else
                 the pool's own for what is read, and what `make` returned for what was made.
-            timeout: seconds to wait for another's `make`; None is for ever.
+            timeout: seconds to wait for another's `make`; None is for ever. It does not bound one's own
+                `make`, nor the wait for room for what it made.
 
         Raises:
             KeyTimeout: nothing came in time.
@@ -129,10 +131,11 @@ class ByKey:
 
     async def find_or_claim(self, key: bytes, timeout_s: float | None) -> GrantedRead | Making:
         """Return a read of a key, or the right to make it; the first half of `get_or_put`."""
+        at_once = timeout_s == 0  # not to wait: a round trip takes longer than that, and is no wait
         try:
-            with anyio.fail_after(timeout_s):
-                return await self._keys().find_or_claim(key)
-        except TimeoutError:
+            with anyio.fail_after(None if at_once else timeout_s):
+                return await self._keys().find_or_claim(key, waits=not at_once)
+        except (KeyNotFound, TimeoutError):
             raise KeyTimeout(f"nobody made it within {timeout_s} s") from None
 
     async def contains(self, key: str | bytes) -> bool:

@@ -37,7 +37,7 @@ class Desk:
             messages.Discard: self._discard,
             messages.Relay: lambda _, ask: self._relay(ask),
             messages.HostPool: lambda _, ask: self._host_pool(ask),
-            messages.Upload: lambda _, ask: self._upload(ask, self._request(ask)),
+            messages.Upload: lambda session, ask: self._upload(ask, self._request(session, ask)),
         }
 
     def answer(self, session: int, ask: messages.Request) -> Answer | Wait:
@@ -47,7 +47,7 @@ class Desk:
     def note(self, session: int, note: messages.Unclaim | messages.Withdraw) -> None:
         """Do what needs no answer."""
         if isinstance(note, messages.Unclaim):
-            if (note.key, note.claim) in self._pool.store.seekers.claims_of(session):
+            if self._pool.store.seekers.has(note.key, note.claim, session):
                 self._lookups.unclaim(Claim(note.key, note.claim))
         else:
             self._withdraw(session, note)
@@ -75,7 +75,7 @@ class Desk:
         granted = self._lookups.find(ask.key, self._page(session))
         if granted is not None:
             return self._granted(ask.request, granted)
-        if not ask.waits and not ask.makes:
+        if not ask.waits and (not ask.makes or self._lookups.is_claimed(ask.key)):
             raise not_found(ask.key)
         return self._seek(session, ask)
 
@@ -105,24 +105,30 @@ class Desk:
     # --- slots that sessions write ----------------------------------------------------------------
 
     def _reserve(self, session: int, ask: messages.Reserve) -> Answer | Wait:
-        request = self._request(ask)
-        slot = self._writer.reserve(request) if ask.waits else self._writer.take_room(request)
+        request = self._request(session, ask)
+        slot = self._writer.reserve(request)
         if slot is not None:
             return self._reserved(session, ask.request, slot)
         if not ask.waits:
-            raise self._writer.full(request)
+            return self._take_room(session, ask.request, request)
         return self._await_room(session, ask.request, request)
+
+    async def _take_room(self, session: int, number: int, request: Request) -> Answer:
+        slot = await self._writer.take_room(request)
+        if slot is None:
+            raise self._writer.full(request)
+        return self._reserved(session, number, slot)
 
     async def _await_room(self, session: int, number: int, request: Request) -> Answer:
         """Stand in the queue, in which owner and sessions are served as they came."""
         return self._reserved(session, number, await self._writer.await_room(request, None))
 
-    def _request(self, ask: messages.Reserve | messages.Upload) -> Request:
+    def _request(self, session: int, ask: messages.Reserve | messages.Upload) -> Request:
         settings = self._pool.settings
         least = 1 if ask.key is None else 0
         self._pool.store.check_size(ask.nbytes)
         readers = parse_readers(ask.readers, settings.readers, least=least)
-        return Request(ask.nbytes, readers, ask.ttl_s, ask.key)
+        return Request(ask.nbytes, readers, ask.ttl_s, ask.key, session)
 
     def _reserved(self, session: int, request: int, slot: Slot) -> messages.Reserved:
         self._page(session).reserved[slot.index] = slot

@@ -53,19 +53,27 @@ class Growth:
         self._tasks: set[asyncio.Task[None]] = set()
         self.sessions: Sessions | None = None
         self.closed = False
+        self.under_way: asyncio.Task[None] | None = None
+        """A growth, until it is done."""
 
     def grow(self, end_bytes: int) -> None:
         """Commit memory up to `end_bytes`, in a thread."""
-        self._spawn(self._grow(end_bytes))
+        task = self.under_way = self._spawn(self._grow(end_bytes))
+        task.add_done_callback(self._grew)
+
+    def _grew(self, task: "asyncio.Task[None]") -> None:
+        if self.under_way is task:
+            self.under_way = None
 
     def shrink(self, end_bytes: int, old_end_bytes: int) -> None:
         """Give the memory from `end_bytes` on back, in a thread."""
         self._spawn(self._shrink(end_bytes, old_end_bytes))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _grow(self, end_bytes: int) -> None:
         start_bytes, slab = self._store.committed_bytes, self._slab

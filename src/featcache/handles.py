@@ -71,6 +71,8 @@ class HandleCache:
         self._tasks: set[asyncio.Task[None]] = set()
         self._unreachable: set[tuple[bytes, torch.device]] = set()
         self._closed = False
+        self.on_gone: Callable[[bytes], object] | None = None
+        """Told the id of a pool whose owner is gone."""
 
     # --- reader.Pools ---------------------------------------------------------------------------
 
@@ -208,6 +210,7 @@ class HandleCache:
         bell = Bell(fds.pop(2))
         attachment = Attachment(welcome.pool_id, words, page, mapping, adopted, bell.ring)
         attachment.layout = welcome.layout
+        attachment.capacity_bytes = welcome.capacity_bytes
         handle = Handle(
             attachment,
             link,
@@ -293,6 +296,8 @@ class HandleCache:
         if self._bound is not None:
             self._lost = lost
         handle.lose(lost)
+        if self.on_gone is not None:
+            self.on_gone(pool_id)
         events.emit(
             events.OwnerGone(pool=pool_id.hex(), endpoint=handle.link.endpoint, reason=reason)
         )
@@ -333,6 +338,8 @@ def give_back(handle: Handle, request: messages.Request, answer: messages.Answer
         link.tell(messages.Withdraw(answer.slot, answer.generation, landed=True))
     elif isinstance(request, messages.Publish):  # nobody has its ref
         link.discard_soon(request.slot, request.generation)
+    elif isinstance(request, messages.OfKey) and request.what == "pin":
+        link.unpin_soon(request.key)
     elif isinstance(request, messages.Upload) and isinstance(answer, messages.Reply):
         ref = FeatureRef.from_bytes(answer.ref)
         link.discard_soon(ref.slot, ref.generation)

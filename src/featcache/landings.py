@@ -65,6 +65,11 @@ class Landings:
             self._on_change()
         return given_up
 
+    def concerns(self, slot: Slot) -> bool:
+        """Whether a slot's bytes are a session's matter: on their way, or never to come."""
+        expected = self._expected.get(slot.index)
+        return (expected is not None and expected[0] == slot.generation) or self.forsook(slot)
+
     def forsook(self, slot: Slot) -> bool:
         """Whether a slot's bytes will never come: its extent can be another's."""
         return self._forsaken.get(slot.index) == slot.generation

@@ -86,11 +86,16 @@ class Lookups:
 
     def _taken(self, seeker: Seeker, page: Page) -> Granted | Claim:
         """Finish the handshake. No other task runs between this and the reply or the read."""
-        if not page.can_grant:
+        self._pool.check_open()
+        if seeker.slot is not None and not page.can_grant:
             self._pool.collect()
             page.check_can_grant()
         slot = self._pool.store.take(seeker)
         return Claim(seeker.key, seeker.claim) if slot is None else self._granted(slot, page)
+
+    def is_claimed(self, key: bytes) -> bool:
+        """Whether somebody makes what a key stands for."""
+        return self._pool.store.seekers.claimed(key)
 
     def unclaim(self, claim: Claim) -> None:
         """End a claim: its feature was published, or will not be and another is to make it."""

@@ -205,7 +205,7 @@ class Opened:
             assert here is not None, "a put goes somewhere"
             return await self.main.writer.put(here, timeout_s, wait=wait)
         if here is not None:
-            slot = self.main.writer.take_room(here.request)
+            slot = await self.main.writer.take_room(here.request)
             if slot is not None:
                 return await self.main.writer.fill(slot, here)
         assert self.spill is not None, "staged for it"

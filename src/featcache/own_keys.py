@@ -42,10 +42,12 @@ class OwnKeys:
         assert isinstance(found, Granted), "only who makes is given a claim"
         return self._read(found)
 
-    async def find_or_claim(self, key: bytes) -> GrantedRead | Making:
+    async def find_or_claim(self, key: bytes, *, waits: bool) -> GrantedRead | Making:
         """Return a read, once there is something, or the right to make it."""
         found: Granted | Claim | None = self._lookups.find(key, self._page())
         if found is None:
+            if not waits and self._lookups.is_claimed(key):
+                raise not_found(key)
             found = await self._lookups.seek(key, self._page(), makes=True)
         if not isinstance(found, Claim):
             return self._read(found)

@@ -39,6 +39,7 @@ class OwnPool:
         """Return the owner's attachment."""
         if self._attachment is None:
             pool = self._pool
+            pool.check_open()
             page = self._reaper.open_page(self._number, self._name).words
             adopted = PageWords.adopted(pool.slab, page)
             self._bell = Bell(os.dup(pool.recycler.eventfd))

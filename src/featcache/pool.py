@@ -137,6 +137,8 @@ class Pool:
         )
         if slot.key is not None:
             self.kept[index] = ref
+            if store.queue.count:
+                self.collect()  # who waits may have the room of what can be evicted now
         return ref
 
     def withdraw(self, slot: Slot, order: Order) -> None:
@@ -155,12 +157,12 @@ class Pool:
 
     @property
     def settled(self) -> bool:
-        """Whether every put's bytes are where they belong: nothing is on a stream any more."""
+        """Whether every put of the owner's is where it belongs: nothing is on a stream of its own."""
         published = self.words.published
         return all(
             published[slot.index] == slot.generation
             for slot in self.store.table.in_use()
-            if slot.state is not SlotState.RESERVED
+            if slot.state is not SlotState.RESERVED and not self.landings.concerns(slot)
         )
 
     # --- carrying out ---------------------------------------------------------------------------
@@ -278,9 +280,14 @@ class Pool:
         return bool(effects)
 
     def is_held(self, slot: Slot) -> bool:
-        """Whether a session reads a slot's bytes by a ref now."""
+        """Whether a session reads a slot's bytes by a ref now, or they are yet to come.
+
+        What is evicted before its bytes have come makes no room until they have.
+        """
         index, generation = slot.index, slot.generation
-        return any(page.holds(index, generation) for page in self.pages.values())
+        return self.words.published[index] != generation or any(
+            page.holds(index, generation) for page in self.pages.values()
+        )
 
     def forsake(self, page: Page) -> list[Effect]:
         """Give up what a session that ended was to write and has not."""

@@ -103,9 +103,17 @@ class Reaper:
         page = self._pool.pages[number] = Page(number, name, words, fd)
         return page
 
+    def quarantine(self, session: Session) -> None:
+        """Let others make what a session without its socket was to: it could not publish it."""
+        store = self._pool.store
+        for key, claim in store.seekers.claims_of(session.number):
+            self._pool.apply(store.unclaim(key, claim))
+
     def dismiss(self, session: Session, *, died: bool) -> int:
         """Fold a session's page; if its process died, pay what it had begun and what its name owed."""
         pool, now_s = self._pool, now()
+        # First, so that nothing is evicted for puts of its own that wait.
+        pool.apply(pool.store.end_session(session.number, now_s))
         pool.collect()
         page = pool.pages.pop(session.number)
         paid, effects = 0, list[Effect]()
@@ -113,7 +121,6 @@ class Reaper:
             effects += pool.store.pay_grant(page.take_back(grant).slot, now_s)
             paid += died
         effects += pool.forsake(page)
-        effects += pool.store.end_session(page.session, now_s)
         if died:
             for slot in pool.store.table.in_use():
                 if page.holds(slot.index, slot.generation):
@@ -140,6 +147,8 @@ class Reaper:
         """Cancel what a ref still owes, or raise StaleRef."""
         self._pool.apply(self._pool.store.revoke(index, generation, now()))
         self.discarded += 1
+        if self._pool.store.queue:
+            self._pool.collect()  # what is kept under a key may be evicted now
 
     def close(self) -> None:
         """Close the owner's pidfd."""

@@ -84,7 +84,7 @@ class Relay:
         try:
             if not there:
                 await attachment.arrival(ref)
-            slot = writer.reserve(request) if wait else writer.take_room(request)
+            slot = writer.reserve(request) if wait else await writer.take_room(request)
             if slot is None and not wait:
                 raise writer.full(request)
             if slot is None:

@@ -44,9 +44,9 @@ class RemoteKeys:
             raise ProtocolError("the owner gave a claim to who did not ask for one")
         return found
 
-    async def find_or_claim(self, key: bytes) -> GrantedRead | Making:
+    async def find_or_claim(self, key: bytes, *, waits: bool) -> GrantedRead | Making:
         """Return a read, once there is something, or the right to make it."""
-        return await self._find(key, waits=True, makes=True)
+        return await self._find(key, waits=waits, makes=True)
 
     async def _find(self, key: bytes, *, waits: bool, makes: bool) -> GrantedRead | Making:
         handle = await self._handle()
@@ -57,6 +57,7 @@ class RemoteKeys:
         if not isinstance(answer, messages.Granted):
             raise ProtocolError(f"the owner answered a lookup with {type(answer).__name__}")
         attachment = handle.attachment
+        attachment.check_grant(answer.index, answer.serial)
         try:
             ref = FeatureRef.from_bytes(answer.ref)
             attachment.check_granted(ref)

@@ -34,6 +34,13 @@ class RemotePuts:
         self._writers: dict[bytes, Writes] = {}
         self._puts = 0  # of writers that are gone
         self.spilled = 0
+        handles.on_gone = self._drop
+
+    def _drop(self, pool_id: bytes) -> None:
+        """Let go of a pool's writer: its handle keeps the words mapped."""
+        writer = self._writers.pop(pool_id, None)
+        if writer is not None:
+            self._puts += writer.puts
 
     @property
     def puts(self) -> int:
@@ -43,16 +50,21 @@ class RemotePuts:
     async def _writer(self, handle: Handle) -> Writes:
         """Return the writer of a pool; where the slab is out of reach, one that goes through the host."""
         pool_id = handle.attachment.pool_id
+        unmapped = isinstance(handle.attachment.mapping, Unmapped)
         writer = self._writers.get(pool_id)
-        if writer is not None and writer.handle is handle:
+        if (
+            writer is not None
+            and writer.handle is handle
+            and isinstance(writer, Uploader) is unmapped
+            and (not isinstance(writer, Uploader) or writer.beside.handle in self._handles.handles)
+        ):
             return writer
         made: Writes
-        if isinstance(handle.attachment.mapping, Unmapped):
+        if unmapped:
             made = Uploader(handle, await self._beside(handle), self._settings)
         else:
             made = RemoteWriter(handle, self._settings, self._offload)
-        if writer is not None:
-            self._puts += writer.puts
+        self._drop(pool_id)
         self._writers[pool_id] = made
         return made
 

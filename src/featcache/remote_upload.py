@@ -23,13 +23,13 @@ class Uploader:
 
     def __init__(self, handle: Handle, beside: RemoteWriter, settings: Settings) -> None:
         self.handle = handle
-        self._beside = beside
+        self.beside = beside
         self._settings = settings
         self.puts = 0
 
     def stage(self, feature: Any, readers: Any, ttl: Any, key: Any) -> Staged:
         """Return what a put asks for, in the caller's thread."""
-        return self._beside.stage(feature, readers, ttl, key)
+        return self.beside.stage(feature, readers, ttl, key)
 
     async def put(self, staged: Staged, timeout_s: float | None, *, wait: bool) -> FeatureRef:
         """Copy a feature in and return its ref, as `RemoteWriter.put`."""
@@ -37,14 +37,14 @@ class Uploader:
         there = Request(request.nbytes, 1, self._settings.relay_ttl)
         try:
             with anyio.fail_after(timeout_s):
-                ref = await self._beside.put(
+                ref = await self.beside.put(
                     msgspec.structs.replace(staged, request=there), None, wait=True
                 )
                 try:
                     return await self._upload(ref, request, wait=wait)
                 except BaseException:
                     # Held by the owner's copy as long as that goes on.
-                    self._beside.handle.link.discard_soon(ref.slot, ref.generation)
+                    self.beside.handle.link.discard_soon(ref.slot, ref.generation)
                     raise
         except TimeoutError:
             raise PutTimeout(f"no room for {request.nbytes} bytes within {timeout_s} s") from None

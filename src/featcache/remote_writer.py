@@ -60,6 +60,7 @@ class RemoteWriter:
             with anyio.fail_after(None if at_once else timeout_s):
                 if not self.handle.attachment.mapping.writable:
                     await self._open()
+                    self.handle.attachment.check()  # it may have been closed meanwhile
                 reserved = await self._reserve(staged.request, wait=wait and not at_once)
         except PoolFull as full:
             if not at_once:
@@ -92,8 +93,9 @@ class RemoteWriter:
         attachment, parts, order = self.handle.attachment, staged.parts, staged.order
         mapping, at = attachment.mapping, reserved.offset_bytes
         try:
-            attachment.begin_write(reserved.slot, reserved.generation)
-        except BaseException:  # closed meanwhile: nothing was written
+            nbytes = staged.request.nbytes
+            attachment.begin_write(reserved.slot, reserved.generation, at, nbytes)
+        except BaseException:  # closed meanwhile, or no room at all: nothing was written
             self._give_up(reserved, landed=True)
             raise
         wrote = False

@@ -18,8 +18,11 @@ class Keys(Protocol):
     async def find(self, key: bytes, timeout_s: float | None) -> GrantedRead:
         """Return a read of what is under a key; with a timeout, wait for it that long."""
 
-    async def find_or_claim(self, key: bytes) -> GrantedRead | Making:
-        """Return a read, once there is something, or the right to make it."""
+    async def find_or_claim(self, key: bytes, *, waits: bool) -> GrantedRead | Making:
+        """Return a read, once there is something, or the right to make it.
+
+        Unless it `waits`, raise KeyNotFound while another makes it.
+        """
 
     async def contains(self, key: bytes) -> bool:
         """Whether there is something under a key."""

@@ -72,7 +72,7 @@ class Writer:
         self._puts += 1
         if self._puts % _YIELD_EVERY == 0:
             await asyncio.sleep(0)  # a loop of puts that never wait must not starve the sessions
-        slot = self.reserve(request) if wait else self.take_room(request)
+        slot = self.reserve(request) if wait else await self.take_room(request)
         if slot is None and wait:
             slot = await self.await_room(request, timeout_s)
         if slot is None:
@@ -120,9 +120,22 @@ class Writer:
             raise
         return pool.publish(slot, staged.specs, order)
 
-    def take_room(self, request: Request) -> Slot | None:
-        """Reserve a slot without waiting, growing the slab here and now if need be."""
-        return self.reserve(request) or self._reserve_by_growing(request)
+    async def take_room(self, request: Request) -> Slot | None:
+        """Reserve a slot without standing in the queue; the slab grows, in a thread, if need be."""
+        slot = self.reserve(request)
+        store, growth = self._pool.store, self._pool.growth
+        if slot is not None or store.queue or store.table.full:
+            return slot
+        if growth.under_way is None:
+            end_bytes = store.growth_for(request.nbytes, _now())
+            if not end_bytes:
+                return None
+            store.growing()
+            growth.grow(end_bytes)
+        if growth.under_way is not None:
+            await asyncio.shield(growth.under_way)  # others may count on it too
+        self._pool.check_open()
+        return self.reserve(request)
 
     def reserve(self, request: Request) -> Slot | None:
         """Reserve, taking back what was released if that is due or needed, then evicting."""
@@ -153,7 +166,7 @@ class Writer:
             self._pool.slab.commit(start_bytes, end_bytes, prefault=False)
         except (MemoryError, OSError, BackendUnavailable) as error:
             self._pool.growth.grow_failed(end_bytes - start_bytes, error)
-            return None
+            return self.reserve(request)  # what can't grow may still evict
         self._pool.growth.grown(end_bytes)
         return store.reserve(request, _now())
 
@@ -179,6 +192,8 @@ class Writer:
             if not granted and not self._pool.closed:
                 # The handshake: a slot granted to a task that was cancelled goes to the next.
                 self._pool.apply(self._pool.store.leave(waiter, _now()))
+                if self._pool.store.queue:
+                    self._pool.collect()
             self._report_wait(request, _now() - since_s, granted=granted)
 
     def _report_wait(self, request: Request, waited_s: float, *, granted: bool) -> None:

@@ -68,7 +68,9 @@ async def test_a_feature_is_found_by_its_key(place: Place) -> None:
             assert same(copy, BASE)
             async with reader.borrow(key) as view:
                 assert same(view, BASE)
-            assert tensor(view).numel() == 0
+            assert (tensor(view).numel() == 0) is not place.relayed, (
+                "a borrow by way of the host is a copy"
+            )
             assert await reader.contains(key)
         assert not await reader.contains("another")
         assert await reader.evict("an image")

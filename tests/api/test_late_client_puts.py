@@ -212,7 +212,6 @@ async def test_room_of_bytes_that_have_not_landed_is_nobodys(gpu: FakeGpu, how: 
         await nothing_lost(owner)
 
 
-@pytest.mark.xfail(strict=True, reason="fault: a put evicts all whose bytes are on their way")
 async def test_what_has_not_landed_is_not_evicted_in_vain(gpu: FakeGpu) -> None:
     """Evicting it frees nothing yet: a put that needs room waits for one rather than for all of them."""
     assert await kept_beside_a_put(gpu) == 3
@@ -596,7 +595,6 @@ async def test_a_client_that_leaves_while_its_thread_writes(
         await nothing_lost(owner)
 
 
-@pytest.mark.xfail(strict=True, reason="fault: Pool.settled waits for bytes of clients, for 10 s")
 async def test_an_owner_that_closes_does_not_wait_for_what_clients_write(gpu: FakeGpu) -> None:
     """The memory is there as long as the client has it mapped."""
     assert await closes_beside_a_writer(gpu)
@@ -615,9 +613,6 @@ async def closes_beside_a_writer(gpu: FakeGpu) -> bool:
     return bool(done)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="fault: Attachment._signal keeps what no stream writes any more"
-)
 async def test_a_put_from_the_host_in_the_place_of_one_from_a_gpu_settles(gpu: FakeGpu) -> None:
     """Else the client waits ten seconds, as it closes, for a word of an earlier put."""
     assert await settles_after_both(gpu)

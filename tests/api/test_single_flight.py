@@ -468,6 +468,24 @@ async def test_the_timeout_is_of_waiting_for_another(who: str) -> None:
 
 
 @pytest.mark.parametrize("who", ["owner", "client"])
+async def test_a_timeout_of_nothing_makes_or_finds_but_does_not_wait(who: str) -> None:
+    async with party(2) as (owner, (one, two)):
+        user: User = owner if who == "owner" else one
+        assert same(await user.get_or_put("a", lambda: BASE, timeout=0), BASE)
+        assert same(await user.get_or_put("a", lambda: filled(1), timeout=0), BASE)
+        kitchen = Kitchen()
+        making = asyncio.create_task(two.get_or_put("b", kitchen.maker("two"), timeout=0))
+        await until(lambda: kitchen.count == 1)
+        with pytest.raises(KeyTimeout):
+            await user.get_or_put("b", kitchen.maker("hasty"), timeout=0)
+        kitchen.go.set()
+        assert same(await making, BASE)
+        assert same(await user.get_or_put("b", lambda: filled(1), timeout=0), BASE)
+        assert kitchen.count == 1
+        await nothing_lost(owner)
+
+
+@pytest.mark.parametrize("who", ["owner", "client"])
 async def test_a_deadline_of_the_callers_own(who: str) -> None:
     async with pair() as both:
         user: User = both[who == "client"]

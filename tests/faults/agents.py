@@ -401,8 +401,11 @@ class OwnerAgent(Agent):
 
     async def late_bytes(self) -> tuple[Any, ...]:
         """From now on no bytes ever arrive, as if a stream did not get to them."""
-        self.cache._opened().pool.slab.signal = (  # type: ignore[method-assign]
-            lambda words, index, value, order: None
+        slab = self.cache._opened().pool.slab
+        write = slab.write
+        slab.signal = lambda words, index, value, order: None  # type: ignore[method-assign]
+        slab.write = (  # type: ignore[method-assign]
+            lambda offset_bytes, parts, order, word=None: write(offset_bytes, parts, order)
         )
         return ("late",)
 

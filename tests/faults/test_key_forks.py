@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+import torch
 
 import featcache
 from api.slabs import Slab, slab_params
@@ -118,11 +119,11 @@ async def test_a_fork_gives_no_claim_back(start: Start, log: Log, slab: Slab, le
         leash.pids.append(answers[1][1])
         calls = []
 
-        def make() -> featcache.FeatureCache | object:
+        def make() -> torch.Tensor:
             calls.append(1)
             return feature(2, SIZE)
 
-        task = asyncio.create_task(cache.get_or_put("k", make))  # type: ignore[arg-type]
+        task = asyncio.create_task(cache.get_or_put("k", make))
         await until(lambda: seekers(cache) == 1)
         with pytest.raises(featcache.KeyTimeout):
             await cache.get("k", timeout=0.1)

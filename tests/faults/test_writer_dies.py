@@ -258,9 +258,6 @@ async def test_killed_at_the_head_of_the_queue(start: Start, log: Log, slab: Sla
         await works(cache, slab)
 
 
-@pytest.mark.xfail(
-    reason="whoever leaves the queue only has it served, nothing evicted for the next"
-)
 @host_only
 @pytest.mark.parametrize("how", ["killed", "timed out"])
 async def test_who_stands_behind_the_head_of_the_queue_gets_what_can_be_evicted(
@@ -312,7 +309,6 @@ async def test_killed_as_it_is_given_room(start: Start, log: Log, slab: Slab) ->
         await works(cache, slab)
 
 
-@pytest.mark.xfail(reason="a dead session's puts leave the queue only after room was looked for")
 @host_only
 async def test_nothing_is_evicted_for_the_dead(start: Start, log: Log, slab: Slab) -> None:
     """Its pins kept a put of its own from getting room; the features are others' when it is dead."""
@@ -334,7 +330,6 @@ async def test_nothing_is_evicted_for_the_dead(start: Start, log: Log, slab: Sla
         await works(cache, slab)
 
 
-@pytest.mark.xfail(reason="a dead session's puts leave the queue only after room was looked for")
 @host_only
 async def test_only_what_the_living_need_is_evicted(start: Start, log: Log, slab: Slab) -> None:
     """The same with another put behind it, which needs one feature's room."""

@@ -22,6 +22,7 @@ from featcache.control.messages import (
     Goodbye,
     Hello,
     Note,
+    OfKey,
     ProtocolError,
     Publish,
     Refused,
@@ -32,6 +33,7 @@ from featcache.control.messages import (
     Retired,
     Segments,
     Welcome,
+    Writable,
     decode_from_owner,
     encode,
 )
@@ -124,6 +126,8 @@ class Link:
         """
         if self.lost is not None:
             raise OwnerLost(self.lost)
+        if self._channel.closed:
+            raise CacheClosed("the session was closed")
         if len(self._requests) + len(self._orphans) >= _MAX_REQUESTS:
             raise FeatcacheError(f"{_MAX_REQUESTS} requests are unanswered already")
         number = request.request
@@ -170,6 +174,11 @@ class Link:
         """As `discard`, for who does not want to know."""
         if self.lost is None and not self._channel.closed:
             self._channel.send(encode(Discard(self.number(), slot, generation)))
+
+    def unpin_soon(self, key: bytes) -> None:
+        """Take a pin back, for who does not want to know."""
+        if self.lost is None and not self._channel.closed:
+            self._channel.send(encode(OfKey(self.number(), key, "unpin")))
 
     def tell(self, note: Note) -> None:
         """Send what is not answered. An owner that is gone needs no telling."""
@@ -262,6 +271,9 @@ class Link:
             raise ProtocolError(f"more than {_MAX_UNTAKEN} changes of the slab at once")
 
     def _answer(self, reply: Answer, fds: list[int]) -> None:
+        if fds and not isinstance(reply, Writable):
+            close_all(fds)
+            raise ProtocolError("descriptors came with an answer that has none")
         request, future = self._requests.pop(reply.request, (None, None))
         failed = isinstance(reply, Reply) and reply.error is not None
         if future is None or future.done():

@@ -11,12 +11,14 @@ from typing import Any, Final, Protocol
 from featcache.control.messages import (
     Answer,
     Cancel,
+    HostPool,
     Note,
     ProtocolError,
     Relay,
     Reply,
     Request,
     Unclaim,
+    Upload,
     Withdraw,
     Writable,
     encode,
@@ -30,6 +32,7 @@ __all__ = ["Desk", "Requests"]
 _MOST_RELAYS: Final = 64
 """Relays that one session may have under way."""
 
+_Copies = Relay | Upload | HostPool
 Wait = Coroutine[Any, Any, Answer]
 
 
@@ -69,12 +72,15 @@ class Requests:
             self._answer(session, message)
 
     def _answer(self, session: Session, ask: Request) -> None:
-        if isinstance(ask, Relay) and len(session.relays) >= _MOST_RELAYS:
+        if isinstance(ask, _Copies) and len(session.relays) >= _MOST_RELAYS:
             raise ProtocolError(f"more than {_MOST_RELAYS} relays at once")
         try:
             answer = self._desk.answer(session.number, ask)
         except FeatcacheError as error:
             answer = _refusal(ask.request, error)
+        except Exception as error:  # noqa: BLE001 - a fault of ours must not leave the asker waiting
+            self._loop.call_exception_handler({"message": f"{ask!r} failed", "exception": error})
+            answer = _fault(ask.request)
         if isinstance(answer, Coroutine):
             self._wait(session, ask, answer)
         else:
@@ -85,7 +91,7 @@ class Requests:
         if request in session.tasks:
             wait.close()
             raise ProtocolError(f"request {request} is under way already")
-        if isinstance(ask, Relay):
+        if isinstance(ask, _Copies):
             session.relays.add(request)
         task = session.tasks[request] = self._loop.create_task(wait)
         # Not in the task itself: one that is cancelled before its first step never runs.
@@ -105,6 +111,7 @@ class Requests:
         elif isinstance(error, FeatcacheError):
             self._send(session, _refusal(request, error))
         else:
+            self._send(session, _fault(request))
             raise error  # a fault of ours: to the loop's handler of such
 
     def _send(self, session: Session, answer: Answer) -> None:
@@ -118,6 +125,10 @@ class Requests:
             why = "the ref is too long for a message: raise Settings.message_bytes"
             payload = encode(Reply(answer.request, SettingsError.__name__, why))
         channel.send(payload, self._desk.writable() if isinstance(answer, Writable) else ())
+
+
+def _fault(request: int) -> Reply:
+    return Reply(request, FeatcacheError.__name__, "the owner failed: its log says why")
 
 
 def _refusal(request: int, error: FeatcacheError) -> Reply:

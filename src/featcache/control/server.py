@@ -247,6 +247,7 @@ class Server:
                 return
             session.state = SessionState.QUARANTINED
             session.cancel_tasks()
+            self._host.quarantine(session)
             # A process that is killed loses its sockets a moment before its pidfd fires: only what
             # lasts is worth a warning.
             session.deadline = self._loop.call_later(

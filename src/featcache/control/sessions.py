@@ -77,5 +77,8 @@ class Host(Protocol):
     def segments(self) -> Sequence[Segment]:
         """Return what a session maps beyond the welcome, in order."""
 
+    def quarantine(self, session: Session) -> None:
+        """Take back what a session without its socket can't use: what it was to make."""
+
     def dismiss(self, session: Session, *, died: bool) -> int:
         """Fold what the session paid; if it died, pay for it. Return the reads paid for it."""

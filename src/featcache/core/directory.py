@@ -133,17 +133,17 @@ class Directory:
 
     def coldest_few(self, count: int, held: Callable[[Slot], bool]) -> list[Slot]:
         """Return up to so many of those that could be evicted, the longest unused first."""
-        heap, taken, found = self._coldest, list[tuple[int, Slot]](), list[Slot]()
+        heap, taken, found = self._coldest, list[tuple[int, Slot]](), dict[Slot, None]()
         while heap and len(found) < count:
             entry = heappop(heap)
             tick, slot = entry
             if slot.idle and slot.tick == tick:
                 taken.append(entry)
-                if not held(slot) and slot not in found:
-                    found.append(slot)
+                if slot not in found and not held(slot):
+                    found[slot] = None
         for entry in taken:
             heappush(heap, entry)
-        return found
+        return list(found)
 
     # --- pins -------------------------------------------------------------------------------------
 

@@ -156,8 +156,8 @@ class KeyedStore(Store):
     def evict_for(self, request: Request, held: Held, now_s: float) -> list[Effect]:
         """Evict the longest unused of what makes room for a request, if it may be had so, else nothing.
 
-        Extents are free once the caller has recycled them. By `Limits.evict_first`, a slab that can
-        still grow evicts nothing.
+        Extents are free once the caller has recycled them. A slab that can still grow
+        evicts nothing, unless by `Limits.evict_first`.
         """
         if self.wanted_bytes + request.nbytes > self.limits.capacity_bytes:
             return []  # not even if everything went
@@ -240,6 +240,8 @@ class KeyedStore(Store):
         """Take back a session's pins, its places and its claims; others get what it was to make."""
         self.directory.unpin_all(session)
         effects: list[Effect] = []
+        for waiter in self.queue.of(session):
+            self.queue.drop(waiter)
         for seeker in self.seekers.of(session):
             effects += self.unseek(seeker, now_s)
         for key, claim in self.seekers.claims_of(session):

@@ -121,6 +121,10 @@ class Seekers:
                 return seeker
         return None
 
+    def has(self, key: bytes, claim: int, session: int) -> bool:
+        """Whether this is the claim that is out, and a session has it."""
+        return self._claims.get(key) == (claim, session)
+
     def claims_of(self, session: int) -> list[tuple[bytes, int]]:
         """Return the claims that a session has."""
         return [(key, claim) for key, (claim, whose) in self._claims.items() if whose == session]

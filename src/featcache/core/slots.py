@@ -10,7 +10,8 @@ __all__ = ["Slot", "SlotState", "SlotTable"]
 class SlotState(enum.IntEnum):
     """A slot's life: FREE → RESERVED → PUBLISHED → RETIRING → FREE.
 
-    RESERVED goes straight back to FREE when a writer gives up: nobody can have read it.
+    RESERVED goes back to FREE when a writer gives up, for nobody can have read it: at once, or by way of
+    RETIRING where its bytes may still be on their way.
     """
 
     FREE = 0

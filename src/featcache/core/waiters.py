@@ -23,6 +23,8 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     """How many reads are owed (0 only with a key), or by whom."""
     ttl_s: float | None
     key: bytes | None = None
+    session: int = 0
+    """Whose it is; the owner's own is 0."""
 
 
 class WaiterState(enum.Enum):
@@ -68,6 +70,10 @@ class WaitQueue:
     def head(self) -> Waiter | None:
         """The waiter that is served next."""
         return next(iter(self._queue.values())) if self.count else None
+
+    def of(self, session: int) -> list[Waiter]:
+        """Return the waiters of a session. For its end, not for hot paths."""
+        return [waiter for waiter in self._queue.values() if waiter.request.session == session]
 
     def join(self, request: Request, now_s: float, tag: object) -> Waiter:
         """Stand at the end."""

@@ -9,6 +9,7 @@ F_SEAL_FUTURE_WRITE, forbids punching holes as well.
 import contextlib
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import warnings
@@ -187,7 +188,11 @@ class HostMapping:
             return
         if len(fds) != 1 or os.fstat(fds[0]).st_size != self.end_bytes:
             raise AttachRefused("a host slab is written by one descriptor, of the slab's size")
-        self._target = _Target.over(mmap.mmap(fds[0], self.end_bytes, flags=mmap.MAP_SHARED))
+        try:
+            mapping = mmap.mmap(fds[0], self.end_bytes, flags=mmap.MAP_SHARED)
+        except OSError as error:
+            raise AttachRefused(f"the slab can't be mapped for writing: {error}") from error
+        self._target = _Target.over(mapping)
 
     def stage(self, parts: Parts) -> tuple[Parts, Streams]:
         """Return the parts and the caller's streams of those that are on GPUs."""
@@ -276,6 +281,9 @@ class HostSlab(HostMapping):
     def __init__(self, capacity_bytes: int, *, huge_pages: bool = True) -> None:
         self.capacity_bytes = capacity_bytes
         self._fd = memfd("slab", capacity_bytes)
+        # A writer has this descriptor too: it must not be able to cut the owner's memory short.
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, seals)
         try:
             self._reader_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:

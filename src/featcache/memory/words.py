@@ -80,17 +80,14 @@ class Header:
 _TSO: Final = platform.machine() in {"x86_64", "AMD64"}
 _barrier_lock = threading.Lock()
 _SYS_MEMBARRIER: Final = 283  # the generic syscall table (arm64, riscv64); x86-64 needs none here
-_MEMBARRIER_PRIVATE_EXPEDITED: Final = 1 << 3
-_MEMBARRIER_REGISTER_PRIVATE_EXPEDITED: Final = 1 << 4
+_MEMBARRIER_GLOBAL_EXPEDITED: Final = 1 << 1
+"""Not the private form, which leaves the barrier out where the process has but one thread."""
 
 
 def _membarrier() -> None:
-    """Run the kernel's full barrier on every thread of this process, the caller's included."""
-    syscall = _libc().syscall
-    if syscall(_SYS_MEMBARRIER, _MEMBARRIER_PRIVATE_EXPEDITED, 0, 0) != 0:
-        syscall(_SYS_MEMBARRIER, _MEMBARRIER_REGISTER_PRIVATE_EXPEDITED, 0, 0)
-        if syscall(_SYS_MEMBARRIER, _MEMBARRIER_PRIVATE_EXPEDITED, 0, 0) != 0:
-            raise BackendUnavailable("this processor needs membarrier(2) and the kernel has none")
+    """Run the kernel's full barrier in the caller's thread."""
+    if _libc().syscall(_SYS_MEMBARRIER, _MEMBARRIER_GLOBAL_EXPEDITED, 0, 0) != 0:
+        raise BackendUnavailable("this processor needs membarrier(2) and the kernel has none")
 
 
 def _libc() -> ctypes.CDLL:
