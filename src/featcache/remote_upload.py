@@ -8,7 +8,7 @@ import msgspec
 from featcache.control import messages
 from featcache.control.messages import ProtocolError
 from featcache.core.waiters import Request
-from featcache.errors import PutTimeout
+from featcache.errors import PoolFull, PutTimeout
 from featcache.handle import Handle
 from featcache.ref import FeatureRef
 from featcache.remote_writer import RemoteWriter
@@ -35,17 +35,24 @@ class Uploader:
         """Copy a feature in and return its ref, as `RemoteWriter.put`."""
         request = staged.request
         there = Request(request.nbytes, 1, self._settings.relay_ttl)
+        at_once = wait and timeout_s == 0  # as in `RemoteWriter.put`
         try:
-            with anyio.fail_after(timeout_s):
+            with anyio.fail_after(None if at_once else timeout_s):
                 ref = await self.beside.put(
-                    msgspec.structs.replace(staged, request=there), None, wait=True
+                    msgspec.structs.replace(staged, request=there),
+                    timeout_s if at_once else None,
+                    wait=True,
                 )
                 try:
-                    return await self._upload(ref, request, wait=wait)
+                    return await self._upload(ref, request, wait=wait and not at_once)
                 except BaseException:
                     # Held by the owner's copy as long as that goes on.
                     self.beside.handle.link.discard_soon(ref.slot, ref.generation)
                     raise
+        except PoolFull as full:
+            if not at_once:
+                raise
+            raise PutTimeout(f"{full}, within {timeout_s} s") from None
         except TimeoutError:
             raise PutTimeout(f"no room for {request.nbytes} bytes within {timeout_s} s") from None
 

@@ -11,7 +11,7 @@ import torch
 from structlog.testing import capture_logs
 
 import featcache
-from api.hosted import all_spent, serving, spilling
+from api.hosted import all_spent, relayed, serving, spilling
 from api.keyed import (
     CAPACITY,
     ONE,
@@ -323,6 +323,18 @@ async def test_full() -> None:
         await owner.release(first)
         assert same(await client.get(await waiting), filled(CAPACITY, 2))
         await spent(owner)
+
+
+async def test_a_timeout_of_nothing_takes_the_room_that_there_is() -> None:
+    """From a client that writes to the slab and from one that goes through the host."""
+    for made in (pair(**ONE), relayed(**ONE)):
+        async with made as (owner, client):
+            for _ in range(2):
+                ref = await client.put(filled(CAPACITY, 3), timeout=0)
+                with pytest.raises(PutTimeout):
+                    await client.put(filled(1), timeout=0)
+                assert same(await owner.get(ref), filled(CAPACITY, 3))
+                await all_spent(owner)
 
 
 @pytest.mark.parametrize("reader", ["owner", "the writer", "another"])
