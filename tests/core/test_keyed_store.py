@@ -16,6 +16,7 @@ from featcache.core.effects import (
     Retired,
     Woken,
 )
+from featcache.core.eviction import FEW
 from featcache.core.keyed_store import KeyedStore, key_label
 from featcache.core.seekers import Seeker, SeekerState
 from featcache.core.slots import Slot, SlotState
@@ -734,26 +735,29 @@ def test_a_slab_that_can_grow_evicts_nothing() -> None:
 
 
 def test_what_stands_before_the_room_to_grow_is_found_among_many() -> None:
-    sizes = attrs.evolve(ELASTIC, capacity_bytes=64 * UNIT, segment_bytes=20 * UNIT)
-    store = store_of(attrs.evolve(sizes, initial_bytes=20 * UNIT, slots=64))
-    put_some(store, 20)
-    store.pin(b"18", 1)  # between the cold ones and the last, which stands before the room
-    assert store.growth_for(45 * UNIT, 0.0) == 0
-    told = [room_for(store, 45 * UNIT, float(now_s)) for now_s in range(3)]
+    few = FEW + 8
+    sizes = attrs.evolve(ELASTIC, capacity_bytes=4 * few * UNIT, segment_bytes=few * UNIT)
+    store = store_of(attrs.evolve(sizes, initial_bytes=few * UNIT, slots=2 * few))
+    put_some(store, few)
+    store.pin(b"%d" % (few - 2), 1)  # between the cold ones and the last, before the room
+    wanted = (3 * few + 1) * UNIT
+    assert store.growth_for(wanted, 0.0) == 0
+    told = [room_for(store, wanted, float(now_s)) for now_s in range(3)]
     assert any(told), "a put waits for ever beside what could be evicted"
 
 
 def test_neighbours_that_make_room_are_found_among_many() -> None:
     """Those around the few coldest are looked at first, and make none here."""
-    store = store_of(attrs.evolve(FIXED, slots=64, capacity_bytes=64 * UNIT))
-    store.allocator.grow(64 * UNIT)
-    put_some(store, 40)
-    put(store, None, nbytes=24 * UNIT, readers=1)
-    for n in range(1, 36, 2):
+    pairs = FEW + 4
+    units = 2 * pairs + 2
+    store = store_of(attrs.evolve(FIXED, slots=2 * units, capacity_bytes=units * UNIT))
+    store.allocator.grow(units * UNIT)
+    put_some(store, units)
+    for n in range(1, 2 * pairs, 2):
         store.pin(b"%d" % n, 1)
     effects = room_for(store, 2 * UNIT)
     keys = {effect.key for effect in effects if isinstance(effect, Evicted)}
-    assert keys == {b"36", b"37"}
+    assert keys == {b"%d" % (units - 2), b"%d" % (units - 1)}
 
 
 def test_a_slab_whose_growth_failed_evicts_until_it_may_be_tried_again() -> None:

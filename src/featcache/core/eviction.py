@@ -21,7 +21,7 @@ __all__ = ["FEW", "Held", "victims"]
 Held = Callable[[Slot], bool]
 """Whether a session reads a slot's bytes by a ref now."""
 
-FEW: Final = 16
+FEW: Final = 32
 """Coldest features around which a window is tried at first."""
 
 
