@@ -164,7 +164,9 @@ class Handle:
     async def _settle(self) -> None:
         """Wait for what this session has on its streams: the owner counts what it can see."""
         if not await self.attachment.settle(_SETTLE_S):
-            with contextlib.suppress(BackendUnavailable):  # a broken context: nothing comes any more
+            with contextlib.suppress(
+                BackendUnavailable
+            ):  # a broken context: nothing comes any more
                 await self._in_thread(self._mapping.finish)
 
     async def _leave(self) -> None:
