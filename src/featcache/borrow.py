@@ -6,11 +6,12 @@ from types import TracebackType
 
 import torch
 
+from featcache.copying import Held
 from featcache.errors import GetTimeout, StaleRef
 from featcache.granted import GrantedRead
 from featcache.memory.blank import empty_out
 from featcache.memory.pack import Feature, unpack
-from featcache.reader import Held, Reader
+from featcache.reader import Reader
 from featcache.ref import FeatureRef
 
 __all__ = ["Borrow"]

@@ -7,7 +7,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from featcache._offload import Offload
-from featcache.attachment import Attachment, Bell
+from featcache.attachment import Attachment
+from featcache.bell import Bell
 from featcache.control.channel import close_all
 from featcache.control.client import Link, SlabChange
 from featcache.control.messages import Retire

@@ -11,7 +11,8 @@ import torch
 
 from featcache import events
 from featcache._offload import Offload
-from featcache.attachment import Attachment, Bell, PageWords
+from featcache.attachment import Attachment
+from featcache.bell import Bell
 from featcache.control import messages
 from featcache.control.channel import close_all
 from featcache.control.client import Link, dial
@@ -25,6 +26,7 @@ from featcache.errors import (
     UnknownPool,
 )
 from featcache.handle import Handle
+from featcache.holds import PageWords
 from featcache.memory.attach import default_device, map_slab
 from featcache.memory.backing import Unreachable
 from featcache.memory.slab import Mapping

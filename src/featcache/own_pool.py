@@ -6,8 +6,10 @@ from collections.abc import Awaitable, Callable
 import torch
 
 from featcache._offload import Offload
-from featcache.attachment import Attachment, Bell, PageWords
+from featcache.attachment import Attachment
+from featcache.bell import Bell
 from featcache.errors import CacheClosed, UnknownPool
+from featcache.holds import PageWords
 from featcache.memory.backing import Unreachable
 from featcache.page import Page
 from featcache.pool import Pool

@@ -9,17 +9,14 @@ import torch
 
 from featcache._offload import Offload
 from featcache.attachment import Attachment
-from featcache.errors import GetTimeout, SettingsError, UnknownPool
+from featcache.copying import Copier, Device, Held, copy, targets_of
+from featcache.errors import GetTimeout, UnknownPool
 from featcache.granted import GrantedRead
-from featcache.memory.pack import DTYPES, Feature, same_layout, unpack
-from featcache.memory.slab import Order
+from featcache.memory.pack import DTYPES, Feature, unpack
 from featcache.ref import FeatureRef
 
-__all__ = ["Held", "Pools", "Reader"]
+__all__ = ["Pools", "Reader"]
 
-Device = torch.device | None
-Held = Attachment | GrantedRead
-"""What the bytes are read by, and told when a use of them ends."""
 _NO_COPY = "no copy came through host memory in time; the read is still owed"
 
 
@@ -47,8 +44,7 @@ class Reader:
 
     def __init__(self, pools: Pools, offload: Offload, inline_bytes: int) -> None:
         self.pools = pools
-        self._offload = offload
-        self._inline_bytes = inline_bytes
+        self._copier = Copier(offload, inline_bytes)
         self.gets = 0
 
     # --- get --------------------------------------------------------------------------------------
@@ -59,10 +55,7 @@ class Reader:
         """Copy what is there now."""
         attachment = self.pools.peek(ref) or self._attached(ref)
         mapping = attachment.mapping
-        targets = None
-        if out is not None:
-            targets = same_layout(ref.specs, out)
-            device = _place(targets)
+        targets, device = (None, device) if out is None else targets_of(ref, device, out)
         if not mapping.reaches(device):
             raise GetTimeout("the bytes must come another way: await get instead")
         ready = attachment.begin(ref)
@@ -72,10 +65,10 @@ class Reader:
                 raise GetTimeout("the bytes are still on their way: await get instead")
             order = mapping.order(device)
             specs = ref.specs
-            if targets is None and specs[0].name is None:  # as `_copy`, inline
+            if targets is None and specs[0].name is None:  # as `copy`, inline
                 feature: Feature = mapping.fetch(ref.offset_bytes, specs[0], device, order)
             else:
-                feature = _copy(attachment, ref, device, targets, order)
+                feature = copy(attachment, ref, device, targets, order)
             pays = True
         finally:
             attachment.end(ref, pays=pays, order=order)
@@ -86,10 +79,7 @@ class Reader:
         self, ref: FeatureRef, device: Device, out: Feature | None, timeout_s: float | None
     ) -> Feature:
         """Copy; what would hold up the loop is copied in a thread. If cancelled, the read is still owed."""
-        targets = None
-        if out is not None:
-            targets = same_layout(ref.specs, out)
-            device = _place(targets)
+        targets, device = (None, device) if out is None else targets_of(ref, device, out)
         attachment = self.pools.peek(ref)
         reached = attachment is not None and attachment.mapping.reaches(device)
         if attachment is None or not reached or not attachment.begin(ref):
@@ -97,7 +87,7 @@ class Reader:
             attachment, reached = await self._await_begin(begun, ref, device, timeout_s)
             timeout_s = _left(timeout_s, since_s)
         if reached:
-            feature = await self._copy_held(attachment, ref, device, targets)
+            feature = await self._copier.copy(attachment, ref, device, targets)
         else:
             feature = await self._copy_relayed(attachment, ref, device, out, timeout_s)
         self.gets += 1
@@ -108,13 +98,12 @@ class Reader:
     ) -> Feature:
         """Copy what was granted, and pay it, whatever comes of this."""
         try:
-            targets = None if out is None else same_layout(read.ref.specs, out)
-            device = device if targets is None else _place(targets)
+            targets, device = targets_of(read.ref, device, out)
         except BaseException:
             read.end(read.ref, pays=False)
             raise
         if await self._await_granted(read, device, timeout_s):
-            feature = await self._copy_held(read, read.ref, device, targets)
+            feature = await self._copier.copy(read, read.ref, device, targets)
         else:
             feature = await self._copy_relayed(read, read.ref, device, out, timeout_s)
         self.gets += 1
@@ -126,14 +115,13 @@ class Reader:
         """As `get_granted`, in a thread that may block; None, with nothing done, if out of reach."""
         pays, order, ref, reached = False, None, read.ref, True
         try:
-            targets = None if out is None else same_layout(ref.specs, out)
-            device = device if targets is None else _place(targets)
+            targets, device = targets_of(ref, device, out)
             reached = read.mapping.reaches(device)
             if not reached:
                 return None
             read.arrival_here(float("inf"))
             order = read.mapping.order(device)
-            feature = _copy(read, ref, device, targets, order)
+            feature = copy(read, ref, device, targets, order)
             pays = True
         finally:
             if reached:
@@ -158,40 +146,6 @@ class Reader:
                 raise GetTimeout(f"the bytes did not come within {timeout_s} s") from None
             raise
         return reached
-
-    async def _copy_held(
-        self,
-        attachment: Held,
-        ref: FeatureRef,
-        device: Device,
-        targets: list[torch.Tensor] | None,
-        *,
-        pays: bool = True,
-    ) -> Feature:
-        """Copy a held ref's bytes, here or in a thread, and end the use, which then `pays`."""
-        mapping = attachment.mapping
-        copied, order, handed_over = False, None, False
-        try:
-            order = mapping.order(device)
-            if mapping.held_bytes(ref.nbytes, device) <= self._inline_bytes:
-                feature = _copy(attachment, ref, device, targets, order)
-            else:
-                into = targets or [mapping.empty(spec, device) for spec in ref.specs]
-                handed_over = True
-                await self._offload.run(
-                    lambda: _fill(attachment, ref, into, order),
-                    lambda: attachment.end(ref, pays=False),
-                )
-                handed_over = False
-                feature = unpack(ref.specs, into)
-            copied = True
-        except Exception:
-            handed_over = False  # the copy itself failed: nobody else ends this use
-            raise
-        finally:
-            if not handed_over:
-                attachment.end(ref, pays=copied and pays, order=order)
-        return feature
 
     async def _copy_relayed(
         self,
@@ -326,7 +280,7 @@ class Reader:
                 held.use()
             else:
                 held.begin(ref)
-            return await self._copy_held(held, ref, None, None, pays=False)
+            return await self._copier.copy(held, ref, None, None, pays=False)
         there = await self.pools.relay(ref)
         copied = await self.get(there, mapping.device, None, None)
         self.gets -= 1  # the copy's get is part of the borrow
@@ -376,34 +330,3 @@ class Reader:
 def _left(timeout_s: float | None, since_s: float) -> float | None:
     """Return what is left of a time limit."""
     return None if timeout_s is None else max(0.0, timeout_s - (time.monotonic() - since_s))
-
-
-def _place(targets: list[torch.Tensor]) -> torch.device:
-    """Return where they all are: a read is paid in the order of one device."""
-    device = targets[0].device
-    if any(target.device != device for target in targets):
-        raise SettingsError("the tensors of one get's out are all on one device")
-    return device
-
-
-def _fill(attachment: Held, ref: FeatureRef, targets: list[torch.Tensor], order: Order) -> None:
-    read, offset_bytes = attachment.mapping.read, ref.offset_bytes
-    for spec, target in zip(ref.specs, targets, strict=True):
-        read(offset_bytes, spec, target, order)
-
-
-def _copy(
-    attachment: Held,
-    ref: FeatureRef,
-    device: Device,
-    targets: list[torch.Tensor] | None,
-    order: Order,
-) -> Feature:
-    """Copy here and now."""
-    specs, mapping = ref.specs, attachment.mapping
-    if targets is None and specs[0].name is None:  # one bare tensor, as most features are
-        return mapping.fetch(ref.offset_bytes, specs[0], device, order)
-    if targets is None:
-        targets = [mapping.empty(spec, device) for spec in specs]
-    _fill(attachment, ref, targets, order)
-    return unpack(specs, targets)

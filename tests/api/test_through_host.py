@@ -21,8 +21,8 @@ from featcache import (
     StaleRef,
     UnknownPool,
 )
+from featcache.copying import place
 from featcache.memory.unmapped import Unmapped
-from featcache.reader import _place
 
 BASE = torch.arange(720, dtype=torch.float32)
 FEATURES: dict[str, torch.Tensor] = {
@@ -303,6 +303,6 @@ def test_the_tensors_of_one_out_are_on_one_device() -> None:
         cast("torch.Tensor", SimpleNamespace(device=torch.device(name)))
         for name in ("cpu", "cuda:1")
     )
-    assert _place([there, there]) == torch.device("cuda:1")
+    assert place([there, there]) == torch.device("cuda:1")
     with pytest.raises(SettingsError, match="one device"):
-        _place([here, there])
+        place([here, there])

@@ -20,7 +20,7 @@ import torch
 
 import featcache
 from featcache import FeatureRef
-from featcache import attachment as attachment_module
+from featcache import holds as holds_module
 from featcache.attachment import Attachment
 from featcache.control.channel import Channel
 from featcache.control.client import Link
@@ -45,7 +45,7 @@ READER_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
     "hello": (Channel, "send", AFTER),  # hello is said, no answer was read
     "welcomed": (HostMapping, "attach", BEFORE),  # admitted, nothing mapped (runs in a thread)
     "holding": (
-        attachment_module,
+        holds_module,
         "fence_after_lock",
         BEFORE,
     ),  # `held` is written, `live` not looked at
