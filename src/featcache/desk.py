@@ -60,13 +60,13 @@ class Desk:
         return messages.Reply(ask.request)
 
     async def _relay(self, ask: messages.Relay) -> Answer:
-        return messages.Reply(ask.request, ref=await self._reaper.relay(ask.ref))
+        return messages.Reply(ask.request, ref=await self._reaper.relays.encoded(ask.ref))
 
     async def _host_pool(self, ask: messages.HostPool) -> Answer:
-        return messages.Reply(ask.request, text=await self._reaper.host_pool())
+        return messages.Reply(ask.request, text=await self._reaper.relays.endpoint())
 
     async def _upload(self, ask: messages.Upload, request: Request) -> Answer:
-        ref = await self._reaper.upload(ask.ref, request, wait=ask.waits)
+        ref = await self._reaper.relays.upload(ask.ref, request, wait=ask.waits)
         return messages.Reply(ask.request, ref=ref)
 
     # --- keys -------------------------------------------------------------------------------------
@@ -109,21 +109,14 @@ class Desk:
         slot = self._writer.reserve(request)
         if slot is not None:
             return self._reserved(session, ask.request, slot)
-        if not ask.waits:
-            return self._take_room(session, ask.request, request)
-        return self._await_room(session, ask.request, request)
+        return self._room(session, ask, request)
 
-    async def _take_room(self, session: int, number: int, request: Request) -> Answer:
-        slot = await self._writer.take_room(request)
-        if slot is None:
-            raise self._writer.full(request)
-        return self._reserved(session, number, slot)
+    async def _room(self, session: int, ask: messages.Reserve, request: Request) -> Answer:
+        """Have the room that is not there yet; owner and sessions are served as they came."""
+        slot = await self._writer.room(request, None, wait=ask.waits)
+        return self._reserved(session, ask.request, slot)
 
-    async def _await_room(self, session: int, number: int, request: Request) -> Answer:
-        """Stand in the queue, in which owner and sessions are served as they came."""
-        return self._reserved(session, number, await self._writer.await_room(request, None))
-
-    def _request(self, session: int, ask: messages.Reserve | messages.Upload) -> Request:
+    def _request(self, session: int, ask: messages.Room) -> Request:
         settings = self._pool.settings
         least = 1 if ask.key is None else 0
         self._pool.store.check_size(ask.nbytes)

@@ -75,12 +75,10 @@ class Lookups:
         if seeker.claim:  # chosen at once
             pool.store.take(seeker)
             return Claim(key, seeker.claim)
-        pool.seekers[future] = seeker
         try:
             await future
             return self._taken(seeker, page)
         finally:
-            pool.seekers.pop(future, None)
             if not pool.closed:
                 pool.apply(pool.store.unseek(seeker, now()))
 

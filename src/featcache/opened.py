@@ -52,9 +52,7 @@ class Opened:
         self._pools.add(main.pool.pool_id, main.own)
         self.keys = OwnKeys(main.lookups, main.own)
         self.reader = Reader(self._pools, self.offload, settings.inline_bytes)
-        main.reaper.relay_ref = self.relay.encoded
-        main.reaper.upload_ref = self.relay.upload
-        main.reaper.host_endpoint = self.relay.endpoint
+        main.reaper.through_host = self.relay
         main.reaper.spills = spill_bytes is not None
 
     @classmethod
@@ -205,9 +203,10 @@ class Opened:
             assert here is not None, "a put goes somewhere"
             return await self.main.writer.put(here, timeout_s, wait=wait)
         if here is not None:
-            slot = await self.main.writer.take_room(here.request)
+            writer = self.main.writer
+            slot = writer.reserve(here.request) or await writer.grow_for(here.request)
             if slot is not None:
-                return await self.main.writer.fill(slot, here)
+                return await writer.fill(slot, here)
         assert self.spill is not None, "staged for it"
         ref = await self.spill.writer.put(there, timeout_s, wait=True)
         self.spilled += 1

@@ -22,7 +22,6 @@ from featcache.core.effects import (
     Woken,
 )
 from featcache.core.keyed_store import KeyedStore, key_label
-from featcache.core.seekers import Seeker
 from featcache.core.slots import Slot, SlotState
 from featcache.core.waiters import Request
 from featcache.errors import BackendUnavailable, CacheClosed
@@ -71,8 +70,6 @@ class Pool:
         """What sessions say they hold, have released and have written, by session number."""
         self.kept: dict[int, FeatureRef] = {}
         """Refs of what is kept under keys, by slot; a slot's old one stays until it has a new one."""
-        self.seekers: dict[asyncio.Future[None], Seeker] = {}
-        """Who waits for a key, by the future that tells it."""
         self.landings = Landings(self.words.published, self._hurry)
         self.recycler = Recycler(
             self.collect, self._tick, settings.recycle_interval, deferred=slab.deferred
@@ -360,8 +357,8 @@ class Pool:
         while (waiter := self.store.queue.head) is not None:
             self.store.queue.drop(waiter)
             self._fail(waiter.tag, error)
-        for future in self.seekers:
-            self._fail(future, error)
+        for seeker in self.store.seekers.waiting():
+            self._fail(seeker.tag, error)
         self.gauge.close(error)
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """Sessions come and go: their pages, and who pays for the dead. The server's host."""
 
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
+from typing import Protocol
 
 from featcache.control.messages import VERSION, Welcome
 from featcache.control.peers import own_pidfd
@@ -22,6 +23,19 @@ RELAY_SESSION = -1
 """The number of what holds features while they are copied for others: the owner may have paid its own."""
 
 
+class Relays(Protocol):
+    """Copies between the slab and host memory. Refs are a peer's bytes, of which none is trusted."""
+
+    def encoded(self, data: bytes) -> Awaitable[bytes]:
+        """Copy a ref's bytes into host memory; return the copy's ref."""
+
+    def upload(self, data: bytes, request: Request, *, wait: bool) -> Awaitable[bytes]:
+        """Put what a ref of host memory has into the slab; return the new ref."""
+
+    def endpoint(self) -> Awaitable[str]:
+        """Return where the pool in host memory listens, which is opened for this if need be."""
+
+
 class Reaper:
     """Admits sessions to a pool, folds what they paid when they end, pays for those that died."""
 
@@ -29,12 +43,8 @@ class Reaper:
         self._pool = pool
         self._own_name = own_name
         self._pidfd = own_pidfd()
-        self.relay_ref: Callable[[bytes], Awaitable[bytes]] | None = None
-        """Copies a ref into host memory, for sessions that can't reach the slab."""
-        self.upload_ref: Callable[..., Awaitable[bytes]] | None = None
-        """Puts a ref of host memory into the slab, for the same sessions."""
-        self.host_endpoint: Callable[[], Awaitable[str]] | None = None
-        """Where the pool in host memory listens, which is opened for this if need be."""
+        self.through_host: Relays | None = None
+        """What copies for sessions that can't reach the slab; a pool that is on the host has none."""
         self.kin: list[Pool] = []
         """The owner's other pools: what a dead name owed there is paid as well."""
         self.spills = False
@@ -65,7 +75,7 @@ class Reaper:
             committed_bytes=pool.store.committed_bytes,
             layout=pool.layout,
             handle=pool.slab.handle,
-            relays=self.relay_ref is not None,
+            relays=self.through_host is not None,
             kin=self.kin[0].pool_id if self.kin else None,
             kin_endpoint=self.kin[0].endpoint if self.spills else "",
             endpoint=pool.endpoint,
@@ -78,23 +88,12 @@ class Reaper:
         """Return what of the slab is sent piece by piece."""
         return self._pool.slab.segments(0, self._pool.store.committed_bytes)
 
-    async def relay(self, ref: bytes) -> bytes:
-        """Copy a ref's bytes into host memory; return the copy's ref."""
-        if self.relay_ref is None:
-            raise BackendUnavailable("this pool is in host memory already: read it there")
-        return await self.relay_ref(ref)
-
-    async def upload(self, ref: bytes, request: Request, *, wait: bool) -> bytes:
-        """Put what a ref of host memory has into the slab; return the new ref."""
-        if self.upload_ref is None:
-            raise BackendUnavailable("this pool is in host memory already: put there")
-        return await self.upload_ref(ref, request, wait=wait)
-
-    async def host_pool(self) -> str:
-        """Return where the pool in host memory listens."""
-        if self.host_endpoint is None:
-            raise BackendUnavailable("this pool is in host memory already: put there")
-        return await self.host_endpoint()
+    @property
+    def relays(self) -> Relays:
+        """What copies for sessions that can't reach the slab, or raise BackendUnavailable."""
+        if self.through_host is None:
+            raise BackendUnavailable("this pool is in host memory already: read it, and put, there")
+        return self.through_host
 
     def open_page(self, number: int, name: str | None) -> Page:
         """Make the page of a session and begin to look at it."""

@@ -6,6 +6,7 @@ from featcache._offload import Offload
 from featcache.core.slots import Slot
 from featcache.core.waiters import Request
 from featcache.errors import CacheClosed, MalformedRef, UnknownPool
+from featcache.pool import Pool
 from featcache.ref import FeatureRef, TensorSpec
 from featcache.serving import Serving
 
@@ -50,9 +51,8 @@ class Relay:
             if not there:
                 await attachment.arrival(ref)
             request = Request(ref.nbytes, 1, source.settings.relay_ttl)
-            slot = target.writer.reserve(request)
-            if slot is None:
-                slot = await target.writer.await_room(request, None)
+            writer = target.writer
+            slot = writer.reserve(request) or await writer.room(request, None, wait=True)
             return await self._fill(target, slot, ref)
         finally:
             attachment.end(ref, pays=False)
@@ -84,11 +84,7 @@ class Relay:
         try:
             if not there:
                 await attachment.arrival(ref)
-            slot = writer.reserve(request) if wait else await writer.take_room(request)
-            if slot is None and not wait:
-                raise writer.full(request)
-            if slot is None:
-                slot = await writer.await_room(request, None)
+            slot = writer.reserve(request) or await writer.room(request, None, wait=wait)
             uploaded = await self._upload_into(slot, host, ref)
             done = True
         finally:
@@ -96,41 +92,36 @@ class Relay:
         return uploaded.to_bytes()
 
     async def _upload_into(self, slot: Slot, host: Serving, ref: FeatureRef) -> FeatureRef:
-        pool, slab = self._source.pool, self._source.pool.slab
-        whole = TensorSpec(None, "uint8", (ref.nbytes,), 0)
+        pool, whole = self._source.pool, TensorSpec(None, "uint8", (ref.nbytes,), 0)
         parts = [(whole, host.pool.slab.view(ref.offset_bytes, whole))]
-
-        def abandon() -> None:
-            if not pool.closed:
-                pool.withdraw(slot, None)
-
-        try:
-            await self._offload.run(lambda: slab.write(slot.offset_bytes, parts, None), abandon)
-        except Exception:
-            abandon()  # as in `_fill`
-            raise
-        if pool.closed:
-            raise CacheClosed("the cache was closed while a feature was copied")
-        return pool.publish(slot, ref.specs, None)
+        return await self._copied(
+            pool, slot, ref, lambda: pool.slab.write(slot.offset_bytes, parts, None)
+        )
 
     async def _fill(self, target: Serving, slot: Slot, ref: FeatureRef) -> FeatureRef:
-        pool, slab = target.pool, self._source.pool.slab
-        whole = TensorSpec(None, "uint8", (ref.nbytes,), 0)
-        into = pool.slab.view(slot.offset_bytes, whole)
+        slab, whole = self._source.pool.slab, TensorSpec(None, "uint8", (ref.nbytes,), 0)
+        into = target.pool.slab.view(slot.offset_bytes, whole)
         order = slab.order(into.device)
+        copied = await self._copied(
+            target.pool, slot, ref, lambda: slab.read(ref.offset_bytes, whole, into, order)
+        )
+        self.relayed += 1
+        return copied
+
+    async def _copied(
+        self, pool: Pool, slot: Slot, ref: FeatureRef, copy: Callable[[], object]
+    ) -> FeatureRef:
+        """Copy into a slot of a pool in a thread and publish it; its bytes are there by then."""
 
         def abandon() -> None:
             if not pool.closed:
                 pool.withdraw(slot, None)
 
         try:
-            await self._offload.run(
-                lambda: slab.read(ref.offset_bytes, whole, into, order), abandon
-            )
+            await self._offload.run(copy, abandon)
         except Exception:
             abandon()  # after a cancellation, which is none, the thread goes on and calls it at its end
             raise
         if pool.closed:
             raise CacheClosed("the cache was closed while a feature was copied")
-        self.relayed += 1
-        return pool.publish(slot, ref.specs, pool.slab.order())
+        return pool.publish(slot, ref.specs, None)

@@ -11,7 +11,7 @@ from featcache.core.waiters import Request
 from featcache.errors import PoolFull, PutTimeout
 from featcache.handle import Handle
 from featcache.ref import FeatureRef
-from featcache.remote_writer import RemoteWriter
+from featcache.remote_writer import RemoteWriter, wire_form
 from featcache.settings import Settings
 from featcache.writer import Staged
 
@@ -57,17 +57,9 @@ class Uploader:
             raise PutTimeout(f"no room for {request.nbytes} bytes within {timeout_s} s") from None
 
     async def _upload(self, ref: FeatureRef, request: Request, *, wait: bool) -> FeatureRef:
-        link, readers = self.handle.link, request.readers
+        link = self.handle.link
         answer, _ = await link.ask(
-            messages.Upload(
-                link.number(),
-                ref.to_bytes(),
-                request.nbytes,
-                readers if isinstance(readers, int) else sorted(readers),
-                request.ttl_s,
-                request.key,
-                wait,
-            )
+            messages.Upload(link.number(), *wire_form(request), wait, ref.to_bytes())
         )
         if not isinstance(answer, messages.Reply):
             raise ProtocolError(f"the owner answered a put with {type(answer).__name__}")

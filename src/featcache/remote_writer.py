@@ -22,7 +22,16 @@ from featcache.ref import FeatureRef
 from featcache.settings import Settings
 from featcache.writer import Staged
 
-__all__ = ["RemoteWriter"]
+__all__ = ["RemoteWriter", "wire_form"]
+
+
+def wire_form(
+    request: Request,
+) -> tuple[int, int | list[str], float | None, bytes | None]:
+    """Return what a put asks for as `messages.Room` says it, between its number and `waits`."""
+    readers = request.readers
+    owed = readers if isinstance(readers, int) else sorted(readers)
+    return request.nbytes, owed, request.ttl_s, request.key
 
 
 class RemoteWriter:
@@ -73,17 +82,8 @@ class RemoteWriter:
         return await self._fill(reserved, staged)
 
     async def _reserve(self, request: Request, *, wait: bool) -> Reserved:
-        link, readers = self.handle.link, request.readers
-        answer, _ = await link.ask(
-            messages.Reserve(
-                link.number(),
-                request.nbytes,
-                readers if isinstance(readers, int) else sorted(readers),
-                request.ttl_s,
-                request.key,
-                wait,
-            )
-        )
+        link = self.handle.link
+        answer, _ = await link.ask(messages.Reserve(link.number(), *wire_form(request), wait))
         if not isinstance(answer, Reserved):
             raise ProtocolError(f"the owner answered a put with {type(answer).__name__}")
         return answer

@@ -72,11 +72,7 @@ class Writer:
         self._puts += 1
         if self._puts % _YIELD_EVERY == 0:
             await asyncio.sleep(0)  # a loop of puts that never wait must not starve the sessions
-        slot = self.reserve(request) if wait else await self.take_room(request)
-        if slot is None and wait:
-            slot = await self.await_room(request, timeout_s)
-        if slot is None:
-            raise self.full(request)
+        slot = self.reserve(request) or await self.room(request, timeout_s, wait=wait)
         pool = self._pool
         if pool.slab.staged_bytes(staged.parts) <= pool.settings.inline_bytes:
             return self._fill_now(slot, staged)
@@ -120,12 +116,20 @@ class Writer:
             raise
         return pool.publish(slot, staged.specs, order)
 
-    async def take_room(self, request: Request) -> Slot | None:
-        """Reserve a slot without standing in the queue; the slab grows, in a thread, if need be."""
-        slot = self.reserve(request)
+    async def room(self, request: Request, timeout_s: float | None, *, wait: bool) -> Slot:
+        """Reserve what `reserve` had no room for: stand in the queue, or raise PoolFull."""
+        if wait:
+            return await self.await_room(request, timeout_s)
+        slot = await self.grow_for(request)
+        if slot is None:
+            raise self.full(request)
+        return slot
+
+    async def grow_for(self, request: Request) -> Slot | None:
+        """Reserve what `reserve` had no room for, if the slab can grow by it: it does so in a thread."""
         store, growth = self._pool.store, self._pool.growth
-        if slot is not None or store.queue or store.table.full:
-            return slot
+        if store.queue or store.table.full:
+            return None
         if growth.under_way is None:
             end_bytes = store.growth_for(request.nbytes, _now())
             if not end_bytes:

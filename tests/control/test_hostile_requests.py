@@ -122,7 +122,7 @@ TOO_EARLY: dict[str, Any] = {
     "unclaim": messages.Unclaim(b"a", 1),
     "cancel": messages.Cancel(1),
     "host pool": messages.HostPool(1),
-    "upload": messages.Upload(1, b"", 1, 1, None, None, waits=False),
+    "upload": messages.Upload(1, 1, 1, None, None, waits=False, ref=b""),
 }
 
 
@@ -496,7 +496,7 @@ async def test_uploads_that_are_forged(no_leaks: None) -> None:
             (ref.to_bytes(), 1 << 40, "FeatureTooLarge"),
         ]
         for data, nbytes, error in forged:
-            upload = messages.Upload(1, data, nbytes, 1, None, None, waits=False)
+            upload = messages.Upload(1, nbytes, 1, None, None, waits=False, ref=data)
             await refused(peer, upload, error)
         assert same(await client.get(ref), filled(KIB, 6))
         await spent(owner)

@@ -124,7 +124,7 @@ def assert_nothing_out(cache: FeatureCache) -> None:
     assert not store.owing
     assert not store._retiring
     pool = cache._opened().pool
-    assert not pool.seekers
+    assert not pool.store.seekers.waiting()
     assert not pool.landings
     assert sum(number > 0 for number in pool.pages) == cache.statistics().sessions
     directory = store.directory

@@ -246,12 +246,8 @@ async def test_killed_at_a_step_of_a_clients_read(
 # --- puts -----------------------------------------------------------------------------------------
 
 
-@host_only
-async def test_killed_while_a_thread_copies_into_its_slab(
-    start: Start, log: Log, slab: Slab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The mapping stays until the copy is done; then the put says that the owner is gone."""
-    child, endpoint = await owner(start, slab)
+def slow_writes(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Hold up what copies into a host slab; return what tells of it, and what lets it go on."""
     copying, go_on = threading.Event(), threading.Event()
     write = HostMapping.write
 
@@ -261,6 +257,16 @@ async def test_killed_while_a_thread_copies_into_its_slab(
         write(*arguments)
 
     monkeypatch.setattr(HostMapping, "write", slow)
+    return copying, go_on
+
+
+@host_only
+async def test_killed_while_a_thread_copies_into_its_slab(
+    start: Start, log: Log, slab: Slab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mapping stays until the copy is done; then the put says that the owner is gone."""
+    child, endpoint = await owner(start, slab)
+    copying, go_on = slow_writes(monkeypatch)
     settings = slab.settings(inline_bytes=0)
     async with featcache.connect(endpoint, settings=settings) as connection:
         task = asyncio.create_task(put(connection, slab, 1, key="k"))
@@ -281,15 +287,7 @@ async def test_killed_while_the_put_that_it_copies_is_cancelled(
 ) -> None:
     """Nobody awaits the thread any more: the mapping goes when it is done, all the same."""
     child, endpoint = await owner(start, slab)
-    copying, go_on = threading.Event(), threading.Event()
-    write = HostMapping.write
-
-    def slow(*arguments: Any) -> None:
-        copying.set()
-        assert go_on.wait(20.0)
-        write(*arguments)
-
-    monkeypatch.setattr(HostMapping, "write", slow)
+    copying, go_on = slow_writes(monkeypatch)
     settings = slab.settings(inline_bytes=0)
     async with featcache.connect(endpoint, settings=settings) as connection:
         task = asyncio.create_task(put(connection, slab, 1, key="k"))

@@ -309,18 +309,23 @@ async def test_killed_as_it_is_given_room(start: Start, log: Log, slab: Slab) ->
         await works(cache, slab)
 
 
+async def pinned_and_waiting(cache: FeatureCache, slab: Slab, child: Child) -> None:
+    """Fill the slab with four features, of which a child pins two, and have it wait for the room of three."""
+    for seed, key in enumerate("abcd"):
+        await put(cache, slab, seed, key=key)
+    for key in "ab":
+        assert await child.ask("pin", key) == ("pinned",)
+    await begin_put(child, "doomed", 9, CAPACITY - SIZE, "k")
+    await until(lambda: waiters(cache) == 1)
+
+
 @host_only
 async def test_nothing_is_evicted_for_the_dead(start: Start, log: Log, slab: Slab) -> None:
     """Its pins kept a put of its own from getting room; the features are others' when it is dead."""
     async with slab.create(recycle_interval=60.0) as cache:
         child, other = [await client(start, slab, cache.endpoint) for _ in range(2)]
         await primed(cache, other)
-        for seed, key in enumerate("abcd"):
-            await put(cache, slab, seed, key=key)
-        for key in "ab":
-            assert await child.ask("pin", key) == ("pinned",)
-        await begin_put(child, "doomed", 9, CAPACITY - SIZE, "k")
-        await until(lambda: waiters(cache) == 1)
+        await pinned_and_waiting(cache, slab, child)
         child.kill()
         await lost(log)
         await until(lambda: waiters(cache) == 0)
@@ -336,12 +341,7 @@ async def test_only_what_the_living_need_is_evicted(start: Start, log: Log, slab
     async with slab.create(recycle_interval=60.0) as cache:
         child, other = [await client(start, slab, cache.endpoint) for _ in range(2)]
         await primed(cache, other)
-        for seed, key in enumerate("abcd"):
-            await put(cache, slab, seed, key=key)
-        for key in "ab":
-            assert await child.ask("pin", key) == ("pinned",)
-        await begin_put(child, "doomed", 9, CAPACITY - SIZE, "k")
-        await until(lambda: waiters(cache) == 1)
+        await pinned_and_waiting(cache, slab, child)
         await begin_put(other, "theirs", 8, SIZE, "e")
         await until(lambda: waiters(cache) == 2)
         child.kill()

@@ -151,7 +151,8 @@ class Link:
         """See to an answer that nobody awaits any more: what it hands over is to be given back."""
         if answer.done() and not answer.cancelled():
             if answer.exception() is None:
-                self._take_orphan(request, *answer.result())
+                with contextlib.suppress(ProtocolError):  # it is cancelled, whatever the owner says
+                    self._take_orphan(request, *answer.result())
         elif request.request in self._requests and self.lost is None and not self._channel.closed:
             self._orphans[request.request] = request
             self.tell(Cancel(request.request))
@@ -168,7 +169,10 @@ class Link:
     def _take_orphan(self, request: Request, answer: Answer, fds: list[int]) -> None:
         close_all(fds)
         if self.on_orphan is not None:
-            self.on_orphan(request, answer)
+            try:
+                self.on_orphan(request, answer)
+            except FeatcacheError as error:
+                raise ProtocolError(f"an answer that can't be given back: {error}") from error
 
     def discard_soon(self, slot: int, generation: int) -> None:
         """As `discard`, for who does not want to know."""

@@ -36,6 +36,7 @@ __all__ = [
     "Reserved",
     "Retire",
     "Retired",
+    "Room",
     "Segments",
     "Unclaim",
     "Upload",
@@ -127,8 +128,8 @@ class OfKey(msgspec.Struct, tag="of_key", frozen=True):
     what: Literal["contains", "evict", "pin", "unpin"]
 
 
-class Reserve(msgspec.Struct, tag="reserve", frozen=True):
-    """Client: room for a feature that it writes itself. Answered by `Reserved` or `Reply`."""
+class Room(msgspec.Struct, frozen=True):
+    """What `Reserve` and `Upload` have in common: what a put asks for."""
 
     request: _Natural
     nbytes: _Natural
@@ -139,22 +140,20 @@ class Reserve(msgspec.Struct, tag="reserve", frozen=True):
     """Whether to stand in the queue for it."""
 
 
+class Reserve(Room, tag="reserve", frozen=True):
+    """Client: room for a feature that it writes itself. Answered by `Reserved` or `Reply`."""
+
+
 class HostPool(msgspec.Struct, tag="host_pool", frozen=True):
     """Client: where does the pool in host memory beside this one listen? `Reply.text` says it."""
 
     request: _Natural
 
 
-class Upload(msgspec.Struct, tag="upload", frozen=True):
+class Upload(Room, tag="upload", frozen=True):
     """Client: put what this ref of the host pool has into the slab. Answered by `Reply` with its ref."""
 
-    request: _Natural
     ref: _Ref
-    nbytes: _Natural
-    readers: _Natural | Annotated[list[_Name], msgspec.Meta(min_length=1)]
-    ttl_s: _Seconds | None
-    key: _Key | None
-    waits: bool
 
 
 class Publish(msgspec.Struct, tag="publish", frozen=True):

@@ -112,27 +112,14 @@ class Directory:
             heapify(self._coldest)
 
     def coldest(self, held: Callable[[Slot], bool]) -> Slot | None:
-        """Return the slot that was not used for the longest time, of those that could be evicted.
+        """Return the slot that was not used for the longest time, of those that could be evicted."""
+        return next(iter(self.coldest_few(1, held)), None)
+
+    def coldest_few(self, count: int, held: Callable[[Slot], bool]) -> list[Slot]:
+        """Return up to so many of those that could be evicted, the longest unused first.
 
         Those that are `held`, by somebody who reads a ref of them, are passed over.
         """
-        heap, aside = self._coldest, list[tuple[int, Slot]]()
-        found: Slot | None = None
-        while heap and found is None:
-            entry = heap[0]
-            tick, slot = entry
-            if not slot.idle or slot.tick != tick:
-                heappop(heap)
-            elif held(slot):
-                aside.append(heappop(heap))
-            else:
-                found = slot
-        for entry in aside:
-            heappush(heap, entry)
-        return found
-
-    def coldest_few(self, count: int, held: Callable[[Slot], bool]) -> list[Slot]:
-        """Return up to so many of those that could be evicted, the longest unused first."""
         heap, taken, found = self._coldest, list[tuple[int, Slot]](), dict[Slot, None]()
         while heap and len(found) < count:
             entry = heappop(heap)

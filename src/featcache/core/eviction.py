@@ -1,11 +1,10 @@
 """Whom to evict for a feature of some size: the longest unused, of those whose going makes the room.
 
 Where all features are of one size that is the longest unused one. Where they are not, evicting in the
-order of use alone frees many pieces before one is large enough: on traces of image features it lost 1.5
-to 2.5 points of the hits that a cache without fragments has. So a few of the coldest are each looked at
-with their neighbours in the slab, and the window goes whose most recently used feature was used the
-longest ago. That is the same work whatever the number of features. Only where none of those windows
-makes room, because pins or reads stand between, are all features looked at.
+order of use alone frees many pieces before one is large enough, and each costs a hit. So a few of the
+coldest are each looked at with their neighbours in the slab, and the window goes whose most recently
+used feature was used the longest ago. That is the same work whatever the number of features. Only where
+none of those windows makes room, because pins or reads stand between, are all features looked at.
 """
 
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from featcache.core.slots import Slot
 __all__ = ["FEW", "Held", "victims"]
 
 Held = Callable[[Slot], bool]
-"""Whether a session reads a slot's bytes by a ref now."""
+"""Whether evicting a slot would free nothing now: it is read by a ref, or its bytes are yet to come."""
 
 FEW: Final = 32
 """Coldest features around which a window is tried at first."""

@@ -129,11 +129,10 @@ class Seekers:
         """Return the claims that a session has."""
         return [(key, claim) for key, (claim, whose) in self._claims.items() if whose == session]
 
+    def waiting(self) -> list[Seeker]:
+        """Return the seekers that still wait. For ends, not for hot paths."""
+        return [seeker for waiting in self._waiting.values() for seeker in waiting.values()]
+
     def of(self, session: int) -> list[Seeker]:
-        """Return the seekers of a session that still wait. For its end, not for hot paths."""
-        return [
-            seeker
-            for waiting in self._waiting.values()
-            for seeker in waiting.values()
-            if seeker.session == session
-        ]
+        """Return those of a session."""
+        return [seeker for seeker in self.waiting() if seeker.session == session]
