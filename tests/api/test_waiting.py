@@ -115,7 +115,7 @@ async def test_only_the_goodbye_of_who_holds_it_wakes_it(monkeypatch: pytest.Mon
 
 
 async def test_a_missed_ring_is_made_good_by_the_timer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featcache.attachment.Bell.ring", lambda self: None)
+    monkeypatch.setattr("featcache.bell.Bell.ring", lambda self: None)
     async with pair(recycle_interval=0.02, **ONE) as (owner, client):
         first = await full(owner)
         task = asyncio.create_task(owner.put(filled(CAPACITY)))
