@@ -19,6 +19,8 @@ from featcache.ref import FeatureRef, TensorSpec
 __all__ = ["Staged", "Writer"]
 
 _COLLECT_BYTES: Final = 256 << 10
+_MOST_UNCOLLECTED: Final = 64
+"""Puts, however small, that count as `_collect_bytes`: a look at thousands would hold up the loop."""
 _YIELD_EVERY: Final = 32
 _now = time.monotonic
 
@@ -43,6 +45,7 @@ class Writer:
             pool.store.limits.capacity_bytes // 32 if pool.slab.deferred else _COLLECT_BYTES
         )
         self._least_bytes = 3 * self._collect_bytes
+        self._put_bytes = self._collect_bytes // _MOST_UNCOLLECTED
         self._puts = 0
         self._waits = events.Throttle(pool.settings.log_interval)
 
@@ -144,7 +147,8 @@ class Writer:
     def reserve(self, request: Request) -> Slot | None:
         """Reserve, taking back what was released if that is due or needed, then evicting."""
         pool = self._pool
-        pool.put_bytes += request.nbytes
+        nbytes = request.nbytes
+        pool.put_bytes += nbytes if nbytes > self._put_bytes else self._put_bytes
         if pool.put_bytes > self._least_bytes and (
             pool.put_bytes > self._collect_bytes * (len(pool.pages) + 3)
         ):

@@ -7,7 +7,7 @@ import anyio
 import pytest
 
 import featcache
-from api.support import KIB, Gate, filled, full, pair, spent, steps, tensor, until
+from api.support import KIB, MIB, Gate, filled, full, pair, spent, steps, tensor, until
 from featcache import CacheClosed, FeatureCache, FeatureRef, FeatureTooLarge, PoolFull, PutTimeout
 from featcache.memory.host import HostSlab
 from featcache.recycler import Recycler
@@ -385,3 +385,14 @@ async def test_closing_while_a_thread_copies(
         gate.open()
         with pytest.raises(CacheClosed):
             await task
+
+
+async def test_puts_that_never_wait_find_what_was_released_in_small_numbers() -> None:
+    # One look at thousands of paid features would hold up the loop for milliseconds.
+    async with pair(initial=MIB, slots=4096, recycle_interval=60.0) as (owner, client):
+        await client.release(await owner.put(filled(16)))  # attached
+        most = 0
+        for _ in range(2000):
+            client.get_nowait(owner.put_nowait(filled(16)))
+            most = max(most, owner.statistics().slots_used)
+        assert 64 <= most <= 64 * 4 + 1
