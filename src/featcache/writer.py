@@ -148,7 +148,7 @@ class Writer:
         """Reserve, taking back what was released if that is due or needed, then evicting."""
         pool = self._pool
         nbytes = request.nbytes
-        pool.put_bytes += nbytes if nbytes > self._put_bytes else self._put_bytes
+        pool.put_bytes += max(nbytes, self._put_bytes)
         if pool.put_bytes > self._least_bytes and (
             pool.put_bytes > self._collect_bytes * (len(pool.pages) + 3)
         ):

@@ -21,6 +21,7 @@ import torch
 
 from featcache.errors import AttachRefused, BackendUnavailable, CacheClosed
 from featcache.memory import copies
+from featcache.memory.available import available_bytes
 from featcache.memory.blank import view_over
 from featcache.memory.pack import DTYPES, contiguous_strides
 from featcache.memory.slab import Parts, Segment, Word
@@ -304,6 +305,11 @@ class HostSlab(HostMapping):
     def commit(self, start_bytes: int, stop_bytes: int, *, prefault: bool) -> None:
         """Reserve pages for a range, and map them into the owner if `prefault`."""
         size_bytes = stop_bytes - start_bytes
+        left_bytes = available_bytes()
+        if (
+            left_bytes is not None and size_bytes > left_bytes
+        ):  # the kernel would not refuse, but kill
+            raise MemoryError(f"{size_bytes} bytes, where the host has {left_bytes} left")
         try:
             # Touching first is what gives huge pages; fallocate would lay small ones.
             mapping = self._open()[0]
