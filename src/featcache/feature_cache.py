@@ -212,7 +212,8 @@ class FeatureCache(Reads):
         """Take back a ref that was never sent, or whose request was cancelled.
 
         Who is reading it now may finish; its bytes are recycled after that. Everybody else gets
-        StaleRef, as this call does if there is nothing left to take back.
+        StaleRef, as this call does if there is nothing left to take back. What is kept under a key
+        stays there: nobody owes a read of it any more.
         """
         serving = self._opened().serving(check_ref(ref))
         if serving is None:
@@ -234,12 +235,12 @@ class FeatureCache(Reads):
             waiters=len(store.queue),
             waiting_bytes=store.queue.waiting_bytes,
             sessions=len(main.server.sessions),
-            puts=store.puts,
+            puts=store.puts + state.spilled,
             gets=state.reader.gets,
             reads_paid=main.pool.reads_paid,
             recycled=store.recycled,
             waited=store.waited,
-            expired=store.expired,
+            expired=sum(each.pool.store.expired for each in state.servings),
             spilled=state.spilled,
             relayed=state.relay.relayed,
             keys=len(store.directory),
@@ -248,7 +249,7 @@ class FeatureCache(Reads):
             hits=store.hits,
             misses=store.misses,
             evicted=store.evicted,
-            discarded=main.reaper.discarded,
+            discarded=sum(each.reaper.discarded for each in state.servings),
             readers_lost=main.reaper.readers_lost,
         )
 

@@ -121,9 +121,11 @@ class Lookups:
     def pin(self, key: bytes, session: int) -> None:
         """Keep a key from being evicted, or raise KeyNotFound."""
         self._pool.store.pin(key, session)
+        self._pool.apply(())  # what is pinned presses
 
     def unpin(self, key: bytes, session: int) -> None:
         """Take back a pin, or raise KeyNotFound. Who waits for room may now get it."""
         self._pool.store.unpin(key, session)
         if self._pool.store.queue:
             self._pool.collect()
+        self._pool.apply(())

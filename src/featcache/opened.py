@@ -171,10 +171,15 @@ class Opened:
         self.spill = spill
         return spill
 
+    @property
+    def servings(self) -> list[Serving]:
+        """The pools there are."""
+        return [self.main] if self.spill is None else [self.main, self.spill]
+
     def serving(self, ref: FeatureRef) -> Serving | None:
         """Return the pool of a ref, if it is one of these."""
-        for serving in (self.main, self.spill):
-            if serving is not None and serving.pool.pool_id == ref.pool_id:
+        for serving in self.servings:
+            if serving.pool.pool_id == ref.pool_id:
                 return serving
         return None
 

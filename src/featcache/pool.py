@@ -78,7 +78,7 @@ class Pool:
         self.reads_paid = 0
         self.put_bytes = 0
         """Bytes asked for since the last look at what was released; a small put counts for more."""
-        self._expiries = events.Throttle(settings.log_interval, burst=16)
+        self._expiries = events.Throttle(settings.log_interval, burst=256)
         self._evictions = events.Throttle(settings.log_interval, burst=16)
         self._ring_at_now = 0
         self._busy_until_s = float("-inf")

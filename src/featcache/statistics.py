@@ -36,7 +36,7 @@ class Statistics:
     pinned_bytes: int = 0
     """Those of pinned keys."""
     puts: int = 0
-    """Features published."""
+    """Features published, with those that were spilled."""
     gets: int = 0
     """Gets and borrows begun through this object."""
     reads_paid: int = 0
@@ -46,7 +46,8 @@ class Statistics:
     waited: int = 0
     """Puts that had to stand in the queue."""
     spilled: int = 0
-    """Puts that went to the host slab; its own figures are not among the gauges."""
+    """Puts through this object that went to the host slab. Of that slab's own figures only `expired`
+    and `discarded` are counted here; what clients spill is among their own `spilled`."""
     relayed: int = 0
     """Features copied to host memory for readers that can't reach the slab."""
     expired: int = 0

@@ -30,7 +30,7 @@ from api.keyed import (
     under_way,
 )
 from api.slabs import Place, at, copy_of, same, same_dict
-from api.support import Gate, filled, pair, small, spent, steps, tensor, until
+from api.support import KIB, Gate, filled, pair, small, spent, steps, tensor, until
 from api.test_put_get import PLAIN, SHAPES, pattern
 from featcache import (
     CacheClosed,
@@ -576,6 +576,16 @@ async def test_pins_are_counted_and_are_their_sessions() -> None:
         assert owner.statistics().pinned_bytes == 0
         await owner.unpin("a")  # there is none, which is no error
         await nothing_lost(owner)
+
+
+async def test_what_is_pinned_presses_at_once() -> None:
+    async with pair(capacity=64 * KIB, recycle_interval=60.0) as (owner, client):
+        await owner.put(filled(64 * KIB), key="a")
+        assert owner.pressure.level == "normal"
+        await client.pin("a")
+        assert owner.pressure.level == "high"
+        await client.unpin("a")
+        assert owner.pressure.level == "normal"
 
 
 async def test_pins_end_with_their_session() -> None:

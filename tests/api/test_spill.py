@@ -44,7 +44,7 @@ async def test_it_spills_only_what_finds_no_room(no_leaks: None) -> None:
         assert owner.statistics().spilled == 0
         there = await spilled(owner, value=2)
         now = owner.statistics()
-        assert (now.puts, now.waited, now.used_bytes) == (1, 0, CAPACITY)
+        assert (now.puts, now.waited, now.used_bytes) == (2, 0, CAPACITY)
         assert (store(owner).puts, store(owner).allocator.used_bytes) == (1, KIB)
         assert here.pool_id != there.pool_id
         assert here.endpoint != there.endpoint
@@ -53,6 +53,16 @@ async def test_it_spills_only_what_finds_no_room(no_leaks: None) -> None:
         await all_spent(owner)
         assert (await owner.put(filled(1), on_full="spill")).pool_id == here.pool_id
         assert owner.statistics().spilled == 1
+
+
+async def test_what_expires_or_is_discarded_in_the_host_slab_is_counted() -> None:
+    async with spilling(**ONE) as (owner, _):
+        await owner.put(filled(CAPACITY))
+        await owner.discard(await spilled(owner))
+        await spilled(owner, ttl=0.001)
+        await until(lambda: owner.statistics().expired)
+        now = owner.statistics()
+        assert (now.puts, now.spilled, now.discarded, now.expired) == (3, 2, 1, 1)
 
 
 async def test_the_slab_grows_before_anything_spills() -> None:
