@@ -101,14 +101,6 @@ async def test_times_that_are_none(both: Pair, timeout: Any) -> None:
         await both[0].pressure.below("high", timeout=timeout)
 
 
-async def test_a_plain_with_of_a_key(both: Pair) -> None:
-    await both[0].put(filled(KIB), key="key")
-    for user in both:
-        with pytest.raises(SettingsError, match="async with"), user.borrow("key"):
-            pass
-    await both[0].evict("key")
-
-
 async def test_a_long_key_is_cut_in_what_is_said_of_it(both: Pair) -> None:
     calls: list[Callable[[User], Awaitable[Any]]] = [
         lambda user: user.pin("k" * 1000),

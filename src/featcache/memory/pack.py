@@ -35,11 +35,11 @@ DTYPES: Final[dict[str, torch.dtype]] = {
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def is_name(value: Any, least: int = 1) -> bool:
-    """Whether it can name a tensor, a reader or a session: text that UTF-8 has, and not too long."""
+def is_name(value: Any, least: int = 1, *, travels: bool = True) -> bool:
+    """Whether it can name a tensor, a reader or a session: not too long; if it `travels`, in UTF-8."""
     if not isinstance(value, str) or not least <= len(value) <= MAX_NAME:
         return False
-    if not value.isascii():
+    if travels and not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:  # a lone surrogate
@@ -120,7 +120,7 @@ def pack(
     parts: list[tuple[TensorSpec, torch.Tensor]] = []
     end_bytes = 0
     for name, tensor in feature.items():
-        if not is_name(name, 0):
+        if not is_name(name, 0, travels=travels):
             raise SettingsError(
                 f"a tensor's name is a str of at most {MAX_NAME} characters that UTF-8 has"
             )
