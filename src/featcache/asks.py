@@ -1,15 +1,24 @@
 """What a put asks for and what a key is: arguments made sense of, the same for owners and clients."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeAlias
 
 from featcache.core.waiters import Request
 from featcache.errors import KeyTimeout, SettingsError
-from featcache.memory.pack import MAX_NAME, Packed, pack
+from featcache.memory.pack import MAX_NAME, Packed, is_name, pack
 from featcache.ref import TensorSpec
 from featcache.settings import MAX_KEY_BYTES, Settings, parse_seconds
 
-__all__ = ["TTL_DEFAULT", "Ask", "ask", "key_bytes", "key_timeout", "parse_readers"]
+__all__ = [
+    "TTL_DEFAULT",
+    "Ask",
+    "ask",
+    "check_make",
+    "check_on_full",
+    "key_bytes",
+    "key_timeout",
+    "parse_readers",
+]
 
 TTL_DEFAULT: Final[Any] = ...
 """Stands for "as the settings say", since None means "never"."""
@@ -35,6 +44,20 @@ def key_bytes(key: Any) -> bytes:
             f"a key has 1 to {MAX_KEY_BYTES} bytes, not {len(key)}: hash what is longer"
         )
     return key
+
+
+def check_on_full(on_full: Any) -> None:
+    """Raise SettingsError for what a put can't do when there is no room."""
+    if not isinstance(on_full, str) or on_full not in {"wait", "raise", "spill"}:
+        raise SettingsError(f"on_full={on_full!r} is none of 'wait', 'raise', 'spill'")
+
+
+def check_make(make: Callable[[], Any]) -> None:
+    """Raise SettingsError for what `get_or_put` could not call."""
+    if not callable(make):
+        raise SettingsError(
+            f"make is a function that returns the feature, not {type(make).__name__}"
+        )
 
 
 def key_timeout(label: str, timeout_s: float) -> KeyTimeout:
@@ -69,8 +92,10 @@ def parse_readers(readers: Any, most: int, *, least: int) -> int | frozenset[str
     if isinstance(readers, str | bytes) or not isinstance(readers, Iterable):
         raise SettingsError(f"readers={readers!r} is neither a count nor names of readers")
     names = list(readers)
-    if not all(isinstance(name, str) and 0 < len(name) <= MAX_NAME for name in names):
-        raise SettingsError(f"names of readers are str of 1 to {MAX_NAME} characters")
+    if not all(is_name(name) for name in names):
+        raise SettingsError(
+            f"names of readers are str of 1 to {MAX_NAME} characters that UTF-8 has"
+        )
     if not 1 <= len(names) <= most or len(set(names)) != len(names):
         raise SettingsError(f"readers={names[:8]!r}: 1 to {most} names, each of them once")
     return frozenset(names)

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from types import EllipsisType, TracebackType
-from typing import Any, Generic, Literal, Self, TypeVar
+from typing import Any, Generic, Literal, NoReturn, Self, TypeVar
 
 import torch
 from anyio.from_thread import BlockingPortal, start_blocking_portal
@@ -23,13 +23,14 @@ from featcache.errors import CacheClosed, GetTimeout
 from featcache.feature_cache import FeatureCache as AsyncCache
 from featcache.feature_client import FeatureClient as AsyncClient
 from featcache.memory.pack import Feature
-from featcache.reads import NOT_OPENED, check_ref
+from featcache.reads import check_ref, no_pickle
 from featcache.ref import FeatureRef
 from featcache.settings import Settings, parse_timeout
 from featcache.statistics import Statistics
 
 __all__ = ["FeatureCache", "FeatureClient", "Pressure", "connect", "create"]
 
+_NOT_OPENED = "not opened yet: use 'with', or open()"
 T = TypeVar("T")
 _inherited: list[AbstractContextManager[BlockingPortal]] = []
 A = TypeVar("A", AsyncCache, AsyncClient)
@@ -42,13 +43,14 @@ class _Blocking(BlockingByKey, Generic[A]):
         self._inner: A = inner
         self._portal: BlockingPortal | None = None
         self._portal_manager: AbstractContextManager[BlockingPortal] | None = None
-        self._why_closed = NOT_OPENED
+        self._why_closed: str | None = None
+        inner.not_opened = _NOT_OPENED
 
     # --- life -----------------------------------------------------------------------------------
 
     def open(self) -> Self:
         """Open it; ``with`` does. Raises as the async form."""
-        if self._why_closed != NOT_OPENED or self._portal is not None:
+        if self._why_closed is not None or self._portal is not None:
             raise CacheClosed("it opens once: make another")
         manager = start_blocking_portal("asyncio")
         portal = manager.__enter__()
@@ -76,6 +78,18 @@ class _Blocking(BlockingByKey, Generic[A]):
         finally:
             manager.__exit__(None, None, None)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it was opened, and not closed, in this process."""
+        return self._portal is not None and self._inner.is_open
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled, and say what is to be done."""
+        no_pickle(self)
+
+    def __repr__(self) -> str:
+        return f"<blocking.{repr(self._inner)[1:]}"
+
     def __enter__(self) -> Self:
         return self.open()
 
@@ -96,7 +110,7 @@ class _Blocking(BlockingByKey, Generic[A]):
         """
         portal = self._portal
         if portal is None:
-            raise CacheClosed(self._why_closed)
+            raise CacheClosed(self._why_closed or _NOT_OPENED)
         self._inner.check_open()  # before a thread that a fork has left behind is asked
         if undo is None:
             future = portal.start_task_soon(work)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from featcache.asks import key_bytes
+from featcache.asks import check_make, key_bytes
 from featcache.by_key import moved
 from featcache.errors import CacheClosed, GetTimeout, StaleRef
 from featcache.granted import GrantedRead, Making
@@ -75,6 +75,7 @@ class BlockingByKey:
         timeout: float | None = None,
     ) -> Feature:
         """As `featcache.FeatureCache.get_or_put`; `make` runs in this thread."""
+        check_make(make)
         inner, wanted, timeout_s = self._inner, key_bytes(key), parse_timeout(timeout)
         inner.check_open()
         place = inner.target(device, None)

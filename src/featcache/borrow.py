@@ -7,7 +7,7 @@ from types import TracebackType
 import torch
 
 from featcache.copying import Held
-from featcache.errors import GetTimeout, StaleRef
+from featcache.errors import SettingsError, StaleRef
 from featcache.granted import GrantedRead
 from featcache.memory.blank import empty_out
 from featcache.memory.pack import Feature, unpack
@@ -126,5 +126,5 @@ class Borrow:
         if self._attachment is not None:
             self._check_unused()
         if self._find is not None or self._ref is None:
-            raise GetTimeout("a key is looked up first: use 'async with' instead")
+            raise SettingsError("a key is looked up first, which takes a while: use 'async with'")
         return self._enter(self._ref, self._reader.hold_nowait(self._ref))

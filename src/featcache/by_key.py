@@ -7,7 +7,7 @@ from typing import Any
 import anyio
 import torch
 
-from featcache.asks import key_bytes
+from featcache.asks import check_make, key_bytes
 from featcache.borrow import Borrow
 from featcache.errors import KeyNotFound, KeyTimeout, StaleRef
 from featcache.granted import GrantedRead, Making
@@ -117,6 +117,7 @@ class ByKey:
             OwnerLost, CacheClosed, SettingsError: as `get` and `put` do.
 
         """
+        check_make(make)
         wanted, timeout_s = key_bytes(key), parse_timeout(timeout)
         place = self._target(device, None)
         while True:

@@ -79,7 +79,7 @@ def _of_tensors(value: Any) -> bytes:
             "content_key takes a torch.Tensor, a dict of them, bytes-like or str, "
             f"not {type(value).__name__}"
         )
-    _, parts, _ = pack(value, _MAX_TENSORS)
+    _, parts, _ = pack(value, _MAX_TENSORS, travels=False)
     named = sorted(parts, key=lambda part: part[0].name or "")
     layout = [(_name(spec), spec.dtype, spec.shape) for spec, _ in named]
     digest = hashlib.sha256(_TENSORS + msgspec.msgpack.encode(layout))

@@ -9,7 +9,7 @@ from featcache.control.messages import Answer
 from featcache.control.requests import Wait
 from featcache.core.slots import Slot
 from featcache.core.waiters import Request
-from featcache.errors import MalformedRef, StaleRef
+from featcache.errors import SettingsError, StaleRef
 from featcache.lookups import Claim, Granted, Lookups, not_found
 from featcache.page import Page
 from featcache.pool import Pool, now
@@ -137,8 +137,8 @@ class Desk:
         """Let readers have what the session wrote; they see it once its word has landed."""
         pool, page = self._pool, self._page(session)
         slot = self._taken(page, ask.slot, ask.generation)
-        if len(ask.specs) > pool.settings.tensors:
-            raise MalformedRef(f"{len(ask.specs)} tensors: at most {pool.settings.tensors}")
+        if len(ask.specs) > (most := pool.settings.tensors):
+            raise SettingsError(f"{len(ask.specs)} tensors: the pool's owner takes at most {most}")
         # Raises MalformedRef for specs that no feature of this slot has.
         FeatureRef(
             *(pool.pool_id, pool.endpoint, slot.index, slot.generation),

@@ -6,13 +6,14 @@ from typing import Any, Literal, Self
 import torch
 
 from featcache import _forks, events
+from featcache.asks import check_on_full
 from featcache.errors import CacheClosed, SettingsError, UnknownPool
 from featcache.gauge import Gauge, Pressure
 from featcache.memory.pack import Feature
 from featcache.opened import Opened, StagedPut
 from featcache.own_keys import OwnKeys
 from featcache.reader import Reader
-from featcache.reads import NOT_OPENED, Reads, check_ref
+from featcache.reads import Reads, check_ref
 from featcache.ref import FeatureRef
 from featcache.settings import Settings, parse_timeout
 from featcache.statistics import Statistics
@@ -53,7 +54,7 @@ class FeatureCache(Reads):
             CacheClosed: it was open before; make another.
 
         """
-        if self._state is not None or self._opening or self._why_closed != NOT_OPENED:
+        if self._state is not None or self._opening or self._why_closed is not None:
             raise CacheClosed("a cache opens once: create another")
         self._opening = True
         try:
@@ -93,7 +94,7 @@ class FeatureCache(Reads):
     def _opened(self) -> Opened:
         state = self._state
         if state is None:
-            raise CacheClosed(self._why_closed)
+            raise self._closed()
         return state
 
     def _reads(self) -> Reader:
@@ -174,8 +175,7 @@ class FeatureCache(Reads):
 
         The first half of `put`, in the thread of the caller.
         """
-        if on_full not in {"wait", "raise", "spill"}:
-            raise SettingsError(f"on_full={on_full!r} is none of 'wait', 'raise', 'spill'")
+        check_on_full(on_full)
         if key is not None and on_full == "spill":
             raise SettingsError("what is kept under a key makes its own room: it does not spill")
         return self._opened().stage(feature, readers, ttl, key, spills=on_full == "spill")
@@ -212,13 +212,14 @@ class FeatureCache(Reads):
         """Take back a ref that was never sent, or whose request was cancelled.
 
         Who is reading it now may finish; its bytes are recycled after that. Everybody else gets
-        StaleRef, as this call does if there is nothing left to take back. What is kept under a key
-        stays there: nobody owes a read of it any more.
+        StaleRef, as this call does if there is nothing left to take back; MalformedRef if the ref's
+        extent is not its slot's. What is kept under a key stays there: nobody owes a read of it any
+        more.
         """
         serving = self._opened().serving(check_ref(ref))
         if serving is None:
             raise UnknownPool(f"the ref is of pool {ref.pool_id.hex()}, not of this cache")
-        serving.reaper.discard(ref.slot, ref.generation)
+        serving.reaper.discard_ref(ref)
 
     def statistics(self) -> Statistics:
         """Return what the pool has and has done, now."""
@@ -254,5 +255,6 @@ class FeatureCache(Reads):
         )
 
     def __repr__(self) -> str:
-        where = self._state.main.pool.endpoint if self._state is not None else self._why_closed
+        state = self._state
+        where = str(self._closed()) if state is None else state.main.pool.endpoint
         return f"<FeatureCache on {self._device}: {where}>"

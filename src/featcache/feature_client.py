@@ -12,7 +12,7 @@ from featcache.handles import HandleCache
 from featcache.memory.pack import Feature
 from featcache.memory.words import Header
 from featcache.reader import Reader
-from featcache.reads import NOT_OPENED, Reads, check_ref
+from featcache.reads import Reads, check_ref
 from featcache.ref import FeatureRef
 from featcache.remote_keys import RemoteKeys
 from featcache.remote_puts import Places, RemotePuts, StagedPut
@@ -52,7 +52,7 @@ class FeatureClient(Reads):
             CacheClosed: it was open before; make another.
 
         """
-        if self._reader is not None or self._why_closed != NOT_OPENED:
+        if self._reader is not None or self._why_closed is not None:
             raise CacheClosed("a client opens once: connect another")
         offload = Offload()
         handles = HandleCache(self._name, self._device, self._settings, offload, self._endpoint)
@@ -100,7 +100,7 @@ class FeatureClient(Reads):
     def _reads(self) -> Reader:
         reader = self._reader
         if reader is None:
-            raise CacheClosed(self._why_closed)
+            raise self._closed()
         return reader
 
     def _keys(self) -> RemoteKeys:

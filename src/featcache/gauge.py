@@ -10,7 +10,7 @@ from featcache import events
 from featcache.core.keyed_store import KeyedStore
 from featcache.core.pressure import ALWAYS_NORMAL, PressureGauge, PressureLevel
 from featcache.errors import CacheClosed, GetTimeout, SettingsError
-from featcache.settings import Settings
+from featcache.settings import Settings, parse_timeout
 
 __all__ = ["Gauge", "Pressure"]
 
@@ -117,7 +117,7 @@ class Pressure:
             timeout: seconds to wait at most; None is for ever.
 
         Raises:
-            SettingsError: no such level.
+            SettingsError: no such level, or no such time.
             GetTimeout: the level did not fall in time.
             CacheClosed: the cache was closed meanwhile.
 
@@ -128,13 +128,14 @@ class Pressure:
             raise SettingsError(
                 f"level={level!r} is none of {[str(known) for known in PressureLevel]}"
             ) from None
+        timeout_s = parse_timeout(timeout)
         if wanted is PressureLevel.NORMAL:
             raise SettingsError("no level is below 'normal'")
         try:
-            with anyio.fail_after(timeout):
+            with anyio.fail_after(timeout_s):
                 await self._gauge().below(wanted)
         except TimeoutError:
-            raise GetTimeout(f"pressure stayed at {self.level} for {timeout} s") from None
+            raise GetTimeout(f"pressure stayed at {self.level} for {timeout_s} s") from None
 
     def __repr__(self) -> str:
         try:

@@ -47,6 +47,7 @@ class Mapped(NamedTuple):
     """Why it could not be, and is read through the host."""
 
 
+_MOST_LOST = 1024  # pools of which is known that they are gone
 _CONTROL_DESCRIPTORS = 3  # the owner's words, the session's page, the eventfd
 
 
@@ -67,6 +68,7 @@ class HandleCache:
         self._offload = offload
         self._bound = bound
         self._lost: str | None = None  # why the pool that this client is bound to is gone
+        self._lost_pools: dict[bytes, str] = {}  # and others, of a client that is bound to none
         self._handles: OrderedDict[bytes, Handle] = OrderedDict()
         self._opening: dict[str, asyncio.Task[Handle]] = {}
         self._kin: set[bytes] = set()  # pools that the owner of the one bound to spills to
@@ -97,6 +99,11 @@ class HandleCache:
     def has(self, ref: FeatureRef) -> bool:
         """Whether the ref's pool is open now."""
         return ref.pool_id in self._handles
+
+    def check(self, ref: FeatureRef) -> None:
+        """Raise OwnerLost for a pool that was attached, and whose owner is gone."""
+        if ref.pool_id in self._lost_pools:
+            raise OwnerLost(self._lost_pools[ref.pool_id])
 
     async def open(self, ref: FeatureRef) -> Attachment:
         """Return the attachment of the ref's pool, attaching first. Single flight by endpoint."""
@@ -199,6 +206,7 @@ class HandleCache:
         if kin:
             self._kin.add(welcome.pool_id)
         self._handles[welcome.pool_id] = handle
+        self._lost_pools.pop(welcome.pool_id, None)
         link.on_lost = lambda reason: self._on_lost(welcome.pool_id, reason)
         return handle
 
@@ -297,6 +305,9 @@ class HandleCache:
         lost = handle.link.lost or reason
         if self._bound is not None:
             self._lost = lost
+        if len(self._lost_pools) >= _MOST_LOST:
+            self._lost_pools.clear()
+        self._lost_pools[pool_id] = lost
         handle.lose(lost)
         if self.on_gone is not None:
             self.on_gone(pool_id)

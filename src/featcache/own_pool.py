@@ -99,6 +99,9 @@ class OwnPools:
         own = self._pools.get(ref.pool_id)
         return own is not None and own.attached is not None
 
+    def check(self, ref: FeatureRef) -> None:
+        """Find nothing wrong: no pool of one's own is lost."""
+
     async def open(self, ref: FeatureRef) -> Attachment:
         """As `peek`, which never says that something is yet to be opened."""
         return self.peek(ref)

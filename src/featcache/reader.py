@@ -29,6 +29,9 @@ class Pools(Protocol):
     def has(self, ref: FeatureRef) -> bool:
         """Return whether it is open, changing nothing: this is asked in any thread."""
 
+    def check(self, ref: FeatureRef) -> None:
+        """Raise OwnerLost if it was open and its owner is gone."""
+
     def open(self, ref: FeatureRef) -> Awaitable[Attachment]:
         """Return it, attaching first."""
 
@@ -291,6 +294,7 @@ class Reader:
     def _attached(self, ref: FeatureRef) -> Attachment:
         attachment = self.pools.peek(ref)
         if attachment is None:
+            self.pools.check(ref)
             raise UnknownPool(
                 "this pool is not attached yet: await a get of it first, or connect to it"
             )

@@ -1,21 +1,19 @@
 """What owners and clients have in common: arguments made sense of, and the calls that read."""
 
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 
 from featcache.borrow import Borrow
 from featcache.by_key import ByKey
-from featcache.errors import BackendUnavailable, SettingsError
-from featcache.memory.pack import MAX_NAME, Feature, same_layout
+from featcache.errors import BackendUnavailable, CacheClosed, SettingsError
+from featcache.memory.pack import MAX_NAME, Feature, is_name, same_layout
 from featcache.reader import Reader
 from featcache.ref import FeatureRef
 from featcache.settings import parse_timeout
 
-__all__ = ["NOT_OPENED", "Reads", "check_ref", "parse_device", "parse_name"]
-
-NOT_OPENED = "not opened yet: use 'async with', or await open()"
+__all__ = ["Reads", "check_ref", "no_pickle", "parse_device", "parse_name"]
 
 
 def parse_device(value: Any) -> torch.device:
@@ -35,8 +33,10 @@ def parse_device(value: Any) -> torch.device:
 
 def parse_name(value: Any) -> str | None:
     """Return the name of a session, or None."""
-    if value is not None and not (isinstance(value, str) and 0 < len(value) <= MAX_NAME):
-        raise SettingsError(f"name={value!r} must be a str of 1 to {MAX_NAME} characters")
+    if value is not None and not is_name(value):
+        raise SettingsError(
+            f"name={value!r} must be a str of 1 to {MAX_NAME} characters that UTF-8 has"
+        )
     return None if value is None else str(value)
 
 
@@ -49,10 +49,20 @@ def check_ref(value: Any) -> FeatureRef:
     return value
 
 
+def no_pickle(whole: object) -> NoReturn:
+    """Raise TypeError, as pickle has it, for what is of one process."""
+    raise TypeError(
+        f"a {type(whole).__name__} is its own process's and can't be pickled or copied: pass the "
+        "owner's endpoint (cache.endpoint), and connect(endpoint) in the other process"
+    )
+
+
 class Reads(ByKey):
     """Reading, the same for owners and clients."""
 
-    _why_closed = NOT_OPENED
+    not_opened = "not opened yet: use 'async with', or await open()"
+    """What is said of it before it is opened."""
+    _why_closed: str | None = None
     _reader: Reader | None = None
     """What `_reads` returns, where it is kept at hand."""
     _place: torch.device | None = None
@@ -191,6 +201,14 @@ class Reads(ByKey):
         if out is not None:
             raise SettingsError("get takes a device or an out, not both")
         return parse_device(device)
+
+    def _closed(self) -> CacheClosed:
+        """Return the error of who uses it while it is not open."""
+        return CacheClosed(self._why_closed or self.not_opened)
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled, and say what is to be done."""
+        no_pickle(self)
 
     async def open(self) -> Self:
         """Open it; ``async with`` does."""

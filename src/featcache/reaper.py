@@ -9,11 +9,12 @@ from featcache.control.peers import own_pidfd
 from featcache.control.sessions import Session
 from featcache.core.effects import Effect
 from featcache.core.waiters import Request
-from featcache.errors import AttachRefused, BackendUnavailable
+from featcache.errors import AttachRefused, BackendUnavailable, MalformedRef
 from featcache.memory.slab import Segment
 from featcache.memory.words import SessionWords
 from featcache.page import Page
 from featcache.pool import Pool, now
+from featcache.ref import FeatureRef
 
 __all__ = ["OWN_SESSION", "RELAY_SESSION", "Reaper"]
 
@@ -148,6 +149,16 @@ class Reaper:
         self.discarded += 1
         if self._pool.store.queue:
             self._pool.collect()  # what is kept under a key may be evicted now
+
+    def discard_ref(self, ref: FeatureRef) -> None:
+        """As `discard`, of a whole ref, or raise MalformedRef as a read of it does."""
+        store = self._pool.store
+        if ref.slot >= store.table.count:
+            raise MalformedRef(f"slot {ref.slot} of a pool with {store.table.count} slots")
+        slot = store.find(ref.slot, ref.generation)
+        if (slot.offset_bytes, slot.nbytes) != (ref.offset_bytes, ref.nbytes):
+            raise MalformedRef("the ref's extent is not its slot's: it was forged or damaged")
+        self.discard(ref.slot, ref.generation)
 
     def close(self) -> None:
         """Close the owner's pidfd."""

@@ -14,15 +14,29 @@ import msgspec
 
 from featcache.errors import MalformedRef
 
-__all__ = ["DTYPE_BYTES", "FeatureRef", "TensorSpec"]
+__all__ = [
+    "DTYPE_BYTES",
+    "MAX_BYTES",
+    "MAX_DIMS",
+    "MAX_REF_BYTES",
+    "FeatureRef",
+    "TensorSpec",
+    "ref_bytes",
+]
 
 _MAGIC: Final = b"fR\x01"
 _HEAD: Final = struct.Struct("<3sI")
 _read_head: Final = _HEAD.unpack_from
-_MAX_REF_BYTES: Final = 64 << 10
+_HEAD_BYTES: Final = _HEAD.size
+MAX_REF_BYTES: Final = 64 << 10
+"""Bytes of the longest ref."""
+_MOST_BUT_SPECS_BYTES: Final = 192  # of a ref: its head and all of its fields but the specs
+MAX_DIMS: Final = 1024
+"""Dimensions that a tensor may have: torch knows no bound, and no tensor has so many."""
 _POOL_ID_BYTES: Final = 16
 _MAX_ENDPOINT_BYTES: Final = 107  # sun_path, less its final zero
-_MAX_BYTES: Final = 1 << 48
+MAX_BYTES: Final = 1 << 48
+"""Bytes of the largest feature that a ref can name, of any pool."""
 
 DTYPE_BYTES: Final[dict[str, int]] = {
     **dict.fromkeys(("bool", "uint8", "int8", "float8_e4m3fn", "float8_e5m2"), 1),
@@ -38,8 +52,8 @@ DTYPE_BYTES: Final[dict[str, int]] = {
 """Bytes of one element, by torch's name of the dtype: all that torch has but the quantized ones,
 which carry a scale beside their bytes. A test holds this table against torch."""
 
-_Size = Annotated[int, msgspec.Meta(ge=0, le=_MAX_BYTES)]
-_Dim = Annotated[int, msgspec.Meta(ge=0, le=_MAX_BYTES)]
+_Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_BYTES)]
+_Shape = Annotated[tuple[_Size, ...], msgspec.Meta(max_length=MAX_DIMS)]
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -49,7 +63,7 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     """The key in the dict that was put, or None for a feature that is one bare tensor."""
     dtype: str
     """torch's name of the dtype, such as ``"bfloat16"``."""
-    shape: Annotated[tuple[_Dim, ...], msgspec.Meta(max_length=64)]
+    shape: _Shape
     offset_bytes: _Size
     """Where the tensor begins, counted from the slot's own start."""
 
@@ -59,6 +73,13 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
+_PoolId = Annotated[bytes, msgspec.Meta(min_length=_POOL_ID_BYTES, max_length=_POOL_ID_BYTES)]
+_Endpoint = Annotated[str, msgspec.Meta(max_length=_MAX_ENDPOINT_BYTES)]
+_Slot = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+_Generation = Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
+_Specs = Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=4096)]
+
+
 class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Names one feature in one pool, for as long as reads of it are owed.
 
@@ -66,25 +87,31 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     A ref grants nothing by itself: whoever maps the pool checks it against the owner's slot table.
     """
 
-    pool_id: Annotated[bytes, msgspec.Meta(min_length=_POOL_ID_BYTES, max_length=_POOL_ID_BYTES)]
-    endpoint: Annotated[str, msgspec.Meta(max_length=_MAX_ENDPOINT_BYTES)]
-    slot: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-    generation: Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
+    pool_id: _PoolId
+    endpoint: _Endpoint
+    slot: _Slot
+    generation: _Generation
     offset_bytes: _Size
     nbytes: _Size
-    specs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=4096)]
+    specs: _Specs
 
     def __post_init__(self) -> None:
-        """Check what types alone don't: also of a ref that was made by hand.
+        """Check it, however it was made: read, made by hand, or of another by `msgspec.structs.replace`.
 
         Raises:
-            MalformedRef: specs that no pool ever made.
+            MalformedRef: a field of another type or out of range, or specs that no pool ever made.
 
         """
         try:
-            specs, endpoint = _sound[self.nbytes]
-            known = specs == self.specs and endpoint == self.endpoint
-        except KeyError:
+            nbytes, generation, offset_bytes = self.nbytes, self.generation, self.offset_bytes
+            # One call that takes whole numbers only, each within the width of its word.
+            _pack_numbers(self.slot, generation, offset_bytes, nbytes)
+            known = (
+                _sound[nbytes, self.pool_id, self.endpoint] == self.specs
+                and generation > 0
+                and offset_bytes <= MAX_BYTES
+            )
+        except (KeyError, TypeError, struct.error):
             known = False
         if not known:
             _check(self)
@@ -100,16 +127,18 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
         """Return the ref that `to_bytes` wrote.
 
         Raises:
-            MalformedRef: cut short, damaged, of another version, or with specs that can't be.
+            MalformedRef: cut short, damaged, of another version, with specs that can't be, or no bytes
+                at all: a str, a number, None.
 
         """
-        data = bytes(data)
-        if not _HEAD.size <= len(data) <= _MAX_REF_BYTES:
+        if type(data) is not bytes:
+            data = _as_bytes(data)
+        if not _HEAD_BYTES <= len(data) <= MAX_REF_BYTES:
             raise MalformedRef("these bytes are not a FeatureRef of this version")
         magic, checksum = _read_head(data)
         if magic != _MAGIC:
             raise MalformedRef("these bytes are not a FeatureRef of this version")
-        body = data[_HEAD.size :]
+        body = data[_HEAD_BYTES:]
         if zlib.crc32(body) != checksum:
             raise MalformedRef("the ref was damaged or cut short on its way")
         try:
@@ -123,28 +152,74 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
         return _unpickle, (self.to_bytes(),)
 
 
-_sound: dict[int, tuple[tuple[TensorSpec, ...], str]] = {}
-"""Specs and endpoint by bytes, as they were last found sound: all that a check looks at."""
+_pack_numbers: Final = struct.Struct("<IqQQ").pack
+_sound: dict[tuple[int, bytes, str], tuple[TensorSpec, ...]] = {}
+"""Specs as they were last found sound, by the bytes, the pool and its endpoint."""
 _MAX_SOUND: Final = 256
 _MAX_SOUND_SPECS: Final = 16  # what a peer sends is kept, and must stay small
+_MAX_SOUND_DIMS: Final = 64
 
 
 def _remember_sound(ref: FeatureRef) -> None:
     """Let the next ref of equal specs, bytes and endpoint pass: servers share the same few shapes."""
-    if len(ref.specs) > _MAX_SOUND_SPECS:
+    specs = ref.specs
+    if len(specs) > _MAX_SOUND_SPECS or any(len(spec.shape) > _MAX_SOUND_DIMS for spec in specs):
         return
     if len(_sound) >= _MAX_SOUND:
         _sound.clear()
-    _sound[ref.nbytes] = (ref.specs, ref.endpoint)
+    _sound[ref.nbytes, ref.pool_id, ref.endpoint] = specs
 
 
 def _unpickle(data: bytes) -> FeatureRef:
     return FeatureRef.from_bytes(data)
 
 
+def _as_bytes(data: Any) -> bytes:
+    """Return a copy of a buffer's bytes. What is none may be a number, which `bytes` takes as a size."""
+    try:
+        view = memoryview(data)
+        if view.nbytes <= MAX_REF_BYTES:
+            return view.tobytes()
+    except (TypeError, ValueError, BufferError):
+        raise MalformedRef(
+            f"a ref's bytes are bytes, a bytearray or a memoryview, not {type(data).__name__}"
+        ) from None
+    raise MalformedRef("these bytes are not a FeatureRef of this version")
+
+
+def ref_bytes(specs: tuple[TensorSpec, ...]) -> int:
+    """Return at least the bytes that a ref with these specs has."""
+    return _MOST_BUT_SPECS_BYTES + len(_encode(specs))
+
+
+def _named(error: Exception) -> str:
+    """Return what msgspec says of the fields of an array, by their names."""
+    text = str(error)
+    for index, name in enumerate(FeatureRef.__struct_fields__):
+        text = text.replace(f"`$[{index}]", f"`{name}")
+    return text
+
+
+def _check_fields(ref: FeatureRef) -> None:
+    """Raise MalformedRef if it is not what its wire form is read as: a type or a range is wrong."""
+    fields = msgspec.structs.astuple(ref)
+    try:
+        body = _encode(fields)
+        found = _fields_decoder.decode(body)
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+        raise MalformedRef(f"no ref can be made of these fields: {_named(error)}") from None
+    if found != fields or type(ref.pool_id) is not bytes:
+        raise MalformedRef("no ref can be made of these fields: bytes and tuples are needed")
+    if len(body) > MAX_REF_BYTES - _HEAD_BYTES:
+        raise MalformedRef(
+            f"the ref is longer than {MAX_REF_BYTES} bytes: put fewer tensors in one"
+        )
+
+
 def _check(ref: FeatureRef) -> None:
-    """Raise MalformedRef for what its types allow but no pool ever made."""
-    if len(ref.endpoint.encode("utf-8", "surrogatepass")) > _MAX_ENDPOINT_BYTES:
+    """Raise MalformedRef for what no pool ever made."""
+    _check_fields(ref)
+    if len(ref.endpoint.encode()) > _MAX_ENDPOINT_BYTES:
         raise MalformedRef("the ref's endpoint is longer than a Unix socket's path can be")
     specs = ref.specs
     if len(specs) > 1:
@@ -159,9 +234,12 @@ def _check(ref: FeatureRef) -> None:
         tensor_bytes = size_bytes * math.prod(shape)
         if spec.offset_bytes % size_bytes or spec.offset_bytes + tensor_bytes > ref.nbytes:
             raise MalformedRef("a tensor of the ref lies outside its extent")
-        if not tensor_bytes and math.prod(size or 1 for size in shape) > _MAX_BYTES:
+        if not tensor_bytes and math.prod(size or 1 for size in shape) > MAX_BYTES:
             raise MalformedRef("an empty tensor of the ref has a shape that overflows")
 
 
 _encode = msgspec.msgpack.Encoder().encode
 _decoder = msgspec.msgpack.Decoder(FeatureRef)
+_fields_decoder = msgspec.msgpack.Decoder(
+    tuple[_PoolId, _Endpoint, _Slot, _Generation, _Size, _Size, _Specs]
+)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from featcache._offload import Offload
+from featcache.asks import check_on_full
 from featcache.control import messages
 from featcache.control.messages import ProtocolError
 from featcache.errors import FeatureTooLarge, PoolFull, SettingsError
@@ -77,8 +78,7 @@ class RemotePuts:
 
     async def places(self, on_full: str, key: Any) -> Places:
         """Return the writers of the slab and of the host slab, of where a put may go; attach them."""
-        if on_full not in {"wait", "raise", "spill"}:
-            raise SettingsError(f"on_full={on_full!r} is none of 'wait', 'raise', 'spill'")
+        check_on_full(on_full)
         handle = await self._handles.bound_handle()
         here = await self._writer(handle)
         if on_full != "spill":

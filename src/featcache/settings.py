@@ -79,8 +79,12 @@ def _size(value: int | str, field: "attrs.Attribute[Any]") -> int:
     return parse_bytes(value, field.name, minimum=0)
 
 
+def _is_none(value: object) -> bool:
+    return isinstance(value, str) and value.lower() == "none"  # as the environment says it
+
+
 def _optional_size(value: int | str | None, field: "attrs.Attribute[Any]") -> int | None:
-    return None if value is None else _size(value, field)
+    return None if value is None or _is_none(value) else _size(value, field)
 
 
 def _seconds(value: float | str, field: "attrs.Attribute[Any]") -> float:
@@ -88,9 +92,7 @@ def _seconds(value: float | str, field: "attrs.Attribute[Any]") -> float:
 
 
 def _optional_seconds(value: float | str | None, field: "attrs.Attribute[Any]") -> float | None:
-    if value is None or (isinstance(value, str) and value.lower() == "none"):
-        return None
-    return parse_seconds(value, field.name)
+    return None if value is None or _is_none(value) else parse_seconds(value, field.name)
 
 
 def _count(value: int | str, field: "attrs.Attribute[Any]") -> int:
@@ -121,9 +123,7 @@ def _share(value: float | str, field: "attrs.Attribute[Any]") -> float:
 
 
 def _optional_share(value: float | str | None, field: "attrs.Attribute[Any]") -> float | None:
-    if value is None or (isinstance(value, str) and value.lower() == "none"):
-        return None
-    return _share(value, field)
+    return None if value is None or _is_none(value) else _share(value, field)
 
 
 _SHARE = attrs.Converter(_share, takes_field=True)

@@ -10,7 +10,7 @@ import msgspec
 from featcache import events
 from featcache.asks import ask
 from featcache.core.slots import Slot
-from featcache.core.waiters import Request
+from featcache.core.waiters import Request, WaiterState
 from featcache.errors import BackendUnavailable, CacheClosed, PoolFull, PutTimeout
 from featcache.memory.slab import Order, Parts
 from featcache.pool import Pool
@@ -194,7 +194,8 @@ class Writer:
             return self._pool.store.accept(waiter)
         except TimeoutError:
             raise PutTimeout(
-                f"no room for {request.nbytes} bytes within {timeout_s} s: {self._room()}"
+                f"no room for {request.nbytes} bytes within {timeout_s} s: "
+                + self._room(besides=waiter.state is WaiterState.WAITING)
             ) from None
         finally:
             if not granted and not self._pool.closed:
@@ -221,10 +222,11 @@ class Writer:
         """Return the error of a put that has no room and does not wait."""
         return PoolFull(f"no room for {request.nbytes} bytes now: {self._room()}")
 
-    def _room(self) -> str:
+    def _room(self, *, besides: bool = False) -> str:
+        """Say what room there is; `besides` one who waits, and asks."""
         store = self._pool.store
         return (
             f"{store.free_bytes} of {store.limits.capacity_bytes} bytes are free, at most "
             f"{store.largest_free_bytes} in one piece, {store.table.count - store.table.used} of "
-            f"{store.table.count} slots, and {len(store.queue)} puts wait"
+            f"{store.table.count} slots, and {len(store.queue) - besides} puts wait"
         )

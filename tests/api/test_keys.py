@@ -222,7 +222,7 @@ async def test_forms_that_take_only_refs() -> None:
             for call in (wrong.release, wrong.discard):
                 with pytest.raises(SettingsError, match="FeatureRef"):
                     await call("a")
-            with pytest.raises(GetTimeout, match="async with"), user.borrow("a"):
+            with pytest.raises(SettingsError, match="async with"), user.borrow("a"):
                 pass
         await nothing_lost(owner)
 

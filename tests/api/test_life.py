@@ -146,8 +146,11 @@ async def test_a_client_whose_owner_closed() -> None:
         for call in (client.get, client.release, client.discard):
             with pytest.raises(OwnerLost):
                 await call(ref)
-        with pytest.raises(OwnerLost):
-            client.get_nowait(ref)
+        for reader in (client, unbound):
+            with pytest.raises(OwnerLost):
+                reader.get_nowait(ref)
+            with pytest.raises(OwnerLost), reader.borrow(ref):
+                pass
         with pytest.raises(OwnerUnreachable):  # it looks for the pool anew: nobody is there
             await unbound.get(ref)
 

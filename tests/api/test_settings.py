@@ -51,7 +51,10 @@ def test_sizes_that_are_none(size: Any) -> None:
     [
         ("capacity", "3MiB", 3 << 20),
         ("initial", "1MiB", 1 << 20),
+        ("initial", "None", None),
         ("ttl", "none", None),
+        ("evict_above", "none", None),
+        ("evict_to", "NONE", None),
         ("ttl", "2.5", 2.5),
         ("slots", "7", 7),
         ("prefault", "off", False),
@@ -160,18 +163,21 @@ BAD: list[dict[str, Any]] = [
     {"name": ""},
     {"name": "n" * 257},
     {"name": 3},
+    {"name": "a\ud800"},
     {"endpoint": ""},
     {"endpoint": "/" + 107 * "x"},
     {"endpoint": "/" + 54 * "é"},
     {"endpoint": "/run/a\0b"},
     {"endpoint": b"/run/socket"},
     {"endpoint": 3},
+    {"endpoint": "/run/a\ud800"},
+    {"endpoint": "/run/a\udcff"},  # a path that is no UTF-8, which a ref can't say
     {"settings": {}},
     {"settings": 3},
 ]
 
 
-@pytest.mark.parametrize("arguments", BAD, ids=str)
+@pytest.mark.parametrize("arguments", BAD, ids=ascii)
 def test_arguments_that_make_no_sense(arguments: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=next(iter(arguments))):
         featcache.create(**arguments)

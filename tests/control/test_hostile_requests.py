@@ -251,10 +251,11 @@ async def test_what_a_session_may_not_publish(no_leaks: None) -> None:
             (TensorSpec(None, "", (1,), 0),),
             (TensorSpec("a", "uint8", (1,), 0), TensorSpec("a", "uint8", (1,), 256)),
             (TensorSpec("a", "uint8", (1,), 0), TensorSpec(None, "uint8", (1,), 256)),
-            tuple(TensorSpec(f"{n}", "uint8", (1,), 0) for n in range(5)),
         ]
         for wrong in specs:
             await refused(peer, publish(3, slot, generation, *wrong), "MalformedRef")
+        many = [TensorSpec(f"{n}", "uint8", (1,), 0) for n in range(5)]
+        await refused(peer, publish(3, slot, generation, *many), "SettingsError")
         assert not await client.contains("a")
         assert reserved(owner) == 1
         page_of(owner, 2).words.written[slot] = generation

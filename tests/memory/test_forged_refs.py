@@ -87,6 +87,17 @@ async def test_the_extent_may_hold_less_than_it_says(pool: Pool) -> None:
     assert (tensor(await client.get(other)) == 0x0202).all()
 
 
+@pytest.mark.parametrize("name", FORGED)
+async def test_an_owner_discards_no_forged_ref(pool: Pool, name: str) -> None:
+    owner, client, ref = pool
+    changes, error = FORGED[name]
+    with pytest.raises(error):
+        await owner.discard(msgspec.structs.replace(ref, **changes))
+    for reader in (owner, client):
+        await reader.get(ref)  # none of its reads was taken back
+    assert owner.statistics().discarded == 0
+
+
 @pytest.mark.parametrize("name", ["the neighbour's slot", "a slot that is free"])
 async def test_a_forged_discard(pool: Pool, name: str) -> None:
     owner, client, ref = pool

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featcache import FeatureRef, MalformedRef, ref
-from featcache.ref import TensorSpec
+from featcache.ref import TensorSpec, ref_bytes
 
 SPEC = TensorSpec(None, "bfloat16", (2, 1176), 0)
 REF = FeatureRef(
@@ -130,7 +130,7 @@ SHAPES: list[Any] = [
     [1 << 48, 1 << 48, 1 << 48],
     [2, 1177],
     [4704, 1],
-    [1] * 65,
+    [1] * 1025,
     [2.0, 1176],
     "ab",
     None,
@@ -271,5 +271,90 @@ def test_what_was_found_sound_is_kept_within_bounds() -> None:
         msgspec.structs.replace(REF, nbytes=REF.nbytes + nbytes)
     many = tuple(TensorSpec(str(n), "uint8", (1,), n) for n in range(100))
     FeatureRef(REF.pool_id, REF.endpoint, 0, 1, 0, 100, many)
+    long = TensorSpec(None, "uint8", (1,) * 1024, 0)
+    FeatureRef(REF.pool_id, REF.endpoint, 0, 1, 0, 1, (long,))
     assert len(ref._sound) <= 256
-    assert all(len(specs) <= 16 for specs, _ in ref._sound.values())
+    assert all(len(specs) <= 16 for specs in ref._sound.values())
+    assert all(len(spec.shape) <= 64 for specs in ref._sound.values() for spec in specs)
+
+
+# --- made by hand --------------------------------------------------------------------------------
+
+NONSENSE: dict[str, list[Any]] = {
+    "slot": [-1, 1 << 32, 1 << 70, "a", 1.0, None, []],
+    "generation": [-1, 0, 1 << 63, 1 << 70, "a", 1.0, None],
+    "offset_bytes": [-1, (1 << 48) + 1, 1 << 70, "a", 1.0, None],
+    "nbytes": [-1, (1 << 48) + 1, 1 << 70, "a", 4704.0, None, []],
+    "pool_id": [b"", b"x", bytes(17), bytearray(16), "x" * 16, None],
+    "endpoint": [3, None, b"/run", "\ud800", "x" * 108, "é" * 54],
+    "specs": [
+        *((), None, [SPEC], (None,), (3,), "ab", SPEC),
+        ([None, "bfloat16", [2, 1176], 0],),
+    ],
+}
+SPEC_NONSENSE: list[list[Any]] = [
+    [3, "bfloat16", (2,), 0],
+    ["\ud800", "bfloat16", (2,), 0],
+    [None, "bfloat16", [2], 0],
+    [None, "bfloat16", (2.0,), 0],
+    [None, "bfloat16", (-2,), 0],
+    [None, "bfloat16", (1,) * 1025, 0],
+    [None, "bfloat16", (2,), 0.0],
+    [None, None, (2,), 0],
+]
+BY_HAND = [(field, value) for field, values in NONSENSE.items() for value in values]
+BY_HAND += [("specs", (TensorSpec(*wrong),)) for wrong in SPEC_NONSENSE]
+
+
+@pytest.mark.parametrize(("field", "value"), BY_HAND, ids=lambda value: ascii(value)[:40])
+def test_no_ref_is_made_of_nonsense(field: str, value: Any) -> None:
+    for _ in range(2):  # what it is made of has been found sound before
+        with pytest.raises(MalformedRef):
+            msgspec.structs.replace(REF, **{field: value})
+        made = msgspec.structs.asdict(REF) | {field: value}
+        with pytest.raises(MalformedRef):
+            FeatureRef(**made)
+
+
+def test_what_is_wrong_is_said_by_the_name_of_its_field() -> None:
+    with pytest.raises(MalformedRef, match="`generation`"):
+        msgspec.structs.replace(REF, generation=0)
+
+
+@pytest.mark.parametrize("most", [(1 << 32) - 1, 0], ids=["greatest", "least"])
+def test_a_ref_at_the_bounds_is_read_back(most: int) -> None:
+    made = msgspec.structs.replace(
+        REF,
+        pool_id=b"\xff" * 16,
+        endpoint="é" * 53,
+        slot=most,
+        generation=(1 << 63) - 1 if most else 1,
+        offset_bytes=1 << 48 if most else 0,
+        nbytes=1 << 48,
+    )
+    assert FeatureRef.from_bytes(made.to_bytes()) == made
+
+
+def test_the_longest_ref_that_specs_may_make_is_read_back() -> None:
+    """What `ref_bytes` says of specs holds of every ref with them, and one that is longer is none."""
+    named = [TensorSpec(f"{n:03d}" + "é" * 120, "int8", (1,), n) for n in range(300)]
+    count = max(n for n in range(300) if ref_bytes(tuple(named[:n])) <= 1 << 16)
+    specs = tuple(named[:count])
+    longest = FeatureRef(
+        *(b"x" * 16, "é" * 53, (1 << 32) - 1, (1 << 63) - 1, 1 << 48, 1 << 48),
+        specs,
+    )
+    assert len(longest.to_bytes()) <= ref_bytes(specs) <= 1 << 16
+    assert FeatureRef.from_bytes(longest.to_bytes()) == longest
+    with pytest.raises(MalformedRef, match="fewer tensors"):
+        msgspec.structs.replace(longest, specs=tuple(named))
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["text", REF.to_bytes().hex(), None, 3, 10**15, 1.5, [300], [102, 82], {}, REF, memoryview],
+    ids=lambda value: repr(value)[:20],
+)
+def test_what_is_no_bytes(data: Any) -> None:
+    with pytest.raises(MalformedRef, match=f"not {type(data).__name__}"):
+        FeatureRef.from_bytes(data)

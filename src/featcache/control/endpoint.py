@@ -27,7 +27,13 @@ def check_endpoint(endpoint: object) -> str:
     if not isinstance(endpoint, str | os.PathLike) or not os.fspath(endpoint):
         raise SettingsError(f"endpoint={endpoint!r} is not the path of a Unix socket")
     path = os.fspath(endpoint)
-    if not isinstance(path, str) or "\0" in path or len(os.fsencode(path)) > _MAX_PATH_BYTES:
+    try:  # by the system, and in refs, which say it as UTF-8
+        nbytes = max(len(os.fsencode(path)), len(path.encode())) if isinstance(path, str) else 0
+    except UnicodeEncodeError:
+        nbytes = 0
+    if not nbytes or "\0" in path:
+        raise SettingsError(f"endpoint={path!r} is not a path in UTF-8")
+    if nbytes > _MAX_PATH_BYTES:
         raise SettingsError(
             f"endpoint={path!r} is longer than a Unix socket's {_MAX_PATH_BYTES} bytes"
         )

@@ -149,7 +149,7 @@ class KeyedStore(Store):
 
     def _check_key(self, key: bytes) -> None:
         if key not in self.directory:
-            raise KeyNotFound(f"no feature is kept under {key_label(key)!r}")
+            raise KeyNotFound(f"no feature is kept under {key_label(key)[:64]!r}")
 
     # --- evicting ---------------------------------------------------------------------------------
 

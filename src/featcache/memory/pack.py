@@ -1,13 +1,14 @@
 """From what a user puts to specs and bytes: one tensor, or a dict of them packed in one slot."""
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
 
-from featcache.errors import SettingsError
-from featcache.ref import DTYPE_BYTES, TensorSpec
+from featcache.errors import FeatureTooLarge, SettingsError
+from featcache.ref import DTYPE_BYTES, MAX_BYTES, MAX_DIMS, MAX_REF_BYTES, TensorSpec, ref_bytes
 
 __all__ = [
     "DTYPES",
@@ -15,6 +16,7 @@ __all__ = [
     "Feature",
     "Packed",
     "contiguous_strides",
+    "is_name",
     "pack",
     "same_layout",
     "unpack",
@@ -25,11 +27,24 @@ Packed = tuple[tuple[TensorSpec, torch.Tensor], ...]
 
 _ALIGNMENT_BYTES: Final = 256  # of each tensor inside a slot, as the slot itself
 MAX_NAME = 256
+_ALWAYS_FIT: Final = 16  # tensors whose specs fit a ref, whatever their names and shapes
 
 DTYPES: Final[dict[str, torch.dtype]] = {
     name: getattr(torch, name) for name in DTYPE_BYTES if hasattr(torch, name)
 }
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def is_name(value: Any, least: int = 1, *, travels: bool = True) -> bool:
+    """Whether it can name a tensor, a reader or a session: not too long; if it `travels`, in UTF-8."""
+    if not isinstance(value, str) or not least <= len(value) <= MAX_NAME:
+        return False
+    if travels and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # a lone surrogate
+            return False
+    return True
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
@@ -47,7 +62,21 @@ def _spec(name: str | None, tensor: Any, offset_bytes: int) -> TensorSpec:
         raise SettingsError(
             "only dense tensors with bytes can be shared, not sparse, nested or meta ones"
         )
-    return TensorSpec(name, dtype, tuple(tensor.shape), offset_bytes)
+    shape = tuple(tensor.shape)
+    _check_shape(shape, tensor.nbytes)
+    return TensorSpec(name, dtype, shape, offset_bytes)
+
+
+def _check_shape(shape: tuple[int, ...], nbytes: int) -> None:
+    """Raise what says so if no ref can have a tensor of this shape."""
+    if len(shape) > MAX_DIMS:
+        raise SettingsError(
+            f"a tensor of {len(shape)} dimensions: reshape it to {MAX_DIMS} or less"
+        )
+    if nbytes > MAX_BYTES:  # of an expanded view, that is
+        raise FeatureTooLarge(f"a tensor of {nbytes} bytes fits no pool: put what it is a view of")
+    if not nbytes and math.prod(size or 1 for size in shape) > MAX_BYTES:
+        raise SettingsError(f"an empty tensor of shape {list(shape)} can't be shared: reshape it")
 
 
 _bare_specs: dict[tuple[torch.dtype, torch.Size], tuple[TensorSpec, ...]] = {}
@@ -62,11 +91,15 @@ def _new_bare_specs(tensor: torch.Tensor) -> tuple[TensorSpec, ...]:
     return specs
 
 
-def pack(feature: Any, most: int) -> tuple[tuple[TensorSpec, ...], Packed, int]:
+def pack(
+    feature: Any, most: int, *, travels: bool = True
+) -> tuple[tuple[TensorSpec, ...], Packed, int]:
     """Return the specs, the tensors beside them, and the bytes of the slot they need.
 
     Raises:
-        SettingsError: neither a dense tensor nor a dict of 1 to `most` of them under str names.
+        SettingsError: neither a dense tensor nor a dict of 1 to `most` of them under str names; or,
+            of what `travels` as a ref, the ref would be too long.
+        FeatureTooLarge: it fits no pool there can be.
 
     """
     if isinstance(feature, torch.Tensor):
@@ -87,12 +120,27 @@ def pack(feature: Any, most: int) -> tuple[tuple[TensorSpec, ...], Packed, int]:
     parts: list[tuple[TensorSpec, torch.Tensor]] = []
     end_bytes = 0
     for name, tensor in feature.items():
-        if not isinstance(name, str) or len(name) > MAX_NAME:
-            raise SettingsError(f"a tensor's name is a str of at most {MAX_NAME} characters")
+        if not is_name(name, 0, travels=travels):
+            raise SettingsError(
+                f"a tensor's name is a str of at most {MAX_NAME} characters that UTF-8 has"
+            )
         offset_bytes = -(-end_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         parts.append((_spec(name, tensor, offset_bytes), tensor))
         end_bytes = offset_bytes + tensor.nbytes
-    return tuple(spec for spec, _ in parts), tuple(parts), end_bytes
+    specs = tuple(spec for spec, _ in parts)
+    if travels and len(specs) > _ALWAYS_FIT:
+        _check_length(specs)
+    return specs, tuple(parts), end_bytes
+
+
+def _check_length(specs: tuple[TensorSpec, ...]) -> None:
+    """Raise SettingsError if nobody could read a ref with these specs."""
+    nbytes = ref_bytes(specs)
+    if nbytes > MAX_REF_BYTES:
+        raise SettingsError(
+            f"the ref of these {len(specs)} tensors would have {nbytes} bytes, more than "
+            f"{MAX_REF_BYTES}: shorten their names, or put them as several features"
+        )
 
 
 @functools.lru_cache(maxsize=1024)
