@@ -36,6 +36,7 @@ from featcache.control.messages import (
     Writable,
     decode_from_owner,
     encode,
+    is_answer,
 )
 from featcache.control.peers import PidWatch, check_uid, own_pidfd
 from featcache.errors import (
@@ -243,14 +244,14 @@ class Link:
     def _on_message(self, payload: bytes, fds: list[int]) -> None:
         try:
             message = decode_from_owner(payload)
-            if isinstance(message, Welcome) and not self._welcome.done():
+            if is_answer(message):
+                answered, fds = fds, []
+                self._answer(message, answered)
+            elif isinstance(message, Welcome) and not self._welcome.done():
                 self._welcome.set_result(message)
                 self._welcome_fds, fds = fds, []
             elif isinstance(message, Refused) and not self._welcome.done():
                 self._welcome.set_exception(AttachRefused(f"refused: {message.reason}"))
-            elif isinstance(message, Answer):
-                answered, fds = fds, []
-                self._answer(message, answered)
             elif isinstance(message, Farewell) and self._welcome.done():
                 self._resolve(self._farewell)
             elif isinstance(message, Closing):
@@ -261,7 +262,8 @@ class Link:
             else:
                 raise ProtocolError(f"an unexpected {type(message).__name__}")
         finally:
-            close_all(fds)
+            if fds:
+                close_all(fds)
 
     def _change_slab(self, change: SlabChange, fds: list[int]) -> None:
         if len(fds) != (len(change.sizes) if isinstance(change, Segments) else 0):
@@ -275,25 +277,26 @@ class Link:
             raise ProtocolError(f"more than {_MAX_UNTAKEN} changes of the slab at once")
 
     def _answer(self, reply: Answer, fds: list[int]) -> None:
-        if fds and not isinstance(reply, Writable):
+        if fds and type(reply) is not Writable:
             close_all(fds)
             raise ProtocolError("descriptors came with an answer that has none")
         request, future = self._requests.pop(reply.request, (None, None))
-        failed = isinstance(reply, Reply) and reply.error is not None
+        refused = reply if type(reply) is Reply and reply.error is not None else None
         if future is None or future.done():
             # Cancelled: its task has found that out, or is yet to.
             orphan = self._orphans.pop(reply.request, request)
-            if orphan is None or failed:
+            if orphan is None or refused is not None:
                 close_all(fds)
             else:
                 self._take_orphan(orphan, reply, fds)
             return
-        if not isinstance(reply, Reply) or reply.error is None:
+        if refused is None:
             future.set_result((reply, fds))
             return
         close_all(fds)
-        kind = getattr(errors, reply.error, None) if reply.error in errors.__all__ else None
-        future.set_exception((kind or FeatcacheError)(reply.text))
+        name = refused.error
+        kind = getattr(errors, name, None) if name is not None and name in errors.__all__ else None
+        future.set_exception((kind or FeatcacheError)(refused.text))
 
     def _on_channel_lost(self, error: Exception | None) -> None:
         self._lose("its socket closed" if error is None else str(error), error)

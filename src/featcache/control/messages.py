@@ -1,6 +1,6 @@
 """What owner and readers say to each other. Bounded, typed, versioned; nothing is trusted by type alone."""
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, TypeGuard, get_args
 
 import msgspec
 
@@ -47,6 +47,8 @@ __all__ = [
     "decode_from_client",
     "decode_from_owner",
     "encode",
+    "is_answer",
+    "is_request",
 ]
 
 VERSION: Final = 3
@@ -296,6 +298,20 @@ Note = Cancel | Unclaim | Withdraw
 Answer = Reply | Granted | MayMake | Reserved | Writable
 FromClient = Hello | Goodbye | Retired | Request | Note
 FromOwner = Welcome | Refused | Farewell | Closing | Segments | Retire | Answer
+
+_REQUESTS: Final = frozenset(get_args(Request))
+_ANSWERS: Final = frozenset(get_args(Answer))
+
+
+def is_request(message: object) -> TypeGuard[Request]:
+    """As isinstance, which asks each class in turn, and a struct's takes long to answer."""
+    return type(message) in _REQUESTS
+
+
+def is_answer(message: object) -> TypeGuard[Answer]:
+    """As `is_request`, of answers."""
+    return type(message) in _ANSWERS
+
 
 encode = msgspec.msgpack.Encoder().encode
 _from_client: msgspec.msgpack.Decoder[FromClient] = msgspec.msgpack.Decoder(FromClient)

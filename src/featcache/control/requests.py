@@ -22,6 +22,8 @@ from featcache.control.messages import (
     Withdraw,
     Writable,
     encode,
+    is_answer,
+    is_request,
 )
 from featcache.control.sessions import Session, SessionState
 from featcache.errors import FeatcacheError, SettingsError
@@ -32,7 +34,8 @@ __all__ = ["Desk", "Requests"]
 _MOST_RELAYS: Final = 64
 """Relays that one session may have under way."""
 
-_Copies = Relay | Upload | HostPool
+_ACTIVE: Final = SessionState.ACTIVE  # members of an enum are slow to look up
+_COPIES: Final = frozenset((Relay, Upload, HostPool))
 Wait = Coroutine[Any, Any, Answer]
 
 
@@ -62,17 +65,17 @@ class Requests:
 
     def take(self, session: Session, message: Request | Note) -> None:
         """Answer a request, now or later; or take note."""
-        if isinstance(message, Cancel):
+        if is_request(message):
+            self._answer(session, message)
+        elif isinstance(message, Cancel):
             task = session.tasks.get(message.request)
             if task is not None:
                 task.cancel()
         elif isinstance(message, Unclaim | Withdraw):
             self._desk.note(session.number, message)
-        else:
-            self._answer(session, message)
 
     def _answer(self, session: Session, ask: Request) -> None:
-        if isinstance(ask, _Copies) and len(session.relays) >= _MOST_RELAYS:
+        if type(ask) in _COPIES and len(session.relays) >= _MOST_RELAYS:
             raise ProtocolError(f"more than {_MOST_RELAYS} relays at once")
         try:
             answer = self._desk.answer(session.number, ask)
@@ -81,17 +84,18 @@ class Requests:
         except Exception as error:  # noqa: BLE001 - a fault of ours must not leave the asker waiting
             self._loop.call_exception_handler({"message": f"{ask!r} failed", "exception": error})
             answer = _fault(ask.request)
-        if isinstance(answer, Coroutine):
-            self._wait(session, ask, answer)
-        else:
+        if is_answer(answer):
             self._send(session, answer)
+        else:
+            assert isinstance(answer, Coroutine), "what is not answered yet will be"
+            self._wait(session, ask, answer)
 
     def _wait(self, session: Session, ask: Request, wait: Wait) -> None:
         request = ask.request
         if request in session.tasks:
             wait.close()
             raise ProtocolError(f"request {request} is under way already")
-        if isinstance(ask, _Copies):
+        if type(ask) in _COPIES:
             session.relays.add(request)
         task = session.tasks[request] = self._loop.create_task(wait)
         # Not in the task itself: one that is cancelled before its first step never runs.
@@ -116,7 +120,7 @@ class Requests:
 
     def _send(self, session: Session, answer: Answer) -> None:
         channel = session.channel
-        if channel is None or channel.closed or session.state is not SessionState.ACTIVE:
+        if channel is None or channel.closed or session.state is not _ACTIVE:
             self._desk.take_back(session.number, answer)
             return
         payload = encode(answer)
@@ -124,7 +128,7 @@ class Requests:
             self._desk.take_back(session.number, answer)
             why = "the ref is too long for a message: raise Settings.message_bytes"
             payload = encode(Reply(answer.request, SettingsError.__name__, why))
-        channel.send(payload, self._desk.writable() if isinstance(answer, Writable) else ())
+        channel.send(payload, self._desk.writable() if type(answer) is Writable else ())
 
 
 def _fault(request: int) -> Reply:
