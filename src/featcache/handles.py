@@ -66,6 +66,8 @@ class HandleCache:
         self._settings = settings
         self._offload = offload
         self._bound = bound
+        self._bound_pool = b""
+        """The pool that was found there last."""
         self._lost: str | None = None  # why the pool that this client is bound to is gone
         self._handles: OrderedDict[bytes, Handle] = OrderedDict()
         self._opening: dict[str, asyncio.Task[Handle]] = {}
@@ -110,6 +112,10 @@ class HandleCache:
         if handle.attachment.pool_id != ref.pool_id:
             raise UnknownPool(f"{ref.endpoint} serves another pool now than {ref.pool_id.hex()}")
         return handle
+
+    def peek_bound(self) -> Handle | None:
+        """Return the handle of the pool that this client is connected to, if it is open."""
+        return self._handles.get(self._bound_pool)
 
     async def bound_handle(self) -> Handle:
         """Return the handle of the pool that this client is connected to.
@@ -199,6 +205,8 @@ class HandleCache:
         if kin:
             self._kin.add(welcome.pool_id)
         self._handles[welcome.pool_id] = handle
+        if endpoint == self._bound:
+            self._bound_pool = welcome.pool_id
         link.on_lost = lambda reason: self._on_lost(welcome.pool_id, reason)
         return handle
 

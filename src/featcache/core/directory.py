@@ -79,7 +79,7 @@ class Directory:
         self.refresh(slot)
 
     def touch(self, slot: Slot, now_s: float) -> None:
-        """Count a use: the slot is the last to go. The caller then refreshes it."""
+        """Count a use: the slot is the last to go. The caller refreshes it, before or after."""
         self._ticks += 1
         slot.tick, slot.used_s = self._ticks, now_s
         if slot.idle:
