@@ -47,11 +47,10 @@ class RemotePuts:
         """Features that this client published."""
         return self._puts + sum(writer.puts for writer in self._writers.values())
 
-    async def _writer(self, handle: Handle) -> Writes:
-        """Return the writer of a pool; where the slab is out of reach, one that goes through the host."""
-        pool_id = handle.attachment.pool_id
+    def _known(self, handle: Handle) -> Writes | None:
+        """Return the writer of a pool, if it has one that still fits."""
+        writer = self._writers.get(handle.attachment.pool_id)
         unmapped = isinstance(handle.attachment.mapping, Unmapped)
-        writer = self._writers.get(pool_id)
         if (
             writer is not None
             and writer.handle is handle
@@ -59,8 +58,16 @@ class RemotePuts:
             and (not isinstance(writer, Uploader) or writer.beside.handle in self._handles.handles)
         ):
             return writer
+        return None
+
+    async def _writer(self, handle: Handle) -> Writes:
+        """Return the writer of a pool; where the slab is out of reach, one that goes through the host."""
+        writer = self._known(handle)
+        if writer is not None:
+            return writer
+        pool_id = handle.attachment.pool_id
         made: Writes
-        if unmapped:
+        if isinstance(handle.attachment.mapping, Unmapped):
             made = Uploader(handle, await self._beside(handle), self._settings)
         else:
             made = RemoteWriter(handle, self._settings, self._offload)
@@ -79,8 +86,8 @@ class RemotePuts:
         """Return the writers of the slab and of the host slab, of where a put may go; attach them."""
         if on_full not in {"wait", "raise", "spill"}:
             raise SettingsError(f"on_full={on_full!r} is none of 'wait', 'raise', 'spill'")
-        handle = await self._handles.bound_handle()
-        here = await self._writer(handle)
+        handle = self._handles.peek_bound() or await self._handles.bound_handle()
+        here = self._known(handle) or await self._writer(handle)
         if on_full != "spill":
             return here, None
         if key is not None:
