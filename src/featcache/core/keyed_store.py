@@ -58,9 +58,9 @@ class KeyedStore(Store):
 
     def _grant(self, slot: Slot, now_s: float) -> None:
         slot.grants += 1
-        if slot.idle:
-            self.directory.refresh(slot)  # first: what can't be evicted needs no place among those
         self.directory.touch(slot, now_s)
+        if slot.idle:
+            self.directory.refresh(slot)
 
     def pay_grant(self, slot: Slot, now_s: float) -> list[Effect]:
         """Count one grant as paid."""
