@@ -57,8 +57,8 @@ class Channel:
     not block.
 
     What is sent while the frames of one read are handled is gathered, and goes with one system call
-    when they all are: who asked many things at once is woken once. What is sent at any other time goes
-    at once.
+    when they all are: who asked many things at once is woken once. So goes, of one that `asks`, what
+    is `send_next`. What is sent at any other time goes at once.
     """
 
     def __init__(
@@ -67,6 +67,8 @@ class Channel:
         limit_bytes: int,
         on_message: OnMessage,
         on_lost: OnLost,
+        *,
+        asks: bool = False,
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
@@ -82,6 +84,11 @@ class Channel:
         self._gathered: list[bytes] = []
         """Frames that go together. There are none while any are in `_outgoing`, which went before."""
         self._gathered_bytes = 0
+        self._asks = asks
+        self._in_turn = False
+        """Whether this turn of the loop follows from a read of several frames."""
+        self._begun = False
+        """Whether something was sent in it."""
         self._outgoing: deque[tuple[bytes, Sequence[int]]] = deque()
         """Frames that wait for the peer to read."""
         self.closed = False
@@ -105,6 +112,20 @@ class Channel:
             if self._gathered:
                 self._flush()  # what was said before comes before
             self._send_now(frame, descriptors)
+
+    def send_next(self, payload: bytes) -> None:
+        """Send one frame that asks for what only this loop waits for.
+
+        Where several answers came at once, those who had them are about to ask again, in one turn of
+        the loop, until whose end nobody can take an answer. The first of what they ask goes at once, so
+        that the peer has something to do, the others together when the turn ends.
+        """
+        gathering, self._gathering = self._gathering, self._gathering or self._begun
+        try:
+            self.send(payload)
+        finally:
+            self._gathering = gathering
+        self._begun = self._in_turn
 
     def _gather(self, frame: bytes) -> None:
         self._gathered.append(frame)
@@ -223,6 +244,9 @@ class Channel:
         except ProtocolError as error:
             self._lose(error)
         finally:
+            if self._gathering and self._asks and not self._in_turn:
+                self._in_turn = True
+                self._loop.call_soon(self._end_turn)  # after all whom these frames woke
             self._gathering = False
             if incoming:
                 del incoming[:done]
@@ -230,6 +254,11 @@ class Channel:
                 incoming += data[done:]
             if self._gathered:
                 self._flush()
+
+    def _end_turn(self) -> None:
+        self._in_turn = self._begun = False
+        if self._gathered and not self.closed:
+            self._flush()
 
     def _frame_end(self, data: bytes | bytearray, start: int) -> int:
         """Return where the frame at `start` ends; 0 if it is not whole.

@@ -19,6 +19,7 @@ from featcache.control.messages import (
     Closing,
     Discard,
     Farewell,
+    Find,
     Goodbye,
     Hello,
     Note,
@@ -83,7 +84,7 @@ class Link:
         self._numbers = 0
         self._watch: PidWatch | None = None
         self._channel = Channel(
-            sock, settings.message_bytes, self._on_message, self._on_channel_lost
+            sock, settings.message_bytes, self._on_message, self._on_channel_lost, asks=True
         )
 
     async def greet(self, name: str | None, device: str) -> tuple[Welcome, list[int]]:
@@ -136,7 +137,10 @@ class Link:
         answer: Answered = self._loop.create_future()
         self._requests[number] = request, answer
         try:
-            self._channel.send(payload)
+            if type(request) is Find:
+                self._channel.send_next(payload)
+            else:  # which others may be waiting for
+                self._channel.send(payload)
         except ValueError as error:
             del self._requests[number]
             raise SettingsError(f"{error}: raise Settings.message_bytes") from None
