@@ -86,7 +86,7 @@ class RemoteKeys:
         ref = FeatureRef.from_bytes(data)
         if len(data) <= _MOST_KNOWN_BYTES:
             if len(self._known) >= _MOST_KNOWN:
-                del self._known[next(iter(self._known))]
+                self._known.clear()
             self._known[data] = ref
         return ref
 
