@@ -29,8 +29,11 @@ _GATHER_BYTES: Final = 16 << 10
 """What is gathered goes when it is so much, to a peer that may have begun to read by the time."""
 MAX_DESCRIPTORS: Final = 64
 """Most descriptors one frame can carry (SCM_MAX_FD is 253)."""
-_MAX_QUEUED: Final = 1024
-"""Frames that may wait for a peer that does not read."""
+_MAX_QUEUED: Final = 1 << 14
+"""Frames that may wait for a peer that does not read: more than one that does can come to ask for in a
+turn of its loop (`Link`), or be answered."""
+_MAX_QUEUED_FULL: Final = 1 << 12
+"""Frames of the greatest length that may."""
 _INT_BYTES: Final = array.array("i").itemsize
 _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(MAX_DESCRIPTORS * _INT_BYTES)
 # As plain integers: the enum's own operators take longer than the rest of a short read.
@@ -91,6 +94,7 @@ class Channel:
         """Whether something was sent in it."""
         self._outgoing: deque[tuple[bytes, Sequence[int]]] = deque()
         """Frames that wait for the peer to read."""
+        self._outgoing_bytes = 0
         self.closed = False
         self._losing = False
         self._loop.add_reader(self._fd, self._readable)
@@ -163,8 +167,13 @@ class Channel:
         self._queue(frame, descriptors)
 
     def _queue(self, frame: bytes, descriptors: Sequence[int]) -> None:
-        if len(self._outgoing) >= _MAX_QUEUED:
-            self._lose(ProtocolError(f"the peer left {_MAX_QUEUED} messages unread"))
+        self._outgoing_bytes += len(frame)
+        if (
+            len(self._outgoing) >= _MAX_QUEUED
+            or self._outgoing_bytes > _MAX_QUEUED_FULL * self._limit_bytes
+        ):
+            unread = f"{len(self._outgoing)} messages of {self._outgoing_bytes} bytes"
+            self._lose(ProtocolError(f"the peer left {unread} unread"))
             return
         # The frame's own: the caller may close its descriptors before the peer reads.
         self._outgoing.append((frame, [os.dup(fd) for fd in descriptors]))
@@ -185,6 +194,7 @@ class Channel:
         while self._outgoing:
             frame, descriptors = self._outgoing[0]
             sent = self._send_some(frame, descriptors)
+            self._outgoing_bytes -= sent
             if sent:
                 close_all(descriptors)
                 descriptors = ()

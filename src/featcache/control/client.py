@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import socket
+from collections import deque
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -56,6 +57,7 @@ __all__ = ["Link", "dial"]
 _CONNECT_RETRY_S = 0.005
 _FAREWELL_S = 1.0
 _MAX_REQUESTS = 4096
+"""Requests that may be unanswered; one more waits here."""
 _MAX_UNTAKEN = 1024
 """Changes of the slab that may come before somebody takes them."""
 
@@ -77,6 +79,8 @@ class Link:
         self._farewell: asyncio.Future[None] = self._loop.create_future()
         self._requests: dict[int, tuple[Request, Answered]] = {}
         self._orphans: dict[int, Request] = {}
+        self._places: deque[asyncio.Future[None]] = deque()
+        """Who waits until fewer are unanswered, first come, first served."""
         self.on_orphan: Callable[[Request, Answer], None] | None = None
         """Told of answers whose askers were cancelled."""
         self._on_slab: Callable[[SlabChange, list[int]], None] | None = None
@@ -126,12 +130,10 @@ class Link:
 
         If cancelled, the owner is told, and its answer goes to `on_orphan` when it comes.
         """
-        if self.lost is not None:
-            raise OwnerLost(self.lost)
-        if self._channel.closed:
-            raise CacheClosed("the session was closed")
-        if len(self._requests) + len(self._orphans) >= _MAX_REQUESTS:
-            raise FeatcacheError(f"{_MAX_REQUESTS} requests are unanswered already")
+        self._check_open()
+        while len(self._requests) + len(self._orphans) >= _MAX_REQUESTS:
+            await self._place()
+            self._check_open()
         number = request.request
         payload = encode(request)
         answer: Answered = self._loop.create_future()
@@ -152,6 +154,30 @@ class Link:
         finally:
             self._requests.pop(number, None)
 
+    def _check_open(self) -> None:
+        if self.lost is not None:
+            raise OwnerLost(self.lost)
+        if self._channel.closed:
+            raise CacheClosed("the session was closed")
+
+    async def _place(self) -> None:
+        """Wait for an answer, to anything."""
+        place: asyncio.Future[None] = self._loop.create_future()
+        self._places.append(place)
+        try:
+            await place
+        except asyncio.CancelledError:
+            if not place.cancelled():  # it had come
+                self._pass_on()
+            raise
+
+    def _pass_on(self) -> None:
+        while self._places:
+            place = self._places.popleft()
+            if not place.done():
+                place.set_result(None)
+                return
+
     def _abandon(self, request: Request, answer: Answered) -> None:
         """See to an answer that nobody awaits any more: what it hands over is to be given back."""
         if answer.done() and not answer.cancelled():
@@ -170,6 +196,10 @@ class Link:
                 del self._requests[request.request]
                 self._orphans[request.request] = request
                 self.tell(Cancel(request.request))
+        for place in self._places:
+            if not place.done():
+                place.set_exception(error)
+        self._places.clear()
 
     def _take_orphan(self, request: Request, answer: Answer, fds: list[int]) -> None:
         close_all(fds)
@@ -285,6 +315,8 @@ class Link:
             close_all(fds)
             raise ProtocolError("descriptors came with an answer that has none")
         request, future = self._requests.pop(reply.request, (None, None))
+        if self._places:
+            self._pass_on()
         refused = reply if type(reply) is Reply and reply.error is not None else None
         if future is None or future.done():
             # Cancelled: its task has found that out, or is yet to.
@@ -329,6 +361,8 @@ class Link:
                 future.set_exception(kind(lost))
         self._requests.clear()
         self._orphans.clear()
+        while self._places:
+            self._pass_on()
 
     @staticmethod
     def _resolve(future: asyncio.Future[None]) -> None:
