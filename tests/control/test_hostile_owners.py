@@ -80,6 +80,7 @@ def welcome_of(**changes: Any) -> bytes:
         "kin_endpoint": "",
         "endpoint": "",
         "grants": GRANTS,
+        "message_bytes": 64 << 10,
     }
     return msgspec.msgpack.encode(fields | changes)
 

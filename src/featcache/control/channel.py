@@ -77,6 +77,8 @@ class Channel:
         self._sock = sock
         self._fd = sock.fileno()
         self._limit_bytes = limit_bytes
+        self.send_bytes = limit_bytes
+        """The longest payload that may be sent: as many bytes as the peer takes, once that is known."""
         self._on_message = on_message
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
@@ -105,7 +107,7 @@ class Channel:
         """Send one frame now, or as soon as the peer reads. Descriptors stay the caller's to close."""
         if self.closed:
             return
-        if len(payload) > self._limit_bytes or len(descriptors) > MAX_DESCRIPTORS:
+        if len(payload) > self.send_bytes or len(descriptors) > MAX_DESCRIPTORS:
             raise ValueError(f"a frame of {len(payload)} bytes is over the limit")
         frame = _pack_header(_MAGIC, VERSION, len(descriptors), len(payload)) + payload
         if self._outgoing:

@@ -87,6 +87,7 @@ class Link:
         self._untaken: list[tuple[SlabChange, list[int]]] = []
         self._numbers = 0
         self._watch: PidWatch | None = None
+        self._message_bytes = settings.message_bytes
         self._channel = Channel(
             sock, settings.message_bytes, self._on_message, self._on_channel_lost, asks=True
         )
@@ -95,7 +96,8 @@ class Link:
         """Say hello; return the owner's answer and its descriptors, the owner's pidfd taken out."""
         pidfd = own_pidfd()
         try:
-            self._channel.send(encode(Hello(VERSION, name, device)), [pidfd])
+            hello = Hello(VERSION, name, device, self._message_bytes)
+            self._channel.send(encode(hello), [pidfd])
         finally:
             os.close(pidfd)
         welcome = await asyncio.shield(self._welcome)
@@ -106,6 +108,7 @@ class Link:
         if not self._welcome_fds:
             raise AttachRefused("the owner's welcome came without descriptors")
         self._watch = PidWatch(self._welcome_fds.pop(0), lambda: self._lose("its process died"))
+        self._channel.send_bytes = min(self._message_bytes, welcome.message_bytes)
         fds, self._welcome_fds = self._welcome_fds, []
         return welcome, fds
 
@@ -145,7 +148,7 @@ class Link:
                 self._channel.send(payload)
         except ValueError as error:
             del self._requests[number]
-            raise SettingsError(f"{error}: raise Settings.message_bytes") from None
+            raise SettingsError(f"{error}: raise Settings.message_bytes, the owner's too") from None
         try:
             return await answer
         except asyncio.CancelledError:

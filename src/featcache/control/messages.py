@@ -51,7 +51,7 @@ __all__ = [
     "is_request",
 ]
 
-VERSION: Final = 3
+VERSION: Final = 4
 """Grows when a message or a shared layout changes; both sides must have the same."""
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
@@ -62,6 +62,7 @@ _Handle = Annotated[bytes, msgspec.Meta(max_length=64)]
 _Ref = Annotated[bytes, msgspec.Meta(max_length=64 << 10)]
 _Key = Annotated[bytes, msgspec.Meta(min_length=1, max_length=MAX_KEY_BYTES)]
 _Seconds = Annotated[float, msgspec.Meta(gt=0)]
+_MessageBytes = Annotated[int, msgspec.Meta(ge=1024)]
 
 MAX_SEGMENTS: Final = 32
 """Most segments that one message can bring; each comes with its descriptor."""
@@ -77,6 +78,8 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
     version: int
     name: _Name | None
     device: _Text
+    message_bytes: _MessageBytes = 64 << 10
+    """The longest message that it takes."""
 
 
 class Goodbye(msgspec.Struct, tag="goodbye", frozen=True):
@@ -218,6 +221,8 @@ class Welcome(msgspec.Struct, tag="welcome", frozen=True):
     """Where the owner listens, as its refs say it."""
     grants: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] = 1024
     """Reads by key that the session may have out."""
+    message_bytes: _MessageBytes = 64 << 10
+    """The longest message that the owner takes."""
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True):

@@ -27,7 +27,6 @@ from featcache.control.messages import (
 )
 from featcache.control.sessions import Session, SessionState
 from featcache.errors import FeatcacheError, SettingsError
-from featcache.settings import Settings
 
 __all__ = ["Desk", "Requests"]
 
@@ -58,9 +57,8 @@ class Desk(Protocol):
 class Requests:
     """The askings of all sessions of one server."""
 
-    def __init__(self, desk: Desk, settings: Settings) -> None:
+    def __init__(self, desk: Desk) -> None:
         self._desk = desk
-        self._message_bytes = settings.message_bytes
         self._loop = asyncio.get_running_loop()
 
     def take(self, session: Session, message: Request | Note) -> None:
@@ -129,7 +127,7 @@ class Requests:
             self._desk.take_back(session.number, answer)
             return
         payload = encode(answer)
-        if len(payload) > self._message_bytes:
+        if len(payload) > channel.send_bytes:
             self._desk.take_back(session.number, answer)
             why = "the ref is too long for a message: raise Settings.message_bytes"
             payload = encode(Reply(answer.request, SettingsError.__name__, why))

@@ -52,7 +52,7 @@ class Server:
         self, sock: socket.socket, path: str, settings: Settings, host: Host, desk: Desk
     ) -> None:
         self.endpoint = path
-        self._requests = Requests(desk, settings)
+        self._requests = Requests(desk)
         self._sock = sock
         self._settings = settings
         self._host = host
@@ -156,6 +156,7 @@ class Server:
         self.sessions[session.number] = session
         assert session.channel is not None, "a greeting session has its channel"
         session.layout = welcome.layout
+        session.channel.send_bytes = min(self._settings.message_bytes, hello.message_bytes)
         session.channel.send(encode(welcome), descriptors)
         self._send_segments(session, self._host.segments())
         self._emit(events.ReaderAttached, session)
