@@ -5,7 +5,7 @@ from typing import Final, Literal
 
 import anyio
 
-from featcache.asks import key_timeout
+from featcache.asks import AT_ONCE_S, key_timeout
 from featcache.control import messages
 from featcache.control.messages import Find, OfKey, ProtocolError
 from featcache.core.keyed_store import key_label
@@ -42,8 +42,9 @@ class RemoteKeys:
             found = await self._find(key, waits=False, makes=False)
         elif timeout_s == 0:  # not to wait: a round trip takes longer than that, and is no wait
             try:
-                found = await self._find(key, waits=False, makes=False)
-            except KeyNotFound:
+                with anyio.fail_after(AT_ONCE_S):
+                    found = await self._find(key, waits=False, makes=False)
+            except (KeyNotFound, TimeoutError):
                 raise key_timeout(key_label(key), timeout_s) from None
         else:
             try:

@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from api.support import KIB, MIB, filled, pair, tensor, until
-from featcache import CacheClosed, FeatureClient, OwnerLost, Settings
+from featcache import (
+    CacheClosed,
+    FeatureClient,
+    KeyTimeout,
+    OwnerLost,
+    PutTimeout,
+    Settings,
+    by_key,
+    remote_keys,
+    remote_writer,
+)
 from featcache.control import client as control
 
 MANY = 3000
@@ -131,6 +141,33 @@ async def test_who_waits_to_ask_hears_of_the_end(few: int, who: str) -> None:
         await (client if who == "client" else owner).aclose()
         ends = await asyncio.gather(*tasks, return_exceptions=True)
         assert {type(end) for end in ends} == {CacheClosed if who == "client" else OwnerLost}
+
+
+# --- an owner that does not answer ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda client: client.get("b", timeout=0), KeyTimeout),
+        (lambda client: client.get_or_put("b", lambda: filled(1), timeout=0), KeyTimeout),
+        (lambda client: client.put(filled(1), timeout=0), PutTimeout),
+    ],
+    ids=["get", "get_or_put", "put"],
+)
+async def test_who_does_not_want_to_wait_does_not_wait_for_ever(
+    call: Callable[[FeatureClient], Awaitable[Any]],
+    error: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in (by_key, remote_keys, remote_writer):
+        monkeypatch.setattr(module, "AT_ONCE_S", 0.01)
+    async with pair() as (owner, client):
+        await client.put(filled(1), key="a")
+        with monkeypatch.context() as busy:
+            busy.setattr(owner._opened().main.server._requests, "take", lambda *_: None)
+            with pytest.raises(error):
+                await call(client)
 
 
 def test_as_many_reads_may_be_out_as_requests_unanswered() -> None:
