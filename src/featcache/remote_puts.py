@@ -1,7 +1,9 @@
 """A client's puts into the pool that it is connected to, and into the one beside it that takes spills."""
 
+import time
 from typing import Any
 
+from featcache import events
 from featcache._offload import Offload
 from featcache.control import messages
 from featcache.control.messages import ProtocolError
@@ -34,6 +36,7 @@ class RemotePuts:
         self._writers: dict[bytes, Writes] = {}
         self._puts = 0  # of writers that are gone
         self.spilled = 0
+        self._spills = events.Throttle(settings.log_interval)
         handles.on_gone = self._drop
 
     def _drop(self, pool_id: bytes) -> None:
@@ -118,4 +121,18 @@ class RemotePuts:
         assert there is not None, "a put goes somewhere"
         ref = await there[0].put(there[1], timeout_s, wait=True)
         self.spilled += 1
+        self._report_spill(ref)
         return ref
+
+    def _report_spill(self, ref: FeatureRef) -> None:
+        unlogged = self._spills.pass_(time.monotonic())
+        handle = self._handles.peek_bound()
+        if unlogged is not None and handle is not None:
+            events.emit(
+                events.PutSpilled(
+                    pool=handle.attachment.pool_id.hex(),
+                    spill_pool=ref.pool_id.hex(),
+                    nbytes=ref.nbytes,
+                    unlogged=unlogged,
+                )
+            )
