@@ -19,7 +19,7 @@ from featcache import (
     remote_keys,
     remote_writer,
 )
-from featcache.control import client as control
+from featcache.control import asking
 
 MANY = 3000
 """More than a socket's buffer has room for, either way."""
@@ -87,7 +87,7 @@ async def test_what_comes_through_the_host_stands_in_line() -> None:
 # --- more than may be unanswered -----------------------------------------------------------------
 
 
-async def asking(client: FeatureClient, count: int) -> list["asyncio.Task[Any]"]:
+async def ask_for_nothing(client: FeatureClient, count: int) -> list["asyncio.Task[Any]"]:
     """So many askings for what does not come, of which all that may are under way."""
     tasks = [asyncio.create_task(client.get("never", timeout=60)) for _ in range(count)]
     await asyncio.sleep(0)
@@ -98,14 +98,14 @@ async def asking(client: FeatureClient, count: int) -> list["asyncio.Task[Any]"]
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> int:
     """How many may be unanswered, in this test."""
-    monkeypatch.setattr(control, "_MAX_REQUESTS", 10)
+    monkeypatch.setattr(asking, "MAX_REQUESTS", 10)
     return 10
 
 
 async def test_one_more_waits_for_an_answer(few: int) -> None:
     async with pair() as (owner, client):
         await owner.put(filled(1), key="a")
-        tasks = await asking(client, few)
+        tasks = await ask_for_nothing(client, few)
         late = asyncio.create_task(client.contains("a"))
         await until(lambda: owner._opened().pool.store.seekers.count == few)
         assert not late.done()
@@ -118,7 +118,7 @@ async def test_one_more_waits_for_an_answer(few: int) -> None:
 async def test_a_place_that_came_to_one_who_gave_up_goes_to_the_next(few: int) -> None:
     async with pair() as (owner, client):
         await owner.put(filled(1), key="a")
-        tasks = await asking(client, few)
+        tasks = await ask_for_nothing(client, few)
         first, second = (asyncio.create_task(client.contains("a")) for _ in range(2))
         await until(lambda: owner._opened().pool.store.seekers.count == few)
         assert client._handles is not None, "open"
@@ -136,7 +136,7 @@ async def test_a_place_that_came_to_one_who_gave_up_goes_to_the_next(few: int) -
 @pytest.mark.parametrize("who", ["client", "owner"])
 async def test_who_waits_to_ask_hears_of_the_end(few: int, who: str) -> None:
     async with pair() as (owner, client):
-        tasks = await asking(client, 3 * few)
+        tasks = await ask_for_nothing(client, 3 * few)
         await until(lambda: owner._opened().pool.store.seekers.count == few)
         await (client if who == "client" else owner).aclose()
         ends = await asyncio.gather(*tasks, return_exceptions=True)
@@ -171,4 +171,4 @@ async def test_who_does_not_want_to_wait_does_not_wait_for_ever(
 
 
 def test_as_many_reads_may_be_out_as_requests_unanswered() -> None:
-    assert Settings().grants >= control._MAX_REQUESTS
+    assert Settings().grants >= asking.MAX_REQUESTS
