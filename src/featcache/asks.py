@@ -24,6 +24,9 @@ TTL_DEFAULT: Final[Any] = ...
 """Stands for "as the settings say", since None means "never"."""
 
 
+AT_ONCE_S: Final = 5.0
+"""Seconds that an owner may take to answer who does not want to wait: it may be busy, or stopped."""
+
 Ask: TypeAlias = tuple[Request, tuple[TensorSpec, ...], Packed]
 """What a put asks for, its specs, and the tensors that it brings."""
 

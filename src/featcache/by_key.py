@@ -7,7 +7,7 @@ from typing import Any
 import anyio
 import torch
 
-from featcache.asks import check_make, key_bytes
+from featcache.asks import AT_ONCE_S, check_make, key_bytes
 from featcache.borrow import Borrow
 from featcache.errors import KeyNotFound, KeyTimeout, StaleRef
 from featcache.granted import GrantedRead, Making
@@ -44,7 +44,7 @@ class ByKey:
         self, key: Any, device: torch.device | None, out: Feature | None, timeout: Any
     ) -> Feature:
         wanted, timeout_s = key_bytes(key), parse_timeout(timeout)
-        since_s = time.monotonic()
+        since_s = 0.0 if timeout_s is None else time.monotonic()
         left_s = timeout_s
         while True:
             read = await self._keys().find(wanted, left_s)
@@ -134,7 +134,9 @@ class ByKey:
         """Return a read of a key, or the right to make it; the first half of `get_or_put`."""
         at_once = timeout_s == 0  # not to wait: a round trip takes longer than that, and is no wait
         try:
-            with anyio.fail_after(None if at_once else timeout_s):
+            if timeout_s is None:  # a scope takes longer than many a lookup
+                return await self._keys().find_or_claim(key, waits=True)
+            with anyio.fail_after(AT_ONCE_S if at_once else timeout_s):
                 return await self._keys().find_or_claim(key, waits=not at_once)
         except (KeyNotFound, TimeoutError):
             raise KeyTimeout(f"nobody made it within {timeout_s} s") from None

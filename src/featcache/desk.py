@@ -28,6 +28,8 @@ class Desk:
         self._writer = writer
         self._lookups = lookups
         self._reaper = reaper
+        self._wires: dict[int, tuple[FeatureRef, bytes]] = {}
+        """What is kept, in its wire form, by slot: as `Pool.kept`, with the very ref it is of."""
         self._answers: dict[type, Callable[[int, Any], Answer | Wait]] = {
             messages.Find: self._find,
             messages.OfKey: self._of_key,
@@ -85,10 +87,12 @@ class Desk:
             return messages.MayMake(ask.request, found.number)
         return self._granted(ask.request, found)
 
-    @staticmethod
-    def _granted(request: int, granted: Granted) -> messages.Granted:
+    def _granted(self, request: int, granted: Granted) -> messages.Granted:
         grant, ref = granted
-        return messages.Granted(request, grant.index, grant.serial, ref.to_bytes())
+        known = self._wires.get(ref.slot)
+        if known is None or known[0] is not ref:  # a slot's next feature has another ref
+            known = self._wires[ref.slot] = ref, ref.to_bytes()
+        return messages.Granted(request, grant.index, grant.serial, known[1])
 
     def _of_key(self, session: int, ask: messages.OfKey) -> Answer:
         key, lookups, flag = ask.key, self._lookups, True

@@ -68,7 +68,7 @@ class FeatureClient(Reads):
             raise
         self._offload, self._handles = offload, handles
         self._reader = Reader(handles, offload, self._settings.inline_bytes)
-        self._directory = RemoteKeys(handles.bound_handle)
+        self._directory = RemoteKeys(handles.peek_bound, handles.bound_handle)
         self._puts = RemotePuts(handles, self._settings, offload)
         _forks.watch(self)
         return self

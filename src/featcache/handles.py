@@ -67,6 +67,8 @@ class HandleCache:
         self._settings = settings
         self._offload = offload
         self._bound = bound
+        self._bound_pool = b""
+        """The pool that was found there last."""
         self._lost: str | None = None  # why the pool that this client is bound to is gone
         self._lost_pools: dict[bytes, str] = {}  # and others, of a client that is bound to none
         self._handles: OrderedDict[bytes, Handle] = OrderedDict()
@@ -117,6 +119,10 @@ class HandleCache:
         if handle.attachment.pool_id != ref.pool_id:
             raise UnknownPool(f"{ref.endpoint} serves another pool now than {ref.pool_id.hex()}")
         return handle
+
+    def peek_bound(self) -> Handle | None:
+        """Return the handle of the pool that this client is connected to, if it is open."""
+        return self._handles.get(self._bound_pool)
 
     async def bound_handle(self) -> Handle:
         """Return the handle of the pool that this client is connected to.
@@ -207,6 +213,8 @@ class HandleCache:
             self._kin.add(welcome.pool_id)
         self._handles[welcome.pool_id] = handle
         self._lost_pools.pop(welcome.pool_id, None)
+        if endpoint == self._bound:
+            self._bound_pool = welcome.pool_id
         link.on_lost = lambda reason: self._on_lost(welcome.pool_id, reason)
         return handle
 

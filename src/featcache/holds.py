@@ -197,7 +197,7 @@ class Holds:
     def take_grant(self, index: int, serial: int) -> None:
         """Count a read that was given out by key as held. It needs no other word: the owner knows."""
         with self._lock:
-            self._holds[-1 - index, serial] = _Uses()
+            self._holds[-1 - index, serial] = _ONE_USE  # more are counted by who holds it
 
     def pay_grant(self, index: int, serial: int, order: Order, behind: list[Order]) -> None:
         """Pay it, once, behind `order` and all of `behind`."""
@@ -247,7 +247,7 @@ class Holds:
         if index >= self._slots or offset_bytes + nbytes > self.capacity_bytes:
             raise MalformedRef("the owner gave room that its slab does not have")
         with self._lock:
-            self._holds[_WRITES + index, generation] = _Uses()
+            self._holds[_WRITES + index, generation] = _ONE_USE
 
     def end_write(self, index: int, generation: int) -> None:
         """Count it as held no longer: it is published, or given up."""

@@ -81,6 +81,7 @@ class Reaper:
             kin_endpoint=self.kin[0].endpoint if self.spills else "",
             endpoint=pool.endpoint,
             grants=pool.settings.grants,
+            message_bytes=pool.settings.message_bytes,
         )
         own = [self._pidfd, pool.words_fd, page.fd, pool.recycler.eventfd]
         return welcome, own + pool.slab.descriptors()

@@ -1,7 +1,9 @@
 """A client's puts into the pool that it is connected to, and into the one beside it that takes spills."""
 
+import time
 from typing import Any
 
+from featcache import events
 from featcache._offload import Offload
 from featcache.asks import check_on_full
 from featcache.control import messages
@@ -35,6 +37,7 @@ class RemotePuts:
         self._writers: dict[bytes, Writes] = {}
         self._puts = 0  # of writers that are gone
         self.spilled = 0
+        self._spills = events.Throttle(settings.log_interval)
         handles.on_gone = self._drop
 
     def _drop(self, pool_id: bytes) -> None:
@@ -48,11 +51,10 @@ class RemotePuts:
         """Features that this client published."""
         return self._puts + sum(writer.puts for writer in self._writers.values())
 
-    async def _writer(self, handle: Handle) -> Writes:
-        """Return the writer of a pool; where the slab is out of reach, one that goes through the host."""
-        pool_id = handle.attachment.pool_id
+    def _known(self, handle: Handle) -> Writes | None:
+        """Return the writer of a pool, if it has one that still fits."""
+        writer = self._writers.get(handle.attachment.pool_id)
         unmapped = isinstance(handle.attachment.mapping, Unmapped)
-        writer = self._writers.get(pool_id)
         if (
             writer is not None
             and writer.handle is handle
@@ -60,8 +62,16 @@ class RemotePuts:
             and (not isinstance(writer, Uploader) or writer.beside.handle in self._handles.handles)
         ):
             return writer
+        return None
+
+    async def _writer(self, handle: Handle) -> Writes:
+        """Return the writer of a pool; where the slab is out of reach, one that goes through the host."""
+        writer = self._known(handle)
+        if writer is not None:
+            return writer
+        pool_id = handle.attachment.pool_id
         made: Writes
-        if unmapped:
+        if isinstance(handle.attachment.mapping, Unmapped):
             made = Uploader(handle, await self._beside(handle), self._settings)
         else:
             made = RemoteWriter(handle, self._settings, self._offload)
@@ -79,8 +89,8 @@ class RemotePuts:
     async def places(self, on_full: str, key: Any) -> Places:
         """Return the writers of the slab and of the host slab, of where a put may go; attach them."""
         check_on_full(on_full)
-        handle = await self._handles.bound_handle()
-        here = await self._writer(handle)
+        handle = self._handles.peek_bound() or await self._handles.bound_handle()
+        here = self._known(handle) or await self._writer(handle)
         if on_full != "spill":
             return here, None
         if key is not None:
@@ -111,4 +121,18 @@ class RemotePuts:
         assert there is not None, "a put goes somewhere"
         ref = await there[0].put(there[1], timeout_s, wait=True)
         self.spilled += 1
+        self._report_spill(ref)
         return ref
+
+    def _report_spill(self, ref: FeatureRef) -> None:
+        unlogged = self._spills.pass_(time.monotonic())
+        handle = self._handles.peek_bound()
+        if unlogged is not None and handle is not None:
+            events.emit(
+                events.PutSpilled(
+                    pool=handle.attachment.pool_id.hex(),
+                    spill_pool=ref.pool_id.hex(),
+                    nbytes=ref.nbytes,
+                    unlogged=unlogged,
+                )
+            )

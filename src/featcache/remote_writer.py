@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 
 from featcache._offload import Offload
-from featcache.asks import ask
+from featcache.asks import AT_ONCE_S, ask
 from featcache.control import messages
 from featcache.control.channel import close_all
 from featcache.control.messages import ProtocolError, Reserved
@@ -66,11 +66,11 @@ class RemoteWriter:
         self.handle.attachment.check()
         at_once = wait and timeout_s == 0  # not to wait: round trips take longer, and are no wait
         try:
-            with anyio.fail_after(None if at_once else timeout_s):
-                if not self.handle.attachment.mapping.writable:
-                    await self._open()
-                    self.handle.attachment.check()  # it may have been closed meanwhile
-                reserved = await self._reserve(staged.request, wait=wait and not at_once)
+            if timeout_s is None:  # a scope takes as long as a third of a round trip
+                reserved = await self._reserve(staged.request, wait=wait)
+            else:
+                with anyio.fail_after(AT_ONCE_S if at_once else timeout_s):
+                    reserved = await self._reserve(staged.request, wait=wait and not at_once)
         except PoolFull as full:
             if not at_once:
                 raise
@@ -82,6 +82,9 @@ class RemoteWriter:
         return await self._fill(reserved, staged)
 
     async def _reserve(self, request: Request, *, wait: bool) -> Reserved:
+        if not self.handle.attachment.mapping.writable:
+            await self._open()
+            self.handle.attachment.check()  # it may have been closed meanwhile
         link = self.handle.link
         answer, _ = await link.ask(messages.Reserve(link.number(), *wire_form(request), wait))
         if not isinstance(answer, Reserved):

@@ -267,7 +267,7 @@ class Settings:
     )
     """Spill every put that says ``on_full="spill"``, also while the slab has room."""
     grants: int = attrs.field(
-        default=_or_environment("grants", 1024), converter=_COUNT, validator=_within(1, 1 << 16)
+        default=_or_environment("grants", 4096), converter=_COUNT, validator=_within(1, 1 << 16)
     )
     """Reads by key that one session may have out at once."""
     when_full: str = attrs.field(default=_or_environment("when_full", "grow"), validator=_when_full)

@@ -13,6 +13,7 @@ from api.hosted import all_spent, has_host_pool, serving, store, through_host
 from api.support import KIB, MIB, filled, small, tensor, until
 from control.peers import Peer, frame
 from featcache import FeatureCache, FeatureRef, SettingsError
+from featcache.control import requests
 from featcache.control.messages import Relay, encode
 from featcache.ref import TensorSpec
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 BYTE = TensorSpec(None, "uint8", (1,), 0)
 MOST = 64
-"""Relays that one session may have under way."""
+"""Relays that one session has under way at once."""
 
 
 @contextlib.asynccontextmanager
@@ -197,7 +198,7 @@ async def late(owner: FeatureCache) -> FeatureRef:
 
 
 def under_way(owner: FeatureCache) -> int:
-    return sum(len(session.relays) for session in owner._opened().main.server.sessions.values())
+    return sum(len(session.copies) for session in owner._opened().main.server.sessions.values())
 
 
 async def test_as_many_as_may_be_are_answered() -> None:
@@ -214,10 +215,26 @@ async def test_as_many_as_may_be_are_answered() -> None:
         await until(lambda: under_way(owner) == 0)
 
 
-async def test_one_more_ends_this_session_only() -> None:
+async def test_more_stand_in_line() -> None:
+    async with owner_and_peer(relay_ttl=5.0) as (owner, peer):
+        ref = await late(owner)
+        for number in range(2 * MOST):
+            ask(peer, ref, number)
+        await until(lambda: under_way(owner) == 2 * MOST)
+        owner._opened().pool.words.published[ref.slot] = ref.generation
+        answers = [await peer.message() for _ in range(2 * MOST)]
+        assert {answer["request"] for answer in answers} == set(range(2 * MOST))
+        assert all(answer["error"] is None for answer in answers)
+        await until(lambda: under_way(owner) == 0)
+
+
+async def test_more_than_may_stand_there_end_this_session_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(requests, "_MOST_IN_LINE", 2 * MOST)
     async with owner_and_peer() as (owner, peer):
         ref = await late(owner)
-        for number in range(MOST + 1):
+        for number in range(2 * MOST + 1):
             ask(peer, ref, number)
         await peer.hung_up()
         await until(lambda: under_way(owner) == 0)  # nobody could get their answers
@@ -255,7 +272,7 @@ async def test_a_session_that_goes_leaves_no_relay_behind(what: str) -> None:
             await until(lambda: len(store(owner).queue) == 1)
         (session,) = owner._opened().main.server.sessions.values()
         owner._opened().main.server._on_death(session)  # as its pidfd would say
-        await until(lambda: not session.relays)
+        await until(lambda: not session.copies)
         assert owner.statistics().sessions == 0
         assert not has_host_pool(owner) or not store(owner).queue
         await peer.hung_up()

@@ -806,6 +806,27 @@ async def test_a_ref_that_is_too_long_for_a_message_costs_no_grant() -> None:
         await nothing_lost(owner)
 
 
+@pytest.mark.parametrize("short", ["owner", "client"])
+async def test_each_sends_no_longer_messages_than_the_other_takes(short: str) -> None:
+    owners, clients = (small(), small(message_bytes=1024))[:: -1 if short == "owner" else 1]
+    feature = {"n" * 200 + f"{n}": torch.empty(0) for n in range(8)}
+    async with (
+        featcache.create(settings=owners) as owner,
+        featcache.connect(owner.endpoint, settings=clients) as client,
+    ):
+        await owner.put(feature, key="a")
+        refused: list[Coroutine[Any, Any, Any]]
+        refused = [client.put(BASE, key="x" * 1020), client.put(feature, key="b")]
+        if short == "client":
+            refused.append(client.get("a"))
+        for call in refused:
+            with pytest.raises(SettingsError, match="message_bytes"):
+                await call
+        assert await client.contains("a")
+        assert owner.statistics().slots_used == 1
+        await nothing_lost(owner)
+
+
 # --- words that say what is not so ---------------------------------------------------------------
 
 

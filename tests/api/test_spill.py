@@ -279,11 +279,13 @@ async def test_the_owner_closes(no_leaks: None) -> None:
 # --- what is told --------------------------------------------------------------------------------
 
 
-async def test_the_event() -> None:
+@pytest.mark.parametrize("who", ["owner", "client"])
+async def test_the_event(who: str) -> None:
     with capture_logs() as logs:
-        async with spilling(log_interval=60.0, **ONE) as (owner, _):
+        async with spilling(log_interval=60.0, **ONE) as (owner, client):
             await full(owner)
-            refs = [await spilled(owner, 256 * n) for n in (1, 2, 3)]
+            user = owner if who == "owner" else client
+            refs = [await user.put(filled(256 * n), on_full="spill") for n in (1, 2, 3)]
             pool_id = owner._opened().pool.name
     (entry,) = [entry for entry in logs if entry["event"] == "featcache.put.spilled"]
     assert entry["pool"] == pool_id

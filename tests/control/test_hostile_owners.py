@@ -27,7 +27,7 @@ from featcache import (
 from featcache.control import endpoint as endpoints
 from featcache.control.messages import VERSION, Closing, Farewell, Refused, Welcome, encode
 from featcache.memory.host import HostSlab
-from featcache.memory.words import OwnerWords, SessionWords
+from featcache.memory.words import GRANTS, OwnerWords, SessionWords
 from featcache.ref import TensorSpec
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -79,7 +79,8 @@ def welcome_of(**changes: Any) -> bytes:
         "kin": None,
         "kin_endpoint": "",
         "endpoint": "",
-        "grants": 1024,
+        "grants": GRANTS,
+        "message_bytes": 64 << 10,
     }
     return msgspec.msgpack.encode(fields | changes)
 

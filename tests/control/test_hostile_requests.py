@@ -46,10 +46,10 @@ from featcache import (
     OwnerLost,
     PoolFull,
 )
-from featcache.control import messages
+from featcache.control import channel, messages
 from featcache.control.messages import Goodbye, ProtocolError, encode
 from featcache.memory.host import HostMapping, HostSlab
-from featcache.memory.words import Header, OwnerWords, SessionWords
+from featcache.memory.words import GRANTS, Header, OwnerWords, SessionWords
 from featcache.ref import TensorSpec
 
 BYTES = TensorSpec(None, "uint8", (KIB,), 0)
@@ -471,8 +471,9 @@ async def test_a_session_that_takes_all_it_may_keeps_nobody_else_from_theirs() -
         await nothing_lost(owner)
 
 
-async def test_a_session_that_reads_none_of_its_answers() -> None:
+async def test_a_session_that_reads_none_of_its_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """What its answers hand over and can't reach it is taken back, or goes with its session."""
+    monkeypatch.setattr(channel, "_MAX_QUEUED", 1024)  # before it has reserved all slots there are
     async with pair(grants=64) as (owner, client):
         await owner.put(filled(8, 4), key="a")
         with Peer.connect(owner.endpoint) as peer:
@@ -707,7 +708,7 @@ async def test_a_grant_of_a_generation_that_is_over(runtime_dir: Path) -> None:
             await client.get("a")
 
 
-@pytest.mark.parametrize("index", [1024, (1 << 63) - 1])
+@pytest.mark.parametrize("index", [GRANTS, (1 << 63) - 1])
 async def test_a_grant_whose_word_is_beyond_the_page(index: int, runtime_dir: Path) -> None:
     """On a GPU its payment would be a store to wherever that is."""
     assert issubclass(await raised_by_grant_at(index, runtime_dir), FeatcacheError)

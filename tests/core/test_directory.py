@@ -469,6 +469,40 @@ def test_the_heap_is_bounded_however_many_come_and_go() -> None:
     assert directory._coldest == []
 
 
+def test_a_use_lengthens_nothing() -> None:
+    directory = Directory()
+    slots = keep_some(directory, 200)
+    before = list(directory._coldest)
+    for slot in slots[::-1]:
+        begin_use(directory, slot)
+        end_use(directory, slot)
+    assert directory._coldest == before
+    assert drain(directory) == slots[::-1]
+
+
+def test_one_search_puts_right_all_that_were_used_since() -> None:
+    directory = Directory()
+    slots = keep_some(directory, 1000)
+    unused = slots.pop(700)
+    random.Random(3).shuffle(slots)
+    for slot in slots:
+        use(directory, slot)
+    assert directory.coldest(by_nobody) is unused
+    directory.drop(unused)
+    assert directory.coldest_few(3, by_nobody) == slots[:3]
+    assert sorted(directory._coldest)[:999] == [(slot.tick, slot) for slot in slots]
+    assert drain(directory) == slots
+
+
+def test_a_slot_that_has_another_feature_is_listed_once() -> None:
+    directory = Directory()
+    first, other = keep_some(directory, 2)
+    directory.drop(first)
+    assert directory.keep(b"again", first, 0.0) is None
+    assert [slot for _, slot in directory._coldest].count(first) == 1
+    assert drain(directory) == [other, first]
+
+
 def test_passing_over_what_is_held_does_not_lengthen_the_heap() -> None:
     directory = Directory()
     keep_some(directory, 10)

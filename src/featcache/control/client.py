@@ -6,45 +6,37 @@ import errno
 import os
 import socket
 from collections.abc import Callable
-from typing import TypeAlias
 
 import anyio
 
-from featcache import errors
+from featcache.control.asking import Asking
 from featcache.control.channel import Channel, close_all
 from featcache.control.messages import (
     VERSION,
-    Answer,
-    Cancel,
     Closing,
     Discard,
     Farewell,
     Goodbye,
     Hello,
-    Note,
     OfKey,
     ProtocolError,
-    Publish,
     Refused,
     Relay,
     Reply,
-    Request,
     Retire,
     Retired,
     Segments,
     Welcome,
-    Writable,
     decode_from_owner,
     encode,
+    is_answer,
 )
 from featcache.control.peers import PidWatch, check_uid, own_pidfd
 from featcache.errors import (
     AttachRefused,
     CacheClosed,
-    FeatcacheError,
     OwnerLost,
     OwnerUnreachable,
-    SettingsError,
 )
 from featcache.settings import Settings
 
@@ -53,43 +45,36 @@ __all__ = ["Link", "dial"]
 
 _CONNECT_RETRY_S = 0.005
 _FAREWELL_S = 1.0
-_MAX_REQUESTS = 4096
 _MAX_UNTAKEN = 1024
 """Changes of the slab that may come before somebody takes them."""
 
 SlabChange = Segments | Retire
-Answered: TypeAlias = asyncio.Future[tuple[Answer, list[int]]]
 
 
-class Link:
+class Link(Asking):
     """One attached session. `on_lost` is called once if the owner ends it, never after `close`."""
 
     def __init__(self, sock: socket.socket, endpoint: str, settings: Settings) -> None:
-        self._loop = asyncio.get_running_loop()
+        super().__init__()
         self.endpoint = endpoint
-        self.lost: str | None = None
-        """Why the owner is gone, once it is."""
         self.on_lost: Callable[[str], None] | None = None
         self._welcome: asyncio.Future[Welcome] = self._loop.create_future()
         self._welcome_fds: list[int] = []  # this link's to close until `greet` hands them on
         self._farewell: asyncio.Future[None] = self._loop.create_future()
-        self._requests: dict[int, tuple[Request, Answered]] = {}
-        self._orphans: dict[int, Request] = {}
-        self.on_orphan: Callable[[Request, Answer], None] | None = None
-        """Told of answers whose askers were cancelled."""
         self._on_slab: Callable[[SlabChange, list[int]], None] | None = None
         self._untaken: list[tuple[SlabChange, list[int]]] = []
-        self._numbers = 0
         self._watch: PidWatch | None = None
+        self._message_bytes = settings.message_bytes
         self._channel = Channel(
-            sock, settings.message_bytes, self._on_message, self._on_channel_lost
+            sock, settings.message_bytes, self._on_message, self._on_channel_lost, asks=True
         )
 
     async def greet(self, name: str | None, device: str) -> tuple[Welcome, list[int]]:
         """Say hello; return the owner's answer and its descriptors, the owner's pidfd taken out."""
         pidfd = own_pidfd()
         try:
-            self._channel.send(encode(Hello(VERSION, name, device)), [pidfd])
+            hello = Hello(VERSION, name, device, self._message_bytes)
+            self._channel.send(encode(hello), [pidfd])
         finally:
             os.close(pidfd)
         welcome = await asyncio.shield(self._welcome)
@@ -100,6 +85,7 @@ class Link:
         if not self._welcome_fds:
             raise AttachRefused("the owner's welcome came without descriptors")
         self._watch = PidWatch(self._welcome_fds.pop(0), lambda: self._lose("its process died"))
+        self._channel.send_bytes = min(self._message_bytes, welcome.message_bytes)
         fds, self._welcome_fds = self._welcome_fds, []
         return welcome, fds
 
@@ -114,66 +100,6 @@ class Link:
             raise ProtocolError("the owner answered a relay with something else")
         return reply.ref
 
-    def number(self) -> int:
-        """Return the number of a new request."""
-        self._numbers += 1
-        return self._numbers
-
-    async def ask(self, request: Request) -> tuple[Answer, list[int]]:
-        """Return the owner's answer and its descriptors, or raise the error that it says.
-
-        If cancelled, the owner is told, and its answer goes to `on_orphan` when it comes.
-        """
-        if self.lost is not None:
-            raise OwnerLost(self.lost)
-        if self._channel.closed:
-            raise CacheClosed("the session was closed")
-        if len(self._requests) + len(self._orphans) >= _MAX_REQUESTS:
-            raise FeatcacheError(f"{_MAX_REQUESTS} requests are unanswered already")
-        number = request.request
-        payload = encode(request)
-        answer: Answered = self._loop.create_future()
-        self._requests[number] = request, answer
-        try:
-            self._channel.send(payload)
-        except ValueError as error:
-            del self._requests[number]
-            raise SettingsError(f"{error}: raise Settings.message_bytes") from None
-        try:
-            return await answer
-        except asyncio.CancelledError:
-            self._abandon(request, answer)
-            raise
-        finally:
-            self._requests.pop(number, None)
-
-    def _abandon(self, request: Request, answer: Answered) -> None:
-        """See to an answer that nobody awaits any more: what it hands over is to be given back."""
-        if answer.done() and not answer.cancelled():
-            if answer.exception() is None:
-                with contextlib.suppress(ProtocolError):  # it is cancelled, whatever the owner says
-                    self._take_orphan(request, *answer.result())
-        elif request.request in self._requests and self.lost is None and not self._channel.closed:
-            self._orphans[request.request] = request
-            self.tell(Cancel(request.request))
-
-    def abandon(self, error: FeatcacheError) -> None:
-        """Let nobody wait for an answer any longer: each raises this. Publishing is not given up."""
-        for request, future in list(self._requests.values()):
-            if not isinstance(request, Publish) and not future.done():
-                future.set_exception(error)
-                del self._requests[request.request]
-                self._orphans[request.request] = request
-                self.tell(Cancel(request.request))
-
-    def _take_orphan(self, request: Request, answer: Answer, fds: list[int]) -> None:
-        close_all(fds)
-        if self.on_orphan is not None:
-            try:
-                self.on_orphan(request, answer)
-            except FeatcacheError as error:
-                raise ProtocolError(f"an answer that can't be given back: {error}") from error
-
     def discard_soon(self, slot: int, generation: int) -> None:
         """As `discard`, for who does not want to know."""
         if self.lost is None and not self._channel.closed:
@@ -183,11 +109,6 @@ class Link:
         """Take a pin back, for who does not want to know."""
         if self.lost is None and not self._channel.closed:
             self._channel.send(encode(OfKey(self.number(), key, "unpin")))
-
-    def tell(self, note: Note) -> None:
-        """Send what is not answered. An owner that is gone needs no telling."""
-        if self.lost is None and not self._channel.closed:
-            self._channel.send(encode(note))
 
     def take_slab_changes(self, take: Callable[[SlabChange, list[int]], None]) -> None:
         """Have `take` called with every change of the slab and its descriptors, which it then owns."""
@@ -243,14 +164,14 @@ class Link:
     def _on_message(self, payload: bytes, fds: list[int]) -> None:
         try:
             message = decode_from_owner(payload)
-            if isinstance(message, Welcome) and not self._welcome.done():
+            if is_answer(message):
+                answered, fds = fds, []
+                self._answer(message, answered)
+            elif isinstance(message, Welcome) and not self._welcome.done():
                 self._welcome.set_result(message)
                 self._welcome_fds, fds = fds, []
             elif isinstance(message, Refused) and not self._welcome.done():
                 self._welcome.set_exception(AttachRefused(f"refused: {message.reason}"))
-            elif isinstance(message, Answer):
-                answered, fds = fds, []
-                self._answer(message, answered)
             elif isinstance(message, Farewell) and self._welcome.done():
                 self._resolve(self._farewell)
             elif isinstance(message, Closing):
@@ -261,7 +182,8 @@ class Link:
             else:
                 raise ProtocolError(f"an unexpected {type(message).__name__}")
         finally:
-            close_all(fds)
+            if fds:
+                close_all(fds)
 
     def _change_slab(self, change: SlabChange, fds: list[int]) -> None:
         if len(fds) != (len(change.sizes) if isinstance(change, Segments) else 0):
@@ -273,27 +195,6 @@ class Link:
         self._untaken.append((change, fds))
         if len(self._untaken) > _MAX_UNTAKEN:
             raise ProtocolError(f"more than {_MAX_UNTAKEN} changes of the slab at once")
-
-    def _answer(self, reply: Answer, fds: list[int]) -> None:
-        if fds and not isinstance(reply, Writable):
-            close_all(fds)
-            raise ProtocolError("descriptors came with an answer that has none")
-        request, future = self._requests.pop(reply.request, (None, None))
-        failed = isinstance(reply, Reply) and reply.error is not None
-        if future is None or future.done():
-            # Cancelled: its task has found that out, or is yet to.
-            orphan = self._orphans.pop(reply.request, request)
-            if orphan is None or failed:
-                close_all(fds)
-            else:
-                self._take_orphan(orphan, reply, fds)
-            return
-        if not isinstance(reply, Reply) or reply.error is None:
-            future.set_result((reply, fds))
-            return
-        close_all(fds)
-        kind = getattr(errors, reply.error, None) if reply.error in errors.__all__ else None
-        future.set_exception((kind or FeatcacheError)(reply.text))
 
     def _on_channel_lost(self, error: Exception | None) -> None:
         self._lose("its socket closed" if error is None else str(error), error)
@@ -317,11 +218,7 @@ class Link:
             self._welcome.set_exception(refused(lost))
             self._welcome.exception()  # counted as seen: nobody may be waiting
         self._resolve(self._farewell)
-        for _, future in self._requests.values():
-            if not future.done():
-                future.set_exception(kind(lost))
-        self._requests.clear()
-        self._orphans.clear()
+        self._refuse_all(kind(lost))
 
     @staticmethod
     def _resolve(future: asyncio.Future[None]) -> None:

@@ -1,6 +1,6 @@
 """What owner and readers say to each other. Bounded, typed, versioned; nothing is trusted by type alone."""
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, TypeGuard, get_args
 
 import msgspec
 
@@ -47,9 +47,11 @@ __all__ = [
     "decode_from_client",
     "decode_from_owner",
     "encode",
+    "is_answer",
+    "is_request",
 ]
 
-VERSION: Final = 3
+VERSION: Final = 4
 """Grows when a message or a shared layout changes; both sides must have the same."""
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
@@ -60,6 +62,7 @@ _Handle = Annotated[bytes, msgspec.Meta(max_length=64)]
 _Ref = Annotated[bytes, msgspec.Meta(max_length=64 << 10)]
 _Key = Annotated[bytes, msgspec.Meta(min_length=1, max_length=MAX_KEY_BYTES)]
 _Seconds = Annotated[float, msgspec.Meta(gt=0)]
+_MessageBytes = Annotated[int, msgspec.Meta(ge=1024)]
 
 MAX_SEGMENTS: Final = 32
 """Most segments that one message can bring; each comes with its descriptor."""
@@ -75,6 +78,8 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
     version: int
     name: _Name | None
     device: _Text
+    message_bytes: _MessageBytes = 64 << 10
+    """The longest message that it takes."""
 
 
 class Goodbye(msgspec.Struct, tag="goodbye", frozen=True):
@@ -216,6 +221,8 @@ class Welcome(msgspec.Struct, tag="welcome", frozen=True):
     """Where the owner listens, as its refs say it."""
     grants: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] = 1024
     """Reads by key that the session may have out."""
+    message_bytes: _MessageBytes = 64 << 10
+    """The longest message that the owner takes."""
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True):
@@ -296,6 +303,20 @@ Note = Cancel | Unclaim | Withdraw
 Answer = Reply | Granted | MayMake | Reserved | Writable
 FromClient = Hello | Goodbye | Retired | Request | Note
 FromOwner = Welcome | Refused | Farewell | Closing | Segments | Retire | Answer
+
+_REQUESTS: Final = frozenset(get_args(Request))
+_ANSWERS: Final = frozenset(get_args(Answer))
+
+
+def is_request(message: object) -> TypeGuard[Request]:
+    """As isinstance, which asks each class in turn, and a struct's takes long to answer."""
+    return type(message) in _REQUESTS
+
+
+def is_answer(message: object) -> TypeGuard[Answer]:
+    """As `is_request`, of answers."""
+    return type(message) in _ANSWERS
+
 
 encode = msgspec.msgpack.Encoder().encode
 _from_client: msgspec.msgpack.Decoder[FromClient] = msgspec.msgpack.Decoder(FromClient)

@@ -22,17 +22,19 @@ from featcache.control.messages import (
     Withdraw,
     Writable,
     encode,
+    is_answer,
+    is_request,
 )
 from featcache.control.sessions import Session, SessionState
 from featcache.errors import FeatcacheError, SettingsError
-from featcache.settings import Settings
 
 __all__ = ["Desk", "Requests"]
 
-_MOST_RELAYS: Final = 64
-"""Relays that one session may have under way."""
+_MOST_IN_LINE: Final = 4096
+"""Copies through the host that one session may have asked for and not got yet."""
 
-_Copies = Relay | Upload | HostPool
+_ACTIVE: Final = SessionState.ACTIVE  # members of an enum are slow to look up
+_COPIES: Final = frozenset((Relay, Upload, HostPool))
 Wait = Coroutine[Any, Any, Answer]
 
 
@@ -55,25 +57,24 @@ class Desk(Protocol):
 class Requests:
     """The askings of all sessions of one server."""
 
-    def __init__(self, desk: Desk, settings: Settings) -> None:
+    def __init__(self, desk: Desk) -> None:
         self._desk = desk
-        self._message_bytes = settings.message_bytes
         self._loop = asyncio.get_running_loop()
 
     def take(self, session: Session, message: Request | Note) -> None:
         """Answer a request, now or later; or take note."""
-        if isinstance(message, Cancel):
+        if is_request(message):
+            self._answer(session, message)
+        elif isinstance(message, Cancel):
             task = session.tasks.get(message.request)
             if task is not None:
                 task.cancel()
         elif isinstance(message, Unclaim | Withdraw):
             self._desk.note(session.number, message)
-        else:
-            self._answer(session, message)
 
     def _answer(self, session: Session, ask: Request) -> None:
-        if isinstance(ask, _Copies) and len(session.relays) >= _MOST_RELAYS:
-            raise ProtocolError(f"more than {_MOST_RELAYS} relays at once")
+        if type(ask) in _COPIES and len(session.copies) >= _MOST_IN_LINE:
+            raise ProtocolError(f"more than {_MOST_IN_LINE} copies at once")
         try:
             answer = self._desk.answer(session.number, ask)
         except FeatcacheError as error:
@@ -81,25 +82,31 @@ class Requests:
         except Exception as error:  # noqa: BLE001 - a fault of ours must not leave the asker waiting
             self._loop.call_exception_handler({"message": f"{ask!r} failed", "exception": error})
             answer = _fault(ask.request)
-        if isinstance(answer, Coroutine):
-            self._wait(session, ask, answer)
-        else:
+        if is_answer(answer):
             self._send(session, answer)
+        else:
+            assert isinstance(answer, Coroutine), "what is not answered yet will be"
+            self._wait(session, ask, answer)
 
     def _wait(self, session: Session, ask: Request, wait: Wait) -> None:
         request = ask.request
         if request in session.tasks:
             wait.close()
             raise ProtocolError(f"request {request} is under way already")
-        if isinstance(ask, _Copies):
-            session.relays.add(request)
-        task = session.tasks[request] = self._loop.create_task(wait)
+        copies = type(ask) in _COPIES
+        if copies:
+            session.copies.add(request)
+        task = session.tasks[request] = self._loop.create_task(
+            _in_line(session, wait) if copies else wait
+        )
         # Not in the task itself: one that is cancelled before its first step never runs.
         task.add_done_callback(lambda done: self._finish(session, request, done))
+        if copies:
+            task.add_done_callback(lambda _: wait.close())  # whose turn may never have come
 
     def _finish(self, session: Session, request: int, task: "asyncio.Task[Answer]") -> None:
         session.tasks.pop(request, None)
-        session.relays.discard(request)
+        session.copies.discard(request)
         if task.cancelled():
             self._send(
                 session, Reply(request, FeatcacheError.__name__, "the request was cancelled")
@@ -116,15 +123,20 @@ class Requests:
 
     def _send(self, session: Session, answer: Answer) -> None:
         channel = session.channel
-        if channel is None or channel.closed or session.state is not SessionState.ACTIVE:
+        if channel is None or channel.closed or session.state is not _ACTIVE:
             self._desk.take_back(session.number, answer)
             return
         payload = encode(answer)
-        if len(payload) > self._message_bytes:
+        if len(payload) > channel.send_bytes:
             self._desk.take_back(session.number, answer)
             why = "the ref is too long for a message: raise Settings.message_bytes"
             payload = encode(Reply(answer.request, SettingsError.__name__, why))
-        channel.send(payload, self._desk.writable() if isinstance(answer, Writable) else ())
+        channel.send(payload, self._desk.writable() if type(answer) is Writable else ())
+
+
+async def _in_line(session: Session, wait: Wait) -> Answer:
+    async with session.copying:
+        return await wait
 
 
 def _fault(request: int) -> Reply:

@@ -30,6 +30,7 @@ from featcache.control.messages import (
     Segments,
     decode_from_client,
     encode,
+    is_request,
 )
 from featcache.control.peers import PidWatch, check_uid, peer_pid
 from featcache.control.requests import Desk, Requests
@@ -40,6 +41,7 @@ from featcache.settings import Settings
 __all__ = ["Server"]
 
 
+_ACTIVE = SessionState.ACTIVE  # members of an enum are slow to look up
 _QUARANTINE_EVENT_S = 0.1
 
 
@@ -50,7 +52,7 @@ class Server:
         self, sock: socket.socket, path: str, settings: Settings, host: Host, desk: Desk
     ) -> None:
         self.endpoint = path
-        self._requests = Requests(desk, settings)
+        self._requests = Requests(desk)
         self._sock = sock
         self._settings = settings
         self._host = host
@@ -112,15 +114,18 @@ class Server:
     def _on_message(self, session: Session, payload: bytes, fds: list[int]) -> None:
         try:
             message = decode_from_client(payload)
-            if isinstance(message, Hello):
+            if session.state is _ACTIVE and is_request(message):
+                self._requests.take(session, message)
+            elif isinstance(message, Hello):
                 taken, fds = fds, []
                 self._greet(session, message, taken)
-            elif session.state is not SessionState.ACTIVE:
+            elif session.state is not _ACTIVE:
                 raise ProtocolError("the first message must be a hello")
             else:
                 self._take(session, message)
         finally:
-            close_all(fds)
+            if fds:
+                close_all(fds)
 
     def _take(self, session: Session, message: Goodbye | Retired | Request | Note) -> None:
         if isinstance(message, Goodbye):
@@ -151,6 +156,7 @@ class Server:
         self.sessions[session.number] = session
         assert session.channel is not None, "a greeting session has its channel"
         session.layout = welcome.layout
+        session.channel.send_bytes = min(self._settings.message_bytes, hello.message_bytes)
         session.channel.send(encode(welcome), descriptors)
         self._send_segments(session, self._host.segments())
         self._emit(events.ReaderAttached, session)

@@ -1,19 +1,22 @@
 """The directory: which feature is kept under which key, and which could go, the longest unused first.
 
-The order of use is a heap of (tick, slot): a tick is given at each lookup, and an entry is pushed when
-a slot becomes idle. Entries of slots that were used, pinned or dropped since stay until they come to
-the top, so that a lookup costs no search; when they are most of the heap it is built anew. An ordered
-dict would do for lookups, but each eviction would step over all that is pinned or being read.
+The order of use is a heap of (tick, slot), with one entry at most of a slot. A tick is given at each
+lookup, and they only grow: the entry of a slot that was used since tells too low a tick, and is put in
+its place when it comes to the top. So a lookup costs neither a search nor an entry, whatever is kept.
+An ordered dict would do for lookups, but each eviction would step over all that is pinned or being read.
 """
 
 from collections.abc import Callable, Iterator
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, heapreplace
+from typing import Final
 
 from featcache.core.slots import Slot, SlotState
 
 __all__ = ["Directory"]
 
 _PUBLISHED = SlotState.PUBLISHED
+_MANY_OLD: Final = 64
+"""Entries of before that are put right one by one, besides an eighth of all, in one search."""
 
 
 def _extent_bytes(slot: Slot) -> int:
@@ -82,8 +85,6 @@ class Directory:
         """Count a use: the slot is the last to go. The caller then refreshes it."""
         self._ticks += 1
         slot.tick, slot.used_s = self._ticks, now_s
-        if slot.idle:
-            self._push(slot)
 
     def refresh(self, slot: Slot) -> None:
         """Look anew at whether a slot could be evicted."""
@@ -103,13 +104,14 @@ class Directory:
             return
         self._idle += 1
         self.idle_bytes += _extent_bytes(slot)
-        self._push(slot)
+        if not slot.listed:
+            self._list(slot)
 
-    def _push(self, slot: Slot) -> None:
+    def _list(self, slot: Slot) -> None:
+        slot.listed = True
         heappush(self._coldest, (slot.tick, slot))
-        if len(self._coldest) > 2 * self._idle + 64:
-            self._coldest = [(kept.tick, kept) for kept in self._slots.values() if kept.idle]
-            heapify(self._coldest)
+        if len(self._coldest) > 2 * self._idle + 64:  # most are of what can't be evicted now
+            self._order_anew()
 
     def coldest(self, held: Callable[[Slot], bool]) -> Slot | None:
         """Return the slot that was not used for the longest time, of those that could be evicted."""
@@ -120,17 +122,34 @@ class Directory:
 
         Those that are `held`, by somebody who reads a ref of them, are passed over.
         """
-        heap, taken, found = self._coldest, list[tuple[int, Slot]](), dict[Slot, None]()
+        heap, taken, found = self._coldest, list[tuple[int, Slot]](), list[Slot]()
+        old = 0
         while heap and len(found) < count:
-            entry = heappop(heap)
-            tick, slot = entry
+            tick, slot = entry = heap[0]
             if slot.idle and slot.tick == tick:
-                taken.append(entry)
-                if slot not in found and not held(slot):
-                    found[slot] = None
+                taken.append(heappop(heap))
+                if not held(slot):
+                    found.append(slot)
+                continue
+            old += 1
+            if old > _MANY_OLD + len(heap) // 8:
+                self._order_anew()
+            elif slot.idle:
+                heapreplace(heap, (slot.tick, slot))
+            else:
+                heappop(heap)
+                slot.listed = False
         for entry in taken:
             heappush(heap, entry)
-        return list(found)
+        return found
+
+    def _order_anew(self) -> None:
+        """Put all entries right at once, which costs less than one by one if many are of before."""
+        heap = self._coldest
+        for _, slot in heap:
+            slot.listed = slot.idle
+        heap[:] = [(slot.tick, slot) for _, slot in heap if slot.idle]
+        heapify(heap)
 
     # --- pins -------------------------------------------------------------------------------------
 

@@ -59,7 +59,8 @@ class KeyedStore(Store):
     def _grant(self, slot: Slot, now_s: float) -> None:
         slot.grants += 1
         self.directory.touch(slot, now_s)
-        self.directory.refresh(slot)
+        if slot.idle:
+            self.directory.refresh(slot)
 
     def pay_grant(self, slot: Slot, now_s: float) -> list[Effect]:
         """Count one grant as paid."""

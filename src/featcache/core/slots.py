@@ -36,6 +36,7 @@ class Slot:
         "idle",
         "index",
         "key",
+        "listed",
         "nbytes",
         "owers",
         "payers",
@@ -73,6 +74,8 @@ class Slot:
         """Reads given out by key that are not paid yet."""
         self.idle = False
         """Whether it could be evicted now: kept under a key, and nobody reads, owes or pins it."""
+        self.listed = False
+        """Whether the directory's order of use has an entry of it, of now or of before."""
         self.tick = 0
         """Its place in the order of use; greater is more recent."""
         self.used_s = 0.0

@@ -43,7 +43,7 @@ _OWNER_MAGIC: Final = int.from_bytes(b"fcOwner\x01", "little")
 _SESSION_MAGIC: Final = int.from_bytes(b"fcSessn\x02", "little")
 _OWNER_ARRAYS: Final = 4
 _SESSION_ARRAYS: Final = 3
-GRANTS: Final = 1024
+GRANTS: Final = 4096
 """Grants that a session may have out, unless it is said otherwise."""
 _F_SEAL_FUTURE_WRITE: Final = 0x0010  # Linux 5.1; Python's fcntl does not name it before 3.13
 

@@ -1,0 +1,176 @@
+"""What a session asks its owner: numbered, bounded, answered once, given back if nobody wants it."""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+from featcache import errors
+from featcache.control.channel import Channel, close_all
+from featcache.control.messages import (
+    Answer,
+    Cancel,
+    Find,
+    Note,
+    ProtocolError,
+    Publish,
+    Reply,
+    Request,
+    Writable,
+    encode,
+)
+from featcache.errors import CacheClosed, FeatcacheError, OwnerLost, SettingsError
+
+__all__ = ["MAX_REQUESTS", "Asking"]
+
+MAX_REQUESTS: Final = 4096
+"""Requests that may be unanswered; one more waits here."""
+
+Answered: TypeAlias = asyncio.Future[tuple[Answer, list[int]]]
+
+
+class Asking:
+    """The requests of one session (`control.client.Link`)."""
+
+    _channel: Channel
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.lost: str | None = None
+        """Why the owner is gone, once it is."""
+        self._numbers = 0
+        self._requests: dict[int, tuple[Request, Answered]] = {}
+        self._orphans: dict[int, Request] = {}
+        self.on_orphan: Callable[[Request, Answer], None] | None = None
+        """Told of answers whose askers were cancelled."""
+        self._places: deque[asyncio.Future[None]] = deque()
+        """Who waits until fewer are unanswered, first come, first served."""
+
+    def tell(self, note: Note) -> None:
+        """Send what is not answered. An owner that is gone needs no telling."""
+        if self.lost is None and not self._channel.closed:
+            self._channel.send(encode(note))
+
+    def number(self) -> int:
+        """Return the number of a new request."""
+        self._numbers += 1
+        return self._numbers
+
+    async def ask(self, request: Request) -> tuple[Answer, list[int]]:
+        """Return the owner's answer and its descriptors, or raise the error that it says.
+
+        If cancelled, the owner is told, and its answer goes to `on_orphan` when it comes.
+        """
+        self._check_open()
+        while len(self._requests) + len(self._orphans) >= MAX_REQUESTS:
+            await self._place()
+            self._check_open()
+        number = request.request
+        payload = encode(request)
+        answer: Answered = self._loop.create_future()
+        self._requests[number] = request, answer
+        try:
+            if type(request) is Find:
+                self._channel.send_next(payload)
+            else:  # which others may be waiting for
+                self._channel.send(payload)
+        except ValueError as error:
+            del self._requests[number]
+            raise SettingsError(f"{error}: raise Settings.message_bytes, the owner's too") from None
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self._abandon(request, answer)
+            raise
+        finally:
+            self._requests.pop(number, None)
+
+    def _check_open(self) -> None:
+        if self.lost is not None:
+            raise OwnerLost(self.lost)
+        if self._channel.closed:
+            raise CacheClosed("the session was closed")
+
+    async def _place(self) -> None:
+        """Wait for an answer, to anything."""
+        place: asyncio.Future[None] = self._loop.create_future()
+        self._places.append(place)
+        try:
+            await place
+        except asyncio.CancelledError:
+            if not place.cancelled() and place.exception() is None:  # it had come
+                self._pass_on()
+            raise
+
+    def _pass_on(self) -> None:
+        while self._places:
+            place = self._places.popleft()
+            if not place.done():
+                place.set_result(None)
+                return
+
+    def _abandon(self, request: Request, answer: Answered) -> None:
+        """See to an answer that nobody awaits any more: what it hands over is to be given back."""
+        if answer.done() and not answer.cancelled():
+            if answer.exception() is None:
+                with contextlib.suppress(ProtocolError):  # it is cancelled, whatever the owner says
+                    self._take_orphan(request, *answer.result())
+        elif request.request in self._requests and self.lost is None and not self._channel.closed:
+            self._orphans[request.request] = request
+            self.tell(Cancel(request.request))
+
+    def abandon(self, error: FeatcacheError) -> None:
+        """Let nobody wait for an answer any longer: each raises this. Publishing is not given up."""
+        for request, future in list(self._requests.values()):
+            if not isinstance(request, Publish) and not future.done():
+                future.set_exception(error)
+                del self._requests[request.request]
+                self._orphans[request.request] = request
+                self.tell(Cancel(request.request))
+        for place in self._places:
+            if not place.done():
+                place.set_exception(error)
+        self._places.clear()
+
+    def _take_orphan(self, request: Request, answer: Answer, fds: list[int]) -> None:
+        close_all(fds)
+        if self.on_orphan is not None:
+            try:
+                self.on_orphan(request, answer)
+            except FeatcacheError as error:
+                raise ProtocolError(f"an answer that can't be given back: {error}") from error
+
+    def _answer(self, reply: Answer, fds: list[int]) -> None:
+        if fds and type(reply) is not Writable:
+            close_all(fds)
+            raise ProtocolError("descriptors came with an answer that has none")
+        request, future = self._requests.pop(reply.request, (None, None))
+        if self._places:
+            self._pass_on()
+        refused = reply if type(reply) is Reply and reply.error is not None else None
+        if future is None or future.done():
+            # Cancelled: its task has found that out, or is yet to.
+            orphan = self._orphans.pop(reply.request, request)
+            if orphan is None or refused is not None:
+                close_all(fds)
+            else:
+                self._take_orphan(orphan, reply, fds)
+            return
+        if refused is None:
+            future.set_result((reply, fds))
+            return
+        close_all(fds)
+        name = refused.error
+        kind = getattr(errors, name, None) if name is not None and name in errors.__all__ else None
+        future.set_exception((kind or FeatcacheError)(refused.text))
+
+    def _refuse_all(self, error: FeatcacheError) -> None:
+        """Let nobody wait for an answer that can't come."""
+        for _, future in self._requests.values():
+            if not future.done():
+                future.set_exception(type(error)(*error.args))
+        self._requests.clear()
+        self._orphans.clear()
+        while self._places:
+            self._pass_on()
