@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 import torch
 
-from leaks import difference, endpoint_files, mapped_memfds, open_descriptors
+from leaks import difference, endpoint_files, mapped_memfds, open_descriptors, threads_ended
 
 # A time limit on one example says more about the machine than about the code.
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=50)
@@ -34,6 +34,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device: torch finds none here"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _thawed() -> Iterator[None]:
+    """What `no_leaks` froze is looked through once more at the end, where pytest asks for it."""
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def runtime_dir() -> Iterator[Path]:
     """Gives each test, and the processes it starts, a runtime folder of its own.
@@ -49,9 +56,15 @@ def runtime_dir() -> Iterator[Path]:
 
 @pytest.fixture
 def no_leaks(runtime_dir: Path) -> Iterator[None]:
-    """Fails a test that leaves descriptors, mappings or endpoints behind, or closes others'."""
+    """Fails a test that leaves descriptors, mappings or endpoints behind, or closes others'.
+
+    What lives before the test, all of torch among it, is frozen: the collection after it looks
+    through what the test made, in a millisecond instead of a fifth of a second.
+    """
 
     def state() -> dict[str, Counter[str]]:
+        gc.collect()
+        threads_ended()
         gc.collect()
         return {
             "descriptors": open_descriptors(),
@@ -60,6 +73,7 @@ def no_leaks(runtime_dir: Path) -> Iterator[None]:
         }
 
     before = state()
+    gc.freeze()
     yield
     after = state()
     changes = {kind: difference(before[kind], after[kind]) for kind in before}

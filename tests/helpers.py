@@ -8,6 +8,7 @@ that not even a killed test run leaves any behind.
 
 import asyncio
 import contextlib
+import gc
 import multiprocessing
 import os
 import select
@@ -81,6 +82,7 @@ Script = Callable[..., Awaitable[None]]
 def _main(script: Script, connection: Connection, environment: dict[str, str], given: Any) -> None:
     os.environ.clear()  # the server that this process was forked from has an older one
     os.environ.update(environment)
+    gc.freeze()  # what the server imported is looked through no more
     import structlog
     import torch
 

@@ -1,9 +1,17 @@
 """What a process has open, counted, so that a test can see whether it left anything behind."""
 
 import os
+import threading
 from collections import Counter
 from multiprocessing import resource_tracker
 from pathlib import Path
+
+
+def threads_ended(timeout_s: float = 20.0) -> None:
+    """Wait for the threads of what was closed: the last one to end may hold the last reference."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("featcache"):
+            thread.join(timeout_s)
 
 
 def open_descriptors() -> Counter[str]:
