@@ -8,6 +8,7 @@ that not even a killed test run leaves any behind.
 
 import asyncio
 import contextlib
+import gc
 import multiprocessing
 import os
 import select
@@ -78,9 +79,7 @@ class Pipe:
 Script = Callable[..., Awaitable[None]]
 
 
-def _main(script: Script, connection: Connection, environment: dict[str, str], given: Any) -> None:
-    os.environ.clear()  # the server that this process was forked from has an older one
-    os.environ.update(environment)
+def _main(script: Script, connection: Connection, given: Any) -> None:
     import structlog
     import torch
 
@@ -96,10 +95,38 @@ def _main(script: Script, connection: Connection, environment: dict[str, str], g
         raise
 
 
+class Forked(ForkServerProcess):
+    """A process that the server forked, with the environment that there is at its start."""
+
+    _environment: dict[str, str]
+
+    def start(self) -> None:
+        """Start it."""
+        self._environment = dict(os.environ)
+        super().start()
+
+    def run(self) -> None:
+        """Do what it is for, in the process."""
+        os.environ.clear()  # that of the server is older
+        os.environ.update(self._environment)
+        gc.freeze()  # what the server imported is looked through no more
+        super().run()
+
+
+class Server(ForkServerContext):
+    """The context of the server; it starts at the first use, `warm_up` does one."""
+
+    Process = Forked
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_forkserver_preload(_PRELOAD)
+
+
 class Child:
     """A process that runs a script, as the test holds it."""
 
-    def __init__(self, process: ForkServerProcess, connection: Connection) -> None:
+    def __init__(self, process: Forked, connection: Connection) -> None:
         self._process = process
         self._connection = connection
         assert process.pid is not None, "started"
@@ -185,16 +212,9 @@ class Child:
 Start = Callable[..., Child]
 
 
-def context() -> ForkServerContext:
-    """Return the context of the server; it starts at the first use, `warm_up` does one."""
-    chosen = multiprocessing.get_context("forkserver")
-    chosen.set_forkserver_preload(_PRELOAD)
-    return chosen
-
-
 def warm_up() -> None:
     """Start the server, whose descriptors this process then keeps to its end."""
-    process = context().Process(target=int)
+    process = Server().Process(target=int)
     process.start()
     process.join(2 * PATIENCE_S)
     process.close()
@@ -207,8 +227,8 @@ def starting() -> Iterator[Start]:
 
     def start(script: Script, *arguments: Any, **names: Any) -> Child:
         here, there = multiprocessing.Pipe()
-        process = context().Process(
-            target=_main, args=(script, there, dict(os.environ), (arguments, names)), daemon=True
+        process = Server().Process(
+            target=_main, args=(script, there, (arguments, names)), daemon=True
         )
         process.start()
         there.close()

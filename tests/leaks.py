@@ -1,9 +1,22 @@
 """What a process has open, counted, so that a test can see whether it left anything behind."""
 
 import os
+import threading
+import time
 from collections import Counter
 from multiprocessing import resource_tracker
 from pathlib import Path
+
+
+def threads_ended(timeout_s: float = 20.0) -> None:
+    """Wait for the threads of what was closed: the last one to end may hold the last reference.
+
+    Those of what was not closed stay, and what that has open tells of it.
+    """
+    give_up_s = time.monotonic() + timeout_s
+    for thread in threading.enumerate():
+        if thread.name.startswith("featcache"):
+            thread.join(max(0.0, give_up_s - time.monotonic()))
 
 
 def open_descriptors() -> Counter[str]:

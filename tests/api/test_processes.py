@@ -1,9 +1,7 @@
 """Readers in processes of their own."""
 
 import asyncio
-import multiprocessing
 import signal
-from multiprocessing.context import ForkServerContext
 
 import pytest
 import torch
@@ -11,19 +9,18 @@ import torch
 import featcache
 from api import children
 from api.support import KIB, MIB, filled, full, small, spent, tensor, until
+from helpers import Server
 
 
 @pytest.fixture(scope="module")
-def processes() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "featcache"])
-    return context
+def processes() -> Server:
+    return Server()
 
 
 class Reader:
     """A process that reads what it is told to."""
 
-    def __init__(self, processes: ForkServerContext, endpoint: str, name: str) -> None:
+    def __init__(self, processes: Server, endpoint: str, name: str) -> None:
         self._pipe, there = processes.Pipe()
         self._process = processes.Process(
             target=children.read_refs, args=(endpoint, name, there), daemon=True
@@ -44,7 +41,7 @@ class Reader:
         return self._process.exitcode
 
 
-async def test_two_named_readers_in_other_processes(processes: ForkServerContext) -> None:
+async def test_two_named_readers_in_other_processes(processes: Server) -> None:
     names = ["tp0", "tp1"]
     async with featcache.create(settings=small(capacity=4 * MIB)) as owner:
         readers = [Reader(processes, owner.endpoint, name) for name in names]
@@ -65,7 +62,7 @@ async def test_two_named_readers_in_other_processes(processes: ForkServerContext
 
 
 async def test_a_reader_that_writes_to_its_view_harms_itself_only(
-    processes: ForkServerContext,
+    processes: Server,
 ) -> None:
     async with featcache.create(settings=small()) as owner:
         ref = await owner.put(filled(KIB, 4), readers=2, ttl=None)

@@ -1,9 +1,24 @@
-"""What the benchmarks change in the process that they run in is as it was after each of their tests."""
+"""What the benchmarks' tests have in common: processes that start soon, a process left as it was."""
 
+import multiprocessing
 from collections.abc import Iterator
 
 import pytest
 import structlog
+
+from helpers import Server
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the processes that benchmarks spawn: they have what is pickled for them all the same.
+
+    To spawn them they must import torch, each of them, which takes longer than all else they do
+    here. (A benchmark needs it, since CUDA does not survive a fork.)
+    """
+    server = Server()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: server)
+    monkeypatch.setattr("bench.crew._CONTEXT", server)
 
 
 @pytest.fixture(autouse=True)

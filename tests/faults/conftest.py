@@ -1,6 +1,5 @@
 """Children for the tests of faults, and what must be so after each of them."""
 
-import gc
 from collections.abc import Iterator
 
 import pytest
@@ -11,11 +10,8 @@ from faults.checks import Log
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _server() -> Iterator[None]:
+def _server() -> None:
     helpers.warm_up()
-    gc.freeze()  # what torch made is not looked at again, twice in each test, for leaks
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture
