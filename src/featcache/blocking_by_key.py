@@ -10,6 +10,7 @@ from featcache.by_key import moved
 from featcache.errors import CacheClosed, GetTimeout, StaleRef
 from featcache.granted import GrantedRead, Making
 from featcache.memory.pack import Feature
+from featcache.reader import BYTES_LATE
 from featcache.ref import FeatureRef
 from featcache.settings import parse_timeout
 
@@ -55,9 +56,7 @@ class BlockingByKey:
             if not there:
                 read.end(read.ref, pays=False)
         if not there:
-            raise GetTimeout(
-                "what is kept under the key was found, but its bytes did not come in time"
-            )
+            raise GetTimeout(BYTES_LATE)
         copied: Feature | None = inner.get_granted_here(read, place, out)
         if copied is not None:
             return copied

@@ -15,8 +15,9 @@ from featcache.granted import GrantedRead
 from featcache.memory.pack import DTYPES, Feature, unpack
 from featcache.ref import FeatureRef
 
-__all__ = ["Pools", "Reader"]
+__all__ = ["BYTES_LATE", "Pools", "Reader"]
 
+BYTES_LATE = "what is kept under the key was found, but its bytes did not come in time"
 _NO_COPY = "no copy came through host memory in time; the read is still owed"
 
 
@@ -146,7 +147,7 @@ class Reader:
         except BaseException as error:
             read.end(read.ref, pays=False)
             if isinstance(error, TimeoutError):
-                raise GetTimeout(f"the bytes did not come within {timeout_s} s") from None
+                raise GetTimeout(BYTES_LATE) from None
             raise
         return reached
 

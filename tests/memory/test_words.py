@@ -12,6 +12,7 @@ import pytest
 from featcache.errors import AttachRefused
 from featcache.memory import words as words_module
 from featcache.memory.words import (
+    GRANTS,
     Header,
     OwnerWords,
     SessionWords,
@@ -182,7 +183,7 @@ def test_nothing_is_left(no_leaks: None) -> None:
         os.close(fd)
 
 
-ALIKE = 1024  # slots with which both kinds of block are of one size
+ALIKE = GRANTS  # slots with which both kinds of block are of one size
 BLOCKS = [
     pytest.param(SessionWords, OwnerWords, id="a page as words"),
     pytest.param(OwnerWords, SessionWords, id="words as a page"),
