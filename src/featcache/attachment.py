@@ -12,8 +12,9 @@ from featcache.ref import FeatureRef
 
 __all__ = ["Attachment"]
 
-_TURNS = 20
-"""Turns of the loop before sleeping, whose shortest is a millisecond: bytes are mostly there sooner."""
+_TURNING_S = 500e-6
+"""Seconds of turns of the loop before sleeping, whose shortest is a millisecond: a GPU comes round to
+another process's copy in a few hundred microseconds."""
 _LONGEST_WAIT_S = 1e-3
 _SPIN_S = 200e-6
 _DOZE_S = 50e-6
@@ -26,15 +27,12 @@ class Attachment(Holds):
 
     async def arrival(self, ref: FeatureRef) -> None:
         """Wait on the host until the bytes of a held ref are there."""
-        delay_s, turns = 0.0, 0
+        sleep_from_s = time.monotonic() + _TURNING_S
         while not self.is_there(ref):
             self.check()
             if self._live[ref.slot] != ref.generation:
                 raise StaleRef(f"ref {ref.slot}:{ref.generation} was discarded before it came")
-            await asyncio.sleep(delay_s)
-            turns += 1
-            if turns > _TURNS:
-                delay_s = _LONGEST_WAIT_S
+            await asyncio.sleep(0 if time.monotonic() < sleep_from_s else _LONGEST_WAIT_S)
 
     def arrival_here(self, ref: FeatureRef, give_up_s: float) -> bool:
         """As `arrival`, in a thread that may block; False if they were not there by `give_up_s`."""
