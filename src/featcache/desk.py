@@ -112,6 +112,7 @@ class Desk:
         request = self._request(session, ask)
         slot = self._writer.reserve(request)
         if slot is not None:
+            self._writer.look_ahead()
             return self._reserved(session, ask.request, slot)
         return self._room(session, ask, request)
 

@@ -149,9 +149,7 @@ class Writer:
         pool = self._pool
         nbytes = request.nbytes
         pool.put_bytes += max(nbytes, self._put_bytes)
-        if pool.put_bytes > self._least_bytes and (
-            pool.put_bytes > self._collect_bytes * (len(pool.pages) + 3)
-        ):
+        if pool.put_bytes > self._least_bytes and self._is_due(pool.put_bytes):
             pool.collect()
         slot = pool.store.reserve(request, _now())
         if slot is None:
@@ -160,6 +158,22 @@ class Writer:
             while slot is None and not pool.store.queue and pool.make_room(request):
                 slot = pool.store.reserve(request, _now())
         return slot
+
+    def _is_due(self, put_bytes: int) -> bool:
+        """Whether what was released is to be looked at after puts of so many bytes."""
+        return put_bytes > self._collect_bytes * (len(self._pool.pages) + 3)
+
+    def look_ahead(self) -> None:
+        """Look at what was released in the loop's next turn, if `reserve` will have to soon.
+
+        For puts of sessions: while they copy, nobody waits for the owner.
+        """
+        if self._is_due(2 * self._pool.put_bytes):
+            self._pool.loop.call_soon(self._look_ahead)
+
+    def _look_ahead(self) -> None:
+        if not self._pool.closed and self._is_due(2 * self._pool.put_bytes):
+            self._pool.collect()
 
     def _reserve_by_growing(self, request: Request) -> Slot | None:
         """Commit more of the slab here and now, for a put that may not wait."""

@@ -18,6 +18,7 @@ from api.keyed import (
     Cancellable,
     User,
     nothing_lost,
+    page_of,
     party,
     pool_of,
     queued,
@@ -820,3 +821,24 @@ async def test_a_client_goes_on_with_what_it_was_told_to_put_when_others_leave()
         for number, ref in enumerate(refs):
             assert same(await staying.get(ref), filled(KIB, number))
         await spent(owner)
+
+
+async def test_the_owner_looks_at_what_was_released_while_a_client_copies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with pair(capacity=8 * MIB, segment=8 * MIB, recycle_interval=60.0) as (owner, client):
+        pool, page = pool_of(owner), page_of(owner)
+        collect, given = pool.collect, list[int]()
+
+        def collecting() -> None:
+            given.append(len(page.reserved))
+            collect()
+
+        monkeypatch.setattr(pool, "collect", collecting)
+        for _ in range(3):
+            ref = await client.put(torch.zeros(600 * KIB, dtype=torch.uint8))
+            await client.release(ref)
+        assert given == [1, 1, 1]  # each after its slot was given, not before
+        assert owner.statistics().recycled == 2
+        await client.put(torch.zeros(KIB, dtype=torch.uint8))
+        assert given == [1, 1, 1]  # a small one brings no look nearer
