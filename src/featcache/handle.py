@@ -9,14 +9,16 @@ from typing import Any
 from featcache._offload import Offload
 from featcache.attachment import Attachment
 from featcache.bell import Bell
+from featcache.control import messages
 from featcache.control.channel import close_all
 from featcache.control.client import Link, SlabChange
 from featcache.control.messages import Retire
 from featcache.errors import BackendUnavailable, CacheClosed, FeatcacheError, OwnerLost
 from featcache.memory.backing import Unreachable
 from featcache.memory.slab import Mapping
+from featcache.ref import FeatureRef
 
-__all__ = ["Handle"]
+__all__ = ["Handle", "give_back"]
 
 _SETTLE_S = 10.0
 _MOST_CHANGES = 1024
@@ -199,6 +201,24 @@ class Handle:
         for _, fds in self._changes:
             close_all(fds)
         self._changes.clear()
+
+
+def give_back(handle: Handle, request: messages.Request, answer: messages.Answer) -> None:
+    """Return what an answer handed over whose asker was cancelled."""
+    link = handle.link
+    if isinstance(answer, messages.Granted):
+        handle.attachment.return_grant(answer.index, answer.serial)
+    elif isinstance(answer, messages.MayMake) and isinstance(request, messages.Find):
+        link.tell(messages.Unclaim(request.key, answer.claim))
+    elif isinstance(answer, messages.Reserved):
+        link.tell(messages.Withdraw(answer.slot, answer.generation, landed=True))
+    elif isinstance(request, messages.Publish):  # nobody has its ref
+        link.discard_soon(request.slot, request.generation)
+    elif isinstance(request, messages.OfKey) and request.what == "pin":
+        link.unpin_soon(request.key)
+    elif isinstance(request, messages.Upload) and isinstance(answer, messages.Reply):
+        ref = FeatureRef.from_bytes(answer.ref)
+        link.discard_soon(ref.slot, ref.generation)
 
 
 def _change(mapping: Mapping, change: SlabChange, fds: list[int]) -> None:

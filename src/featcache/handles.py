@@ -25,7 +25,7 @@ from featcache.errors import (
     SettingsError,
     UnknownPool,
 )
-from featcache.handle import Handle
+from featcache.handle import Handle, give_back
 from featcache.holds import PageWords
 from featcache.memory.attach import default_device, map_slab
 from featcache.memory.backing import Unreachable
@@ -346,24 +346,6 @@ class HandleCache:
         for handle in self.handles:
             handle.forget()
         self._handles.clear()
-
-
-def give_back(handle: Handle, request: messages.Request, answer: messages.Answer) -> None:
-    """Return what an answer handed over whose asker was cancelled."""
-    link = handle.link
-    if isinstance(answer, messages.Granted):
-        handle.attachment.return_grant(answer.index, answer.serial)
-    elif isinstance(answer, messages.MayMake) and isinstance(request, messages.Find):
-        link.tell(messages.Unclaim(request.key, answer.claim))
-    elif isinstance(answer, messages.Reserved):
-        link.tell(messages.Withdraw(answer.slot, answer.generation, landed=True))
-    elif isinstance(request, messages.Publish):  # nobody has its ref
-        link.discard_soon(request.slot, request.generation)
-    elif isinstance(request, messages.OfKey) and request.what == "pin":
-        link.unpin_soon(request.key)
-    elif isinstance(request, messages.Upload) and isinstance(answer, messages.Reply):
-        ref = FeatureRef.from_bytes(answer.ref)
-        link.discard_soon(ref.slot, ref.generation)
 
 
 def _mapper(

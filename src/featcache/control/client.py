@@ -182,8 +182,7 @@ class Link(Asking):
             else:
                 raise ProtocolError(f"an unexpected {type(message).__name__}")
         finally:
-            if fds:
-                close_all(fds)
+            close_all(fds)
 
     def _change_slab(self, change: SlabChange, fds: list[int]) -> None:
         if len(fds) != (len(change.sizes) if isinstance(change, Segments) else 0):

@@ -139,14 +139,12 @@ class HostMapping:
     def order(self, device: torch.device | None = None) -> Streams:
         """Return the caller's stream of a GPU that is read to."""
         device = device or self.home
-        if device is CPU or device.type == "cpu":  # the first is a tenth of the second's cost
-            return ()
-        return (torch.cuda.current_stream(device),)
+        on_cpu = device is CPU or device.type == "cpu"  # torch takes long to say the type
+        return () if on_cpu else (torch.cuda.current_stream(device),)
 
     def held_bytes(self, nbytes: int, device: torch.device | None) -> int:
         """Every copy holds up the thread that makes it; one to a GPU waits for its stream besides."""
-        device = device or self.home
-        return nbytes if device is CPU or device.type == "cpu" else _NEVER_HERE
+        return nbytes if (device or self.home).type == "cpu" else _NEVER_HERE
 
     def view(
         self, offset_bytes: int, spec: TensorSpec, device: torch.device | None = None
