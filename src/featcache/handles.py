@@ -13,7 +13,6 @@ from featcache import events
 from featcache._offload import Offload
 from featcache.attachment import Attachment
 from featcache.bell import Bell
-from featcache.control import messages
 from featcache.control.channel import close_all
 from featcache.control.client import Link, dial
 from featcache.control.messages import Welcome

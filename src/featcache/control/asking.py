@@ -11,8 +11,10 @@ from featcache.control.channel import Channel, close_all
 from featcache.control.messages import (
     Answer,
     Cancel,
+    Discard,
     Find,
     Note,
+    OfKey,
     ProtocolError,
     Publish,
     Reply,
@@ -47,8 +49,8 @@ class Asking:
         self._places: deque[asyncio.Future[None]] = deque()
         """Who waits until fewer are unanswered, first come, first served."""
 
-    def tell(self, note: Note) -> None:
-        """Send what is not answered. An owner that is gone needs no telling."""
+    def tell(self, note: Note | Discard | OfKey) -> None:
+        """Send what nobody awaits an answer to. An owner that is gone needs no telling."""
         if self.lost is None and not self._channel.closed:
             self._channel.send(encode(note))
 

@@ -102,13 +102,11 @@ class Link(Asking):
 
     def discard_soon(self, slot: int, generation: int) -> None:
         """As `discard`, for who does not want to know."""
-        if self.lost is None and not self._channel.closed:
-            self._channel.send(encode(Discard(self.number(), slot, generation)))
+        self.tell(Discard(self.number(), slot, generation))
 
     def unpin_soon(self, key: bytes) -> None:
         """Take a pin back, for who does not want to know."""
-        if self.lost is None and not self._channel.closed:
-            self._channel.send(encode(OfKey(self.number(), key, "unpin")))
+        self.tell(OfKey(self.number(), key, "unpin"))
 
     def take_slab_changes(self, take: Callable[[SlabChange, list[int]], None]) -> None:
         """Have `take` called with every change of the slab and its descriptors, which it then owns."""

@@ -139,8 +139,7 @@ class HostMapping:
     def order(self, device: torch.device | None = None) -> Streams:
         """Return the caller's stream of a GPU that is read to."""
         device = device or self.home
-        on_cpu = device is CPU or device.type == "cpu"  # torch takes long to say the type
-        return () if on_cpu else (torch.cuda.current_stream(device),)
+        return () if device is CPU or device.type == "cpu" else (torch.cuda.current_stream(device),)
 
     def held_bytes(self, nbytes: int, device: torch.device | None) -> int:
         """Every copy holds up the thread that makes it; one to a GPU waits for its stream besides."""
