@@ -51,6 +51,7 @@ FIGURES = {
     "lookup": "lookup by a client",
     "recycle_ref": "recycle, a ref",
     "recycle_grant": "recycle, a grant",
+    "recycle_again": "recycle, a grant of what was just read before",
     "look": "recycle, nothing paid",
     "compare": "compare",
 }
@@ -127,6 +128,11 @@ class Case:
             await client.get(key)
         found["lookup"] = since(began_ns)
         found["recycle_grant"] = self.collect() / BATCH
+
+        # The same steps, over memory that a cache still has.
+        for key in keys:
+            await client.get(key)
+        found["recycle_again"] = self.collect() / BATCH
 
         evicted = full.statistics().evicted
         keys = [f"new {self.new_keys + n}" for n in range(BATCH)]
