@@ -10,6 +10,7 @@ from featcache.ref import TensorSpec
 from featcache.settings import MAX_KEY_BYTES, Settings, parse_seconds
 
 __all__ = [
+    "AT_ONCE_S",
     "TTL_DEFAULT",
     "Ask",
     "ask",
@@ -22,7 +23,6 @@ __all__ = [
 
 TTL_DEFAULT: Final[Any] = ...
 """Stands for "as the settings say", since None means "never"."""
-
 
 AT_ONCE_S: Final = 5.0
 """Seconds that an owner may take to answer who does not want to wait: it may be busy, or stopped."""

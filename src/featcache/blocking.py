@@ -5,6 +5,7 @@ take and are opened with plain ``with``. An event loop in a thread of their own 
 recycler going; reads of a pool that is attached never enter it, they run in the caller's thread.
 """
 
+import contextlib
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
@@ -34,6 +35,14 @@ _NOT_OPENED = "not opened yet: use 'with', or open()"
 T = TypeVar("T")
 _inherited: list[AbstractContextManager[BlockingPortal]] = []
 A = TypeVar("A", AsyncCache, AsyncClient)
+
+
+def _start(portal: BlockingPortal, work: Callable[[], Awaitable[T]]) -> "Future[T]":
+    """Have the loop do it, or raise CacheClosed: another thread may have closed it meanwhile."""
+    try:
+        return portal.start_task_soon(work)
+    except RuntimeError:
+        raise CacheClosed("this cache was closed") from None
 
 
 class _Blocking(BlockingByKey, Generic[A]):
@@ -113,7 +122,7 @@ class _Blocking(BlockingByKey, Generic[A]):
             raise CacheClosed(self._why_closed or _NOT_OPENED)
         self._inner.check_open()  # before a thread that a fork has left behind is asked
         if undo is None:
-            future = portal.start_task_soon(work)
+            future = _start(portal, work)
             try:
                 return future.result()
             except BaseException:
@@ -142,10 +151,11 @@ class _Blocking(BlockingByKey, Generic[A]):
 
         future: Future[T] | None = None
         try:
-            future = portal.start_task_soon(run)
+            future = _start(portal, run)
             return future.result()
         except BaseException:
-            portal.start_task_soon(settle)
+            with contextlib.suppress(CacheClosed):
+                _start(portal, settle)
             if future is not None:
                 future.cancel()
             raise

@@ -82,8 +82,10 @@ class Growth:
             await self._offload.run(
                 lambda: slab.commit(start_bytes, end_bytes, prefault=prefault), lambda: None
             )
-        except (MemoryError, OSError, BackendUnavailable) as error:
+        except Exception as error:
             self.grow_failed(end_bytes - start_bytes, error)
+            if not isinstance(error, MemoryError | OSError | BackendUnavailable):
+                raise  # a fault of ours, which must not be the end of growth
         else:
             self.grown(end_bytes)
 

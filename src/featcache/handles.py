@@ -103,8 +103,9 @@ class HandleCache:
 
     def check(self, ref: FeatureRef) -> None:
         """Raise OwnerLost for a pool that was attached, and whose owner is gone."""
-        if ref.pool_id in self._lost_pools:
-            raise OwnerLost(self._lost_pools[ref.pool_id])
+        lost = self._lost_pools.get(ref.pool_id)  # one look: this is asked in any thread
+        if lost is not None:
+            raise OwnerLost(lost)
 
     async def open(self, ref: FeatureRef) -> Attachment:
         """Return the attachment of the ref's pool, attaching first. Single flight by endpoint."""
@@ -178,8 +179,14 @@ class HandleCache:
             task = asyncio.get_running_loop().create_task(self._attach(endpoint, kin=kin))
             self._opening[endpoint] = task
             task.add_done_callback(lambda done: self._opened(endpoint, done))
-        # One that gives up must not take the others' attach with it.
-        return await asyncio.shield(task)
+        try:
+            # One that gives up must not take the others' attach with it.
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            asker = asyncio.current_task()
+            if task.cancelled() and self._closed and not (asker and asker.cancelling()):
+                raise CacheClosed("the client was closed") from None
+            raise
 
     def _opened(self, endpoint: str, task: "asyncio.Task[Handle]") -> None:
         self._opening.pop(endpoint, None)

@@ -5,6 +5,7 @@ from typing import Any
 import anyio
 import msgspec
 
+from featcache.asks import AT_ONCE_S
 from featcache.control import messages
 from featcache.control.messages import ProtocolError
 from featcache.core.waiters import Request
@@ -35,9 +36,9 @@ class Uploader:
         """Copy a feature in and return its ref, as `RemoteWriter.put`."""
         request = staged.request
         there = Request(request.nbytes, 1, self._settings.relay_ttl)
-        at_once = wait and timeout_s == 0  # as in `RemoteWriter.put`
+        at_once = timeout_s == 0  # as in `RemoteWriter.put`
         try:
-            with anyio.fail_after(None if at_once else timeout_s):
+            with anyio.fail_after(AT_ONCE_S if at_once else timeout_s):
                 ref = await self.beside.put(
                     msgspec.structs.replace(staged, request=there),
                     timeout_s if at_once else None,
@@ -50,7 +51,7 @@ class Uploader:
                     self.beside.handle.link.discard_soon(ref.slot, ref.generation)
                     raise
         except PoolFull as full:
-            if not at_once:
+            if not (at_once and wait):
                 raise
             raise PutTimeout(f"{full}, within {timeout_s} s") from None
         except TimeoutError:

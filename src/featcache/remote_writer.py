@@ -64,7 +64,7 @@ class RemoteWriter:
 
         """
         self.handle.attachment.check()
-        at_once = wait and timeout_s == 0  # not to wait: round trips take longer, and are no wait
+        at_once = timeout_s == 0  # not to wait: round trips take longer, and are no wait
         try:
             if timeout_s is None:  # a scope takes as long as a third of a round trip
                 reserved = await self._reserve(staged.request, wait=wait)
@@ -72,7 +72,7 @@ class RemoteWriter:
                 with anyio.fail_after(AT_ONCE_S if at_once else timeout_s):
                     reserved = await self._reserve(staged.request, wait=wait and not at_once)
         except PoolFull as full:
-            if not at_once:
+            if not (at_once and wait):
                 raise
             raise PutTimeout(f"{full}, within {timeout_s} s") from None
         except TimeoutError:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 BYTE = TensorSpec(None, "uint8", (1,), 0)
 MOST = 64
-"""Relays that one session has under way at once."""
+"""Relays that were once all that a session might have under way."""
 
 
 @contextlib.asynccontextmanager
@@ -215,7 +215,7 @@ async def test_as_many_as_may_be_are_answered() -> None:
         await until(lambda: under_way(owner) == 0)
 
 
-async def test_more_stand_in_line() -> None:
+async def test_many_more_are_answered() -> None:
     async with owner_and_peer(relay_ttl=5.0) as (owner, peer):
         ref = await late(owner)
         for number in range(2 * MOST):
@@ -228,10 +228,10 @@ async def test_more_stand_in_line() -> None:
         await until(lambda: under_way(owner) == 0)
 
 
-async def test_more_than_may_stand_there_end_this_session_only(
+async def test_more_than_may_be_end_this_session_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(requests, "_MOST_IN_LINE", 2 * MOST)
+    monkeypatch.setattr(requests, "_MOST_COPIES", 2 * MOST)
     async with owner_and_peer() as (owner, peer):
         ref = await late(owner)
         for number in range(2 * MOST + 1):

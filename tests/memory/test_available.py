@@ -30,7 +30,7 @@ def limit(name: str, most: str, now: int, cached: int = 0) -> dict[str, str]:
     return {
         f"groups/{name}memory.max": f"{most}\n",
         f"groups/{name}memory.current": f"{now}\n",
-        f"groups/{name}memory.stat": f"anon 7\ninactive_file {cached}\n",
+        f"groups/{name}memory.stat": f"anon 7\ninactive_file {cached}\nactive_file 0\n",
     }
 
 
@@ -49,6 +49,7 @@ def limit(name: str, most: str, now: int, cached: int = 0) -> dict[str, str]:
         ({}, None),
         ({"proc/meminfo": "MemFree: 3 kB\n", "proc/self/cgroup": "4:memory:/old\n"}, None),
         ({"proc/meminfo": "MemAvailable: much\n"}, None),
+        ({"proc/meminfo": "MemAvailable:\n"}, None),
     ],
 )
 def test_the_least_of_what_host_and_groups_have_left(

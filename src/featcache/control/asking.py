@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
@@ -13,21 +12,26 @@ from featcache.control.messages import (
     Cancel,
     Discard,
     Find,
+    HostPool,
     Note,
     OfKey,
     ProtocolError,
     Publish,
+    Relay,
     Reply,
     Request,
+    Reserve,
+    Upload,
     Writable,
+    Write,
     encode,
 )
 from featcache.errors import CacheClosed, FeatcacheError, OwnerLost, SettingsError
 
-__all__ = ["MAX_REQUESTS", "Asking"]
+__all__ = ["MOST_ASKED", "Asking"]
 
-MAX_REQUESTS: Final = 4096
-"""Requests that may be unanswered; one more waits here."""
+MOST_ASKED: Final = 2048
+"""Requests of one kind that may be unanswered; one more waits here, first come, first served."""
 
 Answered: TypeAlias = asyncio.Future[tuple[Answer, list[int]]]
 
@@ -46,8 +50,17 @@ class Asking:
         self._orphans: dict[int, Request] = {}
         self.on_orphan: Callable[[Request, Answer], None] | None = None
         """Told of answers whose askers were cancelled."""
-        self._places: deque[asyncio.Future[None]] = deque()
-        """Who waits until fewer are unanswered, first come, first served."""
+        self._ending: FeatcacheError | None = None
+        finds, rooms, copies, others = (asyncio.Semaphore(MOST_ASKED) for _ in range(4))
+        # Lines of their own: what makes room, or makes what a key stands for, must not stand behind
+        # those that wait for it. A publish stands in none: it is as many as rooms were given.
+        self._lines: dict[type, asyncio.Semaphore] = {
+            Find: finds,
+            Reserve: rooms,
+            Relay: copies,
+            Upload: copies,
+            **dict.fromkeys((OfKey, Discard, HostPool, Write), others),
+        }
 
     def tell(self, note: Note | Discard | OfKey) -> None:
         """Send what nobody awaits an answer to. An owner that is gone needs no telling."""
@@ -65,11 +78,11 @@ class Asking:
         If cancelled, the owner is told, and its answer goes to `on_orphan` when it comes.
         """
         self._check_open()
-        while len(self._requests) + len(self._orphans) >= MAX_REQUESTS:
-            await self._place()
-            self._check_open()
         number = request.request
         payload = encode(request)
+        line = self._lines.get(type(request))
+        if line is not None:
+            await self._enter(line)
         answer: Answered = self._loop.create_future()
         self._requests[number] = request, answer
         try:
@@ -78,7 +91,7 @@ class Asking:
             else:  # which others may be waiting for
                 self._channel.send(payload)
         except ValueError as error:
-            del self._requests[number]
+            self._leave(self._requests.pop(number)[0])
             raise SettingsError(f"{error}: raise Settings.message_bytes, the owner's too") from None
         try:
             return await answer
@@ -94,23 +107,21 @@ class Asking:
         if self._channel.closed:
             raise CacheClosed("the session was closed")
 
-    async def _place(self) -> None:
-        """Wait for an answer, to anything."""
-        place: asyncio.Future[None] = self._loop.create_future()
-        self._places.append(place)
+    async def _enter(self, line: asyncio.Semaphore) -> None:
+        """Take a place; whoever gets one that it can't use any more passes it on."""
+        await line.acquire()
         try:
-            await place
-        except asyncio.CancelledError:
-            if not place.cancelled() and place.exception() is None:  # it had come
-                self._pass_on()
+            if self._ending is not None:
+                raise self._ending
+            self._check_open()
+        except FeatcacheError:
+            line.release()
             raise
 
-    def _pass_on(self) -> None:
-        while self._places:
-            place = self._places.popleft()
-            if not place.done():
-                place.set_result(None)
-                return
+    def _leave(self, request: Request) -> None:
+        line = self._lines.get(type(request))
+        if line is not None:
+            line.release()
 
     def _abandon(self, request: Request, answer: Answered) -> None:
         """See to an answer that nobody awaits any more: what it hands over is to be given back."""
@@ -124,16 +135,13 @@ class Asking:
 
     def abandon(self, error: FeatcacheError) -> None:
         """Let nobody wait for an answer any longer: each raises this. Publishing is not given up."""
+        self._ending = error
         for request, future in list(self._requests.values()):
             if not isinstance(request, Publish) and not future.done():
                 future.set_exception(error)
                 del self._requests[request.request]
                 self._orphans[request.request] = request
                 self.tell(Cancel(request.request))
-        for place in self._places:
-            if not place.done():
-                place.set_exception(error)
-        self._places.clear()
 
     def _take_orphan(self, request: Request, answer: Answer, fds: list[int]) -> None:
         close_all(fds)
@@ -148,16 +156,16 @@ class Asking:
             close_all(fds)
             raise ProtocolError("descriptors came with an answer that has none")
         request, future = self._requests.pop(reply.request, (None, None))
-        if self._places:
-            self._pass_on()
+        asked = self._orphans.pop(reply.request, None) if request is None else request
+        if asked is not None:
+            self._leave(asked)
         refused = reply if type(reply) is Reply and reply.error is not None else None
         if future is None or future.done():
             # Cancelled: its task has found that out, or is yet to.
-            orphan = self._orphans.pop(reply.request, request)
-            if orphan is None or refused is not None:
+            if asked is None or refused is not None:
                 close_all(fds)
             else:
-                self._take_orphan(orphan, reply, fds)
+                self._take_orphan(asked, reply, fds)
             return
         if refused is None:
             future.set_result((reply, fds))
@@ -174,5 +182,5 @@ class Asking:
                 future.set_exception(type(error)(*error.args))
         self._requests.clear()
         self._orphans.clear()
-        while self._places:
-            self._pass_on()
+        for line in set(self._lines.values()):
+            line.release()  # whom it wakes finds the end, and wakes the next

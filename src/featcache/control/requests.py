@@ -30,7 +30,7 @@ from featcache.errors import FeatcacheError, SettingsError
 
 __all__ = ["Desk", "Requests"]
 
-_MOST_IN_LINE: Final = 4096
+_MOST_COPIES: Final = 4096
 """Copies through the host that one session may have asked for and not got yet."""
 
 _ACTIVE: Final = SessionState.ACTIVE  # members of an enum are slow to look up
@@ -73,8 +73,8 @@ class Requests:
             self._desk.note(session.number, message)
 
     def _answer(self, session: Session, ask: Request) -> None:
-        if type(ask) in _COPIES and len(session.copies) >= _MOST_IN_LINE:
-            raise ProtocolError(f"more than {_MOST_IN_LINE} copies at once")
+        if type(ask) in _COPIES and len(session.copies) >= _MOST_COPIES:
+            raise ProtocolError(f"more than {_MOST_COPIES} copies at once")
         try:
             answer = self._desk.answer(session.number, ask)
         except FeatcacheError as error:
@@ -93,16 +93,11 @@ class Requests:
         if request in session.tasks:
             wait.close()
             raise ProtocolError(f"request {request} is under way already")
-        copies = type(ask) in _COPIES
-        if copies:
+        if type(ask) in _COPIES:
             session.copies.add(request)
-        task = session.tasks[request] = self._loop.create_task(
-            _in_line(session, wait) if copies else wait
-        )
+        task = session.tasks[request] = self._loop.create_task(wait)
         # Not in the task itself: one that is cancelled before its first step never runs.
         task.add_done_callback(lambda done: self._finish(session, request, done))
-        if copies:
-            task.add_done_callback(lambda _: wait.close())  # whose turn may never have come
 
     def _finish(self, session: Session, request: int, task: "asyncio.Task[Answer]") -> None:
         session.tasks.pop(request, None)
@@ -132,11 +127,6 @@ class Requests:
             why = "the ref is too long for a message: raise Settings.message_bytes"
             payload = encode(Reply(answer.request, SettingsError.__name__, why))
         channel.send(payload, self._desk.writable() if type(answer) is Writable else ())
-
-
-async def _in_line(session: Session, wait: Wait) -> Answer:
-    async with session.copying:
-        return await wait
 
 
 def _fault(request: int) -> Reply:

@@ -3,17 +3,13 @@
 import asyncio
 import enum
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Protocol
 
 from featcache.control.channel import Channel
 from featcache.control.messages import Answer, Welcome
 from featcache.control.peers import PidWatch
 
 __all__ = ["Host", "Segment", "Session", "SessionState"]
-
-
-_MOST_COPIES: Final = 64
-"""Copies through the host that a session has under way at once; others of its own stand in line."""
 
 
 class SessionState(enum.Enum):
@@ -42,7 +38,6 @@ class Session:
         """What is under way for it, by the number of its request."""
         self.copies: set[int] = set()
         """Those of them that are copied through the host."""
-        self.copying = asyncio.Semaphore(_MOST_COPIES)
 
     def cancel_tasks(self) -> None:
         """Let nothing be under way for it: no answer can reach it any more."""

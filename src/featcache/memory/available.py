@@ -11,6 +11,8 @@ __all__ = ["available_bytes"]
 
 _PROC: Final = Path("/proc")
 _GROUPS: Final = Path("/sys/fs/cgroup")
+_ODD: Final = (OSError, ValueError, IndexError)
+"""What a file that is not there, or not of the form known here, raises."""
 
 
 def available_bytes(proc: Path = _PROC, groups: Path = _GROUPS) -> int | None:
@@ -24,7 +26,7 @@ def available_bytes(proc: Path = _PROC, groups: Path = _GROUPS) -> int | None:
 
 def _of_host(proc: Path) -> int | None:
     fields = {}
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(*_ODD):
         for line in (proc / "meminfo").read_text().splitlines():
             name, _, value = line.partition(":")
             if name in {"MemAvailable", "SwapFree"}:
@@ -35,7 +37,7 @@ def _of_host(proc: Path) -> int | None:
 def _of_groups(proc: Path, groups: Path) -> list[int]:
     """Return what is left of each limit that binds this process; caches count as left."""
     found: list[int] = []
-    with contextlib.suppress(OSError, IndexError):
+    with contextlib.suppress(*_ODD):
         path = (proc / "self" / "cgroup").read_text().partition("0::/")[2].splitlines()[0]
         own = groups / path
         for group in (own, *own.parents):
@@ -48,7 +50,7 @@ def _of_groups(proc: Path, groups: Path) -> list[int]:
 
 
 def _left_in(group: Path) -> int | None:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(*_ODD):
         limit = (group / "memory.max").read_text().strip()
         if limit != "max":
             used_bytes = int((group / "memory.current").read_text())
@@ -57,9 +59,11 @@ def _left_in(group: Path) -> int | None:
 
 
 def _cached_in(group: Path) -> int:
-    with contextlib.suppress(OSError, ValueError):
+    """Return what the kernel takes back before it kills."""
+    cached_bytes = 0
+    with contextlib.suppress(*_ODD):
         for line in (group / "memory.stat").read_text().splitlines():
             name, _, value = line.partition(" ")
-            if name == "inactive_file":
-                return int(value)
-    return 0
+            if name in {"inactive_file", "active_file", "slab_reclaimable"}:
+                cached_bytes += int(value)
+    return cached_bytes
