@@ -489,3 +489,23 @@ def test_backends_that_are_not_there_say_so() -> None:
         with pytest.raises(BackendUnavailable):
             client.get("a", device="cuda:0")
         nothing_left(owner, "a")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda cache: cache.put(filled(1)), lambda cache: cache.get("k")],
+    ids=["put", "get a key"],
+)
+def test_another_thread_closes_between_the_look_and_the_call(
+    call: Callable[[FeatureCache], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with featcache.blocking.create(settings=small()) as cache:
+
+        def stopped(*_: object) -> None:
+            raise RuntimeError("This portal is not running")
+
+        with monkeypatch.context() as closing:
+            closing.setattr(cache._portal, "start_task_soon", stopped)
+            with pytest.raises(CacheClosed):
+                call(cache)
+        assert cache.statistics().slots_used == 0

@@ -174,6 +174,7 @@ async def give_up(client: FeatureClient, attach: "asyncio.Task[Any]", turns: int
         attach.cancel()
     await client.aclose()
     await asyncio.wait([attach])
+    assert not attach.cancelled() or how == "cancel"
     if not attach.cancelled():
         error = attach.exception()
         assert isinstance(error, CacheClosed | OwnerLost | AttachRefused | None)
