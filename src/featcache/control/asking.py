@@ -58,7 +58,7 @@ class Asking:
             Find: finds,
             Reserve: rooms,
             Relay: copies,
-            Upload: copies,
+            Upload: rooms,
             **dict.fromkeys((OfKey, Discard, HostPool, Write), others),
         }
 

@@ -30,7 +30,7 @@ from featcache.errors import FeatcacheError, SettingsError
 
 __all__ = ["Desk", "Requests"]
 
-_MOST_COPIES: Final = 4096
+_MOST_COPIES: Final = 8192
 """Copies through the host that one session may have asked for and not got yet."""
 
 _ACTIVE: Final = SessionState.ACTIVE  # members of an enum are slow to look up
