@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("featcache.pool", "featcache.reader", "featcache.handle"),
     ("featcache.asks", "featcache.copying"),
     ("featcache.granted",),
-    ("featcache.growth", "featcache.landings"),
+    ("featcache.growth", "featcache.landings", "featcache.spills"),
     ("featcache.gauge", "featcache.page", "featcache.recycler", "featcache.attachment"),
     ("featcache.holds", "featcache.bell"),
     ("featcache.control", "featcache.control.*"),

@@ -37,14 +37,6 @@ _inherited: list[AbstractContextManager[BlockingPortal]] = []
 A = TypeVar("A", AsyncCache, AsyncClient)
 
 
-def _start(portal: BlockingPortal, work: Callable[[], Awaitable[T]]) -> "Future[T]":
-    """Have the loop do it, or raise CacheClosed: another thread may have closed it meanwhile."""
-    try:
-        return portal.start_task_soon(work)
-    except RuntimeError:
-        raise CacheClosed("this cache was closed") from None
-
-
 class _Blocking(BlockingByKey, Generic[A]):
     """An object of the async API and the thread in which its loop runs."""
 
@@ -122,7 +114,7 @@ class _Blocking(BlockingByKey, Generic[A]):
             raise CacheClosed(self._why_closed or _NOT_OPENED)
         self._inner.check_open()  # before a thread that a fork has left behind is asked
         if undo is None:
-            future = _start(portal, work)
+            future = self._start(portal, work)
             try:
                 return future.result()
             except BaseException:
@@ -130,9 +122,17 @@ class _Blocking(BlockingByKey, Generic[A]):
                 raise
         return self._call_or_undo(portal, work, undo)
 
-    @staticmethod
+    def _start(self, portal: BlockingPortal, work: Callable[[], Awaitable[T]]) -> "Future[T]":
+        """Have the loop do it, or raise CacheClosed: another thread may have closed it meanwhile."""
+        try:
+            return portal.start_task_soon(work)
+        except RuntimeError:
+            if self._portal is portal:  # it runs, and says what is wrong
+                raise
+            raise CacheClosed(self._why_closed or _NOT_OPENED) from None
+
     def _call_or_undo(
-        portal: BlockingPortal, work: Callable[[], Awaitable[T]], undo: Callable[[T], object]
+        self, portal: BlockingPortal, work: Callable[[], Awaitable[T]], undo: Callable[[T], object]
     ) -> T:
         returned, gone = list[T](), threading.Event()
 
@@ -151,11 +151,11 @@ class _Blocking(BlockingByKey, Generic[A]):
 
         future: Future[T] | None = None
         try:
-            future = _start(portal, run)
+            future = self._start(portal, run)
             return future.result()
         except BaseException:
             with contextlib.suppress(CacheClosed):
-                _start(portal, settle)
+                self._start(portal, settle)
             if future is not None:
                 future.cancel()
             raise

@@ -196,7 +196,7 @@ class FeatureClient(Reads):
             pinned_bytes=sum(header[Header.PINNED] for header in headers),
             evicted=sum(header[Header.EVICTED] for header in headers),
             puts=self._writing().puts,
-            spilled=self._writing().spilled,
+            spilled=self._writing().spills.count,
             gets=reader.gets,
         )
 

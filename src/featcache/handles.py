@@ -66,8 +66,8 @@ class HandleCache:
         self._settings = settings
         self._offload = offload
         self._bound = bound
-        self._bound_pool = b""
-        """The pool that was found there last."""
+        self.bound_pool = b""
+        """The pool that was found where this client is connected to, or nothing yet."""
         self._lost: str | None = None  # why the pool that this client is bound to is gone
         self._lost_pools: dict[bytes, str] = {}  # and others, of a client that is bound to none
         self._handles: OrderedDict[bytes, Handle] = OrderedDict()
@@ -122,7 +122,7 @@ class HandleCache:
 
     def peek_bound(self) -> Handle | None:
         """Return the handle of the pool that this client is connected to, if it is open."""
-        return self._handles.get(self._bound_pool)
+        return self._handles.get(self.bound_pool)
 
     async def bound_handle(self) -> Handle:
         """Return the handle of the pool that this client is connected to.
@@ -220,7 +220,7 @@ class HandleCache:
         self._handles[welcome.pool_id] = handle
         self._lost_pools.pop(welcome.pool_id, None)
         if endpoint == self._bound:
-            self._bound_pool = welcome.pool_id
+            self.bound_pool = welcome.pool_id
         link.on_lost = lambda reason: self._on_lost(welcome.pool_id, reason)
         return handle
 

@@ -18,6 +18,7 @@ from featcache.ref import FeatureRef
 from featcache.relay import Relay
 from featcache.serving import Serving, limits_of
 from featcache.settings import Settings
+from featcache.spills import Spills
 from featcache.writer import Staged
 
 __all__ = ["Opened", "StagedPut"]
@@ -39,14 +40,13 @@ class Opened:
     ) -> None:
         self.main = main
         self.spill: Serving | None = None
-        self.spilled = 0
+        self.spills = Spills(settings.log_interval)
         self.spill_bytes = spill_bytes
         self.offload = main.pool.offload
         self._plan = plan
         self._settings = settings
         self._name = name
         self._opening: asyncio.Task[Serving] | None = None
-        self._spills = events.Throttle(settings.log_interval)
         self.relay = Relay(main, self.host_pool, self.offload)
         self._pools = OwnPools(self.offload, self.relay.copy)
         self._pools.add(main.pool.pool_id, main.own)
@@ -214,21 +214,8 @@ class Opened:
                 return await writer.fill(slot, here)
         assert self.spill is not None, "staged for it"
         ref = await self.spill.writer.put(there, timeout_s, wait=True)
-        self.spilled += 1
-        self._report_spill(ref)
+        self.spills.add(self.main.pool.name, ref)
         return ref
-
-    def _report_spill(self, ref: FeatureRef) -> None:
-        unlogged = self._spills.pass_(self.main.pool.loop.time())
-        if unlogged is not None:
-            events.emit(
-                events.PutSpilled(
-                    pool=self.main.pool.name,
-                    spill_pool=ref.pool_id.hex(),
-                    nbytes=ref.nbytes,
-                    unlogged=unlogged,
-                )
-            )
 
     # --- the end --------------------------------------------------------------------------------------
 

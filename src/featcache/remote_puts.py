@@ -1,9 +1,7 @@
 """A client's puts into the pool that it is connected to, and into the one beside it that takes spills."""
 
-import time
 from typing import Any
 
-from featcache import events
 from featcache._offload import Offload
 from featcache.asks import check_on_full
 from featcache.control import messages
@@ -16,6 +14,7 @@ from featcache.ref import FeatureRef
 from featcache.remote_upload import Uploader
 from featcache.remote_writer import RemoteWriter
 from featcache.settings import Settings
+from featcache.spills import Spills
 from featcache.writer import Staged
 
 __all__ = ["Places", "RemotePuts", "StagedPut"]
@@ -36,8 +35,7 @@ class RemotePuts:
         self._offload = offload
         self._writers: dict[bytes, Writes] = {}
         self._puts = 0  # of writers that are gone
-        self.spilled = 0
-        self._spills = events.Throttle(settings.log_interval)
+        self.spills = Spills(settings.log_interval)
         handles.on_gone = self._drop
 
     def _drop(self, pool_id: bytes) -> None:
@@ -120,19 +118,5 @@ class RemotePuts:
                     raise
         assert there is not None, "a put goes somewhere"
         ref = await there[0].put(there[1], timeout_s, wait=True)
-        self.spilled += 1
-        self._report_spill(ref)
+        self.spills.add(self._handles.bound_pool.hex(), ref)
         return ref
-
-    def _report_spill(self, ref: FeatureRef) -> None:
-        unlogged = self._spills.pass_(time.monotonic())
-        handle = self._handles.peek_bound()
-        if unlogged is not None and handle is not None:
-            events.emit(
-                events.PutSpilled(
-                    pool=handle.attachment.pool_id.hex(),
-                    spill_pool=ref.pool_id.hex(),
-                    nbytes=ref.nbytes,
-                    unlogged=unlogged,
-                )
-            )

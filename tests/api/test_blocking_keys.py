@@ -500,11 +500,12 @@ def test_another_thread_closes_between_the_look_and_the_call(
     call: Callable[[FeatureCache], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with featcache.blocking.create(settings=small()) as cache:
-
-        def stopped(*_: object) -> None:
-            raise RuntimeError("This portal is not running")
-
         with monkeypatch.context() as closing:
+
+            def stopped(*_: object) -> None:
+                closing.setattr(cache, "_portal", None)
+                raise RuntimeError("This portal is not running")
+
             closing.setattr(cache._portal, "start_task_soon", stopped)
             with pytest.raises(CacheClosed):
                 call(cache)

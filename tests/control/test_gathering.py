@@ -50,6 +50,16 @@ class End:
         """Send a message."""
         self.channel.send(msgspec.msgpack.encode({"n": message}), descriptors)
 
+    def fail_at(self, at: Any, error: Exception) -> None:
+        """Answer each message with itself, and that one with an error."""
+
+        def answer(message: Any) -> None:
+            if message == at:
+                raise error
+            self.say(message)
+
+        self.answer = answer
+
     def _on_message(self, payload: bytes, fds: list[int]) -> None:
         for fd in fds:
             os.close(fd)
@@ -227,13 +237,7 @@ async def test_answers_before_an_error_in_the_same_read_still_go(end: Make) -> N
 async def test_answers_before_a_handlers_protocol_error_still_go(end: Make) -> None:
     one = end()
     one.last_word = "that was wrong"
-
-    def answer(message: Any) -> None:
-        if message == 3:
-            raise ProtocolError("not that")
-        one.say(message)
-
-    one.answer = answer
+    one.fail_at(3, ProtocolError("not that"))
     one.peer.send(asked(1, 2, 3, 4))
     assert await one.heard(3) == [1, 2, "that was wrong"]
     await one.peer.hung_up()
@@ -269,13 +273,7 @@ async def test_a_handlers_fault_keeps_no_answer_back(end: Make) -> None:
     faults: list[Any] = []
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: faults.append(context["exception"]))
-
-    def answer(message: Any) -> None:
-        if message == 2:
-            raise RuntimeError("a fault of ours")
-        one.say(message)
-
-    one.answer = answer
+    one.fail_at(2, RuntimeError("a fault of ours"))
     one.peer.send(asked(0, 1, 2, 3))
     assert await one.heard(2) == [0, 1]
     await until(lambda: faults)

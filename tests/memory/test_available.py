@@ -78,3 +78,23 @@ async def test_growth_beyond_what_the_host_has_is_a_full_slab(
         with pytest.raises(featcache.PutTimeout):
             await cache.put(torch.zeros(2 * segment, dtype=torch.uint8), timeout=0.05)
         assert cache.statistics().committed_bytes == segment
+
+
+async def test_a_fault_in_growing_is_told_and_is_not_the_end_of_growth(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fault() -> int:
+        raise ZeroDivisionError
+
+    segment = 64 * KIB
+    cache = featcache.create(capacity=4 * segment, segment=segment, initial=segment)
+    async with cache:
+        large = torch.zeros(2 * segment, dtype=torch.uint8)
+        with monkeypatch.context() as odd:
+            odd.setattr(host, "available_bytes", fault)
+            with pytest.raises(ZeroDivisionError):
+                await cache.put(large, on_full="raise")
+        store = cache._opened().pool.store
+        store._grow_after_s = float("-inf")  # as after a second
+        await cache.put(large, on_full="raise")
+        assert cache.statistics().committed_bytes == 2 * segment

@@ -77,12 +77,16 @@ class Asking:
 
         If cancelled, the owner is told, and its answer goes to `on_orphan` when it comes.
         """
-        self._check_open()
+        if self.lost is not None or self._channel.closed:
+            raise self._ended()
         number = request.request
         payload = encode(request)
         line = self._lines.get(type(request))
         if line is not None:
-            await self._enter(line)
+            await line.acquire()
+            if self._ending is not None or self.lost is not None or self._channel.closed:
+                line.release()  # to the next, who finds the same
+                raise self._ended() if self._ending is None else self._ending
         answer: Answered = self._loop.create_future()
         self._requests[number] = request, answer
         try:
@@ -101,22 +105,10 @@ class Asking:
         finally:
             self._requests.pop(number, None)
 
-    def _check_open(self) -> None:
+    def _ended(self) -> FeatcacheError:
         if self.lost is not None:
-            raise OwnerLost(self.lost)
-        if self._channel.closed:
-            raise CacheClosed("the session was closed")
-
-    async def _enter(self, line: asyncio.Semaphore) -> None:
-        """Take a place; whoever gets one that it can't use any more passes it on."""
-        await line.acquire()
-        try:
-            if self._ending is not None:
-                raise self._ending
-            self._check_open()
-        except FeatcacheError:
-            line.release()
-            raise
+            return OwnerLost(self.lost)
+        return CacheClosed("the session was closed")
 
     def _leave(self, request: Request) -> None:
         line = self._lines.get(type(request))

@@ -306,9 +306,8 @@ class HostSlab(HostMapping):
         """Reserve pages for a range, and map them into the owner if `prefault`."""
         size_bytes = stop_bytes - start_bytes
         left_bytes = available_bytes()
-        if (
-            left_bytes is not None and size_bytes > left_bytes
-        ):  # the kernel would not refuse, but kill
+        # Looked at first: the kernel would not refuse, but kill.
+        if left_bytes is not None and size_bytes > left_bytes:
             raise MemoryError(f"{size_bytes} bytes, where the host has {left_bytes} left")
         try:
             # Touching first is what gives huge pages; fallocate would lay small ones.
