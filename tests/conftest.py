@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 import torch
 
-from leaks import difference, endpoint_files, mapped_memfds, open_descriptors, threads_ended
+from support.leaks import difference, endpoint_files, mapped_memfds, open_descriptors, threads_ended
 
 # A time limit on one example says more about the machine than about the code.
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=50)

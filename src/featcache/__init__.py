@@ -5,8 +5,9 @@ back into tensors by readers in other processes. What every reader has paid for 
 """
 
 from featcache import blocking
-from featcache.cache import FeatureCache, FeatureClient, connect, create
-from featcache.content import content_key
+from featcache.api.cache import FeatureCache, create
+from featcache.api.client import FeatureClient, connect
+from featcache.api.content_key import content_key
 from featcache.core.pressure import PressureLevel
 from featcache.errors import (
     AttachRefused,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from api.slabs import PLACES, Place, Slab, check_devices, slab_params, warm_up_gpus
+from support.slabs import PLACES, Place, Slab, check_devices, slab_params, warm_up_gpus
 
 
 @pytest.fixture(params=slab_params("host", "vmm", "ipc"))

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from api.slabs import HOME, at, busy, stream_on
-from api.support import MIB
 from featcache import SettingsError
-from featcache.content import content_key
+from featcache.api.content_key import content_key
 from featcache.memory.pack import DTYPES
+from support.caches import MIB
+from support.slabs import HOME, at, busy, stream_on
 
 Value = Any
 
@@ -63,7 +63,7 @@ def test_a_key_is_32_bytes_and_the_same_each_time(make: Callable[[], Value]) -> 
 
 KNOWN = """
 import torch
-from featcache.content import content_key
+from featcache.api.content_key import content_key
 for value in (torch.arange(6).reshape(2, 3), {"a": torch.ones(2)}, b"ab", "ab"):
     print(content_key(value).hex())
 """

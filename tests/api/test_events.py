@@ -10,7 +10,6 @@ import pytest
 from structlog.testing import capture_logs
 
 import featcache
-from api.support import KIB, filled, full, pair, small, spent, until
 from featcache import (
     CacheClosed,
     FeatureCache,
@@ -20,6 +19,7 @@ from featcache import (
     Statistics,
     events,
 )
+from support.caches import KIB, filled, full, pair, small, spent, until
 
 Logs = list[MutableMapping[str, Any]]
 CAPACITY = 100 * 4 * KIB

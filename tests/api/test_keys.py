@@ -12,9 +12,23 @@ import torch
 from structlog.testing import capture_logs
 
 import featcache
-import helpers
-from api.hosted import all_spent, relayed
-from api.keyed import (
+from api.test_put_get import PLAIN, SHAPES, pattern
+from featcache import (
+    CacheClosed,
+    GetTimeout,
+    KeyNotFound,
+    KeyTimeout,
+    OwnerLost,
+    PoolFull,
+    SettingsError,
+    StaleRef,
+)
+from featcache.memory.host.slab import HostMapping
+from featcache.settings import MAX_KEY_BYTES
+from support import processes
+from support.caches import KIB, Gate, filled, pair, small, spent, steps, tensor, until
+from support.hosted import all_spent, relayed
+from support.keyed import (
     CAPACITY,
     ONE,
     Cancellable,
@@ -29,22 +43,8 @@ from api.keyed import (
     sought,
     under_way,
 )
-from api.slabs import Place, at, copy_of, same, same_dict
-from api.support import KIB, Gate, filled, pair, small, spent, steps, tensor, until
-from api.test_put_get import PLAIN, SHAPES, pattern
-from featcache import (
-    CacheClosed,
-    GetTimeout,
-    KeyNotFound,
-    KeyTimeout,
-    OwnerLost,
-    PoolFull,
-    SettingsError,
-    StaleRef,
-)
-from featcache.memory.host import HostMapping
-from featcache.settings import MAX_KEY_BYTES
-from helpers import Pipe
+from support.processes import Pipe
+from support.slabs import Place, at, copy_of, same, same_dict
 
 BASE = torch.arange(720, dtype=torch.float32)
 Call = Callable[[], Coroutine[Any, Any, Any]]
@@ -1024,6 +1024,6 @@ async def forking(pipe: Pipe) -> None:
 
 
 async def test_a_fork_has_no_keys() -> None:
-    helpers.warm_up()
-    with helpers.starting() as start:
+    processes.warm_up()
+    with processes.starting() as start:
         await start(forking).expect("ended", 0)

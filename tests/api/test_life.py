@@ -13,7 +13,6 @@ import pytest
 import pytest_asyncio
 
 import featcache
-from api.support import KIB, filled, pair, small, spent, until
 from featcache import (
     AttachRefused,
     CacheClosed,
@@ -25,6 +24,7 @@ from featcache import (
     SettingsError,
     UnknownPool,
 )
+from support.caches import KIB, filled, pair, small, spent, until
 
 
 @pytest_asyncio.fixture

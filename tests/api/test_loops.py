@@ -10,10 +10,10 @@ import torch
 import uvloop
 
 import featcache
-from api.support import KIB, Gate, filled, full, pair, spent, tensor, until
 from featcache import AttachRefused, CacheClosed, OwnerLost, PutTimeout, StaleRef
-from featcache.memory.host import HostSlab
-from featcache.recycler import Recycler
+from featcache.memory.host.slab import HostSlab
+from featcache.pool.recycler import Recycler
+from support.caches import KIB, Gate, filled, full, pair, spent, tensor, until
 
 Scenario = Callable[[pytest.MonkeyPatch], Coroutine[Any, Any, None]]
 CAPACITY = 64 * KIB

@@ -10,7 +10,6 @@ import pytest_asyncio
 import torch
 
 import featcache
-from api.support import KIB, filled, full, pair, small, spent, tensor, tensors
 from featcache import (
     CacheClosed,
     FeatureCache,
@@ -20,6 +19,7 @@ from featcache import (
     PutTimeout,
     SettingsError,
 )
+from support.caches import KIB, filled, full, pair, small, spent, tensor, tensors
 
 Pair = tuple[FeatureCache, FeatureClient]
 User = FeatureCache | FeatureClient

@@ -8,7 +8,6 @@ import pytest
 import pytest_asyncio
 import torch
 
-from api.support import Feature, filled, pair, raw, spent, tensor, tensors
 from featcache import (
     BackendUnavailable,
     FeatureCache,
@@ -19,6 +18,7 @@ from featcache import (
     SettingsError,
     UnknownPool,
 )
+from support.caches import Feature, filled, pair, raw, spent, tensor, tensors
 
 Pair = tuple[FeatureCache, FeatureClient]
 

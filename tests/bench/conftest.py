@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-from helpers import Server
+from support.processes import Server
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.support import until
 from control.peers import Peer, frame
 from featcache.control.channel import Channel
 from featcache.control.messages import ProtocolError
+from support.caches import until
 
 LIMIT_BYTES = 64 << 10
 

@@ -14,7 +14,6 @@ import msgspec
 import pytest
 
 import featcache
-from api.support import filled, pair, small, until
 from control.peers import Peer, frame
 from featcache import (
     AttachRefused,
@@ -26,9 +25,10 @@ from featcache import (
 )
 from featcache.control import endpoint as endpoints
 from featcache.control.messages import VERSION, Closing, Farewell, Refused, Welcome, encode
-from featcache.memory.host import HostSlab
+from featcache.memory.host.slab import HostSlab
 from featcache.memory.words import GRANTS, OwnerWords, SessionWords
 from featcache.ref import TensorSpec
+from support.caches import filled, pair, small, until
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

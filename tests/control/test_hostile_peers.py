@@ -15,11 +15,11 @@ import pytest
 from structlog.testing import capture_logs
 
 import featcache
-from api.support import KIB, filled, pair, small, spent, until
 from control.peers import Peer, frame, hello, own_pidfd
 from featcache import AttachRefused, FeatureCache
 from featcache.control.channel import MAX_DESCRIPTORS
 from featcache.control.messages import VERSION, Closing, Discard, Goodbye, Hello, encode
+from support.caches import KIB, filled, pair, small, spent, until
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -408,7 +408,7 @@ async def test_the_uid_is_checked_by_both_sides(monkeypatch: pytest.MonkeyPatch)
     """The same with a stand-in for the kernel's answer, for runs that are not root's."""
     async with featcache.create(settings=small()) as owner:
         with monkeypatch.context() as patch:
-            patch.setattr("featcache.control.peers._credentials", lambda _: (1, NOBODY))
+            patch.setattr("featcache.control.credentials._credentials", lambda _: (1, NOBODY))
             with pytest.raises(AttachRefused, match=f"uid {NOBODY}"):
                 await featcache.connect(owner.endpoint).open()
             with Peer.connect(owner.endpoint) as peer:

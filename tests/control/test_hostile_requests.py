@@ -18,21 +18,6 @@ import pytest
 import torch
 
 import featcache
-from api.keyed import (
-    CAPACITY,
-    ONE,
-    claims,
-    grants,
-    nothing_lost,
-    page_of,
-    pool_of,
-    queued,
-    reserved,
-    seeking,
-    sought,
-)
-from api.slabs import same
-from api.support import KIB, Gate, filled, pair, small, spent, steps, until
 from control.peers import Peer, frame
 from control.test_hostile_owners import SLOTS, owner_that, welcome_of
 from featcache import (
@@ -48,9 +33,24 @@ from featcache import (
 )
 from featcache.control import channel, messages
 from featcache.control.messages import Goodbye, ProtocolError, encode
-from featcache.memory.host import HostMapping, HostSlab
+from featcache.memory.host.slab import HostMapping, HostSlab
 from featcache.memory.words import GRANTS, Header, OwnerWords, SessionWords
 from featcache.ref import TensorSpec
+from support.caches import KIB, Gate, filled, pair, small, spent, steps, until
+from support.keyed import (
+    CAPACITY,
+    ONE,
+    claims,
+    grants,
+    nothing_lost,
+    page_of,
+    pool_of,
+    queued,
+    reserved,
+    seeking,
+    sought,
+)
+from support.slabs import same
 
 BYTES = TensorSpec(None, "uint8", (KIB,), 0)
 

@@ -25,10 +25,10 @@ from featcache.core.effects import (
     Retired,
     Woken,
 )
+from featcache.core.key_queue import Seeker, SeekerState
 from featcache.core.keyed_store import KeyedStore
-from featcache.core.seekers import Seeker, SeekerState
+from featcache.core.put_queue import Request, Waiter
 from featcache.core.slots import Slot, SlotState
-from featcache.core.waiters import Request, Waiter
 from featcache.errors import KeyNotFound, PoolFull, StaleRef
 
 UNIT = ALIGNMENT_BYTES

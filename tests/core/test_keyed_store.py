@@ -17,10 +17,10 @@ from featcache.core.effects import (
     Woken,
 )
 from featcache.core.eviction import FEW
+from featcache.core.key_queue import Seeker, SeekerState
 from featcache.core.keyed_store import KeyedStore, key_label
-from featcache.core.seekers import Seeker, SeekerState
+from featcache.core.put_queue import Request
 from featcache.core.slots import Slot, SlotState
-from featcache.core.waiters import Request
 from featcache.errors import KeyNotFound, PoolFull, StaleRef
 
 UNIT = ALIGNMENT_BYTES

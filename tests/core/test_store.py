@@ -6,9 +6,10 @@ import attrs
 import pytest
 
 from featcache.core.allocator import ALIGNMENT_BYTES
+from featcache.core.effects import Effect, Expired, Grow, Limits, Recycled, Retired, Woken
+from featcache.core.put_queue import Request, Waiter, WaiterState
 from featcache.core.slots import Slot, SlotState
-from featcache.core.store import Effect, Expired, Grow, Limits, Recycled, Retired, Store, Woken
-from featcache.core.waiters import Request, Waiter, WaiterState
+from featcache.core.store import Store
 from featcache.errors import FeatureTooLarge, PoolFull, StaleRef
 
 UNIT = ALIGNMENT_BYTES

@@ -20,22 +20,22 @@ import torch
 
 import featcache
 from featcache import FeatureRef
-from featcache import holds as holds_module
-from featcache.attachment import Attachment
+from featcache.api.cache import FeatureCache
 from featcache.control.channel import Channel
-from featcache.control.client import Link
+from featcache.control.link import Link
 from featcache.control.server import Server
-from featcache.desk import Desk
-from featcache.feature_cache import FeatureCache
-from featcache.memory import host as host_module
-from featcache.memory.cuda import CudaMapping
-from featcache.memory.cuda_slab import CudaSlab
-from featcache.memory.host import HostMapping, HostSlab
-from featcache.memory.lane import Lane
+from featcache.memory.cuda.mapping import CudaMapping
+from featcache.memory.cuda.slab import CudaSlab
+from featcache.memory.cuda.streams import Lane
+from featcache.memory.host import slab as host_module
+from featcache.memory.host.slab import HostMapping, HostSlab
 from featcache.memory.words import OwnerWords
-from featcache.pool import Pool
+from featcache.owner.requests import Desk
+from featcache.pool.pool import Pool
+from featcache.session import holds as holds_module
+from featcache.session.attachment import Attachment
 from featcache.settings import Settings
-from helpers import Pipe
+from support.processes import Pipe
 
 BEFORE: Final = "before"
 AFTER: Final = "after"

@@ -5,19 +5,19 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-import helpers
 from faults.checks import Log
+from support import processes
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _server() -> None:
-    helpers.warm_up()
+    processes.warm_up()
 
 
 @pytest.fixture
-def start(no_leaks: None) -> Iterator[helpers.Start]:
+def start(no_leaks: None) -> Iterator[processes.Start]:
     """Start a script in a process of its own. All are dead before the look for leaks."""
-    with helpers.starting() as started:
+    with processes.starting() as started:
         yield started
 
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 import featcache
-import helpers
-from api.slabs import HOME, Slab, slab_params
-from api.support import MIB
 from faults.agents import feature, is_right, keyed_owner, keyed_reader
 from faults.checks import Log, events
 from faults.test_slab_faults import ours, slab
 from featcache import FeatureCache, FeatureRef
 from featcache.control import endpoint as endpoints
-from featcache.recycler import Recycler
-from helpers import Child, Start, until
+from featcache.pool.recycler import Recycler
+from support import processes
+from support.caches import MIB
+from support.processes import Child, Start, until
+from support.slabs import HOME, Slab, slab_params
 
 __all__ = ["CAPACITY", "SIZE", "slab", "start"]
 
@@ -40,7 +40,7 @@ def start(
         request.getfixturevalue("no_leaks")
         monkeypatch.setattr(Recycler, "hurry", lambda self, waiting: None)
     before = ours()
-    with helpers.starting() as started:
+    with processes.starting() as started:
         yield started
     give_up_s = time.monotonic() + 2.0
     while ours() != before and time.monotonic() < give_up_s:

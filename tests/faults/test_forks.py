@@ -18,7 +18,7 @@ from faults.checks import Log, assert_whole, events, exists
 from faults.test_owner_dies import AT_ONCE_S, lost_at_once, opened, put, start
 from featcache import FeatureRef
 from featcache.settings import Settings
-from helpers import Child, Start, gone, until
+from support.processes import Child, Start, gone, until
 
 SIZE = 128 << 10
 SETTINGS = Settings(capacity=2 * SIZE, initial=2 * SIZE, slots=8, recycle_interval=60.0)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import featcache
-from api.slabs import Slab, slab_params
 from faults.agents import feature, is_right
 from faults.checks import Log
 from faults.keyed import (
@@ -26,7 +25,8 @@ from faults.keyed import (
 )
 from faults.test_forks import Leash, alive, forked, leash
 from featcache import FeatureRef, PutTimeout
-from helpers import Child, Start, until
+from support.processes import Child, Start, until
+from support.slabs import Slab, slab_params
 
 __all__ = ["leash", "slab", "start"]
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import featcache
-from api.slabs import Slab
 from faults.agents import feature, is_right
 from faults.checks import Log, events
 from faults.keyed import (
@@ -25,7 +24,8 @@ from faults.keyed import (
     works,
 )
 from featcache import FeatureCache, KeyNotFound
-from helpers import Child, Start, until
+from support.processes import Child, Start, until
+from support.slabs import Slab
 
 __all__ = ["slab", "start"]
 

@@ -4,12 +4,12 @@ import asyncio
 import functools
 import random
 
-from api.slabs import Slab
 from faults.agents import KEYS, Busy, busy_by_key, is_right
 from faults.checks import Log
 from faults.keyed import CAPACITY, lost, put, slab, start, works
 from featcache import FeatureCache
-from helpers import Child, Start, until
+from support.processes import Child, Start, until
+from support.slabs import Slab
 
 __all__ = ["slab", "start"]
 

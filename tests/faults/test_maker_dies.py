@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import featcache
-from api.slabs import Slab, slab_params
 from faults.agents import Trouble, feature, is_right
 from faults.checks import Log, events
 from faults.keyed import (
@@ -29,7 +28,8 @@ from faults.keyed import (
     works,
 )
 from featcache import FeatureCache, FeatureClient
-from helpers import Child, Start, until
+from support.processes import Child, Start, until
+from support.slabs import Slab, slab_params
 
 __all__ = ["slab", "start"]
 

@@ -7,7 +7,7 @@ from faults.agents import feature, is_right, reader
 from faults.checks import Log, assert_whole, events
 from featcache import StaleRef
 from featcache.settings import Settings
-from helpers import Start, until
+from support.processes import Start, until
 
 SIZE = 128 << 10
 TTL_S = 0.1

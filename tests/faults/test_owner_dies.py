@@ -19,9 +19,9 @@ from faults.agents import is_right, mappings, owner, reader
 from faults.checks import Log, events, exists
 from featcache import FeatureClient, FeatureRef, OwnerLost
 from featcache.control import endpoint as endpoints
-from featcache.memory.host import HostMapping
+from featcache.memory.host.slab import HostMapping
 from featcache.settings import Settings
-from helpers import Child, Start, starting, until
+from support.processes import Child, Start, starting, until
 
 SIZE = 128 << 10
 SETTINGS = Settings(capacity=4 * SIZE, initial=4 * SIZE, slots=8)

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 import featcache
-from api.slabs import Slab, slab_params
 from faults.agents import KEY_STEPS, feature, is_right
 from faults.checks import Log, events
 from faults.keyed import CAPACITY, SIZE, case, client, owner, put, slab, start
 from faults.test_owner_dies import lost_at_once, slabs
 from faults.test_slab_faults import ours
 from featcache import FeatureClient, FeatureRef, OwnerLost
-from featcache.memory.host import HostMapping
-from helpers import Child, Start, until
+from featcache.memory.host.slab import HostMapping
+from support.processes import Child, Start, until
+from support.slabs import Slab, slab_params
 
 __all__ = ["slab", "start"]
 

@@ -10,7 +10,7 @@ from faults.agents import busy_reader, feature, is_right, reader
 from faults.checks import Log, assert_whole, events
 from featcache import FeatureRef
 from featcache.settings import Settings
-from helpers import Child, Start, until
+from support.processes import Child, Start, until
 
 SIZE = 128 << 10
 # No timer helps within the life of a test: what is seen here came by an event.

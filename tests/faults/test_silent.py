@@ -8,7 +8,7 @@ import featcache
 from faults.agents import feature, is_right, reader
 from faults.checks import Log, assert_whole, events
 from featcache.settings import Settings
-from helpers import Child, Start, until
+from support.processes import Child, Start, until
 
 SIZE = 128 << 10
 SETTINGS = Settings(capacity=2 * SIZE, initial=2 * SIZE, slots=8, recycle_interval=60.0)

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import featcache
-import helpers
-from api.slabs import HOME, Slab, busy, slab_params, stream_on
-from api.support import MIB
 from faults.agents import feature, is_right, owner, reader
 from faults.checks import Log, events
 from featcache import FeatureCache, FeatureRef, OwnerLost
-from helpers import Child, Start, until
+from support import processes
+from support.caches import MIB
+from support.processes import Child, Start, until
+from support.slabs import HOME, Slab, busy, slab_params, stream_on
 
 CAPACITY = 2 * MIB
 SIZE = MIB // 2
@@ -52,7 +52,7 @@ def ours() -> Counter[str]:
 def start(slab: Slab) -> Iterator[Start]:
     """As elsewhere; the look for leaks is at what is the library's own."""
     before = ours()
-    with helpers.starting() as started:
+    with processes.starting() as started:
         yield started
     assert ours() == before
     if slab.kind != "host":

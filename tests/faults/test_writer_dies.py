@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 import featcache
-from api.slabs import Slab, landed, slab_params
 from faults.agents import feature, is_right
 from faults.checks import Log, events
 from faults.keyed import (
@@ -26,8 +25,9 @@ from faults.keyed import (
     works,
 )
 from featcache import FeatureCache, FeatureRef, PutTimeout, StaleRef
-from featcache.memory.host import HostMapping
-from helpers import Child, Start, until
+from featcache.memory.host.slab import HostMapping
+from support.processes import Child, Start, until
+from support.slabs import Slab, landed, slab_params
 
 __all__ = ["slab", "start"]
 

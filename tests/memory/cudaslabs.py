@@ -2,9 +2,9 @@
 
 import torch
 
-from featcache.memory.backing import VMM
-from featcache.memory.cuda import CudaMapping, attach
-from featcache.memory.cuda_slab import CudaSlab
+from featcache.memory.cuda.backing import VMM
+from featcache.memory.cuda.mapping import CudaMapping, attach
+from featcache.memory.cuda.slab import CudaSlab
 from featcache.memory.pack import Feature, pack
 from featcache.ref import TensorSpec
 from memory.fakecuda import GRANULARITY_BYTES, FakeApi, OnDevice, driver_over

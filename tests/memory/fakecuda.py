@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from featcache.memory.driver import Driver
+from featcache.memory.cuda.driver import Driver
 from memory.fakecalls import FakeCalls, uuid_of
 from memory.fakememory import leftovers as memory_leftovers
 from memory.fakepages import GRANULARITY_BYTES, Broken, Code, Refused, refuse_unless

@@ -7,8 +7,8 @@ import torch
 
 import featcache
 from featcache import BackendUnavailable
-from featcache.memory import host
-from featcache.memory.available import available_bytes
+from featcache.memory.host import slab as host
+from featcache.memory.host.available import available_bytes
 
 KIB = 1 << 10
 

@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from featcache.errors import AttachRefused, BackendUnavailable
-from featcache.memory.backing import IPC, VMM, Unreachable
-from featcache.memory.cuda import CudaMapping, attach
-from featcache.memory.cuda_slab import CudaSlab
-from featcache.memory.driver import DriverError
+from featcache.memory.cuda.backing import IPC, VMM, Unreachable
+from featcache.memory.cuda.driver import DriverError
+from featcache.memory.cuda.mapping import CudaMapping, attach
+from featcache.memory.cuda.slab import CudaSlab
 from featcache.memory.words import SessionWords
 from featcache.ref import TensorSpec
-from helpers import Pipe, Start, starting
 from memory.cudaslabs import (
     CAPACITY,
     SECOND,
@@ -27,6 +26,7 @@ from memory.cudaslabs import (
     to_host,
 )
 from memory.fakecuda import Broken, Code, FakeApi, driver_over, uuid_of
+from support.processes import Pipe, Start, starting
 
 NewApi = Callable[..., FakeApi]
 KINDS = pytest.mark.parametrize("kind", [VMM, IPC])

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from featcache.errors import CacheClosed
-from featcache.memory import backing as backing_module
-from featcache.memory.backing import IPC, VMM, IpcBacking, SegmentBacking
-from featcache.memory.cuda import CudaMapping, attach
-from featcache.memory.driver import DriverError
+from featcache.memory.cuda import backing as backing_module
+from featcache.memory.cuda.backing import IPC, VMM, IpcBacking, SegmentBacking
+from featcache.memory.cuda.driver import DriverError
+from featcache.memory.cuda.mapping import CudaMapping, attach
 from featcache.ref import TensorSpec
 from memory.cudaslabs import (
     CAPACITY,

@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from featcache.errors import BackendUnavailable
-from featcache.memory.backing import IPC, VMM, Unreachable
-from featcache.memory.cuda import CudaMapping, attach
-from featcache.memory.cuda_slab import CudaSlab, choose_backend
-from featcache.memory.driver import DriverError
+from featcache.memory.cuda.backing import IPC, VMM, Unreachable
+from featcache.memory.cuda.driver import DriverError
+from featcache.memory.cuda.mapping import CudaMapping, attach
+from featcache.memory.cuda.slab import CudaSlab, choose_backend
 from featcache.memory.words import OwnerWords, SessionWords
-from leaks import difference, open_descriptors
 from memory.cudaslabs import (
     CAPACITY,
     SECOND,
@@ -30,6 +29,7 @@ from memory.cudaslabs import (
     to_host,
 )
 from memory.fakecuda import Code, FakeApi, driver_over
+from support.leaks import difference, open_descriptors
 
 FIRST = torch.device("cuda", 0)
 Opened = list[CudaMapping]

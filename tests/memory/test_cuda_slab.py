@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from featcache.errors import BackendUnavailable, CacheClosed, SettingsError
-from featcache.memory.backing import IPC, VMM
-from featcache.memory.blank import empty_out
-from featcache.memory.cuda_slab import CudaSlab, choose_backend
-from featcache.memory.lane import Order
+from featcache.memory.cuda.backing import IPC, VMM
+from featcache.memory.cuda.slab import CudaSlab, choose_backend
+from featcache.memory.cuda.streams import Order
 from featcache.memory.pack import DTYPES, pack
+from featcache.memory.views import empty_out
 from featcache.memory.words import OwnerWords
 from memory.cudaslabs import (
     CAPACITY,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from featcache.errors import BackendUnavailable
-from featcache.memory import driver as driver_module
-from featcache.memory.driver import DeviceMemoryError, Driver, DriverError, load
+from featcache.memory.cuda import driver as driver_module
+from featcache.memory.cuda.driver import DeviceMemoryError, Driver, DriverError, load
 from memory.fakecuda import GRANULARITY_BYTES, Code, FakeApi, driver_over, uuid_of
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from featcache.memory.driver import Driver, DriverError
+from featcache.memory.cuda.driver import Driver, DriverError
 from featcache.memory.words import SessionWords
 from memory.fakecuda import GRANULARITY_BYTES as SIZE
 from memory.fakecuda import Broken, FakeApi, driver_over

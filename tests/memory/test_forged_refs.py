@@ -7,10 +7,10 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from api.support import filled, pair, tensor
 from featcache import FeatureCache, FeatureClient, FeatureRef, MalformedRef, StaleRef, UnknownPool
-from featcache.memory.host import HostMapping
+from featcache.memory.host.slab import HostMapping
 from featcache.ref import TensorSpec
+from support.caches import filled, pair, tensor
 
 NBYTES = 4096
 Pool = tuple[FeatureCache, FeatureClient, FeatureRef]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from featcache.errors import AttachRefused, CacheClosed
-from featcache.memory.host import HostMapping, HostSlab
+from featcache.memory.host.slab import HostMapping, HostSlab
 from featcache.memory.pack import pack
 from featcache.ref import TensorSpec
 
@@ -86,7 +86,7 @@ def test_memory_that_is_not_there(
 def test_a_kernel_that_does_not_know_populate(
     slab: HostSlab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("featcache.memory.host._MADV_POPULATE_WRITE", 9999)
+    monkeypatch.setattr("featcache.memory.host.slab._MADV_POPULATE_WRITE", 9999)
     slab.commit(0, 64 * KIB, prefault=True)
     assert allocated(slab) == 64 * KIB
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from featcache.memory.host.pinned import PinnedSlab
 from featcache.memory.pack import pack
-from featcache.memory.pinned import PinnedSlab
 from memory.cudaslabs import CAPACITY, SEGMENT
 from memory.fakecuda import Code, FakeApi, driver_over
 

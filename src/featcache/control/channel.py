@@ -16,8 +16,6 @@ from typing import Final
 
 from featcache.control.messages import VERSION, ProtocolError
 
-__all__ = ["MAX_DESCRIPTORS", "Channel", "close_all"]
-
 _HEADER: Final = struct.Struct("<2sBBI")
 _HEADER_BYTES: Final = _HEADER.size
 _pack_header, _unpack_header = _HEADER.pack, _HEADER.unpack_from

@@ -13,8 +13,6 @@ from typing import Final
 
 from featcache.errors import SettingsError
 
-__all__ = ["check_endpoint", "default_directory", "listen", "unlink"]
-
 _MAX_PATH_BYTES: Final = 107  # sun_path, less its final zero
 _BACKLOG: Final = 128
 _SUFFIX: Final = ".sock"

@@ -8,49 +8,6 @@ from featcache.errors import FeatcacheError
 from featcache.ref import TensorSpec
 from featcache.settings import MAX_KEY_BYTES
 
-__all__ = [
-    "MAX_SEGMENTS",
-    "VERSION",
-    "Answer",
-    "Cancel",
-    "Closing",
-    "Discard",
-    "Farewell",
-    "Find",
-    "FromClient",
-    "FromOwner",
-    "Goodbye",
-    "Granted",
-    "Hello",
-    "HostPool",
-    "MayMake",
-    "Note",
-    "OfKey",
-    "ProtocolError",
-    "Publish",
-    "Refused",
-    "Relay",
-    "Reply",
-    "Request",
-    "Reserve",
-    "Reserved",
-    "Retire",
-    "Retired",
-    "Room",
-    "Segments",
-    "Unclaim",
-    "Upload",
-    "Welcome",
-    "Withdraw",
-    "Writable",
-    "Write",
-    "decode_from_client",
-    "decode_from_owner",
-    "encode",
-    "is_answer",
-    "is_request",
-]
-
 VERSION: Final = 4
 """Grows when a message or a shared layout changes; both sides must have the same."""
 

@@ -14,6 +14,8 @@ from typing import Any
 from featcache import events
 from featcache.control import endpoint as endpoints
 from featcache.control.channel import Channel, close_all
+from featcache.control.credentials import PidWatch, check_uid, peer_pid
+from featcache.control.dispatch import Desk, Requests
 from featcache.control.messages import (
     MAX_SEGMENTS,
     VERSION,
@@ -32,14 +34,9 @@ from featcache.control.messages import (
     encode,
     is_request,
 )
-from featcache.control.peers import PidWatch, check_uid, peer_pid
-from featcache.control.requests import Desk, Requests
-from featcache.control.sessions import Host, Segment, Session, SessionState
+from featcache.control.peer import Host, Segment, Session, SessionState
 from featcache.errors import AttachRefused, FeatcacheError
 from featcache.settings import Settings
-
-__all__ = ["Server"]
-
 
 _ACTIVE = SessionState.ACTIVE  # members of an enum are slow to look up
 _QUARANTINE_EVENT_S = 0.1

@@ -18,8 +18,6 @@ from __future__ import annotations
 from heapq import heapify, heappop, heappush
 from typing import Final, TypeAlias
 
-__all__ = ["ALIGNMENT_BYTES", "MAX_END_BYTES", "Extent", "OffsetAllocator"]
-
 ALIGNMENT_BYTES: Final = 256
 MAX_END_BYTES: Final = 1 << 48
 

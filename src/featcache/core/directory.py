@@ -12,8 +12,6 @@ from typing import Final
 
 from featcache.core.slots import Slot, SlotState
 
-__all__ = ["Directory"]
-
 _PUBLISHED = SlotState.PUBLISHED
 _MANY_OLD: Final = 64
 """Entries of before that are put right one by one, besides an eighth of all, in one search."""

@@ -3,22 +3,9 @@
 import attrs
 import msgspec
 
-from featcache.core.seekers import Seeker
+from featcache.core.key_queue import Seeker
+from featcache.core.put_queue import Waiter
 from featcache.core.slots import Slot
-from featcache.core.waiters import Waiter
-
-__all__ = [
-    "Effect",
-    "Evicted",
-    "Expired",
-    "Found",
-    "Grow",
-    "Limits",
-    "MayMake",
-    "Recycled",
-    "Retired",
-    "Woken",
-]
 
 
 @attrs.frozen

@@ -15,8 +15,6 @@ from featcache.core.allocator import Extent, OffsetAllocator
 from featcache.core.directory import Directory
 from featcache.core.slots import Slot
 
-__all__ = ["FEW", "Held", "victims"]
-
 Held = Callable[[Slot], bool]
 """Whether evicting a slot would free nothing now: it is read by a ref, or its bytes are yet to come."""
 

@@ -10,14 +10,11 @@ from featcache.core.allocator import ALIGNMENT_BYTES
 from featcache.core.directory import Directory
 from featcache.core.effects import Effect, Evicted, Found, Limits, MayMake, Retired
 from featcache.core.eviction import FEW, Held, victims
-from featcache.core.seekers import Seeker, Seekers, SeekerState
+from featcache.core.key_queue import Seeker, Seekers, SeekerState
+from featcache.core.put_queue import Request
 from featcache.core.slots import Slot, SlotState
 from featcache.core.store import Store, up
-from featcache.core.waiters import Request
 from featcache.errors import KeyNotFound, PoolFull
-
-__all__ = ["Held", "KeyedStore", "key_label"]
-
 
 _LOOK_AT_ALL_S = 0.05
 

@@ -4,8 +4,6 @@ import enum
 
 import attrs
 
-__all__ = ["ALWAYS_NORMAL", "PressureGauge", "PressureLevel"]
-
 
 class PressureLevel(enum.StrEnum):
     """``normal`` < ``elevated`` (75 %) < ``high`` (90 %) < ``exhausted`` (a put waits for others' bytes)."""

@@ -4,8 +4,6 @@ import enum
 
 from featcache.core.allocator import Extent
 
-__all__ = ["Slot", "SlotState", "SlotTable"]
-
 
 class SlotState(enum.IntEnum):
     """A slot's life: FREE → RESERVED → PUBLISHED → RETIRING → FREE.

@@ -10,12 +10,9 @@ from itertools import takewhile
 
 from featcache.core.allocator import ALIGNMENT_BYTES, OffsetAllocator
 from featcache.core.effects import Effect, Expired, Grow, Limits, Recycled, Retired, Woken
+from featcache.core.put_queue import Request, Waiter, WaitQueue
 from featcache.core.slots import Slot, SlotState, SlotTable
-from featcache.core.waiters import Request, Waiter, WaitQueue
 from featcache.errors import FeatureTooLarge, PoolFull, StaleRef
-
-__all__ = ["Effect", "Expired", "Grow", "Limits", "Recycled", "Retired", "Store", "Woken", "up"]
-
 
 # Members of an enum are slow to look up, and these are looked up at every put and payment.
 _RESERVED, _PUBLISHED, _RETIRING = SlotState.RESERVED, SlotState.PUBLISHED, SlotState.RETIRING

@@ -13,8 +13,6 @@ from typing import Any, Final
 import torch
 from torch.utils.dlpack import from_dlpack
 
-__all__ = ["storage_over"]
-
 _CPU: Final = 1  # kDLCPU
 _CUDA: Final = 2  # kDLCUDA
 _UNSIGNED: Final = 1  # kDLUInt

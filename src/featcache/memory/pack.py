@@ -10,18 +10,6 @@ import torch
 from featcache.errors import FeatureTooLarge, SettingsError
 from featcache.ref import DTYPE_BYTES, MAX_BYTES, MAX_DIMS, MAX_REF_BYTES, TensorSpec, ref_bytes
 
-__all__ = [
-    "DTYPES",
-    "MAX_NAME",
-    "Feature",
-    "Packed",
-    "contiguous_strides",
-    "is_name",
-    "pack",
-    "same_layout",
-    "unpack",
-]
-
 Feature = torch.Tensor | dict[str, torch.Tensor]
 Packed = tuple[tuple[TensorSpec, torch.Tensor], ...]
 

@@ -17,8 +17,6 @@ import torch
 from featcache.memory.words import Block
 from featcache.ref import TensorSpec
 
-__all__ = ["Mapping", "Order", "Parts", "Segment", "Slab", "Word", "Words"]
-
 Parts: TypeAlias = Sequence[tuple[TensorSpec, torch.Tensor]]
 """The tensors of one feature, each with its place in the slot."""
 Order: TypeAlias = Any

@@ -23,20 +23,6 @@ from numpy.typing import NDArray
 
 from featcache.errors import AttachRefused, BackendUnavailable
 
-__all__ = [
-    "GRANTS",
-    "Block",
-    "Header",
-    "OwnerWords",
-    "SessionWords",
-    "fence_after_lock",
-    "fence_full",
-    "fence_stores",
-    "memfd",
-    "owner_block_bytes",
-    "session_page_bytes",
-]
-
 _WORD_BYTES: Final = 8
 _HEADER_WORDS: Final = 64
 _OWNER_MAGIC: Final = int.from_bytes(b"fcOwner\x01", "little")

@@ -1,0 +1,1 @@
+"""What users hold: the cache, the client, and what makes them."""

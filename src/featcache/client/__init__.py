@@ -1,0 +1,1 @@
+"""An attached process: its connections, its lookups, its puts."""

@@ -1,0 +1,234 @@
+"""A handle: one attached pool, the link that keeps its session alive, and the changes of its size."""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from featcache.control import messages
+from featcache.control.channel import close_all
+from featcache.control.link import Link, SlabChange
+from featcache.control.messages import Retire
+from featcache.errors import BackendUnavailable, CacheClosed, FeatcacheError, OwnerLost
+from featcache.memory.cuda.backing import Unreachable
+from featcache.memory.slab import Mapping
+from featcache.ref import FeatureRef
+from featcache.session.attachment import Attachment
+from featcache.session.offload import Offload
+from featcache.session.waiting import Bell
+
+_SETTLE_S = 10.0
+_MOST_CHANGES = 1024
+"""Changes that may wait to be carried out: four times what a slab can have of segments."""
+Spawn = Callable[[Coroutine[Any, Any, None]], object]
+
+
+class Handle:
+    """One attached pool: the mapped side and the link. `spawn` has a coroutine run to its end."""
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        link: Link,
+        endpoint: str,
+        bell: Bell,
+        offload: Offload,
+        spawn: Spawn,
+        on_unreachable: Callable[[str], object],
+    ) -> None:
+        """Begin with what the mapping covers; `on_unreachable` is told why, if it can't be mapped."""
+        self.attachment = attachment
+        self.link = link
+        self.endpoint = endpoint
+        """Where the owner listens, as its refs say it."""
+        self.kin_endpoint = ""
+        """Where puts may spill to, if they may."""
+        self._mapping: Mapping = attachment.mapping
+        self._bell = bell
+        self._offload = offload
+        self._spawn = spawn
+        self._on_unreachable = on_unreachable
+        self._loop = asyncio.get_running_loop()
+        self._changes: deque[tuple[SlabChange, list[int]]] = deque()
+        self._changing = False
+        self._left = False
+        self._changed = asyncio.Event()
+        attachment.covered_bytes = self._mapping.end_bytes
+        link.take_slab_changes(self._take_change)
+
+    # --- the slab's size --------------------------------------------------------------------------
+
+    def _take_change(self, change: SlabChange, fds: list[int]) -> None:
+        if not self._left and len(self._changes) >= _MOST_CHANGES:
+            self._give_up("its owner changes it faster than it can be mapped")
+        if self._left:
+            close_all(fds)
+            return
+        self._changes.append((change, fds))
+        if isinstance(change, Retire):
+            # At once, so that no read begins in what will be another segment when it comes again.
+            self._cover()
+            self.attachment.layout = change.layout
+        if not self._changing:
+            self._changing = True
+            self._spawn(self._carry_out())
+
+    def _cover(self) -> None:
+        ends = [change.end_bytes for change, _ in self._changes if isinstance(change, Retire)]
+        self.attachment.covered_bytes = min([self._mapping.end_bytes, *ends])
+
+    async def _carry_out(self) -> None:
+        """Carry changes out in the order in which the owner made them; mapping blocks, so in a thread."""
+        try:
+            while self._changes:
+                change, fds = self._changes[0]
+                try:
+                    await self._offload.run(
+                        lambda: _change(self._mapping, change, fds),  # noqa: B023 - awaited here
+                        lambda: None,
+                    )
+                except Unreachable as error:  # told by a hidden device only when it is to map
+                    await self._detour(str(error))
+                self._changes.popleft()
+                self._cover()
+                if isinstance(change, Retire):
+                    self.link.retired(change.layout)
+                self._changed.set()
+        except (FeatcacheError, OSError, MemoryError, ValueError) as error:
+            if not self._left:
+                self._give_up(str(error))  # what follows it can't be mapped either
+            self._changed.set()
+        finally:
+            self._changing = False
+            if self._left:
+                self._drop_changes()
+
+    def _give_up(self, reason: str) -> None:
+        """Let no new read begin: what the owner has made or taken away since is not followed here."""
+        self._left = True
+        self.attachment.refuse(
+            BackendUnavailable(f"the slab's new memory can't be mapped: {reason}")
+        )
+        self._changed.set()
+
+    async def _detour(self, reason: str) -> None:
+        """Read by way of the host from now on: the owner's memory can't be mapped for this device."""
+        mapping, self._mapping = self.attachment.detour(reason), self.attachment.mapping
+        self._on_unreachable(reason)
+        await self._in_thread(mapping.close)
+
+    async def covers(self, end_bytes: int) -> None:
+        """Wait until all that the owner had when it said welcome is mapped here."""
+        while self._mapping.end_bytes < end_bytes:
+            self.attachment.check()
+            retired = [change for change, _ in self._changes if isinstance(change, Retire)]
+            if retired or (not self._changes and self.attachment.layout):
+                return  # it has been taken away again meanwhile
+            self._changed.clear()
+            await self._changed.wait()
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Say goodbye, once nothing is held any more; until then the session stays."""
+        closed = CacheClosed("this client was closed")
+        self.attachment.refuse(closed)  # first: nothing may begin that the owner will not know of
+        self.link.abandon(closed)
+        if self.attachment.holds:
+            self.attachment.when_idle(lambda: self._soon(self._say_goodbye_and_leave))
+            return
+        await self._settle()
+        await self.link.goodbye()
+        await self._leave()
+
+    def lose(self, reason: str) -> None:
+        """Refuse new reads; what is held stays mapped until it is let go."""
+        self.attachment.refuse(OwnerLost(reason))
+        self._changed.set()
+        self.attachment.when_idle(lambda: self._soon(self._leave))
+
+    def _soon(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Have work done in the loop, from any thread. Without a loop the process's end must do."""
+        with contextlib.suppress(RuntimeError):
+            if asyncio.get_running_loop() is self._loop:
+                self._spawn(work())
+                return
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(lambda: self._spawn(work()))
+
+    async def _say_goodbye_and_leave(self) -> None:
+        await self._settle()
+        self.link.say_goodbye()
+        await self._leave()
+
+    async def _settle(self) -> None:
+        """Wait for what this session has on its streams: the owner counts what it can see."""
+        if not await self.attachment.settle(_SETTLE_S):
+            with contextlib.suppress(
+                BackendUnavailable
+            ):  # a broken context: nothing comes any more
+                await self._in_thread(self._mapping.finish)
+
+    async def _leave(self) -> None:
+        """Unmap, which nothing on a stream may need any more, and which takes milliseconds."""
+        self._left = True
+        await self._settle()
+        self._bell.close()
+        self._drop_changes()
+        await self._in_thread(self._mapping.close)
+
+    async def _in_thread(self, work: Callable[[], object]) -> None:
+        try:
+            await self._offload.run(work, lambda: None)
+        except CacheClosed:  # the client is closed, and its threads with it
+            work()
+
+    def _drop_changes(self) -> None:
+        first = 1 if self._changing else 0  # that one is a thread's
+        for _, fds in list(self._changes)[first:]:
+            close_all(fds)
+        while len(self._changes) > first:
+            self._changes.pop()
+
+    def forget(self) -> None:
+        """Drop descriptors and mappings in a forked child."""
+        self.link.forget()
+        self.attachment.forget()
+        self._bell.close()
+        for _, fds in self._changes:
+            close_all(fds)
+        self._changes.clear()
+
+
+def give_back(handle: Handle, request: messages.Request, answer: messages.Answer) -> None:
+    """Return what an answer handed over whose asker was cancelled."""
+    link = handle.link
+    if isinstance(answer, messages.Granted):
+        handle.attachment.return_grant(answer.index, answer.serial)
+    elif isinstance(answer, messages.MayMake) and isinstance(request, messages.Find):
+        link.tell(messages.Unclaim(request.key, answer.claim))
+    elif isinstance(answer, messages.Reserved):
+        link.tell(messages.Withdraw(answer.slot, answer.generation, landed=True))
+    elif isinstance(request, messages.Publish):  # nobody has its ref
+        link.discard_soon(request.slot, request.generation)
+    elif isinstance(request, messages.OfKey) and request.what == "pin":
+        link.unpin_soon(request.key)
+    elif isinstance(request, messages.Upload) and isinstance(answer, messages.Reply):
+        ref = FeatureRef.from_bytes(answer.ref)
+        link.discard_soon(ref.slot, ref.generation)
+
+
+def _change(mapping: Mapping, change: SlabChange, fds: list[int]) -> None:
+    try:
+        if isinstance(change, Retire):
+            mapping.cut(change.end_bytes)
+            return
+        at = change.start_bytes
+        for size_bytes, fd in zip(change.sizes, fds, strict=True):
+            if at >= mapping.end_bytes:  # what was there when this session began may be sent twice
+                mapping.extend(at, size_bytes, fd)
+            at += size_bytes
+    finally:
+        close_all(fds)
+        fds.clear()  # the change may still stand in the queue

@@ -1,0 +1,394 @@
+"""The handle cache: pools that a client has attached, each opened once however many ask at once."""
+
+import asyncio
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from typing import Any, NamedTuple
+
+import anyio
+import torch
+
+from featcache import events
+from featcache.client.connection import Handle, give_back
+from featcache.control.channel import close_all
+from featcache.control.link import Link, dial
+from featcache.control.messages import Welcome
+from featcache.errors import (
+    AttachRefused,
+    CacheClosed,
+    OwnerLost,
+    PoolFull,
+    SettingsError,
+    UnknownPool,
+)
+from featcache.memory.backends import default_device, map_slab
+from featcache.memory.cuda.backing import Unreachable
+from featcache.memory.slab import Mapping
+from featcache.memory.unreachable import Unmapped
+from featcache.memory.words import OwnerWords, SessionWords
+from featcache.ref import FeatureRef
+from featcache.session.attachment import Attachment
+from featcache.session.holds import PageWords
+from featcache.session.offload import Offload
+from featcache.session.waiting import Bell
+from featcache.settings import Settings
+
+
+class Mapped(NamedTuple):
+    """A slab as it could be mapped."""
+
+    mapping: Mapping
+    adopted: PageWords
+    why_not: str | None
+    """Why it could not be, and is read through the host."""
+
+
+_MOST_LOST = 1024  # pools of which is known that they are gone
+_CONTROL_DESCRIPTORS = 3  # the owner's words, the session's page, the eventfd
+
+
+class HandleCache:
+    """Handles by pool. A client bound to one endpoint has that pool's handle only."""
+
+    def __init__(
+        self,
+        name: str | None,
+        device: torch.device | None,
+        settings: Settings,
+        offload: Offload,
+        bound: str | None,
+    ) -> None:
+        self._name = name
+        self._device = device
+        self._settings = settings
+        self._offload = offload
+        self._bound = bound
+        self.bound_pool = b""
+        """The pool that was found where this client is connected to, or nothing yet."""
+        self._lost: str | None = None  # why the pool that this client is bound to is gone
+        self._lost_pools: dict[bytes, str] = {}  # and others, of a client that is bound to none
+        self._handles: OrderedDict[bytes, Handle] = OrderedDict()
+        self._opening: dict[str, asyncio.Task[Handle]] = {}
+        self._kin: set[bytes] = set()  # pools that the owner of the one bound to spills to
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._unreachable: set[tuple[bytes, torch.device]] = set()
+        self._closed = False
+        self.on_gone: Callable[[bytes], object] | None = None
+        """Told the id of a pool whose owner is gone."""
+
+    # --- reader.Pools ---------------------------------------------------------------------------
+
+    def peek(self, ref: FeatureRef) -> Attachment | None:
+        """Return the attachment of the ref's pool if it is open."""
+        try:
+            return self._handles[ref.pool_id].attachment
+        except KeyError:
+            pass  # looked at more closely below
+        if self._closed:
+            raise CacheClosed("this client was closed, or is another process's")
+        if self._bound is not None and ref.pool_id not in self._kin:
+            if self._lost is not None:
+                raise OwnerLost(self._lost)
+            raise UnknownPool(
+                f"the ref is of pool {ref.pool_id.hex()}, this client is connected to another"
+            )
+        return None
+
+    def has(self, ref: FeatureRef) -> bool:
+        """Whether the ref's pool is open now."""
+        return ref.pool_id in self._handles
+
+    def check(self, ref: FeatureRef) -> None:
+        """Raise OwnerLost for a pool that was attached, and whose owner is gone."""
+        lost = self._lost_pools.get(ref.pool_id)  # one look: this is asked in any thread
+        if lost is not None:
+            raise OwnerLost(lost)
+
+    async def open(self, ref: FeatureRef) -> Attachment:
+        """Return the attachment of the ref's pool, attaching first. Single flight by endpoint."""
+        return (await self.handle(ref)).attachment
+
+    async def handle(self, ref: FeatureRef) -> Handle:
+        """Return the handle of the ref's pool, attaching first."""
+        if self.peek(ref) is not None:
+            return self._handles[ref.pool_id]
+        handle = await self.attach(ref.endpoint, kin=ref.pool_id in self._kin)
+        if handle.attachment.pool_id != ref.pool_id:
+            raise UnknownPool(f"{ref.endpoint} serves another pool now than {ref.pool_id.hex()}")
+        return handle
+
+    def peek_bound(self) -> Handle | None:
+        """Return the handle of the pool that this client is connected to, if it is open."""
+        return self._handles.get(self.bound_pool)
+
+    async def bound_handle(self) -> Handle:
+        """Return the handle of the pool that this client is connected to.
+
+        Raises:
+            OwnerLost: it is gone.
+            SettingsError: the client is connected to none.
+
+        """
+        if self._closed:
+            raise CacheClosed("this client was closed, or is another process's")
+        if self._bound is None:
+            raise SettingsError("keys and puts need a client that is connected: connect(endpoint)")
+        if self._lost is not None:
+            raise OwnerLost(self._lost)
+        return await self.attach(self._bound)
+
+    async def reach(self, attachment: Attachment, device: torch.device | None) -> bool:
+        """Open a pool for another device of this process; False, said once, where that can't be."""
+        mapping = attachment.mapping
+        if device is None or isinstance(mapping, Unmapped):
+            return False
+        try:
+            await self._offload.run(lambda: mapping.open_for(device), lambda: None)
+        except Unreachable as error:
+            if (attachment.pool_id, device) not in self._unreachable:
+                self._unreachable.add((attachment.pool_id, device))
+                self._report_unreachable(attachment.pool_id, device, str(error))
+            return False
+        return True
+
+    def _report_unreachable(self, pool_id: bytes, device: torch.device, reason: str) -> None:
+        events.emit(events.PeerUnreachable(pool=pool_id.hex(), device=str(device), reason=reason))
+
+    async def relay(self, ref: FeatureRef) -> FeatureRef:
+        """Have the owner copy a held ref into host memory."""
+        link = (await self.handle(ref)).link
+        there = FeatureRef.from_bytes(await link.relay(ref.to_bytes()))
+        self._kin.add(there.pool_id)
+        return there
+
+    # --- attaching ------------------------------------------------------------------------------
+
+    async def attach(self, endpoint: str, *, kin: bool = False) -> Handle:
+        """Attach to the owner at `endpoint`, or join who is at it already.
+
+        The host pool beside another is its `kin`.
+        """
+        for handle in self._handles.values():
+            if handle.link.endpoint == endpoint:
+                return handle
+        task = self._opening.get(endpoint)
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._attach(endpoint, kin=kin))
+            self._opening[endpoint] = task
+            task.add_done_callback(lambda done: self._opened(endpoint, done))
+        try:
+            # One that gives up must not take the others' attach with it.
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            asker = asyncio.current_task()
+            if task.cancelled() and self._closed and not (asker and asker.cancelling()):
+                raise CacheClosed("the client was closed") from None
+            raise
+
+    def _opened(self, endpoint: str, task: "asyncio.Task[Handle]") -> None:
+        self._opening.pop(endpoint, None)
+        if not task.cancelled():
+            task.exception()  # seen: all who asked may have given up
+
+    async def _attach(self, endpoint: str, *, kin: bool) -> Handle:
+        await self._make_place(kin=kin)
+        link, welcome, fds = await dial(
+            endpoint, self._name, str(self._device or "default"), self._settings
+        )
+        try:
+            handle = await self._map(link, welcome, fds)
+        except BaseException:
+            link.say_goodbye()
+            raise
+        finally:
+            close_all(fds)
+        if self._closed or link.lost is not None:
+            await handle.close()
+            del handle  # or the error's traceback would keep the words mapped as long as it lives
+            raise CacheClosed("the client was closed") if self._closed else OwnerLost(link.lost)
+        known = self._handles.get(welcome.pool_id)
+        if known is not None:  # reached by another spelling of its endpoint
+            await handle.close()
+            return known
+        if welcome.kin is not None:
+            self._kin.add(welcome.kin)
+        if kin:
+            self._kin.add(welcome.pool_id)
+        self._handles[welcome.pool_id] = handle
+        self._lost_pools.pop(welcome.pool_id, None)
+        if endpoint == self._bound:
+            self.bound_pool = welcome.pool_id
+        link.on_lost = lambda reason: self._on_lost(welcome.pool_id, reason)
+        return handle
+
+    async def _map(self, link: Link, welcome: Welcome, fds: list[int]) -> Handle:
+        """Map what the owner sent. Takes from `fds` what it keeps."""
+        if len(fds) < _CONTROL_DESCRIPTORS:
+            raise AttachRefused("the owner's welcome came without its descriptors")
+        words = OwnerWords.attach(fds[0], welcome.slots)
+        page = SessionWords.attach(fds[1], welcome.slots, welcome.grants)
+        mapping, adopted = await self._map_slab(welcome, fds[_CONTROL_DESCRIPTORS:], page)
+        bell = Bell(fds.pop(2))
+        attachment = Attachment(welcome.pool_id, words, page, mapping, adopted, bell.ring)
+        attachment.layout = welcome.layout
+        attachment.capacity_bytes = welcome.capacity_bytes
+        handle = Handle(
+            attachment,
+            link,
+            welcome.endpoint or link.endpoint,
+            bell,
+            self._offload,
+            self._spawn,
+            lambda reason: self._report_unreachable(
+                welcome.pool_id, attachment.mapping.device, reason
+            ),
+        )
+        handle.kin_endpoint = welcome.kin_endpoint
+        link.on_orphan = lambda request, answer: give_back(handle, request, answer)
+        link.on_lost = lambda _: handle.lose(link.lost or "it is gone")
+        try:
+            if link.lost is not None:  # while a thread mapped
+                raise OwnerLost(link.lost)
+            with anyio.fail_after(self._settings.attach_timeout):
+                await handle.covers(welcome.committed_bytes)
+        except BaseException as error:
+            handle.lose(link.lost or "it could not be attached")
+            if isinstance(error, TimeoutError):
+                raise AttachRefused("the owner's segments did not come in time") from None
+            raise
+        finally:
+            link.on_lost = None  # whoever keeps the handle says what is to be done
+        return handle
+
+    async def _map_slab(
+        self, welcome: Welcome, fds: list[int], page: SessionWords
+    ) -> tuple[Mapping, PageWords]:
+        box: list[Mapped] = []
+        work = _mapper(welcome, fds, self._device, page, through_host=self._settings.through_host)
+
+        def late() -> None:
+            for mapped in box:
+                self._offload.spawn(mapped.mapping.close)
+
+        await self._offload.run(lambda: box.append(work()), late)
+        mapping, adopted, why_not = box[0]
+        # Who reads on the CPU has chosen to; only a GPU's detour is worth a warning.
+        if why_not is not None and (mapping.device.type != "cpu" or self._settings.through_host):
+            self._report_unreachable(welcome.pool_id, mapping.device, why_not)
+        return mapping, adopted
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def settle(self) -> None:
+        """Return when what was begun in the background is done."""
+        await asyncio.sleep(0)  # what another thread has just asked for begins
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            # Python 3.12 does not wait for tasks that are done, and they leave the set in a turn.
+            await asyncio.sleep(0)
+
+    async def _make_place(self, *, kin: bool) -> None:
+        """Close the longest attached pool that nobody reads, when the bound is reached.
+
+        Host pools beside others are counted apart: a read by way of one holds both.
+        """
+        alike = [pool_id for pool_id in self._handles if (pool_id in self._kin) is kin]
+        if len(alike) + len(self._opening) <= self._settings.attachments:
+            return
+        for pool_id in alike:
+            handle = self._handles[pool_id]
+            if not handle.attachment.holds:
+                del self._handles[pool_id]
+                await handle.close()
+                return
+        raise PoolFull(
+            f"all {self._settings.attachments} attached pools are being read: raise "
+            "Settings.attachments"
+        )
+
+    def _on_lost(self, pool_id: bytes, reason: str) -> None:
+        handle = self._handles.pop(pool_id, None)
+        if handle is None:
+            return
+        lost = handle.link.lost or reason
+        if self._bound is not None:
+            self._lost = lost
+        if len(self._lost_pools) >= _MOST_LOST:
+            self._lost_pools.clear()
+        self._lost_pools[pool_id] = lost
+        handle.lose(lost)
+        if self.on_gone is not None:
+            self.on_gone(pool_id)
+        events.emit(
+            events.OwnerGone(pool=pool_id.hex(), endpoint=handle.link.endpoint, reason=reason)
+        )
+
+    # --- the whole ------------------------------------------------------------------------------
+
+    @property
+    def handles(self) -> list[Handle]:
+        """The handles that are open now."""
+        return list(self._handles.values())
+
+    async def close(self) -> None:
+        """Say goodbye to every owner."""
+        self._closed = True
+        for task in list(self._opening.values()):
+            task.cancel()
+        handles = self.handles
+        self._handles.clear()
+        for handle in handles:
+            await handle.close()
+
+    def forget(self) -> None:
+        """Drop everything in a forked child."""
+        self._closed = True
+        for handle in self.handles:
+            handle.forget()
+        self._handles.clear()
+
+
+def _mapper(
+    welcome: Welcome,
+    fds: list[int],
+    device: torch.device | None,
+    page: SessionWords,
+    *,
+    through_host: bool,
+) -> Callable[[], Mapped]:
+    """Return what maps a slab, and readies the page for its streams, in a thread."""
+    own = [os.dup(fd) for fd in fds]  # the thread's: a cancelled attach closes the others meanwhile
+
+    def mapped() -> tuple[Mapping, str | None]:
+        try:
+            if through_host and welcome.relays:
+                raise Unreachable("Settings.through_host asks for it")
+            return map_slab(
+                welcome.kind,
+                welcome.device,
+                welcome.capacity_bytes,
+                welcome.committed_bytes,
+                welcome.handle,
+                own,
+                device,
+            ), None
+        except Unreachable as error:
+            if not welcome.relays:
+                raise
+            return Unmapped(device or default_device(), str(error)), str(error)
+        finally:
+            close_all(own)
+
+    def work() -> Mapped:
+        mapping, why_not = mapped()
+        try:
+            return Mapped(mapping, PageWords.adopted(mapping, page), why_not)
+        except BaseException:
+            mapping.close()
+            raise
+
+    return work

@@ -1,0 +1,86 @@
+"""Who is at the other end: its uid, and a pidfd that tells when it dies."""
+
+import asyncio
+import os
+import select
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from featcache.control.messages import ProtocolError
+from featcache.errors import AttachRefused
+
+_UCRED: Final = struct.Struct("3i")
+
+
+def _credentials(sock: socket.socket) -> tuple[int, int]:
+    data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, _gid = _UCRED.unpack(data)
+    return pid, uid
+
+
+def peer_pid(sock: socket.socket) -> int:
+    """Return the peer's pid as this PID namespace sees it (0 if it does not). For logs only."""
+    return _credentials(sock)[0]
+
+
+def check_uid(sock: socket.socket) -> None:
+    """Raise AttachRefused unless the peer's process has this process's uid."""
+    _, uid = _credentials(sock)
+    if uid != os.geteuid():
+        raise AttachRefused(f"the peer runs as uid {uid}, this process as uid {os.geteuid()}")
+
+
+def own_pidfd() -> int:
+    """Return a pidfd of this process, to be sent to a peer.
+
+    Each side sends its own: a pid means nothing in another PID namespace, a descriptor does.
+    """
+    return os.pidfd_open(os.getpid())
+
+
+def _is_pidfd(fd: int) -> bool:
+    target = str(Path(f"/proc/self/fd/{fd}").readlink())
+    return target == "anon_inode:[pidfd]" or target.startswith("pidfd:")  # the latter since 6.9
+
+
+class PidWatch:
+    """Calls back, once, when the process behind a pidfd has died. Owns the descriptor."""
+
+    def __init__(self, pidfd: int, on_death: Callable[[], None]) -> None:
+        self._fd = pidfd
+        self._on_death = on_death
+        if not _is_pidfd(pidfd):
+            os.close(pidfd)
+            self._fd = -1
+            raise ProtocolError("the peer sent something that is not a pidfd")
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(pidfd, self._fire)
+
+    @property
+    def dead(self) -> bool:
+        """Whether the process has died, by a look now."""
+        if self._fd < 0:
+            return True
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def _fire(self) -> None:
+        self.close()
+        self._on_death()
+
+    def close(self) -> None:
+        """Stop watching. Idempotent."""
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+
+    def forget(self) -> None:
+        """Drop the descriptor in a forked child, whose copy of the loop must not be touched."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -1,0 +1,112 @@
+"""The queue of puts that wait for room: first come, first served, with an accept handshake.
+
+A granted waiter has its slot reserved at the decision, before its task runs. If that task was
+cancelled meanwhile nobody accepts, and `WaitQueue.drop` says so to the store, which takes the slot
+back and serves the next. The handshake is psycopg_pool's idea (its `WaitingClient`).
+"""
+
+import enum
+from collections import OrderedDict
+
+import msgspec
+
+from featcache.core.slots import Slot
+
+
+class Request(msgspec.Struct, frozen=True, gc=False):
+    """What a put asks for."""
+
+    nbytes: int
+    readers: int | frozenset[str]
+    """How many reads are owed (0 only with a key), or by whom."""
+    ttl_s: float | None
+    key: bytes | None = None
+    session: int = 0
+    """Whose it is; the owner's own is 0."""
+
+
+class WaiterState(enum.Enum):
+    """WAITING → GRANTED → ACCEPTED, or GONE from either of the first two."""
+
+    WAITING = "waiting"
+    GRANTED = "granted"
+    ACCEPTED = "accepted"
+    GONE = "gone"
+
+
+class Waiter:
+    """One place in the queue. `tag` is the caller's own (a future, a session); the core never looks."""
+
+    __slots__ = ("request", "since_s", "slot", "state", "tag", "ticket")
+
+    def __init__(self, ticket: int, request: Request, since_s: float, tag: object) -> None:
+        self.ticket = ticket
+        self.request = request
+        self.since_s = since_s
+        self.tag = tag
+        self.state = WaiterState.WAITING
+        self.slot: Slot | None = None
+
+
+class WaitQueue:
+    """Waiters in order of arrival; any of them can leave at any moment in constant time."""
+
+    def __init__(self) -> None:
+        self._queue: OrderedDict[int, Waiter] = OrderedDict()
+        self._tickets = 0
+        self.count = 0
+        """Waiters that stand here: what `len` says, for paths on which a call is one too many."""
+        self.waiting_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def __bool__(self) -> bool:
+        return bool(self._queue)
+
+    @property
+    def head(self) -> Waiter | None:
+        """The waiter that is served next."""
+        return next(iter(self._queue.values())) if self.count else None
+
+    def of(self, session: int) -> list[Waiter]:
+        """Return the waiters of a session. For its end, not for hot paths."""
+        return [waiter for waiter in self._queue.values() if waiter.request.session == session]
+
+    def join(self, request: Request, now_s: float, tag: object) -> Waiter:
+        """Stand at the end."""
+        self._tickets += 1
+        waiter = Waiter(self._tickets, request, now_s, tag)
+        self._queue[waiter.ticket] = waiter
+        self.count += 1
+        self.waiting_bytes += request.nbytes
+        return waiter
+
+    def grant(self, waiter: Waiter, slot: Slot) -> None:
+        """Hand the waiter its slot and take it out of the queue."""
+        self._leave(waiter)
+        waiter.slot = slot
+        waiter.state = WaiterState.GRANTED
+
+    def accept(self, waiter: Waiter) -> Slot:
+        """Return the slot that was granted: from here on it is the caller's to publish or abandon."""
+        if waiter.state is not WaiterState.GRANTED or waiter.slot is None:
+            raise ValueError(f"waiter {waiter.ticket} is {waiter.state.value}, not granted")
+        waiter.state = WaiterState.ACCEPTED
+        return waiter.slot
+
+    def drop(self, waiter: Waiter) -> Slot | None:
+        """Leave. Return the slot if one had been granted but not accepted: it must be taken back."""
+        was, waiter.state = waiter.state, WaiterState.GONE
+        if was is WaiterState.WAITING:
+            self._leave(waiter)
+            return None
+        if was is WaiterState.GRANTED:
+            return waiter.slot
+        waiter.state = was  # accepted or already gone: nothing here is owed to anybody
+        return None
+
+    def _leave(self, waiter: Waiter) -> None:
+        del self._queue[waiter.ticket]
+        self.count -= 1
+        self.waiting_bytes -= waiter.request.nbytes

@@ -1,0 +1,1 @@
+"""CUDA memory: the driver's calls, backings, streams, mappings and slabs."""

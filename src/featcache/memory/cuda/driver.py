@@ -1,0 +1,337 @@
+"""The CUDA driver, as far as featcache calls it: cuda.bindings with every result looked at.
+
+Imported lazily: neither ``import featcache`` nor a host slab needs a GPU or the cuda package. The
+module of bindings is an argument, so that tests can put a fake in its place that keeps the driver's
+rules where there is no GPU.
+
+Addresses, handles and streams are ints here (the bindings' own classes are made where a call needs
+them); sizes are bytes; devices are ordinals of this process, and between processes UUIDs.
+"""
+
+import importlib
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+
+from featcache.errors import BackendUnavailable
+
+_OUT_OF_MEMORY: Final = 2
+_ADVICE: Final = {
+    2: "the device has no such memory left",
+    3: "the driver is shutting down with this process",
+    4: "the driver is shutting down with this process",
+    100: "no CUDA device is there: create(device='cpu'), or look at CUDA_VISIBLE_DEVICES",
+    101: "no such device is visible here: look at CUDA_VISIBLE_DEVICES",
+    201: "this thread has no CUDA context: torch.cuda.init() failed or was undone",
+    217: "these two GPUs have no peer access: read with Settings(through_host=True)",
+    304: "the operating system refused it: look at the limits on open files and locked memory",
+    700: "a kernel of this process faulted, its CUDA context is lost: restart the process",
+    709: "the CUDA context of this process was destroyed: restart the process",
+    719: "a kernel of this process faulted, its CUDA context is lost: restart the process",
+    800: "the driver does not permit it here: look at the container's devices and capabilities",
+    801: "this driver or machine can't do it: try Settings(backend='ipc'), or 'vmm'",
+    900: "a CUDA graph is being captured on this stream: call featcache outside the capture",
+    906: "a CUDA graph is being captured in this thread: call featcache outside the capture",
+}
+
+
+class DriverError(BackendUnavailable):
+    """A call to the CUDA driver failed; the message has the call, its code and what to do."""
+
+    def __init__(self, call: str, code: int, name: str) -> None:
+        advice = _ADVICE.get(code, "look at the driver's documentation of this code")
+        super().__init__(f"{call}: {name} ({code}): {advice}")
+        self.call = call
+        self.code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BackendUnavailable, self.args
+
+
+class DeviceMemoryError(DriverError, MemoryError):
+    """A device, or the driver itself, has no memory left for a call."""
+
+
+def _torch_stream(ordinal: int) -> int:
+    """Return the handle of torch's current stream on a device."""
+    return int(torch.cuda.current_stream(ordinal).cuda_stream)
+
+
+def _torch_device(ordinal: int) -> torch.device:
+    return torch.device("cuda", ordinal)
+
+
+class Driver:
+    """Checked calls over one module of bindings. Nothing here keeps state but the two tables."""
+
+    def __init__(
+        self,
+        api: Any,
+        current_stream: Callable[[int], int] = _torch_stream,
+        device: Callable[[int], torch.device] = _torch_device,
+    ) -> None:
+        self.api = api
+        self.current_stream = current_stream
+        """Torch's current stream of a device, as the int that the driver knows it by."""
+        self.device = device
+        """What torch calls a device."""
+        self.own_allocations: dict[bytes, tuple[int, int]] = {}
+        """Device and address of what this process allocated, by its legacy handle."""
+        self._contexts: dict[int, Any] = {}
+        self._lock = threading.Lock()
+        self._posix_fd = api.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        self._check("cuInit", api.cuInit(0))
+
+    def _check(self, call: str, result: tuple[Any, ...]) -> Any:
+        code = result[0]
+        if code != 0:
+            self.fail(call, code)
+        return result[1] if len(result) == 2 else None  # noqa: PLR2004 - an error code, then a value
+
+    def fail(self, call: str, code: Any) -> None:
+        """Raise what a result other than success stands for."""
+        name = getattr(code, "name", "an unknown code")
+        kind = DeviceMemoryError if code == _OUT_OF_MEMORY else DriverError
+        raise kind(call, int(code), name)
+
+    # --- devices ----------------------------------------------------------------------------------
+
+    def device_count(self) -> int:
+        """Return how many devices this process sees."""
+        return int(self._check("cuDeviceGetCount", self.api.cuDeviceGetCount()))
+
+    def uuid_of(self, ordinal: int) -> str:
+        """Return a device's UUID, by which other processes know it."""
+        device = self._check("cuDeviceGet", self.api.cuDeviceGet(ordinal))
+        found = self._check("cuDeviceGetUuid", self.api.cuDeviceGetUuid(device))
+        return str(uuid.UUID(bytes=bytes(found.bytes)))
+
+    def ordinal_of(self, device_uuid: str) -> int | None:
+        """Return this process's ordinal of a device, or None if it is hidden here."""
+        for ordinal in range(self.device_count()):
+            if self.uuid_of(ordinal) == device_uuid:
+                return ordinal
+        return None
+
+    def can_share_segments(self, ordinal: int) -> bool:
+        """Whether a device can map memory (VMM) and export it as a file descriptor."""
+        names = self.api.CUdevice_attribute
+        device = self._check("cuDeviceGet", self.api.cuDeviceGet(ordinal))
+        return all(
+            self._check("cuDeviceGetAttribute", self.api.cuDeviceGetAttribute(name, device))
+            for name in (
+                names.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
+                names.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
+            )
+        )
+
+    def can_reach(self, ordinal: int, other: int) -> bool:
+        """Whether a device can read another's memory."""
+        if ordinal == other:
+            return True
+        api = self.api
+        return bool(self._check("cuDeviceCanAccessPeer", api.cuDeviceCanAccessPeer(ordinal, other)))
+
+    def context(self, ordinal: int) -> Any:
+        """Return a device's primary context, which torch uses too. Retained once, to the end."""
+        with self._lock:
+            context = self._contexts.get(ordinal)
+            if context is None:
+                device = self._check("cuDeviceGet", self.api.cuDeviceGet(ordinal))
+                context = self._contexts[ordinal] = self._check(
+                    "cuDevicePrimaryCtxRetain", self.api.cuDevicePrimaryCtxRetain(device)
+                )
+        return context
+
+    @contextmanager
+    def on(self, ordinal: int) -> Iterator[None]:
+        """Make a device's context this thread's current one for the length of a block."""
+        self._check("cuCtxPushCurrent", self.api.cuCtxPushCurrent(self.context(ordinal)))
+        try:
+            yield
+        finally:
+            # Not looked at: what was done in the block is done, and the next block makes its own
+            # context the current one. A driver that is going down says so at the next call.
+            self.api.cuCtxPopCurrent()
+
+    def synchronize(self, ordinal: int) -> None:
+        """Wait for all the work of this process on a device. Blocks."""
+        with self.on(ordinal):
+            self._check("cuCtxSynchronize", self.api.cuCtxSynchronize())
+
+    # --- segments (VMM) -----------------------------------------------------------------------------
+
+    def _properties(self, ordinal: int) -> Any:
+        api = self.api
+        prop = api.CUmemAllocationProp()
+        prop.type = api.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        prop.requestedHandleTypes = self._posix_fd
+        prop.location.type = api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        prop.location.id = ordinal
+        return prop
+
+    def granularity_bytes(self, ordinal: int) -> int:
+        """Return what sizes and offsets of segments must be multiples of."""
+        minimum = self.api.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        result = self.api.cuMemGetAllocationGranularity(self._properties(ordinal), minimum)
+        return int(self._check("cuMemGetAllocationGranularity", result))
+
+    def create(self, ordinal: int, size_bytes: int) -> Any:
+        """Return a handle of new device memory. Raise MemoryError if there is none."""
+        result = self.api.cuMemCreate(size_bytes, self._properties(ordinal), 0)
+        return self._check("cuMemCreate", result)
+
+    def export(self, handle: Any) -> int:
+        """Return a new descriptor of a segment; it is the caller's."""
+        result = self.api.cuMemExportToShareableHandle(handle, self._posix_fd, 0)
+        return int(self._check("cuMemExportToShareableHandle", result))
+
+    def import_(self, fd: int) -> Any:
+        """Return a handle of another process's segment; the descriptor stays the caller's."""
+        result = self.api.cuMemImportFromShareableHandle(fd, self._posix_fd)
+        return self._check("cuMemImportFromShareableHandle", result)
+
+    def release(self, handle: Any) -> None:
+        """Let a handle go. The memory itself goes with the last mapping, in whichever process."""
+        self._check("cuMemRelease", self.api.cuMemRelease(handle))
+
+    def reserve(self, size_bytes: int) -> int:
+        """Return the start of a reserved range of addresses."""
+        return int(
+            self._check("cuMemAddressReserve", self.api.cuMemAddressReserve(size_bytes, 0, 0, 0))
+        )
+
+    def unreserve(self, address: int, size_bytes: int) -> None:
+        """Give a range of addresses back."""
+        self._check("cuMemAddressFree", self.api.cuMemAddressFree(address, size_bytes))
+
+    def map(self, address: int, size_bytes: int, handle: Any) -> None:
+        """Put a segment behind addresses. Nobody can access it yet."""
+        self._check("cuMemMap", self.api.cuMemMap(address, size_bytes, 0, handle, 0))
+
+    def unmap(self, address: int, size_bytes: int) -> None:
+        """Take a whole segment from behind its addresses. No work on it may be under way."""
+        self._check("cuMemUnmap", self.api.cuMemUnmap(address, size_bytes))
+
+    def allow(self, address: int, size_bytes: int, ordinals: Iterable[int], *, write: bool) -> None:
+        """Let these devices read (and write) mapped addresses."""
+        api = self.api
+        flags = api.CUmemAccess_flags
+        descriptions = []
+        for ordinal in ordinals:
+            access = api.CUmemAccessDesc()
+            access.location.type = api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+            access.location.id = ordinal
+            access.flags = (
+                flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+                if write
+                else flags.CU_MEM_ACCESS_FLAGS_PROT_READ
+            )
+            descriptions.append(access)
+        result = api.cuMemSetAccess(address, size_bytes, descriptions, len(descriptions))
+        self._check("cuMemSetAccess", result)
+
+    # --- legacy IPC, in the current context -----------------------------------------------------------
+
+    def allocate(self, size_bytes: int) -> int:
+        """Return device memory that can be shared by a legacy handle."""
+        return int(self._check("cuMemAlloc", self.api.cuMemAlloc(size_bytes)))
+
+    def free(self, address: int) -> None:
+        """Free what `allocate` gave. Waits for the device."""
+        self._check("cuMemFree", self.api.cuMemFree(address))
+
+    def ipc_export(self, address: int) -> bytes:
+        """Return the legacy handle of what `allocate` gave."""
+        handle = self._check("cuIpcGetMemHandle", self.api.cuIpcGetMemHandle(address))
+        return bytes(handle.reserved)
+
+    def ipc_open(self, handle: bytes) -> int:
+        """Map another process's memory for the current context's device, for as long as it is open."""
+        named = self.api.CUipcMemHandle()
+        named.reserved = handle
+        flags = self.api.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+        return int(self._check("cuIpcOpenMemHandle", self.api.cuIpcOpenMemHandle(named, flags)))
+
+    def ipc_close(self, address: int) -> None:
+        """Unmap what `ipc_open` mapped."""
+        self._check("cuIpcCloseMemHandle", self.api.cuIpcCloseMemHandle(address))
+
+    # --- host memory, in the current context ------------------------------------------------------------
+
+    def register(self, address: int, size_bytes: int, *, read_only: bool = False) -> None:
+        """Let every device of this process access host memory (pages must be mapped already)."""
+        api = self.api
+        flags = api.CU_MEMHOSTREGISTER_PORTABLE | api.CU_MEMHOSTREGISTER_DEVICEMAP
+        if read_only:
+            flags |= api.CU_MEMHOSTREGISTER_READ_ONLY
+        self._check("cuMemHostRegister", api.cuMemHostRegister(address, size_bytes, flags))
+
+    def unregister(self, address: int) -> None:
+        """Undo one `register`. No device may be using the memory."""
+        self._check("cuMemHostUnregister", self.api.cuMemHostUnregister(address))
+
+    def device_address(self, address: int) -> int:
+        """Return the address by which devices know registered host memory."""
+        result = self.api.cuMemHostGetDevicePointer(address, 0)
+        return int(self._check("cuMemHostGetDevicePointer", result))
+
+    # --- streams, in the current context ------------------------------------------------------------------
+
+    def stream(self) -> Any:
+        """Return a new stream that the default one does not wait for."""
+        flags = self.api.CUstream_flags.CU_STREAM_NON_BLOCKING
+        return self._check("cuStreamCreate", self.api.cuStreamCreate(flags))
+
+    def finish(self, stream: Any) -> None:
+        """Wait for a stream. Blocks."""
+        self._check("cuStreamSynchronize", self.api.cuStreamSynchronize(stream))
+
+    def end_stream(self, stream: Any) -> None:
+        """Let a stream of `stream` go."""
+        self._check("cuStreamDestroy", self.api.cuStreamDestroy(stream))
+
+    def mark(self, stream: Any) -> Any:
+        """Return an event that stands behind all that a stream has been given so far."""
+        flags = self.api.CUevent_flags.CU_EVENT_DISABLE_TIMING
+        event = self._check("cuEventCreate", self.api.cuEventCreate(flags))
+        try:
+            self._check("cuEventRecord", self.api.cuEventRecord(event, stream))
+        except BaseException:
+            self.drop(event)
+            raise
+        return event
+
+    def follow(self, stream: Any, event: Any) -> None:
+        """Have a stream, of whichever device, go on only when an event is past."""
+        self._check("cuStreamWaitEvent", self.api.cuStreamWaitEvent(stream, event, 0))
+
+    def drop(self, event: Any) -> None:
+        """Let an event go; who follows it still does."""
+        self._check("cuEventDestroy", self.api.cuEventDestroy(event))
+
+
+_loaded: list[Driver] = []
+
+
+def load() -> Driver:
+    """Return the real driver, opened once.
+
+    Raises:
+        BackendUnavailable: no cuda.bindings, no driver, or no device.
+
+    """
+    if not _loaded:
+        try:
+            api = importlib.import_module("cuda.bindings.driver")
+        except ImportError as error:
+            raise BackendUnavailable(
+                f"a slab on a GPU needs cuda-bindings: pip install 'featcache[cuda]' ({error})"
+            ) from error
+        raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # noqa: SLF001 - 0.1 µs, not 4
+        _loaded.append(Driver(api, raw or _torch_stream))
+    return _loaded[0]

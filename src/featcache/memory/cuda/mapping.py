@@ -1,0 +1,330 @@
+"""A slab on a GPU, as its readers map it: copies and words in the order of torch's streams.
+
+A read of published bytes is enqueued on the caller's stream, and the word that pays it behind it, so
+nothing here waits for the GPU. Where the CPU is one end of a copy, the copy is done when the call
+returns, on a stream of the mapping's own: it may then block, and belongs in a thread.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from featcache.errors import AttachRefused, CacheClosed, SettingsError
+from featcache.memory import strided as copies
+from featcache.memory.cuda.backing import IPC, VMM, Backing, IpcBacking, SegmentBacking, Unreachable
+from featcache.memory.cuda.driver import Driver
+from featcache.memory.cuda.streams import Lane, Order
+from featcache.memory.cuda.writing import SLOWER, CudaWriting
+from featcache.memory.pack import DTYPES, contiguous_strides
+from featcache.memory.words import Block, fence_stores
+from featcache.ref import TensorSpec
+
+
+class Words(NamedTuple):
+    """Control words that a stream writes: as the CPU sees them, and where devices find them."""
+
+    here: memoryview
+    address: int
+
+
+class CudaMapping(CudaWriting):
+    """A slab on a GPU as one process maps it, for one device of its own or for several."""
+
+    deferred = True
+    lends = True
+
+    def __init__(self, driver: Driver, backing: Backing, ordinal: int) -> None:
+        self._driver = driver
+        self._backing: Backing = backing
+        self._ordinal = ordinal
+        self._lanes: dict[int, Lane] = {}
+        self._lane_of: dict[torch.device, Lane] = {}
+        """The same by torch's name with an index: asking a torch.device for its parts is slow."""
+        self._adopted: dict[int, tuple[memoryview, int]] = {}
+        self._home = self._open_lane(ordinal)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that this mapping was made for."""
+        return self._home.device
+
+    @property
+    def end_bytes(self) -> int:
+        """Bytes from the slab's start that are mapped here."""
+        return self._backing.end_bytes
+
+    # --- devices ----------------------------------------------------------------------------------
+
+    def reaches(self, device: torch.device | None) -> bool:
+        """Whether `read` can copy to this device now; `open_for` can make it so."""
+        return (
+            device is None
+            or device in self._lane_of
+            or device.type == "cpu"
+            or self._ordinal_at(device) in self._lanes
+        )
+
+    def open_for(self, device: torch.device) -> None:
+        """Let another device of this process read the slab. May block. Raise Unreachable if it can't."""
+        ordinal = self._ordinal_at(device)
+        if self._home.storage is None:
+            raise CacheClosed("this mapping of the slab is closed")
+        if ordinal not in self._lanes:
+            self._open_lane(ordinal)
+
+    def open_for_writing(self, fds: Sequence[int]) -> None:
+        """Map the slab a second time, to be written: what is lent from the first stays read-only."""
+        if self._home.storage is None:
+            raise CacheClosed("this mapping of the slab is closed")
+        if fds:
+            raise AttachRefused("the owner sent descriptors where a slab on a GPU has none")
+        if self._target is None:
+            address = self._backing.open_for_writing()
+            self._target = (address, self._backing.storage(address, self._home.device))
+
+    def _open_lane(self, ordinal: int) -> Lane:
+        lane = Lane(self._driver, ordinal, self._driver.device(ordinal))
+        lane.address = self._backing.open_for(ordinal)
+        lane.storage = self._backing.storage(lane.address, lane.device)
+        self._lanes[ordinal] = lane
+        if lane.device.type != "cpu":
+            self._lane_of[lane.device] = lane
+        return lane
+
+    def _ordinal_at(self, device: torch.device) -> int:
+        return device.index if device.index is not None else torch.cuda.current_device()
+
+    def _lane(self, ordinal: int) -> Lane:
+        lane = self._lanes.get(ordinal)
+        if lane is None or lane.storage is None:
+            if self._home.storage is None:
+                raise CacheClosed("this mapping of the slab is closed")
+            raise Unreachable(f"cuda:{ordinal} has not opened this slab: await a get there first")
+        return lane
+
+    # --- bytes ------------------------------------------------------------------------------------
+
+    def order(self, device: torch.device | None = None) -> Order | None:
+        """Return the caller's place on a device's stream; None for the CPU, which is always in order."""
+        if device is None:
+            return self._home.order()
+        if device in self._lane_of:
+            lane = self._lane_of[device]
+            if lane.storage is not None:
+                return lane.order()
+        return None if device.type == "cpu" else self._lane(self._ordinal_at(device)).order()
+
+    def held_bytes(self, nbytes: int, device: torch.device | None) -> int:
+        """Return how many bytes of host memory would hold up a thread as long as this copy does."""
+        return nbytes * SLOWER if device is not None and device.type == "cpu" else 0
+
+    def view(
+        self, offset_bytes: int, spec: TensorSpec, device: torch.device | None = None
+    ) -> torch.Tensor:
+        """Return a tensor over the slab's bytes, on a device that has opened it."""
+        lane = self._home if device is None else self._lane(self._ordinal_at(device))
+        return lane.view(offset_bytes, spec)
+
+    def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
+        """Return a new tensor to read into."""
+        return torch.empty(
+            spec.shape,
+            dtype=DTYPES[spec.dtype],
+            device=self._home.device if device is None else device,
+        )
+
+    def fetch(
+        self,
+        offset_bytes: int,
+        spec: TensorSpec,
+        device: torch.device | None,
+        order: Order | None,
+    ) -> torch.Tensor:
+        """Return a new tensor with the slab's bytes, or with what will be them at `order`."""
+        if order is None:
+            out = self.empty(spec, device)
+            self._read_to_host(offset_bytes, spec, out)
+            return out
+        lane = order.lane
+        if lane.storage is None:
+            raise CacheClosed("this mapping of the slab is closed")
+        shape = spec.shape
+        out = torch.empty_strided(  # with strides torch takes two thirds of the time of `empty`
+            shape, contiguous_strides(shape), dtype=DTYPES[spec.dtype], device=lane.device
+        )
+        if nbytes := out.nbytes:
+            at = lane.address + offset_bytes + spec.offset_bytes
+            lane.copy(out.data_ptr(), at, nbytes, order.stream)
+        return out
+
+    def read(
+        self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor, order: Order | None
+    ) -> None:
+        """Copy the slab's bytes into `out`: enqueued at `order`, or done if that is None."""
+        if order is None:
+            self._read_to_host(offset_bytes, spec, out)
+            return
+        lane = order.lane
+        if out.get_device() != lane.ordinal:
+            raise SettingsError("the tensors of one get are all on one device")
+        if lane.storage is None:
+            raise CacheClosed("this mapping of the slab is closed")
+        if out.is_contiguous() and not (
+            out.is_neg() or out.is_conj()
+        ):  # as copies.is_plain, inline
+            if nbytes := out.nbytes:
+                at = lane.address + offset_bytes + spec.offset_bytes
+                lane.copy(out.data_ptr(), at, nbytes, order.stream)
+            return
+        with lane.at(order):
+            copies.copy(out, self.view(offset_bytes, spec, lane.device))
+
+    def _read_to_host(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor) -> None:
+        if not out.is_cpu:
+            raise SettingsError("the tensors of one get are all on one device")
+        if self._home.storage is None:
+            raise CacheClosed("this mapping of the slab is closed")
+        target = out if copies.is_plain(out) else torch.empty(out.shape, dtype=out.dtype)
+        at = self._home.address + offset_bytes + spec.offset_bytes
+        self._home.copy_now(target.data_ptr(), at, target.nbytes)
+        if target is not out:
+            copies.copy(out, target)
+
+    # --- words ------------------------------------------------------------------------------------
+
+    def adopt(self, block: Block, words: memoryview) -> Words:
+        """Register a block of control words with the driver; return its `words`, for `signal`."""
+        base = _address_of(block.whole)
+        if base not in self._adopted:
+            with self._driver.on(self._ordinal):
+                self._driver.register(base, block.whole.nbytes)
+                try:
+                    devices_base = self._driver.device_address(base)
+                except BaseException:
+                    self._driver.unregister(base)
+                    raise
+            self._adopted[base] = (block.whole, devices_base)
+        return Words(words, self._adopted[base][1] + _address_of(words) - base)
+
+    def signal(self, words: Words, index: int, value: int, order: Order | None) -> None:
+        """Store a word behind everything enqueued at `order`, or now if that is None."""
+        if order is None:
+            fence_stores()
+            words.here[index] = value
+            return
+        order.lane.write_word(words.address + 8 * index, value, order.stream)
+
+    def follow(self, order: Order | None, others: Sequence[Order | None]) -> Order | None:
+        """Return an order behind them all: of one read that was used on several streams."""
+        behind = [other for other in others if other is not None and other is not order]
+        if not behind:
+            return order
+        last = order if order is not None else behind.pop()
+        for other in behind:
+            with self._driver.on(other.lane.ordinal):
+                event = self._driver.mark(other.stream)
+            try:
+                with self._driver.on(last.lane.ordinal):  # whose default stream 0 would be
+                    self._driver.follow(last.stream, event)
+            finally:
+                self._driver.drop(event)
+        return last
+
+    # --- size and end -----------------------------------------------------------------------------
+
+    def extend(self, start_bytes: int, size_bytes: int, fd: int) -> None:
+        """Map a segment that the owner made. May block. The descriptor stays the caller's."""
+        if not isinstance(self._backing, SegmentBacking):
+            raise AttachRefused("the owner sent a segment of a slab that has one fixed one")
+        self._backing.adopt(start_bytes, size_bytes, fd)
+
+    def cut(self, end_bytes: int) -> None:
+        """Unmap the segments from `end_bytes` on. No work on them may be under way. May block."""
+        if isinstance(self._backing, SegmentBacking):
+            self._backing.cut(end_bytes)
+
+    def finish(self) -> None:
+        """Wait for everything that is under way on the devices that read it. Blocks."""
+        for ordinal in list(self._lanes):
+            self._driver.synchronize(ordinal)
+
+    def close(self) -> None:
+        """Take the mapping down. No work on it may be under way. May block. Idempotent.
+
+        Tensors that are still out keep the memory until they go. Where the driver refuses a step the
+        others are done all the same, and another `close` tries that one again.
+        """
+        with ExitStack() as each:  # from the last to the first
+            each.callback(self._backing.close)
+            self._target = None
+            for lane in self._lanes.values():
+                each.callback(lane.close)
+            for address in self._adopted:
+                each.callback(self._disown, address)
+
+    def _disown(self, address: int) -> None:
+        with self._driver.on(self._ordinal):
+            self._driver.unregister(address)
+        del self._adopted[address]
+
+    def forget(self) -> None:
+        """Drop in a forked child what it can drop without CUDA, which does not work there."""
+        self._adopted.clear()
+        self._target = None
+        for lane in self._lanes.values():
+            lane.drop_storage()
+        if isinstance(self._backing, SegmentBacking):
+            self._backing.drop_descriptors()
+
+
+def _address_of(words: memoryview) -> int:
+    if not words.readonly:
+        return ctypes.addressof(ctypes.c_char.from_buffer(words))
+    return int(np.frombuffer(words, dtype=np.uint8).ctypes.data)
+
+
+def attach(
+    driver: Driver,
+    kind: str,
+    device_uuid: str,
+    capacity_bytes: int,
+    handle: bytes,
+    device: torch.device | None,
+) -> CudaMapping:
+    """Map another process's slab for a device of this one. May block; segments come by `extend`.
+
+    Args:
+        driver: the driver.
+        kind: `VMM` or `IPC`.
+        device_uuid: the device that the slab is on.
+        capacity_bytes: bytes of its range.
+        handle: the legacy handle; empty for `VMM`.
+        device: the device that reads; None is the slab's own, else torch's current one.
+
+    Raises:
+        Unreachable: the device has no peer access to the slab's.
+        BackendUnavailable: the driver refused; the message says what.
+
+    """
+    theirs = driver.ordinal_of(device_uuid)
+    if device is not None and device.index is not None:
+        ordinal = device.index
+    else:
+        ordinal = theirs if theirs is not None and device is None else torch.cuda.current_device()
+    if theirs is not None and not driver.can_reach(ordinal, theirs):
+        raise Unreachable(f"cuda:{ordinal} has no peer access to the slab's device, {device_uuid}")
+    backing: Backing
+    if kind == VMM:
+        backing = SegmentBacking(driver, ordinal, capacity_bytes)
+    else:
+        assert kind == IPC, kind
+        backing = IpcBacking(driver, ordinal, capacity_bytes, handle=handle)
+    try:
+        return CudaMapping(driver, backing, ordinal)
+    except BaseException:
+        backing.close()
+        raise

@@ -1,0 +1,96 @@
+"""A slab on a GPU, as its owner has it."""
+
+from featcache.errors import BackendUnavailable
+from featcache.memory.cuda.backing import IPC, VMM, IpcBacking, SegmentBacking
+from featcache.memory.cuda.driver import Driver
+from featcache.memory.cuda.mapping import CudaMapping
+from featcache.memory.slab import Segment
+
+
+def choose_backend(driver: Driver, ordinal: int, wanted: str) -> tuple[str, str]:
+    """Return the kind of slab to make on a device, and why.
+
+    Raises:
+        BackendUnavailable: `wanted` is ``"vmm"`` and the device can't.
+
+    """
+    able = driver.can_share_segments(ordinal)
+    if wanted == "ipc":
+        return IPC, "Settings.backend asks for it"
+    if able:
+        why = "Settings.backend asks for it" if wanted == "vmm" else "the device can share segments"
+        return VMM, why
+    if wanted == "vmm":
+        raise BackendUnavailable(
+            "this device can't share memory segments by descriptor: Settings(backend='ipc')"
+        )
+    return IPC, "the device can't share memory segments by descriptor"
+
+
+class CudaSlab(CudaMapping):
+    """The owner's mapping, and the memory behind it."""
+
+    def __init__(
+        self, driver: Driver, kind: str, ordinal: int, capacity_bytes: int, segment_bytes: int
+    ) -> None:
+        self.kind = kind
+        self.capacity_bytes = capacity_bytes
+        self.device_name = driver.uuid_of(ordinal)
+        self._segment_bytes = segment_bytes
+        backing: SegmentBacking | IpcBacking
+        if kind == VMM:
+            backing = SegmentBacking(driver, ordinal, capacity_bytes, write=True)
+        else:
+            backing = IpcBacking(driver, ordinal, capacity_bytes)
+        self._memory = backing
+        try:
+            super().__init__(driver, backing, ordinal)
+        except BaseException:
+            backing.close()
+            raise
+        assert self._home.storage is not None, "a new mapping is open"
+        self._target = (self._home.address, self._home.storage)
+
+    @property
+    def handle(self) -> bytes:
+        """The legacy handle that readers open; empty where segments are sent instead."""
+        return self._memory.handle if isinstance(self._memory, IpcBacking) else b""
+
+    def descriptors(self) -> list[int]:
+        """Return none: segments are sent one by one, as they are made."""
+        return []
+
+    def write_descriptors(self) -> list[int]:
+        """Return none: the segments' own serve."""
+        return []
+
+    def segments(self, start_bytes: int, stop_bytes: int) -> list[Segment]:
+        """Return the segments that lie in a part of the range."""
+        if isinstance(self._memory, IpcBacking):
+            return []
+        return [
+            Segment(mapped.start_bytes, mapped.size_bytes, mapped.fd)
+            for mapped in self._memory.segments
+            if start_bytes <= mapped.start_bytes < stop_bytes
+        ]
+
+    def commit(self, start_bytes: int, stop_bytes: int, *, prefault: bool) -> None:
+        """Make segments. What is there from the start is one, however large: it never goes back."""
+        if isinstance(self._memory, IpcBacking):
+            return
+        if self.end_bytes > start_bytes:  # what the driver did not let go of when it was asked to
+            self._memory.cut(start_bytes)
+        step_bytes = self._segment_bytes if start_bytes else stop_bytes
+        at = start_bytes
+        try:
+            while at < stop_bytes:
+                size_bytes = min(step_bytes, stop_bytes - at)
+                self._memory.make(at, size_bytes)
+                at += size_bytes
+        except BaseException:
+            self._memory.cut(start_bytes)
+            raise
+
+    def decommit(self, start_bytes: int, stop_bytes: int) -> None:
+        """Give segments back. The memory is free once no session has them mapped any more."""
+        self.cut(start_bytes)

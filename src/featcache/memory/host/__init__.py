@@ -1,0 +1,1 @@
+"""Host memory: memfd slabs, and the memory that this process may have."""

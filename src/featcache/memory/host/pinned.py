@@ -1,0 +1,44 @@
+"""A host slab whose pages the CUDA driver knows: GPUs copy to and from it at the speed of the bus."""
+
+from contextlib import suppress
+
+from featcache.memory.cuda.driver import Driver, DriverError
+from featcache.memory.host.slab import HostSlab
+
+
+class PinnedSlab(HostSlab):
+    """Pins what it begins with, in one piece: a copy can't cross from one pinned piece to another.
+
+    So it is to begin with all that it will ever have. Where the driver refuses, it is only slower.
+    """
+
+    def __init__(
+        self, driver: Driver, ordinal: int, capacity_bytes: int, *, huge_pages: bool
+    ) -> None:
+        super().__init__(capacity_bytes, huge_pages=huge_pages)
+        self._driver = driver
+        self._ordinal = ordinal
+        self.pinned_bytes = 0
+        self.home = driver.device(ordinal)
+        self.device_name = driver.uuid_of(ordinal)
+
+    def commit(self, start_bytes: int, stop_bytes: int, *, prefault: bool) -> None:
+        """Reserve pages, and pin them if they are the first."""
+        super().commit(start_bytes, stop_bytes, prefault=prefault)
+        if start_bytes == 0:
+            with suppress(DriverError, MemoryError), self._driver.on(self._ordinal):
+                self._driver.register(self._open()[1], stop_bytes)
+                self.pinned_bytes = stop_bytes
+
+    def close(self) -> None:
+        """Unpin and drop everything."""
+        if self.pinned_bytes and self._region is not None:
+            self.pinned_bytes = 0
+            with suppress(DriverError), self._driver.on(self._ordinal):
+                self._driver.unregister(self._region[1])
+        super().close()
+
+    def forget(self) -> None:
+        """Drop the mapping in a forked child, where CUDA calls fail."""
+        self.pinned_bytes = 0
+        super().close()

@@ -1,0 +1,348 @@
+"""The host slab: one sparse memfd, filled by fallocate, emptied by punching holes.
+
+The owner maps it read-write; readers get a descriptor opened read-only, whose mappings can't be
+written. That guards against accidents, not against this user's own malice: who may open another
+process's descriptors through /proc could open it anew. The seal that would forbid that,
+F_SEAL_FUTURE_WRITE, forbids punching holes as well.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+
+from featcache.errors import AttachRefused, BackendUnavailable, CacheClosed
+from featcache.memory import strided as copies
+from featcache.memory.host.available import available_bytes
+from featcache.memory.pack import DTYPES, contiguous_strides
+from featcache.memory.slab import Parts, Segment, Word
+from featcache.memory.views import view_over
+from featcache.memory.words import Block, fence_stores, memfd
+from featcache.ref import TensorSpec
+
+KIND: Final = "host"
+CPU: Final = torch.device("cpu")
+_MADV_POPULATE_READ: Final = 22  # Linux 5.14; Python has no names for them
+_MADV_POPULATE_WRITE: Final = 23
+_FALLOC_PUNCH: Final = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+
+_NEVER_HERE: Final = 1 << 62  # bytes: more than any bound on what is copied in the event loop
+
+Streams = Sequence[Any]
+"""The caller's streams of the GPUs that a copy touches. Its copies are done when they return all the
+same; but what the caller enqueued before, such as what makes a put's source, must be done first."""
+_memmove: Callable[[int, int, int], int] = ctypes.memmove  # drops the GIL, unlike a buffer's slice
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's memory is its value, in order, on the CPU."""
+    return tensor.is_cpu and copies.is_plain(tensor)
+
+
+@contextlib.contextmanager
+def _on(streams: Streams) -> Iterator[None]:
+    """Have torch use these streams: the caller's, in a thread whose own are others."""
+    with contextlib.ExitStack() as stack:
+        for stream in streams:
+            stack.enter_context(torch.cuda.stream(stream))
+        yield
+
+
+def _advise(mapping: mmap.mmap, advice: int, start_bytes: int, size_bytes: int) -> bool:
+    """Give the kernel advice it may not know (old kernels say EINVAL); return whether it took it."""
+    try:
+        mapping.madvise(advice, start_bytes, size_bytes)
+    except OSError as error:
+        if error.errno in {errno.EINVAL, errno.ENOSYS}:
+            return False
+        raise
+    return True
+
+
+def _view(storage: torch.UntypedStorage, offset_bytes: int, spec: TensorSpec) -> torch.Tensor:
+    dtype, shape = DTYPES[spec.dtype], spec.shape
+    at = (offset_bytes + spec.offset_bytes) // dtype.itemsize
+    return view_over(storage, at, dtype, shape, contiguous_strides(shape), CPU)
+
+
+class _Target(NamedTuple):
+    """A mapping that may be written."""
+
+    address: int
+    storage: torch.UntypedStorage
+
+    @classmethod
+    def over(cls, mapping: mmap.mmap) -> "_Target":
+        """Return one over a mapping, which lives as long as its storage does."""
+        whole = torch.frombuffer(mapping, dtype=torch.uint8)
+        return cls(whole.data_ptr(), whole.untyped_storage())
+
+
+class HostMapping:
+    """A host slab as one process maps it. It is unmapped when the last tensor over it is gone."""
+
+    def __init__(self, mapping: mmap.mmap) -> None:
+        address = np.frombuffer(mapping, dtype=np.uint8).ctypes.data
+        # Both at once: a copy in a thread holds the mapping it began with while another closes it.
+        self._region: tuple[mmap.mmap, int] | None = (mapping, address)
+        with warnings.catch_warnings():
+            # torch says once per process that a read-only buffer is not writable; that is the point.
+            warnings.simplefilter("ignore", UserWarning)
+            whole = torch.frombuffer(mapping, dtype=torch.uint8)
+        self._storage: torch.UntypedStorage | None = whole.untyped_storage()
+        self.end_bytes = whole.nbytes
+        self._target: _Target | None = None
+        self.home = CPU
+        """Where reads go that name no device: a GPU's, if that is what this slab stands in for."""
+
+    @classmethod
+    def attach(cls, fd: int, capacity_bytes: int, committed_bytes: int) -> "HostMapping":
+        """Map a peer's slab read-only and take the page faults of what is committed now."""
+        found_bytes = os.fstat(fd).st_size
+        if found_bytes != capacity_bytes:
+            raise AttachRefused(f"the slab has {found_bytes} bytes where {capacity_bytes} belong")
+        mapping = mmap.mmap(fd, capacity_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        _advise(mapping, mmap.MADV_HUGEPAGE, 0, capacity_bytes)
+        if committed_bytes:
+            _advise(mapping, _MADV_POPULATE_READ, 0, committed_bytes)
+        return cls(mapping)
+
+    deferred = False
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return CPU
+
+    @property
+    def lends(self) -> bool:
+        """Whether a borrow is a view; where reads go to a GPU, it is a copy there."""
+        return self.home is CPU
+
+    def reaches(self, device: torch.device | None) -> bool:
+        """Whether `read` can copy there: it always can."""
+        return True
+
+    def open_for(self, device: torch.device) -> None:
+        """Do nothing: every device is reached."""
+
+    def order(self, device: torch.device | None = None) -> Streams:
+        """Return the caller's stream of a GPU that is read to."""
+        device = device or self.home
+        return () if device is CPU or device.type == "cpu" else (torch.cuda.current_stream(device),)
+
+    def held_bytes(self, nbytes: int, device: torch.device | None) -> int:
+        """Every copy holds up the thread that makes it; one to a GPU waits for its stream besides."""
+        return nbytes if (device or self.home).type == "cpu" else _NEVER_HERE
+
+    def view(
+        self, offset_bytes: int, spec: TensorSpec, device: torch.device | None = None
+    ) -> torch.Tensor:
+        """Return a tensor over the slab's bytes, in host memory whatever the device."""
+        storage = self._storage
+        if storage is None:
+            raise CacheClosed("this mapping of the slab is closed")
+        return _view(storage, offset_bytes, spec)
+
+    def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
+        """Return a new tensor to read into."""
+        return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device or self.home)
+
+    def fetch(
+        self, offset_bytes: int, spec: TensorSpec, device: torch.device | None, order: Streams
+    ) -> torch.Tensor:
+        """Return a new tensor with the slab's bytes."""
+        out = self.empty(spec, device)
+        self.read(offset_bytes, spec, out, order)
+        return out
+
+    def read(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor, order: Streams) -> None:
+        """Copy the slab's bytes into `out`; they are there on return."""
+        if not _plain(out):
+            with _on(order):
+                copies.copy(out, self.view(offset_bytes, spec))
+            return
+        region = self._open()  # kept for the length of the copy
+        _memmove(out.data_ptr(), region[1] + offset_bytes + spec.offset_bytes, out.nbytes)
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    @property
+    def writable(self) -> bool:
+        """Whether `write` can be called."""
+        return self._target is not None
+
+    def open_for_writing(self, fds: Sequence[int]) -> None:
+        """Map the slab a second time, to be written: what is lent from the first stays read-only."""
+        self._open()
+        if self._target is not None:
+            return
+        if len(fds) != 1 or os.fstat(fds[0]).st_size != self.end_bytes:
+            raise AttachRefused("a host slab is written by one descriptor, of the slab's size")
+        try:
+            mapping = mmap.mmap(fds[0], self.end_bytes, flags=mmap.MAP_SHARED)
+        except OSError as error:
+            raise AttachRefused(f"the slab can't be mapped for writing: {error}") from error
+        self._target = _Target.over(mapping)
+
+    def stage(self, parts: Parts) -> tuple[Parts, Streams]:
+        """Return the parts and the caller's streams of those that are on GPUs."""
+        for _, tensor in parts:
+            if not tensor.is_cpu:
+                break
+        else:
+            return parts, ()
+        devices = {tensor.device for _, tensor in parts if not tensor.is_cpu}
+        return parts, [torch.cuda.current_stream(device) for device in devices]
+
+    def staged_bytes(self, parts: Parts) -> int:
+        """Every copy holds up the thread that makes it; one from a GPU waits for its stream besides."""
+        total_bytes = 0
+        for _, tensor in parts:
+            total_bytes += tensor.nbytes if tensor.is_cpu else _NEVER_HERE
+        return total_bytes
+
+    def write(
+        self, offset_bytes: int, parts: Parts, order: Streams, word: Word | None = None
+    ) -> None:
+        """Copy tensors in, then store the word; the bytes are there on return."""
+        target = self._target  # kept for the length of the copies
+        if target is None:
+            self._open()
+            raise BackendUnavailable("this mapping of the slab was not opened for writing")
+        base = target.address
+        for spec, tensor in parts:
+            if (
+                tensor.is_cpu
+                and tensor.is_contiguous()
+                and not (tensor.is_neg() or tensor.is_conj())
+            ):
+                at = base + offset_bytes + spec.offset_bytes  # it is `_plain`
+                _memmove(at, tensor.data_ptr(), tensor.nbytes)
+            else:
+                with _on(order):
+                    copies.copy(_view(target.storage, offset_bytes, spec), tensor)
+        if word is not None:
+            self.signal(*word, order)
+
+    # --- words ------------------------------------------------------------------------------------
+
+    def adopt(self, block: Block, words: memoryview) -> memoryview:
+        """Return the words: the CPU writes them as they are."""
+        return words
+
+    def signal(self, words: memoryview, index: int, value: int, order: Streams) -> None:
+        """Store the word after the bytes. Host copies are done when they return, so: now."""
+        fence_stores()
+        words[index] = value
+
+    def follow(self, order: Streams, others: Sequence[Streams]) -> Streams:
+        """Return the order: there is but one."""
+        return order
+
+    def extend(self, start_bytes: int, size_bytes: int, fd: int) -> None:
+        """Refuse: a host slab is one descriptor."""
+        raise AttachRefused("the owner sent segments of a host slab, which has none")
+
+    def cut(self, end_bytes: int) -> None:
+        """Do nothing: the owner punches holes that every mapping sees."""
+
+    def finish(self) -> None:
+        """Do nothing: nothing is ever under way."""
+
+    def forget(self) -> None:
+        """Drop the mapping in a forked child."""
+        self.close()
+
+    def close(self) -> None:
+        """Drop the mapping; tensors that are still out keep it until they go."""
+        self._region = None
+        self._storage = None
+        self._target = None
+
+    def _open(self) -> tuple[mmap.mmap, int]:
+        if self._region is None:
+            raise CacheClosed("this mapping of the slab is closed")
+        return self._region
+
+
+class HostSlab(HostMapping):
+    """The owner's side: the memfd itself, and the memory behind it."""
+
+    def __init__(self, capacity_bytes: int, *, huge_pages: bool = True) -> None:
+        self.capacity_bytes = capacity_bytes
+        self._fd = memfd("slab", capacity_bytes)
+        # A writer has this descriptor too: it must not be able to cut the owner's memory short.
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, seals)
+        try:
+            self._reader_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            os.close(self._fd)
+            raise BackendUnavailable(f"a host slab needs /proc to be mounted: {error}") from error
+        super().__init__(mmap.mmap(self._fd, capacity_bytes, flags=mmap.MAP_SHARED))
+        assert self._storage is not None, "a new mapping is open"
+        self._target = _Target(self._open()[1], self._storage)
+        if huge_pages:
+            _advise(self._open()[0], mmap.MADV_HUGEPAGE, 0, capacity_bytes)
+
+    kind = KIND
+    device_name = "cpu"
+    """A GPU's UUID if this slab stands in for one on that GPU."""
+    handle = b""
+    granularity_bytes = mmap.PAGESIZE
+
+    def commit(self, start_bytes: int, stop_bytes: int, *, prefault: bool) -> None:
+        """Reserve pages for a range, and map them into the owner if `prefault`."""
+        size_bytes = stop_bytes - start_bytes
+        left_bytes = available_bytes()
+        # Looked at first: the kernel would not refuse, but kill.
+        if left_bytes is not None and size_bytes > left_bytes:
+            raise MemoryError(f"{size_bytes} bytes, where the host has {left_bytes} left")
+        try:
+            # Touching first is what gives huge pages; fallocate would lay small ones.
+            mapping = self._open()[0]
+            if prefault and _advise(mapping, _MADV_POPULATE_WRITE, start_bytes, size_bytes):
+                return
+            os.posix_fallocate(self._fd, start_bytes, size_bytes)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.decommit(start_bytes, stop_bytes)
+            raise MemoryError(f"the host gave no {size_bytes} bytes: {error}") from error
+
+    def decommit(self, start_bytes: int, stop_bytes: int) -> None:
+        """Punch a hole; the pages go back to the system at once, in every process."""
+        size_bytes = stop_bytes - start_bytes
+        libc = ctypes.CDLL(None, use_errno=True)
+        offset, length = ctypes.c_int64(start_bytes), ctypes.c_int64(size_bytes)
+        if libc.fallocate(self._fd, _FALLOC_PUNCH, offset, length) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+    def segments(self, start_bytes: int, stop_bytes: int) -> list[Segment]:
+        """Return none: the one descriptor is of the whole range."""
+        return []
+
+    def descriptors(self) -> list[int]:
+        """Return the read-only descriptor that readers map."""
+        return [self._reader_fd]
+
+    def write_descriptors(self) -> list[int]:
+        """Return the one that can be mapped for writing."""
+        return [self._fd]
+
+    def close(self) -> None:
+        """Drop the mapping and the descriptors."""
+        super().close()
+        for fd in (self._fd, self._reader_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._reader_fd = -1

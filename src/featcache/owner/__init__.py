@@ -1,0 +1,1 @@
+"""An owner: pools made reachable, sessions admitted and settled, their requests handled."""

@@ -1,0 +1,115 @@
+"""The owner as a reader of its own pools: the slab's, and the one on the host to which it spills."""
+
+import os
+from collections.abc import Awaitable, Callable
+
+import torch
+
+from featcache.errors import CacheClosed, UnknownPool
+from featcache.memory.cuda.backing import Unreachable
+from featcache.owner.sessions import OWN_SESSION, Reaper
+from featcache.pool.page import Page
+from featcache.pool.pool import Pool
+from featcache.ref import FeatureRef
+from featcache.session.attachment import Attachment
+from featcache.session.holds import PageWords
+from featcache.session.offload import Offload
+from featcache.session.waiting import Bell
+
+
+class OwnPool:
+    """The owner's own session: it reads through its own mapping, with a page like any other's."""
+
+    def __init__(
+        self, pool: Pool, reaper: Reaper, name: str | None, number: int = OWN_SESSION
+    ) -> None:
+        self._pool = pool
+        self._reaper = reaper
+        self._name = name
+        self._number = number
+        self._attachment: Attachment | None = None
+        self._bell: Bell | None = None
+
+    @property
+    def attached(self) -> Attachment | None:
+        """The owner's attachment, once it has read; the first read makes its page, in the loop."""
+        return self._attachment
+
+    def attach(self) -> Attachment:
+        """Return the owner's attachment."""
+        if self._attachment is None:
+            pool = self._pool
+            pool.check_open()
+            page = self._reaper.open_page(self._number, self._name).words
+            adopted = PageWords.adopted(pool.slab, page)
+            self._bell = Bell(os.dup(pool.recycler.eventfd))
+            self._attachment = Attachment(
+                pool.pool_id, pool.words, page, pool.slab, adopted, self._bell.ring
+            )
+            self._attachment.covered_bytes = pool.store.limits.capacity_bytes
+            # Its own mapping is never behind: what it has given away nothing lies in.
+            self._attachment.layout = None
+        return self._attachment
+
+    def page(self) -> Page:
+        """Return the page of the owner's own session."""
+        self.attach()
+        return self._pool.pages[self._number]
+
+    def forget(self) -> None:
+        """Cut a forked child off."""
+        if self._attachment is not None:
+            self._attachment.forget()
+        self.close()
+
+    def close(self) -> None:
+        """Read no more."""
+        if self._attachment is not None:
+            self._attachment.refuse(CacheClosed("the cache was closed"))
+            self._attachment = None
+        if self._bell is not None:
+            self._bell.close()
+
+
+class OwnPools:
+    """Where the owner's `Reader` finds them. `relay` copies a ref to the host pool."""
+
+    def __init__(
+        self, offload: Offload, relay: Callable[[FeatureRef], Awaitable[FeatureRef]]
+    ) -> None:
+        self._offload = offload
+        self._pools: dict[bytes, OwnPool] = {}
+        self.relay = relay
+
+    def add(self, pool_id: bytes, own: OwnPool) -> None:
+        """Read this pool too."""
+        self._pools[pool_id] = own
+
+    def peek(self, ref: FeatureRef) -> Attachment:
+        """Return the owner's attachment; pools that are not its own are unknown to it."""
+        own = self._pools.get(ref.pool_id)
+        if own is None:
+            raise UnknownPool(f"the ref is of pool {ref.pool_id.hex()}: read it with a client")
+        return own.attach()
+
+    def has(self, ref: FeatureRef) -> bool:
+        """Whether the owner has read this pool before: only then any thread may."""
+        own = self._pools.get(ref.pool_id)
+        return own is not None and own.attached is not None
+
+    def check(self, ref: FeatureRef) -> None:
+        """Find nothing wrong: no pool of one's own is lost."""
+
+    async def open(self, ref: FeatureRef) -> Attachment:
+        """As `peek`, which never says that something is yet to be opened."""
+        return self.peek(ref)
+
+    async def reach(self, attachment: Attachment, device: torch.device | None) -> bool:
+        """Open the slab for another device of this process."""
+        if device is None:
+            return True
+        try:
+            await self._offload.run(lambda: attachment.mapping.open_for(device), lambda: None)
+        except Unreachable:
+            return False
+        return True

@@ -1,0 +1,125 @@
+"""Reads and puts by way of host memory: the owner copies between its slab and its host pool."""
+
+from collections.abc import Awaitable, Callable
+
+from featcache.core.put_queue import Request
+from featcache.core.slots import Slot
+from featcache.errors import CacheClosed, MalformedRef, UnknownPool
+from featcache.owner.served_pool import Serving
+from featcache.pool.pool import Pool
+from featcache.ref import FeatureRef, TensorSpec
+from featcache.session.offload import Offload
+
+
+class Relay:
+    """Copies features of one pool into another, for one read each, and back for those who put so."""
+
+    def __init__(
+        self, source: Serving, target: Callable[[], Awaitable[Serving]], offload: Offload
+    ) -> None:
+        self._source = source
+        self._target = target
+        self._offload = offload
+        self.relayed = 0
+
+    async def encoded(self, data: bytes) -> bytes:
+        """As `copy`, for a session: refs as bytes, of which none is trusted."""
+        return (await self.copy(FeatureRef.from_bytes(data))).to_bytes()
+
+    async def copy(self, ref: FeatureRef) -> FeatureRef:
+        """Copy a feature's bytes as they are; return the ref of the copy, which owes one read.
+
+        Who asks holds the ref and pays its read; the copy expires by itself if it is never read.
+
+        Raises:
+            StaleRef, MalformedRef, UnknownPool: as a get does.
+            PoolFull: too many wait for room in the host pool.
+
+        """
+        source = self._source.pool
+        if ref.pool_id != source.pool_id:
+            raise UnknownPool(f"the ref is of pool {ref.pool_id.hex()}, not of this owner's")
+        found = source.store.find(ref.slot, ref.generation)
+        if (found.offset_bytes, found.nbytes) != (ref.offset_bytes, ref.nbytes):
+            raise MalformedRef("the ref's extent is not its slot's: it was forged or damaged")
+        target = await self._target()
+        attachment = self._source.relaying.attach()
+        there = attachment.begin(ref)
+        try:
+            if not there:
+                await attachment.arrival(ref)
+            request = Request(ref.nbytes, 1, source.settings.relay_ttl)
+            writer = target.writer
+            slot = writer.reserve(request) or await writer.room(request, None, wait=True)
+            return await self._fill(target, slot, ref)
+        finally:
+            attachment.end(ref, pays=False)
+
+    async def endpoint(self) -> str:
+        """Return where the host pool listens, for sessions that put by way of it."""
+        return (await self._target()).pool.endpoint
+
+    async def upload(self, data: bytes, request: Request, *, wait: bool) -> bytes:
+        """Put what a ref of the host pool has into the slab, and pay it; return the new ref's bytes.
+
+        For sessions whose device can't access the slab.
+
+        Raises:
+            StaleRef, MalformedRef, UnknownPool: as a get does.
+            PoolFull: no room, and `wait` is false.
+
+        """
+        ref = FeatureRef.from_bytes(data)
+        host = await self._target()
+        if ref.pool_id != host.pool.pool_id:
+            raise UnknownPool(
+                f"the ref is of pool {ref.pool_id.hex()}, not of this owner's host pool"
+            )
+        if ref.nbytes != request.nbytes:
+            raise MalformedRef("room of another size was asked for than the feature has")
+        attachment, writer = host.relaying.attach(), self._source.writer
+        there, done = attachment.begin(ref), False
+        try:
+            if not there:
+                await attachment.arrival(ref)
+            slot = writer.reserve(request) or await writer.room(request, None, wait=wait)
+            uploaded = await self._upload_into(slot, host, ref)
+            done = True
+        finally:
+            attachment.end(ref, pays=done)
+        return uploaded.to_bytes()
+
+    async def _upload_into(self, slot: Slot, host: Serving, ref: FeatureRef) -> FeatureRef:
+        pool, whole = self._source.pool, TensorSpec(None, "uint8", (ref.nbytes,), 0)
+        parts = [(whole, host.pool.slab.view(ref.offset_bytes, whole))]
+        return await self._copied(
+            pool, slot, ref, lambda: pool.slab.write(slot.offset_bytes, parts, None)
+        )
+
+    async def _fill(self, target: Serving, slot: Slot, ref: FeatureRef) -> FeatureRef:
+        slab, whole = self._source.pool.slab, TensorSpec(None, "uint8", (ref.nbytes,), 0)
+        into = target.pool.slab.view(slot.offset_bytes, whole)
+        order = slab.order(into.device)
+        copied = await self._copied(
+            target.pool, slot, ref, lambda: slab.read(ref.offset_bytes, whole, into, order)
+        )
+        self.relayed += 1
+        return copied
+
+    async def _copied(
+        self, pool: Pool, slot: Slot, ref: FeatureRef, copy: Callable[[], object]
+    ) -> FeatureRef:
+        """Copy into a slot of a pool in a thread and publish it; its bytes are there by then."""
+
+        def abandon() -> None:
+            if not pool.closed:
+                pool.withdraw(slot, None)
+
+        try:
+            await self._offload.run(copy, abandon)
+        except Exception:
+            abandon()  # after a cancellation, which is none, the thread goes on and calls it at its end
+            raise
+        if pool.closed:
+            raise CacheClosed("the cache was closed while a feature was copied")
+        return pool.publish(slot, ref.specs, None)

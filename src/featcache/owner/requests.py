@@ -1,0 +1,188 @@
+"""What sessions ask of a pool, done: lookups, claims, and slots that they write themselves."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from featcache.control import messages
+from featcache.control.dispatch import Wait
+from featcache.control.messages import Answer
+from featcache.core.put_queue import Request
+from featcache.core.slots import Slot
+from featcache.errors import SettingsError, StaleRef
+from featcache.owner.keys import Claim, Granted, Lookups, not_found
+from featcache.owner.sessions import Reaper
+from featcache.pool.page import Page
+from featcache.pool.pool import Pool, now
+from featcache.pool.writer import Writer
+from featcache.ref import FeatureRef
+from featcache.session.arguments import parse_readers
+
+
+class Desk:
+    """The server's `control.requests.Desk`. Nothing that a session says is taken on trust."""
+
+    def __init__(self, pool: Pool, writer: Writer, lookups: Lookups, reaper: Reaper) -> None:
+        self._pool = pool
+        self._writer = writer
+        self._lookups = lookups
+        self._reaper = reaper
+        self._wires: dict[int, tuple[FeatureRef, bytes]] = {}
+        """What is kept, in its wire form, by slot: as `Pool.kept`, with the very ref it is of."""
+        self._answers: dict[type, Callable[[int, Any], Answer | Wait]] = {
+            messages.Find: self._find,
+            messages.OfKey: self._of_key,
+            messages.Reserve: self._reserve,
+            messages.Publish: self._publish,
+            messages.Write: lambda _, ask: messages.Writable(ask.request),
+            messages.Discard: self._discard,
+            messages.Relay: lambda _, ask: self._relay(ask),
+            messages.HostPool: lambda _, ask: self._host_pool(ask),
+            messages.Upload: lambda session, ask: self._upload(ask, self._request(session, ask)),
+        }
+
+    def answer(self, session: int, ask: messages.Request) -> Answer | Wait:
+        """Do what is asked and return the answer, or what will."""
+        return self._answers[type(ask)](session, ask)
+
+    def note(self, session: int, note: messages.Unclaim | messages.Withdraw) -> None:
+        """Do what needs no answer."""
+        if isinstance(note, messages.Unclaim):
+            if self._pool.store.seekers.has(note.key, note.claim, session):
+                self._lookups.unclaim(Claim(note.key, note.claim))
+        else:
+            self._withdraw(session, note)
+
+    def _page(self, session: int) -> Page:
+        return self._pool.pages[session]
+
+    def _discard(self, _: int, ask: messages.Discard) -> Answer:
+        self._reaper.discard(ask.slot, ask.generation)
+        return messages.Reply(ask.request)
+
+    async def _relay(self, ask: messages.Relay) -> Answer:
+        return messages.Reply(ask.request, ref=await self._reaper.relays.encoded(ask.ref))
+
+    async def _host_pool(self, ask: messages.HostPool) -> Answer:
+        return messages.Reply(ask.request, text=await self._reaper.relays.endpoint())
+
+    async def _upload(self, ask: messages.Upload, request: Request) -> Answer:
+        ref = await self._reaper.relays.upload(ask.ref, request, wait=ask.waits)
+        return messages.Reply(ask.request, ref=ref)
+
+    # --- keys -------------------------------------------------------------------------------------
+
+    def _find(self, session: int, ask: messages.Find) -> Answer | Wait:
+        granted = self._lookups.find(ask.key, self._page(session))
+        if granted is not None:
+            return self._granted(ask.request, granted)
+        if not ask.waits and (not ask.makes or self._lookups.is_claimed(ask.key)):
+            raise not_found(ask.key)
+        return self._seek(session, ask)
+
+    async def _seek(self, session: int, ask: messages.Find) -> Answer:
+        found = await self._lookups.seek(ask.key, self._page(session), makes=ask.makes)
+        if isinstance(found, Claim):
+            return messages.MayMake(ask.request, found.number)
+        return self._granted(ask.request, found)
+
+    def _granted(self, request: int, granted: Granted) -> messages.Granted:
+        grant, ref = granted
+        known = self._wires.get(ref.slot)
+        if known is None or known[0] is not ref:  # a slot's next feature has another ref
+            known = self._wires[ref.slot] = ref, ref.to_bytes()
+        return messages.Granted(request, grant.index, grant.serial, known[1])
+
+    def _of_key(self, session: int, ask: messages.OfKey) -> Answer:
+        key, lookups, flag = ask.key, self._lookups, True
+        if ask.what == "contains":
+            flag = lookups.contains(key)
+        elif ask.what == "evict":
+            flag = lookups.evict(key)
+        elif ask.what == "pin":
+            lookups.pin(key, session)
+        else:
+            lookups.unpin(key, session)
+        return messages.Reply(ask.request, flag=flag)
+
+    # --- slots that sessions write ----------------------------------------------------------------
+
+    def _reserve(self, session: int, ask: messages.Reserve) -> Answer | Wait:
+        request = self._request(session, ask)
+        slot = self._writer.reserve(request)
+        if slot is not None:
+            self._writer.look_ahead()
+            return self._reserved(session, ask.request, slot)
+        return self._room(session, ask, request)
+
+    async def _room(self, session: int, ask: messages.Reserve, request: Request) -> Answer:
+        """Have the room that is not there yet; owner and sessions are served as they came."""
+        slot = await self._writer.room(request, None, wait=ask.waits)
+        return self._reserved(session, ask.request, slot)
+
+    def _request(self, session: int, ask: messages.Room) -> Request:
+        settings = self._pool.settings
+        least = 1 if ask.key is None else 0
+        self._pool.store.check_size(ask.nbytes)
+        readers = parse_readers(ask.readers, settings.readers, least=least)
+        return Request(ask.nbytes, readers, ask.ttl_s, ask.key, session)
+
+    def _reserved(self, session: int, request: int, slot: Slot) -> messages.Reserved:
+        self._page(session).reserved[slot.index] = slot
+        return messages.Reserved(request, slot.index, slot.generation, slot.offset_bytes)
+
+    def _taken(self, page: Page, index: int, generation: int) -> Slot:
+        slot = page.reserved.get(index)
+        if slot is None or slot.generation != generation:
+            raise StaleRef(f"slot {index}:{generation} is not this session's to publish")
+        return slot
+
+    def _publish(self, session: int, ask: messages.Publish) -> Answer:
+        """Let readers have what the session wrote; they see it once its word has landed."""
+        pool, page = self._pool, self._page(session)
+        slot = self._taken(page, ask.slot, ask.generation)
+        if len(ask.specs) > (most := pool.settings.tensors):
+            raise SettingsError(f"{len(ask.specs)} tensors: the pool's owner takes at most {most}")
+        # Raises MalformedRef for specs that no feature of this slot has.
+        FeatureRef(
+            *(pool.pool_id, pool.endpoint, slot.index, slot.generation),
+            *(slot.offset_bytes, slot.nbytes, ask.specs),
+        )
+        del page.reserved[slot.index]
+        pool.publish_from(slot, ask.specs, page)
+        return messages.Reply(ask.request)
+
+    def _withdraw(self, session: int, note: messages.Withdraw) -> None:
+        """Give up a slot; if the session's stream may still write it, not before it has."""
+        pool, page = self._pool, self._page(session)
+        slot = page.reserved.get(note.slot)
+        if slot is None or slot.generation != note.generation:
+            return
+        del page.reserved[slot.index]
+        if note.landed:
+            pool.apply(pool.store.abandon(slot, now()))
+        else:
+            pool.apply(pool.store.withdraw(slot, now()))
+            pool.landings.expect(slot, page)
+            pool.recycler.look_at(0.0)
+
+    def writable(self) -> Sequence[int]:
+        """Return what the slab is mapped for writing by."""
+        return self._pool.slab.write_descriptors()
+
+    # --- answers that did not arrive --------------------------------------------------------------
+
+    def take_back(self, session: int, answer: Answer) -> None:
+        """Undo what an answer handed over; a session that is gone has had it undone already."""
+        page = self._pool.pages.get(session)
+        if isinstance(answer, messages.MayMake):
+            for key, claim in self._pool.store.seekers.claims_of(session):
+                if claim == answer.claim:
+                    self._lookups.unclaim(Claim(key, claim))
+        elif page is None or self._pool.closed:
+            return
+        elif isinstance(answer, messages.Granted):
+            grant = page.grants.get(answer.index)
+            if grant is not None and grant.serial == answer.serial:
+                self._lookups.give_back(page, grant)
+        elif isinstance(answer, messages.Reserved):
+            self._withdraw(session, messages.Withdraw(answer.slot, answer.generation, landed=True))

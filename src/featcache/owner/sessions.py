@@ -1,0 +1,166 @@
+"""Sessions come and go: their pages, and who pays for the dead. The server's host."""
+
+import os
+from collections.abc import Awaitable, Sequence
+from typing import Protocol
+
+from featcache.control.credentials import own_pidfd
+from featcache.control.messages import VERSION, Welcome
+from featcache.control.peer import Session
+from featcache.core.effects import Effect
+from featcache.core.put_queue import Request
+from featcache.errors import AttachRefused, BackendUnavailable, MalformedRef
+from featcache.memory.slab import Segment
+from featcache.memory.words import SessionWords
+from featcache.pool.page import Page
+from featcache.pool.pool import Pool, now
+from featcache.ref import FeatureRef
+
+OWN_SESSION = 0
+"""The number of the owner's own session, which reads through the owner's mapping."""
+RELAY_SESSION = -1
+"""The number of what holds features while they are copied for others: the owner may have paid its own."""
+
+
+class Relays(Protocol):
+    """Copies between the slab and host memory. Refs are a peer's bytes, of which none is trusted."""
+
+    def encoded(self, data: bytes) -> Awaitable[bytes]:
+        """Copy a ref's bytes into host memory; return the copy's ref."""
+
+    def upload(self, data: bytes, request: Request, *, wait: bool) -> Awaitable[bytes]:
+        """Put what a ref of host memory has into the slab; return the new ref."""
+
+    def endpoint(self) -> Awaitable[str]:
+        """Return where the pool in host memory listens, which is opened for this if need be."""
+
+
+class Reaper:
+    """Admits sessions to a pool, folds what they paid when they end, pays for those that died."""
+
+    def __init__(self, pool: Pool, own_name: str | None) -> None:
+        self._pool = pool
+        self._own_name = own_name
+        self._pidfd = own_pidfd()
+        self.through_host: Relays | None = None
+        """What copies for sessions that can't reach the slab; a pool that is on the host has none."""
+        self.kin: list[Pool] = []
+        """The owner's other pools: what a dead name owed there is paid as well."""
+        self.spills = False
+        """Whether puts may go to the other pool."""
+        self.readers_lost = 0
+        self.discarded = 0
+
+    @property
+    def pool_name(self) -> str:
+        """The pool's id in hex."""
+        return self._pool.name
+
+    def admit(self, session: Session) -> tuple[Welcome, list[int]]:
+        """Make a session's page; return the welcome and the descriptors that go with it."""
+        pool = self._pool
+        if session.name is not None and session.name == self._own_name:
+            raise AttachRefused(f"the owner itself is named {session.name!r}")
+        page = self.open_page(session.number, session.name)
+        limits = pool.store.limits
+        welcome = Welcome(
+            version=VERSION,
+            pool_id=pool.pool_id,
+            session=session.number,
+            slots=limits.slots,
+            kind=pool.slab.kind,
+            device=pool.slab.device_name,
+            capacity_bytes=limits.capacity_bytes,
+            committed_bytes=pool.store.committed_bytes,
+            layout=pool.layout,
+            handle=pool.slab.handle,
+            relays=self.through_host is not None,
+            kin=self.kin[0].pool_id if self.kin else None,
+            kin_endpoint=self.kin[0].endpoint if self.spills else "",
+            endpoint=pool.endpoint,
+            grants=pool.settings.grants,
+            message_bytes=pool.settings.message_bytes,
+        )
+        own = [self._pidfd, pool.words_fd, page.fd, pool.recycler.eventfd]
+        return welcome, own + pool.slab.descriptors()
+
+    def segments(self) -> Sequence[Segment]:
+        """Return what of the slab is sent piece by piece."""
+        return self._pool.slab.segments(0, self._pool.store.committed_bytes)
+
+    @property
+    def relays(self) -> Relays:
+        """What copies for sessions that can't reach the slab, or raise BackendUnavailable."""
+        if self.through_host is None:
+            raise BackendUnavailable("this pool is in host memory already: read it, and put, there")
+        return self.through_host
+
+    def open_page(self, number: int, name: str | None) -> Page:
+        """Make the page of a session and begin to look at it."""
+        slots, grants = self._pool.store.limits.slots, self._pool.settings.grants
+        words, fd = SessionWords.create(slots, grants)
+        page = self._pool.pages[number] = Page(number, name, words, fd)
+        return page
+
+    def quarantine(self, session: Session) -> None:
+        """Let others make what a session without its socket was to: it could not publish it."""
+        store = self._pool.store
+        for key, claim in store.seekers.claims_of(session.number):
+            self._pool.apply(store.unclaim(key, claim))
+
+    def dismiss(self, session: Session, *, died: bool) -> int:
+        """Fold a session's page; if its process died, pay what it had begun and what its name owed."""
+        pool, now_s = self._pool, now()
+        # First, so that nothing is evicted for puts of its own that wait.
+        pool.apply(pool.store.end_session(session.number, now_s))
+        pool.collect()
+        page = pool.pages.pop(session.number)
+        paid, effects = 0, list[Effect]()
+        for grant in list(page.grants.values()):
+            effects += pool.store.pay_grant(page.take_back(grant).slot, now_s)
+            paid += died
+        effects += pool.forsake(page)
+        if died:
+            for slot in pool.store.table.in_use():
+                if page.holds(slot.index, slot.generation):
+                    owed = slot.unpaid
+                    effects += pool.store.pay(
+                        slot.index, slot.generation, page.session, page.name, now_s
+                    )
+                    paid += owed - slot.unpaid
+            if page.name is not None:
+                forgiven, more = pool.store.forgive(page.name, now_s)
+                paid += forgiven
+                effects += more
+                for other in self.kin:
+                    forgiven, more_there = other.store.forgive(page.name, now_s)
+                    paid += forgiven
+                    other.apply(more_there)
+            self.readers_lost += 1
+        page.close()
+        pool.apply(effects)
+        pool.collect()  # what the session held can go now
+        return paid
+
+    def discard(self, index: int, generation: int) -> None:
+        """Cancel what a ref still owes, or raise StaleRef."""
+        self._pool.apply(self._pool.store.revoke(index, generation, now()))
+        self.discarded += 1
+        if self._pool.store.queue:
+            self._pool.collect()  # what is kept under a key may be evicted now
+
+    def discard_ref(self, ref: FeatureRef) -> None:
+        """As `discard`, of a whole ref, or raise MalformedRef as a read of it does."""
+        store = self._pool.store
+        if ref.slot >= store.table.count:
+            raise MalformedRef(f"slot {ref.slot} of a pool with {store.table.count} slots")
+        slot = store.find(ref.slot, ref.generation)
+        if (slot.offset_bytes, slot.nbytes) != (ref.offset_bytes, ref.nbytes):
+            raise MalformedRef("the ref's extent is not its slot's: it was forged or damaged")
+        self.discard(ref.slot, ref.generation)
+
+    def close(self) -> None:
+        """Close the owner's pidfd."""
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1

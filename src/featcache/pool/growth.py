@@ -1,0 +1,154 @@
+"""A slab that grows and shrinks: segments made in a thread, announced to sessions, and given back."""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol
+
+from featcache import events
+from featcache.core.effects import Effect
+from featcache.core.store import Store
+from featcache.errors import BackendUnavailable
+from featcache.memory.slab import Segment, Slab
+from featcache.memory.words import Header
+from featcache.session.offload import Offload
+from featcache.settings import Settings
+
+now = time.monotonic
+
+
+class Sessions(Protocol):
+    """Who is told of the slab's size: the server."""
+
+    def announce(self, segments: Sequence[Segment]) -> None:
+        """Send every session the segments that were made."""
+
+    def retire(self, layout: int, end_bytes: int, timeout_s: float) -> Coroutine[Any, Any, int]:
+        """Have every session unmap from `end_bytes` on; awaited, tell how many have not in time."""
+
+
+class Growth:
+    """Carries out what one store decides of its slab's size."""
+
+    def __init__(
+        self,
+        pool_name: str,
+        slab: Slab,
+        store: Store,
+        header: memoryview,
+        settings: Settings,
+        offload: Offload,
+        apply: Callable[[Sequence[Effect]], None],
+    ) -> None:
+        """`header` is of the owner's words; `apply` carries out what the store decides then."""
+        self._pool_name = pool_name
+        self._slab = slab
+        self._store = store
+        self._header = header
+        self._settings = settings
+        self._offload = offload
+        self._apply = apply
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.sessions: Sessions | None = None
+        self.closed = False
+        self.under_way: asyncio.Task[None] | None = None
+        """A growth, until it is done."""
+
+    def grow(self, end_bytes: int) -> None:
+        """Commit memory up to `end_bytes`, in a thread."""
+        task = self.under_way = self._spawn(self._grow(end_bytes))
+        task.add_done_callback(self._grew)
+
+    def _grew(self, task: "asyncio.Task[None]") -> None:
+        if self.under_way is task:
+            self.under_way = None
+
+    def shrink(self, end_bytes: int, old_end_bytes: int) -> None:
+        """Give the memory from `end_bytes` on back, in a thread."""
+        self._spawn(self._shrink(end_bytes, old_end_bytes))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _grow(self, end_bytes: int) -> None:
+        start_bytes, slab = self._store.committed_bytes, self._slab
+        prefault = self._settings.prefault
+        try:
+            await self._offload.run(
+                lambda: slab.commit(start_bytes, end_bytes, prefault=prefault), lambda: None
+            )
+        except Exception as error:
+            self.grow_failed(end_bytes - start_bytes, error)
+            if not isinstance(error, MemoryError | OSError | BackendUnavailable):
+                raise  # a fault of ours, which must not be the end of growth
+        else:
+            self.grown(end_bytes)
+
+    def grown(self, end_bytes: int) -> None:
+        """Use what was committed up to `end_bytes`."""
+        if self.closed:
+            return
+        start_bytes = self._store.committed_bytes
+        added_bytes = end_bytes - start_bytes
+        self._header[Header.COMMITTED] = end_bytes
+        segments = self._slab.segments(start_bytes, end_bytes)
+        if segments and self.sessions is not None:
+            self.sessions.announce(segments)  # before any ref can lie there
+        self._apply(self._store.grown(end_bytes, now()))
+        events.emit(
+            events.SegmentsCommitted(
+                pool=self._pool_name, committed_bytes=end_bytes, added_bytes=added_bytes
+            )
+        )
+
+    def grow_failed(self, wanted_bytes: int, error: Exception) -> None:
+        """Go on at the present size; who waits goes on waiting."""
+        self._store.grow_failed(now())
+        events.emit(
+            events.CommitFailed(
+                pool=self._pool_name,
+                committed_bytes=self._store.committed_bytes,
+                wanted_bytes=wanted_bytes,
+                error=str(error),
+            )
+        )
+
+    async def _shrink(self, end_bytes: int, old_end_bytes: int) -> None:
+        slab, timeout_s = self._slab, self._settings.attach_timeout
+        retiring: Coroutine[Any, Any, int] | None = None
+        if self.sessions is not None and slab.segments(end_bytes, old_end_bytes):
+            # Before anything can be put where readers have the old segments mapped.
+            layout = self._header[Header.LAYOUT] = self._header[Header.LAYOUT] + 1
+            retiring = self.sessions.retire(layout, end_bytes, timeout_s)
+        try:
+            await self._offload.run(lambda: slab.decommit(end_bytes, old_end_bytes), lambda: None)
+        except (OSError, BackendUnavailable) as error:  # the slab tries again before it grows there
+            events.emit(
+                events.ReturnFailed(
+                    pool=self._pool_name, returned_bytes=old_end_bytes - end_bytes, error=str(error)
+                )
+            )
+        finally:
+            if not self.closed:
+                self._apply(self._store.shrunk(now()))
+        behind = 0 if retiring is None else await retiring
+        events.emit(
+            events.SegmentsReturned(
+                pool=self._pool_name,
+                committed_bytes=end_bytes,
+                returned_bytes=old_end_bytes - end_bytes,
+                mapped_in_sessions=behind,
+            )
+        )
+
+    async def drain(self) -> None:
+        """Wait for what is under way: a thread has the slab's descriptor in its hands."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def close(self) -> None:
+        """Change nothing any more, whatever a thread still does; let go of the words."""
+        self.closed = True
+        del self._header

@@ -1,0 +1,130 @@
+"""One session's words, as the owner reads them, and the grants and slots that it has."""
+
+import os
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from featcache.core.slots import Slot
+from featcache.errors import PoolFull
+from featcache.memory.words import SessionWords
+
+_WORD_BYTES: Final = 8
+
+
+class Grant(msgspec.Struct, frozen=True, gc=False):
+    """One read given out by key: `serial` in the word at `index` of the session's page pays it."""
+
+    index: int
+    serial: int
+    slot: Slot
+
+
+class Page:
+    """What a session holds, has released, written and was granted.
+
+    The values of its words are a peer's: they are compared, not trusted.
+    """
+
+    def __init__(self, session: int, name: str | None, words: SessionWords, fd: int) -> None:
+        self.session = session
+        self.name = name
+        self.fd = fd
+        self.words = words
+        self._held, self._released, self._written = words.held, words.released, words.written
+        self._now = words.released_array()
+        self._bytes = words.released.cast("B")
+        self._seen = np.zeros_like(self._now)
+        self._seen_bytes = b""
+        """The beginning of `_seen` that the last look went over."""
+        self._paid = words.granted_array()
+        self._paid_seen = np.zeros_like(self._paid)
+        self._serials = 0
+        self._spare = list(range(len(words.granted) - 1, -1, -1))
+        self._highest = 0
+        """One more than the highest index of a grant that was ever out."""
+        self.grants: dict[int, Grant] = {}
+        """Grants that are out, by index."""
+        self.reserved: dict[int, Slot] = {}
+        """Slots that it is to write and has not published yet, by index."""
+
+    def news(self, high: int) -> list[tuple[int, int]]:
+        """Return (slot, generation) for each `released` word that changed since the last call."""
+        if self._bytes[: high * _WORD_BYTES].tobytes() == self._seen_bytes:
+            return []  # most sessions at most looks: a compare of words takes several times as long
+        changed = (self._now[:high] != self._seen[:high]).nonzero()[0]
+        values = self._now[changed]
+        self._seen[changed] = values
+        self._seen_bytes = self._seen[:high].tobytes()
+        return list(zip(changed.tolist(), values.tolist(), strict=True))
+
+    def holds(self, index: int, generation: int) -> bool:
+        """Whether the session may be reading these bytes now."""
+        return self._held[index] == generation and self._released[index] != generation
+
+    def not_held(self, slots: list[Slot]) -> list[Slot]:
+        """Return those of the slots that it does not hold, as `holds` says of each."""
+        held, released = self._held, self._released
+        return [
+            slot
+            for slot in slots
+            if held[slot.index] != slot.generation or released[slot.index] == slot.generation
+        ]
+
+    def has_written(self, index: int, generation: int) -> bool:
+        """Whether the bytes that the session was to write there have landed."""
+        return self._written[index] == generation
+
+    # --- grants -----------------------------------------------------------------------------------
+
+    @property
+    def can_grant(self) -> bool:
+        """Whether another grant can be out."""
+        return bool(self._spare)
+
+    def check_can_grant(self) -> None:
+        """Raise PoolFull if no other grant can be out."""
+        if not self._spare:
+            raise PoolFull(
+                f"this session has {len(self.grants)} reads by key out, the bound: end some of them, "
+                "or raise Settings.grants"
+            )
+
+    def grant(self, slot: Slot) -> Grant:
+        """Give out a read, lowest indices first: words beyond the highest are never looked at."""
+        self.check_can_grant()
+        self._serials += 1
+        grant = Grant(self._spare.pop(), self._serials, slot)
+        self.grants[grant.index] = grant
+        self._highest = max(self._highest, grant.index + 1)
+        return grant
+
+    def paid_grants(self) -> list[Grant]:
+        """Return the grants that were paid since the last call; they are out no more."""
+        if not self.grants:
+            return []
+        high = self._highest
+        changed = (self._paid[:high] != self._paid_seen[:high]).nonzero()[0]
+        if not changed.size:
+            return []
+        values = self._paid[changed]
+        self._paid_seen[changed] = values
+        paid: list[Grant] = []
+        for index, serial in zip(changed.tolist(), values.tolist(), strict=True):
+            grant = self.grants.get(index)
+            if grant is not None and grant.serial == serial:
+                paid.append(self.take_back(grant))
+        return paid
+
+    def take_back(self, grant: Grant) -> Grant:
+        """Count a grant as out no more, and return it."""
+        del self.grants[grant.index]
+        self._spare.append(grant.index)
+        return grant
+
+    def close(self) -> None:
+        """Close the descriptor; the mapping goes with the object."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

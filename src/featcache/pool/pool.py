@@ -1,0 +1,394 @@
+"""The owner: the store's decisions carried out on a slab and its words."""
+
+import asyncio
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from featcache import events
+from featcache.core.effects import (
+    Effect,
+    Evicted,
+    Expired,
+    Found,
+    Grow,
+    Limits,
+    MayMake,
+    Retired,
+    Woken,
+)
+from featcache.core.keyed_store import KeyedStore, key_label
+from featcache.core.put_queue import Request
+from featcache.core.slots import Slot, SlotState
+from featcache.errors import BackendUnavailable, CacheClosed
+from featcache.memory.slab import Order, Slab
+from featcache.memory.words import Header, OwnerWords, fence_full
+from featcache.pool.growth import Growth
+from featcache.pool.page import Page
+from featcache.pool.pending_writes import Landings
+from featcache.pool.pressure import Gauge
+from featcache.pool.recycler import Recycler
+from featcache.ref import FeatureRef, TensorSpec
+from featcache.session.offload import Offload
+from featcache.settings import Settings
+
+now: Final[Callable[[], float]] = time.monotonic
+"""The clock of everything in a pool."""
+_MOST_UNRUNG: Final = 16
+_BUSY_S: Final = 0.004
+
+
+class Pool:
+    """One slab, its store and words, in the event loop that opened it."""
+
+    def __init__(self, slab: Slab, limits: Limits, settings: Settings, offload: Offload) -> None:
+        self.pool_id = secrets.token_bytes(16)
+        self.endpoint = ""
+        self.slab = slab
+        self.settings = settings
+        self.offload = offload
+        self.closed = False
+        self.loop = asyncio.get_running_loop()
+        self.store = KeyedStore(limits)
+        self.store.allocator.grow(limits.initial_bytes)
+        self.words, self.words_fd = OwnerWords.create(limits.slots)
+        try:
+            self.complete = slab.adopt(self.words, self.words.published)
+            """The `published` words as the slab signals them."""
+        except BaseException:
+            os.close(self.words_fd)
+            raise
+        self.growth = Growth(
+            *(self.name, slab, self.store, self.words.header, settings, offload, self.apply)
+        )
+        self.pages: dict[int, Page] = {}
+        """What sessions say they hold, have released and have written, by session number."""
+        self.kept: dict[int, FeatureRef] = {}
+        """Refs of what is kept under keys, by slot; a slot's old one stays until it has a new one."""
+        self.landings = Landings(self.words.published, self._hurry)
+        self.recycler = Recycler(
+            self.collect, self._tick, settings.recycle_interval, deferred=slab.deferred
+        )
+        self.gauge = Gauge(self.name, self.store, settings)
+        self.reads_paid = 0
+        self.put_bytes = 0
+        """Bytes asked for since the last look at what was released; a small put counts for more."""
+        self._expiries = events.Throttle(settings.log_interval, burst=256)
+        self._evictions = events.Throttle(settings.log_interval, burst=16)
+        self._ring_at_now = 0
+        self._busy_until_s = float("-inf")
+        self.words.header[Header.CAPACITY] = limits.capacity_bytes
+        self._publish_gauges()
+
+    @property
+    def name(self) -> str:
+        """The pool's id in hex, as events name it."""
+        return self.pool_id.hex()
+
+    def check_open(self) -> None:
+        """Raise CacheClosed if it is closed."""
+        if self.closed:
+            raise CacheClosed("the cache was closed")
+
+    @property
+    def layout(self) -> int:
+        """How often segments of the slab were taken away."""
+        return self.words.header[Header.LAYOUT]
+
+    def publish(self, slot: Slot, specs: tuple[TensorSpec, ...], order: Order) -> FeatureRef:
+        """Let readers have a slot whose bytes were written, or will be at `order`; return its ref."""
+        if self.closed:
+            raise CacheClosed("the cache was closed while this put was copying")
+        self.slab.signal(self.complete, slot.index, slot.generation, order)
+        return self.announce(slot, specs, now())
+
+    def publish_from(self, slot: Slot, specs: tuple[TensorSpec, ...], page: Page) -> FeatureRef:
+        """Let readers have a slot that a session wrote, or whose stream will have; return its ref."""
+        self.landings.expect(slot, page)
+        return self.announce(slot, specs, now())
+
+    def announce(self, slot: Slot, specs: tuple[TensorSpec, ...], now_s: float) -> FeatureRef:
+        """Let readers have a slot whose `published` word was asked for; return its ref."""
+        store, gauge, extent = self.store, self.gauge, slot.extent
+        assert extent is not None, "it is reserved"
+        index, generation, nbytes = slot.index, slot.generation, slot.nbytes
+        offset_bytes = extent.offset_bytes
+        self.words.entitle(index, generation, offset_bytes, nbytes)
+        effects = store.publish(slot, now_s)
+        if effects:
+            self.apply(effects)
+        elif (
+            store.allocator.used_bytes >= gauge.calm_bytes
+            or store.queue.count
+            or self._ring_at_now
+            or not gauge.is_normal
+        ):
+            self._observe()  # else it would find nothing new
+        ref = FeatureRef(
+            self.pool_id, self.endpoint, index, generation, offset_bytes, nbytes, specs
+        )
+        if slot.key is not None:
+            self.kept[index] = ref
+            if store.queue.count:
+                self.collect()  # who waits may have the room of what can be evicted now
+        return ref
+
+    def withdraw(self, slot: Slot, order: Order) -> None:
+        """Give a slot up whose put failed. On a GPU some of its bytes may still be on their way."""
+        if self.closed:
+            return
+        if self.slab.deferred and order is not None:
+            with contextlib.suppress(
+                BackendUnavailable
+            ):  # a broken context: nothing comes any more
+                self.slab.signal(self.complete, slot.index, slot.generation, order)
+                self.apply(self.store.withdraw(slot, now()))
+                self.recycler.look_at(0.0)
+                return
+        self.apply(self.store.abandon(slot, now()))
+
+    @property
+    def settled(self) -> bool:
+        """Whether every put of the owner's is where it belongs: nothing is on a stream of its own."""
+        published = self.words.published
+        return all(
+            published[slot.index] == slot.generation
+            for slot in self.store.table.in_use()
+            if slot.state is not SlotState.RESERVED and not self.landings.concerns(slot)
+        )
+
+    # --- carrying out ---------------------------------------------------------------------------
+
+    def apply(self, effects: Sequence[Effect]) -> None:
+        """Carry out what the store decided."""
+        due_now = False
+        for effect in effects:
+            if type(effect) is Retired:
+                slot = effect.slot
+                self.words.live[slot.index] = 0
+                if slot.due_s > slot.retired_s:
+                    self.recycler.look_at(slot.due_s - slot.retired_s)
+                else:
+                    due_now = True
+            elif type(effect) is Woken:
+                self._wake(effect.waiter.tag)
+            elif type(effect) is Found or type(effect) is MayMake:
+                self._wake(effect.seeker.tag)
+            elif type(effect) is Expired:
+                self._report_expiry(effect)
+            elif type(effect) is Evicted:
+                self._report_eviction(effect)
+            elif type(effect) is Grow:
+                self.growth.grow(effect.end_bytes)
+        if due_now:
+            self._reclaim(now())
+        self._observe()
+
+    def _report_eviction(self, evicted: Evicted) -> None:
+        unlogged = self._evictions.pass_(now())
+        if unlogged is not None:
+            events.emit(
+                events.KeyEvicted(
+                    pool=self.name,
+                    key=key_label(evicted.key)[:64],
+                    nbytes=evicted.nbytes,
+                    unused_s=evicted.unused_s,
+                    cause=evicted.cause,
+                    unlogged=unlogged,
+                )
+            )
+
+    def _report_expiry(self, expired: Expired) -> None:
+        unlogged = self._expiries.pass_(now())
+        if unlogged is not None:
+            events.emit(
+                events.RefExpired(
+                    pool=self.name,
+                    ref=expired.label,
+                    nbytes=expired.nbytes,
+                    age_s=expired.age_s,
+                    owed_by=expired.owed_by,
+                    unlogged=unlogged,
+                )
+            )
+
+    @staticmethod
+    def _wake(future: object) -> None:
+        assert isinstance(future, asyncio.Future), "who waits is tagged with its future"
+        if not future.done():
+            future.set_result(None)
+
+    def _observe(self) -> None:
+        """Tell readers whether to ring, and follow the pressure."""
+        ring_at = self._ring_at() if self.store.queue.count else 0
+        if ring_at != self._ring_at_now:
+            self._ring_at_now = self.words.header[Header.WAITING] = ring_at
+            self._hurry()
+        self.gauge.observe()
+
+    def _hurry(self) -> None:
+        self.recycler.hurry(self._ring_at_now > 0 or bool(self.landings))
+
+    def _ring_at(self) -> int:
+        """Return at which release of its own each session is to ring.
+
+        Waking this process for each of a stream of releases would cost more than the features
+        themselves, and a quarter of what is out keeps the readers busy meanwhile. So while releases
+        stream in they ring rarely, and the timer, at a millisecond then, catches the rest; when a
+        look finds none, each rings again.
+        """
+        if now() >= self._busy_until_s:
+            return 1
+        return max(1, min(_MOST_UNRUNG, len(self.store.owing) // 4))
+
+    def collect(self) -> None:
+        """Count what sessions released since the last look, and take back what nobody owes."""
+        now_s = now()
+        self.put_bytes = 0
+        high = self.store.table.high
+        fence_full()  # after `waiting` was set, before the released words are looked at
+        effects: list[Effect] = []
+        for page in self.pages.values():
+            if news := page.news(high):
+                self._busy_until_s = now_s + _BUSY_S
+                self.reads_paid += len(news)
+                effects += self.store.pay_all(news, page.session, page.name, now_s)
+            if page.grants:
+                for grant in page.paid_grants():
+                    self.reads_paid += 1
+                    effects += self.store.pay_grant(grant.slot, now_s)
+        if effects:
+            self.apply(effects)
+        if self.landings:
+            self.landings.look()
+        self._reclaim(now_s)
+        while (head := self.store.queue.head) is not None and self.make_room(head.request):
+            pass
+
+    def make_room(self, request: Request) -> bool:
+        """Evict for a request, if that is the way to room for it; return whether anything went."""
+        effects = self.store.evict_for(request, self.is_held, now())
+        self.apply(effects)
+        return bool(effects)
+
+    def is_held(self, slot: Slot) -> bool:
+        """Whether a session reads a slot's bytes by a ref now, or they are yet to come.
+
+        What is evicted before its bytes have come makes no room until they have.
+        """
+        index, generation = slot.index, slot.generation
+        return self.words.published[index] != generation or any(
+            page.holds(index, generation) for page in self.pages.values()
+        )
+
+    def forsake(self, page: Page) -> list[Effect]:
+        """Give up what a session that ended was to write and has not."""
+        effects: list[Effect] = []
+        now_s = now()
+        for index, generation in self.landings.forsake(page):
+            slot = self.store.table.find(index, generation)
+            if slot is not None and slot.state is SlotState.PUBLISHED:
+                effects += self.store.forsake(slot, now_s)
+        for slot in page.reserved.values():
+            effects += self.store.abandon(slot, now_s)
+        page.reserved.clear()
+        return effects
+
+    def _reclaim(self, now_s: float) -> None:
+        due = self.store.due(now_s)
+        if not due:
+            return
+        fence_full()  # after `live` was cleared, before the holds are looked at
+        published = self.words.published
+        ready = [
+            slot
+            for slot in due
+            # What was taken back before its bytes came would get them after its next tenant's.
+            if published[slot.index] == slot.generation or self.landings.forsook(slot)
+        ]
+        for page in self.pages.values():
+            ready = page.not_held(ready)
+        if ready:
+            self.apply(self.store.recycle(ready, now_s))
+
+    def _tick(self) -> bool:
+        """Do what time alone brings about; return whether releases stream in."""
+        now_s = now()
+        if expired := self.store.expire(now_s):
+            self.apply(expired)
+        self.collect()
+        self.apply(self.store.trim(self.is_held, now_s))
+        if self.store.queue:
+            self.apply(self.store.serve(now_s))  # a growth that failed may be tried again
+            if self._ring_at_now == 1:
+                self.collect()  # what was released, and not rung, before this was asked for
+        old_end_bytes = self.store.committed_bytes
+        if (end_bytes := self.store.shrink(now_s)) is not None:
+            self.growth.shrink(end_bytes, old_end_bytes)
+        self.apply(self.store.compact(self.is_held, now_s))
+        self.gauge.report(now_s)
+        self._publish_gauges()
+        return now_s < self._busy_until_s
+
+    def _publish_gauges(self) -> None:
+        store, header = self.store, self.words.header
+        header[Header.COMMITTED] = store.committed_bytes
+        header[Header.USED] = store.allocator.used_bytes
+        header[Header.SLOTS_USED] = store.table.used
+        header[Header.WAITERS] = len(store.queue)
+        header[Header.WAITING_BYTES] = store.queue.waiting_bytes
+        header[Header.LARGEST_FREE] = store.largest_free_bytes
+        header[Header.KEYS] = len(store.directory)
+        header[Header.RESIDENT] = store.directory.resident_bytes
+        header[Header.PINNED] = store.directory.pinned_bytes
+        header[Header.EVICTED] = store.evicted
+
+    # --- the end --------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Take no more puts, and fail who waits."""
+        self.closed = self.growth.closed = True
+        error = CacheClosed("the cache was closed")
+        while (waiter := self.store.queue.head) is not None:
+            self.store.queue.drop(waiter)
+            self._fail(waiter.tag, error)
+        for seeker in self.store.seekers.waiting():
+            self._fail(seeker.tag, error)
+        self.gauge.close(error)
+
+    def close(self) -> None:
+        """Let go of everything but the slab. What a thread still copies keeps the mapping."""
+        self.stop()
+        self.growth.close()
+        self.recycler.close()
+        for page in self.pages.values():
+            page.close()
+        self.pages.clear()
+        os.close(self.words_fd)
+        self.landings.close()
+        del self.words, self.complete  # unmapped now, not when the collector of cycles comes by
+
+    def forget(self) -> None:
+        """Drop descriptors and mappings in a forked child; the parent's pool is not touched.
+
+        The words go by hand: the child's copy of the loop keeps this object.
+        """
+        self.growth.close()
+        self.landings.close()
+        del self.words, self.complete
+        self.closed = True
+        self.recycler.forget()
+        for page in self.pages.values():
+            page.close()
+        self.pages.clear()
+        os.close(self.words_fd)
+        self.slab.forget()
+
+    @staticmethod
+    def _fail(future: object, error: Exception) -> None:
+        assert isinstance(future, asyncio.Future), "who waits is tagged with its future"
+        if not future.done():
+            future.set_exception(error)

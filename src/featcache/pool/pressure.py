@@ -1,0 +1,142 @@
+"""The pool's pressure: observed at each change of use, reported at a bounded rate, awaitable."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+
+from featcache import events
+from featcache.core.keyed_store import KeyedStore
+from featcache.core.pressure import ALWAYS_NORMAL, PressureGauge, PressureLevel
+from featcache.errors import CacheClosed, GetTimeout, SettingsError
+from featcache.settings import Settings, parse_timeout
+
+_NORMAL = PressureLevel.NORMAL
+
+
+class Gauge:
+    """Keeps the level of one store, emits `PoolPressure`, wakes who awaits a lower level."""
+
+    def __init__(self, pool_name: str, store: KeyedStore, settings: Settings) -> None:
+        self._pool_name = pool_name
+        self._store = store
+        self._gauge = PressureGauge(settings.log_interval, settings.pressure_interval)
+        self.calm_bytes = int(store.limits.capacity_bytes * ALWAYS_NORMAL)
+        """Below this use, with nobody waiting, a level that is normal stays so: no need to observe."""
+        self.is_normal = True
+        """Whether the level is, for who would save the call."""
+        self._awaiting: dict[asyncio.Future[None], PressureLevel] = {}
+
+    @property
+    def level(self) -> PressureLevel:
+        """The level now."""
+        return self._gauge.level
+
+    def observe(self) -> None:
+        """Follow the store. Cheap when nothing changed: it runs at every put."""
+        store = self._store
+        used_bytes = store.wanted_bytes
+        if used_bytes < self.calm_bytes and not store.queue and self._gauge.level is _NORMAL:
+            return
+        if self._gauge.observe(used_bytes, store.limits.capacity_bytes, store.crowded):
+            self.is_normal = self._gauge.level is _NORMAL
+            self._wake()
+
+    def report(self, now_s: float) -> None:
+        """Emit an event if one is due."""
+        previous = self._gauge.due(now_s)
+        if previous is not None:
+            events.emit(events.PoolPressure(**self._facts(now_s), previous=previous.value))
+
+    async def below(self, level: PressureLevel) -> None:
+        """Return once the level is lower than `level`."""
+        while self._gauge.level.rank >= level.rank:
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._awaiting[future] = level
+            try:
+                await future
+            finally:
+                self._awaiting.pop(future, None)
+
+    def close(self, error: Exception) -> None:
+        """Let nobody wait for a level that can't come."""
+        for future in self._awaiting:
+            if not future.done():
+                future.set_exception(error)
+
+    def _wake(self) -> None:
+        for future, level in self._awaiting.items():
+            if self._gauge.level.rank < level.rank and not future.done():
+                future.set_result(None)
+
+    def _facts(self, now_s: float) -> dict[str, Any]:
+        store = self._store
+        oldest = next(iter(store.owing.values()), None)
+        return {
+            "pool": self._pool_name,
+            "level": self._gauge.level.value,
+            "capacity_bytes": store.limits.capacity_bytes,
+            "committed_bytes": store.committed_bytes,
+            "used_bytes": store.allocator.used_bytes,
+            "free_bytes": store.free_bytes,
+            "largest_free_bytes": store.largest_free_bytes,
+            "slots": store.table.count,
+            "slots_used": store.table.used,
+            "waiters": len(store.queue),
+            "waiting_bytes": store.queue.waiting_bytes,
+            "resident_bytes": store.directory.resident_bytes,
+            "pinned_bytes": store.directory.pinned_bytes,
+            "oldest_ref": None if oldest is None else oldest.label,
+            "oldest_age_s": 0.0 if oldest is None else now_s - oldest.born_s,
+            "oldest_owed_by": 0 if oldest is None else oldest.owed_by,
+        }
+
+
+class Pressure:
+    """The pool's pressure, as users see it: the level now, and a way to await a lower one.
+
+    ``await cache.pressure.below("high")`` before taking on work is admission control.
+    """
+
+    def __init__(self, gauge: Callable[[], Gauge]) -> None:
+        self._gauge = gauge
+
+    @property
+    def level(self) -> PressureLevel:
+        """``normal``, ``elevated`` (75 % used), ``high`` (90 %) or ``exhausted`` (a put waits)."""
+        return self._gauge().level
+
+    async def below(self, level: PressureLevel | str, *, timeout: float | None = None) -> None:
+        """Return once the level is lower than `level`, at once if it is so now.
+
+        Args:
+            level: any level but ``normal``, below which there is none.
+            timeout: seconds to wait at most; None is for ever.
+
+        Raises:
+            SettingsError: no such level, or no such time.
+            GetTimeout: the level did not fall in time.
+            CacheClosed: the cache was closed meanwhile.
+
+        """
+        try:
+            wanted = PressureLevel(level)
+        except ValueError:
+            raise SettingsError(
+                f"level={level!r} is none of {[str(known) for known in PressureLevel]}"
+            ) from None
+        timeout_s = parse_timeout(timeout)
+        if wanted is PressureLevel.NORMAL:
+            raise SettingsError("no level is below 'normal'")
+        try:
+            with anyio.fail_after(timeout_s):
+                await self._gauge().below(wanted)
+        except TimeoutError:
+            raise GetTimeout(f"pressure stayed at {self.level} for {timeout_s} s") from None
+
+    def __repr__(self) -> str:
+        try:
+            return f"<Pressure {self.level.value}>"
+        except CacheClosed:
+            return "<Pressure of a closed cache>"

@@ -1,0 +1,86 @@
+"""When to look: at a ring, at a due time, at an interval. What a look does is the pool's."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable
+
+_FIRST_DELAY_S = 0.001
+
+
+class Recycler:
+    """Calls `collect` when readers ring, and `tick` on a timer; both run in the loop.
+
+    While somebody waits for room the timer starts at a millisecond. On a host slab the ring comes
+    after the word, so the timer is only the net under a missed ring, and backs off as soon as a tick
+    says that releases do not stream in. Where words come `deferred` (a GPU's stream writes them after
+    the CPU rang) it stays at a millisecond.
+    """
+
+    def __init__(
+        self,
+        collect: Callable[[], object],
+        tick: Callable[[], bool],
+        interval_s: float,
+        *,
+        deferred: bool,
+    ) -> None:
+        self._collect = collect
+        self._tick = tick
+        self._interval_s = interval_s
+        self._growth = 1.0 if deferred else 2.0
+        self._delay_s = interval_s
+        self._hurried = False
+        self._busy = True
+        self._loop = asyncio.get_running_loop()
+        self.eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._timer = self._loop.call_later(interval_s, self._on_timer)
+        self._dues: set[asyncio.TimerHandle] = set()
+        self._loop.add_reader(self.eventfd, self._on_ring)
+
+    def hurry(self, waiting: bool) -> None:
+        """Follow whether somebody waits: look soon, or fall back to the interval."""
+        if waiting == self._hurried:
+            return
+        self._hurried = self._busy = waiting
+        if waiting:
+            self._delay_s = min(_FIRST_DELAY_S, self._interval_s)
+            self._timer.cancel()
+            self._timer = self._loop.call_later(self._delay_s, self._on_timer)
+        else:
+            self._delay_s = self._interval_s
+
+    def look_at(self, delay_s: float) -> None:
+        """Look once more after `delay_s`: a grace period will have passed."""
+
+        def look() -> None:
+            self._dues.discard(handle)
+            self._collect()
+
+        handle = self._loop.call_later(delay_s, look)
+        self._dues.add(handle)
+
+    def _on_ring(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.eventfd)
+        self._collect()
+
+    def _on_timer(self) -> None:
+        # Armed again before the work, so that a tick that raises is not the last (psycopg_pool).
+        if self._hurried:
+            growth = 1.0 if self._busy else self._growth
+            self._delay_s = min(self._delay_s * growth, self._interval_s)
+        self._timer = self._loop.call_later(self._delay_s, self._on_timer)
+        self._busy = self._tick()
+
+    def close(self) -> None:
+        """Stop looking."""
+        self._timer.cancel()
+        for handle in self._dues:
+            handle.cancel()
+        self._loop.remove_reader(self.eventfd)
+        os.close(self.eventfd)
+
+    def forget(self) -> None:
+        """Drop the descriptor in a forked child."""
+        os.close(self.eventfd)

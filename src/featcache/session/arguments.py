@@ -1,0 +1,92 @@
+"""What a put asks for and what a key is: arguments made sense of, the same for owners and clients."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final, TypeAlias
+
+from featcache.core.put_queue import Request
+from featcache.errors import KeyTimeout, SettingsError
+from featcache.memory.pack import MAX_NAME, Packed, is_name, pack
+from featcache.ref import TensorSpec
+from featcache.settings import MAX_KEY_BYTES, Settings, parse_seconds
+
+TTL_DEFAULT: Final[Any] = ...
+"""Stands for "as the settings say", since None means "never"."""
+
+AT_ONCE_S: Final = 5.0
+"""Seconds that an owner may take to answer who does not want to wait: it may be busy, or stopped."""
+
+Ask: TypeAlias = tuple[Request, tuple[TensorSpec, ...], Packed]
+"""What a put asks for, its specs, and the tensors that it brings."""
+
+
+def key_bytes(key: Any) -> bytes:
+    """Return a key as the directory has it: a str is its UTF-8.
+
+    Raises:
+        SettingsError: neither str nor bytes, empty, or of more than `MAX_KEY_BYTES` bytes.
+
+    """
+    if isinstance(key, str):
+        key = key.encode("utf-8", "surrogatepass")
+    if not isinstance(key, bytes):
+        raise SettingsError(f"a key is a str or bytes, not {type(key).__name__}")
+    if not 1 <= len(key) <= MAX_KEY_BYTES:
+        raise SettingsError(
+            f"a key has 1 to {MAX_KEY_BYTES} bytes, not {len(key)}: hash what is longer"
+        )
+    return key
+
+
+def check_on_full(on_full: Any) -> None:
+    """Raise SettingsError for what a put can't do when there is no room."""
+    if not isinstance(on_full, str) or on_full not in {"wait", "raise", "spill"}:
+        raise SettingsError(f"on_full={on_full!r} is none of 'wait', 'raise', 'spill'")
+
+
+def check_make(make: Callable[[], Any]) -> None:
+    """Raise SettingsError for what `get_or_put` could not call."""
+    if not callable(make):
+        raise SettingsError(
+            f"make is a function that returns the feature, not {type(make).__name__}"
+        )
+
+
+def key_timeout(label: str, timeout_s: float) -> KeyTimeout:
+    """Return the error of who waited for a key for nothing."""
+    return KeyTimeout(f"nothing came under {label[:64]!r} within {timeout_s} s")
+
+
+def ask(feature: Any, readers: Any, ttl: Any, key: Any, settings: Settings) -> Ask:
+    """Return what a put asks for, or raise SettingsError.
+
+    `readers` left out (``...``) is one read, or none of a feature that is kept under a key.
+    """
+    specs, packed, nbytes = pack(feature, settings.tensors)
+    if ttl is TTL_DEFAULT:
+        ttl_s = settings.ttl
+    else:
+        ttl_s = None if ttl is None else parse_seconds(ttl, "ttl", exclusive=True)
+    kept = None if key is None else key_bytes(key)
+    if readers is ...:
+        readers = 1 if kept is None else 0
+    elif type(readers) is not int or not 0 < readers <= settings.readers:
+        readers = parse_readers(readers, settings.readers, least=1 if kept is None else 0)
+    return Request(nbytes, readers, ttl_s, kept), specs, packed
+
+
+def parse_readers(readers: Any, most: int, *, least: int) -> int | frozenset[str]:
+    """Return a count of reads, or the names of those who owe them, or raise SettingsError."""
+    if isinstance(readers, int) and not isinstance(readers, bool):
+        if not least <= readers <= most:
+            raise SettingsError(f"readers={readers} is out of range: {least} to {most}")
+        return readers
+    if isinstance(readers, str | bytes) or not isinstance(readers, Iterable):
+        raise SettingsError(f"readers={readers!r} is neither a count nor names of readers")
+    names = list(readers)
+    if not all(is_name(name) for name in names):
+        raise SettingsError(
+            f"names of readers are str of 1 to {MAX_NAME} characters that UTF-8 has"
+        )
+    if not 1 <= len(names) <= most or len(set(names)) != len(names):
+        raise SettingsError(f"readers={names[:8]!r}: 1 to {most} names, each of them once")
+    return frozenset(names)
