@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from support.leaks import difference, endpoint_files, mapped_memfds, open_descriptors, threads_ended
+from support.slabs import PLACES, Place, Slab, check_devices, slab_params, warm_up_gpus
 
 # A time limit on one example says more about the machine than about the code.
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=50)
@@ -80,3 +81,22 @@ def no_leaks(runtime_dir: Path) -> Iterator[None]:
     after = state()
     changes = {kind: difference(before[kind], after[kind]) for kind in before}
     assert not any(changes.values()), f"not as before the test (+ left, - lost): {changes}"
+
+
+@pytest.fixture(params=slab_params("host", "vmm", "ipc"))
+def slab(request: pytest.FixtureRequest) -> Slab:
+    """A kind of slab; those on a GPU are skipped where there is none."""
+    found: Slab = request.param
+    if found.kind != "host":
+        warm_up_gpus()
+    return found
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest) -> Place:
+    """A kind of slab and who reads it."""
+    found: Place = request.param
+    check_devices(found)
+    if torch.cuda.is_available():
+        warm_up_gpus()
+    return found

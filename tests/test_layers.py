@@ -1,4 +1,4 @@
-"""Imports point down only, and a few modules stay free of what they must not know.
+"""A module imports from its own room and from rooms on lower floors; rooms on one floor never meet.
 
 The tables below are the rules. Imports under TYPE_CHECKING do not count; imports inside functions
 do, and so do importlib.import_module and __import__ with a literal name.
@@ -18,76 +18,30 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 PACKAGE = "featcache"
 
+# The floors, from the top; on each, its rooms. A room is a folder, or the modules at the root that
+# are named here.
+FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
+    (("featcache", "featcache.__main__"),),
+    (("featcache.blocking", "featcache.blocking.*"),),
+    (("featcache.api", "featcache.api.*"),),
+    (("featcache.owner", "featcache.owner.*"),),
+    (("featcache.pool", "featcache.pool.*"), ("featcache.client", "featcache.client.*")),
+    (("featcache.session", "featcache.session.*"),),
+    (("featcache.memory", "featcache.memory.*"), ("featcache.control", "featcache.control.*")),
+    (("featcache.core", "featcache.core.*"),),
+    (tuple(f"featcache.{name}" for name in ("errors", "events", "ref", "settings", "statistics")),),
+)
+
+ROOMS = tuple((floor, names) for floor, rooms in enumerate(FLOORS) for names in rooms)
+CORE, MEMORY, ROOT = FLOORS[7][0], FLOORS[6][0], FLOORS[8][0]
+NAMED = frozenset(name for _, names in ROOMS for name in names if "*" not in name)
+
 Rules = dict[tuple[str, ...], tuple[str, ...]]  # for these modules: these others
-
-# Top to bottom. A module imports from lower layers only. The first pattern that matches counts;
-# a module that none matches is an error, so that a new one is given its place here.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("featcache", "featcache.__main__", "featcache.blocking", "featcache.cli"),
-    ("featcache.blocking_by_key", "featcache.cache"),
-    ("featcache.feature_cache", "featcache.feature_client"),
-    ("featcache.opened", "featcache.remote_puts"),
-    ("featcache.relay", "featcache.remote_upload"),
-    (
-        "featcache.reads",
-        "featcache.serving",
-        "featcache.remote_writer",
-        "featcache.content",
-    ),
-    ("featcache.by_key", "featcache.own_keys", "featcache.remote_keys", "featcache.desk"),
-    ("featcache.borrow", "featcache.own_pool", "featcache.lookups", "featcache.single_flight"),
-    ("featcache.writer", "featcache.reaper", "featcache.handles"),
-    ("featcache.pool", "featcache.reader", "featcache.handle"),
-    ("featcache.asks", "featcache.copying"),
-    ("featcache.granted",),
-    ("featcache.growth", "featcache.landings", "featcache.spills"),
-    ("featcache.gauge", "featcache.page", "featcache.recycler", "featcache.attachment"),
-    ("featcache.holds", "featcache.bell"),
-    ("featcache.control", "featcache.control.*"),
-    ("featcache.memory", "featcache.memory.*"),
-    ("featcache.core", "featcache.core.*"),
-    (
-        *("featcache.errors", "featcache.settings", "featcache.ref", "featcache.events"),
-        *("featcache.statistics", "featcache._*"),
-    ),
-)
-
-# Layers whose modules may import each other; no cycle may come of it.
-OPEN_LAYERS = {15, 16, 17, 18}
-
-# What else is allowed inside a layer.
-SIDEWAYS = {
-    ("featcache", "featcache.blocking"),  # a public name
-}
-
-# Modules by their names in the table, known as modules even before their files are there.
-NAMED = frozenset(name for layer in LAYERS for name in layer if "*" not in name)
-
-OUTSIDE_MEMORY = tuple(
-    name for layer in LAYERS for name in layer if not name.startswith("featcache.memory")
-)
-
-GROUND = ("featcache.errors", "featcache.settings", "featcache.ref", "featcache.events")
-
-# Which modules may import only these of the package.
-ONLY: Rules = {
-    ("featcache.core", "featcache.core.*"): ("featcache.core", "featcache.core.*", *GROUND),
-}
-
-# Which modules must not reach these of the package, not even through others.
-# control/ carries descriptors and does not know which slab it serves.
-NEVER_REACHED: Rules = {
-    ("featcache.control", "featcache.control.*"): (
-        "featcache.memory.host",
-        "featcache.memory.cuda",
-        "featcache.memory.driver",
-    ),
-}
 
 # Which modules must not import these from outside the package.
 FORBIDDEN: Rules = {
     # synchronous and pure: no torch, no I/O, no clock of its own
-    ("featcache.core", "featcache.core.*"): (
+    CORE: (
         "torch",
         "cuda",
         "socket",
@@ -106,12 +60,12 @@ FORBIDDEN: Rules = {
         "structlog",
     ),
     # only memory/ calls the driver
-    OUTSIDE_MEMORY: ("cuda",),
+    tuple(name for _, names in ROOMS for name in names if names is not MEMORY): ("cuda",),
 }
 
 # Which modules must not import these from outside, not even through others of the package.
 NEVER_REACHED_OUTSIDE: Rules = {
-    GROUND: ("torch", "cuda", "uvloop"),  # a ref can be handled where there is no torch
+    ROOT: ("torch", "cuda", "uvloop"),  # a ref can be handled where there is no torch
 }
 
 
@@ -136,8 +90,8 @@ def patterns_for(name: str, rules: Rules) -> tuple[str, ...]:
     )
 
 
-def layer_of(name: str) -> int | None:
-    return next((level for level, names in enumerate(LAYERS) if matches(name, names)), None)
+def room_of(name: str) -> tuple[int, tuple[str, ...]] | None:
+    return next((room for room in ROOMS if matches(name, room[1])), None)
 
 
 def is_type_checking(test: ast.expr) -> bool:
@@ -206,36 +160,29 @@ def reached(name: str, graph: Mapping[str, Imports]) -> set[str]:
     return seen
 
 
-def layer_violations(name: str, imports: Imports) -> Iterator[str]:
-    level = layer_of(name)
-    if level is None:
-        yield f"{name} has no layer: give it one in LAYERS"
+def room_violations(name: str, imports: Imports) -> Iterator[str]:
+    room = room_of(name)
+    if room is None:
+        yield f"{name} has no room: give it one, or its room a floor in FLOORS"
         return
     for target in imports.inside:
-        below = layer_of(target)
-        if below is None or below > level or (name, target) in SIDEWAYS:
-            continue  # a target with no layer is told of by itself
-        if below < level:
+        other = room_of(target)
+        if other is None or other is room:
+            continue  # a target with no room is told of by itself
+        if other[0] < room[0]:
             yield f"{name} imports {target}, which is above it"
-        elif level not in OPEN_LAYERS:
-            yield f"{name} imports {target}, which stands beside it"
+        elif other[0] == room[0]:
+            yield f"{name} imports {target}, whose room is on the same floor"
 
 
 def rule_violations(name: str, graph: Mapping[str, Imports]) -> Iterator[str]:
-    imports = graph[name]
-    closure = reached(name, graph)
-    outside = {package for module in closure for package in graph[module].outside}
+    outside = {package for module in reached(name, graph) for package in graph[module].outside}
     for rules, verb, targets in (
-        (NEVER_REACHED, "reaches", closure - {name}),
-        (FORBIDDEN, "imports", imports.outside),
+        (FORBIDDEN, "imports", graph[name].outside),
         (NEVER_REACHED_OUTSIDE, "reaches", outside),
     ):
         forbidden = patterns_for(name, rules)
         yield from (f"{name} {verb} {target}" for target in targets if matches(target, forbidden))
-    if allowed := patterns_for(name, ONLY):
-        for target in imports.inside:
-            if not matches(target, allowed):
-                yield f"{name} imports {target}; of the package it may import only {allowed}"
 
 
 def violations(modules: list[Module]) -> list[str]:
@@ -243,7 +190,7 @@ def violations(modules: list[Module]) -> list[str]:
     graph = {module.name: imports_of(module, known) for module in modules}
     found: set[str] = set()
     for name, imports in graph.items():
-        found.update(layer_violations(name, imports))
+        found.update(room_violations(name, imports))
         found.update(rule_violations(name, graph))
     try:
         TopologicalSorter({name: imports.inside for name, imports in graph.items()}).prepare()
@@ -273,49 +220,52 @@ def test_imports_point_down() -> None:
     [
         ("featcache.core.store", "import featcache.memory.slab", "which is above it"),
         ("featcache.core.store", "from ..memory import slab", "which is above it"),
-        ("featcache.core.store", "from featcache._tools import x", "may import only"),
         ("featcache.core.store", "from time import monotonic", "imports time"),
         ("featcache.core.store", "def f():\n    import os.path", "imports os"),
         ("featcache.core.store", "import importlib\nimportlib.import_module('torch')", "torch"),
         ("featcache.core.store", "try:\n    import anyio\nexcept ImportError: pass", "anyio"),
-        ("featcache.memory.slab", "from featcache.control import server", "which is above it"),
-        ("featcache.control.server", "from featcache.memory import host", "memory.host"),
-        ("featcache.control.server", "from featcache.memory import both", "memory.cuda"),
-        ("featcache.recycler", "from featcache.pool import Pool", "which is above it"),
-        ("featcache.reader", "import featcache.pool", "which stands beside it"),
-        ("featcache.cache", "from featcache import blocking", "which is above it"),
-        ("featcache.blocking", "import featcache", "which stands beside it"),
-        ("featcache.pool", "from cuda.bindings import driver", "imports cuda"),
+        ("featcache.memory.slab", "from featcache.control import server", "on the same floor"),
+        ("featcache.control.server", "from featcache.memory.slab import Slab", "on the same floor"),
+        ("featcache.client.puts", "from featcache.pool.pool import Pool", "on the same floor"),
+        ("featcache.session.reader", "from featcache.pool.pool import Pool", "which is above it"),
+        ("featcache.api.cache", "from featcache import blocking", "which is above it"),
+        ("featcache.api.cache", "from .. import blocking", "which is above it"),
+        ("featcache.pool.pool", "from cuda.bindings import driver", "imports cuda"),
         ("featcache.ref", "import torch", "reaches torch"),
-        ("featcache.ref", "import featcache._tensors", "reaches torch"),
+        ("featcache.ref", "import featcache.events", "reaches torch"),
         ("featcache.core.slots", "from . import store", "a cycle"),
-        ("featcache.extra", "", "has no layer"),
+        ("featcache.errors", "import featcache.ref", "a cycle"),
+        ("featcache.extra", "", "has no room"),
     ],
 )
 def test_a_violation_is_found(module: str, source: str, message: str) -> None:
     sound = [
-        Module("featcache", "from featcache import blocking, cache", is_package=True),
-        Module("featcache.blocking", "from featcache.cache import connect"),
-        Module("featcache.cache", "from featcache.pool import Pool"),
-        Module("featcache.pool", "from featcache.recycler import Recycler"),
-        Module("featcache.recycler", "if TYPE_CHECKING:\n    from featcache.pool import Pool"),
+        Module("featcache", "from featcache import blocking", is_package=True),
+        Module("featcache.blocking", "from featcache.api.cache import create", is_package=True),
+        Module("featcache.api", "", is_package=True),
+        Module("featcache.api.cache", "from featcache.pool.pool import Pool"),
+        Module("featcache.pool", "", is_package=True),
+        Module("featcache.pool.pool", "from featcache.pool.recycler import Recycler"),
+        Module("featcache.pool.recycler", "if TYPE_CHECKING:\n    from .pool import Pool"),
+        Module("featcache.client", "", is_package=True),
+        Module("featcache.client.puts", "from featcache.session.reader import Reader"),
+        Module("featcache.session", "", is_package=True),
+        Module("featcache.session.reader", "from featcache.memory.slab import Slab"),
         Module("featcache.control", "", is_package=True),
-        Module("featcache.control.server", "from featcache.memory.slab import Slab"),
+        Module("featcache.control.server", "from featcache.core import slots"),
         Module("featcache.memory", "", is_package=True),
         Module("featcache.memory.slab", "import torch"),
-        Module("featcache.memory.host", "from .slab import Slab"),
-        Module("featcache.memory.cuda", "from .slab import Slab\nimport cuda.bindings.driver"),
-        Module("featcache.memory.both", "from . import cuda, host"),
+        Module("featcache.memory.cuda", "import cuda.bindings.driver", is_package=True),
         Module("featcache.core", "", is_package=True),
         Module("featcache.core.store", "from . import slots\nfrom ..errors import PoolFull"),
         Module("featcache.core.slots", "if typing.TYPE_CHECKING:\n    from .store import Store"),
         Module("featcache.errors", ""),
         Module("featcache.ref", "from featcache.errors import MalformedRef"),
-        Module("featcache._tensors", "import torch"),
-        Module("featcache._tools", ""),
     ]
     assert violations(sound) == []
     broken = [entry for entry in sound if entry.name != module]
+    if source == "import featcache.events":
+        broken.append(Module("featcache.events", "import torch"))
     found = violations([*broken, Module(module, source)])
     assert any(message in violation for violation in found), found
 

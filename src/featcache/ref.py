@@ -30,7 +30,7 @@ _read_head: Final = _HEAD.unpack_from
 _HEAD_BYTES: Final = _HEAD.size
 MAX_REF_BYTES: Final = 64 << 10
 """Bytes of the longest ref."""
-_MOST_BUT_SPECS_BYTES: Final = 192  # of a ref: its head and all of its fields but the specs
+_MAX_BUT_SPECS_BYTES: Final = 192  # of a ref: its head and all of its fields but the specs
 MAX_DIMS: Final = 1024
 """Dimensions that a tensor may have: torch knows no bound, and no tensor has so many."""
 _POOL_ID_BYTES: Final = 16
@@ -189,7 +189,7 @@ def _as_bytes(data: Any) -> bytes:
 
 def ref_bytes(specs: tuple[TensorSpec, ...]) -> int:
     """Return at least the bytes that a ref with these specs has."""
-    return _MOST_BUT_SPECS_BYTES + len(_encode(specs))
+    return _MAX_BUT_SPECS_BYTES + len(_encode(specs))
 
 
 def _named(error: Exception) -> str:

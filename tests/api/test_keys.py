@@ -34,6 +34,7 @@ from support.keyed import (
     Cancellable,
     User,
     grants,
+    in_progress,
     nothing_lost,
     page_of,
     party,
@@ -41,7 +42,6 @@ from support.keyed import (
     queued,
     seeking,
     sought,
-    under_way,
 )
 from support.processes import Pipe
 from support.slabs import Place, at, copy_of, same, same_dict
@@ -423,7 +423,7 @@ async def test_who_waits_too_long_leaves_no_trace() -> None:
             for call in (lambda: user.get("a", timeout=0.02), lambda: entered(user, "a", 0.02)):  # noqa: B023 - called here
                 with pytest.raises(KeyTimeout):
                     await call()
-        await until(lambda: not under_way(owner))
+        await until(lambda: not in_progress(owner))
         assert seeking(owner) == 0
         await owner.put(BASE, key="a")
         assert grants(owner) == 0

@@ -37,7 +37,7 @@ async def shared(patch: pytest.MonkeyPatch) -> None:
 
 
 async def woken_by_the_ring(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Recycler, "hurry", lambda self, waiting: None)
+    patch.setattr(Recycler, "set_busy", lambda self, waiting: None)
     async with pair(recycle_interval=60.0, **ONE) as (owner, client):
         ref = await full(owner)
         for _ in range(5):

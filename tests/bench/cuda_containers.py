@@ -225,13 +225,13 @@ async def _dies_in_a_borrow(
     lost: list[featcache.events.Event],
 ) -> None:
     await asyncio.sleep(0.2)  # past a recycling interval: what can go without the death has gone
-    held_bytes = cache.statistics().used_bytes
+    blocking_read_bytes = cache.statistics().used_bytes
     wanted_bytes = 3 * FEATURE_BYTES
     proof.claim(
         f"{label}: bytes held before the kill",
-        held_bytes,
+        blocking_read_bytes,
         f">= {wanted_bytes}",
-        held_bytes >= wanted_bytes,
+        blocking_read_bytes >= wanted_bytes,
     )
     killed_s = time.monotonic()
     contained.kill()

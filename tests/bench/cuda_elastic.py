@@ -167,7 +167,7 @@ class Full:
                     break
         return int(torch.cuda.mem_get_info()[0])
 
-    def give_back(self) -> None:
+    def return_lease(self) -> None:
         if not self._on_gpu:
             self._kind.commit = self._commit
         self._blocks.clear()
@@ -202,7 +202,7 @@ async def check_full(stage: Stage) -> None:
         stage.claim("events commit_failed", len(failures), ">= 1", failures)
         stage.proof.details[f"{stage.backend}: commit_failed says"] = failures[:1]
     finally:
-        full.give_back()
+        full.return_lease()
     given_s = time.monotonic()
     number = await asyncio.wait_for(putting, 30)
     waited_ms = round(1e3 * (time.monotonic() - given_s), 1)

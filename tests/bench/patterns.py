@@ -32,11 +32,11 @@ def log_uniform(random_: random.Random, least: int, most: int) -> int:
 
 
 class Patterns:
-    """Fills and checks features of up to `most_bytes` on one device, on streams in rotation."""
+    """Fills and checks features of up to `max_feature_bytes` on one device, on streams in rotation."""
 
-    def __init__(self, device: str, most_bytes: int, streams: int = 1) -> None:
+    def __init__(self, device: str, max_feature_bytes: int, streams: int = 1) -> None:
         self.device = torch.device(device)
-        words = -(-most_bytes // _WORD)
+        words = -(-max_feature_bytes // _WORD)
         self._places = torch.arange(words, dtype=torch.int64, device=self.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)

@@ -473,7 +473,7 @@ def test_a_writer_that_is_lost_takes_its_key_along() -> None:
         patient = run(client.get, "a", timeout=20)
         making = run(owner.get_or_put, "a", lambda: filled(8, 4))
         holds(owner, lambda now: now.hits == 3)
-        portal.call(lambda: pool.apply(pool.forsake(pool.pages[1])))
+        portal.call(lambda: pool.apply(pool.abandon_writes(pool.pages[1])))
         for each in (patient, making):
             assert same(each.result(20), filled(8, 4))
         error = hasty.exception(20)  # there may be something again by the time it looks

@@ -19,13 +19,13 @@ from featcache import (
     Settings,
     SettingsError,
 )
-from featcache.control import pending as asking
+from featcache.control import pending
 from support.caches import KIB, MIB, filled, pair, small, steps, tensor, until
 from support.keyed import nothing_lost, sought
 
 MANY = 3000
 """More than a socket's buffer has room for, either way."""
-MORE = 2 * asking.MOST_ASKED + 500
+MORE = 2 * pending.MAX_IN_FLIGHT + 500
 """More than may be unanswered."""
 ROOMY: dict[str, Any] = {"capacity": 4 * MIB, "slots": 4096}
 
@@ -61,7 +61,7 @@ async def test_all_are_answered(call: Call, count: int) -> None:
 async def test_all_that_wait_for_one_key_get_it() -> None:
     async with pair(**ROOMY) as (owner, client):
         waiting = [asyncio.create_task(client.get("a", timeout=30)) for _ in range(MANY)]
-        await sought(owner, min(MANY, asking.MOST_ASKED))
+        await sought(owner, min(MANY, pending.MAX_IN_FLIGHT))
         await owner.put(filled(10, 3), key="a")
         for feature in await asyncio.gather(*waiting):
             assert torch.equal(tensor(feature), filled(10, 3))
@@ -71,7 +71,7 @@ async def test_all_that_wait_for_room_get_it() -> None:
     async with pair(**ROOMY) as (owner, client):
         whole = await owner.put(filled(4 * MIB))
         waiting = [asyncio.create_task(client.put(filled(10), key=str(n))) for n in range(MANY)]
-        await until(lambda: owner.statistics().waiters == min(MANY, asking.MOST_ASKED))
+        await until(lambda: owner.statistics().waiters == min(MANY, pending.MAX_IN_FLIGHT))
         await client.release(whole)
         await asyncio.gather(*waiting)
         assert owner.statistics().keys == MANY
@@ -100,7 +100,7 @@ async def seek_in_vain(client: FeatureClient, count: int) -> list["asyncio.Task[
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> int:
     """How many of a kind may be unanswered, in this test."""
-    monkeypatch.setattr(asking, "MOST_ASKED", 10)
+    monkeypatch.setattr(pending, "MAX_IN_FLIGHT", 10)
     return 10
 
 
@@ -251,8 +251,8 @@ async def test_who_does_not_want_to_wait_does_not_wait_for_ever(
     error: type[Exception],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in (by_key, remote_keys, remote_writer):
-        monkeypatch.setattr(module, "AT_ONCE_S", 0.01)
+    for module in ("api.by_key", "client.keys", "client.writer"):
+        monkeypatch.setattr(f"featcache.{module}.NOWAIT_RPC_TIMEOUT_S", 0.01)
     async with pair() as (owner, client):
         await client.put(filled(1), key="a")
         with monkeypatch.context() as busy:
@@ -274,4 +274,4 @@ async def test_a_put_that_does_not_wait_takes_the_room_there_is(on_full: Any, wa
 
 
 def test_as_many_reads_may_be_out_as_may_be_asked_for() -> None:
-    assert Settings().grants >= asking.MOST_ASKED
+    assert Settings().grants >= pending.MAX_IN_FLIGHT

@@ -47,13 +47,13 @@ from support.keyed import (
     ONE,
     Cancellable,
     User,
+    in_progress,
     nothing_lost,
     page_of,
     party,
     pool_of,
     queued,
     reserved,
-    under_way,
 )
 from support.slabs import Slab, at, copy_of, same, same_dict
 
@@ -172,8 +172,8 @@ async def test_who_only_reads_never_maps_it_for_writing() -> None:
         await client.get(await owner.put(BASE))
         await owner.put(BASE, key="a")
         await client.get("a")
-        assert client._handles is not None
-        (handle,) = client._handles.handles
+        assert client._registry is not None
+        (handle,) = client._registry.connections
         assert not handle.attachment.mapping.writable
         await nothing_lost(owner)
 
@@ -316,7 +316,7 @@ async def test_full() -> None:
         for timeout in (0, 0.02):
             with pytest.raises(PutTimeout, match=f"{timeout}"):
                 await client.put(filled(1), timeout=timeout)
-            await until(lambda: not under_way(owner))
+            await until(lambda: not in_progress(owner))
             assert owner.statistics().waiters == 0
         waiting = asyncio.create_task(client.put(filled(CAPACITY, 2)))
         await queued(owner, 1)
@@ -343,7 +343,7 @@ async def test_only_the_ring_wakes_a_clients_put(
     reader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With no timer that fires in this test's life, the release itself must wake it."""
-    monkeypatch.setattr(Recycler, "hurry", lambda self, waiting: None)
+    monkeypatch.setattr(Recycler, "set_busy", lambda self, waiting: None)
     async with party(2, recycle_interval=60.0, **ONE) as (owner, (client, other)):
         users: list[User] = [owner, client, other]
         payer = users[["owner", "the writer", "another"].index(reader)]

@@ -14,7 +14,7 @@ import featcache
 from control.peers import Peer, frame
 from control.test_hostile_owners import furniture, owner_that, welcome_of
 from featcache import BackendUnavailable, FeatcacheError, FeatureRef, OwnerLost
-from featcache.control.messages import Farewell, Retire, encode
+from featcache.control.messages import Farewell, UnmapTail, encode
 from featcache.memory.backends import map_slab
 from featcache.ref import TensorSpec
 from memory.fakecuda import uuid_of
@@ -97,7 +97,10 @@ def welcomes(
 
 AT_ONCE: dict[str, tuple[Callable[[Peer], Awaitable[None]], str]] = {
     "before the welcome": (welcomes(segments(0, SEGMENT), before=True), "unexpected Segments"),
-    "retire before the welcome": (welcomes(says(Retire(1, 0)), before=True), "unexpected Retire"),
+    "retire before the welcome": (
+        welcomes(says(UnmapTail(1, 0)), before=True),
+        "unexpected UnmapTail",
+    ),
     "none, though some were promised": (welcomes(committed_bytes=SEGMENT), "in time"),
     "fewer than were promised": (
         welcomes(segments(0, SEGMENT), committed_bytes=2 * SEGMENT),
@@ -137,7 +140,7 @@ async def test_segments_that_are_wrong_from_the_start(name: str, runtime_dir: Pa
 
 def retire_with_a_descriptor(peer: Peer) -> None:
     fd = new_memory(0, SEGMENT)
-    peer.send(frame(encode(Retire(1, 0)), 1), [fd])
+    peer.send(frame(encode(UnmapTail(1, 0)), 1), [fd])
     os.close(fd)
 
 
@@ -201,13 +204,13 @@ async def test_an_owner_that_hangs_up_before_its_segments(gpu: FakeGpu, runtime_
 
 
 LATER: dict[str, list[Callable[[Peer], None]]] = {
-    "retires what there is not": [says(Retire(1, 0)), says(Retire(2, 0))],
-    "retires beyond the end": [segments(0, SEGMENT), says(Retire(1, 1 << 60))],
-    "retires in the middle of a segment": [segments(0, 2 * SEGMENT), says(Retire(1, SEGMENT))],
-    "retires the same again": [segments(0, SEGMENT), *[says(Retire(1, 0))] * 5],
-    "retires with a layout that is none": [says(Retire((1 << 63) - 1, 0))],
+    "retires what there is not": [says(UnmapTail(1, 0)), says(UnmapTail(2, 0))],
+    "retires beyond the end": [segments(0, SEGMENT), says(UnmapTail(1, 1 << 60))],
+    "retires in the middle of a segment": [segments(0, 2 * SEGMENT), says(UnmapTail(1, SEGMENT))],
+    "retires the same again": [segments(0, SEGMENT), *[says(UnmapTail(1, 0))] * 5],
+    "retires with a layout that is none": [says(UnmapTail((1 << 63) - 1, 0))],
     "sends the same again": [*[segments(0, SEGMENT)] * 5],
-    "sends, retires, sends": [segments(0, SEGMENT), says(Retire(1, 0))] * 4,
+    "sends, retires, sends": [segments(0, SEGMENT), says(UnmapTail(1, 0))] * 4,
     "sends what does not follow": [segments(0, SEGMENT), segments(3 * SEGMENT, SEGMENT)] * 3,
 }
 
@@ -229,7 +232,7 @@ async def test_more_changes_than_a_client_keeps_until_it_has_mapped(
 ) -> None:
     gate = Gate()
     monkeypatch.setattr("featcache.client.registry.map_slab", gate.wrap(map_slab))
-    many = b"".join(frame(encode(Retire(n, 0))) for n in range(1, 1030))
+    many = b"".join(frame(encode(UnmapTail(n, 0))) for n in range(1, 1030))
     hung_up = asyncio.Event()
     act = welcomes(lambda peer: peer.send(many), when=gate.entered.is_set)
 
@@ -250,7 +253,7 @@ async def test_more_changes_than_a_client_keeps_until_it_has_carried_them_out(
 ) -> None:
     gate = Gate()
     monkeypatch.setattr("featcache.client.connection._change", gate.wrap(lambda *_: None))
-    many = b"".join(frame(encode(Retire(n, 0))) for n in range(1, 1030))
+    many = b"".join(frame(encode(UnmapTail(n, 0))) for n in range(1, 1030))
     attached = asyncio.Event()
     act = welcomes(lambda peer: peer.send(many), when=attached.is_set)
     async with (
@@ -258,8 +261,8 @@ async def test_more_changes_than_a_client_keeps_until_it_has_carried_them_out(
         featcache.connect(endpoint, settings=small()) as client,
     ):
         attached.set()
-        assert client._handles is not None
-        (handle,) = client._handles.handles
+        assert client._registry is not None
+        (handle,) = client._registry.connections
         await until(lambda: handle._left)
         assert len(handle._changes) <= 1024
         with pytest.raises(BackendUnavailable, match="faster than"):

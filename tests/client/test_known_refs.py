@@ -6,9 +6,9 @@ import torch
 from featcache import FeatureCache, FeatureClient, FeatureRef, MalformedRef
 from featcache.client import keys as remote_keys
 from featcache.memory.words import SessionWords
-from featcache.owner.requests import Desk
-from featcache.pool.page import Page
-from featcache.pool.pending_writes import Landings
+from featcache.owner.requests import RequestHandlers
+from featcache.pool.page import SessionPage
+from featcache.pool.pending_writes import PendingWrites
 from support.caches import pair, tensor
 from support.keyed import party, pool_of
 
@@ -26,8 +26,8 @@ def known(client: FeatureClient) -> dict[bytes, FeatureRef]:
 
 
 def wires(owner: FeatureCache) -> dict[int, tuple[FeatureRef, bytes]]:
-    desk = owner._opened().main.server._requests._desk
-    assert isinstance(desk, Desk)
+    desk = owner._opened().main.server._requests._handlers
+    assert isinstance(desk, RequestHandlers)
     return desk._wires
 
 
@@ -82,7 +82,7 @@ async def test_sessions_have_the_same_wire_form() -> None:
 
 
 async def test_a_client_keeps_so_many_refs_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_keys, "_MOST_KNOWN", 4)
+    monkeypatch.setattr(remote_keys, "_MAX_KNOWN", 4)
     async with pair() as (owner, client):
         for n in range(10):
             await owner.put(full_of(n), key=f"key {n}")
@@ -132,29 +132,29 @@ async def test_a_known_ref_of_another_place_is_refused_all_the_same() -> None:
 # --- a page's news, and what has landed -----------------------------------------------------------
 
 
-def page_with(slots: int) -> tuple[Page, SessionWords]:
+def page_with(slots: int) -> tuple[SessionPage, SessionWords]:
     words, fd = SessionWords.create(slots)
-    return Page(1, None, words, fd), words
+    return SessionPage(1, None, words, fd), words
 
 
 def test_news_are_what_changed_since_the_last_look_however_far_it_went() -> None:
     page, words = page_with(100)
     try:
-        assert page.news(0) == []
-        assert page.news(10) == []
+        assert page.newly_released(0) == []
+        assert page.newly_released(10) == []
         words.released[3] = 7
         words.released[9] = 1
         words.released[50] = 2
-        assert page.news(10) == [(3, 7), (9, 1)]
-        assert page.news(10) == []
-        assert page.news(49) == []
-        assert page.news(51) == [(50, 2)]
-        assert page.news(51) == []
+        assert page.newly_released(10) == [(3, 7), (9, 1)]
+        assert page.newly_released(10) == []
+        assert page.newly_released(49) == []
+        assert page.newly_released(51) == [(50, 2)]
+        assert page.newly_released(51) == []
         words.released[3] = 8
-        assert page.news(100) == [(3, 8)]
+        assert page.newly_released(100) == [(3, 8)]
         words.released[3] = 7  # a peer's words are its own
-        assert page.news(100) == [(3, 7)]
-        assert page.news(100) == []
+        assert page.newly_released(100) == [(3, 7)]
+        assert page.newly_released(100) == []
     finally:
         page.close()
 
@@ -166,29 +166,31 @@ async def test_what_has_landed_is_vouched_for_at_once() -> None:
         slot.generation = 9
         page, words = page_with(64)
         changes: list[bool] = []
-        landings = Landings(pool.words.published, lambda: changes.append(bool(landings)))
+        pending_writes = PendingWrites(
+            pool.words.published, lambda: changes.append(bool(pending_writes))
+        )
         try:
             words.written[5] = 8
-            landings.expect(slot, page)  # not this one yet
+            pending_writes.add(slot, page)  # not this one yet
             assert changes == [True]
             assert pool.words.published[5] != 9
             words.written[5] = 9
-            landings.look()
+            pending_writes.poll()
             assert pool.words.published[5] == 9
             assert changes == [True, False]
             slot.generation = 10
             words.written[5] = 10
-            landings.expect(slot, page)
+            pending_writes.add(slot, page)
             assert pool.words.published[5] == 10
-            assert not landings
+            assert not pending_writes
             assert changes == [True, False]  # there was nothing to look for
             slot.generation = 11
-            landings.expect(slot, page)
+            pending_writes.add(slot, page)
             slot.generation = words.written[5] = 12
-            landings.expect(slot, page)  # which ends what was expected of the slot before
+            pending_writes.add(slot, page)  # which ends what was expected of the slot before
             assert pool.words.published[5] == 12
             assert changes == [True, False, True, False]
         finally:
-            landings.close()
+            pending_writes.close()
             page.close()
             slot.generation = 0

@@ -356,8 +356,8 @@ async def test_cancelled_while_a_thread_copies_from_the_host(
 
 
 def mapping_of(client: FeatureClient) -> object:
-    assert client._handles is not None
-    (handle,) = client._handles.handles
+    assert client._registry is not None
+    (handle,) = client._registry.connections
     return handle.attachment.mapping
 
 
@@ -627,10 +627,10 @@ async def settles_after_both(gpu: FakeGpu) -> bool:
             run_client(gpu)
             await owner.release(ref)
             await spent(owner)
-        assert client._handles is not None
-        (handle,) = client._handles.handles
+        assert client._registry is not None
+        (handle,) = client._registry.connections
         settled = handle.attachment.settled
-        handle.attachment._underway.clear()
+        handle.attachment._in_flight.clear()
     return settled
 
 

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 import featcache
 from control.peers import Peer, frame
 from featcache import BackendUnavailable, CacheClosed, FeatureCache, OwnerLost
-from featcache.control.messages import Goodbye, Retired, encode
+from featcache.control.messages import Goodbye, TailUnmapped, encode
 from featcache.memory.cuda.mapping import CudaMapping
 from memory.fakecuda import Code, FakeApi
 from memory.fakepages import bytes_alive
@@ -225,7 +225,7 @@ async def test_a_session_that_reads_no_messages(gpu: FakeGpu, end: str) -> None:
                 assert kinds[0] == "welcome"
                 assert {"segments", "retire"} <= set(kinds)
                 await until(lambda: not channel._outgoing)
-                peer.send(frame(encode(Retired(turns))))
+                peer.send(frame(encode(TailUnmapped(turns))))
                 peer.send(frame(encode(Goodbye())))
                 await until(lambda: owner.statistics().sessions == 1)
             elif end == "owner closes":

@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 import featcache
 from featcache import FeatureClient, GetTimeout
-from featcache.client.connection import Handle
+from featcache.client.connection import PoolConnection
 from featcache.memory.cuda.backing import IPC
 from featcache.memory.cuda.mapping import CudaMapping
 from memory.fakepages import bytes_alive
@@ -24,9 +24,9 @@ def gpu(no_leaks: None) -> Iterator[FakeGpu]:
         yield made
 
 
-def handle_of(client: FeatureClient) -> Handle:
-    assert client._handles is not None
-    (handle,) = client._handles.handles
+def handle_of(client: FeatureClient) -> PoolConnection:
+    assert client._registry is not None
+    (handle,) = client._registry.connections
     return handle
 
 

@@ -74,5 +74,5 @@ async def test_cancelled_at_any_moment(turns: int, no_leaks: None) -> None:
         assert torch.equal(tensor(await owner.get(await client.put(BASE))), BASE)
         for slot in list(owner._opened().pool.store.owing.values()):
             # Put, and its ref lost with the cancelled call: it is discarded, or goes by its ttl.
-            await until(lambda slot=slot: not slot.unpaid)  # type: ignore[misc]
+            await until(lambda slot=slot: not slot.reads_left)  # type: ignore[misc]
         await all_spent(owner)

@@ -114,10 +114,10 @@ async def serves(owner: FeatureCache, client: FeatureClient) -> None:
 TOO_EARLY: dict[str, Any] = {
     "find": messages.Find(1, b"a"),
     "find that waits": messages.Find(1, b"a", waits=True, makes=True),
-    "of key": messages.OfKey(1, b"a", "evict"),
+    "of key": messages.KeyCommand(1, b"a", "evict"),
     "reserve": reserve(1),
     "publish": publish(1, 0, 1),
-    "write": messages.Write(1),
+    "write": messages.OpenForWriting(1),
     "withdraw": messages.Withdraw(0, 1, landed=True),
     "unclaim": messages.Unclaim(b"a", 1),
     "cancel": messages.Cancel(1),
@@ -516,7 +516,7 @@ async def test_noise_of_every_kind_at_once(no_leaks: None) -> None:
                 say(peer, messages.Unclaim(b"a", generation))
                 say(peer, messages.Cancel(generation))
                 say(peer, publish(next(numbers), slot, generation))
-                say(peer, messages.OfKey(next(numbers), b"a", "contains"))
+                say(peer, messages.KeyCommand(next(numbers), b"a", "contains"))
                 say(peer, messages.Relay(next(numbers), ref.to_bytes()[:-1]))
                 for _ in range(3):
                     await peer.message()
@@ -548,9 +548,9 @@ class Furnished:
         for fd in self._own:
             os.close(fd)
 
-    def entitle(self, ref: FeatureRef) -> None:
+    def make_live(self, ref: FeatureRef) -> None:
         """Have the words say what a ref says."""
-        self.words.entitle(ref.slot, ref.generation, ref.offset_bytes, ref.nbytes)
+        self.words.make_live(ref.slot, ref.generation, ref.offset_bytes, ref.nbytes)
         self.words.published[ref.slot] = ref.generation
 
 
@@ -624,7 +624,7 @@ def entitled(ref: FeatureRef, index: int = 0, serial: int = 1) -> Answering:
     """A grant of what the words say too."""
 
     def answer(ask: dict[str, Any], furnished: Furnished) -> messages.Granted:
-        furnished.entitle(ref)
+        furnished.make_live(ref)
         return messages.Granted(ask["request"], index, serial, ref.to_bytes())
 
     return answer
@@ -634,8 +634,8 @@ def reply(**changes: Any) -> Answering:
     return lambda ask, _: messages.Reply(ask["request"], **changes)
 
 
-def may_make(ask: dict[str, Any], _: Furnished) -> messages.MayMake:
-    return messages.MayMake(ask["request"], 3)
+def may_make(ask: dict[str, Any], _: Furnished) -> messages.ClaimGranted:
+    return messages.ClaimGranted(ask["request"], 3)
 
 
 def a_slot(slot: int = 1, generation: int = 1, offset_bytes: int = 0) -> Answering:
@@ -643,7 +643,7 @@ def a_slot(slot: int = 1, generation: int = 1, offset_bytes: int = 0) -> Answeri
 
 
 def writable(ask: dict[str, Any], furnished: Furnished) -> Any:
-    return messages.Writable(ask["request"]), furnished.slab.write_descriptors()
+    return messages.WriteDescriptors(ask["request"]), furnished.slab.write_descriptors()
 
 
 Use = Callable[[FeatureClient], Awaitable[Any]]
@@ -673,8 +673,8 @@ async def test_a_lookup_that_is_answered_with(answer: str, runtime_dir: Path) ->
         async with client_of(runtime_dir, answering) as (client, _):
             with pytest.raises(error):
                 await use(client)
-            assert client._handles is not None
-            assert [handle.attachment.holds for handle in client._handles.handles] == [0]
+            assert client._registry is not None
+            assert [handle.attachment.holds for handle in client._registry.connections] == [0]
 
 
 @pytest.mark.parametrize("use", ["get", "waiting get", "borrow"])
@@ -700,7 +700,7 @@ async def test_a_grant_of_a_generation_that_is_over(runtime_dir: Path) -> None:
     ref = ref_of()
 
     def old(ask: dict[str, Any], furnished: Furnished) -> messages.Granted:
-        furnished.entitle(ref_of(generation=2))
+        furnished.make_live(ref_of(generation=2))
         return messages.Granted(ask["request"], 0, 1, ref.to_bytes())
 
     async with client_of(runtime_dir, old, reply(error="KeyNotFound", text="gone")) as (client, _):
@@ -831,7 +831,7 @@ async def test_a_mapping_to_write_that_is_none(what: str, runtime_dir: Path) -> 
 
     def answer(ask: dict[str, Any], furnished: Furnished) -> Any:
         sent[:] = DESCRIPTORS[what](furnished)
-        return messages.Writable(ask["request"]), sent
+        return messages.WriteDescriptors(ask["request"]), sent
 
     async with client_of(runtime_dir, answer) as (client, _):
         with pytest.raises(AttachRefused):
@@ -842,7 +842,7 @@ async def test_a_mapping_to_write_that_is_none(what: str, runtime_dir: Path) -> 
 
 async def test_a_mapping_to_write_that_may_only_be_read(runtime_dir: Path) -> None:
     def answer(ask: dict[str, Any], furnished: Furnished) -> Any:
-        return messages.Writable(ask["request"]), furnished.slab.descriptors()
+        return messages.WriteDescriptors(ask["request"]), furnished.slab.descriptors()
 
     async with client_of(runtime_dir, answer) as (client, _):
         (result,) = await asyncio.gather(client.put(filled(KIB)), return_exceptions=True)

@@ -133,7 +133,7 @@ def test_a_slot_that_came_back_while_it_is_read_is_not_taken_for_its_first_life(
     directory = Directory()
     slot = keep(directory, b"a")
     directory.drop(slot)
-    slot.unpaid = 1
+    slot.reads_left = 1
     directory.keep(b"a", slot, 0.0)
     assert directory.coldest(by_nobody) is None
 
@@ -200,12 +200,12 @@ def grant(directory: Directory, slot: Slot) -> None:
 
 
 def owe(directory: Directory, slot: Slot) -> None:
-    slot.unpaid += 1
+    slot.reads_left += 1
     directory.refresh(slot)
 
 
 def pay(directory: Directory, slot: Slot) -> None:
-    slot.unpaid -= 1
+    slot.reads_left -= 1
     directory.refresh(slot)
 
 
@@ -265,7 +265,7 @@ def test_it_goes_once_however_often_it_could(begin: Way, end: Way) -> None:
 def test_what_is_kept_while_reads_are_owed_can_go_once_they_are_paid() -> None:
     directory = Directory()
     slot = slot_of()
-    slot.unpaid = 1
+    slot.reads_left = 1
     directory.keep(b"a", slot, 0.0)
     assert directory.coldest(by_nobody) is None
     assert books(directory) == (UNIT, 0, 0)
@@ -531,7 +531,7 @@ class Model:
         return [
             slot
             for slot in self.order
-            if not slot.grants and not slot.unpaid and slot.key not in self.pins
+            if not slot.grants and not slot.reads_left and slot.key not in self.pins
         ]
 
     def last(self, slot: Slot) -> None:
@@ -624,7 +624,7 @@ class Walk:
         free = [slot for slot in self.spare if slot.key is None and not slot.grants]
         if free:
             slot = self.chance.choice(free)
-            slot.unpaid = self.chance.choice([0, 0, 1, 2])
+            slot.reads_left = self.chance.choice([0, 0, 1, 2])
             self.model.keep(self.chance.choice(self.keys), slot)
 
     def use(self) -> None:
@@ -643,7 +643,7 @@ class Walk:
             owe(self.model.directory, slot)
 
     def pay(self) -> None:
-        owing = [slot for slot in self.model.order if slot.unpaid]
+        owing = [slot for slot in self.model.order if slot.reads_left]
         if owing:
             pay(self.model.directory, self.chance.choice(owing))
 
@@ -680,7 +680,7 @@ def test_the_directory_is_a_list_in_order_of_use(seed: int, keys: int) -> None:
     for session in range(3):
         walk.model.unpin_all(session)
     for slot in walk.model.order:
-        slot.unpaid = 0
+        slot.reads_left = 0
         walk.model.directory.refresh(slot)
     expected = list(walk.model.order)
     assert drain(walk.model.directory) == expected

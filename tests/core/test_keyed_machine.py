@@ -14,18 +14,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from featcache.core.allocator import ALIGNMENT_BYTES
 from featcache.core.effects import (
+    ClaimPassed,
     Effect,
     Evicted,
     Expired,
     Found,
     Grow,
     Limits,
-    MayMake,
     Recycled,
-    Retired,
+    SlotRetired,
     Woken,
 )
-from featcache.core.key_queue import Seeker, SeekerState
+from featcache.core.key_queue import KeyWaiter, KeyWaiterState
 from featcache.core.keyed_store import KeyedStore
 from featcache.core.put_queue import Request, Waiter
 from featcache.core.slots import Slot, SlotState
@@ -88,13 +88,13 @@ class Feature:
         return 0 if self.forgiven else tuple(sorted(wanted - self.paid))
 
     @property
-    def unpaid(self) -> int:
+    def reads_left(self) -> int:
         owed_by = self.owed_by
         return owed_by if isinstance(owed_by, int) else len(owed_by)
 
     def pay(self, session: int) -> None:
         wanted, name = self.request.readers, NAMES[session]
-        if self.state is not SlotState.PUBLISHED or not self.unpaid:
+        if self.state is not SlotState.PUBLISHED or not self.reads_left:
             return
         if isinstance(wanted, int):
             self.paid.add(session)
@@ -105,7 +105,7 @@ class Feature:
     def over(self) -> bool:
         """Whether nothing keeps it any more."""
         published = self.state is SlotState.PUBLISHED
-        return published and self.key is None and not self.grants and not self.unpaid
+        return published and self.key is None and not self.grants and not self.reads_left
 
 
 Piece = tuple[int, Feature | None]
@@ -131,12 +131,12 @@ class KeyedMachine(RuleBasedStateMachine):
         self.refs: list[tuple[int, int]] = []
         self.waiters: list[Waiter] = []
         self.woken: list[Waiter] = []
-        self.seeking: list[Seeker] = []  # in order of arrival
-        self.found: list[tuple[Seeker, Feature]] = []  # told, and not taken yet
-        self.chosen: list[Seeker] = []
-        self.making: list[Seeker] = []  # taken, and its claim not given back
-        self.past: list[Seeker] = []
-        self.claims: dict[bytes, Seeker] = {}
+        self.seeking: list[KeyWaiter] = []  # in order of arrival
+        self.found: list[tuple[KeyWaiter, Feature]] = []  # told, and not taken yet
+        self.chosen: list[KeyWaiter] = []
+        self.making: list[KeyWaiter] = []  # taken, and its claim not given back
+        self.past: list[KeyWaiter] = []
+        self.claims: dict[bytes, KeyWaiter] = {}
         self.hits = self.misses = self.evicted = self.puts = self.recycled = self.expired = 0
 
     @initialize(
@@ -144,7 +144,7 @@ class KeyedMachine(RuleBasedStateMachine):
         segment=st.integers(2, 6),
         initial=st.sampled_from([20, 1, 8]),
         slots=st.sampled_from([8, 5, 2]),
-        seekers=st.sampled_from([8, 2]),
+        key_waiters=st.sampled_from([8, 2]),
         evict_first=st.booleans(),
         marks=st.sampled_from([(None, 1.0), (0.75, 0.5), (0.5, 0.0)]),
         compact=st.sampled_from([0.0, 0.5, 1.0]),
@@ -155,7 +155,7 @@ class KeyedMachine(RuleBasedStateMachine):
         segment: int,
         initial: int,
         slots: int,
-        seekers: int,
+        key_waiters: int,
         evict_first: bool,
         marks: tuple[float | None, float],
         compact: float,
@@ -166,7 +166,7 @@ class KeyedMachine(RuleBasedStateMachine):
             segment_bytes=segment * UNIT,
             initial_bytes=min(-(-initial // segment) * segment, capacity) * UNIT,
             slots=slots,
-            waiters=seekers,
+            waiters=key_waiters,
             grace_s=0.5,
             idle_s=2.0,
             evict_first=evict_first,
@@ -188,7 +188,7 @@ class KeyedMachine(RuleBasedStateMachine):
         return [
             feature
             for feature in self.order
-            if not feature.grants and not feature.unpaid and feature.key not in self.pins
+            if not feature.grants and not feature.reads_left and feature.key not in self.pins
         ]
 
     def use(self, feature: Feature) -> None:
@@ -213,7 +213,7 @@ class KeyedMachine(RuleBasedStateMachine):
         feature.state = SlotState.RETIRING
         feature.due_s = self.now + grace_s
         self.retiring.append(feature)
-        return [Retired(feature.slot)]
+        return [SlotRetired(feature.slot)]
 
     def evict_one(self, feature: Feature, cause: str, grace_s: float = 0.0) -> list[Effect]:
         key = feature.key
@@ -230,12 +230,12 @@ class KeyedMachine(RuleBasedStateMachine):
     def choose_next(self, key: bytes) -> list[Effect]:
         """Pass the claim of a key on; return what is then said."""
         del self.claims[key]
-        for seeker in self.seeking:
-            if seeker.key == key and seeker.makes:
-                self.seeking.remove(seeker)
-                self.chosen.append(seeker)
-                self.claims[key] = seeker
-                return [MayMake(seeker)]
+        for waiter in self.seeking:
+            if waiter.key == key and waiter.makes:
+                self.seeking.remove(waiter)
+                self.chosen.append(waiter)
+                self.claims[key] = waiter
+                return [ClaimPassed(waiter)]
         return []
 
     @property
@@ -364,11 +364,11 @@ class KeyedMachine(RuleBasedStateMachine):
             effects += self.settle(old, self.limits.grace_s)
         feature.key = key
         self.order.append(feature)
-        for seeker in [seeker for seeker in self.seeking if seeker.key == key]:
-            self.seeking.remove(seeker)
-            self.found.append((seeker, feature))
+        for waiter in [waiter for waiter in self.seeking if waiter.key == key]:
+            self.seeking.remove(waiter)
+            self.found.append((waiter, feature))
             feature.grants += 1
-            effects.append(Found(seeker))
+            effects.append(Found(waiter))
         return effects
 
     @precondition(lambda self: self.reserved)
@@ -377,9 +377,9 @@ class KeyedMachine(RuleBasedStateMachine):
         feature = self.take_one(data, self.reserved)
         if landed:
             del self.live[feature.index]
-            self.follow(self.store.abandon(feature.slot, self.now))
+            self.follow(self.store.free_reserved(feature.slot, self.now))
         else:
-            assert self.store.withdraw(feature.slot, self.now) == self.retire(feature)
+            assert self.store.give_up_reserved(feature.slot, self.now) == self.retire(feature)
 
     @precondition(lambda self: any(f.state is SlotState.PUBLISHED for f in self.live.values()))
     @rule(data=st.data())
@@ -395,7 +395,7 @@ class KeyedMachine(RuleBasedStateMachine):
             self.drop(feature)
         feature.forgiven = True
         expected += self.retire(feature)
-        assert self.store.forsake(feature.slot, self.now) == expected
+        assert self.store.fail_write(feature.slot, self.now) == expected
 
     # --- waiting for room -----------------------------------------------------------------------
 
@@ -469,9 +469,9 @@ class KeyedMachine(RuleBasedStateMachine):
     @rule(key=keys, who=st.lists(st.tuples(sessions, st.booleans()), min_size=1, max_size=4))
     def seek_at_once(self, key: bytes, who: list[tuple[int, bool]]) -> None:
         for session, makes in who:
-            self.seek(key, session, makes)
+            self.wait_for_key(key, session, makes)
 
-    def seek(self, key: bytes, session: int, makes: bool) -> None:
+    def wait_for_key(self, key: bytes, session: int, makes: bool) -> None:
         self.look_up(key, keeps=False)
         if self.kept(key) is not None:
             return
@@ -481,88 +481,88 @@ class KeyedMachine(RuleBasedStateMachine):
             count, most = len(self.claims), self.limits.slots
         if count >= most:
             with pytest.raises(PoolFull):
-                self.store.seek(key, session, makes=makes, tag=None)
+                self.store.wait_for_key(key, session, makes=makes, tag=None)
             return
         tag = object()
-        seeker = self.store.seek(key, session, makes=makes, tag=tag)
-        assert (seeker.key, seeker.session, seeker.tag) == (key, session, tag)
+        waiter = self.store.wait_for_key(key, session, makes=makes, tag=tag)
+        assert (waiter.key, waiter.session, waiter.tag) == (key, session, tag)
         if chosen:
-            assert seeker.state is SeekerState.CHOSEN
-            self.claims[key] = seeker
-            self.chosen.append(seeker)
+            assert waiter.state is KeyWaiterState.CHOSEN
+            self.claims[key] = waiter
+            self.chosen.append(waiter)
         else:
-            assert seeker.state is SeekerState.WAITING
-            self.seeking.append(seeker)
+            assert waiter.state is KeyWaiterState.WAITING
+            self.seeking.append(waiter)
 
     @precondition(lambda self: self.found)
     @rule(data=st.data())
     def take_what_was_found(self, data: st.DataObject) -> None:
         entry = data.draw(st.sampled_from(self.found))
         self.found.remove(entry)
-        seeker, feature = entry
-        assert self.store.take(seeker) is feature.slot
+        waiter, feature = entry
+        assert self.store.take(waiter) is feature.slot
         assert feature.slot.generation == feature.generation, "recycled before it was taken"
-        self.past.append(seeker)
+        self.past.append(waiter)
         self.grants.append(feature)
 
     @precondition(lambda self: self.chosen)
     @rule(data=st.data())
     def begin_to_make(self, data: st.DataObject) -> None:
-        seeker = data.draw(st.sampled_from(self.chosen))
-        self.chosen.remove(seeker)
-        assert self.store.take(seeker) is None
-        self.making.append(seeker)
+        waiter = data.draw(st.sampled_from(self.chosen))
+        self.chosen.remove(waiter)
+        assert self.store.take(waiter) is None
+        self.making.append(waiter)
 
     @precondition(lambda self: self.making)
     @rule(data=st.data(), works=st.booleans())
     def end_to_make(self, data: st.DataObject, works: bool) -> None:
-        seeker = data.draw(st.sampled_from(self.making))
+        waiter = data.draw(st.sampled_from(self.making))
         if works:
-            feature = self.reserve(Request(UNIT, 0, None, seeker.key))
+            feature = self.reserve(Request(UNIT, 0, None, waiter.key))
             if feature is None:
                 return
             self.publish_one(feature)
-        self.making.remove(seeker)
-        self.past.append(seeker)
-        self.unclaim(seeker)
+        self.making.remove(waiter)
+        self.past.append(waiter)
+        self.release_claim(waiter)
 
     @precondition(lambda self: self.seeking)
     @rule(data=st.data())
     def put_what_is_sought(self, data: st.DataObject) -> None:
         """By somebody who does not know that it is."""
-        seeker = data.draw(st.sampled_from(self.seeking))
-        self.put(Request(UNIT, data.draw(st.integers(0, 1)), None, seeker.key), data)
+        waiter = data.draw(st.sampled_from(self.seeking))
+        self.put(Request(UNIT, data.draw(st.integers(0, 1)), None, waiter.key), data)
 
-    def unclaim(self, seeker: Seeker) -> None:
-        is_out = self.claims.get(seeker.key) is seeker
-        expected = self.choose_next(seeker.key) if is_out else []
-        assert self.store.unclaim(seeker.key, seeker.claim) == expected
+    def release_claim(self, waiter: KeyWaiter) -> None:
+        is_out = self.claims.get(waiter.key) is waiter
+        expected = self.choose_next(waiter.key) if is_out else []
+        assert self.store.release_claim(waiter.key, waiter.claim) == expected
 
     @precondition(lambda self: self.past)
     @rule(data=st.data())
     def unclaim_or_unseek_what_is_over(self, data: st.DataObject) -> None:
-        seeker = data.draw(st.sampled_from(self.past))
-        assert self.store.unseek(seeker, self.now) == []
-        self.unclaim(seeker)
+        waiter = data.draw(st.sampled_from(self.past))
+        assert self.store.cancel_wait(waiter, self.now) == []
+        self.release_claim(waiter)
 
     @precondition(lambda self: self.seeking or self.found or self.chosen)
     @rule(data=st.data())
     def give_up_seeking(self, data: st.DataObject) -> None:
-        told = [seeker for seeker, _ in self.found]
-        seeker = data.draw(st.sampled_from(self.seeking + told + self.chosen))
-        self.past.append(seeker)
+        told = [waiter for waiter, _ in self.found]
+        waiter = data.draw(st.sampled_from(self.seeking + told + self.chosen))
+        self.past.append(waiter)
         expected: list[Effect] = []
-        if seeker in self.seeking:
-            self.seeking.remove(seeker)
-        elif seeker in self.chosen:
-            self.chosen.remove(seeker)
-            expected = self.choose_next(seeker.key)
+        if waiter in self.seeking:
+            self.seeking.remove(waiter)
+        elif waiter in self.chosen:
+            self.chosen.remove(waiter)
+            expected = self.choose_next(waiter.key)
         else:
-            entry = next(entry for entry in self.found if entry[0] is seeker)
+            entry = next(entry for entry in self.found if entry[0] is waiter)
             self.found.remove(entry)
             expected = self.pay_one_grant(entry[1])
-        assert self.store.unseek(seeker, self.now) == expected
-        assert seeker.state is SeekerState.GONE
+        assert self.store.cancel_wait(waiter, self.now) == expected
+        assert waiter.state is KeyWaiterState.GONE
 
     # --- keys -----------------------------------------------------------------------------------
 
@@ -733,7 +733,7 @@ class KeyedMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.refs)
     @rule(data=st.data(), session=sessions, recent=st.booleans())
     def pay(self, data: st.DataObject, session: int, recent: bool) -> None:
-        owing = [(f.index, f.generation) for f in self.live.values() if f.unpaid]
+        owing = [(f.index, f.generation) for f in self.live.values() if f.reads_left]
         index, generation = data.draw(st.sampled_from(owing if recent and owing else self.refs))
         feature = self.find(index, generation)
         expected: list[Effect] = []
@@ -770,7 +770,7 @@ class KeyedMachine(RuleBasedStateMachine):
                 count += 1
                 feature.paid.add(name)
                 expected += self.settle(feature)
-        assert self.store.forgive(name, self.now) == (count, expected)
+        assert self.store.waive_reads(name, self.now) == (count, expected)
 
     @rule(waits=st.booleans())
     def expire(self, waits: bool) -> None:
@@ -779,7 +779,7 @@ class KeyedMachine(RuleBasedStateMachine):
             feature: feature.born_s + feature.request.ttl_s
             for feature in self.live.values()
             if feature.state is SlotState.PUBLISHED
-            and feature.unpaid
+            and feature.reads_left
             and feature.request.ttl_s is not None
         }
         if waits:
@@ -802,21 +802,21 @@ class KeyedMachine(RuleBasedStateMachine):
     def end_a_session(self, session: int) -> None:
         for key in [key for key, pins in self.pins.items() if session in pins]:
             self.take_pins(key, session, self.pins[key][session])
-        mine = [seeker for seeker in self.seeking if seeker.session == session]
-        self.seeking = [seeker for seeker in self.seeking if seeker not in mine]
+        mine = [waiter for waiter in self.seeking if waiter.session == session]
+        self.seeking = [waiter for waiter in self.seeking if waiter not in mine]
         self.past += mine
         expected: list[Effect] = []
-        for key, seeker in list(self.claims.items()):
-            if seeker.session == session:
-                chosen = self.chosen if seeker in self.chosen else self.making
-                chosen.remove(seeker)
-                self.past.append(seeker)
+        for key, waiter in list(self.claims.items()):
+            if waiter.session == session:
+                chosen = self.chosen if waiter in self.chosen else self.making
+                chosen.remove(waiter)
+                self.past.append(waiter)
                 expected += self.choose_next(key)
         effects = self.store.end_session(session, self.now)
         told = effects[: len(expected)]
         # In the order in which the claims were given out.
         assert sorted(told, key=str) == sorted(expected, key=str)
-        assert all(seeker.state is SeekerState.GONE for seeker in mine)
+        assert all(waiter.state is KeyWaiterState.GONE for waiter in mine)
         self.follow(effects[len(expected) :])
 
     # --- recycling and size ---------------------------------------------------------------------
@@ -877,7 +877,7 @@ class KeyedMachine(RuleBasedStateMachine):
             assert (slot.key, slot.grants) == (feature.key, feature.grants)
             assert slot.idle == (feature in idle)
             if feature.state is not SlotState.RETIRING:
-                assert slot.unpaid == feature.unpaid
+                assert slot.reads_left == feature.reads_left
             if feature.key is not None:
                 assert slot.used_s == feature.used_s
 
@@ -888,7 +888,9 @@ class KeyedMachine(RuleBasedStateMachine):
         assert store.allocator.used_bytes == self.used
         assert store.committed_bytes == self.end
         assert list(store._retiring.values()) == [feature.slot for feature in self.retiring]
-        owing = {f.index for f in self.live.values() if f.state is SlotState.PUBLISHED and f.unpaid}
+        owing = {
+            f.index for f in self.live.values() if f.state is SlotState.PUBLISHED and f.reads_left
+        }
         assert set(store.owing) == owing
         aging = [index for slots in store._aging.values() for index in slots]
         assert sorted(aging) == sorted(i for i in owing if self.live[i].request.ttl_s is not None)
@@ -896,7 +898,7 @@ class KeyedMachine(RuleBasedStateMachine):
         assert directory.resident_bytes == extents(self.order)
         assert directory.pinned_bytes == extents(pinned)
         assert directory.idle_bytes == extents(self.idle())
-        assert store.wanted_bytes == self.used - extents(self.idle())
+        assert store.unevictable_bytes == self.used - extents(self.idle())
 
     @invariant()
     def counters_agree(self) -> None:
@@ -931,25 +933,25 @@ class KeyedMachine(RuleBasedStateMachine):
 
     @invariant()
     def nobody_is_lost_who_seeks(self) -> None:
-        seekers = self.store.seekers
-        assert seekers.count == len(self.seeking)
-        waiting = [seeker for found in seekers._waiting.values() for seeker in found.values()]
-        assert sorted(waiting, key=lambda seeker: seeker.number) == self.seeking
-        assert all(seeker.state is SeekerState.WAITING for seeker in self.seeking)
-        assert all(seeker.state is SeekerState.FOUND for seeker, _ in self.found)
-        assert all(seeker.state is SeekerState.CHOSEN for seeker in self.chosen)
-        assert all(seeker.state is SeekerState.TAKEN for seeker in self.making)
-        for seeker in self.seeking:
-            assert self.kept(seeker.key) is None, "waits for what is there"
-            assert not seeker.makes or seeker.key in self.claims, "nobody makes what it waits for"
+        key_waiters = self.store.key_waiters
+        assert key_waiters.count == len(self.seeking)
+        waiting = [waiter for found in key_waiters._waiting.values() for waiter in found.values()]
+        assert sorted(waiting, key=lambda waiter: waiter.number) == self.seeking
+        assert all(waiter.state is KeyWaiterState.WAITING for waiter in self.seeking)
+        assert all(waiter.state is KeyWaiterState.FOUND for waiter, _ in self.found)
+        assert all(waiter.state is KeyWaiterState.CHOSEN for waiter in self.chosen)
+        assert all(waiter.state is KeyWaiterState.TAKEN for waiter in self.making)
+        for waiter in self.seeking:
+            assert self.kept(waiter.key) is None, "waits for what is there"
+            assert not waiter.makes or waiter.key in self.claims, "nobody makes what it waits for"
 
     @invariant()
     def a_key_has_one_claim(self) -> None:
-        out = Counter(seeker.key for seeker in self.chosen + self.making)
+        out = Counter(waiter.key for waiter in self.chosen + self.making)
         assert out == Counter(self.claims.keys())
-        claims = {key: (seeker.claim, seeker.session) for key, seeker in self.claims.items()}
-        assert self.store.seekers._claims == claims
-        assert all(self.store.seekers.holds(key, claim) for key, (claim, _) in claims.items())
+        claims = {key: (waiter.claim, waiter.session) for key, waiter in self.claims.items()}
+        assert self.store.key_waiters._claims == claims
+        assert all(self.store.key_waiters.holds(key, claim) for key, (claim, _) in claims.items())
 
     # --- the end --------------------------------------------------------------------------------
 
@@ -960,14 +962,14 @@ class KeyedMachine(RuleBasedStateMachine):
         for session in NAMES:
             self.end_a_session(session)
         while self.found:
-            seeker, feature = self.found.pop()
-            assert self.store.unseek(seeker, self.now) == self.pay_one_grant(feature)
+            waiter, feature = self.found.pop()
+            assert self.store.cancel_wait(waiter, self.now) == self.pay_one_grant(feature)
         while self.grants:
             feature = self.grants.pop()
             assert self.store.pay_grant(feature.slot, self.now) == self.pay_one_grant(feature)
         self.leave_the_queue()
         for feature in self.reserved:
-            self.store.abandon(feature.slot, self.now)
+            self.store.free_reserved(feature.slot, self.now)
         for slot in list(self.store.owing.values()):
             self.store.revoke(slot.index, slot.generation, self.now)
         self.check_that_what_is_kept_gives_way()
@@ -993,7 +995,7 @@ class KeyedMachine(RuleBasedStateMachine):
             store.recycle(store.due(self.now), self.now)
             slot = store.reserve(Request(capacity, 1, None), self.now)
             if slot is not None:
-                store.abandon(slot, self.now)
+                store.free_reserved(slot, self.now)
                 return
             effects = store.evict_for(Request(capacity, 1, None), lambda _: False, self.now)
             if not effects and (end := store.growth_for(capacity, self.now)):
@@ -1007,7 +1009,11 @@ class KeyedMachine(RuleBasedStateMachine):
         assert (len(directory), directory._pins) == (0, {})
         assert (directory.resident_bytes, directory.pinned_bytes, directory.idle_bytes) == (0, 0, 0)
         assert directory.coldest(lambda _: False) is None
-        assert (store.seekers.count, store.seekers._waiting, store.seekers._claims) == (0, {}, {})
+        assert (store.key_waiters.count, store.key_waiters._waiting, store.key_waiters._claims) == (
+            0,
+            {},
+            {},
+        )
         assert (store.owing, store._aging, store._retiring) == ({}, {}, {})
 
 

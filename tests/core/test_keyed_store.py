@@ -5,19 +5,19 @@ import pytest
 
 from featcache.core.allocator import ALIGNMENT_BYTES
 from featcache.core.effects import (
+    ClaimPassed,
     Effect,
     Evicted,
     Expired,
     Found,
     Grow,
     Limits,
-    MayMake,
     Recycled,
-    Retired,
+    SlotRetired,
     Woken,
 )
 from featcache.core.eviction import FEW
-from featcache.core.key_queue import Seeker, SeekerState
+from featcache.core.key_queue import KeyWaiter, KeyWaiterState
 from featcache.core.keyed_store import KeyedStore, key_label
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot, SlotState
@@ -94,9 +94,11 @@ def pay(store: KeyedStore, slot: Slot, session: int = 1, name: str | None = None
     return store.pay(slot.index, slot.generation, session, name, 0.0)
 
 
-def seek(store: KeyedStore, key: bytes = b"a", session: int = 1, *, makes: bool = True) -> Seeker:
+def wait_for_key(
+    store: KeyedStore, key: bytes = b"a", session: int = 1, *, makes: bool = True
+) -> KeyWaiter:
     assert store.lookup(key, 0.0) is None
-    return store.seek(key, session, makes=makes, tag=None)
+    return store.wait_for_key(key, session, makes=makes, tag=None)
 
 
 def by_nobody(_: Slot) -> bool:
@@ -109,7 +111,7 @@ def room_for(store: KeyedStore, nbytes: int = UNIT, now_s: float = 0.0) -> list[
 
 def gone(slot: Slot, key: bytes, cause: str = "room", unused_s: float = 0.0) -> list[Effect]:
     """What it is to evict a feature of which nothing is owed."""
-    return [Evicted(key, slot.nbytes, unused_s, cause), Retired(slot)]
+    return [Evicted(key, slot.nbytes, unused_s, cause), SlotRetired(slot)]
 
 
 def recycle(store: KeyedStore, now_s: float = 0.0) -> list[Effect]:
@@ -164,10 +166,10 @@ def test_what_has_no_key_is_not_kept() -> None:
     store = store_of()
     slot = put(store, None, readers=1)
     assert len(store.directory) == 0
-    assert pay(store, slot) == [Retired(slot)]
+    assert pay(store, slot) == [SlotRetired(slot)]
 
 
-@pytest.mark.parametrize("give_up", ["abandon", "withdraw"])
+@pytest.mark.parametrize("give_up", ["free_reserved", "give_up_reserved"])
 def test_what_was_not_published_leaves_nothing_under_its_key(give_up: str) -> None:
     store = store_of(attrs.evolve(FIXED, slots=1))
     slot = reserve(store, b"a")
@@ -206,22 +208,22 @@ def test_a_session_pays_a_keyed_feature_once_for_its_ref_and_once_for_each_grant
     look(store)
     assert pay(store, slot, 1) == []
     assert pay(store, slot, 1) == []
-    assert (slot.unpaid, slot.grants) == (1, 1)
+    assert (slot.reads_left, slot.grants) == (1, 1)
     assert store.pay_grant(slot, 0.0) == []
-    assert (slot.unpaid, slot.grants) == (1, 0)
+    assert (slot.reads_left, slot.grants) == (1, 0)
 
 
 @pytest.mark.parametrize(
-    "forgive", [pytest.param("revoke", id="discarded"), pytest.param("forgive", id="dead")]
+    "waive_reads", [pytest.param("revoke", id="discarded"), pytest.param("forgive", id="dead")]
 )
-def test_reads_that_are_forgiven_leave_the_key(forgive: str) -> None:
+def test_reads_that_are_forgiven_leave_the_key(waive_reads: str) -> None:
     store = store_of()
     slot = put(store, readers={"tp0"})
-    if forgive == "revoke":
+    if waive_reads == "revoke":
         assert store.revoke(slot.index, slot.generation, 0.0) == []
     else:
-        assert store.forgive("tp0", 0.0) == (1, [])
-    assert (slot.unpaid, slot.state, slot.key) == (0, SlotState.PUBLISHED, b"a")
+        assert store.waive_reads("tp0", 0.0) == (1, [])
+    assert (slot.reads_left, slot.state, slot.key) == (0, SlotState.PUBLISHED, b"a")
     assert (store.owing, books(store)) == ({}, (UNIT, 0, UNIT))
     assert look(store) is slot
 
@@ -229,7 +231,7 @@ def test_reads_that_are_forgiven_leave_the_key(forgive: str) -> None:
 def test_a_dead_name_is_forgiven_only_its_own_read_of_a_keyed_feature() -> None:
     store = store_of()
     slot = put(store, readers={"tp0", "tp1"})
-    assert store.forgive("tp0", 0.0) == (1, [])
+    assert store.waive_reads("tp0", 0.0) == (1, [])
     assert slot.owed_by == ("tp1",)
     assert room_for(store) == []
     assert pay(store, slot, 1, "tp1") == []
@@ -239,7 +241,7 @@ def test_a_dead_name_is_forgiven_only_its_own_read_of_a_keyed_feature() -> None:
 def test_all_readers_that_died_before_the_publish_leave_a_feature_that_is_kept() -> None:
     store = store_of()
     slot = reserve(store, readers={"tp0"}, ttl_s=1.0)
-    assert store.forgive("tp0", 0.0) == (1, [])
+    assert store.waive_reads("tp0", 0.0) == (1, [])
     assert store.publish(slot, 0.0) == []
     assert (slot.key, store.owing, store.expire(100.0)) == (b"a", {}, [])
     assert room_for(store) == gone(slot, b"a")
@@ -251,7 +253,7 @@ def test_the_ttl_of_a_keyed_feature_forgives_its_reads_and_keeps_the_key() -> No
     pay(store, slot)
     assert store.expire(3.75) == []
     assert store.expire(4.0) == [Expired("0:1", UNIT, 4.0, 1)]
-    assert (slot.unpaid, slot.state, slot.key) == (0, SlotState.PUBLISHED, b"a")
+    assert (slot.reads_left, slot.state, slot.key) == (0, SlotState.PUBLISHED, b"a")
     assert (store.owing, store._aging, store.expired) == ({}, {}, 1)
     assert store.expire(100.0) == []
     assert books(store) == (UNIT, 0, UNIT)
@@ -263,7 +265,7 @@ def test_a_read_that_was_forgiven_can_not_be_paid_later() -> None:
     slot = put(store, readers=2, ttl_s=1.0)
     store.expire(1.0)
     assert pay(store, slot) == []
-    assert slot.unpaid == 0
+    assert slot.reads_left == 0
     assert room_for(store) == gone(slot, b"a")
 
 
@@ -334,7 +336,7 @@ def test_an_evicted_feature_lives_until_its_reads_and_its_grants_are_paid(order:
         effects = [store.pay_grant(slot, 1.0), pay(store, slot)]
     else:
         effects = [pay(store, slot), store.pay_grant(slot, 1.0)]
-    assert effects == [[], [Retired(slot)]]
+    assert effects == [[], [SlotRetired(slot)]]
     assert recycle(store, 1.0) == [recycled(slot)]
     assert store.allocator.used_bytes == 0
 
@@ -347,7 +349,7 @@ def test_each_grant_of_an_evicted_feature_is_waited_for() -> None:
     store.evict(b"a", 0.0)
     assert store.pay_grant(slot, 1.0) == []
     assert store.due(100.0) == []
-    assert store.pay_grant(slot, 1.0) == [Retired(slot)]
+    assert store.pay_grant(slot, 1.0) == [SlotRetired(slot)]
     assert store.due(1.0) == [slot]
 
 
@@ -360,7 +362,7 @@ def test_a_feature_that_is_granted_and_was_evicted_is_not_found_by_its_key() -> 
     new = put(store)
     assert look(store) is new
     assert new is not old
-    assert store.pay_grant(old, 0.0) == [Retired(old)]
+    assert store.pay_grant(old, 0.0) == [SlotRetired(old)]
     assert new.grants == 1
 
 
@@ -371,7 +373,7 @@ def test_what_is_forgiven_of_an_evicted_feature_leaves_it_to_its_grants() -> Non
     store.evict(b"a", 0.0)
     assert store.expire(1.0) == [Expired("0:1", UNIT, 1.0, 2)]
     assert slot.state is SlotState.PUBLISHED
-    assert store.pay_grant(slot, 1.0) == [Retired(slot)]
+    assert store.pay_grant(slot, 1.0) == [SlotRetired(slot)]
 
 
 # --- replacing ----------------------------------------------------------------------------------
@@ -380,7 +382,7 @@ def test_what_is_forgiven_of_an_evicted_feature_leaves_it_to_its_grants() -> Non
 def test_a_feature_that_comes_under_a_key_replaces_the_one_before() -> None:
     store = store_of()
     old, new = put(store), reserve(store, nbytes=2 * UNIT)
-    assert store.publish(new, 1.0) == [Retired(old)]
+    assert store.publish(new, 1.0) == [SlotRetired(old)]
     assert old.due_s == 1.0 + GRACE
     assert (old.key, new.key) == (None, b"a")
     assert books(store) == (2 * UNIT, 0, 2 * UNIT)
@@ -401,7 +403,7 @@ def test_what_is_replaced_while_something_is_owed_lives_until_it_is_paid(way: st
     new = put(store)
     assert store.find(old.index, old.generation) is old
     effects = pay(store, old) if way == "read" else store.pay_grant(old, 0.0)
-    assert effects == [Retired(old)]
+    assert effects == [SlotRetired(old)]
     assert look(store) is new
 
 
@@ -421,7 +423,7 @@ def test_two_that_were_reserved_for_one_key_replace_each_other_as_they_are_publi
     store = store_of()
     first, second = reserve(store), reserve(store)
     assert store.publish(second, 0.0) == []
-    assert store.publish(first, 0.0) == [Retired(second)]
+    assert store.publish(first, 0.0) == [SlotRetired(second)]
     assert look(store) is first
 
 
@@ -442,29 +444,33 @@ def test_pins_carry_over_to_what_replaces() -> None:
 
 def test_who_seeks_is_granted_one_read_each_when_the_key_is_published() -> None:
     store = store_of()
-    seekers = [seek(store, makes=False) for _ in range(3)]
-    others = seek(store, b"b", makes=False)
+    key_waiters = [wait_for_key(store, makes=False) for _ in range(3)]
+    others = wait_for_key(store, b"b", makes=False)
     slot = reserve(store)
-    assert store.publish(slot, 2.0) == [Found(seeker) for seeker in seekers]
+    assert store.publish(slot, 2.0) == [Found(waiter) for waiter in key_waiters]
     assert (slot.grants, slot.used_s) == (3, 2.0)
     assert room_for(store) == []
-    for seeker in seekers:
-        assert store.take(seeker) is slot
-        assert seeker.state is SeekerState.TAKEN
-    assert (slot.grants, store.seekers.count) == (3, 1)
-    assert others.state is SeekerState.WAITING
-    assert [store.pay_grant(slot, 2.0) for _ in seekers] == [[], [], []]
+    for waiter in key_waiters:
+        assert store.take(waiter) is slot
+        assert waiter.state is KeyWaiterState.TAKEN
+    assert (slot.grants, store.key_waiters.count) == (3, 1)
+    assert others.state is KeyWaiterState.WAITING
+    assert [store.pay_grant(slot, 2.0) for _ in key_waiters] == [[], [], []]
     assert room_for(store, now_s=2.0) == gone(slot, b"a")
     assert counters(store) == (0, 4, 1)
 
 
 def test_who_was_chosen_makes_and_the_others_find_what_it_publishes() -> None:
     store = store_of()
-    maker, second, plain = seek(store), seek(store), seek(store, makes=False)
+    maker, second, plain = (
+        wait_for_key(store),
+        wait_for_key(store),
+        wait_for_key(store, makes=False),
+    )
     assert store.take(maker) is None
     slot = reserve(store)
     assert store.publish(slot, 0.0) == [Found(second), Found(plain)]
-    assert store.unclaim(b"a", maker.claim) == []
+    assert store.release_claim(b"a", maker.claim) == []
     assert store.take(second) is slot
     assert store.take(plain) is slot
     assert slot.grants == 2
@@ -472,32 +478,38 @@ def test_who_was_chosen_makes_and_the_others_find_what_it_publishes() -> None:
 
 def test_when_a_maker_fails_the_next_one_is_told() -> None:
     store = store_of()
-    maker, plain, second = seek(store), seek(store, makes=False), seek(store)
+    maker, plain, second = (
+        wait_for_key(store),
+        wait_for_key(store, makes=False),
+        wait_for_key(store),
+    )
     store.take(maker)
-    assert store.unclaim(b"a", maker.claim) == [MayMake(second)]
+    assert store.release_claim(b"a", maker.claim) == [ClaimPassed(second)]
     assert store.take(second) is None
-    assert plain.state is SeekerState.WAITING
-    assert store.unclaim(b"a", maker.claim) == []
-    assert store.unclaim(b"a", second.claim) == []
-    assert plain.state is SeekerState.WAITING
+    assert plain.state is KeyWaiterState.WAITING
+    assert store.release_claim(b"a", maker.claim) == []
+    assert store.release_claim(b"a", second.claim) == []
+    assert plain.state is KeyWaiterState.WAITING
 
 
-@pytest.mark.parametrize("state", [SeekerState.WAITING, SeekerState.TAKEN, SeekerState.GONE])
-def test_only_what_was_handed_over_is_taken(state: SeekerState) -> None:
+@pytest.mark.parametrize(
+    "state", [KeyWaiterState.WAITING, KeyWaiterState.TAKEN, KeyWaiterState.GONE]
+)
+def test_only_what_was_handed_over_is_taken(state: KeyWaiterState) -> None:
     store = store_of()
-    seeker = seek(store, makes=state is not SeekerState.WAITING)
-    if state is SeekerState.TAKEN:
-        store.take(seeker)
-    elif state is SeekerState.GONE:
-        store.unseek(seeker, 0.0)
-    with pytest.raises(ValueError, match=f"this seeker is {state.value}"):
-        store.take(seeker)
+    waiter = wait_for_key(store, makes=state is not KeyWaiterState.WAITING)
+    if state is KeyWaiterState.TAKEN:
+        store.take(waiter)
+    elif state is KeyWaiterState.GONE:
+        store.cancel_wait(waiter, 0.0)
+    with pytest.raises(ValueError, match=f"this waiter is {state.value}"):
+        store.take(waiter)
 
 
 def test_who_gives_up_waiting_is_granted_nothing() -> None:
     store = store_of()
-    leaver, other = seek(store, makes=False), seek(store, makes=False)
-    assert store.unseek(leaver, 0.0) == []
+    leaver, other = wait_for_key(store, makes=False), wait_for_key(store, makes=False)
+    assert store.cancel_wait(leaver, 0.0) == []
     slot = reserve(store)
     assert store.publish(slot, 0.0) == [Found(other)]
     assert slot.grants == 1
@@ -505,79 +517,79 @@ def test_who_gives_up_waiting_is_granted_nothing() -> None:
 
 def test_who_gives_up_what_it_found_pays_for_it() -> None:
     store = store_of()
-    seeker = seek(store, makes=False)
+    waiter = wait_for_key(store, makes=False)
     slot = reserve(store)
     store.publish(slot, 0.0)
-    assert store.unseek(seeker, 1.0) == []
-    assert store.unseek(seeker, 1.0) == []
+    assert store.cancel_wait(waiter, 1.0) == []
+    assert store.cancel_wait(waiter, 1.0) == []
     assert slot.grants == 0
     assert room_for(store) == gone(slot, b"a")
 
 
 def test_who_gives_up_what_was_evicted_since_lets_it_go() -> None:
     store = store_of()
-    first, second = seek(store, makes=False), seek(store, makes=False)
+    first, second = wait_for_key(store, makes=False), wait_for_key(store, makes=False)
     slot = reserve(store)
     store.publish(slot, 0.0)
     assert store.evict(b"a", 0.0) == [Evicted(b"a", UNIT, 0.0, "asked")]
-    assert store.unseek(first, 1.0) == []
-    assert store.unseek(second, 1.0) == [Retired(slot)]
+    assert store.cancel_wait(first, 1.0) == []
+    assert store.cancel_wait(second, 1.0) == [SlotRetired(slot)]
 
 
 def test_who_gives_up_having_been_chosen_lets_the_next_one_make() -> None:
     store = store_of()
-    maker, second, third = seek(store), seek(store), seek(store)
-    assert store.unseek(maker, 0.0) == [MayMake(second)]
-    assert store.unseek(maker, 0.0) == []
-    assert third.state is SeekerState.WAITING
-    assert store.unseek(second, 0.0) == [MayMake(third)]
-    assert store.unseek(third, 0.0) == []
-    assert seek(store).state is SeekerState.CHOSEN
+    maker, second, third = wait_for_key(store), wait_for_key(store), wait_for_key(store)
+    assert store.cancel_wait(maker, 0.0) == [ClaimPassed(second)]
+    assert store.cancel_wait(maker, 0.0) == []
+    assert third.state is KeyWaiterState.WAITING
+    assert store.cancel_wait(second, 0.0) == [ClaimPassed(third)]
+    assert store.cancel_wait(third, 0.0) == []
+    assert wait_for_key(store).state is KeyWaiterState.CHOSEN
 
 
 @pytest.mark.parametrize("makes", [False, True])
 def test_who_has_taken_it_has_nothing_to_give_up(makes: bool) -> None:
     store = store_of()
-    seeker = seek(store, makes=makes)
+    waiter = wait_for_key(store, makes=makes)
     slot = reserve(store)
     store.publish(slot, 0.0)
-    store.take(seeker)
-    assert store.unseek(seeker, 0.0) == []
-    assert seeker.state is SeekerState.TAKEN
+    store.take(waiter)
+    assert store.cancel_wait(waiter, 0.0) == []
+    assert waiter.state is KeyWaiterState.TAKEN
     assert slot.grants == (0 if makes else 1)
-    assert store.seekers.holds(b"a", seeker.claim) == makes
+    assert store.key_waiters.holds(b"a", waiter.claim) == makes
 
 
 def test_seekers_are_bounded() -> None:
     store = store_of()
-    seekers = [seek(store, makes=False) for _ in range(FIXED.waiters)]
+    key_waiters = [wait_for_key(store, makes=False) for _ in range(FIXED.waiters)]
     with pytest.raises(PoolFull, match="4 wait for keys already, the bound"):
-        seek(store, makes=False)
-    store.unseek(seekers[0], 0.0)
-    seek(store, makes=False)
+        wait_for_key(store, makes=False)
+    store.cancel_wait(key_waiters[0], 0.0)
+    wait_for_key(store, makes=False)
 
 
 def test_who_would_make_at_once_is_let_in_whoever_waits() -> None:
     """It waits for nobody, and the others may wait for what it makes."""
     store = store_of()
     for _ in range(FIXED.waiters):
-        seek(store, b"a", makes=False)
-    assert seek(store, b"b").state is SeekerState.CHOSEN
+        wait_for_key(store, b"a", makes=False)
+    assert wait_for_key(store, b"b").state is KeyWaiterState.CHOSEN
     with pytest.raises(PoolFull, match="4 wait for keys already, the bound"):
-        seek(store, b"b")
+        wait_for_key(store, b"b")
 
 
 def test_claims_have_a_bound_of_their_own() -> None:
     """More than there are slots could not be put."""
     store = store_of()
-    makers = [seek(store, b"%d" % n) for n in range(FIXED.slots)]
-    assert {maker.state for maker in makers} == {SeekerState.CHOSEN}
+    makers = [wait_for_key(store, b"%d" % n) for n in range(FIXED.slots)]
+    assert {maker.state for maker in makers} == {KeyWaiterState.CHOSEN}
     with pytest.raises(PoolFull, match="8 features are being made already, the bound"):
-        seek(store, b"one more")
-    assert seek(store, b"one more", makes=False).state is SeekerState.WAITING
-    assert seek(store, b"0").state is SeekerState.WAITING
-    store.unclaim(b"7", makers[7].claim)
-    assert seek(store, b"one more").state is SeekerState.CHOSEN
+        wait_for_key(store, b"one more")
+    assert wait_for_key(store, b"one more", makes=False).state is KeyWaiterState.WAITING
+    assert wait_for_key(store, b"0").state is KeyWaiterState.WAITING
+    store.release_claim(b"7", makers[7].claim)
+    assert wait_for_key(store, b"one more").state is KeyWaiterState.CHOSEN
 
 
 # --- evicting by name and pins ------------------------------------------------------------------
@@ -586,7 +598,7 @@ def test_claims_have_a_bound_of_their_own() -> None:
 def test_a_key_is_evicted_by_name_after_a_grace() -> None:
     store = store_of()
     slot = put(store, nbytes=300)
-    assert store.evict(b"a", 7.0) == [Evicted(b"a", 300, 7.0, "asked"), Retired(slot)]
+    assert store.evict(b"a", 7.0) == [Evicted(b"a", 300, 7.0, "asked"), SlotRetired(slot)]
     assert slot.due_s == 7.0 + GRACE
     assert store.evict(b"a", 7.0) == []
     assert counters(store) == (0, 0, 1)
@@ -711,7 +723,7 @@ def test_a_put_gets_the_room_of_what_was_evicted_for_it() -> None:
     assert evicted_for(store, request.nbytes) == {b"0", b"1"}
     assert recycle(store) == [recycled(slots[1]), recycled(slots[0])]
     assert store.reserve(request, 0.0) is not None
-    assert store.wanted_bytes == CAPACITY // 2
+    assert store.unevictable_bytes == CAPACITY // 2
 
 
 def test_who_waits_is_served_from_what_was_evicted_for_it() -> None:
@@ -806,12 +818,12 @@ def test_wanted_bytes_are_what_a_put_can_not_have() -> None:
     store = store_of()
     put(store, b"a", nbytes=2 * UNIT)
     put(store, b"b", nbytes=4 * UNIT)
-    assert store.wanted_bytes == 0
+    assert store.unevictable_bytes == 0
     store.pin(b"a", 1)
-    assert store.wanted_bytes == 2 * UNIT
+    assert store.unevictable_bytes == 2 * UNIT
     look(store, b"b")
     reserve(store, None, readers=1)
-    assert store.wanted_bytes == 7 * UNIT
+    assert store.unevictable_bytes == 7 * UNIT
 
 
 # --- neighbours ---------------------------------------------------------------------------------
@@ -1122,53 +1134,64 @@ def test_what_a_session_pinned_is_pinned_no_more_when_it_ends() -> None:
 
 def test_who_waits_for_a_key_waits_no_more_when_its_session_ends() -> None:
     store = store_of()
-    mine = [seek(store, b"a", 1, makes=False), seek(store, b"b", 1, makes=False)]
-    other = seek(store, b"a", 2, makes=False)
+    mine = [wait_for_key(store, b"a", 1, makes=False), wait_for_key(store, b"b", 1, makes=False)]
+    other = wait_for_key(store, b"a", 2, makes=False)
     assert store.end_session(1, 0.0) == []
-    assert [seeker.state for seeker in mine] == [SeekerState.GONE] * 2
+    assert [waiter.state for waiter in mine] == [KeyWaiterState.GONE] * 2
     slot = reserve(store, b"a")
     assert store.publish(slot, 0.0) == [Found(other)]
 
 
 def test_what_a_session_was_to_make_goes_to_the_next_of_another() -> None:
     store = store_of()
-    maker, mine, other = seek(store, session=1), seek(store, session=1), seek(store, session=2)
-    last = seek(store, session=2)
+    maker, mine, other = (
+        wait_for_key(store, session=1),
+        wait_for_key(store, session=1),
+        wait_for_key(store, session=2),
+    )
+    last = wait_for_key(store, session=2)
     store.take(maker)
-    assert store.end_session(1, 0.0) == [MayMake(other)]
-    assert (mine.state, last.state) == (SeekerState.GONE, SeekerState.WAITING)
+    assert store.end_session(1, 0.0) == [ClaimPassed(other)]
+    assert (mine.state, last.state) == (KeyWaiterState.GONE, KeyWaiterState.WAITING)
     assert store.end_session(1, 0.0) == []
 
 
 def test_each_claim_of_a_session_that_ends_is_passed_on() -> None:
     store = store_of()
     for key in (b"a", b"b"):
-        seek(store, key, 1)
-    following = [seek(store, key, 2) for key in (b"a", b"b")]
-    assert store.end_session(1, 0.0) == [MayMake(seeker) for seeker in following]
-    assert store.unclaim(b"a", 1) == []
+        wait_for_key(store, key, 1)
+    following = [wait_for_key(store, key, 2) for key in (b"a", b"b")]
+    assert store.end_session(1, 0.0) == [ClaimPassed(waiter) for waiter in following]
+    assert store.release_claim(b"a", 1) == []
 
 
 def test_a_session_that_was_chosen_and_ended_gives_up_nothing_twice() -> None:
     store = store_of()
-    maker, other, last = seek(store, session=1), seek(store, session=2), seek(store, session=3)
-    assert store.end_session(1, 0.0) == [MayMake(other)]
-    assert store.unseek(maker, 0.0) == []
-    assert (other.state, last.state) == (SeekerState.CHOSEN, SeekerState.WAITING)
+    maker, other, last = (
+        wait_for_key(store, session=1),
+        wait_for_key(store, session=2),
+        wait_for_key(store, session=3),
+    )
+    assert store.end_session(1, 0.0) == [ClaimPassed(other)]
+    assert store.cancel_wait(maker, 0.0) == []
+    assert (other.state, last.state) == (KeyWaiterState.CHOSEN, KeyWaiterState.WAITING)
 
 
 def test_a_session_that_is_not_known_ends_with_nothing() -> None:
     store = store_of()
     put(store)
-    seek(store, b"b", 1)
+    wait_for_key(store, b"b", 1)
     assert store.end_session(9, 0.0) == []
-    assert store.seekers.claims_of(1) != []
+    assert store.key_waiters.claims_of(1) != []
 
 
 def test_a_feature_whose_writer_died_is_taken_back_with_its_key() -> None:
     store = store_of()
     slot = put(store, readers={"tp0", "tp1"}, ttl_s=1.0)
-    assert store.forsake(slot, 5.0) == [Evicted(b"a", UNIT, 5.0, "writer lost"), Retired(slot)]
+    assert store.fail_write(slot, 5.0) == [
+        Evicted(b"a", UNIT, 5.0, "writer lost"),
+        SlotRetired(slot),
+    ]
     assert (slot.due_s, slot.owed_by) == (5.0, 0)
     assert b"a" not in store.directory
     assert books(store) == (0, 0, 0)
@@ -1179,7 +1202,7 @@ def test_a_feature_whose_writer_died_is_taken_back_with_its_key() -> None:
 def test_a_feature_whose_writer_died_and_that_has_no_key_is_taken_back() -> None:
     store = store_of()
     slot = put(store, None, readers=2)
-    assert store.forsake(slot, 5.0) == [Retired(slot)]
+    assert store.fail_write(slot, 5.0) == [SlotRetired(slot)]
     assert store.evicted == 0
     assert pay(store, slot) == []
     assert recycle(store, 5.0) == [recycled(slot)]
@@ -1187,22 +1210,22 @@ def test_a_feature_whose_writer_died_and_that_has_no_key_is_taken_back() -> None
 
 def test_grants_of_a_feature_whose_writer_died_keep_its_bytes() -> None:
     store = store_of()
-    seeker = seek(store, makes=False)
+    waiter = wait_for_key(store, makes=False)
     slot = reserve(store)
     store.publish(slot, 0.0)
     look(store)
-    store.forsake(slot, 1.0)
+    store.fail_write(slot, 1.0)
     assert store.due(100.0) == []
     assert store.pay_grant(slot, 1.0) == []
     assert store.due(100.0) == []
-    assert store.unseek(seeker, 1.0) == []
+    assert store.cancel_wait(waiter, 1.0) == []
     assert store.due(1.0) == [slot]
 
 
 def test_a_key_whose_writer_died_is_made_by_the_next_who_asks() -> None:
     store = store_of()
-    store.forsake(put(store), 0.0)
-    assert seek(store).state is SeekerState.CHOSEN
+    store.fail_write(put(store), 0.0)
+    assert wait_for_key(store).state is KeyWaiterState.CHOSEN
 
 
 # --- slots are like new -------------------------------------------------------------------------
@@ -1218,7 +1241,7 @@ def test_the_next_tenant_of_a_slot_has_none_of_the_last_ones_keys_pins_or_uses()
     assert put(store, None, readers=1) is slot
     assert (slot.key, slot.wanted_key, slot.grants, slot.idle) == (None, None, 0, False)
     assert room_for(store) == []
-    assert pay(store, slot) == [Retired(slot)]
+    assert pay(store, slot) == [SlotRetired(slot)]
 
 
 # --- growth and the queue beside keys -----------------------------------------------------------

@@ -11,9 +11,9 @@ from featcache.core.slots import Slot, SlotState, SlotTable
 def use(slot: Slot) -> None:
     """Fill in what a tenant leaves behind."""
     slot.extent = OffsetAllocator(512).allocate(512)
-    slot.unpaid = 2
-    slot.owers = {"tp0", "tp1"}
-    slot.payers = {1}
+    slot.reads_left = 2
+    slot.owed_by_names = {"tp0", "tp1"}
+    slot.paid_by = {1}
 
 
 def test_a_new_table_is_free() -> None:
@@ -115,9 +115,9 @@ def test_a_free_slot_remembers_nothing_of_its_tenant() -> None:
     use(slot)
     table.give(slot)
     assert slot.extent is None
-    assert slot.owers is None
-    assert slot.payers is None
-    assert slot.unpaid == 0
+    assert slot.owed_by_names is None
+    assert slot.paid_by is None
+    assert slot.reads_left == 0
 
 
 def test_in_use_is_by_index() -> None:
@@ -132,8 +132,8 @@ def test_in_use_is_by_index() -> None:
 
 def test_who_owes_is_a_count_or_names() -> None:
     anonymous, named = Slot(0), Slot(1)
-    anonymous.unpaid = 3
-    named.unpaid, named.owers = 2, {"tp1", "tp0"}
+    anonymous.reads_left = 3
+    named.reads_left, named.owed_by_names = 2, {"tp1", "tp0"}
     assert anonymous.owed_by == 3
     assert named.owed_by == ("tp0", "tp1")
 

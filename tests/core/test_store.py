@@ -6,7 +6,7 @@ import attrs
 import pytest
 
 from featcache.core.allocator import ALIGNMENT_BYTES
-from featcache.core.effects import Effect, Expired, Grow, Limits, Recycled, Retired, Woken
+from featcache.core.effects import Effect, Expired, Grow, Limits, Recycled, SlotRetired, Woken
 from featcache.core.put_queue import Request, Waiter, WaiterState
 from featcache.core.slots import Slot, SlotState
 from featcache.core.store import Store
@@ -57,7 +57,7 @@ def pay(store: Store, slot: Slot, session: int = 1, name: str | None = None) -> 
 def free(store: Store, slot: Slot, now_s: float = 0.0) -> list[Effect]:
     """Let a published slot go, as a reader and the recycler do; return what that led to."""
     effects = store.revoke(slot.index, slot.generation, now_s)
-    assert effects == [Retired(slot)]
+    assert effects == [SlotRetired(slot)]
     recycled = Recycled(slot.index, slot.generation, slot.nbytes)
     first, *others = store.recycle([slot], now_s)
     assert first == recycled
@@ -80,7 +80,7 @@ def test_a_reserved_slot_is_of_the_size_that_was_asked_for() -> None:
     assert slot.state is SlotState.RESERVED
     assert slot.extent is not None
     assert (slot.nbytes, slot.extent.size_bytes) == (300, 2 * UNIT)
-    assert (slot.unpaid, slot.ttl_s) == (2, 5.0)
+    assert (slot.reads_left, slot.ttl_s) == (2, 5.0)
 
 
 def test_what_is_used_and_what_is_free_make_the_capacity() -> None:
@@ -99,7 +99,7 @@ def test_the_largest_free_piece_counts_what_the_slab_may_grow_by() -> None:
     assert store.largest_free_bytes == CAPACITY - SEGMENT
     store.grown(CAPACITY, 0.0)
     reserve(store, request(CAPACITY - SEGMENT))
-    store.abandon(first, 0.0)
+    store.free_reserved(first, 0.0)
     assert store.largest_free_bytes == UNIT
 
 
@@ -273,7 +273,7 @@ def test_an_abandoned_slot_goes_to_who_waits() -> None:
     store = store_of()
     slot = reserve(store, request(CAPACITY))
     waiter = wait(store)
-    assert store.abandon(slot, 0.0) == [Woken(waiter)]
+    assert store.free_reserved(slot, 0.0) == [Woken(waiter)]
     assert store.puts == 0
 
 
@@ -283,7 +283,7 @@ def test_only_a_reserved_slot_is_published_or_abandoned(retired: bool) -> None:
     slot = publish(store)
     if retired:
         pay(store, slot)
-    for call in (store.publish, store.abandon):
+    for call in (store.publish, store.free_reserved):
         with pytest.raises(ValueError, match=f"slot 0:1 is {slot.state.name}, not RESERVED"):
             call(slot, 0.0)
     assert store.puts == 1
@@ -313,14 +313,14 @@ def test_a_ref_that_never_was_is_stale(index: int, generation: int) -> None:
     with pytest.raises(StaleRef):
         store.revoke(index, generation, 0.0)
     assert store.pay(index, generation, 1, None, 0.0) == []
-    assert store.find(0, 1).unpaid == 1
+    assert store.find(0, 1).reads_left == 1
 
 
 def test_the_last_read_paid_retires_the_slot_with_no_grace() -> None:
     store = store_of()
     slot = publish(store, request(readers=3), 1.0)
     effects = [store.pay(slot.index, slot.generation, by, None, 2.0) for by in (5, 6, 7)]
-    assert effects == [[], [], [Retired(slot)]]
+    assert effects == [[], [], [SlotRetired(slot)]]
     assert (slot.retired_s, slot.due_s) == (2.0, 2.0)
     assert store.due(2.0) == [slot]
 
@@ -330,14 +330,14 @@ def test_a_session_pays_a_ref_once() -> None:
     slot = publish(store, request(readers=2))
     for _ in range(3):
         assert pay(store, slot, 1, "tp0") == []
-    assert slot.unpaid == 1
-    assert pay(store, slot, 2, "tp0") == [Retired(slot)]
+    assert slot.reads_left == 1
+    assert pay(store, slot, 2, "tp0") == [SlotRetired(slot)]
 
 
 def test_a_session_pays_each_ref_of_its_own() -> None:
     store = store_of()
     slots = [publish(store) for _ in range(2)]
-    assert [pay(store, slot, 1) for slot in slots] == [[Retired(slot)] for slot in slots]
+    assert [pay(store, slot, 1) for slot in slots] == [[SlotRetired(slot)] for slot in slots]
 
 
 def test_payments_after_the_last_are_ignored() -> None:
@@ -345,7 +345,7 @@ def test_payments_after_the_last_are_ignored() -> None:
     slot = publish(store)
     pay(store, slot, 1)
     assert pay(store, slot, 2) == []
-    assert slot.unpaid == 0
+    assert slot.reads_left == 0
 
 
 def test_named_reads_are_paid_by_their_names_only() -> None:
@@ -353,10 +353,10 @@ def test_named_reads_are_paid_by_their_names_only() -> None:
     slot = publish(store, request(readers={"tp0", "tp1"}))
     assert pay(store, slot, 1, "tp2") == []
     assert pay(store, slot, 2, None) == []
-    assert slot.unpaid == 2
+    assert slot.reads_left == 2
     assert pay(store, slot, 3, "tp0") == []
     assert slot.owed_by == ("tp1",)
-    assert pay(store, slot, 4, "tp1") == [Retired(slot)]
+    assert pay(store, slot, 4, "tp1") == [SlotRetired(slot)]
 
 
 def test_a_name_pays_once_whichever_session_bears_it() -> None:
@@ -365,14 +365,14 @@ def test_a_name_pays_once_whichever_session_bears_it() -> None:
     assert pay(store, slot, 1, "tp0") == []
     assert pay(store, slot, 1, "tp0") == []
     assert pay(store, slot, 2, "tp0") == []
-    assert slot.unpaid == 1
+    assert slot.reads_left == 1
 
 
 def test_a_reserved_slot_can_not_be_paid() -> None:
     store = store_of()
     slot = reserve(store)
     assert pay(store, slot) == []
-    assert slot.unpaid == 1
+    assert slot.reads_left == 1
     assert store.publish(slot, 0.0) == []
 
 
@@ -388,7 +388,7 @@ def test_a_late_payment_does_not_land_in_the_next_tenants_slot() -> None:
         store.find(index, generation)
     with pytest.raises(StaleRef):
         store.revoke(index, generation, 0.0)
-    assert new.unpaid == 1
+    assert new.reads_left == 1
     assert store.find(index, new.generation) is new
 
 
@@ -398,7 +398,7 @@ def test_who_paid_the_last_tenant_owes_the_next() -> None:
     pay(store, slot, 1)
     store.recycle([slot], 0.0)
     assert publish(store) is slot
-    assert pay(store, slot, 1) == [Retired(slot)]
+    assert pay(store, slot, 1) == [SlotRetired(slot)]
 
 
 def test_a_slot_forgets_the_names_of_its_last_tenant() -> None:
@@ -407,7 +407,7 @@ def test_a_slot_forgets_the_names_of_its_last_tenant() -> None:
     slot = publish(store, request(readers=2))
     assert slot.owed_by == 2
     assert pay(store, slot, 1, None) == []
-    assert slot.unpaid == 1
+    assert slot.reads_left == 1
 
 
 # --- the dead -----------------------------------------------------------------------------------
@@ -419,34 +419,34 @@ def test_a_dead_name_is_forgiven_what_it_owes_everywhere() -> None:
     shared = publish(store, request(readers={"tp0", "tp1"}))
     others = publish(store, request(readers={"tp1"}))
     anonymous = publish(store)
-    assert store.forgive("tp0", 3.0) == (2, [Retired(last)])
+    assert store.waive_reads("tp0", 3.0) == (2, [SlotRetired(last)])
     assert last.due_s == 3.0
     assert shared.owed_by == others.owed_by == ("tp1",)
-    assert anonymous.unpaid == 1
-    assert store.forgive("tp0", 3.0) == (0, [])
+    assert anonymous.reads_left == 1
+    assert store.waive_reads("tp0", 3.0) == (0, [])
 
 
 def test_what_a_name_paid_is_not_forgiven_again() -> None:
     store = store_of()
     slot = publish(store, request(readers={"tp0", "tp1"}))
     pay(store, slot, 1, "tp0")
-    assert store.forgive("tp0", 0.0) == (0, [])
-    assert slot.unpaid == 1
+    assert store.waive_reads("tp0", 0.0) == (0, [])
+    assert slot.reads_left == 1
 
 
 def test_what_was_revoked_is_not_forgiven() -> None:
     store = store_of()
     slot = publish(store, request(readers={"tp0"}))
     store.revoke(slot.index, slot.generation, 0.0)
-    assert store.forgive("tp0", 0.0) == (0, [])
+    assert store.waive_reads("tp0", 0.0) == (0, [])
 
 
 def test_forgiven_while_the_bytes_are_copied_it_retires_as_it_is_published() -> None:
     store = store_of()
     slot = reserve(store, request(readers={"tp0"}, ttl_s=1.0))
-    assert store.forgive("tp0", 0.0) == (1, [])
+    assert store.waive_reads("tp0", 0.0) == (1, [])
     assert slot.state is SlotState.RESERVED
-    assert store.publish(slot, 2.0) == [Retired(slot)]
+    assert store.publish(slot, 2.0) == [SlotRetired(slot)]
     assert (store.puts, store.owing, store.due(2.0)) == (1, {}, [slot])
     assert store.expire(100.0) == []
 
@@ -454,9 +454,9 @@ def test_forgiven_while_the_bytes_are_copied_it_retires_as_it_is_published() -> 
 def test_partly_forgiven_while_the_bytes_are_copied_it_owes_the_rest() -> None:
     store = store_of()
     slot = reserve(store, request(readers={"tp0", "tp1"}))
-    assert store.forgive("tp0", 0.0) == (1, [])
+    assert store.waive_reads("tp0", 0.0) == (1, [])
     assert store.publish(slot, 0.0) == []
-    assert pay(store, slot, 1, "tp1") == [Retired(slot)]
+    assert pay(store, slot, 1, "tp1") == [SlotRetired(slot)]
 
 
 # --- revocation ---------------------------------------------------------------------------------
@@ -465,7 +465,7 @@ def test_partly_forgiven_while_the_bytes_are_copied_it_owes_the_rest() -> None:
 def test_a_discarded_ref_is_stale_at_once_and_due_after_the_grace() -> None:
     store = store_of()
     slot = publish(store, request(readers=3))
-    assert store.revoke(slot.index, slot.generation, 1.0) == [Retired(slot)]
+    assert store.revoke(slot.index, slot.generation, 1.0) == [SlotRetired(slot)]
     with pytest.raises(StaleRef):
         store.find(slot.index, slot.generation)
     assert store.due(1.25) == []
@@ -503,7 +503,7 @@ def test_a_ref_expires_when_its_ttl_has_passed_since_it_was_published() -> None:
     store.publish(slot, 10.0)
     pay(store, slot)
     assert store.expire(13.75) == []
-    assert store.expire(14.0) == [Expired("0:1", 300, 4.0, 1), Retired(slot)]
+    assert store.expire(14.0) == [Expired("0:1", 300, 4.0, 1), SlotRetired(slot)]
     assert store.due(14.0) == []
     assert store.due(14.0 + FIXED.grace_s) == [slot]
     assert store.expired == 1
@@ -535,9 +535,9 @@ def test_refs_expire_by_their_own_ttl_not_by_their_order() -> None:
     slots = [publish(store, request(ttl_s=ttl_s)) for ttl_s in (9.0, 1.0, 5.0, 1.0)]
     expired = [store.expire(now_s)[1::2] for now_s in (1.0, 5.0, 9.0)]
     assert expired == [
-        [Retired(slots[1]), Retired(slots[3])],
-        [Retired(slots[2])],
-        [Retired(slots[0])],
+        [SlotRetired(slots[1]), SlotRetired(slots[3])],
+        [SlotRetired(slots[2])],
+        [SlotRetired(slots[0])],
     ]
 
 
@@ -547,7 +547,7 @@ def test_what_was_paid_or_discarded_does_not_expire(order: tuple[int, ...]) -> N
     slots = [publish(store, request(ttl_s=1.0)) for _ in range(3)]
     pay(store, slots[order[0]])
     store.revoke(slots[order[1]].index, slots[order[1]].generation, 0.0)
-    assert store.expire(1.0)[1:] == [Retired(slots[order[2]])]
+    assert store.expire(1.0)[1:] == [SlotRetired(slots[order[2]])]
     assert store.expired == 1
     assert store._aging == {}
 
@@ -665,9 +665,9 @@ def test_no_growth_is_for_what_fits_already() -> None:
 def test_a_put_that_waits_for_the_slab_to_grow_is_no_crowd() -> None:
     store = store_of(ELASTIC)
     store.wait(request(CAPACITY), 0.0, None)
-    assert (len(store.queue), store.crowded) == (1, 0)
+    assert (len(store.queue), store.blocked_puts) == (1, 0)
     store.grow_failed(0.0)
-    assert store.crowded == 1
+    assert store.blocked_puts == 1
 
 
 def test_even_nothing_needs_a_place_to_grow_for() -> None:
@@ -824,7 +824,7 @@ def test_counters_tell_what_happened() -> None:
     pay(store, paid)
     store.revoke(discarded.index, discarded.generation, 0.0)
     store.expire(1.0)
-    store.abandon(reserved, 1.0)
+    store.free_reserved(reserved, 1.0)
     store.recycle(store.due(1.0), 1.0)
     store.wait(request(), 1.0, None)
     assert (store.puts, store.recycled, store.expired, store.waited) == (3, 2, 1, 1)

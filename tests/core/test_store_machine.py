@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from featcache.core.allocator import ALIGNMENT_BYTES
-from featcache.core.effects import Effect, Expired, Grow, Limits, Recycled, Retired, Woken
+from featcache.core.effects import Effect, Expired, Grow, Limits, Recycled, SlotRetired, Woken
 from featcache.core.put_queue import Request, Waiter, WaiterState
 from featcache.core.slots import Slot, SlotState
 from featcache.core.store import Store
@@ -59,7 +59,7 @@ class Feature:
         return tuple(sorted(wanted - self.paid))
 
     @property
-    def unpaid(self) -> int:
+    def reads_left(self) -> int:
         owed_by = self.owed_by
         return owed_by if isinstance(owed_by, int) else len(owed_by)
 
@@ -188,7 +188,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def check_retired(self, effects: Sequence[Effect], features: Iterable[Feature]) -> None:
         """Exactly these were retired, and nothing else came of it."""
-        assert effects == [Retired(feature.slot) for feature in features]
+        assert effects == [SlotRetired(feature.slot) for feature in features]
 
     def follow(self, effects: Iterable[Effect]) -> None:
         """Take over what a call that serves the queue decided; see that it went far enough."""
@@ -197,7 +197,7 @@ class StoreMachine(RuleBasedStateMachine):
                 case Recycled(index, generation, nbytes):
                     feature = self.live.pop(index)
                     assert (generation, nbytes) == (feature.generation, feature.request.nbytes)
-                    assert feature.unpaid == 0 or feature.revoked, "recycled with a read owed"
+                    assert feature.reads_left == 0 or feature.revoked, "recycled with a read owed"
                     self.retiring.remove(feature)
                     self.recycled += 1
                 case Woken(waiter):
@@ -334,7 +334,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.published.append(feature)
         self.puts += 1
         effects = self.store.publish(feature.slot, self.now)
-        self.check_retired(effects, [] if feature.unpaid else [self.retire(feature)])
+        self.check_retired(effects, [] if feature.reads_left else [self.retire(feature)])
 
     @precondition(lambda self: self.reserved)
     @rule(data=st.data())
@@ -342,13 +342,13 @@ class StoreMachine(RuleBasedStateMachine):
         feature = data.draw(st.sampled_from(self.reserved))
         self.reserved.remove(feature)
         del self.live[feature.index]
-        self.follow(self.store.abandon(feature.slot, self.now))
+        self.follow(self.store.free_reserved(feature.slot, self.now))
 
     @precondition(lambda self: self.published or self.retiring)
     @rule(data=st.data())
     def publish_or_abandon_twice(self, data: st.DataObject) -> None:
         slot = data.draw(st.sampled_from(self.published + self.retiring)).slot
-        for call in (self.store.publish, self.store.abandon):
+        for call in (self.store.publish, self.store.free_reserved):
             with pytest.raises(ValueError, match="not RESERVED"):
                 call(slot, self.now)
 
@@ -373,7 +373,7 @@ class StoreMachine(RuleBasedStateMachine):
         feature, done = self.find(index, generation), []
         if feature is not None:
             feature.pay(session)
-            if feature.unpaid == 0:
+            if feature.reads_left == 0:
                 done.append(self.retire(feature))
         effects = self.store.pay(index, generation, session, NAMES[session], self.now)
         self.check_retired(effects, done)
@@ -385,7 +385,7 @@ class StoreMachine(RuleBasedStateMachine):
         return None
 
     @rule(name=st.sampled_from("abc"))
-    def forgive(self, name: str) -> None:
+    def waive_reads(self, name: str) -> None:
         count, done = 0, []
         for feature in sorted(self.live.values(), key=lambda feature: feature.index):
             wanted = feature.request.readers
@@ -394,9 +394,9 @@ class StoreMachine(RuleBasedStateMachine):
             if name in wanted - feature.paid:
                 feature.paid.add(name)
                 count += 1
-                if feature.unpaid == 0 and feature.state is SlotState.PUBLISHED:
+                if feature.reads_left == 0 and feature.state is SlotState.PUBLISHED:
                     done.append(self.retire(feature))
-        forgiven, effects = self.store.forgive(name, self.now)
+        forgiven, effects = self.store.waive_reads(name, self.now)
         assert forgiven == count
         self.check_retired(effects, done)
 
@@ -424,7 +424,7 @@ class StoreMachine(RuleBasedStateMachine):
             feature.slot: at
             for at, (_, retired) in enumerate(pairs)
             for feature in old
-            if retired == Retired(feature.slot)
+            if retired == SlotRetired(feature.slot)
         }
         for ttl_s in (1.0, 4.0):
             alike = [order[feature.slot] for feature in old if feature.request.ttl_s == ttl_s]
@@ -553,7 +553,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert slot.state is feature.state
             assert slot.state is not SlotState.RETIRING or slot.due_s == feature.due_s
             assert (slot.offset_bytes, slot.nbytes) == (feature.start, feature.request.nbytes)
-            assert slot.unpaid == feature.unpaid
+            assert slot.reads_left == feature.reads_left
             assert slot.owed_by == feature.owed_by
 
     @invariant()
@@ -576,7 +576,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert len(queue) == len(self.waiting)
         assert bool(queue) == bool(self.waiting)
         assert queue.waiting_bytes == sum(waiter.request.nbytes for waiter in self.waiting)
-        assert self.store.crowded == (0 if self.busy else len(self.waiting))
+        assert self.store.blocked_puts == (0 if self.busy else len(self.waiting))
         assert queue.head is (self.waiting[0] if self.waiting else None)
         assert all(waiter.state is WaiterState.WAITING for waiter in self.waiting)
         if self.waiting:

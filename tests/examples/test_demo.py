@@ -85,6 +85,8 @@ Importer = Callable[[str], ModuleType]
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[Importer]:
     """Import a module of the demo."""
+    for path in DEMO.glob("*.py"):  # tests of a room of this name may be loaded
+        monkeypatch.delitem(sys.modules, path.stem, raising=False)
     before = set(sys.modules)
     monkeypatch.syspath_prepend(DEMO)
     yield importlib.import_module

@@ -26,11 +26,11 @@ from featcache.control.link import Link
 from featcache.control.server import Server
 from featcache.memory.cuda.mapping import CudaMapping
 from featcache.memory.cuda.slab import CudaSlab
-from featcache.memory.cuda.streams import Lane
+from featcache.memory.cuda.streams import DeviceStreams
 from featcache.memory.host import slab as host_module
 from featcache.memory.host.slab import HostMapping, HostSlab
 from featcache.memory.words import OwnerWords
-from featcache.owner.requests import Desk
+from featcache.owner.requests import RequestHandlers
 from featcache.pool.pool import Pool
 from featcache.session import holds as holds_module
 from featcache.session.attachment import Attachment
@@ -57,14 +57,18 @@ READER_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
 }
 OWNER_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
     "greeting": (Server, "_greet", BEFORE),  # hello has come, no welcome was sent
-    "discarding": (Desk, "_discard", BEFORE),  # asked, and never answers
-    "finding": (Desk, "_find", BEFORE),  # the same of a key
-    "of key": (Desk, "_of_key", BEFORE),  # asked to pin it, evict it and so on
-    "reserving": (Desk, "_reserve", BEFORE),  # the same of room
-    "admitting": (Desk, "_publish", BEFORE),  # a client has written; nobody may read it yet
+    "discarding": (RequestHandlers, "_discard", BEFORE),  # asked, and never answers
+    "finding": (RequestHandlers, "_find", BEFORE),  # the same of a key
+    "of key": (RequestHandlers, "_of_key", BEFORE),  # asked to pin it, evict it and so on
+    "reserving": (RequestHandlers, "_reserve", BEFORE),  # the same of room
+    "admitting": (
+        RequestHandlers,
+        "_publish",
+        BEFORE,
+    ),  # a client has written; nobody may read it yet
     "reserved": (HostSlab, "write", BEFORE),  # room is given, no bytes are there
     "written": (HostSlab, "write", AFTER),  # the bytes are there, nobody knows
-    "publishing": (OwnerWords, "entitle", BEFORE),  # `published` is written, `live` is not
+    "publishing": (OwnerWords, "make_live", BEFORE),  # `published` is written, `live` is not
     "published": (Pool, "announce", AFTER),  # readers may read, nobody has the ref
 }
 
@@ -84,8 +88,8 @@ KEY_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
     "told": (Attachment, "tell_written", AFTER),  # its word says so, nobody asked to publish it
 }
 KEY_STEPS_ON_GPU: Final[dict[str, tuple[Any, str, str]]] = {
-    "halfway": (Lane, "copy", AFTER),
-    "paid": (Lane, "write_word", AFTER),  # enqueued, and soon done
+    "halfway": (DeviceStreams, "copy", AFTER),
+    "paid": (DeviceStreams, "write_word", AFTER),  # enqueued, and soon done
 }
 
 ON_GPU: Final[dict[Any, Any]] = {HostMapping: CudaMapping, HostSlab: CudaSlab}
@@ -323,7 +327,7 @@ class ReaderAgent(Agent):
     """A reader."""
 
     def _link(self) -> Link:
-        return next(iter(self.cache._handles.handles)).link  # type: ignore[no-any-return]
+        return next(iter(self.cache._registry.connections)).link  # type: ignore[no-any-return]
 
     async def hang_up(self) -> tuple[Any, ...]:
         """Lose the socket, live on."""

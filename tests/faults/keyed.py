@@ -38,7 +38,7 @@ def start(
     """
     if slab.kind == "host":
         request.getfixturevalue("no_leaks")
-        monkeypatch.setattr(Recycler, "hurry", lambda self, waiting: None)
+        monkeypatch.setattr(Recycler, "set_busy", lambda self, waiting: None)
     before = ours()
     with processes.starting() as started:
         yield started
@@ -105,27 +105,27 @@ def reserved(cache: FeatureCache) -> int:
     return sum(len(page.reserved) for page in cache._opened().pool.pages.values())
 
 
-def seekers(cache: FeatureCache) -> int:
+def key_waiters(cache: FeatureCache) -> int:
     """How many wait for a key."""
-    return cache._opened().pool.store.seekers.count
+    return cache._opened().pool.store.key_waiters.count
 
 
 def claims(cache: FeatureCache) -> int:
     """How many keys somebody has the right to make."""
-    return len(cache._opened().pool.store.seekers._claims)
+    return len(cache._opened().pool.store.key_waiters._claims)
 
 
 def assert_nothing_out(cache: FeatureCache) -> None:
     """Nobody reads, writes, waits or makes; only what is kept under keys is there, and all of it idle."""
     store = cache._opened().pool.store
-    assert (reads_out(cache), reserved(cache), seekers(cache), claims(cache)) == (0, 0, 0, 0)
+    assert (reads_out(cache), reserved(cache), key_waiters(cache), claims(cache)) == (0, 0, 0, 0)
     assert not store.queue
-    assert not store.seekers._waiting
+    assert not store.key_waiters._waiting
     assert not store.owing
     assert not store._retiring
     pool = cache._opened().pool
-    assert not pool.store.seekers.waiting()
-    assert not pool.landings
+    assert not pool.store.key_waiters.waiting()
+    assert not pool.pending_writes
     assert sum(number > 0 for number in pool.pages) == cache.statistics().sessions
     directory = store.directory
     assert not directory._pins
@@ -139,7 +139,7 @@ async def works(cache: FeatureCache, slab: Slab) -> None:
 
     def settled() -> bool:
         cache._opened().pool.collect()  # no timer looks
-        is_out = reads_out(cache) or reserved(cache) or seekers(cache) or claims(cache)
+        is_out = reads_out(cache) or reserved(cache) or key_waiters(cache) or claims(cache)
         return not is_out and cache.statistics().used_bytes == cache.statistics().resident_bytes
 
     await until(settled)

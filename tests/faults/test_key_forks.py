@@ -13,12 +13,12 @@ from faults.keyed import (
     SIZE,
     claims,
     client,
+    key_waiters,
     lost,
     owner,
     put,
     reads_out,
     reserved,
-    seekers,
     slab,
     start,
     works,
@@ -124,7 +124,7 @@ async def test_a_fork_gives_no_claim_back(start: Start, log: Log, slab: Slab, le
             return feature(2, SIZE)
 
         task = asyncio.create_task(cache.get_or_put("k", make))
-        await until(lambda: seekers(cache) == 1)
+        await until(lambda: key_waiters(cache) == 1)
         with pytest.raises(featcache.KeyTimeout):
             await cache.get("k", timeout=0.1)
         assert (claims(cache), calls) == (1, [])

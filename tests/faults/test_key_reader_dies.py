@@ -15,10 +15,10 @@ from faults.keyed import (
     SIZE,
     case,
     client,
+    key_waiters,
     lost,
     put,
     reads_out,
-    seekers,
     slab,
     start,
     works,
@@ -156,13 +156,13 @@ async def test_killed_while_it_waits_for_a_key(start: Start, log: Log, slab: Sla
     ):
         child = await client(start, slab, cache.endpoint)
         first = asyncio.create_task(survivor.get("a", timeout=60.0))
-        await until(lambda: seekers(cache) == 1)
+        await until(lambda: key_waiters(cache) == 1)
         child.tell("get_key", "a", 1, 60.0)
-        await until(lambda: seekers(cache) == 2)
+        await until(lambda: key_waiters(cache) == 2)
         last = asyncio.create_task(cache.get("a", timeout=60.0))
-        await until(lambda: seekers(cache) == 3)
+        await until(lambda: key_waiters(cache) == 3)
         child.kill()
-        await until(lambda: seekers(cache) == 2)
+        await until(lambda: key_waiters(cache) == 2)
         await lost(log)
         assert not first.done()
         assert not last.done()
@@ -181,7 +181,7 @@ async def test_killed_as_what_it_waits_for_comes(
         child = await client(start, slab, cache.endpoint)
         await child.ask("arm", "answered")
         child.tell("get_key", "a", 1, 60.0)
-        await until(lambda: seekers(cache) == 1)
+        await until(lambda: key_waiters(cache) == 1)
         cache.put_nowait(feature(1, SIZE).to(slab.device), key="a")
         if seen:
             await child.expect("at", "answered")
@@ -281,7 +281,7 @@ async def test_killed_with_reads_of_every_kind(start: Start, log: Log, slab: Sla
         assert await child.ask("leave") == ("left",)
         assert await child.ask("borrow", ref.to_bytes(), 2) == ("right",)
         assert await child.ask("begin", "wait", "get_key", "c", 4, 60.0) == ("begun",)
-        await until(lambda: seekers(cache) == 1)
+        await until(lambda: key_waiters(cache) == 1)
         child.kill()
         await lost(log)
         # Two borrows by key (what it had paid by then, it had paid), a borrow and a read of its name's.
@@ -326,14 +326,14 @@ async def test_quarantined(start: Start, log: Log, slab: Slab) -> None:
         assert await child.ask("borrow_key", "b", 1) == ("right",)
         assert await child.ask("borrow_key", "c", 2) == ("right",)
         assert await child.ask("begin", "wait", "get_key", "d", 4, 60.0) == ("begun",)
-        await until(lambda: seekers(cache) == 1)
+        await until(lambda: key_waiters(cache) == 1)
         child.tell("hang_up")
         assert sorted([await child.hear(), await child.hear()]) == [
             ("hung up",),
             ("wait", "raised", "CacheClosed"),
         ]
         await until(lambda: events(log, "reader.quarantined"))
-        assert seekers(cache) == 0
+        assert key_waiters(cache) == 0
         assert reads_out(cache) == 2
         assert cache.statistics().pinned_bytes == SIZE
         putting = asyncio.create_task(put(cache, slab, 9, 2 * SIZE))

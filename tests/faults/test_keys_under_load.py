@@ -60,5 +60,5 @@ async def test_many_killed_under_load(start: Start, log: Log, slab: Slab) -> Non
             if await cache.contains(str(seed)):
                 assert is_right(await cache.get(str(seed)), seed)
         for slot in list(cache._opened().pool.store.owing.values()):  # of the dead, for nobody
-            cache._opened().main.reaper.discard(slot.index, slot.generation)
+            cache._opened().main.sessions.discard(slot.index, slot.generation)
         await works(cache, slab)

@@ -18,11 +18,11 @@ from faults.keyed import (
     case,
     claims,
     client,
+    key_waiters,
     lost,
     put,
     reads_out,
     reserved,
-    seekers,
     slab,
     start,
     works,
@@ -96,11 +96,11 @@ async def test_killed_before_it_published(
         child, other = [await client(start, slab, cache.endpoint) for _ in range(2)]
         await making(child, "k", 1)
         await waiting(other, "k", 2)
-        await until(lambda: seekers(cache) == 1)
+        await until(lambda: key_waiters(cache) == 1)
         makes = Makes(slab)
         tasks = [makes.begin(who, "k", 2) for who in (survivor, cache)]
         looks = asyncio.create_task(cache.get("k", timeout=60.0))
-        await until(lambda: seekers(cache) == 4)
+        await until(lambda: key_waiters(cache) == 4)
         if step is not None:
             assert await child.ask("arm", step) == ("armed",)
             child.tell("order", "k", "make")
@@ -109,7 +109,7 @@ async def test_killed_before_it_published(
         child.kill()
         await other.expect("making", "k")
         await lost(log)
-        assert (claims(cache), seekers(cache), reserved(cache)) == (1, 3, 0)
+        assert (claims(cache), key_waiters(cache), reserved(cache)) == (1, 3, 0)
         assert not makes.orders
         other.tell("order", "k", "make")
         assert sorted([await other.hear(), await other.hear()]) == [("k", "right"), ("ordered",)]
@@ -130,7 +130,7 @@ async def test_killed_while_its_put_waits_for_room(start: Start, log: Log, slab:
         await making(child, "k", 1)
         makes = Makes(slab)
         mine = makes.begin(cache, "k", 2)
-        await until(lambda: seekers(cache) == 1)
+        await until(lambda: key_waiters(cache) == 1)
         child.tell("order", "k", "make")
         await child.expect("ordered")
         await until(lambda: cache.statistics().waiters == 1)
@@ -156,7 +156,7 @@ async def test_killed_after_it_published(start: Start, log: Log, slab: Slab) -> 
         await waiting(other, "k", 1)
         makes = Makes(slab)
         tasks = [makes.begin(who, "k", 1) for who in (survivor, cache)]
-        await until(lambda: seekers(cache) == 3)
+        await until(lambda: key_waiters(cache) == 3)
         assert await child.ask("arm", "sent publish") == ("armed",)
         child.tell("order", "k", "make")
         await child.expect("ordered")
@@ -167,7 +167,7 @@ async def test_killed_after_it_published(start: Start, log: Log, slab: Slab) -> 
         # Gone again before its claim has ended: who asks now waits for that.
         await cache.evict("k")
         again = makes.begin(survivor, "k", 2)
-        await until(lambda: seekers(cache) == 1)
+        await until(lambda: key_waiters(cache) == 1)
         assert not makes.orders
         child.kill()
         await until(lambda: "k" in makes.orders)
@@ -191,7 +191,7 @@ async def test_killed_before_the_bytes_that_it_published_came(
         await waiting(other, "k", 2)
         makes = Makes(slab)
         tasks = [makes.begin(who, "k", 2) for who in (survivor, cache)]
-        await until(lambda: seekers(cache) == 3)
+        await until(lambda: key_waiters(cache) == 3)
         assert await child.ask("late") == ("late",)
         child.tell("order", "k", "make")
         if slab.kind == "host":
@@ -201,7 +201,7 @@ async def test_killed_before_the_bytes_that_it_published_came(
             ]
         await until(lambda: reads_out(cache) == 3)
         child.kill()
-        await until(lambda: claims(cache) == 1 and seekers(cache) == 2)
+        await until(lambda: claims(cache) == 1 and key_waiters(cache) == 2)
         if other.said():
             await other.expect("making", "k")
             other.tell("order", "k", "make")
@@ -214,7 +214,7 @@ async def test_killed_before_the_bytes_that_it_published_came(
         await lost(log)
         discarded = cache._opened().pool.store.owing.copy()
         for slot in discarded.values():  # what the child put first
-            cache._opened().main.reaper.discard(slot.index, slot.generation)
+            cache._opened().main.sessions.discard(slot.index, slot.generation)
         await works(cache, slab)
 
 
@@ -227,9 +227,9 @@ async def test_the_chosen_is_dead(start: Start, log: Log, slab: Slab) -> None:
         await until(lambda: "k" in makes.orders)
         child, other = [await client(start, slab, cache.endpoint) for _ in range(2)]
         await waiting(child, "k", 2)
-        await until(lambda: seekers(cache) == 1)
+        await until(lambda: key_waiters(cache) == 1)
         await waiting(other, "k", 3)
-        await until(lambda: seekers(cache) == 2)
+        await until(lambda: key_waiters(cache) == 2)
         makes.order("k", "raise")
         with pytest.raises(Trouble):
             await mine
@@ -253,11 +253,11 @@ async def test_an_error_is_its_makers_alone(start: Start, log: Log, slab: Slab) 
         makes = Makes(slab)
         await making(first, "k", 1)
         mine = makes.begin(cache, "k", 2)
-        await until(lambda: seekers(cache) == 1)
+        await until(lambda: key_waiters(cache) == 1)
         await waiting(second, "k", 3)
-        await until(lambda: seekers(cache) == 2)
+        await until(lambda: key_waiters(cache) == 2)
         await waiting(third, "k", 4)
-        await until(lambda: seekers(cache) == 3)
+        await until(lambda: key_waiters(cache) == 3)
         first.tell("order", "k", "raise")
         answers = sorted([await first.hear(), await first.hear()])
         assert answers == [("k", "raised", "Trouble"), ("ordered",)]
@@ -283,11 +283,11 @@ async def test_a_stopped_maker_is_waited_for(start: Start, log: Log, slab: Slab)
         await making(child, "k", 1)
         makes = Makes(slab)
         mine = makes.begin(cache, "k", 1)
-        await until(lambda: seekers(cache) == 1)
+        await until(lambda: key_waiters(cache) == 1)
         child.signal(signal.SIGSTOP)
         with pytest.raises(featcache.KeyTimeout):
             await cache.get_or_put("k", lambda: torch.zeros(1), timeout=0.1)
-        assert (claims(cache), seekers(cache)) == (1, 1)
+        assert (claims(cache), key_waiters(cache)) == (1, 1)
         child.signal(signal.SIGCONT)
         child.tell("order", "k", "make")
         assert sorted([await child.hear(), await child.hear()]) == [("k", "right"), ("ordered",)]
@@ -309,10 +309,10 @@ async def test_what_a_quarantined_maker_makes_is_for_another_to_make(
         await making(child, "k", 1)
         await making(other, "m", 2)
         await waiting(child, "m", 1)
-        await until(lambda: seekers(cache) == 1)
+        await until(lambda: key_waiters(cache) == 1)
         makes = Makes(slab)
         mine = makes.begin(cache, "k", 3)
-        await until(lambda: seekers(cache) == 2)
+        await until(lambda: key_waiters(cache) == 2)
         child.tell("hang_up")
         assert sorted([await child.hear(), await child.hear()]) == [
             ("hung up",),
@@ -320,7 +320,7 @@ async def test_what_a_quarantined_maker_makes_is_for_another_to_make(
         ]
         await until(lambda: events(log, "reader.quarantined"))
         await until(lambda: "k" in makes.orders)
-        assert (claims(cache), seekers(cache)) == (2, 0)
+        assert (claims(cache), key_waiters(cache)) == (2, 0)
         other.tell("order", "m", "raise")  # nobody is left to make that
         answers = sorted([await other.hear(), await other.hear()])
         assert answers == [("m", "raised", "Trouble"), ("ordered",)]
@@ -402,7 +402,9 @@ class Crew:
             self._tasks[key] = self.makes.begin(self.cache, key, seed)
             self.expected[key] = 1
         others = len(keys) * (len(self.alive) - 1)
-        await self.until(lambda: len(self.making) == len(keys) and seekers(self.cache) == others)
+        await self.until(
+            lambda: len(self.making) == len(keys) and key_waiters(self.cache) == others
+        )
 
     def waiting_for(self, key: str) -> int:
         """How many could make a key if its maker does not."""

@@ -15,11 +15,11 @@ from faults.keyed import (
     SIZE,
     case,
     client,
+    key_waiters,
     lost,
     put,
     reads_out,
     reserved,
-    seekers,
     slab,
     start,
     works,
@@ -124,7 +124,7 @@ async def test_killed_right_after_publish(start: Start, log: Log, slab: Slab) ->
         message, data = await child.ask("put_key", 1, SIZE, None)
         assert message == "ref"
         waiting = asyncio.create_task(cache.get("k", timeout=60.0))
-        await until(lambda: seekers(cache) == 1)
+        await until(lambda: key_waiters(cache) == 1)
         assert await child.ask("arm", "sent publish") == ("armed",)
         child.tell("put_key", 2, SIZE, "k")
         await child.expect("at", "sent publish")
@@ -182,7 +182,7 @@ async def test_killed_before_its_published_bytes_came(start: Start, log: Log, sl
         with pytest.raises(featcache.KeyNotFound):
             await asyncio.wait_for(at_once, 20.0)
         after = await asyncio.wait_for(putting, 20.0)
-        await until(lambda: seekers(cache) == 2)
+        await until(lambda: key_waiters(cache) == 2)
         (evicted,) = events(log, "key.evicted")
         assert (evicted["key"], evicted["cause"]) == ("k", "writer lost")
         await put(survivor, slab, 4, key="k")
@@ -373,7 +373,7 @@ async def test_a_stopped_writer_keeps_its_slot(
         await until(lambda: reserved(cache) == 1)
         child.signal(signal.SIGSTOP)
         waiting = asyncio.create_task(cache.get("k", timeout=60.0))
-        await until(lambda: seekers(cache) == 1)
+        await until(lambda: key_waiters(cache) == 1)
         with pytest.raises(PutTimeout):
             await put(cache, slab, 2, timeout=0.1)
         assert (used(cache), reserved(cache)) == (CAPACITY, 1)
@@ -472,8 +472,8 @@ async def test_a_client_closed_before_its_first_put_has_room(
         connection = await featcache.connect(cache.endpoint, settings=slab.settings()).open()
         task = asyncio.create_task(put(connection, slab, 1))
         await until(mapping.is_set)
-        assert connection._handles is not None
-        link = connection._handles.handles[0].link
+        assert connection._registry is not None
+        link = connection._registry.connections[0].link
         closing = asyncio.create_task(connection.aclose())
         await until(lambda: link._channel.closed)
         go_on.set()

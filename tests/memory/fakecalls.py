@@ -111,7 +111,7 @@ class FakeCalls:
 
     def _cuDeviceCanAccessPeer(self, device: Any, other: Any) -> int:
         where = self.memory.visible[self._ordinal_of(other)]
-        return int(self.memory.reaches(self._ordinal_of(device), where))
+        return int(self.memory.can_copy_to(self._ordinal_of(device), where))
 
     def _cuDevicePrimaryCtxRetain(self, device: Any) -> Number:
         return Number(_CONTEXT + self._ordinal_of(device))

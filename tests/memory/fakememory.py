@@ -94,7 +94,7 @@ class FakeMemory:
         """Take host memory for what torch has on a device."""
         self.regions[start] = Region("torch", start, size, ordinal, {ordinal: True})
 
-    def reaches(self, ordinal: int, device: int) -> bool:
+    def can_copy_to(self, ordinal: int, device: int) -> bool:
         return self.peers or self.visible[ordinal] == device
 
     def _new(self, device: int, size: int) -> int:
@@ -172,7 +172,7 @@ class FakeMemory:
         regions = self._mapped(address, size)
         refuse_unless(all(0 <= ordinal < len(self.visible) for ordinal in ordinals))
         for region in regions:
-            may = all(self.reaches(ordinal, region.device) for ordinal in ordinals)
+            may = all(self.can_copy_to(ordinal, region.device) for ordinal in ordinals)
             refuse_unless(may, Code.CUDA_ERROR_PEER_ACCESS_UNSUPPORTED)
             region.access.update(ordinals)
             let(region.start, region.size, write=any(region.access.values()))
@@ -226,7 +226,9 @@ class FakeMemory:
         try:
             refuse_unless(os.fstat(fd).st_ino == inode)
             device, size = described(fd)
-            refuse_unless(self.reaches(ordinal, device), Code.CUDA_ERROR_PEER_ACCESS_UNSUPPORTED)
+            refuse_unless(
+                self.can_copy_to(ordinal, device), Code.CUDA_ERROR_PEER_ACCESS_UNSUPPORTED
+            )
         except Refused:
             os.close(fd)
             raise

@@ -52,9 +52,9 @@ def test_a_reader_sees_the_bytes_across_borders(
     reader = attach_to(slab, peer_api, device)
     assert reader.end_bytes == slab.end_bytes
     ordinal = 0 if device is None else device.index
-    assert reader.reaches(torch.device("cuda", ordinal))
-    assert reader.reaches(None)
-    assert reader.reaches(torch.device("cpu"))
+    assert reader.can_copy_to(torch.device("cuda", ordinal))
+    assert reader.can_copy_to(None)
+    assert reader.can_copy_to(torch.device("cpu"))
     out = to_device(reader, peer_api, 512, spec, ordinal)
     peer_api.run_all()
     for seen in (out, reader.view(512, spec), to_host(reader, 512, spec)):
@@ -144,13 +144,13 @@ def test_another_device_opens_the_slab_later(api: FakeApi, peer_api: FakeApi, ki
     spec = put_one(slab, 0, torch.arange(SEGMENT // 8 + 8))
     reader = attach_to(slab, peer_api)
     for use in (lambda: reader.order(SECOND), lambda: reader.view(0, spec, SECOND)):
-        assert not reader.reaches(SECOND)
+        assert not reader.can_copy_to(SECOND)
         with pytest.raises(Unreachable, match="has not opened"):
             use()
-    reader.open_for(SECOND)
+    reader.enable_device(SECOND)
     before = len(peer_api.calls)
-    reader.open_for(SECOND)
-    reader.open_for(FIRST)
+    reader.enable_device(SECOND)
+    reader.enable_device(FIRST)
     assert len(peer_api.calls) == before, "they are open"
     slab.commit(2 * SEGMENT, 4 * SEGMENT, prefault=False)
     send_segments(slab, reader)
@@ -167,15 +167,15 @@ def test_the_owner_reads_on_its_other_device(api: FakeApi, new_api: NewApi) -> N
     slab = make_slab(api, committed=SEGMENT)
     value = torch.rand(8)
     spec = put_one(slab, 0, value)
-    slab.open_for(SECOND)
+    slab.enable_device(SECOND)
     out = to_device(slab, api, 0, spec, 1)
     api.run_all()
     assert same(out, value)
     slab.close()
     legacy = make_slab(api, IPC)
     with pytest.raises(Unreachable):
-        legacy.open_for(SECOND)
-    assert not legacy.reaches(SECOND)
+        legacy.enable_device(SECOND)
+    assert not legacy.can_copy_to(SECOND)
     legacy.close()
 
 
@@ -188,8 +188,8 @@ def test_no_peer_access(api: FakeApi, new_api: NewApi, kind: str) -> None:
     spec = put_one(slab, 0, torch.rand(8))
     reader = attach_to(slab, apart)
     with pytest.raises(Unreachable, match=r"PEER_ACCESS_UNSUPPORTED \(217\)"):
-        reader.open_for(SECOND)
-    assert not reader.reaches(SECOND)
+        reader.enable_device(SECOND)
+    assert not reader.can_copy_to(SECOND)
     out = to_device(reader, apart, 0, spec)
     apart.run_all()
     assert same(out, to_host(slab, 0, spec)), "the first goes on as before"

@@ -70,7 +70,7 @@ def test_tensors_keep_the_memory_when_the_mapping_is_closed(
     value = torch.arange(SEGMENT // 8 + 5)
     spec = put_one(slab, 0, value)
     reader = attach_to(slab, peer_api)
-    reader.open_for(SECOND)
+    reader.enable_device(SECOND)
     views = [mapping.view(0, spec) for mapping in (slab, reader)]
     part = reader.view(0, spec, SECOND)[3:].view(torch.uint8)
     for mapping in (reader, slab):
@@ -96,7 +96,7 @@ def test_what_read_it_last_is_waited_for(
     slab = make_slab(api, committed=2 * SEGMENT)
     spec = put_one(slab, 0, torch.rand(5))
     reader = attach_to(slab, peer_api)
-    reader.open_for(SECOND)
+    reader.enable_device(SECOND)
     view = reader.view(0, spec)
     peer_api.side_stream(ordinal)
     out = to_device(reader, peer_api, 0, spec, ordinal)  # under way, as a user's kernel may be
@@ -215,7 +215,7 @@ def test_a_device_is_opened_while_a_segment_comes(api: FakeApi, peer_api: FakeAp
     reader.extend(*first)
     meeting = Meeting(peer_api, "cuMemSetAccess")
     meeting.at(reader._backing, "_changing")
-    meeting.hold(lambda: reader.open_for(SECOND), lambda: reader.extend(*second))
+    meeting.hold(lambda: reader.enable_device(SECOND), lambda: reader.extend(*second))
     spec = put_one(slab, 0, torch.arange(2 * SEGMENT // 8))
     out = to_device(reader, peer_api, 0, spec, 1)
     peer_api.run_all()
@@ -351,9 +351,9 @@ def test_a_device_that_can_not_be_opened_leaves_the_others(api: FakeApi, peer_ap
     reader = attach_to(slab, peer_api)
     peer_api.fail("cuMemSetAccess", 3, Code.CUDA_ERROR_NOT_PERMITTED)
     with pytest.raises(backing_module.Unreachable, match="cuMemSetAccess"):
-        reader.open_for(SECOND)
-    assert not reader.reaches(SECOND)
-    reader.open_for(SECOND)
+        reader.enable_device(SECOND)
+    assert not reader.can_copy_to(SECOND)
+    reader.enable_device(SECOND)
     out = to_device(reader, peer_api, 0, spec, 1)
     peer_api.run_all()
     assert same(out, to_host(slab, 0, spec))

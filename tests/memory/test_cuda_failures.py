@@ -62,7 +62,7 @@ def own(api: FakeApi, opened: Opened, kind: str) -> None:
         order = slab.order()
         slab.signal(published, 9, 1, order)
         if kind == VMM:
-            slab.open_for(SECOND)
+            slab.enable_device(SECOND)
             to_device(slab, api, SEGMENT, specs[0], 1)
             slab.signal(published, 9, 2, slab.follow(order, [slab.order(SECOND)]))
         slab.finish()
@@ -80,7 +80,7 @@ def read(api: FakeApi, opened: Opened, slab: CudaSlab) -> None:
     with words(SessionWords) as page:
         paid = mapping.adopt(page, page.whole)
         to_device(mapping, api, SEGMENT, spec)
-        mapping.open_for(SECOND)
+        mapping.enable_device(SECOND)
         to_device(mapping, api, SEGMENT, spec, 1)
         order = mapping.follow(mapping.order(SECOND), [mapping.order()])
         mapping.signal(paid, 9, 1, order)
@@ -233,7 +233,7 @@ def test_attaching_again_after_a_failure(scene: Scene) -> None:
 def test_an_error_in_the_end_does_not_keep_the_rest(api: FakeApi, peer_api: FakeApi) -> None:
     slab = make_slab(api, committed=4 * SEGMENT)
     reader = attach_to(slab, peer_api)
-    reader.open_for(SECOND)
+    reader.enable_device(SECOND)
     with words(SessionWords) as one, words(SessionWords) as other:
         for page in (one, other):
             reader.adopt(page, page.whole)

@@ -10,9 +10,9 @@ import torch
 from featcache.errors import BackendUnavailable, CacheClosed, SettingsError
 from featcache.memory.cuda.backing import IPC, VMM
 from featcache.memory.cuda.slab import CudaSlab, choose_backend
-from featcache.memory.cuda.streams import Order
+from featcache.memory.cuda.streams import StreamOrder
 from featcache.memory.pack import DTYPES, pack
-from featcache.memory.views import empty_out
+from featcache.memory.views import invalidate
 from featcache.memory.words import OwnerWords
 from memory.cudaslabs import (
     CAPACITY,
@@ -162,12 +162,12 @@ def test_where_a_part_is_decides_the_order(api: FakeApi, slab: CudaSlab) -> None
     host, device = torch.rand(4), api.tensor(torch.rand(4))
     _, parts, _ = pack(host, 1)
     assert slab.stage(parts) == (parts, None)
-    assert slab.staged_bytes(parts) > host.nbytes
+    assert slab.blocking_write_bytes(parts) > host.nbytes
     _, parts, _ = pack(device, 1)
     _, order = slab.stage(parts)
-    assert isinstance(order, Order)
+    assert isinstance(order, StreamOrder)
     assert order.raw == 0
-    assert slab.staged_bytes(parts) == 0
+    assert slab.blocking_write_bytes(parts) == 0
     for wrong in (pack(api.tensor(torch.rand(4), 1), 1)[1], parts):
         with pytest.raises(SettingsError, match="not staged"):
             slab.write(0, wrong, order if wrong is not parts else None)
@@ -222,8 +222,8 @@ def test_a_slab_that_is_closed(slab: CudaSlab) -> None:
         lambda: slab.read(0, spec, OnDevice(torch.empty(4)), order),
         lambda: slab.write(0, pack(torch.rand(4), 1)[1], None),
         partial(slab.order, SECOND),
-        lambda: slab.open_for(SECOND),
-        lambda: slab.open_for(torch.device("cuda", 0)),
+        lambda: slab.enable_device(SECOND),
+        lambda: slab.enable_device(torch.device("cuda", 0)),
         lambda: slab.commit(0, SEGMENT, prefault=False),
     ):
         with pytest.raises(CacheClosed):
@@ -263,7 +263,7 @@ def test_a_word_behind_reads_on_several_streams(
     api: FakeApi, slab: CudaSlab, streams: tuple[int, int], kind: str
 ) -> None:
     spec = put_one(slab, 0, torch.full((8,), 3))
-    slab.open_for(SECOND)
+    slab.enable_device(SECOND)
     block, fd = OwnerWords.create(8)
     words = slab.adopt(block, block.published)
     orders, outs = [], []
@@ -320,7 +320,7 @@ def test_choosing_a_backend(api: FakeApi, lacking: int | None) -> None:
 def test_views_of_one_place_are_tensors_of_their_own(slab: CudaSlab) -> None:
     spec = put_one(slab, 0, torch.arange(6, dtype=torch.int32).view(2, 3))
     first, second = slab.view(0, spec), slab.view(0, spec)
-    empty_out(first)
+    invalidate(first)
     assert first.numel() == 0
     assert second.shape == (2, 3)
     assert slab.view(0, spec).shape == (2, 3)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from featcache.memory.views import empty_out, view_over
+from featcache.memory.views import invalidate, view_over
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ def test_a_view_lies_where_it_is_told_to_and_is_no_view_of_torchs() -> None:
 def test_an_emptied_view_has_nothing_and_cannot_grow() -> None:
     made, other = view(), view()
     row = made[0]
-    empty_out(made)
+    invalidate(made)
     assert made.numel() == 0
     assert made.dtype is torch.int32
     assert row.tolist() == [4, 5, 6]
@@ -35,8 +35,8 @@ def test_autograd_refuses_what_was_emptied_and_nothing_else() -> None:
     weight = torch.ones(2, 3, requires_grad=True)
     kept, emptied = view().view(torch.float32), view().view(torch.float32)
     sums = [(weight * each).sum() for each in (kept, emptied)]
-    empty_out(emptied)
-    empty_out(view())
+    invalidate(emptied)
+    invalidate(view())
     sums[0].backward()  # type: ignore[no-untyped-call]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         sums[1].backward()  # type: ignore[no-untyped-call]
@@ -46,8 +46,8 @@ def test_views_are_made_and_emptied_inside_inference_mode_and_out() -> None:
     with torch.inference_mode():
         inside = view()
         assert int(inside.sum()) == 39
-    empty_out(inside)
+    invalidate(inside)
     outside = view()
     with torch.inference_mode():
-        empty_out(outside)
+        invalidate(outside)
     assert inside.numel() == outside.numel() == 0

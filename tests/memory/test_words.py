@@ -45,7 +45,7 @@ def test_readers_see_what_the_owner_writes(owner: tuple[OwnerWords, int]) -> Non
     mine, fd = owner
     theirs = OwnerWords.attach(fd, SLOTS)
     for index in (0, 1, SLOTS - 1):
-        mine.entitle(index, (1 << 63) - 1 - index, 256 * index, 7 + index)
+        mine.make_live(index, (1 << 63) - 1 - index, 256 * index, 7 + index)
         mine.published[index] = 3
         assert theirs.live[index] == (1 << 63) - 1 - index
         assert (theirs.offset[index], theirs.nbytes[index]) == (256 * index, 7 + index)

@@ -197,7 +197,7 @@ async def late(owner: FeatureCache) -> FeatureRef:
     return ref
 
 
-def under_way(owner: FeatureCache) -> int:
+def in_progress(owner: FeatureCache) -> int:
     return sum(len(session.copies) for session in owner._opened().main.server.sessions.values())
 
 
@@ -206,13 +206,13 @@ async def test_as_many_as_may_be_are_answered() -> None:
         ref = await late(owner)
         for number in range(MOST):
             ask(peer, ref, number)
-        await until(lambda: under_way(owner) == MOST)
+        await until(lambda: in_progress(owner) == MOST)
         owner._opened().pool.words.published[ref.slot] = ref.generation
         answers = [await peer.message() for _ in range(MOST)]
         assert {answer["request"] for answer in answers} == set(range(MOST))
         assert all(answer["error"] is None for answer in answers)
         assert len({answer["ref"] for answer in answers}) == MOST
-        await until(lambda: under_way(owner) == 0)
+        await until(lambda: in_progress(owner) == 0)
 
 
 async def test_many_more_are_answered() -> None:
@@ -220,24 +220,24 @@ async def test_many_more_are_answered() -> None:
         ref = await late(owner)
         for number in range(2 * MOST):
             ask(peer, ref, number)
-        await until(lambda: under_way(owner) == 2 * MOST)
+        await until(lambda: in_progress(owner) == 2 * MOST)
         owner._opened().pool.words.published[ref.slot] = ref.generation
         answers = [await peer.message() for _ in range(2 * MOST)]
         assert {answer["request"] for answer in answers} == set(range(2 * MOST))
         assert all(answer["error"] is None for answer in answers)
-        await until(lambda: under_way(owner) == 0)
+        await until(lambda: in_progress(owner) == 0)
 
 
 async def test_more_than_may_be_end_this_session_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(requests, "_MOST_COPIES", 2 * MOST)
+    monkeypatch.setattr(requests, "_MAX_COPIES", 2 * MOST)
     async with owner_and_peer() as (owner, peer):
         ref = await late(owner)
         for number in range(2 * MOST + 1):
             ask(peer, ref, number)
         await peer.hung_up()
-        await until(lambda: under_way(owner) == 0)  # nobody could get their answers
+        await until(lambda: in_progress(owner) == 0)  # nobody could get their answers
         owner._opened().pool.words.published[ref.slot] = ref.generation
         await owner.get(ref)
         assert owner.statistics().relayed == 0
@@ -251,7 +251,7 @@ async def test_many_requests_of_one_number() -> None:
         for _ in range(10):
             ask(peer, ref, 5)
         await peer.hung_up()
-        await until(lambda: under_way(owner) == 0)
+        await until(lambda: in_progress(owner) == 0)
         await owner.get(ref)
         await serves(owner)
 
@@ -267,7 +267,7 @@ async def test_a_session_that_goes_leaves_no_relay_behind(what: str) -> None:
             ask(peer, ref)
             await peer.message()
         ask(peer, ref, 2)
-        await until(lambda: under_way(owner) == 1)
+        await until(lambda: in_progress(owner) == 1)
         if what == "room":
             await until(lambda: len(store(owner).queue) == 1)
         (session,) = owner._opened().main.server.sessions.values()

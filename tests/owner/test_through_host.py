@@ -19,7 +19,7 @@ from featcache import (
     StaleRef,
     UnknownPool,
 )
-from featcache.memory.unreachable import Unmapped
+from featcache.memory.unreachable import UnreachableSlab
 from featcache.session.copier import place
 from support.caches import KIB, MIB, filled, small, tensor, tensors, until
 from support.hosted import all_spent, has_host_pool, holds, relayed, store, through_host
@@ -37,9 +37,9 @@ FEATURES: dict[str, torch.Tensor] = {
 
 def unmapped(client: FeatureClient) -> int:
     """How many pools a client reads through the host."""
-    assert client._handles is not None
-    handles = client._handles.handles
-    return sum(isinstance(handle.attachment.mapping, Unmapped) for handle in handles)
+    assert client._registry is not None
+    handles = client._registry.connections
+    return sum(isinstance(handle.attachment.mapping, UnreachableSlab) for handle in handles)
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ async def test_a_client_with_one_attachment_has_room_for_the_pool_beside_it() ->
 async def test_the_whole_of_a_relayed_read_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     async with relayed() as (owner, client):
         ref = await owner.put(filled(KIB, 2))
-        assert client._handles is not None
+        assert client._registry is not None
         begun = client._reads()._await_begin
 
         async def late(*arguments: Any) -> Any:
@@ -287,7 +287,7 @@ async def test_the_whole_of_a_relayed_read_ends_in_time(monkeypatch: pytest.Monk
             raise AssertionError
 
         monkeypatch.setattr(client._reads(), "_await_begin", late)
-        monkeypatch.setattr(client._handles, "relay", never)
+        monkeypatch.setattr(client._registry, "relay", never)
         for use in (client.get(ref, timeout=0.4), client.borrow(ref, timeout=0.4).__aenter__()):
             began_s = time.monotonic()
             with pytest.raises(GetTimeout, match="still owed"):

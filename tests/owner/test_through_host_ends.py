@@ -50,7 +50,7 @@ async def test_given_up_while_the_host_pool_is_full(how: str, end: str, no_leaks
                 await task
         assert holds(client) == 0
         for slot in list(store(owner).owing.values()):
-            serving(owner).reaper.discard(slot.index, slot.generation)
+            serving(owner).sessions.discard(slot.index, slot.generation)
         assert torch.equal(tensor(await client.get(ref)), filled(KIB, 8))  # still owed
         # Nothing is copied for the read that was given up: its request was cancelled.
         await all_spent(owner)

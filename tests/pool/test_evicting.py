@@ -208,7 +208,7 @@ async def test_a_put_waits_when_nothing_can_go_and_is_woken_when_something_can(
     hold: str, putter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With no timer that fires in this test's life: the end of the use itself wakes it."""
-    monkeypatch.setattr(Recycler, "hurry", lambda self, waiting: None)
+    monkeypatch.setattr(Recycler, "set_busy", lambda self, waiting: None)
     async with party(2, recycle_interval=60.0, **ONE) as (owner, (client, other)):
         user: User = owner if putter == "owner" else other
         await fill(owner)
@@ -248,7 +248,7 @@ async def test_a_pinned_feature_makes_room_when(
     how: Callable[[FeatureCache, FeatureClient], Coroutine[Any, Any, None]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Recycler, "hurry", lambda self, waiting: None)
+    monkeypatch.setattr(Recycler, "set_busy", lambda self, waiting: None)
     async with pair(recycle_interval=60.0, **ONE) as (owner, client):
         await owner.put(filled(CAPACITY), key="0")
         await client.pin("0")
@@ -604,7 +604,7 @@ async def test_a_writer_that_is_lost_takes_its_key_along() -> None:
             patient = asyncio.create_task(owner.get("a", timeout=20))
             hasty = asyncio.create_task(other.get("a"))
             await until(lambda: grants(owner) == 2)
-            pool.apply(pool.forsake(page))
+            pool.apply(pool.abandon_writes(page))
             with pytest.raises(KeyNotFound):
                 await hasty
             assert not await other.contains("a")

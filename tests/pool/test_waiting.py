@@ -81,7 +81,7 @@ async def test_a_put_waits_for_a_slot() -> None:
 @pytest.mark.parametrize("reader", ["client", "owner"])
 async def test_only_the_ring_wakes_it(reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With no timer that fires in this test's life, the release itself must wake the put."""
-    monkeypatch.setattr(Recycler, "hurry", lambda self, waiting: None)
+    monkeypatch.setattr(Recycler, "set_busy", lambda self, waiting: None)
     async with pair(recycle_interval=60.0, **ONE) as (owner, client):
         payer = client if reader == "client" else owner
         first = await full(owner)
@@ -104,7 +104,7 @@ async def test_only_the_ring_wakes_it(reader: str, monkeypatch: pytest.MonkeyPat
 
 
 async def test_only_the_goodbye_of_who_holds_it_wakes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Recycler, "hurry", lambda self, waiting: None)
+    monkeypatch.setattr(Recycler, "set_busy", lambda self, waiting: None)
     async with pair(recycle_interval=60.0, **ONE) as (owner, _):
         ref = await full(owner)
         async with featcache.connect(owner.endpoint) as leaving:
@@ -115,7 +115,7 @@ async def test_only_the_goodbye_of_who_holds_it_wakes_it(monkeypatch: pytest.Mon
 
 
 async def test_a_missed_ring_is_made_good_by_the_timer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featcache.session.waiting.Bell.ring", lambda self: None)
+    monkeypatch.setattr("featcache.session.waiting.Doorbell.ring", lambda self: None)
     async with pair(recycle_interval=0.02, **ONE) as (owner, client):
         first = await full(owner)
         task = asyncio.create_task(owner.put(filled(CAPACITY)))

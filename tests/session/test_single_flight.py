@@ -27,12 +27,12 @@ from support.keyed import (
     User,
     claims,
     grants,
+    in_progress,
     nothing_lost,
     party,
     queued,
     seeking,
     sought,
-    under_way,
 )
 from support.slabs import Place, same
 
@@ -463,7 +463,7 @@ async def test_the_timeout_is_of_waiting_for_another(who: str) -> None:
         kitchen.go.set()
         assert same(await making, BASE)
         assert kitchen.count == 1
-        await until(lambda: not under_way(owner))
+        await until(lambda: not in_progress(owner))
         await nothing_lost(owner)
 
 

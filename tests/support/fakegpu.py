@@ -16,8 +16,7 @@ import torch
 
 import featcache
 from featcache import FeatureCache, FeatureClient, FeatureRef
-from featcache.memory import attach as attach_module
-from featcache.memory import backends as make_module
+from featcache.memory import backends
 from featcache.memory.backends import Plan
 from featcache.memory.cuda.backing import VMM
 from featcache.memory.cuda.driver import Driver
@@ -72,10 +71,10 @@ def use_here(patch: pytest.MonkeyPatch, gpu: FakeGpu, kind: str = VMM) -> None:
     """Put the fakes where the library would load the real driver."""
     plan = Plan(kind, "it is a fake", 0, GRANULARITY_BYTES, 256 if kind == VMM else 1)
     patch.setattr("featcache.owner.owner.plan_for", lambda device, backend: plan)
-    patch.setattr(make_module, "load", lambda: driver_over(gpu.owner))
-    patch.setattr(attach_module, "load", gpu.for_client)
+    patch.setattr(backends, "load", lambda: driver_over(gpu.owner))
+    patch.setattr(backends, "load_in_client", gpu.for_client)
     here = SimpleNamespace(is_available=lambda: True, current_device=lambda: 0)
-    patch.setattr(attach_module, "torch", SimpleNamespace(device=torch.device, cuda=here))
+    patch.setattr(backends, "torch", SimpleNamespace(device=torch.device, cuda=here))
 
 
 @contextlib.contextmanager

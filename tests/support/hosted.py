@@ -7,11 +7,11 @@ from typing import Any
 import featcache
 from featcache import FeatureCache, FeatureClient, FeatureRef, Settings
 from featcache.core.store import Store
-from featcache.owner.served_pool import Serving
+from featcache.owner.served_pool import ServedPool
 from support.caches import KIB, MIB, filled, small, until
 
 
-def serving(owner: FeatureCache) -> Serving:
+def serving(owner: FeatureCache) -> ServedPool:
     """The pool on the host of an open owner."""
     state = owner._state
     assert state is not None, "open"
@@ -75,8 +75,8 @@ async def relayed(
 
 
 def holds(client: FeatureClient) -> int:
-    assert client._handles is not None
-    return sum(handle.attachment.holds for handle in client._handles.handles)
+    assert client._registry is not None
+    return sum(handle.attachment.holds for handle in client._registry.connections)
 
 
 async def stuffed(owner: FeatureCache, client: FeatureClient) -> FeatureRef:

@@ -9,7 +9,7 @@ import anyio
 
 import featcache
 from featcache import FeatureCache, FeatureClient
-from featcache.pool.page import Page
+from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
 from support.caches import KIB, small, spent, until
 
@@ -41,7 +41,7 @@ def pool_of(owner: FeatureCache) -> Pool:
     return owner._opened().pool
 
 
-def page_of(owner: FeatureCache, session: int = 1) -> Page:
+def page_of(owner: FeatureCache, session: int = 1) -> SessionPage:
     """A session's page as the owner has it; clients are numbered from 1 as they attached."""
     return pool_of(owner).pages[session]
 
@@ -53,12 +53,12 @@ def grants(owner: FeatureCache) -> int:
 
 def seeking(owner: FeatureCache) -> int:
     """How many wait for keys."""
-    return pool_of(owner).store.seekers.count
+    return pool_of(owner).store.key_waiters.count
 
 
 def claims(owner: FeatureCache) -> int:
     """How many have been told to make something, and are at it."""
-    return len(pool_of(owner).store.seekers._claims)
+    return len(pool_of(owner).store.key_waiters._claims)
 
 
 def reserved(owner: FeatureCache) -> int:
@@ -66,7 +66,7 @@ def reserved(owner: FeatureCache) -> int:
     return sum(len(page.reserved) for page in pool_of(owner).pages.values())
 
 
-def under_way(owner: FeatureCache) -> int:
+def in_progress(owner: FeatureCache) -> int:
     """What sessions asked and were not answered."""
     return sum(len(session.tasks) for session in owner._opened().main.server.sessions.values())
 
@@ -83,7 +83,7 @@ async def sought(owner: FeatureCache, count: int) -> None:
 
 async def nothing_lost(owner: FeatureCache) -> None:
     """Show that all that was handed out comes back: with its keys dropped the pool is empty."""
-    await until(lambda: not (seeking(owner) or claims(owner) or under_way(owner)))
+    await until(lambda: not (seeking(owner) or claims(owner) or in_progress(owner)))
 
     def all_paid() -> bool:
         pool_of(owner).collect()  # some tests have no timer that would

@@ -15,7 +15,7 @@ from featcache.session.reader import Reader
 from featcache.settings import parse_timeout
 
 
-class Reads(ByKey):
+class CacheBase(ByKey):
     """Reading, the same for owners and clients."""
 
     not_opened = "not opened yet: use 'async with', or await open()"
@@ -113,11 +113,11 @@ class Reads(ByKey):
         """
         return await self._reads().prepare(ref, place, parse_timeout(timeout), borrows=borrows)
 
-    def prepare_here(
+    def prepare_blocking(
         self, ref: FeatureRef, place: torch.device | None, timeout: float | None, *, borrows: bool
     ) -> bool:
         """`prepare` in a thread that may block; False also where the pool is not attached yet."""
-        return self._reads().prepare_here(ref, place, parse_timeout(timeout), borrows=borrows)
+        return self._reads().prepare_blocking(ref, place, parse_timeout(timeout), borrows=borrows)
 
     def place_of(self, ref: FeatureRef, device: Any, out: Feature | None) -> torch.device | None:
         """Return the device that a get copies to, None for the pool's own."""

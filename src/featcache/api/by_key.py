@@ -9,9 +9,9 @@ import torch
 
 from featcache.errors import KeyNotFound, KeyTimeout, StaleRef
 from featcache.memory.pack import Feature
-from featcache.session.arguments import AT_ONCE_S, check_make, key_bytes
+from featcache.session.arguments import NOWAIT_RPC_TIMEOUT_S, check_make, key_bytes
 from featcache.session.borrow import Borrow
-from featcache.session.lease import GrantedRead, Making
+from featcache.session.lease import KeyLease, MakeClaim
 from featcache.session.reader import Reader
 from featcache.session.single_flight import Keys, Make, make_and_put
 from featcache.settings import parse_timeout
@@ -56,7 +56,7 @@ class ByKey:
     def _borrow_key(self, key: Any, timeout: Any) -> Borrow:
         wanted, timeout_s = key_bytes(key), parse_timeout(timeout)
 
-        def find() -> Awaitable[GrantedRead]:
+        def find() -> Awaitable[KeyLease]:
             return self._keys().find(wanted, timeout_s)
 
         return Borrow(self._reads(), find, timeout_s)
@@ -67,21 +67,21 @@ class ByKey:
         """Return where a get puts its copy, None for the pool's own device."""
         return self._target(device, out)
 
-    async def find_key(self, key: bytes, timeout_s: float | None) -> GrantedRead:
+    async def find_key(self, key: bytes, timeout_s: float | None) -> KeyLease:
         """Return a read of what is under a key."""
         return await self._keys().find(key, timeout_s)
 
-    def get_granted_here(
-        self, read: GrantedRead, device: torch.device | None, out: Feature | None
+    def get_leased_blocking(
+        self, read: KeyLease, device: torch.device | None, out: Feature | None
     ) -> Feature | None:
         """Copy in the caller's thread, which may block; None where only host memory leads there."""
-        return self._reads().get_granted_here(read, device, out)
+        return self._reads().get_leased_blocking(read, device, out)
 
-    def empty_like(self, read: GrantedRead, device: torch.device | None) -> Feature:
+    def empty_like(self, read: KeyLease, device: torch.device | None) -> Feature:
         """Return new tensors for a granted feature."""
         return self._reads().empty_like(read.ref, device or read.mapping.device)
 
-    async def get_granted(self, read: GrantedRead, out: Feature) -> Feature:
+    async def get_granted(self, read: KeyLease, out: Feature) -> Feature:
         """Copy in the loop."""
         return await self._reads().get_granted(read, None, out, None)
 
@@ -120,7 +120,7 @@ class ByKey:
         place = self._target(device, None)
         while True:
             found = await self.find_or_claim(wanted, timeout_s)
-            if isinstance(found, Making):
+            if isinstance(found, MakeClaim):
                 made = await make_and_put(found, make, lambda made: self.put_made(made, wanted))
                 return moved(made, place)
             try:
@@ -128,13 +128,13 @@ class ByKey:
             except StaleRef:
                 pass  # whoever made it died before its bytes came: one of those that waited makes it
 
-    async def find_or_claim(self, key: bytes, timeout_s: float | None) -> GrantedRead | Making:
+    async def find_or_claim(self, key: bytes, timeout_s: float | None) -> KeyLease | MakeClaim:
         """Return a read of a key, or the right to make it; the first half of `get_or_put`."""
         at_once = timeout_s == 0  # not to wait: a round trip takes longer than that, and is no wait
         try:
             if timeout_s is None:  # a scope takes longer than many a lookup
                 return await self._keys().find_or_claim(key, waits=True)
-            with anyio.fail_after(AT_ONCE_S if at_once else timeout_s):
+            with anyio.fail_after(NOWAIT_RPC_TIMEOUT_S if at_once else timeout_s):
                 return await self._keys().find_or_claim(key, waits=not at_once)
         except (KeyNotFound, TimeoutError):
             raise KeyTimeout(f"nobody made it within {timeout_s} s") from None

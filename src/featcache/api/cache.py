@@ -8,15 +8,15 @@ import torch
 from featcache import events
 from featcache.api import forks as _forks
 from featcache.api.arguments import check_ref, parse_device, parse_name, settings_with
-from featcache.api.base import Reads
+from featcache.api.base import CacheBase
 from featcache.control import endpoint as endpoints
 from featcache.errors import CacheClosed, SettingsError, UnknownPool
 from featcache.memory.host.slab import HostSlab
 from featcache.memory.pack import Feature
-from featcache.owner.keys import OwnKeys
-from featcache.owner.owner import Opened, StagedPut
+from featcache.owner.keys import OwnerKeys
+from featcache.owner.owner import Owner, StagedPut
 from featcache.owner.served_pool import limits_of
-from featcache.pool.pressure import Gauge, Pressure
+from featcache.pool.pressure import Pressure, PressureMonitor
 from featcache.ref import FeatureRef
 from featcache.session.arguments import check_on_full
 from featcache.session.reader import Reader
@@ -26,7 +26,7 @@ from featcache.statistics import Statistics
 OnFull = Literal["wait", "raise", "spill"]
 
 
-class FeatureCache(Reads):
+class FeatureCache(CacheBase):
     """Owns a pool: a slab, its slots, and the socket that readers attach at. See `create`."""
 
     def __init__(
@@ -43,7 +43,7 @@ class FeatureCache(Reads):
         self._name = name
         self._spill_bytes = spill_bytes
         self._opening = False
-        self._state: Opened | None = None
+        self._state: Owner | None = None
         self.pressure = Pressure(self._gauge)
 
     # --- life -----------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ class FeatureCache(Reads):
             raise CacheClosed("a cache opens once: create another")
         self._opening = True
         try:
-            self._state = await Opened.open(
+            self._state = await Owner.open(
                 self._device, self._settings, self._spill_bytes, self._wanted_endpoint, self._name
             )
         finally:
@@ -79,9 +79,11 @@ class FeatureCache(Reads):
             return
         self._why_closed = "this cache was closed"
         pool = state.main.pool
-        unpaid = len(pool.store.owing)
+        reads_left = len(pool.store.owing)
         await state.aclose()
-        events.emit(events.PoolClosed(pool=pool.name, endpoint=pool.endpoint, unpaid_refs=unpaid))
+        events.emit(
+            events.PoolClosed(pool=pool.name, endpoint=pool.endpoint, unpaid_refs=reads_left)
+        )
 
     def _forget(self) -> None:
         state, self._state = self._state, None
@@ -94,7 +96,7 @@ class FeatureCache(Reads):
         """Whether it was opened, and not closed, in this process."""
         return self._state is not None
 
-    def _opened(self) -> Opened:
+    def _opened(self) -> Owner:
         state = self._state
         if state is None:
             raise self._closed()
@@ -103,10 +105,10 @@ class FeatureCache(Reads):
     def _reads(self) -> Reader:
         return self._opened().reader
 
-    def _keys(self) -> OwnKeys:
+    def _keys(self) -> OwnerKeys:
         return self._opened().keys
 
-    def _gauge(self) -> Gauge:
+    def _gauge(self) -> PressureMonitor:
         return self._opened().main.pool.gauge
 
     def _default_device(self) -> torch.device | None:
@@ -222,7 +224,7 @@ class FeatureCache(Reads):
         serving = self._opened().serving(check_ref(ref))
         if serving is None:
             raise UnknownPool(f"the ref is of pool {ref.pool_id.hex()}, not of this cache")
-        serving.reaper.discard_ref(ref)
+        serving.sessions.discard_ref(ref)
 
     def statistics(self) -> Statistics:
         """Return what the pool has and has done, now."""
@@ -253,8 +255,8 @@ class FeatureCache(Reads):
             hits=store.hits,
             misses=store.misses,
             evicted=store.evicted,
-            discarded=sum(each.reaper.discarded for each in state.servings),
-            readers_lost=main.reaper.readers_lost,
+            discarded=sum(each.sessions.discarded for each in state.servings),
+            readers_lost=main.sessions.readers_lost,
         )
 
     def __repr__(self) -> str:

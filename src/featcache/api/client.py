@@ -7,10 +7,10 @@ import torch
 
 from featcache.api import forks as _forks
 from featcache.api.arguments import check_ref, parse_device, parse_name, settings_with
-from featcache.api.base import Reads
-from featcache.client.keys import RemoteKeys
-from featcache.client.puts import Places, RemotePuts, StagedPut
-from featcache.client.registry import HandleCache
+from featcache.api.base import CacheBase
+from featcache.client.keys import ClientKeys
+from featcache.client.puts import ClientPuts, Places, StagedPut
+from featcache.client.registry import ConnectionRegistry
 from featcache.control import endpoint as endpoints
 from featcache.errors import CacheClosed
 from featcache.memory.pack import Feature
@@ -24,7 +24,7 @@ from featcache.statistics import Statistics
 OnFull = Literal["wait", "raise", "spill"]
 
 
-class FeatureClient(Reads):
+class FeatureClient(CacheBase):
     """Reads the pools of other processes, and puts into the one that it is connected to. See `connect`."""
 
     def __init__(
@@ -39,9 +39,9 @@ class FeatureClient(Reads):
         self._name = name
         self._settings = settings
         self._offload: Offload | None = None
-        self._handles: HandleCache | None = None
-        self._directory: RemoteKeys | None = None
-        self._puts: RemotePuts | None = None
+        self._registry: ConnectionRegistry | None = None
+        self._directory: ClientKeys | None = None
+        self._puts: ClientPuts | None = None
 
     async def open(self) -> Self:
         """Attach, if an endpoint was given.
@@ -55,42 +55,44 @@ class FeatureClient(Reads):
         if self._reader is not None or self._why_closed is not None:
             raise CacheClosed("a client opens once: connect another")
         offload = Offload()
-        handles = HandleCache(self._name, self._device, self._settings, offload, self._endpoint)
+        registry = ConnectionRegistry(
+            self._name, self._device, self._settings, offload, self._endpoint
+        )
         try:
             if self._endpoint is not None:
-                await handles.attach(self._endpoint)
+                await registry.attach(self._endpoint)
         except BaseException:
             try:
-                await handles.close()
-                await handles.settle()  # what a failed attach had mapped
+                await registry.close()
+                await registry.drain()  # what a failed attach had mapped
             finally:
                 offload.close()
             raise
-        self._offload, self._handles = offload, handles
-        self._reader = Reader(handles, offload, self._settings.inline_bytes)
-        self._directory = RemoteKeys(handles.peek_bound, handles.bound_handle)
-        self._puts = RemotePuts(handles, self._settings, offload)
+        self._offload, self._registry = offload, registry
+        self._reader = Reader(registry, offload, self._settings.inline_bytes)
+        self._directory = ClientKeys(registry.peek_bound, registry.bound_handle)
+        self._puts = ClientPuts(registry, self._settings, offload)
         _forks.watch(self)
         return self
 
     async def aclose(self) -> None:
         """Say goodbye to every owner. Borrows that are still open keep theirs until they end."""
-        handles, self._handles, self._reader = self._handles, None, None
-        if handles is None:
+        registry, self._registry, self._reader = self._registry, None, None
+        if registry is None:
             return
         self._why_closed = "this client was closed"
         try:
-            await handles.close()
-            await handles.settle()
+            await registry.close()
+            await registry.drain()
         finally:
             if self._offload is not None:
                 self._offload.close()
 
     def _forget(self) -> None:
-        handles, self._handles, self._reader = self._handles, None, None
+        registry, self._registry, self._reader = self._registry, None, None
         self._why_closed = "this process was forked from the one that opened the client"
-        if handles is not None:
-            handles.forget()
+        if registry is not None:
+            registry.forget()
 
     @property
     def is_open(self) -> bool:
@@ -103,7 +105,7 @@ class FeatureClient(Reads):
             raise self._closed()
         return reader
 
-    def _keys(self) -> RemoteKeys:
+    def _keys(self) -> ClientKeys:
         self._reads()
         assert self._directory is not None, "an open client has its keys"
         return self._directory
@@ -161,7 +163,7 @@ class FeatureClient(Reads):
         """Do the other half of `put`."""
         return await self._writing().put(staged, timeout_s, on_full)
 
-    def _writing(self) -> RemotePuts:
+    def _writing(self) -> ClientPuts:
         self._reads()
         assert self._puts is not None, "an open client has its puts"
         return self._puts
@@ -169,15 +171,15 @@ class FeatureClient(Reads):
     async def discard(self, ref: FeatureRef) -> None:
         """Ask the owner to take a ref back: its request was cancelled. As `FeatureCache.discard`."""
         self._reads()
-        assert self._handles is not None, "an open client has its handles"
-        link = (await self._handles.handle(check_ref(ref))).link
+        assert self._registry is not None, "an open client has its handles"
+        link = (await self._registry.connection(check_ref(ref))).link
         await link.discard(ref.slot, ref.generation)
 
     def statistics(self) -> Statistics:
         """Return this client's counters, and the gauges of the pools that it has attached."""
         reader = self._reads()
-        assert self._handles is not None, "an open client has its handles"
-        headers = [handle.attachment.header for handle in self._handles.handles]
+        assert self._registry is not None, "an open client has its handles"
+        headers = [connection.attachment.header for connection in self._registry.connections]
         capacity_bytes = sum(header[Header.CAPACITY] for header in headers)
         used_bytes = sum(header[Header.USED] for header in headers)
         return Statistics(

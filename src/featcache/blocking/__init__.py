@@ -218,7 +218,7 @@ class _Blocking(BlockingByKey, Generic[A]):
         self, ref: FeatureRef, place: torch.device | None, timeout: float | None, *, borrows: bool
     ) -> bool:
         inner = self._inner
-        return inner.prepare_here(ref, place, timeout, borrows=borrows) or self._call(
+        return inner.prepare_blocking(ref, place, timeout, borrows=borrows) or self._call(
             lambda: inner.prepare(ref, place, timeout, borrows=borrows)
         )
 

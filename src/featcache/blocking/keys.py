@@ -10,7 +10,7 @@ from featcache.errors import CacheClosed, GetTimeout, StaleRef
 from featcache.memory.pack import Feature
 from featcache.ref import FeatureRef
 from featcache.session.arguments import check_make, key_bytes
-from featcache.session.lease import GrantedRead, Making
+from featcache.session.lease import KeyLease, MakeClaim
 from featcache.session.reader import BYTES_LATE
 from featcache.settings import parse_timeout
 
@@ -45,17 +45,17 @@ class BlockingByKey:
                     timeout_s = max(0.0, give_up_s - time.monotonic())
 
     def _read(
-        self, read: GrantedRead, place: Any, out: Feature | None, give_up_s: float | None = None
+        self, read: KeyLease, place: Any, out: Feature | None, give_up_s: float | None = None
     ) -> Feature:
         inner, there = self._inner, False
         try:
-            there = read.arrival_here(float("inf") if give_up_s is None else give_up_s)
+            there = read.wait_ready_blocking(float("inf") if give_up_s is None else give_up_s)
         finally:
             if not there:
                 read.end(read.ref, pays=False)
         if not there:
             raise GetTimeout(BYTES_LATE)
-        copied: Feature | None = inner.get_granted_here(read, place, out)
+        copied: Feature | None = inner.get_leased_blocking(read, place, out)
         if copied is not None:
             return copied
         # By way of the host: what it is copied to is this thread's.
@@ -78,7 +78,7 @@ class BlockingByKey:
         place = inner.target(device, None)
         while True:
             found = self._call(lambda: inner.find_or_claim(wanted, timeout_s), _give_back)
-            if isinstance(found, Making):
+            if isinstance(found, MakeClaim):
                 break
             with contextlib.suppress(StaleRef):  # as above
                 return self._read(found, place, None)
@@ -89,7 +89,7 @@ class BlockingByKey:
             self._end(found)
         return moved(feature, place)
 
-    def _end(self, making: Making) -> None:
+    def _end(self, making: MakeClaim) -> None:
         async def end() -> None:
             making.end()
 
@@ -113,9 +113,9 @@ class BlockingByKey:
         self._call(lambda: self._inner.unpin(key))
 
 
-def _give_back(found: GrantedRead | Making) -> None:
+def _give_back(found: KeyLease | MakeClaim) -> None:
     """End what was found, in the loop, for a caller who was interrupted before having it."""
-    if isinstance(found, Making):
+    if isinstance(found, MakeClaim):
         found.end()
     else:
         found.end(found.ref, pays=False)

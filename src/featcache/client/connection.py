@@ -9,22 +9,22 @@ from typing import Any
 from featcache.control import messages
 from featcache.control.channel import close_all
 from featcache.control.link import Link, SlabChange
-from featcache.control.messages import Retire
+from featcache.control.messages import UnmapTail
 from featcache.errors import BackendUnavailable, CacheClosed, FeatcacheError, OwnerLost
 from featcache.memory.cuda.backing import Unreachable
 from featcache.memory.slab import Mapping
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
 from featcache.session.offload import Offload
-from featcache.session.waiting import Bell
+from featcache.session.waiting import Doorbell
 
 _SETTLE_S = 10.0
-_MOST_CHANGES = 1024
+_MAX_CHANGES = 1024
 """Changes that may wait to be carried out: four times what a slab can have of segments."""
 Spawn = Callable[[Coroutine[Any, Any, None]], object]
 
 
-class Handle:
+class PoolConnection:
     """One attached pool: the mapped side and the link. `spawn` has a coroutine run to its end."""
 
     def __init__(
@@ -32,7 +32,7 @@ class Handle:
         attachment: Attachment,
         link: Link,
         endpoint: str,
-        bell: Bell,
+        doorbell: Doorbell,
         offload: Offload,
         spawn: Spawn,
         on_unreachable: Callable[[str], object],
@@ -45,7 +45,7 @@ class Handle:
         self.kin_endpoint = ""
         """Where puts may spill to, if they may."""
         self._mapping: Mapping = attachment.mapping
-        self._bell = bell
+        self._doorbell = doorbell
         self._offload = offload
         self._spawn = spawn
         self._on_unreachable = on_unreachable
@@ -60,13 +60,13 @@ class Handle:
     # --- the slab's size --------------------------------------------------------------------------
 
     def _take_change(self, change: SlabChange, fds: list[int]) -> None:
-        if not self._left and len(self._changes) >= _MOST_CHANGES:
+        if not self._left and len(self._changes) >= _MAX_CHANGES:
             self._give_up("its owner changes it faster than it can be mapped")
         if self._left:
             close_all(fds)
             return
         self._changes.append((change, fds))
-        if isinstance(change, Retire):
+        if isinstance(change, UnmapTail):
             # At once, so that no read begins in what will be another segment when it comes again.
             self._cover()
             self.attachment.layout = change.layout
@@ -75,7 +75,7 @@ class Handle:
             self._spawn(self._carry_out())
 
     def _cover(self) -> None:
-        ends = [change.end_bytes for change, _ in self._changes if isinstance(change, Retire)]
+        ends = [change.end_bytes for change, _ in self._changes if isinstance(change, UnmapTail)]
         self.attachment.covered_bytes = min([self._mapping.end_bytes, *ends])
 
     async def _carry_out(self) -> None:
@@ -89,10 +89,10 @@ class Handle:
                         lambda: None,
                     )
                 except Unreachable as error:  # told by a hidden device only when it is to map
-                    await self._detour(str(error))
+                    await self._fall_back_to_host(str(error))
                 self._changes.popleft()
                 self._cover()
-                if isinstance(change, Retire):
+                if isinstance(change, UnmapTail):
                     self.link.retired(change.layout)
                 self._changed.set()
         except (FeatcacheError, OSError, MemoryError, ValueError) as error:
@@ -112,17 +112,17 @@ class Handle:
         )
         self._changed.set()
 
-    async def _detour(self, reason: str) -> None:
+    async def _fall_back_to_host(self, reason: str) -> None:
         """Read by way of the host from now on: the owner's memory can't be mapped for this device."""
-        mapping, self._mapping = self.attachment.detour(reason), self.attachment.mapping
+        mapping, self._mapping = self.attachment.fall_back_to_host(reason), self.attachment.mapping
         self._on_unreachable(reason)
         await self._in_thread(mapping.close)
 
-    async def covers(self, end_bytes: int) -> None:
+    async def wait_mapped(self, end_bytes: int) -> None:
         """Wait until all that the owner had when it said welcome is mapped here."""
         while self._mapping.end_bytes < end_bytes:
             self.attachment.check()
-            retired = [change for change, _ in self._changes if isinstance(change, Retire)]
+            retired = [change for change, _ in self._changes if isinstance(change, UnmapTail)]
             if retired or (not self._changes and self.attachment.layout):
                 return  # it has been taken away again meanwhile
             self._changed.clear()
@@ -138,7 +138,7 @@ class Handle:
         if self.attachment.holds:
             self.attachment.when_idle(lambda: self._soon(self._say_goodbye_and_leave))
             return
-        await self._settle()
+        await self._drain()
         await self.link.goodbye()
         await self._leave()
 
@@ -158,13 +158,13 @@ class Handle:
             self._loop.call_soon_threadsafe(lambda: self._spawn(work()))
 
     async def _say_goodbye_and_leave(self) -> None:
-        await self._settle()
+        await self._drain()
         self.link.say_goodbye()
         await self._leave()
 
-    async def _settle(self) -> None:
+    async def _drain(self) -> None:
         """Wait for what this session has on its streams: the owner counts what it can see."""
-        if not await self.attachment.settle(_SETTLE_S):
+        if not await self.attachment.drain(_SETTLE_S):
             with contextlib.suppress(
                 BackendUnavailable
             ):  # a broken context: nothing comes any more
@@ -173,8 +173,8 @@ class Handle:
     async def _leave(self) -> None:
         """Unmap, which nothing on a stream may need any more, and which takes milliseconds."""
         self._left = True
-        await self._settle()
-        self._bell.close()
+        await self._drain()
+        self._doorbell.close()
         self._drop_changes()
         await self._in_thread(self._mapping.close)
 
@@ -195,24 +195,26 @@ class Handle:
         """Drop descriptors and mappings in a forked child."""
         self.link.forget()
         self.attachment.forget()
-        self._bell.close()
+        self._doorbell.close()
         for _, fds in self._changes:
             close_all(fds)
         self._changes.clear()
 
 
-def give_back(handle: Handle, request: messages.Request, answer: messages.Answer) -> None:
+def return_lease(
+    connection: PoolConnection, request: messages.Request, answer: messages.Answer
+) -> None:
     """Return what an answer handed over whose asker was cancelled."""
-    link = handle.link
+    link = connection.link
     if isinstance(answer, messages.Granted):
-        handle.attachment.return_grant(answer.index, answer.serial)
-    elif isinstance(answer, messages.MayMake) and isinstance(request, messages.Find):
+        connection.attachment.return_grant(answer.index, answer.serial)
+    elif isinstance(answer, messages.ClaimGranted) and isinstance(request, messages.Find):
         link.tell(messages.Unclaim(request.key, answer.claim))
     elif isinstance(answer, messages.Reserved):
         link.tell(messages.Withdraw(answer.slot, answer.generation, landed=True))
     elif isinstance(request, messages.Publish):  # nobody has its ref
         link.discard_soon(request.slot, request.generation)
-    elif isinstance(request, messages.OfKey) and request.what == "pin":
+    elif isinstance(request, messages.KeyCommand) and request.what == "pin":
         link.unpin_soon(request.key)
     elif isinstance(request, messages.Upload) and isinstance(answer, messages.Reply):
         ref = FeatureRef.from_bytes(answer.ref)
@@ -221,7 +223,7 @@ def give_back(handle: Handle, request: messages.Request, answer: messages.Answer
 
 def _change(mapping: Mapping, change: SlabChange, fds: list[int]) -> None:
     try:
-        if isinstance(change, Retire):
+        if isinstance(change, UnmapTail):
             mapping.cut(change.end_bytes)
             return
         at = change.start_bytes

@@ -10,7 +10,7 @@ import anyio
 import torch
 
 from featcache import events
-from featcache.client.connection import Handle, give_back
+from featcache.client.connection import PoolConnection, return_lease
 from featcache.control.channel import close_all
 from featcache.control.link import Link, dial
 from featcache.control.messages import Welcome
@@ -25,13 +25,13 @@ from featcache.errors import (
 from featcache.memory.backends import default_device, map_slab
 from featcache.memory.cuda.backing import Unreachable
 from featcache.memory.slab import Mapping
-from featcache.memory.unreachable import Unmapped
+from featcache.memory.unreachable import UnreachableSlab
 from featcache.memory.words import OwnerWords, SessionWords
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
 from featcache.session.holds import PageWords
 from featcache.session.offload import Offload
-from featcache.session.waiting import Bell
+from featcache.session.waiting import Doorbell
 from featcache.settings import Settings
 
 
@@ -44,11 +44,11 @@ class Mapped(NamedTuple):
     """Why it could not be, and is read through the host."""
 
 
-_MOST_LOST = 1024  # pools of which is known that they are gone
+_MAX_LOST = 1024  # pools of which is known that they are gone
 _CONTROL_DESCRIPTORS = 3  # the owner's words, the session's page, the eventfd
 
 
-class HandleCache:
+class ConnectionRegistry:
     """Handles by pool. A client bound to one endpoint has that pool's handle only."""
 
     def __init__(
@@ -68,8 +68,8 @@ class HandleCache:
         """The pool that was found where this client is connected to, or nothing yet."""
         self._lost: str | None = None  # why the pool that this client is bound to is gone
         self._lost_pools: dict[bytes, str] = {}  # and others, of a client that is bound to none
-        self._handles: OrderedDict[bytes, Handle] = OrderedDict()
-        self._opening: dict[str, asyncio.Task[Handle]] = {}
+        self._connections: OrderedDict[bytes, PoolConnection] = OrderedDict()
+        self._opening: dict[str, asyncio.Task[PoolConnection]] = {}
         self._kin: set[bytes] = set()  # pools that the owner of the one bound to spills to
         self._tasks: set[asyncio.Task[None]] = set()
         self._unreachable: set[tuple[bytes, torch.device]] = set()
@@ -82,7 +82,7 @@ class HandleCache:
     def peek(self, ref: FeatureRef) -> Attachment | None:
         """Return the attachment of the ref's pool if it is open."""
         try:
-            return self._handles[ref.pool_id].attachment
+            return self._connections[ref.pool_id].attachment
         except KeyError:
             pass  # looked at more closely below
         if self._closed:
@@ -97,7 +97,7 @@ class HandleCache:
 
     def has(self, ref: FeatureRef) -> bool:
         """Whether the ref's pool is open now."""
-        return ref.pool_id in self._handles
+        return ref.pool_id in self._connections
 
     def check(self, ref: FeatureRef) -> None:
         """Raise OwnerLost for a pool that was attached, and whose owner is gone."""
@@ -107,22 +107,22 @@ class HandleCache:
 
     async def open(self, ref: FeatureRef) -> Attachment:
         """Return the attachment of the ref's pool, attaching first. Single flight by endpoint."""
-        return (await self.handle(ref)).attachment
+        return (await self.connection(ref)).attachment
 
-    async def handle(self, ref: FeatureRef) -> Handle:
+    async def connection(self, ref: FeatureRef) -> PoolConnection:
         """Return the handle of the ref's pool, attaching first."""
         if self.peek(ref) is not None:
-            return self._handles[ref.pool_id]
-        handle = await self.attach(ref.endpoint, kin=ref.pool_id in self._kin)
-        if handle.attachment.pool_id != ref.pool_id:
+            return self._connections[ref.pool_id]
+        connection = await self.attach(ref.endpoint, kin=ref.pool_id in self._kin)
+        if connection.attachment.pool_id != ref.pool_id:
             raise UnknownPool(f"{ref.endpoint} serves another pool now than {ref.pool_id.hex()}")
-        return handle
+        return connection
 
-    def peek_bound(self) -> Handle | None:
+    def peek_bound(self) -> PoolConnection | None:
         """Return the handle of the pool that this client is connected to, if it is open."""
-        return self._handles.get(self.bound_pool)
+        return self._connections.get(self.bound_pool)
 
-    async def bound_handle(self) -> Handle:
+    async def bound_handle(self) -> PoolConnection:
         """Return the handle of the pool that this client is connected to.
 
         Raises:
@@ -141,10 +141,10 @@ class HandleCache:
     async def reach(self, attachment: Attachment, device: torch.device | None) -> bool:
         """Open a pool for another device of this process; False, said once, where that can't be."""
         mapping = attachment.mapping
-        if device is None or isinstance(mapping, Unmapped):
+        if device is None or isinstance(mapping, UnreachableSlab):
             return False
         try:
-            await self._offload.run(lambda: mapping.open_for(device), lambda: None)
+            await self._offload.run(lambda: mapping.enable_device(device), lambda: None)
         except Unreachable as error:
             if (attachment.pool_id, device) not in self._unreachable:
                 self._unreachable.add((attachment.pool_id, device))
@@ -157,21 +157,21 @@ class HandleCache:
 
     async def relay(self, ref: FeatureRef) -> FeatureRef:
         """Have the owner copy a held ref into host memory."""
-        link = (await self.handle(ref)).link
+        link = (await self.connection(ref)).link
         there = FeatureRef.from_bytes(await link.relay(ref.to_bytes()))
         self._kin.add(there.pool_id)
         return there
 
     # --- attaching ------------------------------------------------------------------------------
 
-    async def attach(self, endpoint: str, *, kin: bool = False) -> Handle:
+    async def attach(self, endpoint: str, *, kin: bool = False) -> PoolConnection:
         """Attach to the owner at `endpoint`, or join who is at it already.
 
         The host pool beside another is its `kin`.
         """
-        for handle in self._handles.values():
-            if handle.link.endpoint == endpoint:
-                return handle
+        for connection in self._connections.values():
+            if connection.link.endpoint == endpoint:
+                return connection
         task = self._opening.get(endpoint)
         if task is None:
             task = asyncio.get_running_loop().create_task(self._attach(endpoint, kin=kin))
@@ -186,80 +186,82 @@ class HandleCache:
                 raise CacheClosed("the client was closed") from None
             raise
 
-    def _opened(self, endpoint: str, task: "asyncio.Task[Handle]") -> None:
+    def _opened(self, endpoint: str, task: "asyncio.Task[PoolConnection]") -> None:
         self._opening.pop(endpoint, None)
         if not task.cancelled():
             task.exception()  # seen: all who asked may have given up
 
-    async def _attach(self, endpoint: str, *, kin: bool) -> Handle:
+    async def _attach(self, endpoint: str, *, kin: bool) -> PoolConnection:
         await self._make_place(kin=kin)
         link, welcome, fds = await dial(
             endpoint, self._name, str(self._device or "default"), self._settings
         )
         try:
-            handle = await self._map(link, welcome, fds)
+            connection = await self._map(link, welcome, fds)
         except BaseException:
             link.say_goodbye()
             raise
         finally:
             close_all(fds)
         if self._closed or link.lost is not None:
-            await handle.close()
-            del handle  # or the error's traceback would keep the words mapped as long as it lives
+            await connection.close()
+            del (
+                connection
+            )  # or the error's traceback would keep the words mapped as long as it lives
             raise CacheClosed("the client was closed") if self._closed else OwnerLost(link.lost)
-        known = self._handles.get(welcome.pool_id)
+        known = self._connections.get(welcome.pool_id)
         if known is not None:  # reached by another spelling of its endpoint
-            await handle.close()
+            await connection.close()
             return known
         if welcome.kin is not None:
             self._kin.add(welcome.kin)
         if kin:
             self._kin.add(welcome.pool_id)
-        self._handles[welcome.pool_id] = handle
+        self._connections[welcome.pool_id] = connection
         self._lost_pools.pop(welcome.pool_id, None)
         if endpoint == self._bound:
             self.bound_pool = welcome.pool_id
         link.on_lost = lambda reason: self._on_lost(welcome.pool_id, reason)
-        return handle
+        return connection
 
-    async def _map(self, link: Link, welcome: Welcome, fds: list[int]) -> Handle:
+    async def _map(self, link: Link, welcome: Welcome, fds: list[int]) -> PoolConnection:
         """Map what the owner sent. Takes from `fds` what it keeps."""
         if len(fds) < _CONTROL_DESCRIPTORS:
             raise AttachRefused("the owner's welcome came without its descriptors")
         words = OwnerWords.attach(fds[0], welcome.slots)
         page = SessionWords.attach(fds[1], welcome.slots, welcome.grants)
         mapping, adopted = await self._map_slab(welcome, fds[_CONTROL_DESCRIPTORS:], page)
-        bell = Bell(fds.pop(2))
-        attachment = Attachment(welcome.pool_id, words, page, mapping, adopted, bell.ring)
+        doorbell = Doorbell(fds.pop(2))
+        attachment = Attachment(welcome.pool_id, words, page, mapping, adopted, doorbell.ring)
         attachment.layout = welcome.layout
         attachment.capacity_bytes = welcome.capacity_bytes
-        handle = Handle(
+        connection = PoolConnection(
             attachment,
             link,
             welcome.endpoint or link.endpoint,
-            bell,
+            doorbell,
             self._offload,
             self._spawn,
             lambda reason: self._report_unreachable(
                 welcome.pool_id, attachment.mapping.device, reason
             ),
         )
-        handle.kin_endpoint = welcome.kin_endpoint
-        link.on_orphan = lambda request, answer: give_back(handle, request, answer)
-        link.on_lost = lambda _: handle.lose(link.lost or "it is gone")
+        connection.kin_endpoint = welcome.kin_endpoint
+        link.on_orphan = lambda request, answer: return_lease(connection, request, answer)
+        link.on_lost = lambda _: connection.lose(link.lost or "it is gone")
         try:
             if link.lost is not None:  # while a thread mapped
                 raise OwnerLost(link.lost)
             with anyio.fail_after(self._settings.attach_timeout):
-                await handle.covers(welcome.committed_bytes)
+                await connection.wait_mapped(welcome.committed_bytes)
         except BaseException as error:
-            handle.lose(link.lost or "it could not be attached")
+            connection.lose(link.lost or "it could not be attached")
             if isinstance(error, TimeoutError):
                 raise AttachRefused("the owner's segments did not come in time") from None
             raise
         finally:
             link.on_lost = None  # whoever keeps the handle says what is to be done
-        return handle
+        return connection
 
     async def _map_slab(
         self, welcome: Welcome, fds: list[int], page: SessionWords
@@ -283,7 +285,7 @@ class HandleCache:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def settle(self) -> None:
+    async def drain(self) -> None:
         """Return when what was begun in the background is done."""
         await asyncio.sleep(0)  # what another thread has just asked for begins
         while self._tasks:
@@ -296,14 +298,14 @@ class HandleCache:
 
         Host pools beside others are counted apart: a read by way of one holds both.
         """
-        alike = [pool_id for pool_id in self._handles if (pool_id in self._kin) is kin]
+        alike = [pool_id for pool_id in self._connections if (pool_id in self._kin) is kin]
         if len(alike) + len(self._opening) <= self._settings.attachments:
             return
         for pool_id in alike:
-            handle = self._handles[pool_id]
-            if not handle.attachment.holds:
-                del self._handles[pool_id]
-                await handle.close()
+            connection = self._connections[pool_id]
+            if not connection.attachment.holds:
+                del self._connections[pool_id]
+                await connection.close()
                 return
         raise PoolFull(
             f"all {self._settings.attachments} attached pools are being read: raise "
@@ -311,45 +313,45 @@ class HandleCache:
         )
 
     def _on_lost(self, pool_id: bytes, reason: str) -> None:
-        handle = self._handles.pop(pool_id, None)
-        if handle is None:
+        connection = self._connections.pop(pool_id, None)
+        if connection is None:
             return
-        lost = handle.link.lost or reason
+        lost = connection.link.lost or reason
         if self._bound is not None:
             self._lost = lost
-        if len(self._lost_pools) >= _MOST_LOST:
+        if len(self._lost_pools) >= _MAX_LOST:
             self._lost_pools.clear()
         self._lost_pools[pool_id] = lost
-        handle.lose(lost)
+        connection.lose(lost)
         if self.on_gone is not None:
             self.on_gone(pool_id)
         events.emit(
-            events.OwnerGone(pool=pool_id.hex(), endpoint=handle.link.endpoint, reason=reason)
+            events.OwnerGone(pool=pool_id.hex(), endpoint=connection.link.endpoint, reason=reason)
         )
 
     # --- the whole ------------------------------------------------------------------------------
 
     @property
-    def handles(self) -> list[Handle]:
+    def connections(self) -> list[PoolConnection]:
         """The handles that are open now."""
-        return list(self._handles.values())
+        return list(self._connections.values())
 
     async def close(self) -> None:
         """Say goodbye to every owner."""
         self._closed = True
         for task in list(self._opening.values()):
             task.cancel()
-        handles = self.handles
-        self._handles.clear()
-        for handle in handles:
-            await handle.close()
+        registry = self.connections
+        self._connections.clear()
+        for connection in registry:
+            await connection.close()
 
     def forget(self) -> None:
         """Drop everything in a forked child."""
         self._closed = True
-        for handle in self.handles:
-            handle.forget()
-        self._handles.clear()
+        for connection in self.connections:
+            connection.forget()
+        self._connections.clear()
 
 
 def _mapper(
@@ -379,7 +381,7 @@ def _mapper(
         except Unreachable as error:
             if not welcome.relays:
                 raise
-            return Unmapped(device or default_device(), str(error)), str(error)
+            return UnreachableSlab(device or default_device(), str(error)), str(error)
         finally:
             close_all(own)
 

@@ -10,16 +10,16 @@ from typing import Any
 
 import anyio
 
-from featcache.client.connection import Handle
+from featcache.client.connection import PoolConnection
 from featcache.control import messages
 from featcache.control.channel import close_all
 from featcache.control.messages import ProtocolError, Reserved
 from featcache.core.put_queue import Request
 from featcache.errors import BackendUnavailable, FeatcacheError, PoolFull, PutTimeout
-from featcache.pool.writer import Staged
 from featcache.ref import FeatureRef
-from featcache.session.arguments import AT_ONCE_S, ask
+from featcache.session.arguments import NOWAIT_RPC_TIMEOUT_S, parse_put
 from featcache.session.offload import Offload
+from featcache.session.staging import Staged
 from featcache.settings import Settings
 
 
@@ -32,11 +32,11 @@ def wire_form(
     return request.nbytes, owed, request.ttl_s, request.key
 
 
-class RemoteWriter:
+class ClientWriter:
     """Puts into the pool of one handle."""
 
-    def __init__(self, handle: Handle, settings: Settings, offload: Offload) -> None:
-        self.handle = handle
+    def __init__(self, connection: PoolConnection, settings: Settings, offload: Offload) -> None:
+        self.connection = connection
         self._settings = settings
         self._offload = offload
         self._opening: asyncio.Task[None] | None = None
@@ -50,8 +50,8 @@ class RemoteWriter:
             BackendUnavailable: this client's device can't access the slab.
 
         """
-        request, specs, packed = ask(feature, readers, ttl, key, self._settings)
-        parts, order = self.handle.attachment.mapping.stage(packed)
+        request, specs, packed = parse_put(feature, readers, ttl, key, self._settings)
+        parts, order = self.connection.attachment.mapping.stage(packed)
         return Staged(request, specs, parts, order)
 
     async def put(self, staged: Staged, timeout_s: float | None, *, wait: bool) -> FeatureRef:
@@ -61,13 +61,13 @@ class RemoteWriter:
             FeatureTooLarge, PoolFull, PutTimeout, OwnerLost: as `FeatureClient.put`.
 
         """
-        self.handle.attachment.check()
+        self.connection.attachment.check()
         at_once = timeout_s == 0  # not to wait: round trips take longer, and are no wait
         try:
             if timeout_s is None:  # a scope takes as long as a third of a round trip
                 reserved = await self._reserve(staged.request, wait=wait)
             else:
-                with anyio.fail_after(AT_ONCE_S if at_once else timeout_s):
+                with anyio.fail_after(NOWAIT_RPC_TIMEOUT_S if at_once else timeout_s):
                     reserved = await self._reserve(staged.request, wait=wait and not at_once)
         except PoolFull as full:
             if not (at_once and wait):
@@ -80,10 +80,10 @@ class RemoteWriter:
         return await self._fill(reserved, staged)
 
     async def _reserve(self, request: Request, *, wait: bool) -> Reserved:
-        if not self.handle.attachment.mapping.writable:
+        if not self.connection.attachment.mapping.writable:
             await self._open()
-            self.handle.attachment.check()  # it may have been closed meanwhile
-        link = self.handle.link
+            self.connection.attachment.check()  # it may have been closed meanwhile
+        link = self.connection.link
         answer, _ = await link.ask(messages.Reserve(link.number(), *wire_form(request), wait))
         if not isinstance(answer, Reserved):
             raise ProtocolError(f"the owner answered a put with {type(answer).__name__}")
@@ -91,7 +91,7 @@ class RemoteWriter:
 
     async def _fill(self, reserved: Reserved, staged: Staged) -> FeatureRef:
         """Write a slot that is this session's, and publish it; give it up if that fails."""
-        attachment, parts, order = self.handle.attachment, staged.parts, staged.order
+        attachment, parts, order = self.connection.attachment, staged.parts, staged.order
         mapping, at = attachment.mapping, reserved.offset_bytes
         try:
             nbytes = staged.request.nbytes
@@ -101,9 +101,9 @@ class RemoteWriter:
             raise
         wrote = False
         try:
-            if not attachment.covers(at, staged.request.nbytes):
-                await attachment.coverage(at, staged.request.nbytes)
-            if mapping.staged_bytes(parts) <= self._settings.inline_bytes:
+            if not attachment.is_mapped(at, staged.request.nbytes):
+                await attachment.wait_mapped(at, staged.request.nbytes)
+            if mapping.blocking_write_bytes(parts) <= self._settings.inline_bytes:
                 wrote = True
                 mapping.write(at, parts, order)
             else:
@@ -131,11 +131,11 @@ class RemoteWriter:
             attachment.end_write(reserved.slot, reserved.generation)
 
     async def _publish(self, reserved: Reserved, staged: Staged) -> FeatureRef:
-        handle, request = self.handle, staged.request
-        link, slot, generation = handle.link, reserved.slot, reserved.generation
+        connection, request = self.connection, staged.request
+        link, slot, generation = connection.link, reserved.slot, reserved.generation
         # Made first: what would be refused is refused before anybody can read it.
         ref = FeatureRef(
-            *(handle.attachment.pool_id, handle.endpoint, slot, generation),
+            *(connection.attachment.pool_id, connection.endpoint, slot, generation),
             *(reserved.offset_bytes, request.nbytes, staged.specs),
         )
         answer, _ = await link.ask(messages.Publish(link.number(), slot, generation, staged.specs))
@@ -146,7 +146,7 @@ class RemoteWriter:
 
     def _withdraw(self, reserved: Reserved, staged: Staged, *, wrote: bool) -> None:
         """Give a slot up. What a stream may still write there lands first."""
-        attachment, order = self.handle.attachment, staged.order
+        attachment, order = self.connection.attachment, staged.order
         slot, generation = reserved.slot, reserved.generation
         landed = not (wrote and attachment.mapping.deferred and order is not None)
         if not landed:
@@ -158,7 +158,7 @@ class RemoteWriter:
         attachment.end_write(slot, generation)
 
     def _give_up(self, reserved: Reserved, *, landed: bool) -> None:
-        self.handle.link.tell(messages.Withdraw(reserved.slot, reserved.generation, landed))
+        self.connection.link.tell(messages.Withdraw(reserved.slot, reserved.generation, landed))
 
     # --- the first time ---------------------------------------------------------------------------
 
@@ -175,10 +175,10 @@ class RemoteWriter:
             task.exception()  # seen: who asked may have given up
 
     async def _open_once(self) -> None:
-        link, mapping = self.handle.link, self.handle.attachment.mapping
-        answer, fds = await link.ask(messages.Write(link.number()))
+        link, mapping = self.connection.link, self.connection.attachment.mapping
+        answer, fds = await link.ask(messages.OpenForWriting(link.number()))
         try:
-            if not isinstance(answer, messages.Writable):
+            if not isinstance(answer, messages.WriteDescriptors):
                 raise ProtocolError(f"the owner answered a writer with {type(answer).__name__}")
         except ProtocolError:
             close_all(fds)

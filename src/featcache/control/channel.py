@@ -29,7 +29,7 @@ MAX_DESCRIPTORS: Final = 64
 """Most descriptors one frame can carry (SCM_MAX_FD is 253)."""
 _MAX_QUEUED: Final = 1 << 14
 """Frames that may wait for a peer that does not read: more than one that does can come to ask for in a
-turn of its loop (`Asking`), or be answered."""
+turn of its loop (`PendingRequests`), or be answered."""
 _MAX_QUEUED_FULL: Final = 1 << 12
 """Frames of the greatest length that may."""
 _INT_BYTES: Final = array.array("i").itemsize

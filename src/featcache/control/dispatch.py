@@ -20,15 +20,15 @@ from featcache.control.messages import (
     Unclaim,
     Upload,
     Withdraw,
-    Writable,
+    WriteDescriptors,
     encode,
     is_answer,
     is_request,
 )
-from featcache.control.peer import Session, SessionState
+from featcache.control.peer import Peer, SessionState
 from featcache.errors import FeatcacheError, SettingsError
 
-_MOST_COPIES: Final = 8192
+_MAX_COPIES: Final = 8192
 """Copies through the host that one session may have asked for and not got yet."""
 
 _ACTIVE: Final = SessionState.ACTIVE  # members of an enum are slow to look up
@@ -36,8 +36,8 @@ _COPIES: Final = frozenset((Relay, Upload, HostPool))
 Wait = Coroutine[Any, Any, Answer]
 
 
-class Desk(Protocol):
-    """What is asked of the pool. What it hands over is the session's, or comes back by `take_back`."""
+class RequestHandlers(Protocol):
+    """What is asked of the pool. What it hands over is the session's, or comes back by `revoke`."""
 
     def answer(self, session: int, ask: Request) -> Answer | Wait:
         """Do what is asked and return the answer, or what will. Raise FeatcacheError to refuse."""
@@ -48,18 +48,18 @@ class Desk(Protocol):
     def writable(self) -> Sequence[int]:
         """Return the descriptors by which the slab is mapped for writing; they stay the pool's."""
 
-    def take_back(self, session: int, answer: Answer) -> None:
+    def revoke(self, session: int, answer: Answer) -> None:
         """Undo what an answer that was never sent handed over."""
 
 
-class Requests:
+class Dispatcher:
     """The askings of all sessions of one server."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, handlers: RequestHandlers) -> None:
+        self._handlers = handlers
         self._loop = asyncio.get_running_loop()
 
-    def take(self, session: Session, message: Request | Note) -> None:
+    def take(self, session: Peer, message: Request | Note) -> None:
         """Answer a request, now or later; or take note."""
         if is_request(message):
             self._answer(session, message)
@@ -68,13 +68,13 @@ class Requests:
             if task is not None:
                 task.cancel()
         elif isinstance(message, Unclaim | Withdraw):
-            self._desk.note(session.number, message)
+            self._handlers.note(session.number, message)
 
-    def _answer(self, session: Session, ask: Request) -> None:
-        if type(ask) in _COPIES and len(session.copies) >= _MOST_COPIES:
-            raise ProtocolError(f"more than {_MOST_COPIES} copies at once")
+    def _answer(self, session: Peer, ask: Request) -> None:
+        if type(ask) in _COPIES and len(session.copies) >= _MAX_COPIES:
+            raise ProtocolError(f"more than {_MAX_COPIES} copies at once")
         try:
-            answer = self._desk.answer(session.number, ask)
+            answer = self._handlers.answer(session.number, ask)
         except FeatcacheError as error:
             answer = _refusal(ask.request, error)
         except Exception as error:  # noqa: BLE001 - a fault of ours must not leave the asker waiting
@@ -86,7 +86,7 @@ class Requests:
             assert isinstance(answer, Coroutine), "what is not answered yet will be"
             self._wait(session, ask, answer)
 
-    def _wait(self, session: Session, ask: Request, wait: Wait) -> None:
+    def _wait(self, session: Peer, ask: Request, wait: Wait) -> None:
         request = ask.request
         if request in session.tasks:
             wait.close()
@@ -97,7 +97,7 @@ class Requests:
         # Not in the task itself: one that is cancelled before its first step never runs.
         task.add_done_callback(lambda done: self._finish(session, request, done))
 
-    def _finish(self, session: Session, request: int, task: "asyncio.Task[Answer]") -> None:
+    def _finish(self, session: Peer, request: int, task: "asyncio.Task[Answer]") -> None:
         session.tasks.pop(request, None)
         session.copies.discard(request)
         if task.cancelled():
@@ -114,17 +114,17 @@ class Requests:
             self._send(session, _fault(request))
             raise error  # a fault of ours: to the loop's handler of such
 
-    def _send(self, session: Session, answer: Answer) -> None:
+    def _send(self, session: Peer, answer: Answer) -> None:
         channel = session.channel
         if channel is None or channel.closed or session.state is not _ACTIVE:
-            self._desk.take_back(session.number, answer)
+            self._handlers.revoke(session.number, answer)
             return
         payload = encode(answer)
         if len(payload) > channel.send_bytes:
-            self._desk.take_back(session.number, answer)
+            self._handlers.revoke(session.number, answer)
             why = "the ref is too long for a message: raise Settings.message_bytes"
             payload = encode(Reply(answer.request, SettingsError.__name__, why))
-        channel.send(payload, self._desk.writable() if type(answer) is Writable else ())
+        channel.send(payload, self._handlers.writable() if type(answer) is WriteDescriptors else ())
 
 
 def _fault(request: int) -> Reply:

@@ -18,20 +18,20 @@ from featcache.control.messages import (
     Farewell,
     Goodbye,
     Hello,
-    OfKey,
+    KeyCommand,
     ProtocolError,
     Refused,
     Relay,
     Reply,
-    Retire,
-    Retired,
     Segments,
+    TailUnmapped,
+    UnmapTail,
     Welcome,
     decode_from_owner,
     encode,
     is_answer,
 )
-from featcache.control.pending import Asking
+from featcache.control.pending import PendingRequests
 from featcache.errors import (
     AttachRefused,
     CacheClosed,
@@ -45,10 +45,10 @@ _FAREWELL_S = 1.0
 _MAX_UNTAKEN = 1024
 """Changes of the slab that may come before somebody takes them."""
 
-SlabChange = Segments | Retire
+SlabChange = Segments | UnmapTail
 
 
-class Link(Asking):
+class Link(PendingRequests):
     """One attached session. `on_lost` is called once if the owner ends it, never after `close`."""
 
     def __init__(self, sock: socket.socket, endpoint: str, settings: Settings) -> None:
@@ -103,7 +103,7 @@ class Link(Asking):
 
     def unpin_soon(self, key: bytes) -> None:
         """Take a pin back, for who does not want to know."""
-        self.tell(OfKey(self.number(), key, "unpin"))
+        self.tell(KeyCommand(self.number(), key, "unpin"))
 
     def take_slab_changes(self, take: Callable[[SlabChange, list[int]], None]) -> None:
         """Have `take` called with every change of the slab and its descriptors, which it then owns."""
@@ -113,8 +113,8 @@ class Link(Asking):
             take(change, fds)
 
     def retired(self, layout: int) -> None:
-        """Say that what a `Retire` took away is not mapped here any more."""
-        self._channel.send(encode(Retired(layout)))
+        """Say that what a `UnmapTail` took away is not mapped here any more."""
+        self._channel.send(encode(TailUnmapped(layout)))
 
     async def goodbye(self) -> None:
         """End the session in order: when this returns the owner has folded it (or is gone)."""

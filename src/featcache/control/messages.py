@@ -59,7 +59,7 @@ class Relay(msgspec.Struct, tag="relay", frozen=True):
 
 
 class Find(msgspec.Struct, tag="find", frozen=True):
-    """Client: a read of what is under this key. Answered by `Granted`, `MayMake` or `Reply`."""
+    """Client: a read of what is under this key. Answered by `Granted`, `ClaimGranted` or `Reply`."""
 
     request: _Natural
     key: _Key
@@ -82,7 +82,7 @@ class Unclaim(msgspec.Struct, tag="unclaim", frozen=True):
     claim: _Natural
 
 
-class OfKey(msgspec.Struct, tag="of_key", frozen=True):
+class KeyCommand(msgspec.Struct, tag="of_key", frozen=True):
     """Client: do this to a key. Answered by `Reply`."""
 
     request: _Natural
@@ -90,7 +90,7 @@ class OfKey(msgspec.Struct, tag="of_key", frozen=True):
     what: Literal["contains", "evict", "pin", "unpin"]
 
 
-class Room(msgspec.Struct, frozen=True):
+class PutSpec(msgspec.Struct, frozen=True):
     """What `Reserve` and `Upload` have in common: what a put asks for."""
 
     request: _Natural
@@ -102,7 +102,7 @@ class Room(msgspec.Struct, frozen=True):
     """Whether to stand in the queue for it."""
 
 
-class Reserve(Room, tag="reserve", frozen=True):
+class Reserve(PutSpec, tag="reserve", frozen=True):
     """Client: room for a feature that it writes itself. Answered by `Reserved` or `Reply`."""
 
 
@@ -112,7 +112,7 @@ class HostPool(msgspec.Struct, tag="host_pool", frozen=True):
     request: _Natural
 
 
-class Upload(Room, tag="upload", frozen=True):
+class Upload(PutSpec, tag="upload", frozen=True):
     """Client: put what this ref of the host pool has into the slab. Answered by `Reply` with its ref."""
 
     ref: _Ref
@@ -136,14 +136,14 @@ class Withdraw(msgspec.Struct, tag="withdraw", frozen=True):
     """Whether none are: no word will follow."""
 
 
-class Write(msgspec.Struct, tag="write", frozen=True):
-    """Client, before its first put: what it needs to map the slab for writing. See `Writable`."""
+class OpenForWriting(msgspec.Struct, tag="write", frozen=True):
+    """Client, before its first put: what it needs to map the slab for writing. See `WriteDescriptors`."""
 
     request: _Natural
 
 
-class Retired(msgspec.Struct, tag="retired", frozen=True):
-    """Client, in answer to `Retire`: what was taken away is not mapped here any more."""
+class TailUnmapped(msgspec.Struct, tag="retired", frozen=True):
+    """Client, in answer to `UnmapTail`: what was taken away is not mapped here any more."""
 
     layout: _Natural
 
@@ -209,7 +209,7 @@ class Granted(msgspec.Struct, tag="granted", frozen=True):
     ref: _Ref
 
 
-class MayMake(msgspec.Struct, tag="may_make", frozen=True):
+class ClaimGranted(msgspec.Struct, tag="may_make", frozen=True):
     """Owner: there is nothing under the key, and this client makes it. Ended by `Unclaim`."""
 
     request: _Natural
@@ -225,7 +225,7 @@ class Reserved(msgspec.Struct, tag="reserved", frozen=True):
     offset_bytes: _Natural
 
 
-class Writable(msgspec.Struct, tag="writable", frozen=True):
+class WriteDescriptors(msgspec.Struct, tag="writable", frozen=True):
     """Owner, with the descriptors, if any, that the slab is mapped for writing by."""
 
     request: _Natural
@@ -238,8 +238,8 @@ class Segments(msgspec.Struct, tag="segments", frozen=True):
     sizes: Annotated[list[_Natural], msgspec.Meta(min_length=1, max_length=MAX_SEGMENTS)]
 
 
-class Retire(msgspec.Struct, tag="retire", frozen=True):
-    """Owner: the segments from here on are taken away. Answered by `Retired`."""
+class UnmapTail(msgspec.Struct, tag="retire", frozen=True):
+    """Owner: the segments from here on are taken away. Answered by `TailUnmapped`."""
 
     layout: _Natural
     end_bytes: _Natural
@@ -253,13 +253,15 @@ class Closing(msgspec.Struct, tag="closing", frozen=True):
     """Owner, last: it closes the pool."""
 
 
-Request = Discard | Relay | Find | OfKey | Reserve | Publish | Write | HostPool | Upload
+Request = (
+    Discard | Relay | Find | KeyCommand | Reserve | Publish | OpenForWriting | HostPool | Upload
+)
 """What is answered, once, under its number."""
 Note = Cancel | Unclaim | Withdraw
 """What is not."""
-Answer = Reply | Granted | MayMake | Reserved | Writable
-FromClient = Hello | Goodbye | Retired | Request | Note
-FromOwner = Welcome | Refused | Farewell | Closing | Segments | Retire | Answer
+Answer = Reply | Granted | ClaimGranted | Reserved | WriteDescriptors
+FromClient = Hello | Goodbye | TailUnmapped | Request | Note
+FromOwner = Welcome | Refused | Farewell | Closing | Segments | UnmapTail | Answer
 
 _REQUESTS: Final = frozenset(get_args(Request))
 _ANSWERS: Final = frozenset(get_args(Answer))

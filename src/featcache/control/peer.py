@@ -19,7 +19,7 @@ class SessionState(enum.Enum):
     ENDED = "ended"
 
 
-class Session:
+class Peer:
     """One attached process, as the owner knows it."""
 
     def __init__(self, number: int, pid: int) -> None:
@@ -59,14 +59,14 @@ class Segment(Protocol):
         """What it is mapped by."""
 
 
-class Host(Protocol):
+class SessionHost(Protocol):
     """What the server needs of the pool. It knows nothing of slabs; the pool nothing of sockets."""
 
     @property
     def pool_name(self) -> str:
         """The pool's id in hex, for events."""
 
-    def admit(self, session: Session) -> tuple[Welcome, list[int]]:
+    def admit(self, session: Peer) -> tuple[Welcome, list[int]]:
         """Make what a session needs, and return it with the descriptors that go with it.
 
         They stay the host's, and open. Raise FeatcacheError to refuse.
@@ -75,8 +75,8 @@ class Host(Protocol):
     def segments(self) -> Sequence[Segment]:
         """Return what a session maps beyond the welcome, in order."""
 
-    def quarantine(self, session: Session) -> None:
+    def quarantine(self, session: Peer) -> None:
         """Take back what a session without its socket can't use: what it was to make."""
 
-    def dismiss(self, session: Session, *, died: bool) -> int:
+    def end(self, session: Peer, *, died: bool) -> int:
         """Fold what the session paid; if it died, pay for it. Return the reads paid for it."""

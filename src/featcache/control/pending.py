@@ -13,8 +13,9 @@ from featcache.control.messages import (
     Discard,
     Find,
     HostPool,
+    KeyCommand,
     Note,
-    OfKey,
+    OpenForWriting,
     ProtocolError,
     Publish,
     Relay,
@@ -22,19 +23,18 @@ from featcache.control.messages import (
     Request,
     Reserve,
     Upload,
-    Writable,
-    Write,
+    WriteDescriptors,
     encode,
 )
 from featcache.errors import CacheClosed, FeatcacheError, OwnerLost, SettingsError
 
-MOST_ASKED: Final = 2048
+MAX_IN_FLIGHT: Final = 2048
 """Requests of one kind that may be unanswered; one more waits here, first come, first served."""
 
 Answered: TypeAlias = asyncio.Future[tuple[Answer, list[int]]]
 
 
-class Asking:
+class PendingRequests:
     """The requests of one session (`control.client.Link`)."""
 
     _channel: Channel
@@ -49,7 +49,7 @@ class Asking:
         self.on_orphan: Callable[[Request, Answer], None] | None = None
         """Told of answers whose askers were cancelled."""
         self._ending: FeatcacheError | None = None
-        finds, rooms, copies, others = (asyncio.Semaphore(MOST_ASKED) for _ in range(4))
+        finds, rooms, copies, others = (asyncio.Semaphore(MAX_IN_FLIGHT) for _ in range(4))
         # Lines of their own: what makes room, or makes what a key stands for, must not stand behind
         # those that wait for it. A publish stands in none: it is as many as rooms were given.
         self._lines: dict[type, asyncio.Semaphore] = {
@@ -57,10 +57,10 @@ class Asking:
             Reserve: rooms,
             Relay: copies,
             Upload: rooms,
-            **dict.fromkeys((OfKey, Discard, HostPool, Write), others),
+            **dict.fromkeys((KeyCommand, Discard, HostPool, OpenForWriting), others),
         }
 
-    def tell(self, note: Note | Discard | OfKey) -> None:
+    def tell(self, note: Note | Discard | KeyCommand) -> None:
         """Send what nobody awaits an answer to. An owner that is gone needs no telling."""
         if self.lost is None and not self._channel.closed:
             self._channel.send(encode(note))
@@ -93,7 +93,7 @@ class Asking:
             else:  # which others may be waiting for
                 self._channel.send(payload)
         except ValueError as error:
-            self._leave(self._requests.pop(number)[0])
+            self._leave_lane(self._requests.pop(number)[0])
             raise SettingsError(f"{error}: raise Settings.message_bytes, the owner's too") from None
         try:
             return await answer
@@ -108,7 +108,7 @@ class Asking:
             return OwnerLost(self.lost)
         return CacheClosed("the session was closed")
 
-    def _leave(self, request: Request) -> None:
+    def _leave_lane(self, request: Request) -> None:
         line = self._lines.get(type(request))
         if line is not None:
             line.release()
@@ -142,13 +142,13 @@ class Asking:
                 raise ProtocolError(f"an answer that can't be given back: {error}") from error
 
     def _answer(self, reply: Answer, fds: list[int]) -> None:
-        if fds and type(reply) is not Writable:
+        if fds and type(reply) is not WriteDescriptors:
             close_all(fds)
             raise ProtocolError("descriptors came with an answer that has none")
         request, future = self._requests.pop(reply.request, (None, None))
         asked = self._orphans.pop(reply.request, None) if request is None else request
         if asked is not None:
-            self._leave(asked)
+            self._leave_lane(asked)
         refused = reply if type(reply) is Reply and reply.error is not None else None
         if future is None or future.done():
             # Cancelled: its task has found that out, or is yet to.

@@ -15,7 +15,7 @@ from featcache import events
 from featcache.control import endpoint as endpoints
 from featcache.control.channel import Channel, close_all
 from featcache.control.credentials import PidWatch, check_uid, peer_pid
-from featcache.control.dispatch import Desk, Requests
+from featcache.control.dispatch import Dispatcher, RequestHandlers
 from featcache.control.messages import (
     MAX_SEGMENTS,
     VERSION,
@@ -27,14 +27,14 @@ from featcache.control.messages import (
     ProtocolError,
     Refused,
     Request,
-    Retire,
-    Retired,
     Segments,
+    TailUnmapped,
+    UnmapTail,
     decode_from_client,
     encode,
     is_request,
 )
-from featcache.control.peer import Host, Segment, Session, SessionState
+from featcache.control.peer import Peer, Segment, SessionHost, SessionState
 from featcache.errors import AttachRefused, FeatcacheError
 from featcache.settings import Settings
 
@@ -46,17 +46,22 @@ class Server:
     """Listens, greets, and keeps the sessions. Everything runs in the loop, nothing blocks."""
 
     def __init__(
-        self, sock: socket.socket, path: str, settings: Settings, host: Host, desk: Desk
+        self,
+        sock: socket.socket,
+        path: str,
+        settings: Settings,
+        host: SessionHost,
+        handlers: RequestHandlers,
     ) -> None:
         self.endpoint = path
-        self._requests = Requests(desk)
+        self._requests = Dispatcher(handlers)
         self._sock = sock
         self._settings = settings
         self._host = host
         self._loop = asyncio.get_running_loop()
         self._numbers = 0
-        self._greeting: set[Session] = set()
-        self.sessions: dict[int, Session] = {}
+        self._greeting: set[Peer] = set()
+        self.sessions: dict[int, Peer] = {}
         """ACTIVE and QUARANTINED sessions by number."""
         self._retiring: dict[int, asyncio.Future[None]] = {}
         self._refusals = events.Throttle(settings.log_interval, burst=16)
@@ -76,7 +81,7 @@ class Server:
             self._pause_accepting(error)
             return
         self._numbers += 1
-        session = Session(self._numbers, 0)
+        session = Peer(self._numbers, 0)
         try:
             session.pid = peer_pid(sock)
             check_uid(sock)
@@ -102,13 +107,13 @@ class Server:
         """Stop listening for a moment: out of descriptors, accept would fail again at once, forever."""
         self._loop.remove_reader(self._sock.fileno())
         self._accept_retry = self._loop.call_later(1.0, self._resume_accepting)
-        self._report_refusal(Session(0, 0), f"can't accept: {error.strerror}")
+        self._report_refusal(Peer(0, 0), f"can't accept: {error.strerror}")
 
     def _resume_accepting(self) -> None:
         self._accept_retry = None
         self._loop.add_reader(self._sock.fileno(), self._accept)
 
-    def _on_message(self, session: Session, payload: bytes, fds: list[int]) -> None:
+    def _on_message(self, session: Peer, payload: bytes, fds: list[int]) -> None:
         try:
             message = decode_from_client(payload)
             if session.state is _ACTIVE and is_request(message):
@@ -124,16 +129,16 @@ class Server:
             if fds:
                 close_all(fds)
 
-    def _take(self, session: Session, message: Goodbye | Retired | Request | Note) -> None:
+    def _take(self, session: Peer, message: Goodbye | TailUnmapped | Request | Note) -> None:
         if isinstance(message, Goodbye):
             self._goodbye(session)
-        elif isinstance(message, Retired):
+        elif isinstance(message, TailUnmapped):
             session.layout = max(session.layout, message.layout)
             self._settle_retired()
         else:
             self._requests.take(session, message)
 
-    def _greet(self, session: Session, hello: Hello, fds: list[int]) -> None:
+    def _greet(self, session: Peer, hello: Hello, fds: list[int]) -> None:
         if session.state is not SessionState.GREETING:
             close_all(fds)
             raise ProtocolError("a second hello")
@@ -170,13 +175,13 @@ class Server:
                 if other.name == hello.name:
                     raise AttachRefused(f"a session named {hello.name!r} is attached already")
 
-    def _turn_away(self, session: Session, reason: str) -> None:
+    def _turn_away(self, session: Peer, reason: str) -> None:
         self._report_refusal(session, reason)
         if session.channel is not None:
             session.channel.send(encode(Refused(reason[:1000])))
         self._end(session)
 
-    def _report_refusal(self, session: Session, reason: str) -> None:
+    def _report_refusal(self, session: Peer, reason: str) -> None:
         unlogged = self._refusals.pass_(self._loop.time())
         if unlogged is not None:
             events.emit(
@@ -192,7 +197,7 @@ class Server:
         for session in self.sessions.values():
             self._send_segments(session, segments)
 
-    def _send_segments(self, session: Session, segments: Sequence[Segment]) -> None:
+    def _send_segments(self, session: Peer, segments: Sequence[Segment]) -> None:
         assert session.channel is not None, "an active session has its channel"
         for first in range(0, len(segments), MAX_SEGMENTS):
             some = segments[first : first + MAX_SEGMENTS]
@@ -209,7 +214,7 @@ class Server:
         """
         for session in self.sessions.values():
             assert session.channel is not None, "an active session has its channel"
-            session.channel.send(encode(Retire(layout, end_bytes)))
+            session.channel.send(encode(UnmapTail(layout, end_bytes)))
         return self._await_retired(layout, timeout_s)
 
     async def _await_retired(self, layout: int, timeout_s: float) -> int:
@@ -229,14 +234,14 @@ class Server:
 
     # --- departures -----------------------------------------------------------------------------
 
-    def _goodbye(self, session: Session) -> None:
-        self._host.dismiss(session, died=False)
+    def _goodbye(self, session: Peer) -> None:
+        self._host.end(session, died=False)
         assert session.channel is not None, "an active session has its channel"
         session.channel.send(encode(Farewell()))
         self._end(session)
         self._emit(events.ReaderLeft, session)
 
-    def _on_lost(self, session: Session, error: Exception | None) -> None:
+    def _on_lost(self, session: Peer, error: Exception | None) -> None:
         """Take note that the socket is gone, which says nothing about the process."""
         reason = "its socket closed" if error is None else str(error)
         if session.state is SessionState.GREETING:
@@ -257,7 +262,7 @@ class Server:
                 _QUARANTINE_EVENT_S, self._report_quarantine, session, reason
             )
 
-    def _report_quarantine(self, session: Session, reason: str) -> None:
+    def _report_quarantine(self, session: Peer, reason: str) -> None:
         events.emit(
             events.ReaderQuarantined(
                 pool=self._host.pool_name,
@@ -268,11 +273,11 @@ class Server:
             )
         )
 
-    def _on_death(self, session: Session) -> None:
+    def _on_death(self, session: Peer) -> None:
         if session.state not in {SessionState.ACTIVE, SessionState.QUARANTINED}:
             self._end(session)
             return
-        paid = self._host.dismiss(session, died=True)
+        paid = self._host.end(session, died=True)
         self._end(session)
         events.emit(
             events.ReaderLost(
@@ -284,7 +289,7 @@ class Server:
             )
         )
 
-    def _end(self, session: Session) -> None:
+    def _end(self, session: Peer) -> None:
         session.state = SessionState.ENDED
         self._stop_greeting(session)
         self.sessions.pop(session.number, None)
@@ -295,14 +300,14 @@ class Server:
         if session.watch is not None:
             session.watch.close()
 
-    def _stop_greeting(self, session: Session) -> None:
+    def _stop_greeting(self, session: Peer) -> None:
         self._greeting.discard(session)
         if session.deadline is not None:
             session.deadline.cancel()
             session.deadline = None
 
     def _emit(
-        self, kind: Callable[..., events.ReaderAttached | events.ReaderLeft], session: Session
+        self, kind: Callable[..., events.ReaderAttached | events.ReaderLeft], session: Peer
     ) -> None:
         pool = self._host.pool_name
         events.emit(kind(pool=pool, session=session.number, reader=session.name, pid=session.pid))

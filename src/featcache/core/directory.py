@@ -89,7 +89,7 @@ class Directory:
         idle = (
             slot.key is not None
             and not slot.grants
-            and not slot.unpaid
+            and not slot.reads_left
             and slot.state is _PUBLISHED
             and slot.key not in self._pins
         )

@@ -3,7 +3,7 @@
 import attrs
 import msgspec
 
-from featcache.core.key_queue import Seeker
+from featcache.core.key_queue import KeyWaiter
 from featcache.core.put_queue import Waiter
 from featcache.core.slots import Slot
 
@@ -30,7 +30,7 @@ class Limits:
     """The share of a tail segment that resident features may fill and still be evicted to empty it."""
 
 
-class Retired(msgspec.Struct, frozen=True, gc=False):
+class SlotRetired(msgspec.Struct, frozen=True, gc=False):
     """The slot may no longer be read: clear its `live` word now, look at its holds from `due_s`."""
 
     slot: Slot
@@ -51,7 +51,7 @@ class Woken(msgspec.Struct, frozen=True, gc=False):
 
 
 class Expired(msgspec.Struct, frozen=True, gc=False):
-    """The ref outlived its ttl; `Retired` comes with it, unless a key keeps the feature."""
+    """The ref outlived its ttl; `SlotRetired` comes with it, unless a key keeps the feature."""
 
     label: str
     nbytes: int
@@ -66,7 +66,7 @@ class Grow(msgspec.Struct, frozen=True, gc=False):
 
 
 class Evicted(msgspec.Struct, frozen=True, gc=False):
-    """A key was dropped; if nothing more is owed of its feature, `Retired` comes with it."""
+    """A key was dropped; if nothing more is owed of its feature, `SlotRetired` comes with it."""
 
     key: bytes
     nbytes: int
@@ -78,13 +78,13 @@ class Evicted(msgspec.Struct, frozen=True, gc=False):
 class Found(msgspec.Struct, frozen=True, gc=False):
     """This seeker was granted what it waited for; tell it."""
 
-    seeker: Seeker
+    waiter: KeyWaiter
 
 
-class MayMake(msgspec.Struct, frozen=True, gc=False):
+class ClaimPassed(msgspec.Struct, frozen=True, gc=False):
     """This seeker was chosen to make what nobody has; tell it."""
 
-    seeker: Seeker
+    waiter: KeyWaiter
 
 
-Effect = Retired | Recycled | Woken | Expired | Grow | Evicted | Found | MayMake
+Effect = SlotRetired | Recycled | Woken | Expired | Grow | Evicted | Found | ClaimPassed

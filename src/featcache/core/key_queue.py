@@ -12,7 +12,7 @@ from collections import OrderedDict
 from featcache.core.slots import Slot
 
 
-class SeekerState(enum.Enum):
+class KeyWaiterState(enum.Enum):
     """WAITING → FOUND or CHOSEN → TAKEN, or GONE from any but the last."""
 
     WAITING = "waiting"
@@ -22,7 +22,7 @@ class SeekerState(enum.Enum):
     GONE = "gone"
 
 
-class Seeker:
+class KeyWaiter:
     """One who waits for a key. `tag` is the caller's own; the core never looks."""
 
     __slots__ = ("claim", "key", "makes", "number", "session", "slot", "state", "tag")
@@ -33,64 +33,64 @@ class Seeker:
         self.session = session
         self.makes = makes
         self.tag = tag
-        self.state = SeekerState.WAITING
+        self.state = KeyWaiterState.WAITING
         self.slot: Slot | None = None
         """What it was granted, once FOUND."""
         self.claim = 0
         """The number of its claim, once CHOSEN."""
 
 
-class Seekers:
+class KeyQueue:
     """Seekers by key in order of arrival, and the claims that are out."""
 
     def __init__(self) -> None:
-        self._waiting: dict[bytes, OrderedDict[int, Seeker]] = {}
+        self._waiting: dict[bytes, OrderedDict[int, KeyWaiter]] = {}
         self._claims: dict[bytes, tuple[int, int]] = {}
         """By key: the claim's number and its session."""
         self._numbers = 0
         self.count = 0
 
-    def join(self, key: bytes, session: int, *, makes: bool, tag: object) -> Seeker:
+    def join(self, key: bytes, session: int, *, makes: bool, tag: object) -> KeyWaiter:
         """Wait for a key. One that makes is chosen at once if nobody has the claim."""
         self._numbers += 1
-        seeker = Seeker(self._numbers, key, session, makes=makes, tag=tag)
+        waiter = KeyWaiter(self._numbers, key, session, makes=makes, tag=tag)
         if makes and key not in self._claims:
-            self._choose(seeker)
+            self._choose(waiter)
         else:
-            self._waiting.setdefault(key, OrderedDict())[seeker.number] = seeker
+            self._waiting.setdefault(key, OrderedDict())[waiter.number] = waiter
             self.count += 1
-        return seeker
+        return waiter
 
-    def _choose(self, seeker: Seeker) -> None:
-        self._claims[seeker.key] = (seeker.number, seeker.session)
-        seeker.state = SeekerState.CHOSEN
-        seeker.claim = seeker.number
+    def _choose(self, waiter: KeyWaiter) -> None:
+        self._claims[waiter.key] = (waiter.number, waiter.session)
+        waiter.state = KeyWaiterState.CHOSEN
+        waiter.claim = waiter.number
 
-    def leave(self, seeker: Seeker) -> SeekerState:
+    def leave(self, waiter: KeyWaiter) -> KeyWaiterState:
         """Give up. Return the state before: what had been handed over is the caller's to pass on."""
-        was = seeker.state
-        if was is SeekerState.WAITING:
-            self._take_out(seeker)
-        if was is not SeekerState.TAKEN:
-            seeker.state = SeekerState.GONE
+        was = waiter.state
+        if was is KeyWaiterState.WAITING:
+            self._take_out(waiter)
+        if was is not KeyWaiterState.TAKEN:
+            waiter.state = KeyWaiterState.GONE
         return was
 
-    def _take_out(self, seeker: Seeker) -> None:
-        waiting = self._waiting[seeker.key]
-        del waiting[seeker.number]
+    def _take_out(self, waiter: KeyWaiter) -> None:
+        waiting = self._waiting[waiter.key]
+        del waiting[waiter.number]
         self.count -= 1
         if not waiting:
-            del self._waiting[seeker.key]
+            del self._waiting[waiter.key]
 
-    def found(self, key: bytes, slot: Slot) -> list[Seeker]:
+    def found(self, key: bytes, slot: Slot) -> list[KeyWaiter]:
         """Hand everybody who waits for a key its slot, and return them."""
         waiting = self._waiting.pop(key, None)
         if waiting is None:
             return []
         self.count -= len(waiting)
-        for seeker in waiting.values():
-            seeker.state = SeekerState.FOUND
-            seeker.slot = slot
+        for waiter in waiting.values():
+            waiter.state = KeyWaiterState.FOUND
+            waiter.slot = slot
         return list(waiting.values())
 
     @property
@@ -107,16 +107,16 @@ class Seekers:
         held = self._claims.get(key)
         return held is not None and held[0] == claim
 
-    def unclaim(self, key: bytes, claim: int) -> Seeker | None:
+    def release_claim(self, key: bytes, claim: int) -> KeyWaiter | None:
         """Take a claim back, if it is the one that is out; return who has it next."""
         if not self.holds(key, claim):
             return None
         del self._claims[key]
-        for seeker in self._waiting.get(key, {}).values():
-            if seeker.makes:
-                self._take_out(seeker)
-                self._choose(seeker)
-                return seeker
+        for waiter in self._waiting.get(key, {}).values():
+            if waiter.makes:
+                self._take_out(waiter)
+                self._choose(waiter)
+                return waiter
         return None
 
     def has(self, key: bytes, claim: int, session: int) -> bool:
@@ -127,10 +127,10 @@ class Seekers:
         """Return the claims that a session has."""
         return [(key, claim) for key, (claim, whose) in self._claims.items() if whose == session]
 
-    def waiting(self) -> list[Seeker]:
+    def waiting(self) -> list[KeyWaiter]:
         """Return the seekers that still wait. For ends, not for hot paths."""
-        return [seeker for waiting in self._waiting.values() for seeker in waiting.values()]
+        return [waiter for waiting in self._waiting.values() for waiter in waiting.values()]
 
-    def of(self, session: int) -> list[Seeker]:
+    def of(self, session: int) -> list[KeyWaiter]:
         """Return those of a session."""
-        return [seeker for seeker in self.waiting() if seeker.session == session]
+        return [waiter for waiter in self.waiting() if waiter.session == session]

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 
 from featcache.core.allocator import ALIGNMENT_BYTES
 from featcache.core.directory import Directory
-from featcache.core.effects import Effect, Evicted, Found, Limits, MayMake, Retired
+from featcache.core.effects import ClaimPassed, Effect, Evicted, Found, Limits, SlotRetired
 from featcache.core.eviction import FEW, Held, victims
-from featcache.core.key_queue import Seeker, Seekers, SeekerState
+from featcache.core.key_queue import KeyQueue, KeyWaiter, KeyWaiterState
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot, SlotState
 from featcache.core.store import Store, up
@@ -31,13 +31,13 @@ class KeyedStore(Store):
     def __init__(self, limits: Limits) -> None:
         super().__init__(limits)
         self.directory = Directory()
-        self.seekers = Seekers()
+        self.key_waiters = KeyQueue()
         self.hits = self.misses = self.evicted = 0
         self._in_vain = (0, float("-inf"))
         """For how many bytes all was looked at in vain, and until when that is not done again."""
 
     @property
-    def wanted_bytes(self) -> int:
+    def unevictable_bytes(self) -> int:
         """Used bytes that a put can't have: all but what would be evicted for it."""
         return self.allocator.used_bytes - self.directory.idle_bytes
 
@@ -62,42 +62,44 @@ class KeyedStore(Store):
     def pay_grant(self, slot: Slot, now_s: float) -> list[Effect]:
         """Count one grant as paid."""
         slot.grants -= 1
-        if slot.grants or slot.unpaid or slot.state is not SlotState.PUBLISHED:
+        if slot.grants or slot.reads_left or slot.state is not SlotState.PUBLISHED:
             return []
         return self._settle(slot, now_s)
 
-    def seek(self, key: bytes, session: int, *, makes: bool, tag: object) -> Seeker:
-        """Wait for a key that `lookup` did not find; see `core.seekers`."""
-        if makes and not self.seekers.claimed(key):  # it will not wait
-            if self.seekers.claims >= self.limits.slots:
-                raise PoolFull(f"{self.seekers.claims} features are being made already, the bound")
-        elif self.seekers.count >= self.limits.waiters:
+    def wait_for_key(self, key: bytes, session: int, *, makes: bool, tag: object) -> KeyWaiter:
+        """Wait for a key that `lookup` did not find; see `core.key_waiters`."""
+        if makes and not self.key_waiters.claimed(key):  # it will not wait
+            if self.key_waiters.claims >= self.limits.slots:
+                raise PoolFull(
+                    f"{self.key_waiters.claims} features are being made already, the bound"
+                )
+        elif self.key_waiters.count >= self.limits.waiters:
             raise PoolFull(
-                f"{self.seekers.count} wait for keys already, the bound: raise Settings.waiters"
+                f"{self.key_waiters.count} wait for keys already, the bound: raise Settings.waiters"
             )
-        return self.seekers.join(key, session, makes=makes, tag=tag)
+        return self.key_waiters.join(key, session, makes=makes, tag=tag)
 
-    def take(self, seeker: Seeker) -> Slot | None:
+    def take(self, waiter: KeyWaiter) -> Slot | None:
         """Finish the handshake: return what was found, or None for who was chosen to make it."""
-        if seeker.state not in {SeekerState.FOUND, SeekerState.CHOSEN}:
-            raise ValueError(f"this seeker is {seeker.state.value}")
-        seeker.state = SeekerState.TAKEN
-        return seeker.slot
+        if waiter.state not in {KeyWaiterState.FOUND, KeyWaiterState.CHOSEN}:
+            raise ValueError(f"this waiter is {waiter.state.value}")
+        waiter.state = KeyWaiterState.TAKEN
+        return waiter.slot
 
-    def unseek(self, seeker: Seeker, now_s: float) -> list[Effect]:
+    def cancel_wait(self, waiter: KeyWaiter, now_s: float) -> list[Effect]:
         """Give up seeking, whatever was handed over meanwhile."""
-        was = self.seekers.leave(seeker)
-        if was is SeekerState.FOUND:
-            assert seeker.slot is not None, "found"
-            return self.pay_grant(seeker.slot, now_s)
-        if was is SeekerState.CHOSEN:
-            return self.unclaim(seeker.key, seeker.claim)
+        was = self.key_waiters.leave(waiter)
+        if was is KeyWaiterState.FOUND:
+            assert waiter.slot is not None, "found"
+            return self.pay_grant(waiter.slot, now_s)
+        if was is KeyWaiterState.CHOSEN:
+            return self.release_claim(waiter.key, waiter.claim)
         return []
 
-    def unclaim(self, key: bytes, claim: int) -> list[Effect]:
+    def release_claim(self, key: bytes, claim: int) -> list[Effect]:
         """End a claim, whether its feature was published or not. Others' and old ones are ignored."""
-        following = self.seekers.unclaim(key, claim)
-        return [] if following is None else [MayMake(following)]
+        following = self.key_waiters.release_claim(key, claim)
+        return [] if following is None else [ClaimPassed(following)]
 
     # --- keeping ----------------------------------------------------------------------------------
 
@@ -108,9 +110,9 @@ class KeyedStore(Store):
         old = self.directory.keep(key, slot, now_s)
         if old is not None:
             effects += self._let_go(old, now_s, self.limits.grace_s)
-        for seeker in self.seekers.found(key, slot):
+        for waiter in self.key_waiters.found(key, slot):
             self._grant(slot, now_s)
-            effects.append(Found(seeker))
+            effects.append(Found(waiter))
         return effects
 
     def _kept(self, slot: Slot) -> None:
@@ -125,7 +127,7 @@ class KeyedStore(Store):
 
     def _let_go(self, slot: Slot, now_s: float, grace_s: float) -> list[Effect]:
         """Retire a slot whose key was dropped, if that was all that kept it."""
-        return [] if slot.unpaid or slot.grants else [self._retire(slot, now_s, grace_s)]
+        return [] if slot.reads_left or slot.grants else [self._retire(slot, now_s, grace_s)]
 
     def evict(self, key: bytes, now_s: float) -> list[Effect]:
         """Drop a key by name, pinned or not. Who reads its feature may finish. Nothing if not there."""
@@ -157,7 +159,7 @@ class KeyedStore(Store):
         Extents are free once the caller has recycled them. A slab that can still grow
         evicts nothing, unless by `Limits.evict_first`.
         """
-        if self.wanted_bytes + request.nbytes > self.limits.capacity_bytes:
+        if self.unevictable_bytes + request.nbytes > self.limits.capacity_bytes:
             return []  # not even if everything went
         if self.table.full:
             coldest = self.directory.coldest(held)
@@ -240,15 +242,15 @@ class KeyedStore(Store):
         effects: list[Effect] = []
         for waiter in self.queue.of(session):
             self.queue.drop(waiter)
-        for seeker in self.seekers.of(session):
-            effects += self.unseek(seeker, now_s)
-        for key, claim in self.seekers.claims_of(session):
-            effects += self.unclaim(key, claim)
+        for key_waiter in self.key_waiters.of(session):
+            effects += self.cancel_wait(key_waiter, now_s)
+        for key, claim in self.key_waiters.claims_of(session):
+            effects += self.release_claim(key, claim)
         return effects + self.serve(now_s)
 
-    def forsake(self, slot: Slot, now_s: float) -> list[Effect]:
+    def fail_write(self, slot: Slot, now_s: float) -> list[Effect]:
         """Revoke a PUBLISHED slot whose bytes will never come: whoever was to write them died."""
-        slot.unpaid, slot.owers = 0, None
+        slot.reads_left, slot.owed_by_names = 0, None
         self._leave_owing(slot)
         effects: list[Effect] = []
         if slot.key is not None:
@@ -256,7 +258,7 @@ class KeyedStore(Store):
             self.directory.drop(slot)
             self.evicted += 1
             effects.append(Evicted(key, slot.nbytes, now_s - slot.used_s, "writer lost"))
-        retired: Retired = self._retire(slot, now_s)
+        retired: SlotRetired = self._retire(slot, now_s)
         return [*effects, retired]
 
 

@@ -36,13 +36,13 @@ class Slot:
         "key",
         "listed",
         "nbytes",
-        "owers",
-        "payers",
+        "owed_by_names",
+        "paid_by",
+        "reads_left",
         "retired_s",
         "state",
         "tick",
         "ttl_s",
-        "unpaid",
         "used_s",
         "wanted_key",
     )
@@ -53,11 +53,11 @@ class Slot:
         self.state = SlotState.FREE
         self.extent: Extent | None = None
         self.nbytes = 0
-        self.unpaid = 0
+        self.reads_left = 0
         """Reads still owed."""
-        self.owers: set[str] | None = None
+        self.owed_by_names: set[str] | None = None
         """The names that owe them; None when the reads are anonymous."""
-        self.payers: set[int] | None = None
+        self.paid_by: set[int] | None = None
         """Sessions that paid already; each pays once."""
         self.born_s = 0.0
         self.ttl_s: float | None = None
@@ -88,7 +88,7 @@ class Slot:
     @property
     def owed_by(self) -> tuple[str, ...] | int:
         """Who owes: names, or a count of anonymous reads."""
-        return self.unpaid if self.owers is None else tuple(sorted(self.owers))
+        return self.reads_left if self.owed_by_names is None else tuple(sorted(self.owed_by_names))
 
     @property
     def label(self) -> str:
@@ -134,8 +134,8 @@ class SlotTable:
         """Take a slot back; its generation stays, so that old refs never match again."""
         slot.state = _FREE
         slot.extent = None
-        slot.owers = slot.payers = slot.wanted_key = None
-        slot.unpaid = 0
+        slot.owed_by_names = slot.paid_by = slot.wanted_key = None
+        slot.reads_left = 0
         self.free.append(slot)
 
     def find(self, index: int, generation: int) -> Slot | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from itertools import takewhile
 
 from featcache.core.allocator import ALIGNMENT_BYTES, OffsetAllocator
-from featcache.core.effects import Effect, Expired, Grow, Limits, Recycled, Retired, Woken
+from featcache.core.effects import Effect, Expired, Grow, Limits, Recycled, SlotRetired, Woken
 from featcache.core.put_queue import Request, Waiter, WaitQueue
 from featcache.core.slots import Slot, SlotState, SlotTable
 from featcache.errors import FeatureTooLarge, PoolFull, StaleRef
@@ -28,7 +28,7 @@ class Store:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.most_bytes = limits.capacity_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+        self.max_feature_bytes = limits.capacity_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
         """Bytes of the largest feature that an empty pool could hold."""
         self.table = SlotTable(limits.slots)
         self.queue = WaitQueue()
@@ -70,13 +70,13 @@ class Store:
         return sum(extent.size_bytes for extent in extents if extent is not None)
 
     @property
-    def crowded(self) -> int:
+    def blocked_puts(self) -> int:
         """Puts that wait for others' bytes: not those that wait for the slab to change its size."""
         return 0 if self._growing else len(self.queue)
 
     def check_size(self, nbytes: int) -> None:
         """Raise FeatureTooLarge for what even an empty pool can't hold."""
-        if nbytes > self.most_bytes:
+        if nbytes > self.max_feature_bytes:
             raise FeatureTooLarge(
                 f"a feature of {nbytes} bytes never fits a pool of {self.limits.capacity_bytes}: "
                 "raise capacity or split the feature"
@@ -101,9 +101,9 @@ class Store:
         slot.born_s = now_s
         readers = request.readers
         if type(readers) is int or isinstance(readers, int):
-            slot.unpaid = readers
+            slot.reads_left = readers
         else:
-            slot.unpaid, slot.owers = len(readers), set(readers)
+            slot.reads_left, slot.owed_by_names = len(readers), set(readers)
         return slot
 
     def wait(self, request: Request, now_s: float, tag: object) -> tuple[Waiter, list[Effect]]:
@@ -128,21 +128,21 @@ class Store:
             self._free(slot)
         return self.serve(now_s)
 
-    def abandon(self, slot: Slot, now_s: float) -> list[Effect]:
+    def free_reserved(self, slot: Slot, now_s: float) -> list[Effect]:
         """Take back a RESERVED slot that will not be published. Nobody can have read it."""
         if slot.state is not _RESERVED:
             raise ValueError(f"slot {slot.label} is {slot.state.name}, not RESERVED")
         self._free(slot)
         return self.serve(now_s)
 
-    def withdraw(self, slot: Slot, now_s: float) -> list[Effect]:
+    def give_up_reserved(self, slot: Slot, now_s: float) -> list[Effect]:
         """Give up a RESERVED slot whose bytes may still be on their way: `recycle` frees it."""
         if slot.state is not _RESERVED:
             raise ValueError(f"slot {slot.label} is {slot.state.name}, not RESERVED")
         slot.state = _RETIRING
         slot.retired_s = slot.due_s = now_s
         self._retiring[slot.index] = slot
-        return [Retired(slot)]
+        return [SlotRetired(slot)]
 
     def publish(self, slot: Slot, now_s: float) -> list[Effect]:
         """Count the slot's bytes as readable, and its age from now."""
@@ -151,7 +151,7 @@ class Store:
         slot.state = _PUBLISHED
         slot.born_s = now_s
         self.puts += 1
-        if slot.unpaid:
+        if slot.reads_left:
             self.owing[slot.index] = slot
             if slot.ttl_s is not None:
                 if slot.ttl_s not in self._aging:
@@ -189,20 +189,20 @@ class Store:
         effects: list[Effect] = []
         for index, generation in reads:
             slot = slots[index]
-            if slot.generation != generation or slot.state is not _PUBLISHED or not slot.unpaid:
+            if slot.generation != generation or slot.state is not _PUBLISHED or not slot.reads_left:
                 continue
-            if slot.owers is not None:
-                if name not in slot.owers:
+            if slot.owed_by_names is not None:
+                if name not in slot.owed_by_names:
                     continue
-                slot.owers.remove(name)
-            elif slot.payers is None:
-                slot.payers = {session}
-            elif session in slot.payers:
+                slot.owed_by_names.remove(name)
+            elif slot.paid_by is None:
+                slot.paid_by = {session}
+            elif session in slot.paid_by:
                 continue
             else:
-                slot.payers.add(session)
-            slot.unpaid -= 1
-            if slot.unpaid:
+                slot.paid_by.add(session)
+            slot.reads_left -= 1
+            if slot.reads_left:
                 continue
             if slot.key is None and not slot.grants:  # as `_settle`, inline
                 self._leave_owing(slot)
@@ -211,16 +211,20 @@ class Store:
                 effects += self._settle(slot, now_s)
         return effects
 
-    def forgive(self, name: str, now_s: float) -> tuple[int, list[Effect]]:
+    def waive_reads(self, name: str, now_s: float) -> tuple[int, list[Effect]]:
         """Pay everything that a dead named reader still owes; return how many reads that was."""
         paid, effects = 0, list[Effect]()
         for slot in self.table.in_use():
-            if slot.owers is None or name not in slot.owers or slot.state is _RETIRING:
+            if (
+                slot.owed_by_names is None
+                or name not in slot.owed_by_names
+                or slot.state is _RETIRING
+            ):
                 continue
-            slot.owers.remove(name)
-            slot.unpaid -= 1
+            slot.owed_by_names.remove(name)
+            slot.reads_left -= 1
             paid += 1
-            if slot.unpaid == 0 and slot.state is _PUBLISHED:
+            if slot.reads_left == 0 and slot.state is _PUBLISHED:
                 effects += self._settle(slot, now_s)
         return paid, effects
 
@@ -233,7 +237,10 @@ class Store:
 
     def _cancel(self, slot: Slot, now_s: float) -> list[Effect]:
         if slot.key is not None or slot.grants:
-            slot.unpaid, slot.owers = 0, None  # it is read by others, who do not owe these
+            slot.reads_left, slot.owed_by_names = (
+                0,
+                None,
+            )  # it is read by others, who do not owe these
         return self._settle(slot, now_s, self.limits.grace_s)
 
     def expire(self, now_s: float) -> list[Effect]:
@@ -349,12 +356,12 @@ class Store:
         if not aging:
             del self._aging[ttl_s]
 
-    def _retire(self, slot: Slot, now_s: float, grace_s: float = 0.0) -> Retired:
+    def _retire(self, slot: Slot, now_s: float, grace_s: float = 0.0) -> SlotRetired:
         slot.state = _RETIRING
         slot.retired_s = now_s
         slot.due_s = now_s + grace_s
         self._retiring[slot.index] = slot
-        return Retired(slot)
+        return SlotRetired(slot)
 
     def _keep(self, slot: Slot, now_s: float) -> list[Effect]:
         """Keep a slot that was just published under the key that it wants (`KeyedStore`)."""

@@ -13,7 +13,7 @@ from featcache.memory.host import slab as host
 from featcache.memory.host.pinned import PinnedSlab
 from featcache.memory.slab import Mapping, Slab
 
-_MOST_SEGMENTS: Final = 256
+_MAX_SEGMENTS: Final = 256
 """Each is a descriptor in the owner, and one that travels to every session."""
 
 
@@ -41,7 +41,7 @@ def plan_for(device: torch.device, backend: str) -> Plan:
     driver = load()
     ordinal = torch.cuda.current_device() if device.index is None else device.index
     kind, reason = choose_backend(driver, ordinal, backend)
-    most = 1 if kind == IPC else _MOST_SEGMENTS
+    most = 1 if kind == IPC else _MAX_SEGMENTS
     return Plan(kind, reason, ordinal, driver.granularity_bytes(ordinal), most)
 
 
@@ -70,6 +70,7 @@ def make_host_slab(beside: Plan, capacity_bytes: int, *, huge_pages: bool, pinne
 # --- mapping a peer's ---
 
 _HANDLE_BYTES = 64
+load_in_client = load
 
 
 def default_device() -> torch.device:
@@ -131,7 +132,7 @@ def map_slab(
     if not torch.cuda.is_available():
         raise Unreachable("torch sees no CUDA device here")
     try:
-        driver = load()
+        driver = load_in_client()
     except BackendUnavailable as error:
         raise Unreachable(str(error)) from error
     return cuda.attach(driver, kind, device_name, capacity_bytes, handle, device)

@@ -51,19 +51,19 @@ class Mapping(Protocol):
         """Bytes from the start that are mapped here."""
 
     @property
-    def lends(self) -> bool:
+    def zero_copy(self) -> bool:
         """Whether `view` is what a borrow lends; else it lends a copy."""
 
-    def reaches(self, device: torch.device | None) -> bool:
+    def can_copy_to(self, device: torch.device | None) -> bool:
         """Whether `read` can copy to this device (None: the mapping's own) now."""
 
-    def open_for(self, device: torch.device) -> None:
-        """Make `reaches` true. May block."""
+    def enable_device(self, device: torch.device) -> None:
+        """Make `can_copy_to` true. May block."""
 
     def order(self, device: torch.device | None = None) -> Order:
         """Return the caller's place in the order of a device, the mapping's own if None."""
 
-    def held_bytes(self, nbytes: int, device: torch.device | None) -> int:
+    def blocking_read_bytes(self, nbytes: int, device: torch.device | None) -> int:
         """How many bytes of host memory would hold up a thread as long as a read of `nbytes` does."""
 
     def view(
@@ -96,7 +96,7 @@ class Mapping(Protocol):
     def stage(self, parts: Parts) -> tuple[Parts, Order]:
         """Return what `write` takes: the parts where it can copy from, and the caller's order."""
 
-    def staged_bytes(self, parts: Parts) -> int:
+    def blocking_write_bytes(self, parts: Parts) -> int:
         """How many bytes of host memory would hold up a thread as long as this `write` does."""
 
     def write(

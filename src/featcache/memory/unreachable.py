@@ -15,11 +15,11 @@ from featcache.memory.words import Block, fence_stores
 from featcache.ref import TensorSpec
 
 
-class Unmapped:
+class UnreachableSlab:
     """A slab that is not mapped here."""
 
     deferred = False
-    lends = False
+    zero_copy = False
     end_bytes = 1 << 62
     """All of it: the owner, which copies from it, has it all."""
 
@@ -31,11 +31,11 @@ class Unmapped:
     def _refuse(self) -> NoReturn:
         raise Unreachable(f"the slab can't be accessed from {self.device}: {self._reason}")
 
-    def reaches(self, device: torch.device | None) -> bool:
+    def can_copy_to(self, device: torch.device | None) -> bool:
         """Whether `read` can copy there: never."""
         return False
 
-    def open_for(self, device: torch.device) -> None:
+    def enable_device(self, device: torch.device) -> None:
         """Raise Unreachable."""
         self._refuse()
 
@@ -49,7 +49,7 @@ class Unmapped:
         """Raise Unreachable."""
         self._refuse()
 
-    def staged_bytes(self, parts: Parts) -> int:
+    def blocking_write_bytes(self, parts: Parts) -> int:
         """Raise Unreachable."""
         self._refuse()
 
@@ -60,7 +60,7 @@ class Unmapped:
     def order(self, device: torch.device | None = None) -> None:
         """Return the order of the CPU, which writes the words."""
 
-    def held_bytes(self, nbytes: int, device: torch.device | None) -> int:
+    def blocking_read_bytes(self, nbytes: int, device: torch.device | None) -> int:
         """Raise Unreachable."""
         self._refuse()
 

@@ -41,7 +41,7 @@ def view_over(
     return _blank(dtype, device).data.set_(storage, at, shape, strides)
 
 
-def empty_out(view: torch.Tensor) -> None:
+def invalidate(view: torch.Tensor) -> None:
     """Take a view's memory away; its `numel()` is then 0."""
     dtype, device = view.dtype, view.device
     try:

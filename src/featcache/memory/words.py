@@ -214,7 +214,7 @@ class OwnerWords(Block):
         """Map a peer's block read-only, after checking its size and layout."""
         return cls(_map(fd, owner_block_bytes(slots), write=False), slots)
 
-    def entitle(self, index: int, generation: int, offset_bytes: int, nbytes: int) -> None:
+    def make_live(self, index: int, generation: int, offset_bytes: int, nbytes: int) -> None:
         """Let readers begin: the extent first, then `live`."""
         self.offset[index] = offset_bytes
         self.nbytes[index] = nbytes

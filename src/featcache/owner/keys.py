@@ -5,17 +5,17 @@ from typing import NamedTuple
 
 import anyio
 
-from featcache.core.key_queue import Seeker
+from featcache.core.key_queue import KeyWaiter
 from featcache.core.keyed_store import key_label
 from featcache.core.slots import Slot
 from featcache.errors import KeyNotFound
-from featcache.owner.own_session import OwnPool
+from featcache.owner.own_session import OwnSession
 from featcache.owner.sessions import OWN_SESSION
-from featcache.pool.page import Grant, Page
+from featcache.pool.page import Grant, SessionPage
 from featcache.pool.pool import Pool, now
 from featcache.ref import FeatureRef
 from featcache.session.arguments import key_timeout
-from featcache.session.lease import GrantedRead, Making
+from featcache.session.lease import KeyLease, MakeClaim
 
 
 class Granted(NamedTuple):
@@ -44,7 +44,7 @@ class Lookups:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
-    def find(self, key: bytes, page: Page) -> Granted | None:
+    def find(self, key: bytes, page: SessionPage) -> Granted | None:
         """Return a read of what is under a key, or None.
 
         Raises:
@@ -59,10 +59,10 @@ class Lookups:
         slot = pool.store.lookup(key, now())
         return None if slot is None else self._granted(slot, page)
 
-    def _granted(self, slot: Slot, page: Page) -> Granted:
+    def _granted(self, slot: Slot, page: SessionPage) -> Granted:
         return Granted(page.grant(slot), self._pool.kept[slot.index])
 
-    async def seek(self, key: bytes, page: Page, *, makes: bool) -> Granted | Claim:
+    async def wait_for_key(self, key: bytes, page: SessionPage, *, makes: bool) -> Granted | Claim:
         """Wait for a key under which there is nothing yet; or be chosen, if that `makes`, to make it.
 
         Raises:
@@ -75,39 +75,39 @@ class Lookups:
         if key in pool.store.directory and (found := self.find(key, page)) is not None:
             return found  # it came between the caller's look and this
         future: asyncio.Future[None] = pool.loop.create_future()
-        seeker = pool.store.seek(key, page.session, makes=makes, tag=future)
-        if seeker.claim:  # chosen at once
-            pool.store.take(seeker)
-            return Claim(key, seeker.claim)
+        waiter = pool.store.wait_for_key(key, page.session, makes=makes, tag=future)
+        if waiter.claim:  # chosen at once
+            pool.store.take(waiter)
+            return Claim(key, waiter.claim)
         try:
             await future
-            return self._taken(seeker, page)
+            return self._taken(waiter, page)
         finally:
             if not pool.closed:
-                pool.apply(pool.store.unseek(seeker, now()))
+                pool.apply(pool.store.cancel_wait(waiter, now()))
 
-    def _taken(self, seeker: Seeker, page: Page) -> Granted | Claim:
+    def _taken(self, waiter: KeyWaiter, page: SessionPage) -> Granted | Claim:
         """Finish the handshake. No other task runs between this and the reply or the read."""
         self._pool.check_open()
-        if seeker.slot is not None and not page.can_grant:
+        if waiter.slot is not None and not page.can_grant:
             self._pool.collect()
             page.check_can_grant()
-        slot = self._pool.store.take(seeker)
-        return Claim(seeker.key, seeker.claim) if slot is None else self._granted(slot, page)
+        slot = self._pool.store.take(waiter)
+        return Claim(waiter.key, waiter.claim) if slot is None else self._granted(slot, page)
 
     def is_claimed(self, key: bytes) -> bool:
         """Whether somebody makes what a key stands for."""
-        return self._pool.store.seekers.claimed(key)
+        return self._pool.store.key_waiters.claimed(key)
 
-    def unclaim(self, claim: Claim) -> None:
+    def release_claim(self, claim: Claim) -> None:
         """End a claim: its feature was published, or will not be and another is to make it."""
         if not self._pool.closed:
-            self._pool.apply(self._pool.store.unclaim(claim.key, claim.number))
+            self._pool.apply(self._pool.store.release_claim(claim.key, claim.number))
 
-    def give_back(self, page: Page, grant: Grant) -> None:
+    def return_lease(self, page: SessionPage, grant: Grant) -> None:
         """Count a grant as paid that nobody took."""
         if not self._pool.closed and page.grants.get(grant.index) is grant:
-            page.take_back(grant)
+            page.revoke(grant)
             self._pool.apply(self._pool.store.pay_grant(grant.slot, now()))
 
     # --- what is done to a key --------------------------------------------------------------------
@@ -135,21 +135,21 @@ class Lookups:
         self._pool.apply(())
 
 
-class OwnKeys:
+class OwnerKeys:
     """`reads.Keys` of the process that has the directory itself."""
 
-    def __init__(self, lookups: Lookups, own: OwnPool) -> None:
+    def __init__(self, lookups: Lookups, own: OwnSession) -> None:
         self._lookups = lookups
         self._own = own
 
-    def _page(self) -> Page:
+    def _page(self) -> SessionPage:
         return self._own.page()
 
-    def _read(self, granted: Granted) -> GrantedRead:
+    def _read(self, granted: Granted) -> KeyLease:
         grant, ref = granted
-        return GrantedRead(self._own.attach(), ref, grant.index, grant.serial)
+        return KeyLease(self._own.attach(), ref, grant.index, grant.serial)
 
-    async def find(self, key: bytes, timeout_s: float | None) -> GrantedRead:
+    async def find(self, key: bytes, timeout_s: float | None) -> KeyLease:
         """Return a read of what is under a key; with a timeout, wait for it that long."""
         granted = self._lookups.find(key, self._page())
         if granted is not None:
@@ -158,23 +158,23 @@ class OwnKeys:
             raise not_found(key)
         try:
             with anyio.fail_after(timeout_s):
-                found = await self._lookups.seek(key, self._page(), makes=False)
+                found = await self._lookups.wait_for_key(key, self._page(), makes=False)
         except TimeoutError:
             raise key_timeout(key_label(key), timeout_s) from None
         assert isinstance(found, Granted), "only who makes is given a claim"
         return self._read(found)
 
-    async def find_or_claim(self, key: bytes, *, waits: bool) -> GrantedRead | Making:
+    async def find_or_claim(self, key: bytes, *, waits: bool) -> KeyLease | MakeClaim:
         """Return a read, once there is something, or the right to make it."""
         found: Granted | Claim | None = self._lookups.find(key, self._page())
         if found is None:
             if not waits and self._lookups.is_claimed(key):
                 raise not_found(key)
-            found = await self._lookups.seek(key, self._page(), makes=True)
+            found = await self._lookups.wait_for_key(key, self._page(), makes=True)
         if not isinstance(found, Claim):
             return self._read(found)
         claim = found
-        return Making(lambda: self._lookups.unclaim(claim))
+        return MakeClaim(lambda: self._lookups.release_claim(claim))
 
     async def contains(self, key: bytes) -> bool:
         """Whether there is something under a key."""

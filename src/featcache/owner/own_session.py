@@ -7,28 +7,28 @@ import torch
 
 from featcache.errors import CacheClosed, UnknownPool
 from featcache.memory.cuda.backing import Unreachable
-from featcache.owner.sessions import OWN_SESSION, Reaper
-from featcache.pool.page import Page
+from featcache.owner.sessions import OWN_SESSION, Sessions
+from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
 from featcache.session.holds import PageWords
 from featcache.session.offload import Offload
-from featcache.session.waiting import Bell
+from featcache.session.waiting import Doorbell
 
 
-class OwnPool:
+class OwnSession:
     """The owner's own session: it reads through its own mapping, with a page like any other's."""
 
     def __init__(
-        self, pool: Pool, reaper: Reaper, name: str | None, number: int = OWN_SESSION
+        self, pool: Pool, sessions: Sessions, name: str | None, number: int = OWN_SESSION
     ) -> None:
         self._pool = pool
-        self._reaper = reaper
+        self._sessions = sessions
         self._name = name
         self._number = number
         self._attachment: Attachment | None = None
-        self._bell: Bell | None = None
+        self._doorbell: Doorbell | None = None
 
     @property
     def attached(self) -> Attachment | None:
@@ -40,18 +40,18 @@ class OwnPool:
         if self._attachment is None:
             pool = self._pool
             pool.check_open()
-            page = self._reaper.open_page(self._number, self._name).words
+            page = self._sessions.open_page(self._number, self._name).words
             adopted = PageWords.adopted(pool.slab, page)
-            self._bell = Bell(os.dup(pool.recycler.eventfd))
+            self._doorbell = Doorbell(os.dup(pool.recycler.eventfd))
             self._attachment = Attachment(
-                pool.pool_id, pool.words, page, pool.slab, adopted, self._bell.ring
+                pool.pool_id, pool.words, page, pool.slab, adopted, self._doorbell.ring
             )
             self._attachment.covered_bytes = pool.store.limits.capacity_bytes
             # Its own mapping is never behind: what it has given away nothing lies in.
             self._attachment.layout = None
         return self._attachment
 
-    def page(self) -> Page:
+    def page(self) -> SessionPage:
         """Return the page of the owner's own session."""
         self.attach()
         return self._pool.pages[self._number]
@@ -67,8 +67,8 @@ class OwnPool:
         if self._attachment is not None:
             self._attachment.refuse(CacheClosed("the cache was closed"))
             self._attachment = None
-        if self._bell is not None:
-            self._bell.close()
+        if self._doorbell is not None:
+            self._doorbell.close()
 
 
 class OwnPools:
@@ -78,10 +78,10 @@ class OwnPools:
         self, offload: Offload, relay: Callable[[FeatureRef], Awaitable[FeatureRef]]
     ) -> None:
         self._offload = offload
-        self._pools: dict[bytes, OwnPool] = {}
+        self._pools: dict[bytes, OwnSession] = {}
         self.relay = relay
 
-    def add(self, pool_id: bytes, own: OwnPool) -> None:
+    def add(self, pool_id: bytes, own: OwnSession) -> None:
         """Read this pool too."""
         self._pools[pool_id] = own
 
@@ -109,7 +109,7 @@ class OwnPools:
         if device is None:
             return True
         try:
-            await self._offload.run(lambda: attachment.mapping.open_for(device), lambda: None)
+            await self._offload.run(lambda: attachment.mapping.enable_device(device), lambda: None)
         except Unreachable:
             return False
         return True

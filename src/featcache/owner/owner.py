@@ -9,49 +9,48 @@ from featcache.core.effects import Limits
 from featcache.errors import FeatureTooLarge, SettingsError
 from featcache.memory.backends import Plan, make_host_slab, make_slab, plan_for
 from featcache.memory.host import slab as host
-from featcache.owner.keys import OwnKeys
+from featcache.owner.keys import OwnerKeys
 from featcache.owner.own_session import OwnPools
 from featcache.owner.relay import Relay
-from featcache.owner.served_pool import Serving, limits_of
+from featcache.owner.served_pool import ServedPool, limits_of
 from featcache.pool.pool import Pool
-from featcache.pool.writer import Staged
 from featcache.ref import FeatureRef
 from featcache.session.offload import Offload
 from featcache.session.reader import Reader
-from featcache.session.staging import Spills
+from featcache.session.staging import SpillCounter, Staged
 from featcache.settings import Settings
 
 StagedPut = tuple[Staged | None, Staged | None]
 """A put for the slab, and the same for the host slab where it may go there: at least one of them."""
 
 
-class Opened:
+class Owner:
     """A served pool with its reads; the host pool beside it is made when it is first needed."""
 
     def __init__(
         self,
-        main: Serving,
+        main: ServedPool,
         plan: Plan,
         settings: Settings,
         spill_bytes: int | None,
         name: str | None,
     ) -> None:
         self.main = main
-        self.spill: Serving | None = None
-        self.spills = Spills(settings.log_interval)
+        self.spill: ServedPool | None = None
+        self.spills = SpillCounter(settings.log_interval)
         self.spill_bytes = spill_bytes
         self.offload = main.pool.offload
         self._plan = plan
         self._settings = settings
         self._name = name
-        self._opening: asyncio.Task[Serving] | None = None
+        self._opening: asyncio.Task[ServedPool] | None = None
         self.relay = Relay(main, self.host_pool, self.offload)
         self._pools = OwnPools(self.offload, self.relay.copy)
         self._pools.add(main.pool.pool_id, main.own)
-        self.keys = OwnKeys(main.lookups, main.own)
+        self.keys = OwnerKeys(main.lookups, main.own)
         self.reader = Reader(self._pools, self.offload, settings.inline_bytes)
-        main.reaper.through_host = self.relay
-        main.reaper.spills = spill_bytes is not None
+        main.sessions.through_host = self.relay
+        main.sessions.spills = spill_bytes is not None
 
     @classmethod
     async def open(
@@ -61,14 +60,14 @@ class Opened:
         spill_bytes: int | None,
         endpoint: str | None,
         name: str | None,
-    ) -> "Opened":
+    ) -> "Owner":
         """Open the pool, and the one it spills to if there is to be one."""
         offload = Offload()
-        main: Serving | None = None
+        main: ServedPool | None = None
         try:
             plan = await offload.run(lambda: plan_for(device, settings.backend), lambda: None)
             limits = limits_of(settings, plan.granularity_bytes, plan.most_segments)
-            main = await Serving.open(
+            main = await ServedPool.open(
                 lambda: make_slab(
                     plan,
                     limits.capacity_bytes,
@@ -121,7 +120,7 @@ class Opened:
 
     # --- the host pool ----------------------------------------------------------------------------
 
-    async def host_pool(self) -> Serving:
+    async def host_pool(self) -> ServedPool:
         """Return the pool on the host, opened once however many ask at once."""
         if self.spill is not None:
             return self.spill
@@ -130,12 +129,12 @@ class Opened:
             self._opening.add_done_callback(self._opened)
         return await asyncio.shield(self._opening)
 
-    def _opened(self, task: "asyncio.Task[Serving]") -> None:
+    def _opened(self, task: "asyncio.Task[ServedPool]") -> None:
         self._opening = None
         if not task.cancelled():
             task.exception()  # seen: who asked may have given up
 
-    async def _open_host_pool(self) -> Serving:
+    async def _open_host_pool(self) -> ServedPool:
         # What spills has a size of its own, pinned whole from the start: a GPU's copy can't cross from
         # one pinned piece to another. A pool that only serves reads through the host may be as large
         # as any feature, and its memory comes and goes with its use.
@@ -147,7 +146,7 @@ class Opened:
             capacity_bytes=capacity_bytes,
             initial_bytes=capacity_bytes if pins else None,
         )
-        spill = await Serving.open(
+        spill = await ServedPool.open(
             lambda: make_host_slab(
                 self._plan,
                 limits.capacity_bytes,
@@ -163,18 +162,18 @@ class Opened:
         if self.main.pool.closed:
             await spill.aclose()
             self.main.pool.check_open()
-        self.main.reaper.kin.append(spill.pool)
-        spill.reaper.kin.append(self.main.pool)
+        self.main.sessions.kin.append(spill.pool)
+        spill.sessions.kin.append(self.main.pool)
         self._pools.add(spill.pool.pool_id, spill.own)
         self.spill = spill
         return spill
 
     @property
-    def servings(self) -> list[Serving]:
+    def servings(self) -> list[ServedPool]:
         """The pools there are."""
         return [self.main] if self.spill is None else [self.main, self.spill]
 
-    def serving(self, ref: FeatureRef) -> Serving | None:
+    def serving(self, ref: FeatureRef) -> ServedPool | None:
         """Return the pool of a ref, if it is one of these."""
         for serving in self.servings:
             if serving.pool.pool_id == ref.pool_id:

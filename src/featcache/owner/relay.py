@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot
 from featcache.errors import CacheClosed, MalformedRef, UnknownPool
-from featcache.owner.served_pool import Serving
+from featcache.owner.served_pool import ServedPool
 from featcache.pool.pool import Pool
 from featcache.ref import FeatureRef, TensorSpec
 from featcache.session.offload import Offload
@@ -15,7 +15,7 @@ class Relay:
     """Copies features of one pool into another, for one read each, and back for those who put so."""
 
     def __init__(
-        self, source: Serving, target: Callable[[], Awaitable[Serving]], offload: Offload
+        self, source: ServedPool, target: Callable[[], Awaitable[ServedPool]], offload: Offload
     ) -> None:
         self._source = source
         self._target = target
@@ -47,7 +47,7 @@ class Relay:
         there = attachment.begin(ref)
         try:
             if not there:
-                await attachment.arrival(ref)
+                await attachment.wait_ready(ref)
             request = Request(ref.nbytes, 1, source.settings.relay_ttl)
             writer = target.writer
             slot = writer.reserve(request) or await writer.room(request, None, wait=True)
@@ -81,7 +81,7 @@ class Relay:
         there, done = attachment.begin(ref), False
         try:
             if not there:
-                await attachment.arrival(ref)
+                await attachment.wait_ready(ref)
             slot = writer.reserve(request) or await writer.room(request, None, wait=wait)
             uploaded = await self._upload_into(slot, host, ref)
             done = True
@@ -89,14 +89,14 @@ class Relay:
             attachment.end(ref, pays=done)
         return uploaded.to_bytes()
 
-    async def _upload_into(self, slot: Slot, host: Serving, ref: FeatureRef) -> FeatureRef:
+    async def _upload_into(self, slot: Slot, host: ServedPool, ref: FeatureRef) -> FeatureRef:
         pool, whole = self._source.pool, TensorSpec(None, "uint8", (ref.nbytes,), 0)
         parts = [(whole, host.pool.slab.view(ref.offset_bytes, whole))]
         return await self._copied(
             pool, slot, ref, lambda: pool.slab.write(slot.offset_bytes, parts, None)
         )
 
-    async def _fill(self, target: Serving, slot: Slot, ref: FeatureRef) -> FeatureRef:
+    async def _fill(self, target: ServedPool, slot: Slot, ref: FeatureRef) -> FeatureRef:
         slab, whole = self._source.pool.slab, TensorSpec(None, "uint8", (ref.nbytes,), 0)
         into = target.pool.slab.view(slot.offset_bytes, whole)
         order = slab.order(into.device)
@@ -113,7 +113,7 @@ class Relay:
 
         def abandon() -> None:
             if not pool.closed:
-                pool.withdraw(slot, None)
+                pool.give_up_reserved(slot, None)
 
         try:
             await self._offload.run(copy, abandon)

@@ -10,30 +10,32 @@ from featcache.core.put_queue import Request
 from featcache.core.slots import Slot
 from featcache.errors import SettingsError, StaleRef
 from featcache.owner.keys import Claim, Granted, Lookups, not_found
-from featcache.owner.sessions import Reaper
-from featcache.pool.page import Page
+from featcache.owner.sessions import Sessions
+from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool, now
-from featcache.pool.writer import Writer
+from featcache.pool.writer import OwnerWriter
 from featcache.ref import FeatureRef
 from featcache.session.arguments import parse_readers
 
 
-class Desk:
-    """The server's `control.requests.Desk`. Nothing that a session says is taken on trust."""
+class RequestHandlers:
+    """The server's `control.requests.RequestHandlers`. Nothing that a session says is taken on trust."""
 
-    def __init__(self, pool: Pool, writer: Writer, lookups: Lookups, reaper: Reaper) -> None:
+    def __init__(
+        self, pool: Pool, writer: OwnerWriter, lookups: Lookups, sessions: Sessions
+    ) -> None:
         self._pool = pool
         self._writer = writer
         self._lookups = lookups
-        self._reaper = reaper
+        self._sessions = sessions
         self._wires: dict[int, tuple[FeatureRef, bytes]] = {}
         """What is kept, in its wire form, by slot: as `Pool.kept`, with the very ref it is of."""
         self._answers: dict[type, Callable[[int, Any], Answer | Wait]] = {
             messages.Find: self._find,
-            messages.OfKey: self._of_key,
+            messages.KeyCommand: self._of_key,
             messages.Reserve: self._reserve,
             messages.Publish: self._publish,
-            messages.Write: lambda _, ask: messages.Writable(ask.request),
+            messages.OpenForWriting: lambda _, ask: messages.WriteDescriptors(ask.request),
             messages.Discard: self._discard,
             messages.Relay: lambda _, ask: self._relay(ask),
             messages.HostPool: lambda _, ask: self._host_pool(ask),
@@ -47,26 +49,26 @@ class Desk:
     def note(self, session: int, note: messages.Unclaim | messages.Withdraw) -> None:
         """Do what needs no answer."""
         if isinstance(note, messages.Unclaim):
-            if self._pool.store.seekers.has(note.key, note.claim, session):
-                self._lookups.unclaim(Claim(note.key, note.claim))
+            if self._pool.store.key_waiters.has(note.key, note.claim, session):
+                self._lookups.release_claim(Claim(note.key, note.claim))
         else:
             self._withdraw(session, note)
 
-    def _page(self, session: int) -> Page:
+    def _page(self, session: int) -> SessionPage:
         return self._pool.pages[session]
 
     def _discard(self, _: int, ask: messages.Discard) -> Answer:
-        self._reaper.discard(ask.slot, ask.generation)
+        self._sessions.discard(ask.slot, ask.generation)
         return messages.Reply(ask.request)
 
     async def _relay(self, ask: messages.Relay) -> Answer:
-        return messages.Reply(ask.request, ref=await self._reaper.relays.encoded(ask.ref))
+        return messages.Reply(ask.request, ref=await self._sessions.relays.encoded(ask.ref))
 
     async def _host_pool(self, ask: messages.HostPool) -> Answer:
-        return messages.Reply(ask.request, text=await self._reaper.relays.endpoint())
+        return messages.Reply(ask.request, text=await self._sessions.relays.endpoint())
 
     async def _upload(self, ask: messages.Upload, request: Request) -> Answer:
-        ref = await self._reaper.relays.upload(ask.ref, request, wait=ask.waits)
+        ref = await self._sessions.relays.upload(ask.ref, request, wait=ask.waits)
         return messages.Reply(ask.request, ref=ref)
 
     # --- keys -------------------------------------------------------------------------------------
@@ -80,9 +82,9 @@ class Desk:
         return self._seek(session, ask)
 
     async def _seek(self, session: int, ask: messages.Find) -> Answer:
-        found = await self._lookups.seek(ask.key, self._page(session), makes=ask.makes)
+        found = await self._lookups.wait_for_key(ask.key, self._page(session), makes=ask.makes)
         if isinstance(found, Claim):
-            return messages.MayMake(ask.request, found.number)
+            return messages.ClaimGranted(ask.request, found.number)
         return self._granted(ask.request, found)
 
     def _granted(self, request: int, granted: Granted) -> messages.Granted:
@@ -92,7 +94,7 @@ class Desk:
             known = self._wires[ref.slot] = ref, ref.to_bytes()
         return messages.Granted(request, grant.index, grant.serial, known[1])
 
-    def _of_key(self, session: int, ask: messages.OfKey) -> Answer:
+    def _of_key(self, session: int, ask: messages.KeyCommand) -> Answer:
         key, lookups, flag = ask.key, self._lookups, True
         if ask.what == "contains":
             flag = lookups.contains(key)
@@ -119,7 +121,7 @@ class Desk:
         slot = await self._writer.room(request, None, wait=ask.waits)
         return self._reserved(session, ask.request, slot)
 
-    def _request(self, session: int, ask: messages.Room) -> Request:
+    def _request(self, session: int, ask: messages.PutSpec) -> Request:
         settings = self._pool.settings
         least = 1 if ask.key is None else 0
         self._pool.store.check_size(ask.nbytes)
@@ -130,7 +132,7 @@ class Desk:
         self._page(session).reserved[slot.index] = slot
         return messages.Reserved(request, slot.index, slot.generation, slot.offset_bytes)
 
-    def _taken(self, page: Page, index: int, generation: int) -> Slot:
+    def _taken(self, page: SessionPage, index: int, generation: int) -> Slot:
         slot = page.reserved.get(index)
         if slot is None or slot.generation != generation:
             raise StaleRef(f"slot {index}:{generation} is not this session's to publish")
@@ -159,11 +161,11 @@ class Desk:
             return
         del page.reserved[slot.index]
         if note.landed:
-            pool.apply(pool.store.abandon(slot, now()))
+            pool.apply(pool.store.free_reserved(slot, now()))
         else:
-            pool.apply(pool.store.withdraw(slot, now()))
-            pool.landings.expect(slot, page)
-            pool.recycler.look_at(0.0)
+            pool.apply(pool.store.give_up_reserved(slot, now()))
+            pool.pending_writes.add(slot, page)
+            pool.recycler.poll_after(0.0)
 
     def writable(self) -> Sequence[int]:
         """Return what the slab is mapped for writing by."""
@@ -171,18 +173,18 @@ class Desk:
 
     # --- answers that did not arrive --------------------------------------------------------------
 
-    def take_back(self, session: int, answer: Answer) -> None:
+    def revoke(self, session: int, answer: Answer) -> None:
         """Undo what an answer handed over; a session that is gone has had it undone already."""
         page = self._pool.pages.get(session)
-        if isinstance(answer, messages.MayMake):
-            for key, claim in self._pool.store.seekers.claims_of(session):
+        if isinstance(answer, messages.ClaimGranted):
+            for key, claim in self._pool.store.key_waiters.claims_of(session):
                 if claim == answer.claim:
-                    self._lookups.unclaim(Claim(key, claim))
+                    self._lookups.release_claim(Claim(key, claim))
         elif page is None or self._pool.closed:
             return
         elif isinstance(answer, messages.Granted):
             grant = page.grants.get(answer.index)
             if grant is not None and grant.serial == answer.serial:
-                self._lookups.give_back(page, grant)
+                self._lookups.return_lease(page, grant)
         elif isinstance(answer, messages.Reserved):
             self._withdraw(session, messages.Withdraw(answer.slot, answer.generation, landed=True))

@@ -12,11 +12,11 @@ from featcache.core.effects import Limits
 from featcache.errors import BackendUnavailable, SettingsError
 from featcache.memory.slab import Slab
 from featcache.owner.keys import Lookups
-from featcache.owner.own_session import OwnPool
-from featcache.owner.requests import Desk
-from featcache.owner.sessions import RELAY_SESSION, Reaper
+from featcache.owner.own_session import OwnSession
+from featcache.owner.requests import RequestHandlers
+from featcache.owner.sessions import RELAY_SESSION, Sessions
 from featcache.pool.pool import Pool
-from featcache.pool.writer import Writer
+from featcache.pool.writer import OwnerWriter
 from featcache.session.offload import Offload
 from featcache.settings import Settings
 
@@ -24,25 +24,25 @@ _SETTLE_S = 10.0
 _LOOK_S = 0.001
 
 
-class Serving:
+class ServedPool:
     """What an open pool has, taken down in the reverse order of its making."""
 
     def __init__(
         self,
         pool: Pool,
-        reaper: Reaper,
+        sessions: Sessions,
         server: Server,
-        writer: Writer,
+        writer: OwnerWriter,
         lookups: Lookups,
         name: str | None,
     ) -> None:
         self.pool = pool
-        self.reaper = reaper
+        self.sessions = sessions
         self.server = server
         self.writer = writer
         self.lookups = lookups
-        self.own = OwnPool(pool, reaper, name)
-        self.relaying = OwnPool(pool, reaper, None, RELAY_SESSION)
+        self.own = OwnSession(pool, sessions, name)
+        self.relaying = OwnSession(pool, sessions, None, RELAY_SESSION)
 
     @classmethod
     async def open(
@@ -53,7 +53,7 @@ class Serving:
         offload: Offload,
         endpoint: str | None,
         name: str | None,
-    ) -> "Serving":
+    ) -> "ServedPool":
         """Make the slab, commit what it begins with, and listen.
 
         Raises:
@@ -77,13 +77,13 @@ class Serving:
             pool = Pool(slab, limits, settings, offload)
             undo.callback(pool.close)
             pool.endpoint = path
-            reaper = Reaper(pool, name)
-            undo.callback(reaper.close)
-            writer, lookups = Writer(pool), Lookups(pool)
-            desk = Desk(pool, writer, lookups, reaper)
-            server = pool.growth.sessions = Server(sock, path, settings, reaper, desk)
+            sessions = Sessions(pool, name)
+            undo.callback(sessions.close)
+            writer, lookups = OwnerWriter(pool), Lookups(pool)
+            handlers = RequestHandlers(pool, writer, lookups, sessions)
+            server = pool.growth.sessions = Server(sock, path, settings, sessions, handlers)
             undo.pop_all()
-        return cls(pool, reaper, server, writer, lookups, name)
+        return cls(pool, sessions, server, writer, lookups, name)
 
     async def aclose(self) -> None:
         """Close: waiting puts raise CacheClosed, sessions are told, the socket's file goes."""
@@ -104,7 +104,7 @@ class Serving:
                 await anyio.sleep(_LOOK_S)
         finally:
             pool.close()
-            self.reaper.close()
+            self.sessions.close()
             # Giving a gigabyte back takes a tenth of a second: not in the loop.
             await offload.run(slab.close, slab.close)
 
@@ -114,7 +114,7 @@ class Serving:
         self.own.forget()
         self.relaying.forget()
         self.pool.forget()
-        self.reaper.close()
+        self.sessions.close()
 
 
 async def _made(make: Callable[[], Slab], offload: Offload) -> Slab:

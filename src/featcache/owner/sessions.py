@@ -6,13 +6,13 @@ from typing import Protocol
 
 from featcache.control.credentials import own_pidfd
 from featcache.control.messages import VERSION, Welcome
-from featcache.control.peer import Session
+from featcache.control.peer import Peer
 from featcache.core.effects import Effect
 from featcache.core.put_queue import Request
 from featcache.errors import AttachRefused, BackendUnavailable, MalformedRef
 from featcache.memory.slab import Segment
 from featcache.memory.words import SessionWords
-from featcache.pool.page import Page
+from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool, now
 from featcache.ref import FeatureRef
 
@@ -35,7 +35,7 @@ class Relays(Protocol):
         """Return where the pool in host memory listens, which is opened for this if need be."""
 
 
-class Reaper:
+class Sessions:
     """Admits sessions to a pool, folds what they paid when they end, pays for those that died."""
 
     def __init__(self, pool: Pool, own_name: str | None) -> None:
@@ -56,7 +56,7 @@ class Reaper:
         """The pool's id in hex."""
         return self._pool.name
 
-    def admit(self, session: Session) -> tuple[Welcome, list[int]]:
+    def admit(self, session: Peer) -> tuple[Welcome, list[int]]:
         """Make a session's page; return the welcome and the descriptors that go with it."""
         pool = self._pool
         if session.name is not None and session.name == self._own_name:
@@ -95,20 +95,20 @@ class Reaper:
             raise BackendUnavailable("this pool is in host memory already: read it, and put, there")
         return self.through_host
 
-    def open_page(self, number: int, name: str | None) -> Page:
+    def open_page(self, number: int, name: str | None) -> SessionPage:
         """Make the page of a session and begin to look at it."""
         slots, grants = self._pool.store.limits.slots, self._pool.settings.grants
         words, fd = SessionWords.create(slots, grants)
-        page = self._pool.pages[number] = Page(number, name, words, fd)
+        page = self._pool.pages[number] = SessionPage(number, name, words, fd)
         return page
 
-    def quarantine(self, session: Session) -> None:
+    def quarantine(self, session: Peer) -> None:
         """Let others make what a session without its socket was to: it could not publish it."""
         store = self._pool.store
-        for key, claim in store.seekers.claims_of(session.number):
-            self._pool.apply(store.unclaim(key, claim))
+        for key, claim in store.key_waiters.claims_of(session.number):
+            self._pool.apply(store.release_claim(key, claim))
 
-    def dismiss(self, session: Session, *, died: bool) -> int:
+    def end(self, session: Peer, *, died: bool) -> int:
         """Fold a session's page; if its process died, pay what it had begun and what its name owed."""
         pool, now_s = self._pool, now()
         # First, so that nothing is evicted for puts of its own that wait.
@@ -117,23 +117,23 @@ class Reaper:
         page = pool.pages.pop(session.number)
         paid, effects = 0, list[Effect]()
         for grant in list(page.grants.values()):
-            effects += pool.store.pay_grant(page.take_back(grant).slot, now_s)
+            effects += pool.store.pay_grant(page.revoke(grant).slot, now_s)
             paid += died
-        effects += pool.forsake(page)
+        effects += pool.abandon_writes(page)
         if died:
             for slot in pool.store.table.in_use():
                 if page.holds(slot.index, slot.generation):
-                    owed = slot.unpaid
+                    owed = slot.reads_left
                     effects += pool.store.pay(
                         slot.index, slot.generation, page.session, page.name, now_s
                     )
-                    paid += owed - slot.unpaid
+                    paid += owed - slot.reads_left
             if page.name is not None:
-                forgiven, more = pool.store.forgive(page.name, now_s)
+                forgiven, more = pool.store.waive_reads(page.name, now_s)
                 paid += forgiven
                 effects += more
                 for other in self.kin:
-                    forgiven, more_there = other.store.forgive(page.name, now_s)
+                    forgiven, more_there = other.store.waive_reads(page.name, now_s)
                     paid += forgiven
                     other.apply(more_there)
             self.readers_lost += 1

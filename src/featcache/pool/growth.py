@@ -51,17 +51,17 @@ class Growth:
         self._tasks: set[asyncio.Task[None]] = set()
         self.sessions: Sessions | None = None
         self.closed = False
-        self.under_way: asyncio.Task[None] | None = None
+        self.in_progress: asyncio.Task[None] | None = None
         """A growth, until it is done."""
 
     def grow(self, end_bytes: int) -> None:
         """Commit memory up to `end_bytes`, in a thread."""
-        task = self.under_way = self._spawn(self._grow(end_bytes))
+        task = self.in_progress = self._spawn(self._grow(end_bytes))
         task.add_done_callback(self._grew)
 
     def _grew(self, task: "asyncio.Task[None]") -> None:
-        if self.under_way is task:
-            self.under_way = None
+        if self.in_progress is task:
+            self.in_progress = None
 
     def shrink(self, end_bytes: int, old_end_bytes: int) -> None:
         """Give the memory from `end_bytes` on back, in a thread."""

@@ -21,7 +21,7 @@ class Grant(msgspec.Struct, frozen=True, gc=False):
     slot: Slot
 
 
-class Page:
+class SessionPage:
     """What a session holds, has released, written and was granted.
 
     The values of its words are a peer's: they are compared, not trusted.
@@ -49,7 +49,7 @@ class Page:
         self.reserved: dict[int, Slot] = {}
         """Slots that it is to write and has not published yet, by index."""
 
-    def news(self, high: int) -> list[tuple[int, int]]:
+    def newly_released(self, high: int) -> list[tuple[int, int]]:
         """Return (slot, generation) for each `released` word that changed since the last call."""
         if self._bytes[: high * _WORD_BYTES].tobytes() == self._seen_bytes:
             return []  # most sessions at most looks: a compare of words takes several times as long
@@ -114,10 +114,10 @@ class Page:
         for index, serial in zip(changed.tolist(), values.tolist(), strict=True):
             grant = self.grants.get(index)
             if grant is not None and grant.serial == serial:
-                paid.append(self.take_back(grant))
+                paid.append(self.revoke(grant))
         return paid
 
-    def take_back(self, grant: Grant) -> Grant:
+    def revoke(self, grant: Grant) -> Grant:
         """Count a grant as out no more, and return it."""
         del self.grants[grant.index]
         self._spare.append(grant.index)

@@ -9,28 +9,28 @@ from collections.abc import Callable
 
 from featcache.core.slots import Slot
 from featcache.memory.words import fence_full
-from featcache.pool.page import Page
+from featcache.pool.page import SessionPage
 
 
-class Landings:
+class PendingWrites:
     """Slots that sessions are writing, or were when they died."""
 
     def __init__(self, published: memoryview, on_change: Callable[[], object]) -> None:
         """`on_change` is called when there begins or ceases to be something to look for."""
         self._published = published
         self._on_change = on_change
-        self._expected: dict[int, tuple[int, Page]] = {}
+        self._expected: dict[int, tuple[int, SessionPage]] = {}
         self._forsaken: dict[int, int] = {}
 
     def __bool__(self) -> bool:
         """Whether there is something to look for."""
         return bool(self._expected)
 
-    def expect(self, slot: Slot, page: Page) -> None:
+    def add(self, slot: Slot, page: SessionPage) -> None:
         """Have a slot count as complete once its session has written it."""
         self._forsaken.pop(slot.index, None)  # of an earlier generation, which is recycled
         if page.has_written(slot.index, slot.generation):  # as it nearly always has on a host slab
-            fence_full()  # as in `look`
+            fence_full()  # as in `poll`
             self._published[slot.index] = slot.generation
             if self._expected.pop(slot.index, None) is not None:
                 self._on_change()
@@ -38,7 +38,7 @@ class Landings:
         self._expected[slot.index] = (slot.generation, page)
         self._on_change()
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Vouch for what has landed since the last look."""
         landed = [
             (index, generation)
@@ -53,9 +53,9 @@ class Landings:
             del self._expected[index]
         self._on_change()
 
-    def forsake(self, page: Page) -> list[tuple[int, int]]:
+    def abandon(self, page: SessionPage) -> list[tuple[int, int]]:
         """Give up what a session that ended has not written; return slots with their generations."""
-        self.look()
+        self.poll()
         given_up = [
             (index, generation)
             for index, (generation, whose) in self._expected.items()
@@ -71,9 +71,9 @@ class Landings:
     def concerns(self, slot: Slot) -> bool:
         """Whether a slot's bytes are a session's matter: on their way, or never to come."""
         expected = self._expected.get(slot.index)
-        return (expected is not None and expected[0] == slot.generation) or self.forsook(slot)
+        return (expected is not None and expected[0] == slot.generation) or self.is_abandoned(slot)
 
-    def forsook(self, slot: Slot) -> bool:
+    def is_abandoned(self, slot: Slot) -> bool:
         """Whether a slot's bytes will never come: its extent can be another's."""
         return self._forsaken.get(slot.index) == slot.generation
 

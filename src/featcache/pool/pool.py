@@ -10,14 +10,14 @@ from typing import Final
 
 from featcache import events
 from featcache.core.effects import (
+    ClaimPassed,
     Effect,
     Evicted,
     Expired,
     Found,
     Grow,
     Limits,
-    MayMake,
-    Retired,
+    SlotRetired,
     Woken,
 )
 from featcache.core.keyed_store import KeyedStore, key_label
@@ -27,9 +27,9 @@ from featcache.errors import BackendUnavailable, CacheClosed
 from featcache.memory.slab import Order, Slab
 from featcache.memory.words import Header, OwnerWords, fence_full
 from featcache.pool.growth import Growth
-from featcache.pool.page import Page
-from featcache.pool.pending_writes import Landings
-from featcache.pool.pressure import Gauge
+from featcache.pool.page import SessionPage
+from featcache.pool.pending_writes import PendingWrites
+from featcache.pool.pressure import PressureMonitor
 from featcache.pool.recycler import Recycler
 from featcache.ref import FeatureRef, TensorSpec
 from featcache.session.offload import Offload
@@ -37,7 +37,7 @@ from featcache.settings import Settings
 
 now: Final[Callable[[], float]] = time.monotonic
 """The clock of everything in a pool."""
-_MOST_UNRUNG: Final = 16
+_MAX_UNRUNG: Final = 16
 _BUSY_S: Final = 0.004
 
 
@@ -64,15 +64,15 @@ class Pool:
         self.growth = Growth(
             *(self.name, slab, self.store, self.words.header, settings, offload, self.apply)
         )
-        self.pages: dict[int, Page] = {}
+        self.pages: dict[int, SessionPage] = {}
         """What sessions say they hold, have released and have written, by session number."""
         self.kept: dict[int, FeatureRef] = {}
         """Refs of what is kept under keys, by slot; a slot's old one stays until it has a new one."""
-        self.landings = Landings(self.words.published, self._hurry)
+        self.pending_writes = PendingWrites(self.words.published, self._hurry)
         self.recycler = Recycler(
             self.collect, self._tick, settings.recycle_interval, deferred=slab.deferred
         )
-        self.gauge = Gauge(self.name, self.store, settings)
+        self.gauge = PressureMonitor(self.name, self.store, settings)
         self.reads_paid = 0
         self.put_bytes = 0
         """Bytes asked for since the last look at what was released; a small put counts for more."""
@@ -105,9 +105,11 @@ class Pool:
         self.slab.signal(self.complete, slot.index, slot.generation, order)
         return self.announce(slot, specs, now())
 
-    def publish_from(self, slot: Slot, specs: tuple[TensorSpec, ...], page: Page) -> FeatureRef:
+    def publish_from(
+        self, slot: Slot, specs: tuple[TensorSpec, ...], page: SessionPage
+    ) -> FeatureRef:
         """Let readers have a slot that a session wrote, or whose stream will have; return its ref."""
-        self.landings.expect(slot, page)
+        self.pending_writes.add(slot, page)
         return self.announce(slot, specs, now())
 
     def announce(self, slot: Slot, specs: tuple[TensorSpec, ...], now_s: float) -> FeatureRef:
@@ -116,12 +118,12 @@ class Pool:
         assert extent is not None, "it is reserved"
         index, generation, nbytes = slot.index, slot.generation, slot.nbytes
         offset_bytes = extent.offset_bytes
-        self.words.entitle(index, generation, offset_bytes, nbytes)
+        self.words.make_live(index, generation, offset_bytes, nbytes)
         effects = store.publish(slot, now_s)
         if effects:
             self.apply(effects)
         elif (
-            store.allocator.used_bytes >= gauge.calm_bytes
+            store.allocator.used_bytes >= gauge.quiet_below_bytes
             or store.queue.count
             or self._ring_at_now
             or not gauge.is_normal
@@ -136,7 +138,7 @@ class Pool:
                 self.collect()  # who waits may have the room of what can be evicted now
         return ref
 
-    def withdraw(self, slot: Slot, order: Order) -> None:
+    def give_up_reserved(self, slot: Slot, order: Order) -> None:
         """Give a slot up whose put failed. On a GPU some of its bytes may still be on their way."""
         if self.closed:
             return
@@ -145,10 +147,10 @@ class Pool:
                 BackendUnavailable
             ):  # a broken context: nothing comes any more
                 self.slab.signal(self.complete, slot.index, slot.generation, order)
-                self.apply(self.store.withdraw(slot, now()))
-                self.recycler.look_at(0.0)
+                self.apply(self.store.give_up_reserved(slot, now()))
+                self.recycler.poll_after(0.0)
                 return
-        self.apply(self.store.abandon(slot, now()))
+        self.apply(self.store.free_reserved(slot, now()))
 
     @property
     def settled(self) -> bool:
@@ -157,7 +159,7 @@ class Pool:
         return all(
             published[slot.index] == slot.generation
             for slot in self.store.table.in_use()
-            if slot.state is not SlotState.RESERVED and not self.landings.concerns(slot)
+            if slot.state is not SlotState.RESERVED and not self.pending_writes.concerns(slot)
         )
 
     # --- carrying out ---------------------------------------------------------------------------
@@ -166,17 +168,15 @@ class Pool:
         """Carry out what the store decided."""
         due_now = False
         for effect in effects:
-            if type(effect) is Retired:
+            if type(effect) is SlotRetired:
                 slot = effect.slot
                 self.words.live[slot.index] = 0
                 if slot.due_s > slot.retired_s:
-                    self.recycler.look_at(slot.due_s - slot.retired_s)
+                    self.recycler.poll_after(slot.due_s - slot.retired_s)
                 else:
                     due_now = True
-            elif type(effect) is Woken:
+            elif type(effect) is Woken or type(effect) is Found or type(effect) is ClaimPassed:
                 self._wake(effect.waiter.tag)
-            elif type(effect) is Found or type(effect) is MayMake:
-                self._wake(effect.seeker.tag)
             elif type(effect) is Expired:
                 self._report_expiry(effect)
             elif type(effect) is Evicted:
@@ -230,7 +230,7 @@ class Pool:
         self.gauge.observe()
 
     def _hurry(self) -> None:
-        self.recycler.hurry(self._ring_at_now > 0 or bool(self.landings))
+        self.recycler.set_busy(self._ring_at_now > 0 or bool(self.pending_writes))
 
     def _ring_at(self) -> int:
         """Return at which release of its own each session is to ring.
@@ -242,7 +242,7 @@ class Pool:
         """
         if now() >= self._busy_until_s:
             return 1
-        return max(1, min(_MOST_UNRUNG, len(self.store.owing) // 4))
+        return max(1, min(_MAX_UNRUNG, len(self.store.owing) // 4))
 
     def collect(self) -> None:
         """Count what sessions released since the last look, and take back what nobody owes."""
@@ -252,18 +252,18 @@ class Pool:
         fence_full()  # after `waiting` was set, before the released words are looked at
         effects: list[Effect] = []
         for page in self.pages.values():
-            if news := page.news(high):
+            if newly_released := page.newly_released(high):
                 self._busy_until_s = now_s + _BUSY_S
-                self.reads_paid += len(news)
-                effects += self.store.pay_all(news, page.session, page.name, now_s)
+                self.reads_paid += len(newly_released)
+                effects += self.store.pay_all(newly_released, page.session, page.name, now_s)
             if page.grants:
                 for grant in page.paid_grants():
                     self.reads_paid += 1
                     effects += self.store.pay_grant(grant.slot, now_s)
         if effects:
             self.apply(effects)
-        if self.landings:
-            self.landings.look()
+        if self.pending_writes:
+            self.pending_writes.poll()
         self._reclaim(now_s)
         while (head := self.store.queue.head) is not None and self.make_room(head.request):
             pass
@@ -284,16 +284,16 @@ class Pool:
             page.holds(index, generation) for page in self.pages.values()
         )
 
-    def forsake(self, page: Page) -> list[Effect]:
+    def abandon_writes(self, page: SessionPage) -> list[Effect]:
         """Give up what a session that ended was to write and has not."""
         effects: list[Effect] = []
         now_s = now()
-        for index, generation in self.landings.forsake(page):
+        for index, generation in self.pending_writes.abandon(page):
             slot = self.store.table.find(index, generation)
             if slot is not None and slot.state is SlotState.PUBLISHED:
-                effects += self.store.forsake(slot, now_s)
+                effects += self.store.fail_write(slot, now_s)
         for slot in page.reserved.values():
-            effects += self.store.abandon(slot, now_s)
+            effects += self.store.free_reserved(slot, now_s)
         page.reserved.clear()
         return effects
 
@@ -307,7 +307,7 @@ class Pool:
             slot
             for slot in due
             # What was taken back before its bytes came would get them after its next tenant's.
-            if published[slot.index] == slot.generation or self.landings.forsook(slot)
+            if published[slot.index] == slot.generation or self.pending_writes.is_abandoned(slot)
         ]
         for page in self.pages.values():
             ready = page.not_held(ready)
@@ -355,8 +355,8 @@ class Pool:
         while (waiter := self.store.queue.head) is not None:
             self.store.queue.drop(waiter)
             self._fail(waiter.tag, error)
-        for seeker in self.store.seekers.waiting():
-            self._fail(seeker.tag, error)
+        for key_waiter in self.store.key_waiters.waiting():
+            self._fail(key_waiter.tag, error)
         self.gauge.close(error)
 
     def close(self) -> None:
@@ -368,7 +368,7 @@ class Pool:
             page.close()
         self.pages.clear()
         os.close(self.words_fd)
-        self.landings.close()
+        self.pending_writes.close()
         del self.words, self.complete  # unmapped now, not when the collector of cycles comes by
 
     def forget(self) -> None:
@@ -377,7 +377,7 @@ class Pool:
         The words go by hand: the child's copy of the loop keeps this object.
         """
         self.growth.close()
-        self.landings.close()
+        self.pending_writes.close()
         del self.words, self.complete
         self.closed = True
         self.recycler.forget()

@@ -15,14 +15,14 @@ from featcache.settings import Settings, parse_timeout
 _NORMAL = PressureLevel.NORMAL
 
 
-class Gauge:
+class PressureMonitor:
     """Keeps the level of one store, emits `PoolPressure`, wakes who awaits a lower level."""
 
     def __init__(self, pool_name: str, store: KeyedStore, settings: Settings) -> None:
         self._pool_name = pool_name
         self._store = store
         self._gauge = PressureGauge(settings.log_interval, settings.pressure_interval)
-        self.calm_bytes = int(store.limits.capacity_bytes * ALWAYS_NORMAL)
+        self.quiet_below_bytes = int(store.limits.capacity_bytes * ALWAYS_NORMAL)
         """Below this use, with nobody waiting, a level that is normal stays so: no need to observe."""
         self.is_normal = True
         """Whether the level is, for who would save the call."""
@@ -36,10 +36,10 @@ class Gauge:
     def observe(self) -> None:
         """Follow the store. Cheap when nothing changed: it runs at every put."""
         store = self._store
-        used_bytes = store.wanted_bytes
-        if used_bytes < self.calm_bytes and not store.queue and self._gauge.level is _NORMAL:
+        used_bytes = store.unevictable_bytes
+        if used_bytes < self.quiet_below_bytes and not store.queue and self._gauge.level is _NORMAL:
             return
-        if self._gauge.observe(used_bytes, store.limits.capacity_bytes, store.crowded):
+        if self._gauge.observe(used_bytes, store.limits.capacity_bytes, store.blocked_puts):
             self.is_normal = self._gauge.level is _NORMAL
             self._wake()
 
@@ -99,7 +99,7 @@ class Pressure:
     ``await cache.pressure.below("high")`` before taking on work is admission control.
     """
 
-    def __init__(self, gauge: Callable[[], Gauge]) -> None:
+    def __init__(self, gauge: Callable[[], PressureMonitor]) -> None:
         self._gauge = gauge
 
     @property

@@ -38,7 +38,7 @@ class Recycler:
         self._dues: set[asyncio.TimerHandle] = set()
         self._loop.add_reader(self.eventfd, self._on_ring)
 
-    def hurry(self, waiting: bool) -> None:
+    def set_busy(self, waiting: bool) -> None:
         """Follow whether somebody waits: look soon, or fall back to the interval."""
         if waiting == self._hurried:
             return
@@ -50,7 +50,7 @@ class Recycler:
         else:
             self._delay_s = self._interval_s
 
-    def look_at(self, delay_s: float) -> None:
+    def poll_after(self, delay_s: float) -> None:
         """Look once more after `delay_s`: a grace period will have passed."""
 
         def look() -> None:

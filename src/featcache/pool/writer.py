@@ -5,34 +5,24 @@ import time
 from typing import Any, Final
 
 import anyio
-import msgspec
 
 from featcache import events
 from featcache.core.put_queue import Request, WaiterState
 from featcache.core.slots import Slot
 from featcache.errors import BackendUnavailable, CacheClosed, PoolFull, PutTimeout
-from featcache.memory.slab import Order, Parts
 from featcache.pool.pool import Pool
-from featcache.ref import FeatureRef, TensorSpec
-from featcache.session.arguments import ask
+from featcache.ref import FeatureRef
+from featcache.session.arguments import parse_put
+from featcache.session.staging import Staged
 
 _COLLECT_BYTES: Final = 256 << 10
-_MOST_UNCOLLECTED: Final = 64
+_MAX_UNCOLLECTED: Final = 64
 """Puts, however small, that count as `_collect_bytes`: a look at thousands would hold up the loop."""
 _YIELD_EVERY: Final = 32
 _now = time.monotonic
 
 
-class Staged(msgspec.Struct, frozen=True, gc=False):
-    """A put as it came in, with the caller's place in the order of its stream."""
-
-    request: Request
-    specs: tuple[TensorSpec, ...]
-    parts: Parts
-    order: Order
-
-
-class Writer:
+class OwnerWriter:
     """The owner's puts into one of its pools."""
 
     def __init__(self, pool: Pool) -> None:
@@ -43,7 +33,7 @@ class Writer:
             pool.store.limits.capacity_bytes // 32 if pool.slab.deferred else _COLLECT_BYTES
         )
         self._least_bytes = 3 * self._collect_bytes
-        self._put_bytes = self._collect_bytes // _MOST_UNCOLLECTED
+        self._put_bytes = self._collect_bytes // _MAX_UNCOLLECTED
         self._puts = 0
         self._waits = events.Throttle(pool.settings.log_interval)
 
@@ -53,8 +43,8 @@ class Writer:
         Called in the caller's thread, whose current stream is the one that the feature is ready on.
         """
         pool = self._pool
-        request, specs, packed = ask(feature, readers, ttl, key, pool.settings)
-        if request.nbytes > pool.store.most_bytes:
+        request, specs, packed = parse_put(feature, readers, ttl, key, pool.settings)
+        if request.nbytes > pool.store.max_feature_bytes:
             pool.store.check_size(request.nbytes)  # which raises
         parts, order = pool.slab.stage(packed)
         return Staged(request, specs, parts, order)
@@ -75,13 +65,13 @@ class Writer:
             await asyncio.sleep(0)  # a loop of puts that never wait must not starve the sessions
         slot = self.reserve(request) or await self.room(request, timeout_s, wait=wait)
         pool = self._pool
-        if pool.slab.staged_bytes(staged.parts) <= pool.settings.inline_bytes:
+        if pool.slab.blocking_write_bytes(staged.parts) <= pool.settings.inline_bytes:
             return self._fill_now(slot, staged)
         return await self._fill_in_thread(slot, staged)
 
     async def fill(self, slot: Slot, staged: Staged) -> FeatureRef:
         """Copy a feature into its slot and publish it."""
-        if self._pool.slab.staged_bytes(staged.parts) <= self._pool.settings.inline_bytes:
+        if self._pool.slab.blocking_write_bytes(staged.parts) <= self._pool.settings.inline_bytes:
             return self._fill_now(slot, staged)
         return await self._fill_in_thread(slot, staged)
 
@@ -98,7 +88,7 @@ class Writer:
             word = (pool.complete, slot.index, slot.generation)
             pool.slab.write(extent.offset_bytes, staged.parts, order, word)
         except BaseException:
-            pool.withdraw(slot, order)
+            pool.give_up_reserved(slot, order)
             raise
         return pool.announce(slot, staged.specs, slot.born_s)
 
@@ -108,12 +98,12 @@ class Writer:
         try:
             await pool.offload.run(
                 lambda: pool.slab.write(offset_bytes, parts, order),
-                lambda: pool.withdraw(slot, order),
+                lambda: pool.give_up_reserved(slot, order),
             )
         except asyncio.CancelledError:
             raise  # the thread is still copying: the slot is given up when it is done
         except BaseException:
-            pool.withdraw(slot, order)
+            pool.give_up_reserved(slot, order)
             raise
         return pool.publish(slot, staged.specs, order)
 
@@ -131,14 +121,14 @@ class Writer:
         store, growth = self._pool.store, self._pool.growth
         if store.queue or store.table.full:
             return None
-        if growth.under_way is None:
+        if growth.in_progress is None:
             end_bytes = store.growth_for(request.nbytes, _now())
             if not end_bytes:
                 return None
             store.growing()
             growth.grow(end_bytes)
-        if growth.under_way is not None:
-            await asyncio.shield(growth.under_way)  # others may count on it too
+        if growth.in_progress is not None:
+            await asyncio.shield(growth.in_progress)  # others may count on it too
         self._pool.check_open()
         return self.reserve(request)
 

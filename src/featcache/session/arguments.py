@@ -12,10 +12,10 @@ from featcache.settings import MAX_KEY_BYTES, Settings, parse_seconds
 TTL_DEFAULT: Final[Any] = ...
 """Stands for "as the settings say", since None means "never"."""
 
-AT_ONCE_S: Final = 5.0
+NOWAIT_RPC_TIMEOUT_S: Final = 5.0
 """Seconds that an owner may take to answer who does not want to wait: it may be busy, or stopped."""
 
-Ask: TypeAlias = tuple[Request, tuple[TensorSpec, ...], Packed]
+ParsedPut: TypeAlias = tuple[Request, tuple[TensorSpec, ...], Packed]
 """What a put asks for, its specs, and the tensors that it brings."""
 
 
@@ -56,7 +56,7 @@ def key_timeout(label: str, timeout_s: float) -> KeyTimeout:
     return KeyTimeout(f"nothing came under {label[:64]!r} within {timeout_s} s")
 
 
-def ask(feature: Any, readers: Any, ttl: Any, key: Any, settings: Settings) -> Ask:
+def parse_put(feature: Any, readers: Any, ttl: Any, key: Any, settings: Settings) -> ParsedPut:
     """Return what a put asks for, or raise SettingsError.
 
     `readers` left out (``...``) is one read, or none of a feature that is kept under a key.

@@ -6,7 +6,7 @@ import time
 
 from featcache.errors import CacheClosed, StaleRef
 from featcache.memory.slab import Mapping
-from featcache.memory.unreachable import Unmapped
+from featcache.memory.unreachable import UnreachableSlab
 from featcache.ref import FeatureRef
 from featcache.session.holds import Holds, PageWords
 
@@ -23,7 +23,7 @@ class Attachment(Holds):
 
     # --- waiting ----------------------------------------------------------------------------------
 
-    async def arrival(self, ref: FeatureRef) -> None:
+    async def wait_ready(self, ref: FeatureRef) -> None:
         """Wait on the host until the bytes of a held ref are there."""
         sleep_from_s = time.monotonic() + _TURNING_S
         while not self.is_there(ref):
@@ -32,8 +32,8 @@ class Attachment(Holds):
                 raise StaleRef(f"ref {ref.slot}:{ref.generation} was discarded before it came")
             await asyncio.sleep(0 if time.monotonic() < sleep_from_s else _LONGEST_WAIT_S)
 
-    def arrival_here(self, ref: FeatureRef, give_up_s: float) -> bool:
-        """As `arrival`, in a thread that may block; False if they were not there by `give_up_s`."""
+    def wait_ready_blocking(self, ref: FeatureRef, give_up_s: float) -> bool:
+        """As `wait_ready`, in a thread that may block; False if they were not there by `give_up_s`."""
         doze_from_s = time.monotonic() + _SPIN_S
         while not self.is_there(ref):
             self.check()
@@ -46,7 +46,7 @@ class Attachment(Holds):
                 time.sleep(_DOZE_S)
         return True
 
-    async def settle(self, timeout_s: float) -> bool:
+    async def drain(self, timeout_s: float) -> bool:
         """Wait on the host until `settled`, which the GPU brings about; return whether it did."""
         give_up_s = time.monotonic() + timeout_s
         while not self.settled:
@@ -55,17 +55,17 @@ class Attachment(Holds):
             await asyncio.sleep(_LONGEST_WAIT_S)
         return True
 
-    async def coverage(self, offset_bytes: int, nbytes: int) -> None:
+    async def wait_mapped(self, offset_bytes: int, nbytes: int) -> None:
         """Wait on the host until a part of the slab is mapped here."""
-        while not self.covers(offset_bytes, nbytes):
+        while not self.is_mapped(offset_bytes, nbytes):
             self.check()
             await asyncio.sleep(_LONGEST_WAIT_S)
 
     # --- another way, and the end -----------------------------------------------------------------
 
-    def detour(self, reason: str) -> Mapping:
+    def fall_back_to_host(self, reason: str) -> Mapping:
         """Go on without a mapping, by way of the host; return the one there was, to be closed."""
-        mapping, self.mapping = self.mapping, Unmapped(self.mapping.device, reason)
+        mapping, self.mapping = self.mapping, UnreachableSlab(self.mapping.device, reason)
         self._adopted = self._plain
         self._paid = self._released
         return mapping
@@ -80,9 +80,12 @@ class Attachment(Holds):
         )
         self._live = self._published = self._offset = self._nbytes = self._held
         self._paid = self._released
-        self._underway.clear()
+        self._in_flight.clear()
         words = max(self._slots, len(self._plain.granted))
         nowhere = memoryview(bytearray(8 * words)).cast("Q")
         self._plain = self._adopted = PageWords(nowhere, nowhere, nowhere)
-        mapping, self.mapping = self.mapping, Unmapped(self.mapping.device, "this process forked")
+        mapping, self.mapping = (
+            self.mapping,
+            UnreachableSlab(self.mapping.device, "this process forked"),
+        )
         mapping.forget()

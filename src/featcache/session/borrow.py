@@ -8,13 +8,13 @@ import torch
 
 from featcache.errors import SettingsError, StaleRef
 from featcache.memory.pack import Feature, unpack
-from featcache.memory.views import empty_out
+from featcache.memory.views import invalidate
 from featcache.ref import FeatureRef
-from featcache.session.copier import Held
-from featcache.session.lease import GrantedRead
+from featcache.session.copier import Readable
+from featcache.session.lease import KeyLease
 from featcache.session.reader import Reader
 
-Find = Callable[[], Awaitable[GrantedRead]]
+Find = Callable[[], Awaitable[KeyLease]]
 
 
 class Borrow:
@@ -37,7 +37,7 @@ class Borrow:
         else:
             self._find = what
         self.timeout_s = timeout_s
-        self._attachment: Held | None = None
+        self._attachment: Readable | None = None
         self._tensors: list[torch.Tensor] = []
         self._copied = False
 
@@ -51,7 +51,9 @@ class Borrow:
         """The ref that is borrowed; None of a key's, before it is found."""
         return self._ref
 
-    def _enter(self, ref: FeatureRef, attachment: Held, copied: Feature | None = None) -> Feature:
+    def _enter(
+        self, ref: FeatureRef, attachment: Readable, copied: Feature | None = None
+    ) -> Feature:
         self._copied = copied is not None
         if copied is None:
             try:
@@ -84,7 +86,7 @@ class Borrow:
         if attachment is None or self._ref is None:
             return
         for tensor in self._tensors:
-            empty_out(tensor)
+            invalidate(tensor)
         self._tensors = []
         order = None if self._copied else attachment.mapping.order()
         attachment.end(self._ref, pays=True, order=order)

@@ -7,13 +7,13 @@ from featcache.memory.pack import Feature, same_layout, unpack
 from featcache.memory.slab import Order
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
-from featcache.session.lease import GrantedRead
+from featcache.session.lease import KeyLease
 from featcache.session.offload import Offload
 
 Device = torch.device | None
 Targets = list[torch.Tensor] | None
 """What is copied into; None where it is yet to be made."""
-Held = Attachment | GrantedRead
+Readable = Attachment | KeyLease
 """What the bytes are read by, and told when a use of them ends."""
 
 
@@ -34,7 +34,7 @@ def targets_of(ref: FeatureRef, device: Device, out: Feature | None) -> tuple[Ta
 
 
 def copy(
-    attachment: Held,
+    attachment: Readable,
     ref: FeatureRef,
     device: Device,
     targets: Targets,
@@ -50,7 +50,7 @@ def copy(
     return unpack(specs, targets)
 
 
-def _fill(attachment: Held, ref: FeatureRef, targets: list[torch.Tensor], order: Order) -> None:
+def _fill(attachment: Readable, ref: FeatureRef, targets: list[torch.Tensor], order: Order) -> None:
     read, offset_bytes = attachment.mapping.read, ref.offset_bytes
     for spec, target in zip(ref.specs, targets, strict=True):
         read(offset_bytes, spec, target, order)
@@ -65,7 +65,7 @@ class Copier:
 
     async def copy(
         self,
-        attachment: Held,
+        attachment: Readable,
         ref: FeatureRef,
         device: Device,
         targets: Targets,
@@ -77,7 +77,7 @@ class Copier:
         copied, order, handed_over = False, None, False
         try:
             order = mapping.order(device)
-            if mapping.held_bytes(ref.nbytes, device) <= self._inline_bytes:
+            if mapping.blocking_read_bytes(ref.nbytes, device) <= self._inline_bytes:
                 feature = copy(attachment, ref, device, targets, order)
             else:
                 into = targets or [mapping.empty(spec, device) for spec in ref.specs]

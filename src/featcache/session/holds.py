@@ -82,7 +82,7 @@ class Holds:
         self._plain = PageWords.plain(page)
         self._adopted = adopted
         self._paid = adopted.released
-        self._underway: dict[tuple[int, int], int] = {}
+        self._in_flight: dict[tuple[int, int], int] = {}
         """Words that a stream was to write: their values, by which they are and their index."""
         self._slots = words.slots
         self._ring = ring
@@ -138,7 +138,7 @@ class Holds:
 
     def is_there(self, ref: FeatureRef) -> bool:
         """Whether the bytes of a held or granted ref are complete, and mapped as the owner has them."""
-        return self._published[ref.slot] == ref.generation and self.covers(
+        return self._published[ref.slot] == ref.generation and self.is_mapped(
             ref.offset_bytes, ref.nbytes
         )
 
@@ -261,7 +261,7 @@ class Holds:
 
     # --- what is said, and to whom ----------------------------------------------------------------
 
-    def covers(self, offset_bytes: int, nbytes: int) -> bool:
+    def is_mapped(self, offset_bytes: int, nbytes: int) -> bool:
         """Whether a part of the slab is mapped here as the owner has it now."""
         return offset_bytes + nbytes <= self.covered_bytes and (
             self.layout is None or self.header[_LAYOUT] == self.layout
@@ -269,9 +269,9 @@ class Holds:
 
     def _signal(self, which: int, index: int, value: int, order: Order) -> None:
         if self.mapping.deferred and order is not None:
-            self._underway[which, index] = value
+            self._in_flight[which, index] = value
         else:
-            self._underway.pop((which, index), None)  # the CPU writes it now
+            self._in_flight.pop((which, index), None)  # the CPU writes it now
         self.mapping.signal(self._adopted[which], index, value, order)
 
     @property
@@ -281,7 +281,7 @@ class Holds:
             return True
         plain = self._plain
         if any(
-            plain[which][index] != value for (which, index), value in list(self._underway.items())
+            plain[which][index] != value for (which, index), value in list(self._in_flight.items())
         ):
             return False
         held = np.frombuffer(self._held, dtype=np.uint64)

@@ -7,7 +7,7 @@ from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
 
 
-class Making:
+class MakeClaim:
     """The right, and the duty, to make what a key stands for; `end` gives it back, and must be called."""
 
     __slots__ = ("end",)
@@ -16,7 +16,7 @@ class Making:
         self.end = end
 
 
-class GrantedRead:
+class KeyLease:
     """One grant of one session. The last use that ends pays it, whether or not it read anything.
 
     The owner keeps the bytes until then, so no word is written first and none is looked at but
@@ -43,13 +43,13 @@ class GrantedRead:
         """Whether the bytes are complete and mapped here."""
         return self.attachment.is_there(self.ref)
 
-    async def arrival(self) -> None:
+    async def wait_ready(self) -> None:
         """Wait on the host until they are."""
-        await self.attachment.arrival(self.ref)
+        await self.attachment.wait_ready(self.ref)
 
-    def arrival_here(self, give_up_s: float) -> bool:
-        """As `arrival`, in a thread that may block; False if they were not there by `give_up_s`."""
-        return self.attachment.arrival_here(self.ref, give_up_s)
+    def wait_ready_blocking(self, give_up_s: float) -> bool:
+        """As `wait_ready`, in a thread that may block; False if they were not there by `give_up_s`."""
+        return self.attachment.wait_ready_blocking(self.ref, give_up_s)
 
     def use(self) -> None:
         """Begin another use; it is made with one."""

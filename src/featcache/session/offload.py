@@ -61,7 +61,7 @@ class Offload:
         self._spawned.add(future)
         future.add_done_callback(self._spawned.discard)
 
-    async def settle(self) -> None:
+    async def drain(self) -> None:
         """Return when everything that was spawned is done."""
         spawned = [asyncio.wrap_future(future) for future in list(self._spawned)]
         await asyncio.gather(*spawned, return_exceptions=True)

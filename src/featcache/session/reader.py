@@ -11,8 +11,8 @@ from featcache.errors import GetTimeout, UnknownPool
 from featcache.memory.pack import DTYPES, Feature, unpack
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
-from featcache.session.copier import Copier, Device, Held, copy, targets_of
-from featcache.session.lease import GrantedRead
+from featcache.session.copier import Copier, Device, Readable, copy, targets_of
+from featcache.session.lease import KeyLease
 from featcache.session.offload import Offload
 
 BYTES_LATE = "what is kept under the key was found, but its bytes did not come in time"
@@ -58,7 +58,7 @@ class Reader:
         attachment = self.pools.peek(ref) or self._attached(ref)
         mapping = attachment.mapping
         targets, device = (None, device) if out is None else targets_of(ref, device, out)
-        if not mapping.reaches(device):
+        if not mapping.can_copy_to(device):
             raise GetTimeout("the bytes must come another way: await get instead")
         ready = attachment.begin(ref)
         pays, order = False, None
@@ -83,7 +83,7 @@ class Reader:
         """Copy; what would hold up the loop is copied in a thread. If cancelled, the read is still owed."""
         targets, device = (None, device) if out is None else targets_of(ref, device, out)
         attachment = self.pools.peek(ref)
-        reached = attachment is not None and attachment.mapping.reaches(device)
+        reached = attachment is not None and attachment.mapping.can_copy_to(device)
         if attachment is None or not reached or not attachment.begin(ref):
             begun, since_s = attachment if reached else None, time.monotonic()
             attachment, reached = await self._await_begin(begun, ref, device, timeout_s)
@@ -96,7 +96,7 @@ class Reader:
         return feature if out is None else out
 
     async def get_granted(
-        self, read: GrantedRead, device: Device, out: Feature | None, timeout_s: float | None
+        self, read: KeyLease, device: Device, out: Feature | None, timeout_s: float | None
     ) -> Feature:
         """Copy what was granted, and pay it, whatever comes of this."""
         try:
@@ -111,17 +111,17 @@ class Reader:
         self.gets += 1
         return feature if out is None else out
 
-    def get_granted_here(
-        self, read: GrantedRead, device: Device, out: Feature | None
+    def get_leased_blocking(
+        self, read: KeyLease, device: Device, out: Feature | None
     ) -> Feature | None:
         """As `get_granted`, in a thread that may block; None, with nothing done, if out of reach."""
         pays, order, ref, reached = False, None, read.ref, True
         try:
             targets, device = targets_of(ref, device, out)
-            reached = read.mapping.reaches(device)
+            reached = read.mapping.can_copy_to(device)
             if not reached:
                 return None
-            read.arrival_here(float("inf"))
+            read.wait_ready_blocking(float("inf"))
             order = read.mapping.order(device)
             feature = copy(read, ref, device, targets, order)
             pays = True
@@ -131,17 +131,15 @@ class Reader:
         self.gets += 1
         return feature if out is None else out
 
-    async def _await_granted(
-        self, read: GrantedRead, device: Device, timeout_s: float | None
-    ) -> bool:
+    async def _await_granted(self, read: KeyLease, device: Device, timeout_s: float | None) -> bool:
         """Wait for the bytes; return whether a device reaches them. If that fails the read ends."""
-        reached = read.mapping.reaches(device)
+        reached = read.mapping.can_copy_to(device)
         if reached and read.is_there():
             return True
         try:
             with anyio.fail_after(timeout_s):
                 reached = reached or await self.pools.reach(read.attachment, device)
-                await read.arrival()
+                await read.wait_ready()
         except BaseException as error:
             read.end(read.ref, pays=False)
             if isinstance(error, TimeoutError):
@@ -151,7 +149,7 @@ class Reader:
 
     async def _copy_relayed(
         self,
-        attachment: Held,
+        attachment: Readable,
         ref: FeatureRef,
         device: Device,
         out: Feature | None,
@@ -194,25 +192,25 @@ class Reader:
         """Wait until `get_nowait`, or a plain borrow, finds the bytes; False if it never does."""
         attachment, reached = await self._await_begin(None, ref, device, timeout_s)
         attachment.end(ref, pays=False)
-        return reached and (attachment.mapping.lends or not borrows)
+        return reached and (attachment.mapping.zero_copy or not borrows)
 
-    def prepare_here(
+    def prepare_blocking(
         self, ref: FeatureRef, device: Device, timeout_s: float | None, *, borrows: bool
     ) -> bool:
         """As `prepare`, in a thread that may block; False also for a pool that is not attached yet."""
         attachment = self.pools.peek(ref) if self.pools.has(ref) else None
-        if attachment is None or not attachment.mapping.reaches(device):
+        if attachment is None or not attachment.mapping.can_copy_to(device):
             return False
         give_up_s = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         attachment.begin(ref)
         try:
-            if not attachment.arrival_here(ref, give_up_s):
+            if not attachment.wait_ready_blocking(ref, give_up_s):
                 raise GetTimeout(
                     f"the bytes did not come within {timeout_s} s; the read is still owed"
                 )
         finally:
             attachment.end(ref, pays=False)
-        return attachment.mapping.lends or not borrows
+        return attachment.mapping.zero_copy or not borrows
 
     def empty(self, ref: FeatureRef, device: Device) -> Feature:
         """Return new tensors for a feature, where a get would put it."""
@@ -228,7 +226,7 @@ class Reader:
     def hold_nowait(self, ref: FeatureRef) -> Attachment:
         """Hold a ref whose bytes are there now, in a pool that is attached."""
         attachment = self.pools.peek(ref) or self._attached(ref)
-        if not attachment.mapping.lends:
+        if not attachment.mapping.zero_copy:
             raise GetTimeout("the bytes must come another way: use 'async with' instead")
         if not attachment.begin(ref):
             attachment.end(ref, pays=False)
@@ -243,26 +241,26 @@ class Reader:
         Where there is no way to the slab itself, a copy comes with it.
         """
         attachment = self.pools.peek(ref)
-        reached = attachment is not None and attachment.mapping.reaches(None)
+        reached = attachment is not None and attachment.mapping.can_copy_to(None)
         if attachment is None or not reached or not attachment.begin(ref):
             begun, since_s = attachment if reached else None, time.monotonic()
             attachment, reached = await self._await_begin(begun, ref, None, timeout_s)
             timeout_s = _left(timeout_s, since_s)
-        if reached and attachment.mapping.lends:
+        if reached and attachment.mapping.zero_copy:
             return attachment, None
         return attachment, await self._copied_in_time(attachment, ref, timeout_s, reached=reached)
 
     async def hold_granted(
-        self, read: GrantedRead, timeout_s: float | None
-    ) -> tuple[GrantedRead, Feature | None]:
+        self, read: KeyLease, timeout_s: float | None
+    ) -> tuple[KeyLease, Feature | None]:
         """As `hold`, of what was granted."""
         reached = await self._await_granted(read, None, timeout_s)
-        if reached and read.mapping.lends:
+        if reached and read.mapping.zero_copy:
             return read, None
         return read, await self._copied_in_time(read, read.ref, timeout_s, reached=reached)
 
     async def _copied_in_time(
-        self, held: Held, ref: FeatureRef, timeout_s: float | None, *, reached: bool
+        self, held: Readable, ref: FeatureRef, timeout_s: float | None, *, reached: bool
     ) -> Feature:
         try:
             with anyio.fail_after(timeout_s):
@@ -273,12 +271,12 @@ class Reader:
                 raise GetTimeout(_NO_COPY) from None
             raise
 
-    async def _copied(self, held: Held, ref: FeatureRef, *, reached: bool) -> Feature:
+    async def _copied(self, held: Readable, ref: FeatureRef, *, reached: bool) -> Feature:
         """Return a copy of a held ref's bytes, which stays held."""
         mapping = held.mapping
         if reached:
             # A use of its own, which ends with the copy and pays nothing.
-            if isinstance(held, GrantedRead):
+            if isinstance(held, KeyLease):
                 held.use()
             else:
                 held.begin(ref)
@@ -311,14 +309,14 @@ class Reader:
             with anyio.fail_after(timeout_s):
                 if holder is None:
                     attachment = await self.pools.open(ref)
-                    reached = attachment.mapping.reaches(device) or await self.pools.reach(
+                    reached = attachment.mapping.can_copy_to(device) or await self.pools.reach(
                         attachment, device
                     )
                     ready = attachment.begin(ref)
                     holder = attachment
                     if ready:
                         return holder, reached
-                await holder.arrival(ref)
+                await holder.wait_ready(ref)
                 return holder, reached
         except BaseException as error:
             if holder is not None:

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from featcache.memory.pack import Feature
-from featcache.session.lease import GrantedRead, Making
+from featcache.session.lease import KeyLease, MakeClaim
 
 Make = Callable[[], Feature | Awaitable[Feature]]
 
@@ -13,10 +13,10 @@ Make = Callable[[], Feature | Awaitable[Feature]]
 class Keys(Protocol):
     """The directory, as whoever holds it or is attached to it can use it."""
 
-    async def find(self, key: bytes, timeout_s: float | None) -> GrantedRead:
+    async def find(self, key: bytes, timeout_s: float | None) -> KeyLease:
         """Return a read of what is under a key; with a timeout, wait for it that long."""
 
-    async def find_or_claim(self, key: bytes, *, waits: bool) -> GrantedRead | Making:
+    async def find_or_claim(self, key: bytes, *, waits: bool) -> KeyLease | MakeClaim:
         """Return a read, once there is something, or the right to make it.
 
         Unless it `waits`, raise KeyNotFound while another makes it.
@@ -36,7 +36,7 @@ class Keys(Protocol):
 
 
 async def make_and_put(
-    making: Making, make: Make, put: Callable[[Feature], Awaitable[object]]
+    making: MakeClaim, make: Make, put: Callable[[Feature], Awaitable[object]]
 ) -> Feature:
     """Make what was claimed and put it; return it.
 

@@ -2,11 +2,24 @@
 
 import time
 
+import msgspec
+
 from featcache import events
-from featcache.ref import FeatureRef
+from featcache.core.put_queue import Request
+from featcache.memory.slab import Order, Parts
+from featcache.ref import FeatureRef, TensorSpec
 
 
-class Spills:
+class Staged(msgspec.Struct, frozen=True, gc=False):
+    """A put as it came in, with the caller's place in the order of its stream."""
+
+    request: Request
+    specs: tuple[TensorSpec, ...]
+    parts: Parts
+    order: Order
+
+
+class SpillCounter:
     """Those through one object, an owner's or a client's."""
 
     def __init__(self, interval_s: float) -> None:

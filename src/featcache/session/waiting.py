@@ -4,7 +4,7 @@ import contextlib
 import os
 
 
-class Bell:
+class Doorbell:
     """The owner's eventfd, as a reader rings it. Owns the descriptor."""
 
     def __init__(self, fd: int) -> None:

@@ -46,7 +46,7 @@ class Backing(Protocol):
     def end_bytes(self) -> int:
         """Bytes from the start that have memory behind them."""
 
-    def open_for(self, ordinal: int) -> int:
+    def enable_device(self, ordinal: int) -> int:
         """Let a device access it; return the address at which it does. May block."""
 
     def open_for_writing(self) -> int:
@@ -59,7 +59,7 @@ class Backing(Protocol):
         """Take it down, once no tensor is over it. No work on it may be under way. May block."""
 
 
-class _Lent:
+class _RefCounted:
     """Counts the storages that are out, and takes down what was closed when the last is gone."""
 
     def __init__(self, driver: Driver, ordinal: int, capacity_bytes: int) -> None:
@@ -127,7 +127,7 @@ class _Lent:
         raise NotImplementedError
 
 
-class SegmentBacking(_Lent):
+class SegmentBacking(_RefCounted):
     """A reserved range of addresses, the same for every device, filled from its start (VMM)."""
 
     def __init__(
@@ -137,11 +137,11 @@ class SegmentBacking(_Lent):
         self._write = write
         self._devices = [ordinal]
         self.segments: list[_Mapped] = []
-        self._loose: list[Any] = []
+        self._unreleased: list[Any] = []
         """Handles of memory that is not mapped any more, until the driver has let them go."""
         with driver.on(ordinal):
             self._address = driver.reserve(capacity_bytes)
-        self._twin = 0
+        self._write_alias = 0
         """Where the same memory is mapped once more, for writing, if it is."""
         self._untwinned: list[_Mapped] = []
         """Segments that are not mapped there any more, while the driver would not unmap them here."""
@@ -152,8 +152,8 @@ class SegmentBacking(_Lent):
             return 0
         return self.segments[-1].start_bytes + self.segments[-1].size_bytes
 
-    def open_for(self, ordinal: int) -> int:
-        """As `Backing.open_for`; raise Unreachable if the driver does not let it."""
+    def enable_device(self, ordinal: int) -> int:
+        """As `Backing.enable_device`; raise Unreachable if the driver does not let it."""
         with self._changing:
             self._check_open()
             if ordinal not in self._devices:
@@ -170,15 +170,15 @@ class SegmentBacking(_Lent):
             self._check_open()
             if self._write:
                 return self._address
-            if not self._twin:
+            if not self._write_alias:
                 twin = self._driver.reserve(self.capacity_bytes)
                 undo.callback(self._driver.unreserve, twin, self.capacity_bytes)
                 for segment in self.segments:
                     self._map_twin(twin, segment.start_bytes, segment.size_bytes, segment.handle)
                     undo.callback(self._unmap_twin, twin, segment)
-                self._twin = twin
+                self._write_alias = twin
                 undo.pop_all()
-            return self._twin
+            return self._write_alias
 
     def _map_twin(self, twin: int, start_bytes: int, size_bytes: int, handle: Any) -> None:
         driver, address = self._driver, twin + start_bytes
@@ -221,8 +221,8 @@ class SegmentBacking(_Lent):
         driver.map(address, size_bytes, handle)
         try:
             self._allow(start_bytes, size_bytes, self._devices)
-            if self._twin:
-                self._map_twin(self._twin, start_bytes, size_bytes, handle)
+            if self._write_alias:
+                self._map_twin(self._write_alias, start_bytes, size_bytes, handle)
         except BaseException:
             driver.unmap(address, size_bytes)
             raise
@@ -249,8 +249,8 @@ class SegmentBacking(_Lent):
                     each.callback(self._take_away, segment)
 
     def _take_away(self, segment: _Mapped) -> None:
-        if self._twin and segment not in self._untwinned:
-            self._unmap_twin(self._twin, segment)
+        if self._write_alias and segment not in self._untwinned:
+            self._unmap_twin(self._write_alias, segment)
             self._untwinned.append(segment)
         self._driver.unmap(self._address + segment.start_bytes, segment.size_bytes)
         self.segments.remove(segment)
@@ -261,10 +261,10 @@ class SegmentBacking(_Lent):
         self._let_go(segment.handle)
 
     def _let_go(self, *handles: Any) -> None:
-        self._loose.extend(handles)
-        while self._loose:
-            self._driver.release(self._loose[-1])
-            self._loose.pop()
+        self._unreleased.extend(handles)
+        while self._unreleased:
+            self._driver.release(self._unreleased[-1])
+            self._unreleased.pop()
 
     def _ordinals(self) -> list[int]:
         return self._devices
@@ -276,14 +276,14 @@ class SegmentBacking(_Lent):
             with ExitStack() as each:
                 each.callback(self._let_go)
                 each.callback(self._cut, 0)
-            if self._twin:
-                self._driver.unreserve(self._twin, self.capacity_bytes)
-                self._twin = 0
+            if self._write_alias:
+                self._driver.unreserve(self._write_alias, self.capacity_bytes)
+                self._write_alias = 0
             self._driver.unreserve(self._address, self.capacity_bytes)
             self._address = 0
 
     def drop_descriptors(self) -> None:
-        """As `_Lent.drop_descriptors`."""
+        """As `_RefCounted.drop_descriptors`."""
         segments = self.segments
         self.segments = [segment._replace(fd=-1) for segment in segments]
         for segment in segments:
@@ -291,7 +291,7 @@ class SegmentBacking(_Lent):
                 os.close(segment.fd)
 
 
-class IpcBacking(_Lent):
+class IpcBacking(_RefCounted):
     """One allocation of a fixed size, which readers open by a handle of 64 bytes (legacy IPC)."""
 
     def __init__(
@@ -304,7 +304,7 @@ class IpcBacking(_Lent):
         self._theirs = handle
         if handle is not None:
             self.handle = handle
-            self.open_for(ordinal)
+            self.enable_device(ordinal)
             return
         with driver.on(ordinal):
             address = driver.allocate(capacity_bytes)
@@ -321,8 +321,8 @@ class IpcBacking(_Lent):
     def end_bytes(self) -> int:
         return self.capacity_bytes
 
-    def open_for(self, ordinal: int) -> int:
-        """As `Backing.open_for`: each device opens the handle for itself."""
+    def enable_device(self, ordinal: int) -> int:
+        """As `Backing.enable_device`: each device opens the handle for itself."""
         with self._changing:
             self._check_open()
             address = self._open.get(ordinal)
@@ -330,7 +330,7 @@ class IpcBacking(_Lent):
 
     def open_for_writing(self) -> int:
         """As `Backing.open_for_writing`: what a legacy handle opens may be written."""
-        return self.open_for(self._ordinal)
+        return self.enable_device(self._ordinal)
 
     def _open_theirs(self, ordinal: int) -> int:
         if self._theirs is None:

@@ -17,7 +17,7 @@ from featcache.errors import AttachRefused, CacheClosed, SettingsError
 from featcache.memory import strided as copies
 from featcache.memory.cuda.backing import IPC, VMM, Backing, IpcBacking, SegmentBacking, Unreachable
 from featcache.memory.cuda.driver import Driver
-from featcache.memory.cuda.streams import Lane, Order
+from featcache.memory.cuda.streams import DeviceStreams, StreamOrder
 from featcache.memory.cuda.writing import SLOWER, CudaWriting
 from featcache.memory.pack import DTYPES, contiguous_strides
 from featcache.memory.words import Block, fence_stores
@@ -35,14 +35,14 @@ class CudaMapping(CudaWriting):
     """A slab on a GPU as one process maps it, for one device of its own or for several."""
 
     deferred = True
-    lends = True
+    zero_copy = True
 
     def __init__(self, driver: Driver, backing: Backing, ordinal: int) -> None:
         self._driver = driver
         self._backing: Backing = backing
         self._ordinal = ordinal
-        self._lanes: dict[int, Lane] = {}
-        self._lane_of: dict[torch.device, Lane] = {}
+        self._lanes: dict[int, DeviceStreams] = {}
+        self._lane_of: dict[torch.device, DeviceStreams] = {}
         """The same by torch's name with an index: asking a torch.device for its parts is slow."""
         self._adopted: dict[int, tuple[memoryview, int]] = {}
         self._home = self._open_lane(ordinal)
@@ -59,8 +59,8 @@ class CudaMapping(CudaWriting):
 
     # --- devices ----------------------------------------------------------------------------------
 
-    def reaches(self, device: torch.device | None) -> bool:
-        """Whether `read` can copy to this device now; `open_for` can make it so."""
+    def can_copy_to(self, device: torch.device | None) -> bool:
+        """Whether `read` can copy to this device now; `enable_device` can make it so."""
         return (
             device is None
             or device in self._lane_of
@@ -68,7 +68,7 @@ class CudaMapping(CudaWriting):
             or self._ordinal_at(device) in self._lanes
         )
 
-    def open_for(self, device: torch.device) -> None:
+    def enable_device(self, device: torch.device) -> None:
         """Let another device of this process read the slab. May block. Raise Unreachable if it can't."""
         ordinal = self._ordinal_at(device)
         if self._home.storage is None:
@@ -86,9 +86,9 @@ class CudaMapping(CudaWriting):
             address = self._backing.open_for_writing()
             self._target = (address, self._backing.storage(address, self._home.device))
 
-    def _open_lane(self, ordinal: int) -> Lane:
-        lane = Lane(self._driver, ordinal, self._driver.device(ordinal))
-        lane.address = self._backing.open_for(ordinal)
+    def _open_lane(self, ordinal: int) -> DeviceStreams:
+        lane = DeviceStreams(self._driver, ordinal, self._driver.device(ordinal))
+        lane.address = self._backing.enable_device(ordinal)
         lane.storage = self._backing.storage(lane.address, lane.device)
         self._lanes[ordinal] = lane
         if lane.device.type != "cpu":
@@ -98,7 +98,7 @@ class CudaMapping(CudaWriting):
     def _ordinal_at(self, device: torch.device) -> int:
         return device.index if device.index is not None else torch.cuda.current_device()
 
-    def _lane(self, ordinal: int) -> Lane:
+    def _lane(self, ordinal: int) -> DeviceStreams:
         lane = self._lanes.get(ordinal)
         if lane is None or lane.storage is None:
             if self._home.storage is None:
@@ -108,7 +108,7 @@ class CudaMapping(CudaWriting):
 
     # --- bytes ------------------------------------------------------------------------------------
 
-    def order(self, device: torch.device | None = None) -> Order | None:
+    def order(self, device: torch.device | None = None) -> StreamOrder | None:
         """Return the caller's place on a device's stream; None for the CPU, which is always in order."""
         if device is None:
             return self._home.order()
@@ -118,7 +118,7 @@ class CudaMapping(CudaWriting):
                 return lane.order()
         return None if device.type == "cpu" else self._lane(self._ordinal_at(device)).order()
 
-    def held_bytes(self, nbytes: int, device: torch.device | None) -> int:
+    def blocking_read_bytes(self, nbytes: int, device: torch.device | None) -> int:
         """Return how many bytes of host memory would hold up a thread as long as this copy does."""
         return nbytes * SLOWER if device is not None and device.type == "cpu" else 0
 
@@ -142,7 +142,7 @@ class CudaMapping(CudaWriting):
         offset_bytes: int,
         spec: TensorSpec,
         device: torch.device | None,
-        order: Order | None,
+        order: StreamOrder | None,
     ) -> torch.Tensor:
         """Return a new tensor with the slab's bytes, or with what will be them at `order`."""
         if order is None:
@@ -162,7 +162,7 @@ class CudaMapping(CudaWriting):
         return out
 
     def read(
-        self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor, order: Order | None
+        self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor, order: StreamOrder | None
     ) -> None:
         """Copy the slab's bytes into `out`: enqueued at `order`, or done if that is None."""
         if order is None:
@@ -210,7 +210,7 @@ class CudaMapping(CudaWriting):
             self._adopted[base] = (block.whole, devices_base)
         return Words(words, self._adopted[base][1] + _address_of(words) - base)
 
-    def signal(self, words: Words, index: int, value: int, order: Order | None) -> None:
+    def signal(self, words: Words, index: int, value: int, order: StreamOrder | None) -> None:
         """Store a word behind everything enqueued at `order`, or now if that is None."""
         if order is None:
             fence_stores()
@@ -218,7 +218,9 @@ class CudaMapping(CudaWriting):
             return
         order.lane.write_word(words.address + 8 * index, value, order.stream)
 
-    def follow(self, order: Order | None, others: Sequence[Order | None]) -> Order | None:
+    def follow(
+        self, order: StreamOrder | None, others: Sequence[StreamOrder | None]
+    ) -> StreamOrder | None:
         """Return an order behind them all: of one read that was used on several streams."""
         behind = [other for other in others if other is not None and other is not order]
         if not behind:

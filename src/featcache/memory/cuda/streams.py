@@ -1,6 +1,6 @@
 """A lane: one device of this process, and how copies and control words go through its streams.
 
-What a call does is enqueued on a stream and done later, in that stream's order. An `Order` is a place
+What a call does is enqueued on a stream and done later, in that stream's order. An `StreamOrder` is a place
 in such an order: the stream that was torch's current one when the user called, whichever thread does
 the work. None stands in its place where the CPU does the work itself, at once.
 """
@@ -18,22 +18,22 @@ from featcache.memory.pack import DTYPES, contiguous_strides
 from featcache.memory.views import view_over
 from featcache.ref import TensorSpec
 
-_MOST_VIEWS: Final = 4096
-_MOST_ORDERS: Final = 256  # torch has 32 streams to a device and priority; others come and go
+_MAX_VIEWS: Final = 4096
+_MAX_ORDERS: Final = 256  # torch has 32 streams to a device and priority; others come and go
 
 
-class Order:
+class StreamOrder:
     """A lane and one of its streams."""
 
     __slots__ = ("lane", "raw", "stream")
 
-    def __init__(self, lane: "Lane", raw: int) -> None:
+    def __init__(self, lane: "DeviceStreams", raw: int) -> None:
         self.lane = lane
         self.raw = raw
         self.stream = lane.driver.api.CUstream(raw)
 
 
-class Lane:
+class DeviceStreams:
     """One device: its context, its streams, and where the slab begins for it."""
 
     def __init__(self, driver: Driver, ordinal: int, device: torch.device) -> None:
@@ -43,7 +43,7 @@ class Lane:
         self.address = 0
         """Where the slab begins, once this device can access it."""
         self.storage: torch.UntypedStorage | None = None
-        self._orders: dict[int, Order] = {}
+        self._orders: dict[int, StreamOrder] = {}
         self._views: dict[tuple[int, TensorSpec], torch.Tensor] = {}
         self._stream_now = driver.current_stream
         self._context = int(driver.context(ordinal))
@@ -53,15 +53,15 @@ class Lane:
         self._own: Any = None  # a stream for copies to and from the host, made when first needed
         self._lock = threading.Lock()
 
-    def order(self) -> Order:
+    def order(self) -> StreamOrder:
         """Return the caller's place: torch's current stream of this device."""
         raw = self._stream_now(self.ordinal)
         try:
             return self._orders[raw]
         except KeyError:
-            if len(self._orders) >= _MOST_ORDERS:
+            if len(self._orders) >= _MAX_ORDERS:
                 self._orders.clear()
-            order = self._orders[raw] = Order(self, raw)
+            order = self._orders[raw] = StreamOrder(self, raw)
             return order
 
     def view(self, offset_bytes: int, spec: TensorSpec) -> torch.Tensor:
@@ -80,7 +80,7 @@ class Lane:
             dtype, shape = DTYPES[spec.dtype], spec.shape
             at = (offset_bytes + spec.offset_bytes) // dtype.itemsize
             kept = view_over(storage, at, dtype, shape, contiguous_strides(shape), self.device)
-            if len(self._views) >= _MOST_VIEWS:
+            if len(self._views) >= _MAX_VIEWS:
                 self._views.clear()
             self._views[key] = kept
             return kept.data
@@ -96,7 +96,7 @@ class Lane:
         if code != 0:
             self.driver.fail("cuMemcpyAsync", code)
 
-    def copy_and_tell(
+    def copy_and_signal(
         self, target: int, source: int, nbytes: int, word: tuple[Any, int, int], stream: Any
     ) -> None:
         """As `copy` and then `write_word`, of words at their `address`, at an index.
@@ -143,7 +143,7 @@ class Lane:
             self.driver.finish(self._own)
 
     @contextmanager
-    def at(self, order: Order) -> Iterator[None]:
+    def at(self, order: StreamOrder) -> Iterator[None]:
         """Have torch enqueue at this place what it is asked for in a block."""
         if self.device.type == "cpu" or self.driver.current_stream(self.ordinal) == order.raw:
             yield

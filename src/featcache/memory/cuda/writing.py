@@ -6,7 +6,7 @@ import torch
 
 from featcache.errors import BackendUnavailable, CacheClosed, SettingsError
 from featcache.memory import strided as copies
-from featcache.memory.cuda.streams import Lane, Order
+from featcache.memory.cuda.streams import DeviceStreams, StreamOrder
 from featcache.memory.pack import DTYPES, contiguous_strides
 from featcache.memory.slab import Parts, Word, Words
 from featcache.memory.views import view_over
@@ -19,7 +19,7 @@ SLOWER = 16
 class CudaWriting:
     """What a mapping that can be written does; `_home` is the lane that it writes through."""
 
-    _home: Lane
+    _home: DeviceStreams
     _ordinal: int
     _target: tuple[int, torch.UntypedStorage] | None = None
     """Where the slab begins in a range that may be written, and a storage over that."""
@@ -29,7 +29,7 @@ class CudaWriting:
         """Whether `write` can be called: in its owner always, elsewhere after `open_for_writing`."""
         return self._target is not None
 
-    def stage(self, parts: Parts) -> tuple[Parts, Order | None]:
+    def stage(self, parts: Parts) -> tuple[Parts, StreamOrder | None]:
         """Return the parts on this device or the host, and the caller's place in its stream's order.
 
         None is the order where no part is on a GPU: what is on the host is there already.
@@ -50,7 +50,7 @@ class CudaWriting:
                 break
         return parts, self._home.order() if on_device else None
 
-    def staged_bytes(self, parts: Parts) -> int:
+    def blocking_write_bytes(self, parts: Parts) -> int:
         """Return how many bytes of host memory would hold up a thread as long as `write` does."""
         total_bytes = 0
         for _, tensor in parts:
@@ -58,12 +58,12 @@ class CudaWriting:
                 total_bytes += tensor.nbytes
         return total_bytes * SLOWER
 
-    def signal(self, words: Words, index: int, value: int, order: Order | None) -> None:
+    def signal(self, words: Words, index: int, value: int, order: StreamOrder | None) -> None:
         """Store a word behind everything enqueued at `order`, or now if that is None (`CudaMapping`)."""
         raise NotImplementedError
 
     def write(
-        self, offset_bytes: int, parts: Parts, order: Order | None, word: Word | None = None
+        self, offset_bytes: int, parts: Parts, order: StreamOrder | None, word: Word | None = None
     ) -> None:
         """Copy staged tensors in: from the GPU enqueued at `order`, from the host done on return.
 
@@ -95,7 +95,7 @@ class CudaWriting:
             elif word is None or spec.name is not None:
                 lane.copy(at, tensor.data_ptr(), nbytes, order.stream)
             else:
-                lane.copy_and_tell(at, tensor.data_ptr(), nbytes, word, order.stream)
+                lane.copy_and_signal(at, tensor.data_ptr(), nbytes, word, order.stream)
                 return
         if word is not None:
             self.signal(*word, order)

@@ -123,15 +123,15 @@ class HostMapping:
         return CPU
 
     @property
-    def lends(self) -> bool:
+    def zero_copy(self) -> bool:
         """Whether a borrow is a view; where reads go to a GPU, it is a copy there."""
         return self.home is CPU
 
-    def reaches(self, device: torch.device | None) -> bool:
+    def can_copy_to(self, device: torch.device | None) -> bool:
         """Whether `read` can copy there: it always can."""
         return True
 
-    def open_for(self, device: torch.device) -> None:
+    def enable_device(self, device: torch.device) -> None:
         """Do nothing: every device is reached."""
 
     def order(self, device: torch.device | None = None) -> Streams:
@@ -139,7 +139,7 @@ class HostMapping:
         device = device or self.home
         return () if device is CPU or device.type == "cpu" else (torch.cuda.current_stream(device),)
 
-    def held_bytes(self, nbytes: int, device: torch.device | None) -> int:
+    def blocking_read_bytes(self, nbytes: int, device: torch.device | None) -> int:
         """Every copy holds up the thread that makes it; one to a GPU waits for its stream besides."""
         return nbytes if (device or self.home).type == "cpu" else _NEVER_HERE
 
@@ -203,7 +203,7 @@ class HostMapping:
         devices = {tensor.device for _, tensor in parts if not tensor.is_cpu}
         return parts, [torch.cuda.current_stream(device) for device in devices]
 
-    def staged_bytes(self, parts: Parts) -> int:
+    def blocking_write_bytes(self, parts: Parts) -> int:
         """Every copy holds up the thread that makes it; one from a GPU waits for its stream besides."""
         total_bytes = 0
         for _, tensor in parts:
