@@ -310,6 +310,12 @@ class Throttle:
         held_back, self._held_back = self._held_back, 0
         return held_back
 
+    def emit(self, now_s: float, make: Callable[[int], Event]) -> None:
+        """Emit the event that `make` returns, told how many were held back; or hold it back too."""
+        held_back = self.pass_(now_s)
+        if held_back is not None:
+            emit(make(held_back))
+
 
 Hook = Callable[[Event], object]
 

@@ -411,7 +411,9 @@ async def test_who_waits_gets_what_came_even_if_it_is_dropped_at_once() -> None:
         tasks = [asyncio.create_task(user.get("a", timeout=20)) for user in (owner, one, two)]
         await sought(owner, 3)
         owner.put_nowait(BASE, key="a")
-        assert owner._opened().main.lookups.evict(b"a")  # none of them has run since it came
+        assert owner._opened().main.lookups.command(
+            "evict", b"a", 0
+        )  # none of them has run since it came
         for task in tasks:
             assert same(await task, BASE)
         await nothing_lost(owner)

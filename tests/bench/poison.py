@@ -20,7 +20,7 @@ _cuda: Any = torch.cuda
 
 def pool_of(cache: featcache.FeatureCache) -> Any:
     """The pool inside an open cache; ProofError if it is not where it was."""
-    state: Any = cache._state
+    state: Any = cache._life.engine
     pool = getattr(getattr(state, "main", state), "pool", None)
     if pool is None:
         raise ProofError("the cache is not open, or keeps its pool elsewhere: mend poison.py")

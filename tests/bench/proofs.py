@@ -52,24 +52,24 @@ class Nvml:
     """Used memory of the GPUs that torch sees, in torch's order; none on a machine without any."""
 
     def __init__(self) -> None:
-        self._registry: list[Any] = []
+        self._handles: list[Any] = []
         if torch.cuda.is_available():
             self._nvml = importlib.import_module("pynvml")
             self._nvml.nvmlInit()
             by_uuid = self._nvml.nvmlDeviceGetHandleByUUID
-            self._registry = [by_uuid(gpu_uuid(n)) for n in range(torch.cuda.device_count())]
+            self._handles = [by_uuid(gpu_uuid(n)) for n in range(torch.cuda.device_count())]
 
     def __len__(self) -> int:
-        return len(self._registry)
+        return len(self._handles)
 
     def used_bytes(self) -> list[int]:
-        return [int(self._nvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in self._registry]
+        return [int(self._nvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in self._handles]
 
     async def settled(self, timeout_s: float = 10.0) -> list[int]:
         """Used bytes once they have not moved for half a second (or after `timeout_s`)."""
         give_up_s = time.monotonic() + timeout_s
         last, alike = self.used_bytes(), 0
-        while alike < 5 and self._registry and time.monotonic() < give_up_s:
+        while alike < 5 and self._handles and time.monotonic() < give_up_s:
             await asyncio.sleep(0.1)
             now = self.used_bytes()
             alike = alike + 1 if now == last else 0
@@ -77,7 +77,7 @@ class Nvml:
         return last
 
     def describe(self) -> dict[str, Any] | None:
-        if not self._registry:
+        if not self._handles:
             return None
         return {
             "gpus": [torch.cuda.get_device_name(n) for n in range(len(self))],

@@ -38,7 +38,7 @@ def reader(pipe: Connection) -> None:
     with blocking.connect() as client:
         while (data := pipe.recv_bytes()) != b"end":
             ref = featcache.FeatureRef.from_bytes(data)
-            if not client._inner.has_attached(ref):
+            if not client._portal.engine.reader.pools.has(ref):
                 client.get(ref)
                 pipe.send(0)
                 continue

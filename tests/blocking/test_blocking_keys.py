@@ -440,7 +440,7 @@ def test_the_timeout_is_of_the_bytes_too() -> None:
     """Found, but its bytes do not come: as it is without keys, and with a loop."""
     with blocking() as (owner, client), threads() as run:
         ref = owner.put(BASE, key="a")
-        pool = owner._inner._opened().pool
+        pool = owner._portal.inner._opened().pool
         pool.words.published[ref.slot] = 0
         for user in (owner, client):
             with pytest.raises(GetTimeout) as caught:
@@ -459,7 +459,7 @@ def test_the_timeout_is_of_the_bytes_too() -> None:
 def test_a_writer_that_is_lost_takes_its_key_along() -> None:
     """Its bytes never came: who waits for them looks for the key anew, or makes what it stands for."""
     with blocking() as (owner, client), threads() as run:
-        pool, portal = owner._inner._opened().pool, owner._portal
+        pool, portal = owner._portal.inner._opened().pool, owner._portal._portal
         assert portal is not None
         specs = client.put(filled(8), key="b").specs
 
@@ -503,10 +503,10 @@ def test_another_thread_closes_between_the_look_and_the_call(
         with monkeypatch.context() as closing:
 
             def stopped(*_: object) -> None:
-                closing.setattr(cache, "_portal", None)
+                closing.setattr(cache._portal, "_portal", None)
                 raise RuntimeError("This portal is not running")
 
-            closing.setattr(cache._portal, "start_task_soon", stopped)
+            closing.setattr(cache._portal._portal, "start_task_soon", stopped)
             with pytest.raises(CacheClosed):
                 call(cache)
         assert cache.statistics().slots_used == 0

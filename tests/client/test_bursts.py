@@ -251,8 +251,7 @@ async def test_who_does_not_want_to_wait_does_not_wait_for_ever(
     error: type[Exception],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in ("api.by_key", "client.keys", "client.writer"):
-        monkeypatch.setattr(f"featcache.{module}.NOWAIT_RPC_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("featcache.session.arguments.NOWAIT_RPC_TIMEOUT_S", 0.01)
     async with pair() as (owner, client):
         await client.put(filled(1), key="a")
         with monkeypatch.context() as busy:

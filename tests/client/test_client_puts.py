@@ -172,8 +172,7 @@ async def test_who_only_reads_never_maps_it_for_writing() -> None:
         await client.get(await owner.put(BASE))
         await owner.put(BASE, key="a")
         await client.get("a")
-        assert client._registry is not None
-        (handle,) = client._registry.connections
+        (handle,) = client._opened().registry.connections
         assert not handle.attachment.mapping.writable
         await nothing_lost(owner)
 

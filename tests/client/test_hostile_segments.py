@@ -231,7 +231,7 @@ async def test_more_changes_than_a_client_keeps_until_it_has_mapped(
     runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate()
-    monkeypatch.setattr("featcache.client.registry.map_slab", gate.wrap(map_slab))
+    monkeypatch.setattr("featcache.client.mapping.map_slab", gate.wrap(map_slab))
     many = b"".join(frame(encode(UnmapTail(n, 0))) for n in range(1, 1030))
     hung_up = asyncio.Event()
     act = welcomes(lambda peer: peer.send(many), when=gate.entered.is_set)
@@ -261,9 +261,8 @@ async def test_more_changes_than_a_client_keeps_until_it_has_carried_them_out(
         featcache.connect(endpoint, settings=small()) as client,
     ):
         attached.set()
-        assert client._registry is not None
-        (handle,) = client._registry.connections
-        await until(lambda: handle._left)
+        (handle,) = client._opened().registry.connections
+        await until(lambda: not handle._follows)
         assert len(handle._changes) <= 1024
         with pytest.raises(BackendUnavailable, match="faster than"):
             await client.get(a_ref(endpoint))

@@ -20,7 +20,7 @@ def full_of(value: int) -> torch.Tensor:
 
 
 def known(client: FeatureClient) -> dict[bytes, FeatureRef]:
-    directory = client._directory
+    directory = client._opened().keys
     assert directory is not None
     return directory._known
 

@@ -356,8 +356,7 @@ async def test_cancelled_while_a_thread_copies_from_the_host(
 
 
 def mapping_of(client: FeatureClient) -> object:
-    assert client._registry is not None
-    (handle,) = client._registry.connections
+    (handle,) = client._opened().registry.connections
     return handle.attachment.mapping
 
 
@@ -627,8 +626,7 @@ async def settles_after_both(gpu: FakeGpu) -> bool:
             run_client(gpu)
             await owner.release(ref)
             await spent(owner)
-        assert client._registry is not None
-        (handle,) = client._registry.connections
+        (handle,) = client._opened().registry.connections
         settled = handle.attachment.settled
         handle.attachment._in_flight.clear()
     return settled

@@ -25,8 +25,7 @@ def gpu(no_leaks: None) -> Iterator[FakeGpu]:
 
 
 def handle_of(client: FeatureClient) -> PoolConnection:
-    assert client._registry is not None
-    (handle,) = client._registry.connections
+    (handle,) = client._opened().registry.connections
     return handle
 
 

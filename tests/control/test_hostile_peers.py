@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 def at_the_door(owner: FeatureCache) -> int:
-    state = owner._state
+    state = owner._life.engine
     assert state is not None
     return len(state.main.server._greeting)
 
@@ -330,7 +330,7 @@ async def test_the_silent_at_the_door_have_a_bound() -> None:
 async def test_out_of_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accept fails; the owner says so, and goes on when there are some again."""
     async with featcache.create(settings=small()) as owner:
-        state = owner._state
+        state = owner._life.engine
         assert state is not None
         with capture_logs() as logs, monkeypatch.context() as patch:
 

@@ -673,8 +673,9 @@ async def test_a_lookup_that_is_answered_with(answer: str, runtime_dir: Path) ->
         async with client_of(runtime_dir, answering) as (client, _):
             with pytest.raises(error):
                 await use(client)
-            assert client._registry is not None
-            assert [handle.attachment.holds for handle in client._registry.connections] == [0]
+            assert [
+                handle.attachment.holds for handle in client._opened().registry.connections
+            ] == [0]
 
 
 @pytest.mark.parametrize("use", ["get", "waiting get", "borrow"])

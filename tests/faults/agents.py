@@ -32,7 +32,7 @@ from featcache.memory.host.slab import HostMapping, HostSlab
 from featcache.memory.words import OwnerWords
 from featcache.owner.requests import RequestHandlers
 from featcache.pool.pool import Pool
-from featcache.session import holds as holds_module
+from featcache.session import attachment as attachment_module
 from featcache.session.attachment import Attachment
 from featcache.settings import Settings
 from support.processes import Pipe
@@ -45,13 +45,13 @@ READER_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
     "hello": (Channel, "send", AFTER),  # hello is said, no answer was read
     "welcomed": (HostMapping, "attach", BEFORE),  # admitted, nothing mapped (runs in a thread)
     "holding": (
-        holds_module,
+        attachment_module,
         "fence_after_lock",
         BEFORE,
     ),  # `held` is written, `live` not looked at
     "held": (HostMapping, "read", BEFORE),  # before it touches a byte
     "copied": (HostMapping, "read", AFTER),  # has the bytes
-    "ending": (Attachment, "end", BEFORE),  # before the release
+    "ending": (Attachment, "unpin", BEFORE),  # before the release
     "paying": (HostMapping, "signal", BEFORE),  # in the release, before its word
     "paid": (HostMapping, "signal", AFTER),  # the word is written, nobody was told
 }
@@ -76,10 +76,10 @@ OWNER_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
 # Those at which a client stops once it was told to `arm` them; besides them "sent …", of a message.
 KEY_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
     "answered": (Link, "_answer", BEFORE),  # what it asked for was given, and lies in its socket
-    "taken": (Attachment, "take_grant", AFTER),  # it counts the grant as its own
+    "taken": (Attachment, "take_lease", AFTER),  # it counts the grant as its own
     "copying": (HostMapping, "fetch", BEFORE),  # before it touches a byte
     "copied": (HostMapping, "fetch", AFTER),  # has the bytes
-    "ending": (Attachment, "pay_grant", BEFORE),  # before it pays
+    "ending": (Attachment, "pay_lease", BEFORE),  # before it pays
     "paying": (HostMapping, "signal", BEFORE),  # in it, before its word
     "paid": (HostMapping, "signal", AFTER),  # the word is written, nobody was told
     "reserved": (HostMapping, "write", BEFORE),  # a slot is its own, no bytes are there
@@ -327,7 +327,7 @@ class ReaderAgent(Agent):
     """A reader."""
 
     def _link(self) -> Link:
-        return next(iter(self.cache._registry.connections)).link  # type: ignore[no-any-return]
+        return next(iter(self.cache._opened().registry.connections)).link  # type: ignore[no-any-return]
 
     async def hang_up(self) -> tuple[Any, ...]:
         """Lose the socket, live on."""

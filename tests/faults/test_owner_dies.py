@@ -74,8 +74,7 @@ def descriptors() -> Counter[str]:
 
 def holds(client: FeatureClient) -> int:
     """How many refs a client holds."""
-    assert client._registry is not None, "open"
-    return sum(handle.attachment.holds for handle in client._registry.connections)
+    return sum(handle.attachment.holds for handle in client._opened().registry.connections)
 
 
 async def lost_at_once(waiting: Awaitable[object]) -> str:

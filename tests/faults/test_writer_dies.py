@@ -472,8 +472,7 @@ async def test_a_client_closed_before_its_first_put_has_room(
         connection = await featcache.connect(cache.endpoint, settings=slab.settings()).open()
         task = asyncio.create_task(put(connection, slab, 1))
         await until(mapping.is_set)
-        assert connection._registry is not None
-        link = connection._registry.connections[0].link
+        link = connection._opened().registry.connections[0].link
         closing = asyncio.create_task(connection.aclose())
         await until(lambda: link._channel.closed)
         go_on.set()

@@ -37,8 +37,7 @@ FEATURES: dict[str, torch.Tensor] = {
 
 def unmapped(client: FeatureClient) -> int:
     """How many pools a client reads through the host."""
-    assert client._registry is not None
-    handles = client._registry.connections
+    handles = client._opened().registry.connections
     return sum(isinstance(handle.attachment.mapping, UnreachableSlab) for handle in handles)
 
 
@@ -275,8 +274,7 @@ async def test_a_client_with_one_attachment_has_room_for_the_pool_beside_it() ->
 async def test_the_whole_of_a_relayed_read_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     async with relayed() as (owner, client):
         ref = await owner.put(filled(KIB, 2))
-        assert client._registry is not None
-        begun = client._reads()._await_begin
+        begun = client._opened().reader._await_ready
 
         async def late(*arguments: Any) -> Any:
             await asyncio.sleep(0.3)
@@ -286,8 +284,8 @@ async def test_the_whole_of_a_relayed_read_ends_in_time(monkeypatch: pytest.Monk
             await asyncio.sleep(60)
             raise AssertionError
 
-        monkeypatch.setattr(client._reads(), "_await_begin", late)
-        monkeypatch.setattr(client._registry, "relay", never)
+        monkeypatch.setattr(client._opened().reader, "_await_ready", late)
+        monkeypatch.setattr(client._opened().registry, "relay", never)
         for use in (client.get(ref, timeout=0.4), client.borrow(ref, timeout=0.4).__aenter__()):
             began_s = time.monotonic()
             with pytest.raises(GetTimeout, match="still owed"):

@@ -117,7 +117,7 @@ async def test_the_owners_name_is_taken_too() -> None:
     [0, -1, 1025, True, 2.0, None, "tp0", b"tp0", [], [""], ["n" * 257], ["a", "b", "a"], [1]],
     ids=repr,
 )
-async def test_readers_that_make_no_sense(readers: object) -> None:
+async def test_readers_that_are_invalid(readers: Any) -> None:
     async with pair() as (owner, _):
         with pytest.raises(SettingsError, match="readers"):
             await owner.put(filled(1), readers=readers)
@@ -375,7 +375,7 @@ async def test_bytes_that_are_still_on_their_way() -> None:
     """On a GPU the word comes late; here it is held back."""
     async with pair() as (owner, client):
         ref = await owner.put(filled(KIB, 4))
-        state = owner._state
+        state = owner._life.engine
         assert state is not None
         published = state.pool.words.published
         published[ref.slot] = 0
@@ -402,7 +402,7 @@ async def test_bytes_that_are_still_on_their_way() -> None:
 async def test_bytes_that_never_come(end: str) -> None:
     async with pair() as (owner, client):
         ref = await owner.put(filled(KIB, 4))
-        state = owner._state
+        state = owner._life.engine
         assert state is not None
         state.pool.words.published[ref.slot] = 0
         task = asyncio.create_task(client.get(ref))

@@ -13,7 +13,7 @@ from support.caches import KIB, MIB, filled, small, until
 
 def serving(owner: FeatureCache) -> ServedPool:
     """The pool on the host of an open owner."""
-    state = owner._state
+    state = owner._life.engine
     assert state is not None, "open"
     assert state.spill is not None, "nothing was spilled or relayed yet"
     return state.spill
@@ -25,7 +25,7 @@ def store(owner: FeatureCache) -> Store:
 
 
 def has_host_pool(owner: FeatureCache) -> bool:
-    return owner._state is not None and owner._state.spill is not None
+    return owner._life.engine is not None and owner._life.engine.spill is not None
 
 
 async def all_spent(owner: FeatureCache) -> None:
@@ -75,8 +75,7 @@ async def relayed(
 
 
 def holds(client: FeatureClient) -> int:
-    assert client._registry is not None
-    return sum(handle.attachment.holds for handle in client._registry.connections)
+    return sum(handle.attachment.holds for handle in client._opened().registry.connections)
 
 
 async def stuffed(owner: FeatureCache, client: FeatureClient) -> FeatureRef:

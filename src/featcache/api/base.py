@@ -1,43 +1,77 @@
-"""What owners and clients have in common: arguments made sense of, and the calls that read."""
+"""The calls that owners and clients have in common: reading, and the directory."""
 
+import time
+from collections.abc import Awaitable
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
 import torch
 
 from featcache.api.arguments import check_ref, no_pickle, parse_device
-from featcache.api.by_key import ByKey
-from featcache.errors import CacheClosed, SettingsError
-from featcache.memory.pack import Feature, same_layout
+from featcache.api.lifecycle import Engine, Lifecycle, LifeState
+from featcache.errors import SettingsError, StaleRef
+from featcache.memory.pack import Feature
 from featcache.ref import FeatureRef
+from featcache.session.arguments import check_make, key_bytes
 from featcache.session.borrow import Borrow
-from featcache.session.reader import Reader
-from featcache.settings import parse_timeout
+from featcache.session.lease import KeyLease, MakeClaim
+from featcache.session.single_flight import Make, find_or_claim, make_and_put, moved
+from featcache.settings import Settings, parse_timeout
+from featcache.statistics import Statistics
 
 
-class CacheBase(ByKey):
-    """Reading, the same for owners and clients."""
+class CacheBase:
+    """The API that `FeatureCache` and `FeatureClient` share, over the engine of whichever it is."""
 
-    not_opened = "not opened yet: use 'async with', or await open()"
-    """What is said of it before it is opened."""
-    _why_closed: str | None = None
-    _reader: Reader | None = None
-    """What `_reads` returns, where it is kept at hand."""
+    _life: Lifecycle[Any]
+    _settings: Settings
     _place: torch.device | None = None
-    """What `_default_device` returns."""
+    """Where a get puts its copy if the caller names no device; None is the pool's own device."""
+
+    # --- life -----------------------------------------------------------------------------------
 
     @property
     def is_open(self) -> bool:
-        """Whether it can be used, in this process, now."""
+        """Whether it was opened, and not closed, in this process."""
+        return self._life.state is LifeState.OPEN
+
+    def _opened(self) -> Engine:
+        engine: Engine | None = self._life.engine
+        if engine is None:
+            raise self._life.closed()
+        return engine
+
+    def _forget(self) -> None:
+        self._life.forget()
+
+    async def open(self) -> Self:
+        """Open it; ``async with`` does."""
         raise NotImplementedError
 
-    def check_open(self) -> None:
-        """Raise CacheClosed, saying why, if it can't be used."""
-        self._reads()
+    async def aclose(self) -> None:
+        """Close it; ``async with`` does. Idempotent; an `open` in progress is cancelled."""
+        await self._life.aclose()
 
-    def has_attached(self, ref: FeatureRef) -> bool:
-        """Whether the ref's pool is attached, so that `get_nowait` can read it. Safe in any thread."""
-        return self._reads().pools.has(ref)
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled, and say what is to be done."""
+        no_pickle(self)
+
+    def statistics(self) -> Statistics:
+        """Return counters and gauges, of now; `Statistics` says of what."""
+        return self._opened().statistics()
+
+    # --- reading --------------------------------------------------------------------------------
 
     async def get(
         self,
@@ -50,13 +84,13 @@ class CacheBase(ByKey):
         """Return a copy of the feature that the caller owns, and pay this session's read.
 
         Args:
-            ref: a ref from `put`, in this process or another; or a key, for what is kept under it.
+            ref: a ref from `put`, in this process or another; or a key, for the feature under it.
             device: where the copy is to be; None is the device this object was made with, else the
                 pool's own.
             out: a tensor (or dict of them) of the feature's shapes and dtypes to copy into; it is
                 also what is returned. Not with `device`.
-            timeout: seconds to wait for the pool to be attached and the bytes to come; None is for
-                ever. Of a key, seconds to wait for something to be put under it too; None is not at
+            timeout: seconds to wait for the pool to be attached and the bytes to come; None waits
+                without limit. Of a key, seconds to wait for a feature to be put under it too; None is not at
                 all.
 
         Returns:
@@ -68,19 +102,36 @@ class CacheBase(ByKey):
             UnknownPool: the ref is of a pool that this object can't reach.
             OwnerLost: the owner died or closed the pool.
             GetTimeout: not in time; the read is still owed.
-            KeyNotFound: nothing is kept under the key; KeyTimeout: nor came in time.
-            PoolFull: as many reads by key are out in this session as may be (`Settings.grants`).
+            KeyNotFound: there is no feature under the key; KeyTimeout: nor came one in time.
+            PoolFull: this session has `Settings.grants` reads by key out.
             CacheClosed: this object is not open.
             SettingsError: `out` or `device` does not fit.
 
         If the call is cancelled the read is still owed: get it again, or release it.
 
         """
+        place = self._place if device is None and out is None else self._target(device, out)
+        timeout_s = None if timeout is None else parse_timeout(timeout)
         if type(ref) is not FeatureRef:
             if isinstance(ref, str | bytes):
-                return await self._get_key(ref, self._target(device, out), out, timeout)
+                return await self._get_key(key_bytes(ref), place, out, timeout_s)
             check_ref(ref)
-        return await self._reads().get(ref, self._target(device, out), out, parse_timeout(timeout))
+        return await self._opened().reader.get(ref, place, out, timeout_s)
+
+    async def _get_key(
+        self, key: bytes, place: torch.device | None, out: Feature | None, timeout_s: float | None
+    ) -> Feature:
+        engine = self._opened()
+        keys, reader = engine.keys, engine.reader
+        since_s, left_s = 0.0 if timeout_s is None else time.monotonic(), timeout_s
+        while True:
+            lease = await keys.find(key, left_s)
+            if timeout_s is not None:
+                left_s = max(0.0, since_s + timeout_s - time.monotonic())
+            try:
+                return await reader.get_leased(lease, place, out, left_s)
+            except StaleRef:
+                pass  # its writer died before its bytes came, and the key went with it: look again
 
     def get_nowait(
         self, ref: FeatureRef, *, device: Any = None, out: Feature | None = None
@@ -94,44 +145,15 @@ class CacheBase(ByKey):
             GetTimeout: the bytes are still on their way (on a GPU's stream).
 
         """
-        if device is not None:
-            device = self._target(device, out)
-        elif out is None:
-            device = self._place
+        place = self._place if device is None and out is None else self._target(device, out)
         if type(ref) is not FeatureRef:
             check_ref(ref)
-        reader = self._reader
-        return (self._reads() if reader is None else reader).get_nowait(ref, device, out)
-
-    async def prepare(
-        self, ref: FeatureRef, place: torch.device | None, timeout: float | None, *, borrows: bool
-    ) -> bool:
-        """Wait until `get_nowait`, or a plain ``with borrow``, finds the bytes there.
-
-        Returns False where it never will, because they come by way of host memory. For a caller
-        whose own thread is to read, in the order of its own stream. Raises as `get` does.
-        """
-        return await self._reads().prepare(ref, place, parse_timeout(timeout), borrows=borrows)
-
-    def prepare_blocking(
-        self, ref: FeatureRef, place: torch.device | None, timeout: float | None, *, borrows: bool
-    ) -> bool:
-        """`prepare` in a thread that may block; False also where the pool is not attached yet."""
-        return self._reads().prepare_blocking(ref, place, parse_timeout(timeout), borrows=borrows)
-
-    def place_of(self, ref: FeatureRef, device: Any, out: Feature | None) -> torch.device | None:
-        """Return the device that a get copies to, None for the pool's own."""
-        place = self._target(device, out)
-        return place if out is None else same_layout(check_ref(ref).specs, out)[0].device
-
-    def empty(self, ref: FeatureRef, *, device: Any = None) -> Feature:
-        """Return new tensors that a `get` of this ref can have as its `out`; its pool is attached."""
-        return self._reads().empty(check_ref(ref), self._target(device, None))
+        return self._opened().reader.get_nowait(ref, place, out)
 
     def borrow(self, ref: FeatureRef | str | bytes, *, timeout: float | None = None) -> Borrow:
         """Return a context manager whose value is a view in the slab: no copy, whatever the size.
 
-        ``async with`` waits for the bytes, plain ``with`` takes what is there now (as `get_nowait`).
+        ``async with`` waits for the bytes, plain ``with`` takes bytes that are there now (as `get_nowait`).
         Leaving the block pays the read and empties the view. The view is for reading: in another
         process than the owner's its memory is mapped read-only, and a write to it ends the process.
 
@@ -141,48 +163,127 @@ class CacheBase(ByKey):
             As `get` does.
 
         """
+        timeout_s = None if timeout is None else parse_timeout(timeout)
         if type(ref) is not FeatureRef:
             if isinstance(ref, str | bytes):
-                return self._borrow_key(ref, timeout)
+                return self._borrow_key(key_bytes(ref), timeout_s)
             check_ref(ref)
-        timeout_s = None if timeout is None else parse_timeout(timeout)
-        reader = self._reader
-        return Borrow(self._reads() if reader is None else reader, ref, timeout_s)
+        return Borrow(self._opened().reader, ref, timeout_s)
+
+    def _borrow_key(self, key: bytes, timeout_s: float | None) -> Borrow:
+        def find() -> Awaitable[KeyLease]:
+            return self._opened().keys.find(key, timeout_s)
+
+        return Borrow(self._opened().reader, None, timeout_s, find)
 
     async def release(self, ref: FeatureRef, *, timeout: float | None = None) -> None:
         """Pay this session's read without reading. Raises as `get` does."""
-        await self._reads().release(check_ref(ref), parse_timeout(timeout))
+        if type(ref) is not FeatureRef:
+            check_ref(ref)
+        timeout_s = None if timeout is None else parse_timeout(timeout)
+        await self._opened().reader.release(ref, timeout_s)
+
+    async def discard(self, ref: FeatureRef) -> None:
+        """Take back a ref that was never sent, or whose request was cancelled.
+
+        A reader of it may finish; its bytes are recycled after that. Every later read raises StaleRef,
+        and so does this call if there is nothing left to take back. A feature under a key stays there:
+        no read of it is owed any more.
+
+        Raises:
+            StaleRef: recycled, expired, or discarded before.
+            MalformedRef: the ref's extent is not its slot's.
+            UnknownPool: the ref is of a pool that this object can't reach.
+            OwnerLost: the owner died or closed the pool.
+
+        """
+        await self._opened().discard(check_ref(ref))
 
     def _target(self, device: Any, out: Feature | None) -> torch.device | None:
+        """Return where a get puts its copy, None for the pool's own device or that of `out`."""
         if device is None:
-            return None if out is not None else self._default_device()
+            return None if out is not None else self._place
         if out is not None:
             raise SettingsError("get takes a device or an out, not both")
         return parse_device(device)
 
-    def _closed(self) -> CacheClosed:
-        """Return the error of who uses it while it is not open."""
-        return CacheClosed(self._why_closed or self.not_opened)
+    # --- the directory --------------------------------------------------------------------------
 
-    def __reduce__(self) -> NoReturn:
-        """Refuse to be pickled, and say what is to be done."""
-        no_pickle(self)
-
-    async def open(self) -> Self:
-        """Open it; ``async with`` does."""
+    async def put(self, feature: Feature, *, key: str | bytes | None = None) -> FeatureRef:
+        """Copy a feature into the slab and return its ref."""
         raise NotImplementedError
 
-    async def aclose(self) -> None:
-        """Close it; ``async with`` does. Idempotent."""
-        raise NotImplementedError
-
-    async def __aenter__(self) -> Self:
-        return await self.open()
-
-    async def __aexit__(
+    async def get_or_put(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.aclose()
+        key: str | bytes,
+        make: Make,
+        *,
+        device: Any = None,
+        timeout: float | None = None,
+    ) -> Feature:
+        """Return the feature under a key; if there is none, make it and put it there.
+
+        Of all callers that want a key at once, in all processes, one runs its `make`. The others wait
+        for its feature. If it raises, is cancelled or its process dies, one of the waiters runs its
+        own `make` next; the error reaches only the caller whose `make` raised it. A `make` that gets
+        its own key waits for itself.
+
+        Args:
+            key: as in `put`.
+            make: called with no arguments, in the event loop; returns a feature, or an awaitable of
+                one. A long one is to be awaitable, or to run in a thread.
+            device: where the feature is to be; None is the device this object was made with, else
+                the pool's own for a feature that is read, and its present one for a feature that was made.
+            timeout: seconds to wait for another's `make`; None waits without limit. It does not bound this
+                caller's own `make`, nor the wait for room for its feature.
+
+        Raises:
+            KeyTimeout: nothing came in time.
+            FeatureTooLarge, PoolFull: the made feature can't be put.
+            OwnerLost, CacheClosed, SettingsError: as `get` and `put` do.
+
+        """
+        check_make(make)
+        wanted, timeout_s = key_bytes(key), parse_timeout(timeout)
+        place = self._target(device, None)
+        while True:
+            found = await find_or_claim(self._opened().keys, wanted, timeout_s)
+            if isinstance(found, MakeClaim):
+                made = await make_and_put(found, make, lambda made: self.put(made, key=wanted))
+                return moved(made, place)
+            try:
+                return await self._opened().reader.get_leased(found, place, None, None)
+            except StaleRef:
+                pass  # its maker died before its bytes came: one of the waiters makes it
+
+    async def contains(self, key: str | bytes) -> bool:
+        """Whether a feature is kept under a key now. It does not count as a use."""
+        return await self._opened().keys.command("contains", key_bytes(key))
+
+    async def evict(self, key: str | bytes) -> bool:
+        """Drop a key, pinned or not; return whether it was there.
+
+        Readers of its feature may finish, and reads that its ref owes stay owed; its bytes are
+        recycled after that.
+        """
+        return await self._opened().keys.command("evict", key_bytes(key))
+
+    async def pin(self, key: str | bytes) -> None:
+        """Keep a feature from being evicted to make room.
+
+        Pins are counted, and belong to the session that made them: they end with it.
+
+        Raises:
+            KeyNotFound: nothing is kept under the key.
+
+        """
+        await self._opened().keys.command("pin", key_bytes(key))
+
+    async def unpin(self, key: str | bytes) -> None:
+        """Take back a pin: one of this session's, else the oldest of another's, if there is one.
+
+        Raises:
+            KeyNotFound: nothing is kept under the key.
+
+        """
+        await self._opened().keys.command("unpin", key_bytes(key))

@@ -1,96 +1,71 @@
 """The same API for code that has no event loop: worker processes, scripts, notebooks.
 
-``featcache.blocking.create`` and ``connect`` take what `featcache.create` and `featcache.connect`
-take and are opened with plain ``with``. An event loop in a thread of their own keeps sessions and the
-recycler going; reads of a pool that is attached never enter it, they run in the caller's thread.
+``featcache.blocking.create`` and ``connect`` take the arguments of `featcache.create` and
+`featcache.connect` and are opened with plain ``with``. An event loop in a thread of its own keeps
+sessions and the recycler going; reads of a pool that is attached never enter it, they run in the
+caller's thread.
 """
 
-import contextlib
-import threading
-from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
-from contextlib import AbstractContextManager
+import functools
+from collections.abc import Callable, Iterable
 from types import EllipsisType, TracebackType
-from typing import Any, Generic, Literal, NoReturn, Self, TypeVar
+from typing import Any, Generic, Literal, NoReturn, ParamSpec, Self, TypeVar
 
 import torch
-from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from featcache.api import cache as _cache
-from featcache.api import client as _client
 from featcache.api.arguments import check_ref, no_pickle
 from featcache.api.cache import FeatureCache as AsyncCache
+from featcache.api.cache import create as _create
 from featcache.api.client import FeatureClient as AsyncClient
-from featcache.blocking.keys import BlockingByKey
+from featcache.api.client import connect as _connect
+from featcache.blocking.keys import get_by_key, get_or_put
+from featcache.blocking.portal import A, Portal
 from featcache.core.pressure import PressureLevel
-from featcache.errors import CacheClosed, GetTimeout
+from featcache.errors import GetTimeout
 from featcache.memory.pack import Feature
 from featcache.ref import FeatureRef
+from featcache.session.arguments import check_make, key_bytes
 from featcache.session.borrow import Borrow
-from featcache.settings import Settings, parse_timeout
+from featcache.session.copier import targets_of
+from featcache.session.reader import Reader
+from featcache.settings import parse_timeout
 from featcache.statistics import Statistics
 
 __all__ = ["FeatureCache", "FeatureClient", "Pressure", "connect", "create"]
 
-_NOT_OPENED = "not opened yet: use 'with', or open()"
-T = TypeVar("T")
-_inherited: list[AbstractContextManager[BlockingPortal]] = []
-A = TypeVar("A", AsyncCache, AsyncClient)
+P = ParamSpec("P")
+B = TypeVar("B")
+OnFull = Literal["wait", "raise", "spill"]
 
 
-class _Blocking(BlockingByKey, Generic[A]):
-    """An object of the async API and the thread in which its loop runs."""
+class _BlockingBase(Generic[A]):
+    """The API that owners and clients share, over an object of the async API and its portal."""
 
     def __init__(self, inner: A) -> None:
-        self._inner: A = inner
-        self._portal: BlockingPortal | None = None
-        self._portal_manager: AbstractContextManager[BlockingPortal] | None = None
-        self._why_closed: str | None = None
-        inner.not_opened = _NOT_OPENED
+        self._portal: Portal[A] = Portal(inner)
 
     # --- life -----------------------------------------------------------------------------------
 
     def open(self) -> Self:
         """Open it; ``with`` does. Raises as the async form."""
-        if self._why_closed is not None or self._portal is not None:
-            raise CacheClosed("it opens once: make another")
-        manager = start_blocking_portal("asyncio")
-        portal = manager.__enter__()
-        try:
-            portal.call(self._inner.open)
-        except BaseException:
-            manager.__exit__(None, None, None)
-            raise
-        self._portal, self._portal_manager = portal, manager
+        self._portal.open()
         return self
 
     def close(self) -> None:
-        """Close it; ``with`` does. Idempotent."""
-        portal, self._portal = self._portal, None
-        manager, self._portal_manager = self._portal_manager, None
-        if portal is None or manager is None:
-            return
-        self._why_closed = "it was closed"
-        if not self._inner.is_open:
-            # A forked child has no such thread; even dropping the manager would wait for it.
-            _inherited.append(manager)
-            return
-        try:
-            portal.call(self._inner.aclose)
-        finally:
-            manager.__exit__(None, None, None)
+        """Close it; ``with`` does. Idempotent; an `open` in another thread raises CacheClosed."""
+        self._portal.close()
 
     @property
     def is_open(self) -> bool:
         """Whether it was opened, and not closed, in this process."""
-        return self._portal is not None and self._inner.is_open
+        return self._portal.inner.is_open
 
     def __reduce__(self) -> NoReturn:
         """Refuse to be pickled, and say what is to be done."""
         no_pickle(self)
 
     def __repr__(self) -> str:
-        return f"<blocking.{repr(self._inner)[1:]}"
+        return f"<blocking.{repr(self._portal.inner)[1:]}"
 
     def __enter__(self) -> Self:
         return self.open()
@@ -103,63 +78,14 @@ class _Blocking(BlockingByKey, Generic[A]):
     ) -> None:
         self.close()
 
-    def _call(
-        self, work: Callable[[], Awaitable[T]], undo: Callable[[T], object] | None = None
-    ) -> T:
-        """Await something in the loop. An interrupt here cancels it there.
+    def statistics(self) -> Statistics:
+        """Return counters and gauges, taken in the loop."""
+        inner = self._portal.inner
 
-        What it returned by then, and nobody has, is `undo`'s to give back.
-        """
-        portal = self._portal
-        if portal is None:
-            raise CacheClosed(self._why_closed or _NOT_OPENED)
-        self._inner.check_open()  # before a thread that a fork has left behind is asked
-        if undo is None:
-            future = self._start(portal, work)
-            try:
-                return future.result()
-            except BaseException:
-                future.cancel()
-                raise
-        return self._call_or_undo(portal, work, undo)
+        async def look() -> Statistics:
+            return inner.statistics()
 
-    def _start(self, portal: BlockingPortal, work: Callable[[], Awaitable[T]]) -> "Future[T]":
-        """Have the loop do it, or raise CacheClosed: another thread may have closed it meanwhile."""
-        try:
-            return portal.start_task_soon(work)
-        except RuntimeError:
-            if self._portal is portal:  # it runs, and says what is wrong
-                raise
-            raise CacheClosed(self._why_closed or _NOT_OPENED) from None
-
-    def _call_or_undo(
-        self, portal: BlockingPortal, work: Callable[[], Awaitable[T]], undo: Callable[[T], object]
-    ) -> T:
-        returned, gone = list[T](), threading.Event()
-
-        async def run() -> T:
-            result = await work()
-            if gone.is_set():
-                undo(result)
-            else:
-                returned.append(result)
-            return result
-
-        async def settle() -> None:  # in the loop, so that it is before or after the end of `run`
-            gone.set()
-            while returned:
-                undo(returned.pop())
-
-        future: Future[T] | None = None
-        try:
-            future = self._start(portal, run)
-            return future.result()
-        except BaseException:
-            with contextlib.suppress(CacheClosed):
-                self._start(portal, settle)
-            if future is not None:
-                future.cancel()
-            raise
+        return self._portal.call(look)
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -172,86 +98,140 @@ class _Blocking(BlockingByKey, Generic[A]):
         timeout: float | None = None,
     ) -> Feature:
         """Return a copy and pay the read, as `featcache.FeatureClient.get`."""
-        inner = self._inner
+        portal, timeout_s = self._portal, None if timeout is None else parse_timeout(timeout)
+        reader, place = portal.engine.reader, portal.place(device, out)
         if type(ref) is not FeatureRef:
             if isinstance(ref, str | bytes):
-                return self._get_key(ref, device, out, timeout)
+                return get_by_key(portal, key_bytes(ref), place, out, timeout_s)
             check_ref(ref)
-        if inner.has_attached(ref):
+        if reader.pools.has(ref):
             try:
-                return inner.get_nowait(ref, device=device, out=out)
+                return reader.get_nowait(ref, place, out)
             except GetTimeout:
                 pass  # on its way
         # Only waited for: on a GPU it is the stream of this thread whose order counts.
-        place = inner.place_of(ref, device, out)
-        if self._prepared(ref, place, timeout, borrows=False):
-            return inner.get_nowait(ref, device=device, out=out)
+        _, target = targets_of(ref, place, out)
+        if self._prepared(reader, ref, target, timeout_s, borrows=False):
+            return reader.get_nowait(ref, place, out)
         if out is None:
-            out = inner.empty(ref, device=device)
-        return self._call(lambda: inner.get(ref, out=out, timeout=timeout))
+            out = reader.empty(ref, place)
+        return portal.call(lambda: reader.get(ref, None, out, timeout_s))
 
     def get_nowait(
         self, ref: FeatureRef, *, device: Any = None, out: Feature | None = None
     ) -> Feature:
         """As `featcache.FeatureClient.get_nowait`: nothing is waited for."""
-        return self._inner.get_nowait(ref, device=device, out=out)
+        return self._portal.inner.get_nowait(ref, device=device, out=out)
 
-    def borrow(self, ref: FeatureRef | str | bytes, *, timeout: float | None = None) -> "Lease":
+    def borrow(
+        self, ref: FeatureRef | str | bytes, *, timeout: float | None = None
+    ) -> "BlockingBorrow":
         """Lend a view for the length of a ``with`` block, as `featcache.FeatureClient.borrow`."""
-        return Lease(self, self._inner.borrow(ref, timeout=timeout))
+        return BlockingBorrow(self, self._portal.inner.borrow(ref, timeout=timeout))
 
-    def lend(self, borrow: Borrow) -> Feature:
-        """Enter a borrow, waiting for its bytes; for `Lease`."""
-        ref, timeout = borrow.ref, borrow.timeout_s
-        if borrow.by_key or ref is None:
-            return self._call(borrow.__aenter__)
-        if self._inner.has_attached(ref):
+    def _enter(self, borrow: Borrow) -> Feature:
+        """Enter a borrow, waiting for its bytes."""
+        ref, portal = borrow.ref, self._portal
+        if ref is None:  # a key's, to be looked up
+            return portal.call(borrow.__aenter__)
+        reader = portal.engine.reader
+        if reader.pools.has(ref):
             try:
                 return borrow.__enter__()
             except GetTimeout:
                 pass  # on its way
-        if self._prepared(ref, None, timeout, borrows=True):
+        if self._prepared(reader, ref, None, borrow.timeout_s, borrows=True):
             return borrow.__enter__()
-        return self._call(borrow.__aenter__)
+        return portal.call(borrow.__aenter__)
 
     def _prepared(
-        self, ref: FeatureRef, place: torch.device | None, timeout: float | None, *, borrows: bool
+        self,
+        reader: Reader,
+        ref: FeatureRef,
+        place: torch.device | None,
+        timeout_s: float | None,
+        *,
+        borrows: bool,
     ) -> bool:
-        inner = self._inner
-        return inner.prepare_blocking(ref, place, timeout, borrows=borrows) or self._call(
-            lambda: inner.prepare(ref, place, timeout, borrows=borrows)
+        return reader.prepare_blocking(ref, place, timeout_s, borrows=borrows) or self._portal.call(
+            lambda: reader.prepare(ref, place, timeout_s, borrows=borrows)
         )
 
     def release(self, ref: FeatureRef, *, timeout: float | None = None) -> None:
         """Pay the read without reading."""
-        self._call(lambda: self._inner.release(ref, timeout=timeout))
+        self._portal.call(lambda: self._portal.inner.release(ref, timeout=timeout))
 
     def discard(self, ref: FeatureRef) -> None:
-        """Take a ref back."""
-        self._call(lambda: self._inner.discard(ref))
+        """Take a ref back, as `featcache.FeatureClient.discard`."""
+        self._portal.call(lambda: self._portal.inner.discard(ref))
 
-    def statistics(self) -> Statistics:
-        """Return the counts, taken in the loop."""
-        inner = self._inner
+    # --- putting, and the directory -----------------------------------------------------------------
 
-        async def look() -> Statistics:
-            return inner.statistics()
+    def put(
+        self,
+        feature: torch.Tensor | dict[str, torch.Tensor],
+        *,
+        readers: int | Iterable[str] | EllipsisType = ...,
+        key: str | bytes | None = None,
+        ttl: float | EllipsisType | None = ...,
+        timeout: float | None = None,
+        on_full: OnFull = "wait",
+    ) -> FeatureRef:
+        """Copy a feature in, waiting for room, as `featcache.FeatureCache.put`."""
+        engine, timeout_s = self._portal.engine, parse_timeout(timeout)
+        writers = engine.writers_nowait(on_full, key) or self._portal.call(
+            lambda: engine.writers(on_full, key)
+        )
+        staged = writers.stage(feature, readers, ttl, key)
+        return self._portal.call(
+            lambda: staged.put(timeout_s, engine.spills, wait=on_full != "raise")
+        )
 
-        return self._call(look)
+    def get_or_put(
+        self,
+        key: str | bytes,
+        make: Callable[[], Feature],
+        *,
+        device: Any = None,
+        timeout: float | None = None,
+    ) -> Feature:
+        """As `featcache.FeatureCache.get_or_put`; `make` runs in this thread."""
+        check_make(make)
+        wanted, timeout_s, portal = key_bytes(key), parse_timeout(timeout), self._portal
+        place = portal.place(device, None)
+        return get_or_put(
+            portal, wanted, make, lambda made: self.put(made, key=wanted), place, timeout_s
+        )
+
+    def contains(self, key: str | bytes) -> bool:
+        """Whether a feature is kept under a key now."""
+        return self._portal.call(lambda: self._portal.inner.contains(key))
+
+    def evict(self, key: str | bytes) -> bool:
+        """Drop a key; return whether it was there."""
+        return self._portal.call(lambda: self._portal.inner.evict(key))
+
+    def pin(self, key: str | bytes) -> None:
+        """Keep a feature from being evicted, as `featcache.FeatureCache.pin`."""
+        self._portal.call(lambda: self._portal.inner.pin(key))
+
+    def unpin(self, key: str | bytes) -> None:
+        """Take back a pin, as `featcache.FeatureCache.unpin`."""
+        self._portal.call(lambda: self._portal.inner.unpin(key))
 
 
-class Lease:
+class BlockingBorrow:
     """One borrow, for code with no loop: its value is the view, and leaving the block pays."""
 
     __slots__ = ("_borrow", "_cache")
 
-    def __init__(self, cache: _Blocking[Any], borrow: Borrow) -> None:
+    def __init__(self, cache: _BlockingBase[Any], borrow: Borrow) -> None:
         self._cache = cache
         self._borrow = borrow
 
     def __enter__(self) -> Feature:
         """Return the view, once its bytes are there."""
-        return self._cache.lend(self._borrow)
+        return self._cache._enter(self._borrow)  # noqa: SLF001 - one call in two classes
 
     def __exit__(
         self,
@@ -263,120 +243,72 @@ class Lease:
         self._borrow.close()
 
 
-class FeatureClient(_Blocking[AsyncClient]):
+class FeatureClient(_BlockingBase[AsyncClient]):
     """`featcache.FeatureClient` for code with no loop."""
 
-    def put(
-        self,
-        feature: torch.Tensor | dict[str, torch.Tensor],
-        *,
-        readers: Any = ...,
-        key: str | bytes | None = None,
-        ttl: float | EllipsisType | None = ...,
-        timeout: float | None = None,
-        on_full: Literal["wait", "raise", "spill"] = "wait",
-    ) -> FeatureRef:
-        """Copy a feature in, waiting for room, as `featcache.FeatureClient.put`."""
-        inner, timeout_s = self._inner, parse_timeout(timeout)
-        places = self._call(lambda: inner.places(on_full, key))
-        staged = inner.stage(places, feature, readers=readers, key=key, ttl=ttl)
-        return self._call(lambda: inner.put_staged(staged, timeout_s, on_full))
 
-
-class FeatureCache(_Blocking[AsyncCache]):
+class FeatureCache(_BlockingBase[AsyncCache]):
     """`featcache.FeatureCache` for code with no loop."""
-
-    def __init__(self, inner: AsyncCache) -> None:
-        super().__init__(inner)
-        self.pressure = Pressure(self)
 
     @property
     def endpoint(self) -> str:
         """The path of the socket that `connect` takes."""
-        return self._inner.endpoint
+        return self._portal.inner.endpoint
 
-    def put(
-        self,
-        feature: torch.Tensor | dict[str, torch.Tensor],
-        *,
-        readers: Any = ...,
-        key: str | bytes | None = None,
-        ttl: float | EllipsisType | None = ...,
-        timeout: float | None = None,
-        on_full: Literal["wait", "raise", "spill"] = "wait",
-    ) -> FeatureRef:
-        """Copy a feature in, waiting for room, as `featcache.FeatureCache.put`."""
-        inner, timeout_s = self._inner, parse_timeout(timeout)
-        inner.check_open()
-        staged = inner.stage(feature, readers=readers, key=key, ttl=ttl, on_full=on_full)
-        return self._call(lambda: inner.put_staged(staged, timeout_s, on_full))
+    @property
+    def pressure(self) -> "Pressure":
+        """The pool's pressure: its level now, and a way to wait for a lower one."""
+        return Pressure(self._portal)
 
     def put_nowait(
         self,
         feature: torch.Tensor | dict[str, torch.Tensor],
         *,
-        readers: Any = ...,
+        readers: int | Iterable[str] | EllipsisType = ...,
         key: str | bytes | None = None,
         ttl: float | EllipsisType | None = ...,
     ) -> FeatureRef:
         """Copy a feature in, or raise PoolFull: it waits for its loop, never for room."""
-        inner = self._inner
-        inner.check_open()
-        staged = inner.stage(feature, readers=readers, key=key, ttl=ttl, on_full="raise")
-        return self._call(lambda: inner.put_staged_nowait(staged))
+        writer = self._portal.inner._opened().main.writer  # noqa: SLF001 - one object in two classes
+        staged = writer.stage(feature, readers, ttl, key)
+
+        async def put() -> FeatureRef:
+            return writer.put_nowait(staged)
+
+        return self._portal.call(put)
 
 
 class Pressure:
     """The pool's pressure, for code with no loop."""
 
-    def __init__(self, cache: FeatureCache) -> None:
-        self._cache = cache
+    def __init__(self, portal: Portal[AsyncCache]) -> None:
+        self._portal = portal
 
     @property
     def level(self) -> PressureLevel:
         """The level now."""
-        return self._cache._inner.pressure.level  # noqa: SLF001 - one object in two classes
+        return self._portal.inner.pressure.level
 
     def below(self, level: PressureLevel | str, *, timeout: float | None = None) -> None:
-        """Return once the level is lower, as `featcache.pool.pressure.Pressure.below`."""
-        inner = self._cache._inner  # noqa: SLF001 - one object in two classes
-        self._cache._call(lambda: inner.pressure.below(level, timeout=timeout))  # noqa: SLF001
+        """Return once the level is lower, as `below` of `featcache.FeatureCache.pressure`."""
+        pressure = self._portal.inner.pressure
+        self._portal.call(lambda: pressure.below(level, timeout=timeout))
+
+    def __repr__(self) -> str:
+        return repr(self._portal.inner.pressure)
 
 
-def create(
-    *,
-    device: Any = "cpu",
-    capacity: int | str | None = None,
-    endpoint: str | None = None,
-    name: str | None = None,
-    spill: int | str | None = None,
-    settings: Settings | None = None,
-    initial: int | str | None = None,
-    segment: int | str | None = None,
-    idle: float | None = None,
-) -> FeatureCache:
-    """Return a cache to be opened with ``with``; the arguments are `featcache.create`'s."""
-    return FeatureCache(
-        _cache.create(
-            device=device,
-            capacity=capacity,
-            endpoint=endpoint,
-            name=name,
-            spill=spill,
-            settings=settings,
-            initial=initial,
-            segment=segment,
-            idle=idle,
-        )
-    )
+def _blocking(make: Callable[P, A], wrap: Callable[[A], B]) -> Callable[P, B]:
+    """Return a `create` or `connect` whose objects are opened with plain ``with``."""
+
+    @functools.wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> B:
+        return wrap(make(*args, **kwargs))
+
+    made.__module__ = __name__
+    made.__annotations__ = make.__annotations__ | {"return": wrap}
+    return made
 
 
-def connect(
-    endpoint: str | None = None,
-    *,
-    device: Any = None,
-    name: str | None = None,
-    settings: Settings | None = None,
-) -> FeatureClient:
-    """Return a client to be opened with ``with``; the arguments are `featcache.connect`'s."""
-    return FeatureClient(_client.connect(endpoint, device=device, name=name, settings=settings))
+create = _blocking(_create, FeatureCache)
+connect = _blocking(_connect, FeatureClient)

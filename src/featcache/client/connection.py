@@ -1,7 +1,8 @@
-"""A handle: one attached pool, the link that keeps its session alive, and the changes of its size."""
+"""One attached pool: its mapping, the link that keeps its session alive, and changes of its size."""
 
 import asyncio
 import contextlib
+import enum
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -16,16 +17,33 @@ from featcache.memory.slab import Mapping
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
 from featcache.session.offload import Offload
-from featcache.session.waiting import Doorbell
+from featcache.session.waiting import Doorbell, drain
 
 _SETTLE_S = 10.0
 _MAX_CHANGES = 1024
-"""Changes that may wait to be carried out: four times what a slab can have of segments."""
+"""Changes that may wait to be carried out: four times as many as a slab can have segments."""
 Spawn = Callable[[Coroutine[Any, Any, None]], object]
 
 
+class ConnectionState(enum.Enum):
+    """The life of a connection.
+
+    | from          | by                                                    | to      |
+    | ------------- | ----------------------------------------------------- | ------- |
+    | OPEN          | `close`: new reads are refused, pinned ones may end   | CLOSING |
+    | OPEN, CLOSING | `lose`: the owner is gone; the same                   | LOST    |
+    | CLOSING       | the last unpin: goodbye is said, then `_leave` unmaps | LEFT    |
+    | LOST          | the last unpin: `_leave` unmaps                       | LEFT    |
+    """
+
+    OPEN = "open"
+    CLOSING = "closing"
+    LOST = "lost"
+    LEFT = "left"
+
+
 class PoolConnection:
-    """One attached pool: the mapped side and the link. `spawn` has a coroutine run to its end."""
+    """One attached pool: the mapped side and the link. `spawn` runs a coroutine to its end."""
 
     def __init__(
         self,
@@ -37,13 +55,14 @@ class PoolConnection:
         spawn: Spawn,
         on_unreachable: Callable[[str], object],
     ) -> None:
-        """Begin with what the mapping covers; `on_unreachable` is told why, if it can't be mapped."""
+        """Begin with the bytes mapped now; `on_unreachable` is told why, if more can't be mapped."""
         self.attachment = attachment
         self.link = link
         self.endpoint = endpoint
         """Where the owner listens, as its refs say it."""
-        self.kin_endpoint = ""
-        """Where puts may spill to, if they may."""
+        self.spill_endpoint = ""
+        """Where the spill pool listens, if puts may spill."""
+        self.state = ConnectionState.OPEN
         self._mapping: Mapping = attachment.mapping
         self._doorbell = doorbell
         self._offload = offload
@@ -51,8 +70,9 @@ class PoolConnection:
         self._on_unreachable = on_unreachable
         self._loop = asyncio.get_running_loop()
         self._changes: deque[tuple[SlabChange, list[int]]] = deque()
-        self._changing = False
-        self._left = False
+        self._follows = True
+        """Whether changes of the slab's size are carried out; once one failed, none is any more."""
+        self._change_in_progress = False
         self._changed = asyncio.Event()
         attachment.covered_bytes = self._mapping.end_bytes
         link.take_slab_changes(self._take_change)
@@ -60,9 +80,9 @@ class PoolConnection:
     # --- the slab's size --------------------------------------------------------------------------
 
     def _take_change(self, change: SlabChange, fds: list[int]) -> None:
-        if not self._left and len(self._changes) >= _MAX_CHANGES:
-            self._give_up("its owner changes it faster than it can be mapped")
-        if self._left:
+        if self._follows and len(self._changes) >= _MAX_CHANGES:
+            self._stall("its owner changes it faster than it can be mapped")
+        if not self._follows:
             close_all(fds)
             return
         self._changes.append((change, fds))
@@ -70,8 +90,8 @@ class PoolConnection:
             # At once, so that no read begins in what will be another segment when it comes again.
             self._cover()
             self.attachment.layout = change.layout
-        if not self._changing:
-            self._changing = True
+        if not self._change_in_progress:
+            self._change_in_progress = True
             self._spawn(self._carry_out())
 
     def _cover(self) -> None:
@@ -85,8 +105,7 @@ class PoolConnection:
                 change, fds = self._changes[0]
                 try:
                     await self._offload.run(
-                        lambda: _change(self._mapping, change, fds),  # noqa: B023 - awaited here
-                        lambda: None,
+                        lambda: _change(self._mapping, change, fds)  # noqa: B023 - awaited here
                     )
                 except Unreachable as error:  # told by a hidden device only when it is to map
                     await self._fall_back_to_host(str(error))
@@ -96,44 +115,46 @@ class PoolConnection:
                     self.link.retired(change.layout)
                 self._changed.set()
         except (FeatcacheError, OSError, MemoryError, ValueError) as error:
-            if not self._left:
-                self._give_up(str(error))  # what follows it can't be mapped either
+            if self._follows:
+                self._stall(str(error))  # no later change can be mapped either
             self._changed.set()
         finally:
-            self._changing = False
-            if self._left:
+            self._change_in_progress = False
+            if not self._follows:
                 self._drop_changes()
 
-    def _give_up(self, reason: str) -> None:
-        """Let no new read begin: what the owner has made or taken away since is not followed here."""
-        self._left = True
+    def _stall(self, reason: str) -> None:
+        """Let no new read begin: the slab's later changes of size are not followed here."""
+        self._follows = False
         self.attachment.refuse(
             BackendUnavailable(f"the slab's new memory can't be mapped: {reason}")
         )
         self._changed.set()
 
     async def _fall_back_to_host(self, reason: str) -> None:
-        """Read by way of the host from now on: the owner's memory can't be mapped for this device."""
+        """Read through host memory from now on: the owner's can't be mapped for this device."""
         mapping, self._mapping = self.attachment.fall_back_to_host(reason), self.attachment.mapping
         self._on_unreachable(reason)
         await self._in_thread(mapping.close)
 
     async def wait_mapped(self, end_bytes: int) -> None:
-        """Wait until all that the owner had when it said welcome is mapped here."""
+        """Wait until the slab is mapped here as far as the owner had it when it said welcome."""
         while self._mapping.end_bytes < end_bytes:
             self.attachment.check()
             retired = [change for change, _ in self._changes if isinstance(change, UnmapTail)]
             if retired or (not self._changes and self.attachment.layout):
-                return  # it has been taken away again meanwhile
+                return  # the tail has been unmapped again meanwhile
             self._changed.clear()
             await self._changed.wait()
 
     # --- the end ----------------------------------------------------------------------------------
 
     async def close(self) -> None:
-        """Say goodbye, once nothing is held any more; until then the session stays."""
+        """Say goodbye once nothing is pinned any more; until then the session stays."""
         closed = CacheClosed("this client was closed")
-        self.attachment.refuse(closed)  # first: nothing may begin that the owner will not know of
+        self.state = ConnectionState.CLOSING
+        # First: no read may begin that the owner, once told goodbye, would not know of.
+        self.attachment.refuse(closed)
         self.link.abandon(closed)
         if self.attachment.holds:
             self.attachment.when_idle(lambda: self._soon(self._say_goodbye_and_leave))
@@ -143,13 +164,14 @@ class PoolConnection:
         await self._leave()
 
     def lose(self, reason: str) -> None:
-        """Refuse new reads; what is held stays mapped until it is let go."""
+        """Refuse new reads; pinned slots stay mapped until they are unpinned."""
+        self.state = ConnectionState.LOST
         self.attachment.refuse(OwnerLost(reason))
         self._changed.set()
         self.attachment.when_idle(lambda: self._soon(self._leave))
 
     def _soon(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Have work done in the loop, from any thread. Without a loop the process's end must do."""
+        """Have work done in the loop, from any thread. Without a loop the process's end does it."""
         with contextlib.suppress(RuntimeError):
             if asyncio.get_running_loop() is self._loop:
                 self._spawn(work())
@@ -163,16 +185,17 @@ class PoolConnection:
         await self._leave()
 
     async def _drain(self) -> None:
-        """Wait for what this session has on its streams: the owner counts what it can see."""
-        if not await self.attachment.drain(_SETTLE_S):
+        """Wait for the words that this session has on its streams: the owner counts those that landed."""
+        if not await drain(self.attachment, _SETTLE_S):
             with contextlib.suppress(
                 BackendUnavailable
             ):  # a broken context: nothing comes any more
                 await self._in_thread(self._mapping.finish)
 
     async def _leave(self) -> None:
-        """Unmap, which nothing on a stream may need any more, and which takes milliseconds."""
-        self._left = True
+        """Unmap, in a thread since it takes milliseconds."""
+        self.state, self._follows = ConnectionState.LEFT, False
+        # First: unmapping under a stream's work would fault this process's context.
         await self._drain()
         self._doorbell.close()
         self._drop_changes()
@@ -180,12 +203,12 @@ class PoolConnection:
 
     async def _in_thread(self, work: Callable[[], object]) -> None:
         try:
-            await self._offload.run(work, lambda: None)
+            await self._offload.run(work)
         except CacheClosed:  # the client is closed, and its threads with it
             work()
 
     def _drop_changes(self) -> None:
-        first = 1 if self._changing else 0  # that one is a thread's
+        first = 1 if self._change_in_progress else 0  # that one is a thread's
         for _, fds in list(self._changes)[first:]:
             close_all(fds)
         while len(self._changes) > first:
@@ -201,13 +224,13 @@ class PoolConnection:
         self._changes.clear()
 
 
-def return_lease(
+def return_unclaimed(
     connection: PoolConnection, request: messages.Request, answer: messages.Answer
 ) -> None:
-    """Return what an answer handed over whose asker was cancelled."""
+    """Return the lease, claim, reservation or pin of an answer whose request was cancelled."""
     link = connection.link
     if isinstance(answer, messages.Granted):
-        connection.attachment.return_grant(answer.index, answer.serial)
+        connection.attachment.return_lease(answer.index, answer.serial)
     elif isinstance(answer, messages.ClaimGranted) and isinstance(request, messages.Find):
         link.tell(messages.Unclaim(request.key, answer.claim))
     elif isinstance(answer, messages.Reserved):
@@ -228,7 +251,7 @@ def _change(mapping: Mapping, change: SlabChange, fds: list[int]) -> None:
             return
         at = change.start_bytes
         for size_bytes, fd in zip(change.sizes, fds, strict=True):
-            if at >= mapping.end_bytes:  # what was there when this session began may be sent twice
+            if at >= mapping.end_bytes:  # segments of before this session began may be sent twice
                 mapping.extend(at, size_bytes, fd)
             at += size_bytes
     finally:

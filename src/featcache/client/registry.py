@@ -1,16 +1,16 @@
-"""The handle cache: pools that a client has attached, each opened once however many ask at once."""
+"""The pools that a client has attached, each attached with single-flight."""
 
 import asyncio
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
-from typing import Any, NamedTuple
+from typing import Any
 
 import anyio
 import torch
 
 from featcache import events
-from featcache.client.connection import PoolConnection, return_lease
+from featcache.client.connection import PoolConnection, return_unclaimed
+from featcache.client.mapping import map_pool
 from featcache.control.channel import close_all
 from featcache.control.link import Link, dial
 from featcache.control.messages import Welcome
@@ -22,34 +22,19 @@ from featcache.errors import (
     SettingsError,
     UnknownPool,
 )
-from featcache.memory.backends import default_device, map_slab
 from featcache.memory.cuda.backing import Unreachable
-from featcache.memory.slab import Mapping
 from featcache.memory.unreachable import UnreachableSlab
-from featcache.memory.words import OwnerWords, SessionWords
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
-from featcache.session.holds import PageWords
-from featcache.session.offload import Offload
-from featcache.session.waiting import Doorbell
+from featcache.session.offload import Offload, SharedTask
 from featcache.settings import Settings
 
-
-class Mapped(NamedTuple):
-    """A slab as it could be mapped."""
-
-    mapping: Mapping
-    adopted: PageWords
-    why_not: str | None
-    """Why it could not be, and is read through the host."""
-
-
-_MAX_LOST = 1024  # pools of which is known that they are gone
-_CONTROL_DESCRIPTORS = 3  # the owner's words, the session's page, the eventfd
+_MAX_LOST = 1024
+"""Pools remembered as lost."""
 
 
 class ConnectionRegistry:
-    """Handles by pool. A client bound to one endpoint has that pool's handle only."""
+    """Connections by pool. A client bound to one endpoint has that pool's, and its spill pool's, only."""
 
     def __init__(
         self,
@@ -65,12 +50,12 @@ class ConnectionRegistry:
         self._offload = offload
         self._bound = bound
         self.bound_pool = b""
-        """The pool that was found where this client is connected to, or nothing yet."""
+        """The id of the pool at this client's endpoint; empty before it is attached."""
         self._lost: str | None = None  # why the pool that this client is bound to is gone
         self._lost_pools: dict[bytes, str] = {}  # and others, of a client that is bound to none
         self._connections: OrderedDict[bytes, PoolConnection] = OrderedDict()
-        self._opening: dict[str, asyncio.Task[PoolConnection]] = {}
-        self._kin: set[bytes] = set()  # pools that the owner of the one bound to spills to
+        self._opening: dict[str, SharedTask[PoolConnection]] = {}
+        self._siblings: set[bytes] = set()  # host pools beside those of other connections
         self._tasks: set[asyncio.Task[None]] = set()
         self._unreachable: set[tuple[bytes, torch.device]] = set()
         self._closed = False
@@ -84,10 +69,10 @@ class ConnectionRegistry:
         try:
             return self._connections[ref.pool_id].attachment
         except KeyError:
-            pass  # looked at more closely below
+            pass  # the reason is found below
         if self._closed:
             raise CacheClosed("this client was closed, or is another process's")
-        if self._bound is not None and ref.pool_id not in self._kin:
+        if self._bound is not None and ref.pool_id not in self._siblings:
             if self._lost is not None:
                 raise OwnerLost(self._lost)
             raise UnknownPool(
@@ -101,7 +86,7 @@ class ConnectionRegistry:
 
     def check(self, ref: FeatureRef) -> None:
         """Raise OwnerLost for a pool that was attached, and whose owner is gone."""
-        lost = self._lost_pools.get(ref.pool_id)  # one look: this is asked in any thread
+        lost = self._lost_pools.get(ref.pool_id)  # one look: this runs in any thread
         if lost is not None:
             raise OwnerLost(lost)
 
@@ -110,20 +95,28 @@ class ConnectionRegistry:
         return (await self.connection(ref)).attachment
 
     async def connection(self, ref: FeatureRef) -> PoolConnection:
-        """Return the handle of the ref's pool, attaching first."""
+        """Return the connection of the ref's pool, attaching first."""
         if self.peek(ref) is not None:
             return self._connections[ref.pool_id]
-        connection = await self.attach(ref.endpoint, kin=ref.pool_id in self._kin)
+        connection = await self.attach(ref.endpoint, sibling=ref.pool_id in self._siblings)
         if connection.attachment.pool_id != ref.pool_id:
             raise UnknownPool(f"{ref.endpoint} serves another pool now than {ref.pool_id.hex()}")
         return connection
 
+    def is_open(self, connection: PoolConnection) -> bool:
+        """Whether this is the connection of its pool now."""
+        return self._connections.get(connection.attachment.pool_id) is connection
+
+    def bound_name(self) -> str:
+        """Return the id in hex of the pool that this client is connected to, as events name it."""
+        return self.bound_pool.hex()
+
     def peek_bound(self) -> PoolConnection | None:
-        """Return the handle of the pool that this client is connected to, if it is open."""
+        """Return the connection of the pool that this client is connected to, if it is open."""
         return self._connections.get(self.bound_pool)
 
-    async def bound_handle(self) -> PoolConnection:
-        """Return the handle of the pool that this client is connected to.
+    async def bound(self) -> PoolConnection:
+        """Return the connection of the pool that this client is connected to.
 
         Raises:
             OwnerLost: it is gone.
@@ -144,7 +137,7 @@ class ConnectionRegistry:
         if device is None or isinstance(mapping, UnreachableSlab):
             return False
         try:
-            await self._offload.run(lambda: mapping.enable_device(device), lambda: None)
+            await self._offload.run(lambda: mapping.enable_device(device))
         except Unreachable as error:
             if (attachment.pool_id, device) not in self._unreachable:
                 self._unreachable.add((attachment.pool_id, device))
@@ -159,45 +152,44 @@ class ConnectionRegistry:
         """Have the owner copy a held ref into host memory."""
         link = (await self.connection(ref)).link
         there = FeatureRef.from_bytes(await link.relay(ref.to_bytes()))
-        self._kin.add(there.pool_id)
+        self._siblings.add(there.pool_id)
         return there
 
     # --- attaching ------------------------------------------------------------------------------
 
-    async def attach(self, endpoint: str, *, kin: bool = False) -> PoolConnection:
-        """Attach to the owner at `endpoint`, or join who is at it already.
+    async def attach(self, endpoint: str, *, sibling: bool = False) -> PoolConnection:
+        """Attach to the owner at `endpoint`, or join the attach in progress.
 
-        The host pool beside another is its `kin`.
+        The host pool beside another is its `sibling`.
         """
         for connection in self._connections.values():
             if connection.link.endpoint == endpoint:
                 return connection
-        task = self._opening.get(endpoint)
-        if task is None:
-            task = asyncio.get_running_loop().create_task(self._attach(endpoint, kin=kin))
-            self._opening[endpoint] = task
-            task.add_done_callback(lambda done: self._opened(endpoint, done))
+        opening = self._opening.get(endpoint)
+        if opening is None:
+            opening = SharedTask(lambda: self._attach(endpoint, sibling=sibling))
+            self._opening[endpoint] = opening
         try:
-            # One that gives up must not take the others' attach with it.
-            return await asyncio.shield(task)
+            return await opening.join()
         except asyncio.CancelledError:
-            asker = asyncio.current_task()
-            if task.cancelled() and self._closed and not (asker and asker.cancelling()):
+            caller = asyncio.current_task()
+            if self._closed and not (caller and caller.cancelling()):
                 raise CacheClosed("the client was closed") from None
             raise
 
-    def _opened(self, endpoint: str, task: "asyncio.Task[PoolConnection]") -> None:
-        self._opening.pop(endpoint, None)
-        if not task.cancelled():
-            task.exception()  # seen: all who asked may have given up
+    async def _attach(self, endpoint: str, *, sibling: bool) -> PoolConnection:
+        try:
+            return await self._attach_once(endpoint, sibling=sibling)
+        finally:
+            self._opening.pop(endpoint, None)
 
-    async def _attach(self, endpoint: str, *, kin: bool) -> PoolConnection:
-        await self._make_place(kin=kin)
+    async def _attach_once(self, endpoint: str, *, sibling: bool) -> PoolConnection:
+        await self._make_place(sibling=sibling)
         link, welcome, fds = await dial(
             endpoint, self._name, str(self._device or "default"), self._settings
         )
         try:
-            connection = await self._map(link, welcome, fds)
+            connection = await self._connect(link, welcome, fds)
         except BaseException:
             link.say_goodbye()
             raise
@@ -205,18 +197,17 @@ class ConnectionRegistry:
             close_all(fds)
         if self._closed or link.lost is not None:
             await connection.close()
-            del (
-                connection
-            )  # or the error's traceback would keep the words mapped as long as it lives
+            # Or the error's traceback would keep the words mapped for as long as it lives.
+            del connection
             raise CacheClosed("the client was closed") if self._closed else OwnerLost(link.lost)
         known = self._connections.get(welcome.pool_id)
         if known is not None:  # reached by another spelling of its endpoint
             await connection.close()
             return known
         if welcome.kin is not None:
-            self._kin.add(welcome.kin)
-        if kin:
-            self._kin.add(welcome.pool_id)
+            self._siblings.add(welcome.kin)
+        if sibling:
+            self._siblings.add(welcome.pool_id)
         self._connections[welcome.pool_id] = connection
         self._lost_pools.pop(welcome.pool_id, None)
         if endpoint == self._bound:
@@ -224,17 +215,15 @@ class ConnectionRegistry:
         link.on_lost = lambda reason: self._on_lost(welcome.pool_id, reason)
         return connection
 
-    async def _map(self, link: Link, welcome: Welcome, fds: list[int]) -> PoolConnection:
-        """Map what the owner sent. Takes from `fds` what it keeps."""
-        if len(fds) < _CONTROL_DESCRIPTORS:
-            raise AttachRefused("the owner's welcome came without its descriptors")
-        words = OwnerWords.attach(fds[0], welcome.slots)
-        page = SessionWords.attach(fds[1], welcome.slots, welcome.grants)
-        mapping, adopted = await self._map_slab(welcome, fds[_CONTROL_DESCRIPTORS:], page)
-        doorbell = Doorbell(fds.pop(2))
-        attachment = Attachment(welcome.pool_id, words, page, mapping, adopted, doorbell.ring)
-        attachment.layout = welcome.layout
-        attachment.capacity_bytes = welcome.capacity_bytes
+    async def _connect(self, link: Link, welcome: Welcome, fds: list[int]) -> PoolConnection:
+        """Map the pool that the owner described. Takes from `fds` those that it keeps."""
+        attachment, doorbell, unreachable = await map_pool(
+            welcome, fds, self._device, self._offload, through_host=self._settings.through_host
+        )
+        device = attachment.mapping.device
+        # A reader on the CPU has chosen to be; only a GPU's way through the host is worth a warning.
+        if unreachable is not None and (device.type != "cpu" or self._settings.through_host):
+            self._report_unreachable(welcome.pool_id, device, unreachable)
         connection = PoolConnection(
             attachment,
             link,
@@ -246,8 +235,8 @@ class ConnectionRegistry:
                 welcome.pool_id, attachment.mapping.device, reason
             ),
         )
-        connection.kin_endpoint = welcome.kin_endpoint
-        link.on_orphan = lambda request, answer: return_lease(connection, request, answer)
+        connection.spill_endpoint = welcome.kin_endpoint
+        link.on_orphan = lambda request, answer: return_unclaimed(connection, request, answer)
         link.on_lost = lambda _: connection.lose(link.lost or "it is gone")
         try:
             if link.lost is not None:  # while a thread mapped
@@ -260,25 +249,8 @@ class ConnectionRegistry:
                 raise AttachRefused("the owner's segments did not come in time") from None
             raise
         finally:
-            link.on_lost = None  # whoever keeps the handle says what is to be done
+            link.on_lost = None  # the caller, which keeps the connection, sets its own
         return connection
-
-    async def _map_slab(
-        self, welcome: Welcome, fds: list[int], page: SessionWords
-    ) -> tuple[Mapping, PageWords]:
-        box: list[Mapped] = []
-        work = _mapper(welcome, fds, self._device, page, through_host=self._settings.through_host)
-
-        def late() -> None:
-            for mapped in box:
-                self._offload.spawn(mapped.mapping.close)
-
-        await self._offload.run(lambda: box.append(work()), late)
-        mapping, adopted, why_not = box[0]
-        # Who reads on the CPU has chosen to; only a GPU's detour is worth a warning.
-        if why_not is not None and (mapping.device.type != "cpu" or self._settings.through_host):
-            self._report_unreachable(welcome.pool_id, mapping.device, why_not)
-        return mapping, adopted
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -293,12 +265,12 @@ class ConnectionRegistry:
             # Python 3.12 does not wait for tasks that are done, and they leave the set in a turn.
             await asyncio.sleep(0)
 
-    async def _make_place(self, *, kin: bool) -> None:
+    async def _make_place(self, *, sibling: bool) -> None:
         """Close the longest attached pool that nobody reads, when the bound is reached.
 
         Host pools beside others are counted apart: a read by way of one holds both.
         """
-        alike = [pool_id for pool_id in self._connections if (pool_id in self._kin) is kin]
+        alike = [pool_id for pool_id in self._connections if (pool_id in self._siblings) is sibling]
         if len(alike) + len(self._opening) <= self._settings.attachments:
             return
         for pool_id in alike:
@@ -339,11 +311,12 @@ class ConnectionRegistry:
     async def close(self) -> None:
         """Say goodbye to every owner."""
         self._closed = True
-        for task in list(self._opening.values()):
-            task.cancel()
-        registry = self.connections
+        for opening in list(self._opening.values()):
+            if opening.task is not None:
+                opening.task.cancel()
+        connections = self.connections
         self._connections.clear()
-        for connection in registry:
+        for connection in connections:
             await connection.close()
 
     def forget(self) -> None:
@@ -352,45 +325,3 @@ class ConnectionRegistry:
         for connection in self.connections:
             connection.forget()
         self._connections.clear()
-
-
-def _mapper(
-    welcome: Welcome,
-    fds: list[int],
-    device: torch.device | None,
-    page: SessionWords,
-    *,
-    through_host: bool,
-) -> Callable[[], Mapped]:
-    """Return what maps a slab, and readies the page for its streams, in a thread."""
-    own = [os.dup(fd) for fd in fds]  # the thread's: a cancelled attach closes the others meanwhile
-
-    def mapped() -> tuple[Mapping, str | None]:
-        try:
-            if through_host and welcome.relays:
-                raise Unreachable("Settings.through_host asks for it")
-            return map_slab(
-                welcome.kind,
-                welcome.device,
-                welcome.capacity_bytes,
-                welcome.committed_bytes,
-                welcome.handle,
-                own,
-                device,
-            ), None
-        except Unreachable as error:
-            if not welcome.relays:
-                raise
-            return UnreachableSlab(device or default_device(), str(error)), str(error)
-        finally:
-            close_all(own)
-
-    def work() -> Mapped:
-        mapping, why_not = mapped()
-        try:
-            return Mapped(mapping, PageWords.adopted(mapping, page), why_not)
-        except BaseException:
-            mapping.close()
-            raise
-
-    return work

@@ -1,12 +1,14 @@
-"""A client's puts: room from the owner's one queue, the bytes written here, then told to the owner.
+"""A client's puts: a reservation from the owner's one queue, bytes written here, then a publish.
 
-Two round trips: `Reserve`, then `Publish`. Between them the slot is this session's alone. The bytes go
-into a mapping of the slab that can be written, apart from the one that views are lent from. A word in
-the session's page, stored behind the copy, says that they have landed.
+Two round trips: `Reserve`, then `Publish`. Between them the slot is this session's alone
+(`pool.pending_writes.WriteState` draws its life). The bytes go into a mapping of the slab that can be
+written, apart from the one that views are lent from. A word in the session's page, stored behind the
+copy, says that they have landed.
 """
 
 import asyncio
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import anyio
 
@@ -17,9 +19,10 @@ from featcache.control.messages import ProtocolError, Reserved
 from featcache.core.put_queue import Request
 from featcache.errors import BackendUnavailable, FeatcacheError, PoolFull, PutTimeout
 from featcache.ref import FeatureRef
-from featcache.session.arguments import NOWAIT_RPC_TIMEOUT_S, parse_put
-from featcache.session.offload import Offload
+from featcache.session.arguments import parse_put, rpc_timeout
+from featcache.session.offload import Offload, SharedTask
 from featcache.session.staging import Staged
+from featcache.session.waiting import wait_mapped
 from featcache.settings import Settings
 
 
@@ -32,6 +35,30 @@ def wire_form(
     return request.nbytes, owed, request.ttl_s, request.key
 
 
+T = TypeVar("T")
+
+
+async def within(
+    timeout_s: float, wait: bool, nbytes: int, work: Callable[[bool], Awaitable[T]]
+) -> T:
+    """Await ``work(waits)`` for at most `timeout_s`, which 0 makes a call that does not wait.
+
+    Raises:
+        PutTimeout: not in time; PoolFull if it is not to `wait` at all.
+
+    """
+    at_once = timeout_s == 0
+    try:
+        with anyio.fail_after(rpc_timeout(timeout_s)):
+            return await work(wait and not at_once)
+    except PoolFull as full:
+        if not (at_once and wait):
+            raise
+        raise PutTimeout(f"{full}, within {timeout_s} s") from None
+    except TimeoutError:
+        raise PutTimeout(f"no room for {nbytes} bytes within {timeout_s} s") from None
+
+
 class ClientWriter:
     """Puts into the pool of one handle."""
 
@@ -39,14 +66,14 @@ class ClientWriter:
         self.connection = connection
         self._settings = settings
         self._offload = offload
-        self._opening: asyncio.Task[None] | None = None
+        self._opening = SharedTask(self._open)
         self.puts = 0
 
-    def stage(self, feature: Any, readers: Any, ttl: Any, key: Any) -> Staged:
-        """Return what a put asks for, in the caller's thread.
+    def stage(self, feature: Any, readers: Any, ttl: Any, key: Any = None) -> Staged:
+        """Validate a put in the caller's thread.
 
         Raises:
-            SettingsError: an argument makes no sense.
+            SettingsError: an argument is invalid.
             BackendUnavailable: this client's device can't access the slab.
 
         """
@@ -62,26 +89,18 @@ class ClientWriter:
 
         """
         self.connection.attachment.check()
-        at_once = timeout_s == 0  # not to wait: round trips take longer, and are no wait
-        try:
-            if timeout_s is None:  # a scope takes as long as a third of a round trip
-                reserved = await self._reserve(staged.request, wait=wait)
-            else:
-                with anyio.fail_after(NOWAIT_RPC_TIMEOUT_S if at_once else timeout_s):
-                    reserved = await self._reserve(staged.request, wait=wait and not at_once)
-        except PoolFull as full:
-            if not (at_once and wait):
-                raise
-            raise PutTimeout(f"{full}, within {timeout_s} s") from None
-        except TimeoutError:
-            raise PutTimeout(
-                f"no room for {staged.request.nbytes} bytes within {timeout_s} s"
-            ) from None
+        request = staged.request
+        if timeout_s is None:  # a scope takes as long as a third of a round trip
+            reserved = await self._reserve(request, wait=wait)
+        else:
+            reserved = await within(
+                timeout_s, wait, request.nbytes, lambda waits: self._reserve(request, wait=waits)
+            )
         return await self._fill(reserved, staged)
 
     async def _reserve(self, request: Request, *, wait: bool) -> Reserved:
         if not self.connection.attachment.mapping.writable:
-            await self._open()
+            await self._opening.join()
             self.connection.attachment.check()  # it may have been closed meanwhile
         link = self.connection.link
         answer, _ = await link.ask(messages.Reserve(link.number(), *wire_form(request), wait))
@@ -90,7 +109,7 @@ class ClientWriter:
         return answer
 
     async def _fill(self, reserved: Reserved, staged: Staged) -> FeatureRef:
-        """Write a slot that is this session's, and publish it; give it up if that fails."""
+        """Write a reserved slot and publish it; give it up if that fails."""
         attachment, parts, order = self.connection.attachment, staged.parts, staged.order
         mapping, at = attachment.mapping, reserved.offset_bytes
         try:
@@ -102,7 +121,7 @@ class ClientWriter:
         wrote = False
         try:
             if not attachment.is_mapped(at, staged.request.nbytes):
-                await attachment.wait_mapped(at, staged.request.nbytes)
+                await wait_mapped(attachment, at, staged.request.nbytes)
             if mapping.blocking_write_bytes(parts) <= self._settings.inline_bytes:
                 wrote = True
                 mapping.write(at, parts, order)
@@ -112,7 +131,7 @@ class ClientWriter:
                 wrote = True
                 await self._offload.run(
                     lambda: mapping.write(at, parts, order),
-                    lambda: self._withdraw(reserved, staged, wrote=True),
+                    lambda _: self._withdraw(reserved, staged, wrote=True),
                 )
             attachment.tell_written(reserved.slot, reserved.generation, order)
         except asyncio.CancelledError:
@@ -125,7 +144,7 @@ class ClientWriter:
         try:
             return await self._publish(reserved, staged)
         except FeatcacheError:
-            self._give_up(reserved, landed=False)  # refused: it is this session's still
+            self._give_up(reserved, landed=False)  # refused: the slot is still reserved
             raise
         finally:
             attachment.end_write(reserved.slot, reserved.generation)
@@ -133,7 +152,7 @@ class ClientWriter:
     async def _publish(self, reserved: Reserved, staged: Staged) -> FeatureRef:
         connection, request = self.connection, staged.request
         link, slot, generation = connection.link, reserved.slot, reserved.generation
-        # Made first: what would be refused is refused before anybody can read it.
+        # Made first: an invalid ref is refused here, before any reader can have the slot.
         ref = FeatureRef(
             *(connection.attachment.pool_id, connection.endpoint, slot, generation),
             *(reserved.offset_bytes, request.nbytes, staged.specs),
@@ -145,7 +164,7 @@ class ClientWriter:
         return ref
 
     def _withdraw(self, reserved: Reserved, staged: Staged, *, wrote: bool) -> None:
-        """Give a slot up. What a stream may still write there lands first."""
+        """Give a slot up, after the writes that a stream may still have for it."""
         attachment, order = self.connection.attachment, staged.order
         slot, generation = reserved.slot, reserved.generation
         landed = not (wrote and attachment.mapping.deferred and order is not None)
@@ -163,18 +182,7 @@ class ClientWriter:
     # --- the first time ---------------------------------------------------------------------------
 
     async def _open(self) -> None:
-        """Map the slab for writing, once however many ask at once."""
-        if self._opening is None:
-            self._opening = asyncio.get_running_loop().create_task(self._open_once())
-            self._opening.add_done_callback(self._opened)
-        await asyncio.shield(self._opening)
-
-    def _opened(self, task: "asyncio.Task[None]") -> None:
-        self._opening = None
-        if not task.cancelled():
-            task.exception()  # seen: who asked may have given up
-
-    async def _open_once(self) -> None:
+        """Map the slab for writing."""
         link, mapping = self.connection.link, self.connection.attachment.mapping
         answer, fds = await link.ask(messages.OpenForWriting(link.number()))
         try:
@@ -183,8 +191,8 @@ class ClientWriter:
         except ProtocolError:
             close_all(fds)
             raise
-        # The thread's, which closes them; if the loop is gone by then it does so all the same.
-        await self._offload.run(lambda: _open_for_writing(mapping, fds), lambda: None)
+        # The descriptors are the thread's, which closes them even if the loop is gone by then.
+        await self._offload.run(lambda: _open_for_writing(mapping, fds))
 
 
 def _open_for_writing(mapping: Any, fds: list[int]) -> None:

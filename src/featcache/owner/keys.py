@@ -1,54 +1,57 @@
-"""The directory of a pool in service: lookups that grant reads, those that wait, claims, pins."""
+"""The directory of a served pool: lookups that grant reads, waits for keys, claims, pins."""
 
 import asyncio
+import time
 from typing import NamedTuple
 
 import anyio
 
 from featcache.core.key_queue import KeyWaiter
 from featcache.core.keyed_store import key_label
-from featcache.core.slots import Slot
 from featcache.errors import KeyNotFound
 from featcache.owner.own_session import OwnSession
 from featcache.owner.sessions import OWN_SESSION
 from featcache.pool.page import Grant, SessionPage
-from featcache.pool.pool import Pool, now
+from featcache.pool.pool import Pool
 from featcache.ref import FeatureRef
 from featcache.session.arguments import key_timeout
 from featcache.session.lease import KeyLease, MakeClaim
+from featcache.session.single_flight import Command
+
+_now = time.monotonic
 
 
 class Granted(NamedTuple):
-    """A read given out by key, and what it reads."""
+    """A read granted by key, and the ref of its feature."""
 
     grant: Grant
     ref: FeatureRef
 
 
 class Claim(NamedTuple):
-    """The right, and the duty, to make what a key stands for, until it is given back."""
+    """The right and duty to make a key's feature, until it is released."""
 
     key: bytes
     number: int
 
 
 def not_found(key: bytes) -> KeyNotFound:
-    """Return the error of a key under which there is nothing."""
+    """Return the KeyNotFound of a key."""
     hint = ": was a ref's bytes meant? FeatureRef.from_bytes" if key.startswith(b"fR\x01") else ""
     return KeyNotFound(f"no feature is kept under {key_label(key)[:64]!r}{hint}")
 
 
 class Lookups:
-    """What owner and sessions ask of the directory; all of it in the loop."""
+    """The directory for the owner's own session and all others; all of it in the loop."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
     def find(self, key: bytes, page: SessionPage) -> Granted | None:
-        """Return a read of what is under a key, or None.
+        """Grant a read of the feature under a key, or return None.
 
         Raises:
-            PoolFull: the session has as many reads by key out as it may.
+            PoolFull: the session has as many leases out as it may.
 
         """
         pool = self._pool
@@ -56,26 +59,25 @@ class Lookups:
             pool.collect()
             if not page.can_grant and key in pool.store.directory:
                 page.check_can_grant()
-        slot = pool.store.lookup(key, now())
-        return None if slot is None else self._granted(slot, page)
+        slot = pool.store.lookup(key, _now())
+        return None if slot is None else Granted(page.grant(slot), pool.kept[slot.index])
 
-    def _granted(self, slot: Slot, page: SessionPage) -> Granted:
-        return Granted(page.grant(slot), self._pool.kept[slot.index])
-
-    async def wait_for_key(self, key: bytes, page: SessionPage, *, makes: bool) -> Granted | Claim:
-        """Wait for a key under which there is nothing yet; or be chosen, if that `makes`, to make it.
+    async def wait_for_key(
+        self, key: bytes, page: SessionPage, *, can_make: bool
+    ) -> Granted | Claim:
+        """Wait for a key under which there is nothing yet; or get the claim, if it `can_make` it.
 
         Raises:
-            PoolFull: too many wait already, or too many reads of the session are out.
+            PoolFull: too many wait already, or too many leases of the session are out.
             CacheClosed: the cache was closed.
 
-        If cancelled, what was handed over meanwhile goes to the next who waits.
+        If cancelled, a grant or claim that was handed over meanwhile goes to the next waiter.
         """
         pool = self._pool
         if key in pool.store.directory and (found := self.find(key, page)) is not None:
-            return found  # it came between the caller's look and this
+            return found  # it came between the caller's lookup and this
         future: asyncio.Future[None] = pool.loop.create_future()
-        waiter = pool.store.wait_for_key(key, page.session, makes=makes, tag=future)
+        waiter = pool.store.wait_for_key(key, page.session, makes=can_make, tag=future)
         if waiter.claim:  # chosen at once
             pool.store.take(waiter)
             return Claim(key, waiter.claim)
@@ -84,110 +86,97 @@ class Lookups:
             return self._taken(waiter, page)
         finally:
             if not pool.closed:
-                pool.apply(pool.store.cancel_wait(waiter, now()))
+                pool.apply(pool.store.cancel_wait(waiter, _now()))
 
     def _taken(self, waiter: KeyWaiter, page: SessionPage) -> Granted | Claim:
-        """Finish the handshake. No other task runs between this and the reply or the read."""
+        """Finish the handshake.
+
+        No other task may run between `take` and the reply or the read: until then the grant is the
+        store's, and `cancel_wait` passes it on; from then on it is the session's to end.
+        """
         self._pool.check_open()
         if waiter.slot is not None and not page.can_grant:
             self._pool.collect()
             page.check_can_grant()
         slot = self._pool.store.take(waiter)
-        return Claim(waiter.key, waiter.claim) if slot is None else self._granted(slot, page)
+        if slot is None:
+            return Claim(waiter.key, waiter.claim)
+        return Granted(page.grant(slot), self._pool.kept[slot.index])
 
     def is_claimed(self, key: bytes) -> bool:
-        """Whether somebody makes what a key stands for."""
+        """Whether a claim to make this key is out."""
         return self._pool.store.key_waiters.claimed(key)
 
     def release_claim(self, claim: Claim) -> None:
-        """End a claim: its feature was published, or will not be and another is to make it."""
+        """End a claim: its feature was published, or the next waiter is to make it."""
         if not self._pool.closed:
             self._pool.apply(self._pool.store.release_claim(claim.key, claim.number))
 
     def return_lease(self, page: SessionPage, grant: Grant) -> None:
-        """Count a grant as paid that nobody took."""
+        """Count a grant that was never taken as paid."""
         if not self._pool.closed and page.grants.get(grant.index) is grant:
             page.revoke(grant)
-            self._pool.apply(self._pool.store.pay_grant(grant.slot, now()))
+            self._pool.apply(self._pool.store.pay_grant(grant.slot, _now()))
 
-    # --- what is done to a key --------------------------------------------------------------------
-
-    def contains(self, key: bytes) -> bool:
-        """Whether there is something under a key. No use of it."""
-        return key in self._pool.store.directory
-
-    def evict(self, key: bytes) -> bool:
-        """Drop a key; return whether it was there."""
-        effects = self._pool.store.evict(key, now())
-        self._pool.apply(effects)
-        return bool(effects)
-
-    def pin(self, key: bytes, session: int) -> None:
-        """Keep a key from being evicted, or raise KeyNotFound."""
-        self._pool.store.pin(key, session)
-        self._pool.apply(())  # what is pinned presses
-
-    def unpin(self, key: bytes, session: int) -> None:
-        """Take back a pin, or raise KeyNotFound. Who waits for room may now get it."""
-        self._pool.store.unpin(key, session)
-        if self._pool.store.queue:
-            self._pool.collect()
-        self._pool.apply(())
+    def command(self, command: Command, key: bytes, session: int) -> bool:
+        """Do this to a key; return whether it was there. KeyNotFound of pin and unpin if it was not."""
+        pool, store = self._pool, self._pool.store
+        if command == "contains":
+            return key in store.directory
+        if command == "evict":
+            effects = store.evict(key, _now())
+            pool.apply(effects)
+            return bool(effects)
+        if command == "pin":
+            store.pin(key, session)
+        else:
+            store.unpin(key, session)
+            if store.queue:
+                pool.collect()  # a put that waits may evict it now
+        pool.apply(())  # pinned bytes change the pressure
+        return True
 
 
 class OwnerKeys:
-    """`reads.Keys` of the process that has the directory itself."""
+    """The `session.single_flight.Keys` of the process that has the directory itself."""
 
     def __init__(self, lookups: Lookups, own: OwnSession) -> None:
         self._lookups = lookups
         self._own = own
 
-    def _page(self) -> SessionPage:
-        return self._own.page()
-
-    def _read(self, granted: Granted) -> KeyLease:
+    def _lease(self, granted: Granted) -> KeyLease:
         grant, ref = granted
         return KeyLease(self._own.attach(), ref, grant.index, grant.serial)
 
     async def find(self, key: bytes, timeout_s: float | None) -> KeyLease:
-        """Return a read of what is under a key; with a timeout, wait for it that long."""
-        granted = self._lookups.find(key, self._page())
+        """Return a read of the feature under a key; with a timeout, wait for it that long."""
+        page = self._own.page()
+        granted = self._lookups.find(key, page)
         if granted is not None:
-            return self._read(granted)
+            return self._lease(granted)
         if timeout_s is None:
             raise not_found(key)
         try:
             with anyio.fail_after(timeout_s):
-                found = await self._lookups.wait_for_key(key, self._page(), makes=False)
+                found = await self._lookups.wait_for_key(key, page, can_make=False)
         except TimeoutError:
             raise key_timeout(key_label(key), timeout_s) from None
-        assert isinstance(found, Granted), "only who makes is given a claim"
-        return self._read(found)
+        assert isinstance(found, Granted), "only a waiter that can make it is given a claim"
+        return self._lease(found)
 
     async def find_or_claim(self, key: bytes, *, waits: bool) -> KeyLease | MakeClaim:
-        """Return a read, once there is something, or the right to make it."""
-        found: Granted | Claim | None = self._lookups.find(key, self._page())
+        """Return a read, once there is a feature, or the claim to make it."""
+        page = self._own.page()
+        found: Granted | Claim | None = self._lookups.find(key, page)
         if found is None:
             if not waits and self._lookups.is_claimed(key):
                 raise not_found(key)
-            found = await self._lookups.wait_for_key(key, self._page(), makes=True)
+            found = await self._lookups.wait_for_key(key, page, can_make=True)
         if not isinstance(found, Claim):
-            return self._read(found)
+            return self._lease(found)
         claim = found
         return MakeClaim(lambda: self._lookups.release_claim(claim))
 
-    async def contains(self, key: bytes) -> bool:
-        """Whether there is something under a key."""
-        return self._lookups.contains(key)
-
-    async def evict(self, key: bytes) -> bool:
-        """Drop a key; return whether it was there."""
-        return self._lookups.evict(key)
-
-    async def pin(self, key: bytes) -> None:
-        """Keep a key from being evicted."""
-        self._lookups.pin(key, OWN_SESSION)
-
-    async def unpin(self, key: bytes) -> None:
-        """Take back a pin."""
-        self._lookups.unpin(key, OWN_SESSION)
+    async def command(self, command: Command, key: bytes) -> bool:
+        """Do this to a key, as `Lookups.command`."""
+        return self._lookups.command(command, key, OWN_SESSION)

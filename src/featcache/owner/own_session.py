@@ -1,4 +1,4 @@
-"""The owner as a reader of its own pools: the slab's, and the one on the host to which it spills."""
+"""The owner's own sessions: it reads its pools through its own mappings."""
 
 import os
 from collections.abc import Awaitable, Callable
@@ -11,8 +11,7 @@ from featcache.owner.sessions import OWN_SESSION, Sessions
 from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
 from featcache.ref import FeatureRef
-from featcache.session.attachment import Attachment
-from featcache.session.holds import PageWords
+from featcache.session.attachment import Attachment, PageWords
 from featcache.session.offload import Offload
 from featcache.session.waiting import Doorbell
 
@@ -47,7 +46,7 @@ class OwnSession:
                 pool.pool_id, pool.words, page, pool.slab, adopted, self._doorbell.ring
             )
             self._attachment.covered_bytes = pool.store.limits.capacity_bytes
-            # Its own mapping is never behind: what it has given away nothing lies in.
+            # Its own mapping is never behind: nothing lies in memory that it has given back.
             self._attachment.layout = None
         return self._attachment
 
@@ -63,7 +62,7 @@ class OwnSession:
         self.close()
 
     def close(self) -> None:
-        """Read no more."""
+        """Stop accepting reads."""
         if self._attachment is not None:
             self._attachment.refuse(CacheClosed("the cache was closed"))
             self._attachment = None
@@ -72,7 +71,7 @@ class OwnSession:
 
 
 class OwnPools:
-    """Where the owner's `Reader` finds them. `relay` copies a ref to the host pool."""
+    """The `session.reader.Pools` of the owner. `relay` copies a ref to the host pool."""
 
     def __init__(
         self, offload: Offload, relay: Callable[[FeatureRef], Awaitable[FeatureRef]]
@@ -98,18 +97,18 @@ class OwnPools:
         return own is not None and own.attached is not None
 
     def check(self, ref: FeatureRef) -> None:
-        """Find nothing wrong: no pool of one's own is lost."""
+        """No-op: own pools can't be lost."""
 
     async def open(self, ref: FeatureRef) -> Attachment:
         """As `peek`, which never says that something is yet to be opened."""
         return self.peek(ref)
 
     async def reach(self, attachment: Attachment, device: torch.device | None) -> bool:
-        """Open the slab for another device of this process."""
+        """Enable another device of this process for the slab."""
         if device is None:
             return True
         try:
-            await self._offload.run(lambda: attachment.mapping.enable_device(device), lambda: None)
+            await self._offload.run(lambda: attachment.mapping.enable_device(device))
         except Unreachable:
             return False
         return True

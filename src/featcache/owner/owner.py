@@ -1,31 +1,33 @@
-"""What an open cache has: the pool that it serves, and the one on the host to which it spills."""
+"""The owner: the served pool and its optional host-memory spill pool."""
 
 import asyncio
+from typing import Any
 
 import torch
 
 from featcache import events
 from featcache.core.effects import Limits
-from featcache.errors import FeatureTooLarge, SettingsError
+from featcache.errors import SettingsError, UnknownPool
 from featcache.memory.backends import Plan, make_host_slab, make_slab, plan_for
 from featcache.memory.host import slab as host
 from featcache.owner.keys import OwnerKeys
 from featcache.owner.own_session import OwnPools
 from featcache.owner.relay import Relay
-from featcache.owner.served_pool import ServedPool, limits_of
+from featcache.owner.served_pool import ServedPool
+from featcache.pool import gauges
+from featcache.pool.limits import limits_of
 from featcache.pool.pool import Pool
 from featcache.ref import FeatureRef
-from featcache.session.offload import Offload
+from featcache.session.arguments import check_on_full
+from featcache.session.offload import Offload, SharedTask
 from featcache.session.reader import Reader
-from featcache.session.staging import SpillCounter, Staged
+from featcache.session.staging import SpillCounter, Writers
 from featcache.settings import Settings
-
-StagedPut = tuple[Staged | None, Staged | None]
-"""A put for the slab, and the same for the host slab where it may go there: at least one of them."""
+from featcache.statistics import Statistics
 
 
 class Owner:
-    """A served pool with its reads; the host pool beside it is made when it is first needed."""
+    """The engine of an open `FeatureCache`. The host pool is made when it is first needed."""
 
     def __init__(
         self,
@@ -37,18 +39,19 @@ class Owner:
     ) -> None:
         self.main = main
         self.spill: ServedPool | None = None
-        self.spills = SpillCounter(settings.log_interval)
         self.spill_bytes = spill_bytes
         self.offload = main.pool.offload
         self._plan = plan
         self._settings = settings
         self._name = name
-        self._opening: asyncio.Task[ServedPool] | None = None
+        self._opening_host_pool = SharedTask(self._open_host_pool)
         self.relay = Relay(main, self.host_pool, self.offload)
         self._pools = OwnPools(self.offload, self.relay.copy)
         self._pools.add(main.pool.pool_id, main.own)
         self.keys = OwnerKeys(main.lookups, main.own)
         self.reader = Reader(self._pools, self.offload, settings.inline_bytes)
+        self.spills = SpillCounter(lambda: main.pool.name, settings.log_interval)
+        self._slab_only = Writers(main.writer)
         main.sessions.through_host = self.relay
         main.sessions.spills = spill_bytes is not None
 
@@ -61,11 +64,11 @@ class Owner:
         endpoint: str | None,
         name: str | None,
     ) -> "Owner":
-        """Open the pool, and the one it spills to if there is to be one."""
+        """Open the pool, and the one that it spills to if there is to be one."""
         offload = Offload()
         main: ServedPool | None = None
         try:
-            plan = await offload.run(lambda: plan_for(device, settings.backend), lambda: None)
+            plan = await offload.run(lambda: plan_for(device, settings.backend))
             limits = limits_of(settings, plan.granularity_bytes, plan.most_segments)
             main = await ServedPool.open(
                 lambda: make_slab(
@@ -88,16 +91,15 @@ class Owner:
                 await main.aclose()
             offload.close()
             raise
-        opened.report(limits, device)
+        opened._report(limits, device)
         return opened
 
     @property
     def pool(self) -> Pool:
-        """The pool that is served; what it spills to is beside it."""
+        """The pool that is served; its spill pool is beside it."""
         return self.main.pool
 
-    def report(self, limits: Limits, device: torch.device) -> None:
-        """Say that the pool is open, and how a slab on a GPU is shared."""
+    def _report(self, limits: Limits, device: torch.device) -> None:
         pool = self.main.pool
         if self._plan.kind != host.KIND:
             events.emit(
@@ -121,23 +123,13 @@ class Owner:
     # --- the host pool ----------------------------------------------------------------------------
 
     async def host_pool(self) -> ServedPool:
-        """Return the pool on the host, opened once however many ask at once."""
-        if self.spill is not None:
-            return self.spill
-        if self._opening is None:
-            self._opening = asyncio.get_running_loop().create_task(self._open_host_pool())
-            self._opening.add_done_callback(self._opened)
-        return await asyncio.shield(self._opening)
-
-    def _opened(self, task: "asyncio.Task[ServedPool]") -> None:
-        self._opening = None
-        if not task.cancelled():
-            task.exception()  # seen: who asked may have given up
+        """Return the pool in host memory, opened once however many callers come at once."""
+        return self.spill or await self._opening_host_pool.join()
 
     async def _open_host_pool(self) -> ServedPool:
-        # What spills has a size of its own, pinned whole from the start: a GPU's copy can't cross from
-        # one pinned piece to another. A pool that only serves reads through the host may be as large
-        # as any feature, and its memory comes and goes with its use.
+        # A spill pool has a size of its own, pinned whole from the start: a GPU's copy can't cross
+        # from one pinned piece to another. A pool that only serves reads through the host may be as
+        # large as any feature, and its memory comes and goes with its use.
         pins = self.spill_bytes is not None
         capacity_bytes = self.spill_bytes or self.main.pool.store.limits.capacity_bytes
         limits = limits_of(
@@ -162,73 +154,82 @@ class Owner:
         if self.main.pool.closed:
             await spill.aclose()
             self.main.pool.check_open()
-        self.main.sessions.kin.append(spill.pool)
-        spill.sessions.kin.append(self.main.pool)
+        self.main.sessions.siblings.append(spill.pool)
+        spill.sessions.siblings.append(self.main.pool)
         self._pools.add(spill.pool.pool_id, spill.own)
         self.spill = spill
         return spill
 
     @property
-    def servings(self) -> list[ServedPool]:
+    def served(self) -> list[ServedPool]:
         """The pools there are."""
         return [self.main] if self.spill is None else [self.main, self.spill]
 
-    def serving(self, ref: FeatureRef) -> ServedPool | None:
-        """Return the pool of a ref, if it is one of these."""
-        for serving in self.servings:
-            if serving.pool.pool_id == ref.pool_id:
-                return serving
-        return None
+    # --- calls of the API --------------------------------------------------------------------------
 
-    # --- puts that may spill --------------------------------------------------------------------------
+    def writers_nowait(self, on_full: str, key: Any) -> Writers:
+        """Return the writers of the pools that a put may go to.
 
-    def stage(
-        self, feature: object, readers: object, ttl: object, key: object, *, spills: bool
-    ) -> StagedPut:
-        """Return what a put asks for, in the caller's thread."""
-        if not spills:
-            return self.main.writer.stage(feature, readers, ttl, key), None
+        Raises:
+            SettingsError: no such policy, or none that this owner or a keyed put can have.
+
+        """
+        check_on_full(on_full, key)
+        if on_full != "spill":
+            return self._slab_only
         if self.spill is None or self.spill_bytes is None:
             raise SettingsError("on_full='spill' needs a host slab: create(…, spill='2GiB')")
-        there = self.spill.writer.stage(feature, readers, ttl)
-        if self._settings.spill_always:
-            return None, there
-        try:
-            return self.main.writer.stage(feature, readers, ttl), there
-        except FeatureTooLarge:
-            return None, there
+        return Writers(None if self._settings.spill_always else self.main.writer, self.spill.writer)
 
-    async def put(self, staged: StagedPut, timeout_s: float | None, *, wait: bool) -> FeatureRef:
-        """Put into the slab; if it is full and that was asked for, into the host slab."""
-        here, there = staged
-        if there is None:
-            assert here is not None, "a put goes somewhere"
-            return await self.main.writer.put(here, timeout_s, wait=wait)
-        if here is not None:
-            writer = self.main.writer
-            slot = writer.reserve(here.request) or await writer.grow_for(here.request)
-            if slot is not None:
-                return await writer.fill(slot, here)
-        assert self.spill is not None, "staged for it"
-        ref = await self.spill.writer.put(there, timeout_s, wait=True)
-        self.spills.add(self.main.pool.name, ref)
-        return ref
+    async def writers(self, on_full: str, key: Any) -> Writers:
+        """As `writers_nowait`."""
+        return self.writers_nowait(on_full, key)
+
+    async def discard(self, ref: FeatureRef) -> None:
+        """Cancel the reads that a ref still owes, or raise StaleRef, MalformedRef or UnknownPool."""
+        for served in self.served:
+            if served.pool.pool_id == ref.pool_id:
+                served.sessions.discard_ref(ref)
+                return
+        raise UnknownPool(f"the ref is of pool {ref.pool_id.hex()}, not of this cache")
+
+    def statistics(self) -> Statistics:
+        """Return the pool's gauges, and its counters with those of the spill pool that belong to it."""
+        main, store, spilled = self.main, self.main.pool.store, self.spills.count
+        return Statistics(
+            **gauges.of_store(store),
+            sessions=len(main.server.sessions),
+            puts=store.puts + spilled,
+            gets=self.reader.gets,
+            reads_paid=main.pool.reads_paid,
+            recycled=store.recycled,
+            waited=store.waited,
+            expired=sum(each.pool.store.expired for each in self.served),
+            spilled=spilled,
+            relayed=self.relay.relayed,
+            hits=store.hits,
+            misses=store.misses,
+            discarded=sum(each.sessions.discarded for each in self.served),
+            readers_lost=main.sessions.readers_lost,
+        )
 
     # --- the end --------------------------------------------------------------------------------------
 
     async def aclose(self) -> None:
         """Close both pools."""
+        pool = self.main.pool
+        unpaid = len(pool.store.owing)
         try:
             await self.main.aclose()
-            if self._opening is not None:
-                await asyncio.gather(self._opening, return_exceptions=True)
+            if self._opening_host_pool.task is not None:
+                await asyncio.gather(self._opening_host_pool.task, return_exceptions=True)
             if self.spill is not None:
                 await self.spill.aclose()
         finally:
             self.offload.close()
+        events.emit(events.PoolClosed(pool=pool.name, endpoint=pool.endpoint, unpaid_refs=unpaid))
 
     def forget(self) -> None:
         """Drop everything in a forked child."""
-        self.main.forget()
-        if self.spill is not None:
-            self.spill.forget()
+        for served in self.served:
+            served.forget()

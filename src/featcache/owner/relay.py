@@ -1,4 +1,4 @@
-"""Reads and puts by way of host memory: the owner copies between its slab and its host pool."""
+"""Reads and puts staged through host memory: the owner copies between its slab and its host pool."""
 
 from collections.abc import Awaitable, Callable
 
@@ -9,10 +9,11 @@ from featcache.owner.served_pool import ServedPool
 from featcache.pool.pool import Pool
 from featcache.ref import FeatureRef, TensorSpec
 from featcache.session.offload import Offload
+from featcache.session.waiting import wait_ready
 
 
 class Relay:
-    """Copies features of one pool into another, for one read each, and back for those who put so."""
+    """Copies features of one pool into another, for one read each, and back for puts that come so."""
 
     def __init__(
         self, source: ServedPool, target: Callable[[], Awaitable[ServedPool]], offload: Offload
@@ -29,7 +30,7 @@ class Relay:
     async def copy(self, ref: FeatureRef) -> FeatureRef:
         """Copy a feature's bytes as they are; return the ref of the copy, which owes one read.
 
-        Who asks holds the ref and pays its read; the copy expires by itself if it is never read.
+        The requester has pinned the ref and pays its read; the copy expires if it is never read.
 
         Raises:
             StaleRef, MalformedRef, UnknownPool: as a get does.
@@ -39,24 +40,22 @@ class Relay:
         source = self._source.pool
         if ref.pool_id != source.pool_id:
             raise UnknownPool(f"the ref is of pool {ref.pool_id.hex()}, not of this owner's")
-        found = source.store.find(ref.slot, ref.generation)
-        if (found.offset_bytes, found.nbytes) != (ref.offset_bytes, ref.nbytes):
-            raise MalformedRef("the ref's extent is not its slot's: it was forged or damaged")
+        source.find(ref)
         target = await self._target()
         attachment = self._source.relaying.attach()
-        there = attachment.begin(ref)
+        there = attachment.pin(ref)
         try:
             if not there:
-                await attachment.wait_ready(ref)
+                await wait_ready(attachment, ref)
             request = Request(ref.nbytes, 1, source.settings.relay_ttl)
             writer = target.writer
             slot = writer.reserve(request) or await writer.room(request, None, wait=True)
             return await self._fill(target, slot, ref)
         finally:
-            attachment.end(ref, pays=False)
+            attachment.unpin(ref, pays=False)
 
     async def endpoint(self) -> str:
-        """Return where the host pool listens, for sessions that put by way of it."""
+        """Return the endpoint of the host pool, for sessions that stage their puts there."""
         return (await self._target()).pool.endpoint
 
     async def upload(self, data: bytes, request: Request, *, wait: bool) -> bytes:
@@ -78,15 +77,15 @@ class Relay:
         if ref.nbytes != request.nbytes:
             raise MalformedRef("room of another size was asked for than the feature has")
         attachment, writer = host.relaying.attach(), self._source.writer
-        there, done = attachment.begin(ref), False
+        there, done = attachment.pin(ref), False
         try:
             if not there:
-                await attachment.wait_ready(ref)
+                await wait_ready(attachment, ref)
             slot = writer.reserve(request) or await writer.room(request, None, wait=wait)
             uploaded = await self._upload_into(slot, host, ref)
             done = True
         finally:
-            attachment.end(ref, pays=done)
+            attachment.unpin(ref, pays=done)
         return uploaded.to_bytes()
 
     async def _upload_into(self, slot: Slot, host: ServedPool, ref: FeatureRef) -> FeatureRef:
@@ -110,15 +109,12 @@ class Relay:
         self, pool: Pool, slot: Slot, ref: FeatureRef, copy: Callable[[], object]
     ) -> FeatureRef:
         """Copy into a slot of a pool in a thread and publish it; its bytes are there by then."""
-
-        def abandon() -> None:
-            if not pool.closed:
-                pool.give_up_reserved(slot, None)
-
         try:
-            await self._offload.run(copy, abandon)
-        except Exception:
-            abandon()  # after a cancellation, which is none, the thread goes on and calls it at its end
+            await self._offload.run(copy, lambda _: pool.give_up_reserved(slot, None))
+        except (
+            Exception
+        ):  # not a cancellation: then the thread goes on, and the slot is its until its end
+            pool.give_up_reserved(slot, None)
             raise
         if pool.closed:
             raise CacheClosed("the cache was closed while a feature was copied")

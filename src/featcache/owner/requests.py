@@ -1,5 +1,6 @@
-"""What sessions ask of a pool, done: lookups, claims, and slots that they write themselves."""
+"""Handlers for session requests: lookups, claims, reservations, publishes."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,14 +13,14 @@ from featcache.errors import SettingsError, StaleRef
 from featcache.owner.keys import Claim, Granted, Lookups, not_found
 from featcache.owner.sessions import Sessions
 from featcache.pool.page import SessionPage
-from featcache.pool.pool import Pool, now
+from featcache.pool.pool import Pool
 from featcache.pool.writer import OwnerWriter
 from featcache.ref import FeatureRef
 from featcache.session.arguments import parse_readers
 
 
 class RequestHandlers:
-    """The server's `control.requests.RequestHandlers`. Nothing that a session says is taken on trust."""
+    """The server's `control.requests.RequestHandlers`. No number in a session's message is trusted."""
 
     def __init__(
         self, pool: Pool, writer: OwnerWriter, lookups: Lookups, sessions: Sessions
@@ -29,7 +30,7 @@ class RequestHandlers:
         self._lookups = lookups
         self._sessions = sessions
         self._wires: dict[int, tuple[FeatureRef, bytes]] = {}
-        """What is kept, in its wire form, by slot: as `Pool.kept`, with the very ref it is of."""
+        """Refs of features under keys, in wire form, by slot: as `Pool.kept`, each with its very ref."""
         self._answers: dict[type, Callable[[int, Any], Answer | Wait]] = {
             messages.Find: self._find,
             messages.KeyCommand: self._of_key,
@@ -43,11 +44,11 @@ class RequestHandlers:
         }
 
     def answer(self, session: int, ask: messages.Request) -> Answer | Wait:
-        """Do what is asked and return the answer, or what will."""
+        """Handle a request; return the answer, or the coroutine that will."""
         return self._answers[type(ask)](session, ask)
 
     def note(self, session: int, note: messages.Unclaim | messages.Withdraw) -> None:
-        """Do what needs no answer."""
+        """Handle a message that has no answer."""
         if isinstance(note, messages.Unclaim):
             if self._pool.store.key_waiters.has(note.key, note.claim, session):
                 self._lookups.release_claim(Claim(note.key, note.claim))
@@ -79,10 +80,10 @@ class RequestHandlers:
             return self._granted(ask.request, granted)
         if not ask.waits and (not ask.makes or self._lookups.is_claimed(ask.key)):
             raise not_found(ask.key)
-        return self._seek(session, ask)
+        return self._wait_for_key(session, ask)
 
-    async def _seek(self, session: int, ask: messages.Find) -> Answer:
-        found = await self._lookups.wait_for_key(ask.key, self._page(session), makes=ask.makes)
+    async def _wait_for_key(self, session: int, ask: messages.Find) -> Answer:
+        found = await self._lookups.wait_for_key(ask.key, self._page(session), can_make=ask.makes)
         if isinstance(found, Claim):
             return messages.ClaimGranted(ask.request, found.number)
         return self._granted(ask.request, found)
@@ -95,15 +96,7 @@ class RequestHandlers:
         return messages.Granted(request, grant.index, grant.serial, known[1])
 
     def _of_key(self, session: int, ask: messages.KeyCommand) -> Answer:
-        key, lookups, flag = ask.key, self._lookups, True
-        if ask.what == "contains":
-            flag = lookups.contains(key)
-        elif ask.what == "evict":
-            flag = lookups.evict(key)
-        elif ask.what == "pin":
-            lookups.pin(key, session)
-        else:
-            lookups.unpin(key, session)
+        flag = self._lookups.command(ask.what, ask.key, session)
         return messages.Reply(ask.request, flag=flag)
 
     # --- slots that sessions write ----------------------------------------------------------------
@@ -117,7 +110,7 @@ class RequestHandlers:
         return self._room(session, ask, request)
 
     async def _room(self, session: int, ask: messages.Reserve, request: Request) -> Answer:
-        """Have the room that is not there yet; owner and sessions are served as they came."""
+        """Wait for room; the owner's puts and the sessions' are served first come, first served."""
         slot = await self._writer.room(request, None, wait=ask.waits)
         return self._reserved(session, ask.request, slot)
 
@@ -129,19 +122,13 @@ class RequestHandlers:
         return Request(ask.nbytes, readers, ask.ttl_s, ask.key, session)
 
     def _reserved(self, session: int, request: int, slot: Slot) -> messages.Reserved:
-        self._page(session).reserved[slot.index] = slot
+        self._pool.pending_writes.reserve(slot, self._pool.pages[session])
         return messages.Reserved(request, slot.index, slot.generation, slot.offset_bytes)
 
-    def _taken(self, page: SessionPage, index: int, generation: int) -> Slot:
-        slot = page.reserved.get(index)
-        if slot is None or slot.generation != generation:
-            raise StaleRef(f"slot {index}:{generation} is not this session's to publish")
-        return slot
-
     def _publish(self, session: int, ask: messages.Publish) -> Answer:
-        """Let readers have what the session wrote; they see it once its word has landed."""
+        """Publish a slot that the session wrote; readers see it once its word has landed."""
         pool, page = self._pool, self._page(session)
-        slot = self._taken(page, ask.slot, ask.generation)
+        slot = pool.pending_writes.find_reserved(page, ask.slot, ask.generation)
         if len(ask.specs) > (most := pool.settings.tensors):
             raise SettingsError(f"{len(ask.specs)} tensors: the pool's owner takes at most {most}")
         # Raises MalformedRef for specs that no feature of this slot has.
@@ -149,32 +136,32 @@ class RequestHandlers:
             *(pool.pool_id, pool.endpoint, slot.index, slot.generation),
             *(slot.offset_bytes, slot.nbytes, ask.specs),
         )
-        del page.reserved[slot.index]
         pool.publish_from(slot, ask.specs, page)
         return messages.Reply(ask.request)
 
     def _withdraw(self, session: int, note: messages.Withdraw) -> None:
-        """Give up a slot; if the session's stream may still write it, not before it has."""
+        """Give up a slot; if the session's stream may still write it, only after its word has landed."""
         pool, page = self._pool, self._page(session)
-        slot = page.reserved.get(note.slot)
-        if slot is None or slot.generation != note.generation:
-            return
-        del page.reserved[slot.index]
+        try:
+            slot = pool.pending_writes.find_reserved(page, note.slot, note.generation)
+        except StaleRef:
+            return  # a note has no answer
         if note.landed:
-            pool.apply(pool.store.free_reserved(slot, now()))
+            pool.pending_writes.drop(slot, page)
+            pool.apply(pool.store.free_reserved(slot, time.monotonic()))
         else:
-            pool.apply(pool.store.give_up_reserved(slot, now()))
+            pool.apply(pool.store.give_up_reserved(slot, time.monotonic()))
             pool.pending_writes.add(slot, page)
             pool.recycler.poll_after(0.0)
 
     def writable(self) -> Sequence[int]:
-        """Return what the slab is mapped for writing by."""
+        """Return the descriptors by which the slab is mapped for writing."""
         return self._pool.slab.write_descriptors()
 
-    # --- answers that did not arrive --------------------------------------------------------------
+    # --- answers that could not be sent --------------------------------------------------------------
 
     def revoke(self, session: int, answer: Answer) -> None:
-        """Undo what an answer handed over; a session that is gone has had it undone already."""
+        """Undo the grant, claim or reservation of an answer; a session that is gone has had it undone."""
         page = self._pool.pages.get(session)
         if isinstance(answer, messages.ClaimGranted):
             for key, claim in self._pool.store.key_waiters.claims_of(session):

@@ -1,4 +1,4 @@
-"""One pool in service: its slab and words, its sessions at a socket, the owner's own reads and puts."""
+"""One served pool: its slab and words, its sessions at a socket, the owner's own session and puts."""
 
 import contextlib
 import time
@@ -9,7 +9,7 @@ import anyio
 from featcache.control import endpoint as endpoints
 from featcache.control.server import Server
 from featcache.core.effects import Limits
-from featcache.errors import BackendUnavailable, SettingsError
+from featcache.errors import BackendUnavailable
 from featcache.memory.slab import Slab
 from featcache.owner.keys import Lookups
 from featcache.owner.own_session import OwnSession
@@ -21,11 +21,11 @@ from featcache.session.offload import Offload
 from featcache.settings import Settings
 
 _SETTLE_S = 10.0
-_LOOK_S = 0.001
+_POLL_S = 0.001
 
 
 class ServedPool:
-    """What an open pool has, taken down in the reverse order of its making."""
+    """The parts of an open pool, taken down in the reverse order of their making."""
 
     def __init__(
         self,
@@ -62,12 +62,11 @@ class ServedPool:
 
         """
         with contextlib.ExitStack() as undo:
-            slab = await _made(make, offload)
+            slab = await offload.run(make, _close_made)
             undo.callback(slab.close)
             try:
                 await offload.run(
-                    lambda: slab.commit(0, limits.initial_bytes, prefault=settings.prefault),
-                    lambda: None,
+                    lambda: slab.commit(0, limits.initial_bytes, prefault=settings.prefault)
                 )
             except MemoryError as error:
                 raise BackendUnavailable(f"the slab could not be made: {error}") from error
@@ -81,7 +80,7 @@ class ServedPool:
             undo.callback(sessions.close)
             writer, lookups = OwnerWriter(pool), Lookups(pool)
             handlers = RequestHandlers(pool, writer, lookups, sessions)
-            server = pool.growth.sessions = Server(sock, path, settings, sessions, handlers)
+            server = pool.growth.server = Server(sock, path, settings, sessions, handlers)
             undo.pop_all()
         return cls(pool, sessions, server, writer, lookups, name)
 
@@ -95,18 +94,18 @@ class ServedPool:
         pool.stop()
         try:
             await pool.growth.drain()
-            # Nothing of ours may be on a stream when the memory goes.
+            # Unmapping under a stream's work would fault the context: first it all must land.
             give_up_s = time.monotonic() + _SETTLE_S
             while slab.deferred and not (pool.settled and (own is None or own.settled)):
                 if time.monotonic() > give_up_s:
-                    await offload.run(slab.finish, lambda: None)
+                    await offload.run(slab.finish)
                     break
-                await anyio.sleep(_LOOK_S)
+                await anyio.sleep(_POLL_S)
         finally:
             pool.close()
             self.sessions.close()
             # Giving a gigabyte back takes a tenth of a second: not in the loop.
-            await offload.run(slab.close, slab.close)
+            await offload.run(slab.close, lambda _: slab.close())
 
     def forget(self) -> None:
         """Drop everything in a forked child."""
@@ -117,64 +116,6 @@ class ServedPool:
         self.sessions.close()
 
 
-async def _made(make: Callable[[], Slab], offload: Offload) -> Slab:
-    box: list[Slab] = []
-
-    def late() -> None:
-        for slab in box:
-            slab.close()
-
-    await offload.run(lambda: box.append(make()), late)
-    return box[0]
-
-
-def limits_of(
-    settings: Settings,
-    granularity_bytes: int,
-    most_segments: int | None = None,
-    capacity_bytes: int | None = None,
-    initial_bytes: int | None = None,
-) -> Limits:
-    """Return the sizes of a pool, rounded up to what its slab can do; SettingsError if they clash.
-
-    A slab that can't be cut into as many segments as asked for gets larger ones. `capacity_bytes` and
-    `initial_bytes` are those of a pool whose size is not the settings'.
-    """
-
-    def up(size_bytes: int, unit_bytes: int) -> int:
-        return -(-size_bytes // unit_bytes) * unit_bytes
-
-    wanted_bytes = settings.initial if capacity_bytes is None else initial_bytes
-    capacity_bytes = up(capacity_bytes or settings.capacity, granularity_bytes)
-    segment_bytes = min(up(settings.segment, granularity_bytes), capacity_bytes)
-    if most_segments is not None:
-        least_bytes = up(-(-capacity_bytes // most_segments), granularity_bytes)
-        segment_bytes = max(segment_bytes, least_bytes)
-    if wanted_bytes is None:
-        wanted_bytes = segment_bytes
-    if wanted_bytes > capacity_bytes:
-        raise SettingsError(f"initial={settings.initial} is more than capacity={capacity_bytes}")
-    return Limits(
-        capacity_bytes=capacity_bytes,
-        segment_bytes=segment_bytes,
-        initial_bytes=min(up(wanted_bytes, segment_bytes), capacity_bytes),
-        slots=settings.slots,
-        waiters=settings.waiters,
-        grace_s=settings.grace,
-        idle_s=settings.idle,
-        evict_first=settings.when_full == "evict",
-        evict_above=settings.evict_above,
-        evict_to=_evict_to(settings),
-        compact=settings.compact,
-    )
-
-
-def _evict_to(settings: Settings) -> float:
-    above, to = settings.evict_above, settings.evict_to
-    if above is None:
-        return 1.0
-    if to is None:
-        return max(0.0, above - 0.05)
-    if to > above:
-        raise SettingsError(f"evict_to={to} is more than evict_above={above}")
-    return to
+def _close_made(slab: Slab | None) -> None:
+    if slab is not None:
+        slab.close()

@@ -1,6 +1,7 @@
-"""Sessions come and go: their pages, and who pays for the dead. The server's host."""
+"""Session admission and teardown; settles the reads of dead peers."""
 
 import os
+import time
 from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
@@ -9,17 +10,18 @@ from featcache.control.messages import VERSION, Welcome
 from featcache.control.peer import Peer
 from featcache.core.effects import Effect
 from featcache.core.put_queue import Request
-from featcache.errors import AttachRefused, BackendUnavailable, MalformedRef
+from featcache.errors import AttachRefused, BackendUnavailable
 from featcache.memory.slab import Segment
 from featcache.memory.words import SessionWords
 from featcache.pool.page import SessionPage
-from featcache.pool.pool import Pool, now
+from featcache.pool.pool import Pool
 from featcache.ref import FeatureRef
 
 OWN_SESSION = 0
 """The number of the owner's own session, which reads through the owner's mapping."""
 RELAY_SESSION = -1
-"""The number of what holds features while they are copied for others: the owner may have paid its own."""
+"""The number of the session that pins features while they are copied for others: the owner's own session
+may have paid its read of them."""
 
 
 class Relays(Protocol):
@@ -36,16 +38,16 @@ class Relays(Protocol):
 
 
 class Sessions:
-    """Admits sessions to a pool, folds what they paid when they end, pays for those that died."""
+    """Admits sessions to a pool, folds their payments when they end, pays for those that died."""
 
     def __init__(self, pool: Pool, own_name: str | None) -> None:
         self._pool = pool
         self._own_name = own_name
         self._pidfd = own_pidfd()
         self.through_host: Relays | None = None
-        """What copies for sessions that can't reach the slab; a pool that is on the host has none."""
-        self.kin: list[Pool] = []
-        """The owner's other pools: what a dead name owed there is paid as well."""
+        """Copies for sessions that can't reach the slab; a pool in host memory has none."""
+        self.siblings: list[Pool] = []
+        """The owner's other pools: the reads that a dead name owed there are paid as well."""
         self.spills = False
         """Whether puts may go to the other pool."""
         self.readers_lost = 0
@@ -75,8 +77,8 @@ class Sessions:
             layout=pool.layout,
             handle=pool.slab.handle,
             relays=self.through_host is not None,
-            kin=self.kin[0].pool_id if self.kin else None,
-            kin_endpoint=self.kin[0].endpoint if self.spills else "",
+            kin=self.siblings[0].pool_id if self.siblings else None,
+            kin_endpoint=self.siblings[0].endpoint if self.spills else "",
             endpoint=pool.endpoint,
             grants=pool.settings.grants,
             message_bytes=pool.settings.message_bytes,
@@ -85,33 +87,33 @@ class Sessions:
         return welcome, own + pool.slab.descriptors()
 
     def segments(self) -> Sequence[Segment]:
-        """Return what of the slab is sent piece by piece."""
+        """Return the segments that a session is sent after its welcome."""
         return self._pool.slab.segments(0, self._pool.store.committed_bytes)
 
     @property
     def relays(self) -> Relays:
-        """What copies for sessions that can't reach the slab, or raise BackendUnavailable."""
+        """The relay for sessions that can't reach the slab, or raise BackendUnavailable."""
         if self.through_host is None:
             raise BackendUnavailable("this pool is in host memory already: read it, and put, there")
         return self.through_host
 
     def open_page(self, number: int, name: str | None) -> SessionPage:
-        """Make the page of a session and begin to look at it."""
+        """Make the page of a session and begin to poll it."""
         slots, grants = self._pool.store.limits.slots, self._pool.settings.grants
         words, fd = SessionWords.create(slots, grants)
         page = self._pool.pages[number] = SessionPage(number, name, words, fd)
         return page
 
     def quarantine(self, session: Peer) -> None:
-        """Let others make what a session without its socket was to: it could not publish it."""
+        """Release the claims of a session without its socket: it could not publish what it makes."""
         store = self._pool.store
         for key, claim in store.key_waiters.claims_of(session.number):
             self._pool.apply(store.release_claim(key, claim))
 
     def end(self, session: Peer, *, died: bool) -> int:
-        """Fold a session's page; if its process died, pay what it had begun and what its name owed."""
-        pool, now_s = self._pool, now()
-        # First, so that nothing is evicted for puts of its own that wait.
+        """Fold a session's page; if its process died, pay the reads it had begun and those its name owed."""
+        pool, now_s = self._pool, time.monotonic()
+        # First, so that nothing is evicted for its own waiting puts.
         pool.apply(pool.store.end_session(session.number, now_s))
         pool.collect()
         page = pool.pages.pop(session.number)
@@ -132,31 +134,26 @@ class Sessions:
                 forgiven, more = pool.store.waive_reads(page.name, now_s)
                 paid += forgiven
                 effects += more
-                for other in self.kin:
+                for other in self.siblings:
                     forgiven, more_there = other.store.waive_reads(page.name, now_s)
                     paid += forgiven
                     other.apply(more_there)
             self.readers_lost += 1
         page.close()
         pool.apply(effects)
-        pool.collect()  # what the session held can go now
+        pool.collect()  # the slots that the session had pinned can go now
         return paid
 
     def discard(self, index: int, generation: int) -> None:
-        """Cancel what a ref still owes, or raise StaleRef."""
-        self._pool.apply(self._pool.store.revoke(index, generation, now()))
+        """Cancel the reads that a ref still owes, or raise StaleRef."""
+        self._pool.apply(self._pool.store.revoke(index, generation, time.monotonic()))
         self.discarded += 1
         if self._pool.store.queue:
-            self._pool.collect()  # what is kept under a key may be evicted now
+            self._pool.collect()  # a feature under a key may be evictable now
 
     def discard_ref(self, ref: FeatureRef) -> None:
         """As `discard`, of a whole ref, or raise MalformedRef as a read of it does."""
-        store = self._pool.store
-        if ref.slot >= store.table.count:
-            raise MalformedRef(f"slot {ref.slot} of a pool with {store.table.count} slots")
-        slot = store.find(ref.slot, ref.generation)
-        if (slot.offset_bytes, slot.nbytes) != (ref.offset_bytes, ref.nbytes):
-            raise MalformedRef("the ref's extent is not its slot's: it was forged or damaged")
+        self._pool.find(ref)
         self.discard(ref.slot, ref.generation)
 
     def close(self) -> None:

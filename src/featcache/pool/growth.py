@@ -3,28 +3,17 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from featcache import events
+from featcache.control.server import Server
 from featcache.core.effects import Effect
 from featcache.core.store import Store
 from featcache.errors import BackendUnavailable
-from featcache.memory.slab import Segment, Slab
+from featcache.memory.slab import Slab
 from featcache.memory.words import Header
 from featcache.session.offload import Offload
 from featcache.settings import Settings
-
-now = time.monotonic
-
-
-class Sessions(Protocol):
-    """Who is told of the slab's size: the server."""
-
-    def announce(self, segments: Sequence[Segment]) -> None:
-        """Send every session the segments that were made."""
-
-    def retire(self, layout: int, end_bytes: int, timeout_s: float) -> Coroutine[Any, Any, int]:
-        """Have every session unmap from `end_bytes` on; awaited, tell how many have not in time."""
 
 
 class Growth:
@@ -49,7 +38,8 @@ class Growth:
         self._offload = offload
         self._apply = apply
         self._tasks: set[asyncio.Task[None]] = set()
-        self.sessions: Sessions | None = None
+        self.server: Server | None = None
+        """Tells the sessions of the slab's size."""
         self.closed = False
         self.in_progress: asyncio.Task[None] | None = None
         """A growth, until it is done."""
@@ -77,27 +67,25 @@ class Growth:
         start_bytes, slab = self._store.committed_bytes, self._slab
         prefault = self._settings.prefault
         try:
-            await self._offload.run(
-                lambda: slab.commit(start_bytes, end_bytes, prefault=prefault), lambda: None
-            )
+            await self._offload.run(lambda: slab.commit(start_bytes, end_bytes, prefault=prefault))
         except Exception as error:
             self.grow_failed(end_bytes - start_bytes, error)
             if not isinstance(error, MemoryError | OSError | BackendUnavailable):
-                raise  # a fault of ours, which must not be the end of growth
+                raise  # a bug in featcache, which must not be the end of growth
         else:
             self.grown(end_bytes)
 
     def grown(self, end_bytes: int) -> None:
-        """Use what was committed up to `end_bytes`."""
+        """Give out the memory that was committed up to `end_bytes`."""
         if self.closed:
             return
         start_bytes = self._store.committed_bytes
         added_bytes = end_bytes - start_bytes
         self._header[Header.COMMITTED] = end_bytes
         segments = self._slab.segments(start_bytes, end_bytes)
-        if segments and self.sessions is not None:
-            self.sessions.announce(segments)  # before any ref can lie there
-        self._apply(self._store.grown(end_bytes, now()))
+        if segments and self.server is not None:
+            self.server.announce(segments)  # before the store can give out a ref that lies there
+        self._apply(self._store.grown(end_bytes, time.monotonic()))
         events.emit(
             events.SegmentsCommitted(
                 pool=self._pool_name, committed_bytes=end_bytes, added_bytes=added_bytes
@@ -105,8 +93,8 @@ class Growth:
         )
 
     def grow_failed(self, wanted_bytes: int, error: Exception) -> None:
-        """Go on at the present size; who waits goes on waiting."""
-        self._store.grow_failed(now())
+        """Go on at the present size; waiting puts go on waiting."""
+        self._store.grow_failed(time.monotonic())
         events.emit(
             events.CommitFailed(
                 pool=self._pool_name,
@@ -119,12 +107,12 @@ class Growth:
     async def _shrink(self, end_bytes: int, old_end_bytes: int) -> None:
         slab, timeout_s = self._slab, self._settings.attach_timeout
         retiring: Coroutine[Any, Any, int] | None = None
-        if self.sessions is not None and slab.segments(end_bytes, old_end_bytes):
+        if self.server is not None and slab.segments(end_bytes, old_end_bytes):
             # Before anything can be put where readers have the old segments mapped.
             layout = self._header[Header.LAYOUT] = self._header[Header.LAYOUT] + 1
-            retiring = self.sessions.retire(layout, end_bytes, timeout_s)
+            retiring = self.server.retire(layout, end_bytes, timeout_s)
         try:
-            await self._offload.run(lambda: slab.decommit(end_bytes, old_end_bytes), lambda: None)
+            await self._offload.run(lambda: slab.decommit(end_bytes, old_end_bytes))
         except (OSError, BackendUnavailable) as error:  # the slab tries again before it grows there
             events.emit(
                 events.ReturnFailed(
@@ -133,7 +121,7 @@ class Growth:
             )
         finally:
             if not self.closed:
-                self._apply(self._store.shrunk(now()))
+                self._apply(self._store.shrunk(time.monotonic()))
         behind = 0 if retiring is None else await retiring
         events.emit(
             events.SegmentsReturned(
@@ -145,10 +133,10 @@ class Growth:
         )
 
     async def drain(self) -> None:
-        """Wait for what is under way: a thread has the slab's descriptor in its hands."""
+        """Wait for changes in progress: a thread uses the slab's descriptor."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def close(self) -> None:
-        """Change nothing any more, whatever a thread still does; let go of the words."""
+        """Change nothing any more, whatever a thread still does; release the words."""
         self.closed = True
         del self._header

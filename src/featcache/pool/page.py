@@ -1,4 +1,4 @@
-"""One session's words, as the owner reads them, and the grants and slots that it has."""
+"""One session's page of control words, as the owner reads it, with its grants and reservations."""
 
 import os
 from typing import Final
@@ -22,7 +22,7 @@ class Grant(msgspec.Struct, frozen=True, gc=False):
 
 
 class SessionPage:
-    """What a session holds, has released, written and was granted.
+    """A session's pins, releases, writes and grants.
 
     The values of its words are a peer's: they are compared, not trusted.
     """
@@ -37,7 +37,7 @@ class SessionPage:
         self._bytes = words.released.cast("B")
         self._seen = np.zeros_like(self._now)
         self._seen_bytes = b""
-        """The beginning of `_seen` that the last look went over."""
+        """The beginning of `_seen` that the last poll went over."""
         self._paid = words.granted_array()
         self._paid_seen = np.zeros_like(self._paid)
         self._serials = 0
@@ -47,12 +47,12 @@ class SessionPage:
         self.grants: dict[int, Grant] = {}
         """Grants that are out, by index."""
         self.reserved: dict[int, Slot] = {}
-        """Slots that it is to write and has not published yet, by index."""
+        """Slots that it may write and has not published yet, by index (`WriteState.RESERVED`)."""
 
     def newly_released(self, high: int) -> list[tuple[int, int]]:
         """Return (slot, generation) for each `released` word that changed since the last call."""
         if self._bytes[: high * _WORD_BYTES].tobytes() == self._seen_bytes:
-            return []  # most sessions at most looks: a compare of words takes several times as long
+            return []  # most sessions at most polls: a compare of words takes several times as long
         changed = (self._now[:high] != self._seen[:high]).nonzero()[0]
         values = self._now[changed]
         self._seen[changed] = values

@@ -1,83 +1,128 @@
-"""Bytes that sessions write: when they are complete, and what becomes of those that never will be.
+"""Slots that sessions write: reserved, published, complete, or never to be.
 
-A session's stream stores a word in its own page behind its copy; seen here, the owner vouches for the
-bytes with a word of its own, so that readers look at one block whoever wrote. On a host slab the word is
-there before the message that publishes the slot.
+A session's stream stores a word in its own page behind its copy. Once that is seen here, the owner
+vouches for the bytes with a word of its own, so that readers look at one block whoever wrote. On a
+host slab the word is there before the message that publishes the slot.
 """
 
+import enum
 from collections.abc import Callable
 
 from featcache.core.slots import Slot
+from featcache.errors import StaleRef
 from featcache.memory.words import fence_full
 from featcache.pool.page import SessionPage
 
 
+class WriteState(enum.Enum):
+    """The life of a slot that a session writes; all transitions are methods of `PendingWrites`.
+
+    | from      | by                                                   | to                   |
+    | --------- | ---------------------------------------------------- | -------------------- |
+    |           | `reserve`: the session may write the slot            | RESERVED             |
+    | RESERVED  | `add`: published, or withdrawn with work on a stream | IN_FLIGHT, or LANDED |
+    |           |                                                      | if its word is there |
+    | RESERVED  | `drop`: withdrawn with nothing on a stream           | none: the slot frees |
+    | IN_FLIGHT | `poll` sees the session's word                       | LANDED               |
+    | IN_FLIGHT | `abandon`: the session ended, no word can come       | ABANDONED            |
+    | ABANDONED | `add`, of the slot's next generation                 | as from RESERVED     |
+    """
+
+    RESERVED = "reserved"
+    IN_FLIGHT = "in flight"
+    LANDED = "landed"
+    ABANDONED = "abandoned"
+
+
 class PendingWrites:
-    """Slots that sessions are writing, or were when they died."""
+    """The writes of all sessions. RESERVED slots are kept in their session's page, by slot."""
 
     def __init__(self, published: memoryview, on_change: Callable[[], object]) -> None:
-        """`on_change` is called when there begins or ceases to be something to look for."""
+        """`on_change` is called when the first write is in flight, and when none is any more."""
         self._published = published
         self._on_change = on_change
-        self._expected: dict[int, tuple[int, SessionPage]] = {}
-        self._forsaken: dict[int, int] = {}
+        self._in_flight: dict[int, tuple[int, SessionPage]] = {}
+        self._abandoned: dict[int, int] = {}
 
     def __bool__(self) -> bool:
-        """Whether there is something to look for."""
-        return bool(self._expected)
+        """Whether any write is in flight."""
+        return bool(self._in_flight)
+
+    def state_of(self, slot: Slot) -> WriteState | None:
+        """Return the state of a published slot's write; None of one that its owner wrote or landed."""
+        in_flight = self._in_flight.get(slot.index)
+        if in_flight is not None and in_flight[0] == slot.generation:
+            return WriteState.IN_FLIGHT
+        return WriteState.ABANDONED if self.is_abandoned(slot) else None
+
+    def is_abandoned(self, slot: Slot) -> bool:
+        """Whether a slot's bytes will never come: its extent can be given out again."""
+        return self._abandoned.get(slot.index) == slot.generation
+
+    @staticmethod
+    def find_reserved(page: SessionPage, index: int, generation: int) -> Slot:
+        """Return a slot that a session may write, or raise StaleRef; its numbers are not trusted."""
+        slot = page.reserved.get(index)
+        if slot is None or slot.generation != generation:
+            raise StaleRef(f"slot {index}:{generation} is not this session's to publish")
+        return slot
+
+    # --- transitions ------------------------------------------------------------------------------
+
+    def reserve(self, slot: Slot, page: SessionPage) -> None:
+        """Let a session write a slot."""
+        page.reserved[slot.index] = slot
+
+    def drop(self, slot: Slot, page: SessionPage) -> None:
+        """End a reservation of which no byte is, or will be, on its way."""
+        del page.reserved[slot.index]
 
     def add(self, slot: Slot, page: SessionPage) -> None:
-        """Have a slot count as complete once its session has written it."""
-        self._forsaken.pop(slot.index, None)  # of an earlier generation, which is recycled
+        """Count a slot as complete once its session's word says so; it may say so already."""
+        page.reserved.pop(slot.index, None)
+        self._abandoned.pop(slot.index, None)  # of an earlier generation, which is recycled
         if page.has_written(slot.index, slot.generation):  # as it nearly always has on a host slab
             fence_full()  # as in `poll`
             self._published[slot.index] = slot.generation
-            if self._expected.pop(slot.index, None) is not None:
+            if self._in_flight.pop(slot.index, None) is not None:
                 self._on_change()
             return
-        self._expected[slot.index] = (slot.generation, page)
+        self._in_flight[slot.index] = (slot.generation, page)
         self._on_change()
 
     def poll(self) -> None:
-        """Vouch for what has landed since the last look."""
+        """Vouch for the writes that have landed since the last poll."""
         landed = [
             (index, generation)
-            for index, (generation, page) in self._expected.items()
+            for index, (generation, page) in self._in_flight.items()
             if page.has_written(index, generation)
         ]
         if not landed:
             return
-        fence_full()  # their word was seen, so their bytes are there; ours vouches for them
+        # The session's word was seen, so its bytes are there. Ours vouches for them, so it must not
+        # become visible before theirs was read.
+        fence_full()
         for index, generation in landed:
             self._published[index] = generation
-            del self._expected[index]
+            del self._in_flight[index]
         self._on_change()
 
     def abandon(self, page: SessionPage) -> list[tuple[int, int]]:
-        """Give up what a session that ended has not written; return slots with their generations."""
-        self.poll()
+        """Give up the unfinished writes of a session that ended; return (slot, generation) of each."""
+        self.poll()  # first: what landed before the session ended is complete
         given_up = [
             (index, generation)
-            for index, (generation, whose) in self._expected.items()
-            if whose is page
+            for index, (generation, writer) in self._in_flight.items()
+            if writer is page
         ]
         for index, generation in given_up:
-            del self._expected[index]
-            self._forsaken[index] = generation
+            del self._in_flight[index]
+            self._abandoned[index] = generation
         if given_up:
             self._on_change()
         return given_up
 
-    def concerns(self, slot: Slot) -> bool:
-        """Whether a slot's bytes are a session's matter: on their way, or never to come."""
-        expected = self._expected.get(slot.index)
-        return (expected is not None and expected[0] == slot.generation) or self.is_abandoned(slot)
-
-    def is_abandoned(self, slot: Slot) -> bool:
-        """Whether a slot's bytes will never come: its extent can be another's."""
-        return self._forsaken.get(slot.index) == slot.generation
-
     def close(self) -> None:
-        """Let go of the words."""
-        self._expected.clear()
+        """Release the words, which must be unmapped with the pool."""
+        self._in_flight.clear()
         del self._published

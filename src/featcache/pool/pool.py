@@ -1,11 +1,11 @@
-"""The owner: the store's decisions carried out on a slab and its words."""
+"""One pool: the store's decisions carried out on a slab and its control words."""
 
 import asyncio
 import contextlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from featcache import events
@@ -23,9 +23,10 @@ from featcache.core.effects import (
 from featcache.core.keyed_store import KeyedStore, key_label
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot, SlotState
-from featcache.errors import BackendUnavailable, CacheClosed
+from featcache.errors import BackendUnavailable, CacheClosed, MalformedRef
 from featcache.memory.slab import Order, Slab
 from featcache.memory.words import Header, OwnerWords, fence_full
+from featcache.pool import gauges
 from featcache.pool.growth import Growth
 from featcache.pool.page import SessionPage
 from featcache.pool.pending_writes import PendingWrites
@@ -35,8 +36,7 @@ from featcache.ref import FeatureRef, TensorSpec
 from featcache.session.offload import Offload
 from featcache.settings import Settings
 
-now: Final[Callable[[], float]] = time.monotonic
-"""The clock of everything in a pool."""
+_now: Final = time.monotonic
 _MAX_UNRUNG: Final = 16
 _BUSY_S: Final = 0.004
 
@@ -68,11 +68,11 @@ class Pool:
         """What sessions say they hold, have released and have written, by session number."""
         self.kept: dict[int, FeatureRef] = {}
         """Refs of what is kept under keys, by slot; a slot's old one stays until it has a new one."""
-        self.pending_writes = PendingWrites(self.words.published, self._hurry)
+        self.pending_writes = PendingWrites(self.words.published, self._set_busy)
         self.recycler = Recycler(
             self.collect, self._tick, settings.recycle_interval, deferred=slab.deferred
         )
-        self.gauge = PressureMonitor(self.name, self.store, settings)
+        self.pressure = PressureMonitor(self.name, self.store, settings)
         self.reads_paid = 0
         self.put_bytes = 0
         """Bytes asked for since the last look at what was released; a small put counts for more."""
@@ -80,8 +80,7 @@ class Pool:
         self._evictions = events.Throttle(settings.log_interval, burst=16)
         self._ring_at_now = 0
         self._busy_until_s = float("-inf")
-        self.words.header[Header.CAPACITY] = limits.capacity_bytes
-        self._publish_gauges()
+        gauges.publish(self.store, self.words.header)
 
     @property
     def name(self) -> str:
@@ -98,23 +97,39 @@ class Pool:
         """How often segments of the slab were taken away."""
         return self.words.header[Header.LAYOUT]
 
+    def find(self, ref: FeatureRef) -> Slot:
+        """Return the slot of a peer's ref, of which no number is trusted.
+
+        Raises:
+            StaleRef: it was recycled, expired or discarded.
+            MalformedRef: no such slot, or another extent than its own.
+
+        """
+        store = self.store
+        if ref.slot >= store.table.count:
+            raise MalformedRef(f"slot {ref.slot} of a pool with {store.table.count} slots")
+        slot = store.find(ref.slot, ref.generation)
+        if (slot.offset_bytes, slot.nbytes) != (ref.offset_bytes, ref.nbytes):
+            raise MalformedRef("the ref's extent is not its slot's: it was forged or damaged")
+        return slot
+
     def publish(self, slot: Slot, specs: tuple[TensorSpec, ...], order: Order) -> FeatureRef:
         """Let readers have a slot whose bytes were written, or will be at `order`; return its ref."""
         if self.closed:
             raise CacheClosed("the cache was closed while this put was copying")
         self.slab.signal(self.complete, slot.index, slot.generation, order)
-        return self.announce(slot, specs, now())
+        return self.announce(slot, specs, _now())
 
     def publish_from(
         self, slot: Slot, specs: tuple[TensorSpec, ...], page: SessionPage
     ) -> FeatureRef:
         """Let readers have a slot that a session wrote, or whose stream will have; return its ref."""
         self.pending_writes.add(slot, page)
-        return self.announce(slot, specs, now())
+        return self.announce(slot, specs, _now())
 
     def announce(self, slot: Slot, specs: tuple[TensorSpec, ...], now_s: float) -> FeatureRef:
         """Let readers have a slot whose `published` word was asked for; return its ref."""
-        store, gauge, extent = self.store, self.gauge, slot.extent
+        store, pressure, extent = self.store, self.pressure, slot.extent
         assert extent is not None, "it is reserved"
         index, generation, nbytes = slot.index, slot.generation, slot.nbytes
         offset_bytes = extent.offset_bytes
@@ -123,10 +138,10 @@ class Pool:
         if effects:
             self.apply(effects)
         elif (
-            store.allocator.used_bytes >= gauge.quiet_below_bytes
+            store.allocator.used_bytes >= pressure.quiet_below_bytes
             or store.queue.count
             or self._ring_at_now
-            or not gauge.is_normal
+            or not pressure.is_normal
         ):
             self._observe()  # else it would find nothing new
         ref = FeatureRef(
@@ -147,10 +162,10 @@ class Pool:
                 BackendUnavailable
             ):  # a broken context: nothing comes any more
                 self.slab.signal(self.complete, slot.index, slot.generation, order)
-                self.apply(self.store.give_up_reserved(slot, now()))
+                self.apply(self.store.give_up_reserved(slot, _now()))
                 self.recycler.poll_after(0.0)
                 return
-        self.apply(self.store.free_reserved(slot, now()))
+        self.apply(self.store.free_reserved(slot, _now()))
 
     @property
     def settled(self) -> bool:
@@ -159,7 +174,7 @@ class Pool:
         return all(
             published[slot.index] == slot.generation
             for slot in self.store.table.in_use()
-            if slot.state is not SlotState.RESERVED and not self.pending_writes.concerns(slot)
+            if slot.state is not SlotState.RESERVED and self.pending_writes.state_of(slot) is None
         )
 
     # --- carrying out ---------------------------------------------------------------------------
@@ -184,36 +199,34 @@ class Pool:
             elif type(effect) is Grow:
                 self.growth.grow(effect.end_bytes)
         if due_now:
-            self._reclaim(now())
+            self._reclaim(_now())
         self._observe()
 
     def _report_eviction(self, evicted: Evicted) -> None:
-        unlogged = self._evictions.pass_(now())
-        if unlogged is not None:
-            events.emit(
-                events.KeyEvicted(
-                    pool=self.name,
-                    key=key_label(evicted.key)[:64],
-                    nbytes=evicted.nbytes,
-                    unused_s=evicted.unused_s,
-                    cause=evicted.cause,
-                    unlogged=unlogged,
-                )
-            )
+        self._evictions.emit(
+            _now(),
+            lambda unlogged: events.KeyEvicted(
+                pool=self.name,
+                key=key_label(evicted.key)[:64],
+                nbytes=evicted.nbytes,
+                unused_s=evicted.unused_s,
+                cause=evicted.cause,
+                unlogged=unlogged,
+            ),
+        )
 
     def _report_expiry(self, expired: Expired) -> None:
-        unlogged = self._expiries.pass_(now())
-        if unlogged is not None:
-            events.emit(
-                events.RefExpired(
-                    pool=self.name,
-                    ref=expired.label,
-                    nbytes=expired.nbytes,
-                    age_s=expired.age_s,
-                    owed_by=expired.owed_by,
-                    unlogged=unlogged,
-                )
-            )
+        self._expiries.emit(
+            _now(),
+            lambda unlogged: events.RefExpired(
+                pool=self.name,
+                ref=expired.label,
+                nbytes=expired.nbytes,
+                age_s=expired.age_s,
+                owed_by=expired.owed_by,
+                unlogged=unlogged,
+            ),
+        )
 
     @staticmethod
     def _wake(future: object) -> None:
@@ -226,10 +239,10 @@ class Pool:
         ring_at = self._ring_at() if self.store.queue.count else 0
         if ring_at != self._ring_at_now:
             self._ring_at_now = self.words.header[Header.WAITING] = ring_at
-            self._hurry()
-        self.gauge.observe()
+            self._set_busy()
+        self.pressure.observe()
 
-    def _hurry(self) -> None:
+    def _set_busy(self) -> None:
         self.recycler.set_busy(self._ring_at_now > 0 or bool(self.pending_writes))
 
     def _ring_at(self) -> int:
@@ -240,13 +253,13 @@ class Pool:
         stream in they ring rarely, and the timer, at a millisecond then, catches the rest; when a
         look finds none, each rings again.
         """
-        if now() >= self._busy_until_s:
+        if _now() >= self._busy_until_s:
             return 1
         return max(1, min(_MAX_UNRUNG, len(self.store.owing) // 4))
 
     def collect(self) -> None:
         """Count what sessions released since the last look, and take back what nobody owes."""
-        now_s = now()
+        now_s = _now()
         self.put_bytes = 0
         high = self.store.table.high
         fence_full()  # after `waiting` was set, before the released words are looked at
@@ -270,7 +283,7 @@ class Pool:
 
     def make_room(self, request: Request) -> bool:
         """Evict for a request, if that is the way to room for it; return whether anything went."""
-        effects = self.store.evict_for(request, self.is_held, now())
+        effects = self.store.evict_for(request, self.is_held, _now())
         self.apply(effects)
         return bool(effects)
 
@@ -287,7 +300,7 @@ class Pool:
     def abandon_writes(self, page: SessionPage) -> list[Effect]:
         """Give up what a session that ended was to write and has not."""
         effects: list[Effect] = []
-        now_s = now()
+        now_s = _now()
         for index, generation in self.pending_writes.abandon(page):
             slot = self.store.table.find(index, generation)
             if slot is not None and slot.state is SlotState.PUBLISHED:
@@ -316,7 +329,7 @@ class Pool:
 
     def _tick(self) -> bool:
         """Do what time alone brings about; return whether releases stream in."""
-        now_s = now()
+        now_s = _now()
         if expired := self.store.expire(now_s):
             self.apply(expired)
         self.collect()
@@ -329,22 +342,9 @@ class Pool:
         if (end_bytes := self.store.shrink(now_s)) is not None:
             self.growth.shrink(end_bytes, old_end_bytes)
         self.apply(self.store.compact(self.is_held, now_s))
-        self.gauge.report(now_s)
-        self._publish_gauges()
+        self.pressure.report(now_s)
+        gauges.publish(self.store, self.words.header)
         return now_s < self._busy_until_s
-
-    def _publish_gauges(self) -> None:
-        store, header = self.store, self.words.header
-        header[Header.COMMITTED] = store.committed_bytes
-        header[Header.USED] = store.allocator.used_bytes
-        header[Header.SLOTS_USED] = store.table.used
-        header[Header.WAITERS] = len(store.queue)
-        header[Header.WAITING_BYTES] = store.queue.waiting_bytes
-        header[Header.LARGEST_FREE] = store.largest_free_bytes
-        header[Header.KEYS] = len(store.directory)
-        header[Header.RESIDENT] = store.directory.resident_bytes
-        header[Header.PINNED] = store.directory.pinned_bytes
-        header[Header.EVICTED] = store.evicted
 
     # --- the end --------------------------------------------------------------------------------
 
@@ -357,7 +357,7 @@ class Pool:
             self._fail(waiter.tag, error)
         for key_waiter in self.store.key_waiters.waiting():
             self._fail(key_waiter.tag, error)
-        self.gauge.close(error)
+        self.pressure.close(error)
 
     def close(self) -> None:
         """Let go of everything but the slab. What a thread still copies keeps the mapping."""

@@ -10,22 +10,28 @@ from featcache import events
 from featcache.core.keyed_store import KeyedStore
 from featcache.core.pressure import ALWAYS_NORMAL, PressureGauge, PressureLevel
 from featcache.errors import CacheClosed, GetTimeout, SettingsError
+from featcache.pool import gauges
 from featcache.settings import Settings, parse_timeout
 
 _NORMAL = PressureLevel.NORMAL
+_REPORTED = (
+    *("capacity_bytes", "committed_bytes", "used_bytes", "free_bytes", "largest_free_bytes"),
+    *("slots", "slots_used", "waiters", "waiting_bytes", "resident_bytes", "pinned_bytes"),
+)
+"""The gauges that a `PoolPressure` event reports."""
 
 
 class PressureMonitor:
-    """Keeps the level of one store, emits `PoolPressure`, wakes who awaits a lower level."""
+    """Keeps the level of one store, emits `PoolPressure`, wakes tasks that await a lower level."""
 
     def __init__(self, pool_name: str, store: KeyedStore, settings: Settings) -> None:
         self._pool_name = pool_name
         self._store = store
         self._gauge = PressureGauge(settings.log_interval, settings.pressure_interval)
         self.quiet_below_bytes = int(store.limits.capacity_bytes * ALWAYS_NORMAL)
-        """Below this use, with nobody waiting, a level that is normal stays so: no need to observe."""
+        """Below this use, with no put waiting, a normal level stays normal: no need to observe."""
         self.is_normal = True
-        """Whether the level is, for who would save the call."""
+        """Cached `level is NORMAL`."""
         self._awaiting: dict[asyncio.Future[None], PressureLevel] = {}
 
     @property
@@ -60,7 +66,7 @@ class PressureMonitor:
                 self._awaiting.pop(future, None)
 
     def close(self, error: Exception) -> None:
-        """Let nobody wait for a level that can't come."""
+        """Fail every task that awaits a level."""
         for future in self._awaiting:
             if not future.done():
                 future.set_exception(error)
@@ -73,20 +79,10 @@ class PressureMonitor:
     def _facts(self, now_s: float) -> dict[str, Any]:
         store = self._store
         oldest = next(iter(store.owing.values()), None)
-        return {
+        values = gauges.of_store(store)
+        return {name: values[name] for name in _REPORTED} | {
             "pool": self._pool_name,
             "level": self._gauge.level.value,
-            "capacity_bytes": store.limits.capacity_bytes,
-            "committed_bytes": store.committed_bytes,
-            "used_bytes": store.allocator.used_bytes,
-            "free_bytes": store.free_bytes,
-            "largest_free_bytes": store.largest_free_bytes,
-            "slots": store.table.count,
-            "slots_used": store.table.used,
-            "waiters": len(store.queue),
-            "waiting_bytes": store.queue.waiting_bytes,
-            "resident_bytes": store.directory.resident_bytes,
-            "pinned_bytes": store.directory.pinned_bytes,
             "oldest_ref": None if oldest is None else oldest.label,
             "oldest_age_s": 0.0 if oldest is None else now_s - oldest.born_s,
             "oldest_owed_by": 0 if oldest is None else oldest.owed_by,
@@ -99,20 +95,20 @@ class Pressure:
     ``await cache.pressure.below("high")`` before taking on work is admission control.
     """
 
-    def __init__(self, gauge: Callable[[], PressureMonitor]) -> None:
-        self._gauge = gauge
+    def __init__(self, monitor: Callable[[], PressureMonitor]) -> None:
+        self._monitor = monitor
 
     @property
     def level(self) -> PressureLevel:
         """``normal``, ``elevated`` (75 % used), ``high`` (90 %) or ``exhausted`` (a put waits)."""
-        return self._gauge().level
+        return self._monitor().level
 
     async def below(self, level: PressureLevel | str, *, timeout: float | None = None) -> None:
         """Return once the level is lower than `level`, at once if it is so now.
 
         Args:
             level: any level but ``normal``, below which there is none.
-            timeout: seconds to wait at most; None is for ever.
+            timeout: seconds to wait at most; None waits without limit.
 
         Raises:
             SettingsError: no such level, or no such time.
@@ -131,7 +127,7 @@ class Pressure:
             raise SettingsError("no level is below 'normal'")
         try:
             with anyio.fail_after(timeout_s):
-                await self._gauge().below(wanted)
+                await self._monitor().below(wanted)
         except TimeoutError:
             raise GetTimeout(f"pressure stayed at {self.level} for {timeout_s} s") from None
 

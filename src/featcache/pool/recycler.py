@@ -1,4 +1,4 @@
-"""When to look: at a ring, at a due time, at an interval. What a look does is the pool's."""
+"""Poll scheduling: on the doorbell, at deadlines, and periodically."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ _FIRST_DELAY_S = 0.001
 class Recycler:
     """Calls `collect` when readers ring, and `tick` on a timer; both run in the loop.
 
-    While somebody waits for room the timer starts at a millisecond. On a host slab the ring comes
+    While a put waits for room the timer starts at a millisecond. On a host slab the ring comes
     after the word, so the timer is only the net under a missed ring, and backs off as soon as a tick
     says that releases do not stream in. Where words come `deferred` (a GPU's stream writes them after
     the CPU rang) it stays at a millisecond.
@@ -39,7 +39,7 @@ class Recycler:
         self._loop.add_reader(self.eventfd, self._on_ring)
 
     def set_busy(self, waiting: bool) -> None:
-        """Follow whether somebody waits: look soon, or fall back to the interval."""
+        """Poll soon while a put waits; fall back to the interval when none does."""
         if waiting == self._hurried:
             return
         self._hurried = self._busy = waiting
@@ -51,7 +51,7 @@ class Recycler:
             self._delay_s = self._interval_s
 
     def poll_after(self, delay_s: float) -> None:
-        """Look once more after `delay_s`: a grace period will have passed."""
+        """Poll once more after `delay_s`: a grace period will have passed."""
 
         def look() -> None:
             self._dues.discard(handle)
@@ -74,7 +74,7 @@ class Recycler:
         self._busy = self._tick()
 
     def close(self) -> None:
-        """Stop looking."""
+        """Stop polling."""
         self._timer.cancel()
         for handle in self._dues:
             handle.cancel()

@@ -1,4 +1,4 @@
-"""Putting: what a put asks for, how it gets its room, and how the bytes get there."""
+"""The owner's puts: admission, waiting for room, and copying."""
 
 import asyncio
 import time
@@ -17,7 +17,7 @@ from featcache.session.staging import Staged
 
 _COLLECT_BYTES: Final = 256 << 10
 _MAX_UNCOLLECTED: Final = 64
-"""Puts, however small, that count as `_collect_bytes`: a look at thousands would hold up the loop."""
+"""Puts, however small, that count as `_collect_bytes`: a poll of thousands would hold up the loop."""
 _YIELD_EVERY: Final = 32
 _now = time.monotonic
 
@@ -38,7 +38,7 @@ class OwnerWriter:
         self._waits = events.Throttle(pool.settings.log_interval)
 
     def stage(self, feature: Any, readers: Any, ttl: Any, key: Any = None) -> Staged:
-        """Return what a put asks for, or raise SettingsError or FeatureTooLarge.
+        """Validate a put, or raise SettingsError or FeatureTooLarge.
 
         Called in the caller's thread, whose current stream is the one that the feature is ready on.
         """
@@ -69,12 +69,6 @@ class OwnerWriter:
             return self._fill_now(slot, staged)
         return await self._fill_in_thread(slot, staged)
 
-    async def fill(self, slot: Slot, staged: Staged) -> FeatureRef:
-        """Copy a feature into its slot and publish it."""
-        if self._pool.slab.blocking_write_bytes(staged.parts) <= self._pool.settings.inline_bytes:
-            return self._fill_now(slot, staged)
-        return await self._fill_in_thread(slot, staged)
-
     def _fill_now(self, slot: Slot, staged: Staged) -> FeatureRef:
         """Copy a feature into a slot that was just reserved, with the word that publishes it behind.
 
@@ -98,7 +92,7 @@ class OwnerWriter:
         try:
             await pool.offload.run(
                 lambda: pool.slab.write(offset_bytes, parts, order),
-                lambda: pool.give_up_reserved(slot, order),
+                lambda _: pool.give_up_reserved(slot, order),
             )
         except asyncio.CancelledError:
             raise  # the thread is still copying: the slot is given up when it is done
@@ -108,7 +102,7 @@ class OwnerWriter:
         return pool.publish(slot, staged.specs, order)
 
     async def room(self, request: Request, timeout_s: float | None, *, wait: bool) -> Slot:
-        """Reserve what `reserve` had no room for: stand in the queue, or raise PoolFull."""
+        """Reserve after `reserve` found no room: wait in the queue, or raise PoolFull."""
         if wait:
             return await self.await_room(request, timeout_s)
         slot = await self.grow_for(request)
@@ -117,7 +111,7 @@ class OwnerWriter:
         return slot
 
     async def grow_for(self, request: Request) -> Slot | None:
-        """Reserve what `reserve` had no room for, if the slab can grow by it: it does so in a thread."""
+        """Reserve after `reserve` found no room, if the slab can grow by it, which it does in a thread."""
         store, growth = self._pool.store, self._pool.growth
         if store.queue or store.table.full:
             return None
@@ -128,12 +122,12 @@ class OwnerWriter:
             store.growing()
             growth.grow(end_bytes)
         if growth.in_progress is not None:
-            await asyncio.shield(growth.in_progress)  # others may count on it too
+            await asyncio.shield(growth.in_progress)  # other puts count on it too
         self._pool.check_open()
         return self.reserve(request)
 
     def reserve(self, request: Request) -> Slot | None:
-        """Reserve, taking back what was released if that is due or needed, then evicting."""
+        """Reserve, recycling released slots if that is due or needed, then evicting."""
         pool = self._pool
         nbytes = request.nbytes
         pool.put_bytes += max(nbytes, self._put_bytes)
@@ -148,13 +142,13 @@ class OwnerWriter:
         return slot
 
     def _is_due(self, put_bytes: int) -> bool:
-        """Whether what was released is to be looked at after puts of so many bytes."""
+        """Whether released slots are to be recycled after puts of so many bytes."""
         return put_bytes > self._collect_bytes * (len(self._pool.pages) + 3)
 
     def look_ahead(self) -> None:
-        """Look at what was released in the loop's next turn, if `reserve` will have to soon.
+        """Recycle released slots in the loop's next turn, if `reserve` will have to soon.
 
-        For puts of sessions: while they copy, nobody waits for the owner.
+        For puts of sessions: while they copy, the owner is idle.
         """
         if self._is_due(2 * self._pool.put_bytes):
             self._pool.loop.call_soon(self._look_ahead)
@@ -164,7 +158,7 @@ class OwnerWriter:
             self._pool.collect()
 
     def _reserve_by_growing(self, request: Request) -> Slot | None:
-        """Commit more of the slab here and now, for a put that may not wait."""
+        """Commit more of the slab in the caller's thread, for a put that may not wait."""
         store = self._pool.store
         if store.queue or store.table.full:
             return None
@@ -176,7 +170,7 @@ class OwnerWriter:
             self._pool.slab.commit(start_bytes, end_bytes, prefault=False)
         except (MemoryError, OSError, BackendUnavailable) as error:
             self._pool.growth.grow_failed(end_bytes - start_bytes, error)
-            return self.reserve(request)  # what can't grow may still evict
+            return self.reserve(request)  # a slab that can't grow may still evict
         self._pool.growth.grown(end_bytes)
         return store.reserve(request, _now())
 
@@ -188,7 +182,8 @@ class OwnerWriter:
         granted = False
         try:
             self._pool.apply(effects)
-            # Readers know now that they must ring; what they released before is looked for here.
+            # `apply` has told readers to ring. Only then is it looked for what they released before:
+            # the other way round a release between the two would be neither seen nor rung.
             self._pool.collect()
             with anyio.fail_after(timeout_s):
                 await future
@@ -201,31 +196,31 @@ class OwnerWriter:
             ) from None
         finally:
             if not granted and not self._pool.closed:
-                # The handshake: a slot granted to a task that was cancelled goes to the next.
+                # The accept handshake: a slot granted to a waiter whose task was cancelled meanwhile
+                # was never accepted, and goes to the next waiter.
                 self._pool.apply(self._pool.store.leave(waiter, _now()))
                 if self._pool.store.queue:
                     self._pool.collect()
             self._report_wait(request, _now() - since_s, granted=granted)
 
     def _report_wait(self, request: Request, waited_s: float, *, granted: bool) -> None:
-        unlogged = self._waits.pass_(_now())
-        if unlogged is not None:
-            events.emit(
-                events.PutWaited(
-                    pool=self._pool.name,
-                    nbytes=request.nbytes,
-                    waited_s=waited_s,
-                    granted=granted,
-                    unlogged=unlogged,
-                )
-            )
+        self._waits.emit(
+            _now(),
+            lambda unlogged: events.PutWaited(
+                pool=self._pool.name,
+                nbytes=request.nbytes,
+                waited_s=waited_s,
+                granted=granted,
+                unlogged=unlogged,
+            ),
+        )
 
     def full(self, request: Request) -> PoolFull:
-        """Return the error of a put that has no room and does not wait."""
+        """Return the PoolFull of a put that does not wait."""
         return PoolFull(f"no room for {request.nbytes} bytes now: {self._room()}")
 
     def _room(self, *, besides: bool = False) -> str:
-        """Say what room there is; `besides` one who waits, and asks."""
+        """Describe the room there is; `besides` the waiter that is told."""
         store = self._pool.store
         return (
             f"{store.free_bytes} of {store.limits.capacity_bytes} bytes are free, at most "

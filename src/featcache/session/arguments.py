@@ -1,4 +1,4 @@
-"""What a put asks for and what a key is: arguments made sense of, the same for owners and clients."""
+"""Argument parsing and validation of puts and keys, the same for owners and clients."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeAlias
@@ -13,10 +13,10 @@ TTL_DEFAULT: Final[Any] = ...
 """Stands for "as the settings say", since None means "never"."""
 
 NOWAIT_RPC_TIMEOUT_S: Final = 5.0
-"""Seconds that an owner may take to answer who does not want to wait: it may be busy, or stopped."""
+"""RPC timeout for non-waiting calls (``timeout=0``): the owner may be busy, or stopped."""
 
 ParsedPut: TypeAlias = tuple[Request, tuple[TensorSpec, ...], Packed]
-"""What a put asks for, its specs, and the tensors that it brings."""
+"""A put's request, its specs, and its tensors."""
 
 
 def key_bytes(key: Any) -> bytes:
@@ -37,27 +37,34 @@ def key_bytes(key: Any) -> bytes:
     return key
 
 
-def check_on_full(on_full: Any) -> None:
-    """Raise SettingsError for what a put can't do when there is no room."""
+def check_on_full(on_full: Any, key: Any) -> None:
+    """Raise SettingsError unless it is a known policy, and one that a put with this key can have."""
     if not isinstance(on_full, str) or on_full not in {"wait", "raise", "spill"}:
         raise SettingsError(f"on_full={on_full!r} is none of 'wait', 'raise', 'spill'")
+    if key is not None and on_full == "spill":
+        raise SettingsError("what is kept under a key makes its own room: it does not spill")
 
 
 def check_make(make: Callable[[], Any]) -> None:
-    """Raise SettingsError for what `get_or_put` could not call."""
+    """Raise SettingsError unless `make` can be called."""
     if not callable(make):
         raise SettingsError(
             f"make is a function that returns the feature, not {type(make).__name__}"
         )
 
 
+def rpc_timeout(timeout_s: float | None) -> float | None:
+    """Return how long a call may take: a round trip is no wait, so 0 is not 0 s."""
+    return NOWAIT_RPC_TIMEOUT_S if timeout_s == 0 else timeout_s
+
+
 def key_timeout(label: str, timeout_s: float) -> KeyTimeout:
-    """Return the error of who waited for a key for nothing."""
+    """Return the KeyTimeout for an unsatisfied wait."""
     return KeyTimeout(f"nothing came under {label[:64]!r} within {timeout_s} s")
 
 
 def parse_put(feature: Any, readers: Any, ttl: Any, key: Any, settings: Settings) -> ParsedPut:
-    """Return what a put asks for, or raise SettingsError.
+    """Parse and pack a put, or raise SettingsError.
 
     `readers` left out (``...``) is one read, or none of a feature that is kept under a key.
     """
@@ -75,7 +82,7 @@ def parse_put(feature: Any, readers: Any, ttl: Any, key: Any, settings: Settings
 
 
 def parse_readers(readers: Any, most: int, *, least: int) -> int | frozenset[str]:
-    """Return a count of reads, or the names of those who owe them, or raise SettingsError."""
+    """Return a count of reads, or the names of the readers that owe them, or raise SettingsError."""
     if isinstance(readers, int) and not isinstance(readers, bool):
         if not least <= readers <= most:
             raise SettingsError(f"readers={readers} is out of range: {least} to {most}")

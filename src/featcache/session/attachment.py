@@ -1,77 +1,348 @@
-"""Attachments: one pool mapped in this process, how its bytes are waited for, and how it ends."""
+"""One pool as this session maps it: slots pinned, read, paid and written through the session's page.
 
-import asyncio
+Pinning a slot is a hazard pointer: the reader stores `held`, fences, then looks at `live`; the owner
+clears `live`, fences, then looks at `held`. Whichever comes second sees the other's word, so either
+the reader finds the ref revoked or the owner finds the pin and waits for `released`.
+"""
+
 import threading
-import time
+from collections.abc import Callable
+from typing import NamedTuple
 
-from featcache.errors import CacheClosed, StaleRef
-from featcache.memory.slab import Mapping
+import numpy as np
+
+from featcache.errors import CacheClosed, FeatcacheError, MalformedRef, StaleRef
+from featcache.memory.slab import Mapping, Order, Words
 from featcache.memory.unreachable import UnreachableSlab
+from featcache.memory.words import Header, OwnerWords, SessionWords, fence_after_lock
 from featcache.ref import FeatureRef
-from featcache.session.holds import Holds, PageWords
 
-_TURNING_S = 500e-6
-"""Seconds of turns of the loop before sleeping, whose shortest is a millisecond: a GPU comes round to
-another process's copy in a few hundred microseconds."""
-_LONGEST_WAIT_S = 1e-3
-_SPIN_S = 200e-6
-_DOZE_S = 50e-6
+_WAITING, _LAYOUT = Header.WAITING, Header.LAYOUT
+_GRANTED, _WRITTEN = 1, 2  # indices into PageWords
+_WRITES = 1 << 40  # beyond any slot: pins for writing and for reading never share a key
 
 
-class Attachment(Holds):
-    """One pool as this session maps it."""
+class PageWords(NamedTuple):
+    """The words of a session's page as its mapping's `signal` takes them."""
 
-    # --- waiting ----------------------------------------------------------------------------------
+    released: Words
+    granted: Words
+    written: Words
 
-    async def wait_ready(self, ref: FeatureRef) -> None:
-        """Wait on the host until the bytes of a held ref are there."""
-        sleep_from_s = time.monotonic() + _TURNING_S
-        while not self.is_there(ref):
+    @classmethod
+    def adopted(cls, mapping: Mapping, page: SessionWords) -> "PageWords":
+        """Return a page's words in the form that a mapping made of them. May block."""
+        return cls(*(mapping.adopt(page, words) for words in cls.plain(page)))
+
+    @classmethod
+    def plain(cls, page: SessionWords) -> "PageWords":
+        """Return a page's words as they are: the CPU writes them."""
+        return cls(page.released, page.granted, page.written)
+
+
+class _Uses:
+    """The uses of one pinned slot in progress, and the orders behind which its read is paid."""
+
+    __slots__ = ("behind", "count", "pays")
+
+    def __init__(self) -> None:
+        self.count = 1
+        self.pays = False
+        self.behind: list[Order] = []
+
+
+_ONE_USE = _Uses()
+"""Of a slot with a single use, which almost all have; never written, but replaced."""
+
+
+class Attachment:
+    """One mapped pool and this session's page. No call blocks; a lock makes them thread-safe."""
+
+    def __init__(
+        self,
+        pool_id: bytes,
+        words: OwnerWords,
+        page: SessionWords,
+        mapping: Mapping,
+        adopted: PageWords,
+        ring: Callable[[], object],
+    ) -> None:
+        """Begin with nothing mapped; `adopted` is the page's words as the mapping adopted them."""
+        self.pool_id = pool_id
+        self.mapping: Mapping = mapping
+        self.header = words.header
+        self.capacity_bytes = 1 << 62
+        """Bytes of the slab's range, as its owner said."""
+        self.layout: int | None = 0
+        """The last shrink that this process has heard of; None: never behind the owner's."""
+        self.covered_bytes = 0
+        """Bytes from the slab's start that can be read here."""
+        self._gone: FeatcacheError | None = None
+        self._live, self._published = words.live, words.published
+        self._offset, self._nbytes = words.offset, words.nbytes
+        self._held, self._released = page.held, page.released
+        self._plain = PageWords.plain(page)
+        self._adopted = adopted
+        self._paid = adopted.released
+        self._in_flight: dict[tuple[int, int], int] = {}
+        """Values of words that a stream is to write, by PageWords index and word index."""
+        self._slots = words.slots
+        self._ring = ring
+        self._unrung = 0
+        self._lock = threading.Lock()
+        self._pins: dict[tuple[int, int], _Uses] = {}
+        """By slot and generation; leases by -1 - index and serial."""
+        self._on_idle: Callable[[], object] | None = None
+
+    # --- reads by ref ---------------------------------------------------------------------------
+
+    def pin(self, ref: FeatureRef) -> bool:
+        """Pin a ref's slot. Return whether its bytes are there already; `unpin` must follow either way.
+
+        Raises:
+            StaleRef: recycled, expired, discarded, or paid by this session before.
+            MalformedRef: the ref's extent is not the one that the owner gave this slot.
+            OwnerLost: the owner is gone.
+            CacheClosed: this client or cache was closed, or is another process's.
+
+        """
+        index, generation = key = ref.slot, ref.generation
+        if self._gone is not None:
             self.check()
-            if self._live[ref.slot] != ref.generation:
-                raise StaleRef(f"ref {ref.slot}:{ref.generation} was discarded before it came")
-            await asyncio.sleep(0 if time.monotonic() < sleep_from_s else _LONGEST_WAIT_S)
+        if index >= self._slots:
+            raise MalformedRef(f"slot {index} of a pool with {self._slots} slots")
+        with self._lock:
+            uses = self._pins[key] if key in self._pins else None  # noqa: SIM401 - no call
+            # Paid, whether or not its word has landed: `released` comes by a stream, and the bytes
+            # are the next tenant's as soon as the owner sees it.
+            paid = uses is None and self._held[index] == generation
+            if paid or self._released[index] == generation:
+                raise StaleRef(f"ref {index}:{generation} was paid by this session already")
+            if self._live[index] != generation:  # never overwrite the pin of the slot's next tenant
+                raise StaleRef(f"ref {index}:{generation} was recycled, expired or discarded")
+            if uses is None:
+                self._held[index] = generation
+                self._pins[key] = _ONE_USE
+            else:
+                if uses is _ONE_USE:
+                    uses = self._pins[key] = _Uses()
+                uses.count += 1
+        # The hazard pointer: `held` must be visible to the owner before `live` is read again, or
+        # the owner could revoke, find no pin, and recycle the extent under this read.
+        fence_after_lock()
+        if self._live[index] != generation:
+            self.unpin(ref, pays=False)
+            raise StaleRef(f"ref {index}:{generation} was recycled, expired or discarded")
+        if self._offset[index] != ref.offset_bytes or self._nbytes[index] != ref.nbytes:
+            self.unpin(ref, pays=False)
+            raise MalformedRef("the ref's extent is not its slot's: it was forged or damaged")
+        return (  # as `is_ready`, inline
+            self._published[index] == generation
+            and ref.offset_bytes + ref.nbytes <= self.covered_bytes
+            and (self.layout is None or self.header[_LAYOUT] == self.layout)
+        )
 
-    def wait_ready_blocking(self, ref: FeatureRef, give_up_s: float) -> bool:
-        """As `wait_ready`, in a thread that may block; False if they were not there by `give_up_s`."""
-        doze_from_s = time.monotonic() + _SPIN_S
-        while not self.is_there(ref):
+    def is_ready(self, ref: FeatureRef) -> bool:
+        """Whether the bytes of a pinned or leased ref are complete, and mapped as the owner has them."""
+        return self._published[ref.slot] == ref.generation and self.is_mapped(
+            ref.offset_bytes, ref.nbytes
+        )
+
+    def unpin(self, ref: FeatureRef, *, pays: bool, order: Order = None) -> None:
+        """End one use. The session's read is paid when its last use ends, if any of them `pays`.
+
+        `order` is the place behind which this use is done. A use that does not pay has no copy in
+        progress: none was begun, or it failed.
+        """
+        index, generation = key = ref.slot, ref.generation
+        with self._lock:
+            uses = self._pins[key]
+            if uses.count > 1:
+                uses.count -= 1
+                if pays:
+                    uses.pays = True
+                    uses.behind.append(order)
+                return
+            del self._pins[key]
+            if pays or uses.pays:
+                # `held` stays: until `released` lands behind the stream's last use of the bytes,
+                # the owner must still find the pin.
+                if uses.behind:
+                    order = self.mapping.follow(order, uses.behind)
+                self.mapping.signal(self._paid, index, generation, order)
+            elif self._held[index] == generation:
+                self._held[index] = 0
+            idle = None if self._on_idle is None else self._idle()
+        # After the word: an owner that is woken must find it.
+        if self.header[_WAITING]:
+            self._ring_if_due()
+        if idle is not None:
+            idle()
+
+    def pay(self, ref: FeatureRef) -> None:
+        """Pay the read without reading (`release`)."""
+        self.pin(ref)
+        self.unpin(ref, pays=True)
+
+    def _idle(self) -> Callable[[], object] | None:
+        """Return the callback that is due, with the lock held, if nothing is pinned any more."""
+        idle = None
+        if not self._pins:
+            idle, self._on_idle = self._on_idle, None
+        return idle
+
+    def _ring_if_due(self) -> None:
+        ring_at = self.header[_WAITING]
+        if ring_at:
+            self._unrung += 1
+            if self._unrung >= ring_at:
+                self._unrung = 0
+                self._ring()
+
+    # --- reads by key ---------------------------------------------------------------------------
+
+    def take_lease(self, index: int, serial: int) -> None:
+        """Pin a read granted by key. No `held` word: the owner tracks grants."""
+        with self._lock:
+            self._pins[-1 - index, serial] = _ONE_USE  # further uses are counted by the lease
+
+    def pay_lease(self, index: int, serial: int, order: Order, behind: list[Order]) -> None:
+        """Pay it, once, behind `order` and all of `behind`."""
+        with self._lock:
+            del self._pins[-1 - index, serial]
+            if behind:
+                order = self.mapping.follow(order, behind)
+            self._signal(_GRANTED, index, serial, order)
+            idle = None if self._on_idle is None else self._idle()
+        if self.header[_WAITING]:
+            self._ring_if_due()
+        if idle is not None:
+            idle()
+
+    def return_lease(self, index: int, serial: int) -> None:
+        """Pay a granted read that was never taken."""
+        self.check_lease(index, serial)
+        self._signal(_GRANTED, index, serial, None)
+        self._ring_if_due()
+
+    def check_lease(self, index: int, serial: int) -> None:
+        """Raise MalformedRef if the page has no such grant word, or it is out already."""
+        if index >= len(self._plain.granted) or (-1 - index, serial) in self._pins:
+            raise MalformedRef(f"no grant {index}:{serial} can be had: the owner is at fault")
+
+    def check_leased_ref(self, ref: FeatureRef) -> None:
+        """Raise MalformedRef if a ref that came with a grant is not of this pool or its slot.
+
+        As `check` besides.
+        """
+        index = ref.slot
+        if self._gone is not None:
             self.check()
-            if self._live[ref.slot] != ref.generation:
-                raise StaleRef(f"ref {ref.slot}:{ref.generation} was discarded before it came")
-            now_s = time.monotonic()
-            if now_s > give_up_s:
-                return False
-            if now_s > doze_from_s:
-                time.sleep(_DOZE_S)
-        return True
+        if (
+            ref.pool_id != self.pool_id
+            or index >= self._slots
+            or self._offset[index] != ref.offset_bytes
+            or self._nbytes[index] != ref.nbytes
+        ):
+            raise MalformedRef("what was granted is not what its slot has: the owner is at fault")
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Wait on the host until `settled`, which the GPU brings about; return whether it did."""
-        give_up_s = time.monotonic() + timeout_s
-        while not self.settled:
-            if time.monotonic() > give_up_s:
-                return False
-            await asyncio.sleep(_LONGEST_WAIT_S)
-        return True
+    # --- slots that this session writes -----------------------------------------------------------
 
-    async def wait_mapped(self, offset_bytes: int, nbytes: int) -> None:
-        """Wait on the host until a part of the slab is mapped here."""
-        while not self.is_mapped(offset_bytes, nbytes):
-            self.check()
-            await asyncio.sleep(_LONGEST_WAIT_S)
+    def begin_write(self, index: int, generation: int, offset_bytes: int, nbytes: int) -> None:
+        """Pin a reserved slot until `end_write`: the session stays attached for it.
 
-    # --- another way, and the end -----------------------------------------------------------------
+        Raises:
+            MalformedRef: the slot, or its extent, is not in this pool.
+            OwnerLost, CacheClosed: nothing may begin any more.
+
+        """
+        self.check()
+        if index >= self._slots or offset_bytes + nbytes > self.capacity_bytes:
+            raise MalformedRef("the owner gave room that its slab does not have")
+        with self._lock:
+            self._pins[_WRITES + index, generation] = _ONE_USE
+
+    def end_write(self, index: int, generation: int) -> None:
+        """Unpin it: it is published, or given up."""
+        with self._lock:
+            del self._pins[_WRITES + index, generation]
+            idle = self._idle()
+        if idle is not None:
+            idle()
+
+    def tell_written(self, index: int, generation: int, order: Order) -> None:
+        """Say, behind `order`, that a slot which the owner reserved for this session is written."""
+        self._signal(_WRITTEN, index, generation, order)
+
+    # --- words ------------------------------------------------------------------------------------
+
+    def is_mapped(self, offset_bytes: int, nbytes: int) -> bool:
+        """Whether a part of the slab is mapped here as the owner has it now."""
+        return offset_bytes + nbytes <= self.covered_bytes and (
+            self.layout is None or self.header[_LAYOUT] == self.layout
+        )
+
+    def _signal(self, which: int, index: int, value: int, order: Order) -> None:
+        if self.mapping.deferred and order is not None:
+            self._in_flight[which, index] = value
+        else:
+            self._in_flight.pop((which, index), None)  # the CPU writes it now
+        self.mapping.signal(self._adopted[which], index, value, order)
+
+    @property
+    def settled(self) -> bool:
+        """Whether every word that this session signalled has landed: nothing is on a stream."""
+        if not self.mapping.deferred:
+            return True
+        plain = self._plain
+        if any(
+            plain[which][index] != value for (which, index), value in list(self._in_flight.items())
+        ):
+            return False
+        held = np.frombuffer(self._held, dtype=np.uint64)
+        released = np.frombuffer(self._released, dtype=np.uint64)
+        return not bool(((held != 0) & (held != released)).any())
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise the reason why no new read may begin, if there is one."""
+        if self._gone is not None:
+            raise type(self._gone)(*self._gone.args)
+
+    def check_coming(self, ref: FeatureRef) -> None:
+        """Raise StaleRef if a pinned ref was revoked before its bytes came; as `check` besides."""
+        self.check()
+        if self._live[ref.slot] != ref.generation:
+            raise StaleRef(f"ref {ref.slot}:{ref.generation} was discarded before it came")
+
+    def refuse(self, error: FeatcacheError) -> None:
+        """Let no new read begin: each raises this. Reads that have begun may end."""
+        self._gone = error
+
+    def when_idle(self, call: Callable[[], object]) -> None:
+        """Call once nothing is pinned: now, or when the last use ends (maybe in another thread)."""
+        with self._lock:
+            if self._pins:
+                self._on_idle = call
+                return
+        call()
+
+    @property
+    def holds(self) -> int:
+        """Slots that this session has pinned now, for reading or writing."""
+        with self._lock:  # a thread that holds it may be about to signal a word
+            return len(self._pins)
 
     def fall_back_to_host(self, reason: str) -> Mapping:
-        """Go on without a mapping, by way of the host; return the one there was, to be closed."""
+        """Read through host memory from now on; return the mapping there was, to be closed."""
         mapping, self.mapping = self.mapping, UnreachableSlab(self.mapping.device, reason)
         self._adopted = self._plain
         self._paid = self._released
         return mapping
 
     def forget(self) -> None:
-        """Cut a forked child off: what it still ends changes nothing that its parent wrote."""
+        """Cut a forked child off: a use that still ends there changes no word of its parent's."""
         self.refuse(CacheClosed("this process was forked from the one that attached the pool"))
         self._lock = threading.Lock()  # another thread of the parent may have held it
         self.header = memoryview(bytes(8 * len(self.header))).cast("Q")
@@ -84,8 +355,5 @@ class Attachment(Holds):
         words = max(self._slots, len(self._plain.granted))
         nowhere = memoryview(bytearray(8 * words)).cast("Q")
         self._plain = self._adopted = PageWords(nowhere, nowhere, nowhere)
-        mapping, self.mapping = (
-            self.mapping,
-            UnreachableSlab(self.mapping.device, "this process forked"),
-        )
+        mapping, self.mapping = self.mapping, UnreachableSlab(self.mapping.device, "process forked")
         mapping.forget()

@@ -1,4 +1,4 @@
-"""Copying what is held: here and now, or in a thread what would hold up the loop."""
+"""Copying pinned bytes: in the caller's thread, or in a thread of the pool if it would hold up the loop."""
 
 import torch
 
@@ -12,52 +12,57 @@ from featcache.session.offload import Offload
 
 Device = torch.device | None
 Targets = list[torch.Tensor] | None
-"""What is copied into; None where it is yet to be made."""
+"""The tensors copied into; None where they are yet to be made."""
 Readable = Attachment | KeyLease
-"""What the bytes are read by, and told when a use of them ends."""
-
-
-def place(targets: list[torch.Tensor]) -> torch.device:
-    """Return where they all are: a read is paid in the order of one device."""
-    device = targets[0].device
-    if any(target.device != device for target in targets):
-        raise SettingsError("the tensors of one get's out are all on one device")
-    return device
+"""The pinned source of a read; told when a use of it ends."""
 
 
 def targets_of(ref: FeatureRef, device: Device, out: Feature | None) -> tuple[Targets, Device]:
-    """Return what a get copies into, if the caller gave it, and the device that it copies to."""
+    """Return the caller's tensors, if it gave some, and the device that a get copies to.
+
+    Raises:
+        SettingsError: `out` has another layout than the feature, or is on several devices.
+
+    """
     if out is None:
         return None, device
     targets = same_layout(ref.specs, out)
     return targets, place(targets)
 
 
+def place(targets: list[torch.Tensor]) -> torch.device:
+    """Return the device that they are all on: a read is paid in the order of one device."""
+    device = targets[0].device
+    if any(target.device != device for target in targets):
+        raise SettingsError("the tensors of one get's out are all on one device")
+    return device
+
+
 def copy(
-    attachment: Readable,
+    source: Readable,
     ref: FeatureRef,
     device: Device,
     targets: Targets,
     order: Order,
 ) -> Feature:
-    """Copy here and now."""
-    specs, mapping = ref.specs, attachment.mapping
+    """Copy in the caller's thread."""
+    specs, mapping = ref.specs, source.mapping
     if targets is None and specs[0].name is None:  # one bare tensor, as most features are
         return mapping.fetch(ref.offset_bytes, specs[0], device, order)
     if targets is None:
         targets = [mapping.empty(spec, device) for spec in specs]
-    _fill(attachment, ref, targets, order)
+    _fill(source, ref, targets, order)
     return unpack(specs, targets)
 
 
-def _fill(attachment: Readable, ref: FeatureRef, targets: list[torch.Tensor], order: Order) -> None:
-    read, offset_bytes = attachment.mapping.read, ref.offset_bytes
+def _fill(source: Readable, ref: FeatureRef, targets: list[torch.Tensor], order: Order) -> None:
+    read, offset_bytes = source.mapping.read, ref.offset_bytes
     for spec, target in zip(ref.specs, targets, strict=True):
         read(offset_bytes, spec, target, order)
 
 
 class Copier:
-    """Copies that know which of them would hold up the loop."""
+    """Copies; those that would hold up the loop for long go to a thread."""
 
     def __init__(self, offload: Offload, inline_bytes: int) -> None:
         self._offload = offload
@@ -65,26 +70,30 @@ class Copier:
 
     async def copy(
         self,
-        attachment: Readable,
+        source: Readable,
         ref: FeatureRef,
         device: Device,
         targets: Targets,
         *,
         pays: bool = True,
     ) -> Feature:
-        """Copy a held ref's bytes, here or in a thread, and end the use, which then `pays`."""
-        mapping = attachment.mapping
+        """Copy a pinned ref's bytes, here or in a thread, and end the use, which then `pays`."""
+        mapping = source.mapping
         copied, order, handed_over = False, None, False
         try:
             order = mapping.order(device)
             if mapping.blocking_read_bytes(ref.nbytes, device) <= self._inline_bytes:
-                feature = copy(attachment, ref, device, targets, order)
+                if targets is None and ref.specs[0].name is None:  # as `copy`, inline
+                    feature: Feature = mapping.fetch(ref.offset_bytes, ref.specs[0], device, order)
+                else:
+                    feature = copy(source, ref, device, targets, order)
             else:
                 into = targets or [mapping.empty(spec, device) for spec in ref.specs]
+                # From here the thread has the pin; if this call is cancelled, the pin ends with it.
                 handed_over = True
                 await self._offload.run(
-                    lambda: _fill(attachment, ref, into, order),
-                    lambda: attachment.end(ref, pays=False),
+                    lambda: _fill(source, ref, into, order),
+                    lambda _: source.unpin(ref, pays=False),
                 )
                 handed_over = False
                 feature = unpack(ref.specs, into)
@@ -94,5 +103,5 @@ class Copier:
             raise
         finally:
             if not handed_over:
-                attachment.end(ref, pays=copied and pays, order=order)
+                source.unpin(ref, pays=copied and pays, order=order)
         return feature

@@ -1,4 +1,4 @@
-"""A read that was given out by key, as a `Reader` uses it: in the place of a ref's attachment."""
+"""A read granted by key (a lease), in the place of a ref's attachment; and the claim to make a key."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from featcache.session.attachment import Attachment
 
 
 class MakeClaim:
-    """The right, and the duty, to make what a key stands for; `end` gives it back, and must be called."""
+    """The right and duty to make a key's feature; `end` releases it, and must be called."""
 
     __slots__ = ("end",)
 
@@ -19,8 +19,8 @@ class MakeClaim:
 class KeyLease:
     """One grant of one session. The last use that ends pays it, whether or not it read anything.
 
-    The owner keeps the bytes until then, so no word is written first and none is looked at but
-    `published`.
+    The owner keeps the bytes until then, so no `held` word is written and only `published` is looked
+    at. Its calls are those of an `Attachment` for one ref, which is always the lease's own.
     """
 
     __slots__ = ("_behind", "_index", "_serial", "_uses", "attachment", "ref")
@@ -32,34 +32,27 @@ class KeyLease:
         self._serial = serial
         self._uses = 1
         self._behind: list[Order] = []
-        attachment.take_grant(index, serial)
+        attachment.take_lease(index, serial)
 
     @property
     def mapping(self) -> Mapping:
         """The pool's mapping."""
         return self.attachment.mapping
 
-    def is_there(self) -> bool:
-        """Whether the bytes are complete and mapped here."""
-        return self.attachment.is_there(self.ref)
-
-    async def wait_ready(self) -> None:
-        """Wait on the host until they are."""
-        await self.attachment.wait_ready(self.ref)
-
-    def wait_ready_blocking(self, give_up_s: float) -> bool:
-        """As `wait_ready`, in a thread that may block; False if they were not there by `give_up_s`."""
-        return self.attachment.wait_ready_blocking(self.ref, give_up_s)
-
-    def use(self) -> None:
-        """Begin another use; it is made with one."""
+    def pin(self, ref: FeatureRef) -> bool:
+        """Begin another use (it is made with one); return whether the bytes are there."""
         self._uses += 1
+        return self.attachment.is_ready(ref)
 
-    def end(self, ref: FeatureRef, *, pays: bool, order: Order = None) -> None:  # noqa: ARG002 - as the attachment's
-        """End one use, which is done behind `order` if it `pays`. As `Attachment.end`."""
+    def unpin(self, ref: FeatureRef, *, pays: bool, order: Order = None) -> None:  # noqa: ARG002 - as the attachment's
+        """End one use, which is done behind `order` if it `pays`. As `Attachment.unpin`."""
         self._uses -= 1
         if self._uses:
             if pays:
                 self._behind.append(order)
             return
-        self.attachment.pay_grant(self._index, self._serial, order, self._behind)
+        self.attachment.pay_lease(self._index, self._serial, order, self._behind)
+
+    def give_back(self) -> None:
+        """End the one use of a lease that reads nothing."""
+        self.unpin(self.ref, pays=False)

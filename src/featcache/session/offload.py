@@ -1,13 +1,14 @@
-"""Work that may block, in threads of one's own, with cancellation that loses nothing."""
+"""A private thread pool whose cancellation never frees memory that a thread still uses; shared tasks."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 from featcache.errors import CacheClosed
 
 T = TypeVar("T")
+OnAbandoned = Callable[[T | None], object]
 _THREADS = 4
 
 
@@ -22,19 +23,19 @@ class Offload:
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="featcache")
         self._spawned: set[Future[object]] = set()
 
-    async def run(self, work: Callable[[], T], late: Callable[[], object]) -> T:
+    async def run(self, work: Callable[[], T], on_abandoned: OnAbandoned[T] | None = None) -> T:
         """Await `work` in a thread.
 
-        If the caller is cancelled it goes on at once, and `late` is called in the loop when the
-        work, which can't be stopped, is done.
+        If the caller is cancelled it goes on at once. The work, which can't be stopped, runs to its
+        end; then `on_abandoned` is called in the loop with its result, or with None if it failed.
 
         Raises:
             CacheClosed: the threads are gone.
 
         """
         loop = asyncio.get_running_loop()
-        # What the work holds (a large tensor, say) is let go in the thread before its end is told:
-        # the caller's next allocation can then have the same, warm memory.
+        # What the work refers to (a large tensor, say) is released in the thread before its end is
+        # told: the caller's next allocation can then have the same, warm memory.
         box = [work]
         del work
         try:
@@ -46,9 +47,9 @@ class Offload:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             if future.done():
-                _settle(future, late)
+                _abandon(future, on_abandoned)
             else:
-                future.add_done_callback(lambda done: _settle(done, late))
+                future.add_done_callback(lambda done: _abandon(done, on_abandoned))
             raise
 
     def spawn(self, work: Callable[[], object]) -> None:
@@ -67,11 +68,36 @@ class Offload:
         await asyncio.gather(*spawned, return_exceptions=True)
 
     def close(self) -> None:
-        """Let the threads end when what they do is done."""
+        """Let the threads end when their work is done."""
         self._executor.shutdown(wait=False)
 
 
-def _settle(future: "asyncio.Future[T]", late: Callable[[], object]) -> None:
-    if not future.cancelled():
-        future.exception()  # seen: nobody is left to raise it to
-    late()
+def _abandon(future: "asyncio.Future[T]", on_abandoned: OnAbandoned[T] | None) -> None:
+    failed = future.cancelled() or future.exception() is not None  # retrieved: no caller is left
+    if on_abandoned is not None:
+        on_abandoned(None if failed else future.result())
+
+
+class SharedTask(Generic[T]):
+    """One run of `work` at a time, in a task of its own, joined by all callers that come meanwhile.
+
+    A caller that is cancelled leaves the task running: the others count on it.
+    """
+
+    def __init__(self, work: Callable[[], Coroutine[Any, Any, T]]) -> None:
+        self._work = work
+        self.task: asyncio.Task[T] | None = None
+        """The run in progress."""
+
+    async def join(self) -> T:
+        """Return the result of the run in progress, or of a new one."""
+        task = self.task
+        if task is None:
+            task = self.task = asyncio.get_running_loop().create_task(self._work())
+            task.add_done_callback(self._done)
+        return await asyncio.shield(task)
+
+    def _done(self, task: "asyncio.Task[T]") -> None:
+        self.task = None
+        if not task.cancelled():
+            task.exception()  # retrieved: every caller may have been cancelled

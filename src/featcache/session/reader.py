@@ -1,4 +1,4 @@
-"""Reading: what get, borrow and release do with the attachments of pools."""
+"""Reading: get, borrow and release over the attachments of pools."""
 
 import time
 from collections.abc import Awaitable
@@ -11,22 +11,23 @@ from featcache.errors import GetTimeout, UnknownPool
 from featcache.memory.pack import DTYPES, Feature, unpack
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
-from featcache.session.copier import Copier, Device, Readable, copy, targets_of
+from featcache.session.copier import Copier, Device, Readable, Targets, copy, targets_of
 from featcache.session.lease import KeyLease
 from featcache.session.offload import Offload
+from featcache.session.waiting import wait_ready, wait_ready_blocking
 
 BYTES_LATE = "what is kept under the key was found, but its bytes did not come in time"
 _NO_COPY = "no copy came through host memory in time; the read is still owed"
 
 
 class Pools(Protocol):
-    """Where a `Reader` finds the attachment of a ref's pool."""
+    """The attachments that a `Reader` reads from, by the pool of a ref."""
 
     def peek(self, ref: FeatureRef) -> Attachment | None:
         """Return it if it is open. Raise UnknownPool if it can never be."""
 
     def has(self, ref: FeatureRef) -> bool:
-        """Return whether it is open, changing nothing: this is asked in any thread."""
+        """Return whether it is open, changing nothing: called in any thread."""
 
     def check(self, ref: FeatureRef) -> None:
         """Raise OwnerLost if it was open and its owner is gone."""
@@ -35,14 +36,14 @@ class Pools(Protocol):
         """Return it, attaching first."""
 
     def reach(self, attachment: Attachment, device: Device) -> Awaitable[bool]:
-        """Open the pool for a device of this process; False where only host memory leads there."""
+        """Enable a device of this process for the pool; False where only host memory leads there."""
 
     def relay(self, ref: FeatureRef) -> Awaitable[FeatureRef]:
-        """Have the owner copy a held ref's bytes into host memory; return the copy's ref."""
+        """Have the owner copy a pinned ref's bytes into host memory; return the copy's ref."""
 
 
 class Reader:
-    """get, borrow and release over whatever pools there are."""
+    """get, borrow and release over the pools that there are."""
 
     def __init__(self, pools: Pools, offload: Offload, inline_bytes: int) -> None:
         self.pools = pools
@@ -54,13 +55,13 @@ class Reader:
     def get_nowait(
         self, ref: FeatureRef, device: Device = None, out: Feature | None = None
     ) -> Feature:
-        """Copy what is there now."""
+        """Copy bytes that are there now."""
         attachment = self.pools.peek(ref) or self._attached(ref)
         mapping = attachment.mapping
         targets, device = (None, device) if out is None else targets_of(ref, device, out)
         if not mapping.can_copy_to(device):
             raise GetTimeout("the bytes must come another way: await get instead")
-        ready = attachment.begin(ref)
+        ready = attachment.pin(ref)
         pays, order = False, None
         try:
             if not ready:
@@ -73,91 +74,82 @@ class Reader:
                 feature = copy(attachment, ref, device, targets, order)
             pays = True
         finally:
-            attachment.end(ref, pays=pays, order=order)
+            attachment.unpin(ref, pays=pays, order=order)
         self.gets += 1
         return feature if out is None else out
 
     async def get(
         self, ref: FeatureRef, device: Device, out: Feature | None, timeout_s: float | None
     ) -> Feature:
-        """Copy; what would hold up the loop is copied in a thread. If cancelled, the read is still owed."""
+        """Copy; a copy that would hold up the loop runs in a thread. If cancelled, the read is owed."""
         targets, device = (None, device) if out is None else targets_of(ref, device, out)
-        attachment = self.pools.peek(ref)
-        reached = attachment is not None and attachment.mapping.can_copy_to(device)
-        if attachment is None or not reached or not attachment.begin(ref):
-            begun, since_s = attachment if reached else None, time.monotonic()
-            attachment, reached = await self._await_begin(begun, ref, device, timeout_s)
+        source: Readable | None = self.pools.peek(ref)
+        reached = source is not None and source.mapping.can_copy_to(device)
+        if source is None or not reached or not source.pin(ref):
+            pinned, since_s = source if reached else None, time.monotonic()
+            source, reached = await self._await_ready(pinned, ref, device, timeout_s)
             timeout_s = _left(timeout_s, since_s)
         if reached:
-            feature = await self._copier.copy(attachment, ref, device, targets)
+            feature = await self._copier.copy(source, ref, device, targets)
         else:
-            feature = await self._copy_relayed(attachment, ref, device, out, timeout_s)
+            feature = await self._copy_relayed(source, ref, device, out, timeout_s)
         self.gets += 1
         return feature if out is None else out
 
-    async def get_granted(
-        self, read: KeyLease, device: Device, out: Feature | None, timeout_s: float | None
+    async def get_leased(
+        self, lease: KeyLease, device: Device, out: Feature | None, timeout_s: float | None
     ) -> Feature:
-        """Copy what was granted, and pay it, whatever comes of this."""
-        try:
-            targets, device = targets_of(read.ref, device, out)
-        except BaseException:
-            read.end(read.ref, pays=False)
-            raise
-        if await self._await_granted(read, device, timeout_s):
-            feature = await self._copier.copy(read, read.ref, device, targets)
+        """As `get`, of a read granted by key, which is paid however this ends."""
+        ref, (targets, device) = lease.ref, self._leased_targets(lease, device, out)
+        reached = lease.mapping.can_copy_to(device)
+        if not reached or not lease.attachment.is_ready(ref):
+            _, reached = await self._await_ready(lease, ref, device, timeout_s)
+        if reached:
+            feature = await self._copier.copy(lease, ref, device, targets)
         else:
-            feature = await self._copy_relayed(read, read.ref, device, out, timeout_s)
+            feature = await self._copy_relayed(lease, ref, device, out, timeout_s)
         self.gets += 1
         return feature if out is None else out
 
     def get_leased_blocking(
-        self, read: KeyLease, device: Device, out: Feature | None
+        self, lease: KeyLease, device: Device, out: Feature | None
     ) -> Feature | None:
-        """As `get_granted`, in a thread that may block; None, with nothing done, if out of reach."""
-        pays, order, ref, reached = False, None, read.ref, True
+        """As `get_leased`, in a thread that may block; None, with nothing done, if out of reach."""
+        ref, (targets, device) = lease.ref, self._leased_targets(lease, device, out)
+        mapping = lease.mapping
+        if not mapping.can_copy_to(device):
+            return None
+        pays, order = False, None
         try:
-            targets, device = targets_of(ref, device, out)
-            reached = read.mapping.can_copy_to(device)
-            if not reached:
-                return None
-            read.wait_ready_blocking(float("inf"))
-            order = read.mapping.order(device)
-            feature = copy(read, ref, device, targets, order)
+            wait_ready_blocking(lease.attachment, ref, float("inf"))
+            order = mapping.order(device)
+            feature = copy(lease, ref, device, targets, order)
             pays = True
         finally:
-            if reached:
-                read.end(ref, pays=pays, order=order)
+            lease.unpin(ref, pays=pays, order=order)
         self.gets += 1
         return feature if out is None else out
 
-    async def _await_granted(self, read: KeyLease, device: Device, timeout_s: float | None) -> bool:
-        """Wait for the bytes; return whether a device reaches them. If that fails the read ends."""
-        reached = read.mapping.can_copy_to(device)
-        if reached and read.is_there():
-            return True
+    def _leased_targets(
+        self, lease: KeyLease, device: Device, out: Feature | None
+    ) -> tuple[Targets, Device]:
         try:
-            with anyio.fail_after(timeout_s):
-                reached = reached or await self.pools.reach(read.attachment, device)
-                await read.wait_ready()
-        except BaseException as error:
-            read.end(read.ref, pays=False)
-            if isinstance(error, TimeoutError):
-                raise GetTimeout(BYTES_LATE) from None
+            return targets_of(lease.ref, device, out)
+        except BaseException:
+            lease.give_back()
             raise
-        return reached
 
     async def _copy_relayed(
         self,
-        attachment: Readable,
+        source: Readable,
         ref: FeatureRef,
         device: Device,
         out: Feature | None,
         timeout_s: float | None,
     ) -> Feature:
-        """Copy a held ref's bytes by way of host memory, and end the use."""
+        """Copy a pinned ref's bytes through host memory, and end the use."""
         if out is None and device is None:
-            device = attachment.mapping.device
+            device = source.mapping.device
         pays = False
         try:
             with anyio.fail_after(timeout_s):
@@ -168,10 +160,10 @@ class Reader:
         except TimeoutError:
             raise GetTimeout(_NO_COPY) from None
         finally:
-            attachment.end(ref, pays=pays)
+            source.unpin(ref, pays=pays)
         return feature
 
-    # --- borrow and release -------------------------------------------------------------------------
+    # --- release and borrow -------------------------------------------------------------------------
 
     async def release(self, ref: FeatureRef, timeout_s: float | None) -> None:
         """Pay without reading."""
@@ -186,13 +178,78 @@ class Reader:
                 ) from None
         attachment.pay(ref)
 
+    def hold_nowait(self, ref: FeatureRef) -> Attachment:
+        """Pin a ref whose bytes are there now, in a pool that is attached."""
+        attachment = self.pools.peek(ref) or self._attached(ref)
+        if not attachment.mapping.zero_copy:
+            raise GetTimeout("the bytes must come another way: use 'async with' instead")
+        if not attachment.pin(ref):
+            attachment.unpin(ref, pays=False)
+            raise GetTimeout("the bytes are still on their way: use 'async with' instead")
+        return attachment
+
+    async def hold(
+        self, ref: FeatureRef, timeout_s: float | None
+    ) -> tuple[Readable, Feature | None]:
+        """Pin a ref for a borrow, attaching and waiting for its bytes as need be.
+
+        Where the slab itself can't be lent, a copy comes with it.
+        """
+        source: Readable | None = self.pools.peek(ref)
+        reached = source is not None and source.mapping.can_copy_to(None)
+        if source is None or not reached or not source.pin(ref):
+            pinned, since_s = source if reached else None, time.monotonic()
+            source, reached = await self._await_ready(pinned, ref, None, timeout_s)
+            timeout_s = _left(timeout_s, since_s)
+        if reached and source.mapping.zero_copy:
+            return source, None
+        return source, await self._copied_in_time(source, ref, timeout_s, reached=reached)
+
+    async def hold_leased(
+        self, lease: KeyLease, timeout_s: float | None
+    ) -> tuple[Readable, Feature | None]:
+        """As `hold`, of a read granted by key."""
+        ref, reached = lease.ref, lease.mapping.can_copy_to(None)
+        if not reached or not lease.attachment.is_ready(ref):
+            _, reached = await self._await_ready(lease, ref, None, timeout_s)
+        if reached and lease.mapping.zero_copy:
+            return lease, None
+        return lease, await self._copied_in_time(lease, ref, timeout_s, reached=reached)
+
+    async def _copied_in_time(
+        self, source: Readable, ref: FeatureRef, timeout_s: float | None, *, reached: bool
+    ) -> Feature:
+        try:
+            with anyio.fail_after(timeout_s):
+                return await self._copied(source, ref, reached=reached)
+        except BaseException as error:
+            source.unpin(ref, pays=False)
+            if isinstance(error, TimeoutError):
+                raise GetTimeout(_NO_COPY) from None
+            raise
+
+    async def _copied(self, source: Readable, ref: FeatureRef, *, reached: bool) -> Feature:
+        """Return a copy of a pinned ref's bytes, which stays pinned."""
+        if reached:
+            source.pin(ref)  # a use of its own, which ends with the copy and pays nothing
+            return await self._copier.copy(source, ref, None, None, pays=False)
+        there = await self.pools.relay(ref)
+        copied = await self.get(there, source.mapping.device, None, None)
+        self.gets -= 1  # the copy's get is part of the borrow
+        return copied
+
+    # --- for callers with no event loop ---------------------------------------------------------------
+
     async def prepare(
         self, ref: FeatureRef, device: Device, timeout_s: float | None, *, borrows: bool
     ) -> bool:
-        """Wait until `get_nowait`, or a plain borrow, finds the bytes; False if it never does."""
-        attachment, reached = await self._await_begin(None, ref, device, timeout_s)
-        attachment.end(ref, pays=False)
-        return reached and (attachment.mapping.zero_copy or not borrows)
+        """Wait until `get_nowait`, or a plain borrow, finds the bytes; False if it never will.
+
+        For a caller whose own thread is to read, in the order of its own stream.
+        """
+        source, reached = await self._await_ready(None, ref, device, timeout_s)
+        source.unpin(ref, pays=False)
+        return reached and (source.mapping.zero_copy or not borrows)
 
     def prepare_blocking(
         self, ref: FeatureRef, device: Device, timeout_s: float | None, *, borrows: bool
@@ -202,89 +259,24 @@ class Reader:
         if attachment is None or not attachment.mapping.can_copy_to(device):
             return False
         give_up_s = float("inf") if timeout_s is None else time.monotonic() + timeout_s
-        attachment.begin(ref)
+        attachment.pin(ref)
         try:
-            if not attachment.wait_ready_blocking(ref, give_up_s):
-                raise GetTimeout(
-                    f"the bytes did not come within {timeout_s} s; the read is still owed"
-                )
+            if not wait_ready_blocking(attachment, ref, give_up_s):
+                raise _late(timeout_s)
         finally:
-            attachment.end(ref, pays=False)
+            attachment.unpin(ref, pays=False)
         return attachment.mapping.zero_copy or not borrows
 
     def empty(self, ref: FeatureRef, device: Device) -> Feature:
-        """Return new tensors for a feature, where a get would put it."""
-        return self.empty_like(ref, device or self._attached(ref).mapping.device)
+        """Return new tensors for a feature, where a get would put it; its pool is attached."""
+        return self.empty_on(ref, device or self._attached(ref).mapping.device)
 
-    def empty_like(self, ref: FeatureRef, where: torch.device) -> Feature:
+    def empty_on(self, ref: FeatureRef, device: torch.device) -> Feature:
         """Return new tensors for a feature on a device."""
         made = [
-            torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=where) for spec in ref.specs
+            torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device) for spec in ref.specs
         ]
         return unpack(ref.specs, made)
-
-    def hold_nowait(self, ref: FeatureRef) -> Attachment:
-        """Hold a ref whose bytes are there now, in a pool that is attached."""
-        attachment = self.pools.peek(ref) or self._attached(ref)
-        if not attachment.mapping.zero_copy:
-            raise GetTimeout("the bytes must come another way: use 'async with' instead")
-        if not attachment.begin(ref):
-            attachment.end(ref, pays=False)
-            raise GetTimeout("the bytes are still on their way: use 'async with' instead")
-        return attachment
-
-    async def hold(
-        self, ref: FeatureRef, timeout_s: float | None
-    ) -> tuple[Attachment, Feature | None]:
-        """Hold a ref, attaching and waiting for its bytes as need be.
-
-        Where there is no way to the slab itself, a copy comes with it.
-        """
-        attachment = self.pools.peek(ref)
-        reached = attachment is not None and attachment.mapping.can_copy_to(None)
-        if attachment is None or not reached or not attachment.begin(ref):
-            begun, since_s = attachment if reached else None, time.monotonic()
-            attachment, reached = await self._await_begin(begun, ref, None, timeout_s)
-            timeout_s = _left(timeout_s, since_s)
-        if reached and attachment.mapping.zero_copy:
-            return attachment, None
-        return attachment, await self._copied_in_time(attachment, ref, timeout_s, reached=reached)
-
-    async def hold_granted(
-        self, read: KeyLease, timeout_s: float | None
-    ) -> tuple[KeyLease, Feature | None]:
-        """As `hold`, of what was granted."""
-        reached = await self._await_granted(read, None, timeout_s)
-        if reached and read.mapping.zero_copy:
-            return read, None
-        return read, await self._copied_in_time(read, read.ref, timeout_s, reached=reached)
-
-    async def _copied_in_time(
-        self, held: Readable, ref: FeatureRef, timeout_s: float | None, *, reached: bool
-    ) -> Feature:
-        try:
-            with anyio.fail_after(timeout_s):
-                return await self._copied(held, ref, reached=reached)
-        except BaseException as error:
-            held.end(ref, pays=False)
-            if isinstance(error, TimeoutError):
-                raise GetTimeout(_NO_COPY) from None
-            raise
-
-    async def _copied(self, held: Readable, ref: FeatureRef, *, reached: bool) -> Feature:
-        """Return a copy of a held ref's bytes, which stays held."""
-        mapping = held.mapping
-        if reached:
-            # A use of its own, which ends with the copy and pays nothing.
-            if isinstance(held, KeyLease):
-                held.use()
-            else:
-                held.begin(ref)
-            return await self._copier.copy(held, ref, None, None, pays=False)
-        there = await self.pools.relay(ref)
-        copied = await self.get(there, mapping.device, None, None)
-        self.gets -= 1  # the copy's get is part of the borrow
-        return copied
 
     # --- getting there ------------------------------------------------------------------------------
 
@@ -297,37 +289,45 @@ class Reader:
             )
         return attachment
 
-    async def _await_begin(
-        self, begun: Attachment | None, ref: FeatureRef, device: Device, timeout_s: float | None
-    ) -> tuple[Attachment, bool]:
-        """Attach and open for a device if need be, hold, and wait for the bytes.
+    async def _await_ready(
+        self, pinned: Readable | None, ref: FeatureRef, device: Device, timeout_s: float | None
+    ) -> tuple[Readable, bool]:
+        """Attach, pin, enable a device and wait for the bytes, as need be.
 
-        `begun` holds the ref already. Returns whether the device reaches the bytes.
+        `pinned` is the source if the ref is pinned already. Returns the source and whether the
+        device reaches the bytes; if this fails the ref is not pinned any more.
         """
-        holder, reached = begun, True
         try:
             with anyio.fail_after(timeout_s):
-                if holder is None:
+                if pinned is None:
                     attachment = await self.pools.open(ref)
-                    reached = attachment.mapping.can_copy_to(device) or await self.pools.reach(
-                        attachment, device
-                    )
-                    ready = attachment.begin(ref)
-                    holder = attachment
+                elif isinstance(pinned, KeyLease):
+                    attachment = pinned.attachment
+                else:
+                    attachment = pinned
+                reached = attachment.mapping.can_copy_to(device) or await self.pools.reach(
+                    attachment, device
+                )
+                if pinned is None:
+                    ready = attachment.pin(ref)
+                    pinned = attachment
                     if ready:
-                        return holder, reached
-                await holder.wait_ready(ref)
-                return holder, reached
+                        return pinned, reached
+                await wait_ready(attachment, ref)
+                return pinned, reached
         except BaseException as error:
-            if holder is not None:
-                holder.end(ref, pays=False)
+            if pinned is not None:
+                pinned.unpin(ref, pays=False)
             if isinstance(error, TimeoutError):
-                raise GetTimeout(
-                    f"the bytes did not come within {timeout_s} s; the read is still owed"
-                ) from None
+                late = GetTimeout(BYTES_LATE) if isinstance(pinned, KeyLease) else _late(timeout_s)
+                raise late from None
             raise
 
 
+def _late(timeout_s: float | None) -> GetTimeout:
+    return GetTimeout(f"the bytes did not come within {timeout_s} s; the read is still owed")
+
+
 def _left(timeout_s: float | None, since_s: float) -> float | None:
-    """Return what is left of a time limit."""
+    """Return the rest of a time limit."""
     return None if timeout_s is None else max(0.0, timeout_s - (time.monotonic() - since_s))

@@ -1,52 +1,76 @@
-"""`get_or_put`: of all who ask for a key at once, in all processes, one makes it."""
+"""`get_or_put`: of all callers that want a key at once, in all processes, one makes it."""
 
 import inspect
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
+import anyio
+import torch
+
+from featcache.errors import KeyNotFound, KeyTimeout
 from featcache.memory.pack import Feature
+from featcache.session.arguments import rpc_timeout
 from featcache.session.lease import KeyLease, MakeClaim
 
 Make = Callable[[], Feature | Awaitable[Feature]]
+Command: TypeAlias = Literal["contains", "evict", "pin", "unpin"]
 
 
 class Keys(Protocol):
-    """The directory, as whoever holds it or is attached to it can use it."""
+    """The directory, as its owner or an attached client uses it."""
 
     async def find(self, key: bytes, timeout_s: float | None) -> KeyLease:
-        """Return a read of what is under a key; with a timeout, wait for it that long."""
+        """Return a read of the feature under a key; with a timeout, wait for it that long.
+
+        Raises:
+            KeyNotFound: there is none; KeyTimeout: nor came in time.
+
+        """
 
     async def find_or_claim(self, key: bytes, *, waits: bool) -> KeyLease | MakeClaim:
-        """Return a read, once there is something, or the right to make it.
+        """Return a read, once there is a feature, or the claim to make it.
 
         Unless it `waits`, raise KeyNotFound while another makes it.
         """
 
-    async def contains(self, key: bytes) -> bool:
-        """Whether there is something under a key."""
+    async def command(self, command: Command, key: bytes) -> bool:
+        """Do this to a key; return whether it was there. KeyNotFound of pin and unpin if it was not."""
 
-    async def evict(self, key: bytes) -> bool:
-        """Drop a key; return whether it was there."""
 
-    async def pin(self, key: bytes) -> None:
-        """Keep a key from being evicted, or raise KeyNotFound."""
-
-    async def unpin(self, key: bytes) -> None:
-        """Take back a pin, or raise KeyNotFound."""
+async def find_or_claim(keys: Keys, key: bytes, timeout_s: float | None) -> KeyLease | MakeClaim:
+    """Return a read of a key, or the claim to make it, within a time; KeyTimeout if neither came."""
+    if timeout_s is None:  # a scope takes longer than many a lookup
+        return await keys.find_or_claim(key, waits=True)
+    try:
+        with anyio.fail_after(rpc_timeout(timeout_s)):
+            return await keys.find_or_claim(key, waits=timeout_s > 0)
+    except (KeyNotFound, TimeoutError):
+        raise KeyTimeout(f"nobody made it within {timeout_s} s") from None
 
 
 async def make_and_put(
-    making: MakeClaim, make: Make, put: Callable[[Feature], Awaitable[object]]
+    claim: MakeClaim, make: Make, put: Callable[[Feature], Awaitable[object]]
 ) -> Feature:
-    """Make what was claimed and put it; return it.
+    """Make a claimed feature and put it; return it.
 
-    However it ends the claim is given back: to nobody if the feature is there by then, else to the next
-    who waits.
+    However it ends the claim is released: it is void if the feature is there by then, else it passes
+    to the next waiter.
     """
     try:
         made = make()
         feature = await made if inspect.isawaitable(made) else made
         await put(feature)
     finally:
-        making.end()
+        claim.end()
     return feature
+
+
+def moved(feature: Feature, device: torch.device | None) -> Feature:
+    """Return a feature that was made, contiguous and on a device (None: where it is)."""
+    if isinstance(feature, torch.Tensor):
+        return _moved(feature, device)
+    return {name: _moved(tensor, device) for name, tensor in feature.items()}
+
+
+def _moved(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    return (tensor if device is None else tensor.to(device)).contiguous()

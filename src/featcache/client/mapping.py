@@ -1,0 +1,110 @@
+"""From an owner's welcome to a mapped pool in this process."""
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from featcache.control.channel import close_all
+from featcache.control.messages import Welcome
+from featcache.errors import AttachRefused
+from featcache.memory.backends import default_device, map_slab
+from featcache.memory.cuda.backing import Unreachable
+from featcache.memory.slab import Mapping
+from featcache.memory.unreachable import UnreachableSlab
+from featcache.memory.words import OwnerWords, SessionWords
+from featcache.session.attachment import Attachment, PageWords
+from featcache.session.offload import Offload
+from featcache.session.waiting import Doorbell
+
+_CONTROL_DESCRIPTORS = 3  # the owner's words, the session's page, the eventfd
+
+
+class MappedPool(NamedTuple):
+    """A pool as it could be mapped."""
+
+    attachment: Attachment
+    doorbell: Doorbell
+    unreachable: str | None
+    """Why its slab is read through host memory, if it is."""
+
+
+class _MappedSlab(NamedTuple):
+    mapping: Mapping
+    adopted: PageWords
+    unreachable: str | None
+
+
+async def map_pool(
+    welcome: Welcome,
+    fds: list[int],
+    device: torch.device | None,
+    offload: Offload,
+    *,
+    through_host: bool,
+) -> MappedPool:
+    """Map the pool that an owner described, of which no word is trusted.
+
+    Takes the doorbell's descriptor from `fds`; the others stay the caller's.
+
+    Raises:
+        AttachRefused: the welcome is not one that an owner sends.
+        BackendUnavailable: the slab can't be mapped, nor read through host memory.
+
+    """
+    if len(fds) < _CONTROL_DESCRIPTORS:
+        raise AttachRefused("the owner's welcome came without its descriptors")
+    words = OwnerWords.attach(fds[0], welcome.slots)
+    page = SessionWords.attach(fds[1], welcome.slots, welcome.grants)
+    slab = await offload.run(
+        _mapper(welcome, fds[_CONTROL_DESCRIPTORS:], device, page, through_host=through_host),
+        lambda mapped: None if mapped is None else offload.spawn(mapped.mapping.close),
+    )
+    doorbell = Doorbell(fds.pop(2))
+    attachment = Attachment(welcome.pool_id, words, page, slab.mapping, slab.adopted, doorbell.ring)
+    attachment.layout = welcome.layout
+    attachment.capacity_bytes = welcome.capacity_bytes
+    return MappedPool(attachment, doorbell, slab.unreachable)
+
+
+def _mapper(
+    welcome: Welcome,
+    fds: list[int],
+    device: torch.device | None,
+    page: SessionWords,
+    *,
+    through_host: bool,
+) -> Callable[[], _MappedSlab]:
+    """Return the work that maps a slab and readies the page for its streams, in a thread."""
+    own = [os.dup(fd) for fd in fds]  # the thread's: a cancelled attach closes the others meanwhile
+
+    def mapped() -> tuple[Mapping, str | None]:
+        try:
+            if through_host and welcome.relays:
+                raise Unreachable("Settings.through_host is set")
+            return map_slab(
+                welcome.kind,
+                welcome.device,
+                welcome.capacity_bytes,
+                welcome.committed_bytes,
+                welcome.handle,
+                own,
+                device,
+            ), None
+        except Unreachable as error:
+            if not welcome.relays:
+                raise
+            return UnreachableSlab(device or default_device(), str(error)), str(error)
+        finally:
+            close_all(own)
+
+    def work() -> _MappedSlab:
+        mapping, unreachable = mapped()
+        try:
+            return _MappedSlab(mapping, PageWords.adopted(mapping, page), unreachable)
+        except BaseException:
+            mapping.close()
+            raise
+
+    return work
