@@ -10,7 +10,7 @@ from featcache.control.messages import VERSION, Welcome
 from featcache.control.peer import Peer
 from featcache.core.effects import Effect
 from featcache.core.put_queue import Request
-from featcache.errors import AttachRefused, BackendUnavailable
+from featcache.errors import AttachRefused, BackendUnavailable, MalformedRef
 from featcache.memory.slab import Segment
 from featcache.memory.words import SessionWords
 from featcache.pool.page import SessionPage
@@ -153,6 +153,9 @@ class Sessions:
 
     def discard_ref(self, ref: FeatureRef) -> None:
         """As `discard`, of a whole ref, or raise MalformedRef as a read of it does."""
+        slots = self._pool.store.table.count
+        if ref.slot >= slots:
+            raise MalformedRef(f"slot {ref.slot} of a pool with {slots} slots")
         self._pool.find(ref)
         self.discard(ref.slot, ref.generation)
 

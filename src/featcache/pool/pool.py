@@ -101,14 +101,11 @@ class Pool:
         """Return the slot of a peer's ref, of which no number is trusted.
 
         Raises:
-            StaleRef: it was recycled, expired or discarded.
-            MalformedRef: no such slot, or another extent than its own.
+            StaleRef: it was recycled, expired or discarded, or there is no such slot.
+            MalformedRef: its extent is another than the slot's.
 
         """
-        store = self.store
-        if ref.slot >= store.table.count:
-            raise MalformedRef(f"slot {ref.slot} of a pool with {store.table.count} slots")
-        slot = store.find(ref.slot, ref.generation)
+        slot = self.store.find(ref.slot, ref.generation)
         if (slot.offset_bytes, slot.nbytes) != (ref.offset_bytes, ref.nbytes):
             raise MalformedRef("the ref's extent is not its slot's: it was forged or damaged")
         return slot
