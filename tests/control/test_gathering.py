@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from control.peers import Peer, frame
-from featcache.control.channel import Channel
+from featcache.control.channel import Channel, ChannelState
 from featcache.control.messages import ProtocolError
 from support.caches import until
 
@@ -44,7 +44,9 @@ class End:
         self.lost: list[Exception | None] = []
         self.answer: Callable[[Any], object] = self.say
         self.last_word: Any = None
-        self.channel = Channel(self.sock, LIMIT_BYTES, self._on_message, self._on_lost, asks=asks)
+        self.channel = Channel(
+            self.sock, LIMIT_BYTES, self._on_message, self._on_lost, requester=asks
+        )
 
     def say(self, message: Any, descriptors: Sequence[int] = ()) -> None:
         """Send a message."""
@@ -221,7 +223,7 @@ async def test_a_peer_that_never_reads_is_given_up(end: Make) -> None:
     [error] = one.lost
     assert isinstance(error, ProtocolError)
     assert "unread" in str(error)
-    assert one.channel.closed
+    assert one.channel.state is ChannelState.CLOSED
 
 
 async def test_answers_before_an_error_in_the_same_read_still_go(end: Make) -> None:
@@ -264,7 +266,7 @@ async def test_a_close_with_a_full_socket_does_not_block(end: Make) -> None:
     one = end()
     one.answer = lambda message: one.channel.close() if message == "bye" else one.say("x" * 9000)
     one.peer.send(asked(*range(100), "bye"))
-    await until(lambda: one.channel.closed)
+    await until(lambda: one.channel.state is ChannelState.CLOSED)
     assert [set(text) for text in await one.heard(5)] == [{"x"}] * 5
 
 

@@ -153,7 +153,7 @@ async def test_before_the_hello(name: str) -> None:
     if not name.startswith("hang up"):  # who only looked whether somebody listens is no event
         assert len(refused) == 1
         assert refused[0]["pid"] == os.getpid()
-        assert refused[0]["reason"] != "it said nothing in time"
+        assert refused[0]["reason"] != "no Hello within attach_timeout"
 
 
 async def test_another_version_is_told_so() -> None:
@@ -172,7 +172,7 @@ async def test_silence(said: bytes) -> None:
         with Peer.connect(owner.endpoint) as peer:
             if said:
                 peer.send(said)
-            assert (await peer.message())["reason"] == "it said nothing in time"
+            assert (await peer.message())["reason"] == "no Hello within attach_timeout"
             await peer.hung_up()
         assert at_the_door(owner) == 0
         await serves(owner)

@@ -57,7 +57,7 @@ async def nothing_left(slab: Slab, before: "Counter[str]") -> None:
 def waiting(connection: FeatureClient) -> int:
     """How many requests are unanswered."""
     assert connection._registry is not None
-    return sum(len(handle.link._requests) for handle in connection._registry.connections)
+    return sum(len(handle.link.requests._unanswered) for handle in connection._registry.connections)
 
 
 Uses = dict[str, Callable[[FeatureClient], Awaitable[object]]]

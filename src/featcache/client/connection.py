@@ -69,7 +69,7 @@ class PoolConnection:
         if isinstance(change, UnmapTail):
             # At once, so that no read begins in what will be another segment when it comes again.
             self._cover()
-            self.attachment.layout = change.layout
+            self.attachment.layout = change.shrink_epoch
         if not self._changing:
             self._changing = True
             self._spawn(self._carry_out())
@@ -93,7 +93,7 @@ class PoolConnection:
                 self._changes.popleft()
                 self._cover()
                 if isinstance(change, UnmapTail):
-                    self.link.retired(change.layout)
+                    self.link.tail_unmapped(change.shrink_epoch)
                 self._changed.set()
         except (FeatcacheError, OSError, MemoryError, ValueError) as error:
             if not self._left:
@@ -134,7 +134,7 @@ class PoolConnection:
         """Say goodbye, once nothing is held any more; until then the session stays."""
         closed = CacheClosed("this client was closed")
         self.attachment.refuse(closed)  # first: nothing may begin that the owner will not know of
-        self.link.abandon(closed)
+        self.link.fail_all(closed)
         if self.attachment.holds:
             self.attachment.when_idle(lambda: self._soon(self._say_goodbye_and_leave))
             return
@@ -209,12 +209,12 @@ def return_lease(
     if isinstance(answer, messages.Granted):
         connection.attachment.return_grant(answer.index, answer.serial)
     elif isinstance(answer, messages.ClaimGranted) and isinstance(request, messages.Find):
-        link.tell(messages.Unclaim(request.key, answer.claim))
+        link.tell(messages.ReleaseClaim(request.key, answer.claim))
     elif isinstance(answer, messages.Reserved):
-        link.tell(messages.Withdraw(answer.slot, answer.generation, landed=True))
+        link.tell(messages.GiveUpReserved(answer.slot, answer.generation, landed=True))
     elif isinstance(request, messages.Publish):  # nobody has its ref
         link.discard_soon(request.slot, request.generation)
-    elif isinstance(request, messages.KeyCommand) and request.what == "pin":
+    elif isinstance(request, messages.KeyCommand) and request.command == "pin":
         link.unpin_soon(request.key)
     elif isinstance(request, messages.Upload) and isinstance(answer, messages.Reply):
         ref = FeatureRef.from_bytes(answer.ref)

@@ -62,9 +62,9 @@ class ClientKeys:
 
     async def _find(self, key: bytes, *, waits: bool, makes: bool) -> KeyLease | MakeClaim:
         connection = self._peek() or await self._connection()
-        answer, _ = await connection.link.ask(Find(connection.link.number(), key, waits, makes))
+        answer, _ = await connection.link.request(Find(connection.link.number(), key, waits, makes))
         if isinstance(answer, messages.ClaimGranted):
-            release_claim = messages.Unclaim(key, answer.claim)
+            release_claim = messages.ReleaseClaim(key, answer.claim)
             return MakeClaim(lambda: connection.link.tell(release_claim))
         if not isinstance(answer, messages.Granted):
             raise ProtocolError(f"the owner answered a lookup with {type(answer).__name__}")
@@ -109,7 +109,7 @@ class ClientKeys:
 
     async def _do(self, what: _What, key: bytes) -> bool:
         link = (self._peek() or await self._connection()).link
-        answer, _ = await link.ask(KeyCommand(link.number(), key, what))
+        answer, _ = await link.request(KeyCommand(link.number(), key, what))
         if not isinstance(answer, messages.Reply):
             raise ProtocolError(f"the owner answered a question with {type(answer).__name__}")
         return answer.flag

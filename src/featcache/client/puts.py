@@ -78,7 +78,7 @@ class ClientPuts:
         return made
 
     async def _beside(self, connection: PoolConnection) -> ClientWriter:
-        answer, _ = await connection.link.ask(messages.HostPool(connection.link.number()))
+        answer, _ = await connection.link.request(messages.HostPool(connection.link.number()))
         if not isinstance(answer, messages.Reply):
             raise ProtocolError(f"the owner answered a question with {type(answer).__name__}")
         beside = await self._registry.attach(answer.text, kin=True)

@@ -213,8 +213,8 @@ class ConnectionRegistry:
         if known is not None:  # reached by another spelling of its endpoint
             await connection.close()
             return known
-        if welcome.kin is not None:
-            self._kin.add(welcome.kin)
+        if welcome.sibling_pool is not None:
+            self._kin.add(welcome.sibling_pool)
         if kin:
             self._kin.add(welcome.pool_id)
         self._connections[welcome.pool_id] = connection
@@ -233,7 +233,7 @@ class ConnectionRegistry:
         mapping, adopted = await self._map_slab(welcome, fds[_CONTROL_DESCRIPTORS:], page)
         doorbell = Doorbell(fds.pop(2))
         attachment = Attachment(welcome.pool_id, words, page, mapping, adopted, doorbell.ring)
-        attachment.layout = welcome.layout
+        attachment.layout = welcome.shrink_epoch
         attachment.capacity_bytes = welcome.capacity_bytes
         connection = PoolConnection(
             attachment,
@@ -246,8 +246,8 @@ class ConnectionRegistry:
                 welcome.pool_id, attachment.mapping.device, reason
             ),
         )
-        connection.kin_endpoint = welcome.kin_endpoint
-        link.on_orphan = lambda request, answer: return_lease(connection, request, answer)
+        connection.kin_endpoint = welcome.sibling_endpoint
+        link.requests.on_orphan = lambda request, answer: return_lease(connection, request, answer)
         link.on_lost = lambda _: connection.lose(link.lost or "it is gone")
         try:
             if link.lost is not None:  # while a thread mapped

@@ -46,9 +46,9 @@ class RequestHandlers:
         """Do what is asked and return the answer, or what will."""
         return self._answers[type(ask)](session, ask)
 
-    def note(self, session: int, note: messages.Unclaim | messages.Withdraw) -> None:
+    def note(self, session: int, note: messages.ReleaseClaim | messages.GiveUpReserved) -> None:
         """Do what needs no answer."""
-        if isinstance(note, messages.Unclaim):
+        if isinstance(note, messages.ReleaseClaim):
             if self._pool.store.key_waiters.has(note.key, note.claim, session):
                 self._lookups.release_claim(Claim(note.key, note.claim))
         else:
@@ -96,11 +96,11 @@ class RequestHandlers:
 
     def _of_key(self, session: int, ask: messages.KeyCommand) -> Answer:
         key, lookups, flag = ask.key, self._lookups, True
-        if ask.what == "contains":
+        if ask.command == "contains":
             flag = lookups.contains(key)
-        elif ask.what == "evict":
+        elif ask.command == "evict":
             flag = lookups.evict(key)
-        elif ask.what == "pin":
+        elif ask.command == "pin":
             lookups.pin(key, session)
         else:
             lookups.unpin(key, session)
@@ -153,7 +153,7 @@ class RequestHandlers:
         pool.publish_from(slot, ask.specs, page)
         return messages.Reply(ask.request)
 
-    def _withdraw(self, session: int, note: messages.Withdraw) -> None:
+    def _withdraw(self, session: int, note: messages.GiveUpReserved) -> None:
         """Give up a slot; if the session's stream may still write it, not before it has."""
         pool, page = self._pool, self._page(session)
         slot = page.reserved.get(note.slot)
@@ -187,4 +187,6 @@ class RequestHandlers:
             if grant is not None and grant.serial == answer.serial:
                 self._lookups.return_lease(page, grant)
         elif isinstance(answer, messages.Reserved):
-            self._withdraw(session, messages.Withdraw(answer.slot, answer.generation, landed=True))
+            self._withdraw(
+                session, messages.GiveUpReserved(answer.slot, answer.generation, landed=True)
+            )
