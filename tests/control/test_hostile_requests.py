@@ -1,7 +1,7 @@
-"""Requests and answers of keys and writers from who does not keep to the protocol: refused, or ignored.
+"""Forged requests and answers about keys and reservations: refused, or ignored.
 
-An owner among such sessions serves the others and loses nothing; a client of such an owner says what is
-wrong, does not fall over, and leaks nothing.
+An owner among such sessions serves the others and loses nothing; a client of such an owner names the
+fault, goes on, and leaks nothing.
 """
 
 import asyncio
@@ -191,7 +191,7 @@ WRONG: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-async def test_a_message_that_makes_no_sense(name: str) -> None:
+async def test_an_invalid_message_ends_the_connection(name: str) -> None:
     async with pair() as (owner, client):
         with Peer.connect(owner.endpoint) as peer:
             peer.greet()
@@ -299,7 +299,7 @@ async def test_another_sessions_slot_is_not_touched(
         await nothing_lost(owner)
 
 
-async def test_withdrawals_that_make_no_sense(no_leaks: None) -> None:
+async def test_slots_of_others_are_not_given_up(no_leaks: None) -> None:
     async with pair() as (owner, client), session(owner) as peer:
         ref = await client.put(filled(KIB, 5), key="a", readers=1)
         slot, generation = await room(peer, 1)
@@ -385,7 +385,7 @@ async def test_a_claim_that_is_ended_and_never_made(no_leaks: None) -> None:
         await nothing_lost(owner)
 
 
-async def test_cancels_that_make_no_sense(no_leaks: None) -> None:
+async def test_cancels_of_unknown_requests_are_ignored(no_leaks: None) -> None:
     async with pair() as (owner, client), session(owner) as peer:
         waiting = asyncio.create_task(client.get("a", timeout=20))
         await sought(owner, 1)
@@ -405,7 +405,7 @@ async def test_cancels_that_make_no_sense(no_leaks: None) -> None:
         await nothing_lost(owner)
 
 
-async def test_one_number_for_two_requests_under_way() -> None:
+async def test_one_number_for_two_requests_in_progress() -> None:
     async with pair() as (owner, client):
         with Peer.connect(owner.endpoint) as peer:
             peer.greet()
@@ -680,7 +680,7 @@ async def test_a_lookup_that_is_answered_with(answer: str, runtime_dir: Path) ->
 
 
 @pytest.mark.parametrize("use", ["get", "waiting get", "borrow"])
-async def test_a_claim_for_who_does_not_make(use: str, runtime_dir: Path) -> None:
+async def test_a_claim_that_was_not_requested(use: str, runtime_dir: Path) -> None:
     async with client_of(runtime_dir, may_make) as (client, _):
         with pytest.raises(ProtocolError, match="claim"):
             await USES[use](client)
@@ -765,7 +765,9 @@ async def test_a_question_that_is_answered_with(answer: str, runtime_dir: Path) 
 
 
 @pytest.mark.parametrize("use", ["get", "contains", "discard", "reserve", "publish"])
-async def test_descriptors_that_nobody_asked_for_are_closed(use: str, runtime_dir: Path) -> None:
+async def test_descriptors_with_answers_that_carry_none_are_closed(
+    use: str, runtime_dir: Path
+) -> None:
     before = pipes()
     await with_descriptors(use, runtime_dir)
     assert pipes() == before
