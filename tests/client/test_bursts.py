@@ -255,7 +255,7 @@ async def test_who_does_not_want_to_wait_does_not_wait_for_ever(
     async with pair() as (owner, client):
         await client.put(filled(1), key="a")
         with monkeypatch.context() as busy:
-            busy.setattr(owner._opened().main.server._requests, "take", lambda *_: None)
+            busy.setattr(owner._opened().main.server._dispatcher, "answer", lambda *_: None)
             with pytest.raises(error):
                 await call(client)
 

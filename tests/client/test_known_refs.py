@@ -26,7 +26,7 @@ def known(client: FeatureClient) -> dict[bytes, FeatureRef]:
 
 
 def wires(owner: FeatureCache) -> dict[int, tuple[FeatureRef, bytes]]:
-    desk = owner._opened().main.server._requests._handlers
+    desk = owner._opened().main.server._dispatcher._handlers
     assert isinstance(desk, RequestHandlers)
     return desk._wires
 

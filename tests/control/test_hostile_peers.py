@@ -1,6 +1,7 @@
 """An owner among peers that do not keep to the protocol: it serves the others, and loses nothing."""
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import socket
@@ -24,10 +25,19 @@ from support.caches import KIB, filled, pair, small, spent, until
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
-def at_the_door(owner: FeatureCache) -> int:
+def handshakes(owner: FeatureCache) -> int:
     state = owner._life.engine
     assert state is not None
     return len(state.main.server._greeting)
+
+
+@contextlib.contextmanager
+def impatient(owner: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give the peers that connect now little time for their hello; the others have the usual."""
+    assert owner._life.engine is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(owner._life.engine.main.server, "_settings", small(attach_timeout=0.05))
+        yield
 
 
 async def serves(owner: FeatureCache) -> None:
@@ -142,18 +152,18 @@ BEFORE: dict[str, Callable[[Peer], None]] = {
 @pytest.mark.parametrize("name", BEFORE)
 async def test_before_the_hello(name: str) -> None:
     with capture_logs() as logs:
-        async with pair(attach_timeout=2.0) as (owner, _):
+        async with pair(attach_timeout=20.0) as (owner, _):
             with Peer.connect(owner.endpoint) as peer:
                 BEFORE[name](peer)
                 await peer.hung_up()
-            await until(lambda: at_the_door(owner) == 0)
+            await until(lambda: handshakes(owner) == 0)
             assert owner.statistics().sessions == 1
             await serves(owner)
     refused = [entry for entry in logs if entry["event"] == "featcache.peer.refused"]
-    if not name.startswith("hang up"):  # who only looked whether somebody listens is no event
+    if not name.startswith("hang up"):  # a probe whether the endpoint is live is no event
         assert len(refused) == 1
         assert refused[0]["pid"] == os.getpid()
-        assert refused[0]["reason"] != "it said nothing in time"
+        assert refused[0]["reason"] != "no Hello within attach_timeout"
 
 
 async def test_another_version_is_told_so() -> None:
@@ -167,14 +177,14 @@ async def test_another_version_is_told_so() -> None:
 
 
 @pytest.mark.parametrize("said", [b"", b"f", frame(b"", length=9)[:5], hello()[:-1]], ids=len)
-async def test_silence(said: bytes) -> None:
-    async with pair(attach_timeout=0.05) as (owner, _):
-        with Peer.connect(owner.endpoint) as peer:
+async def test_silence(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pair() as (owner, _):
+        with impatient(owner, monkeypatch), Peer.connect(owner.endpoint) as peer:
             if said:
                 peer.send(said)
-            assert (await peer.message())["reason"] == "it said nothing in time"
+            assert (await peer.message())["reason"] == "no Hello within attach_timeout"
             await peer.hung_up()
-        assert at_the_door(owner) == 0
+        assert handshakes(owner) == 0
         await serves(owner)
 
 
@@ -310,17 +320,17 @@ async def test_sessions_have_a_bound() -> None:
             pass
 
 
-async def test_the_silent_at_the_door_have_a_bound() -> None:
+async def test_handshakes_in_progress_have_a_bound() -> None:
     with capture_logs() as logs:
-        async with pair(sessions=2, attach_timeout=0.2) as (owner, _):
+        async with pair(sessions=2, attach_timeout=1.5) as (owner, _):
             peers = [Peer.connect(owner.endpoint) for _ in range(6)]
             await until(
                 lambda: (
-                    at_the_door(owner) == 2
+                    handshakes(owner) == 2
                     and sum(entry["event"] == "featcache.peer.refused" for entry in logs) == 4
                 )
             )
-            await until(lambda: at_the_door(owner) == 0)
+            await until(lambda: handshakes(owner) == 0)
             for peer in peers:
                 await peer.hung_up()
                 peer.close()

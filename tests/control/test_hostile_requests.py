@@ -1,7 +1,7 @@
-"""Requests and answers of keys and writers from who does not keep to the protocol: refused, or ignored.
+"""Forged requests and answers about keys and reservations: refused, or ignored.
 
-An owner among such sessions serves the others and loses nothing; a client of such an owner says what is
-wrong, does not fall over, and leaks nothing.
+An owner among such sessions serves the others and loses nothing; a client of such an owner names the
+fault, goes on, and leaks nothing.
 """
 
 import asyncio
@@ -118,8 +118,8 @@ TOO_EARLY: dict[str, Any] = {
     "reserve": reserve(1),
     "publish": publish(1, 0, 1),
     "write": messages.OpenForWriting(1),
-    "withdraw": messages.Withdraw(0, 1, landed=True),
-    "unclaim": messages.Unclaim(b"a", 1),
+    "withdraw": messages.GiveUpReserved(0, 1, landed=True),
+    "unclaim": messages.ReleaseClaim(b"a", 1),
     "cancel": messages.Cancel(1),
     "host pool": messages.HostPool(1),
     "upload": messages.Upload(1, 1, 1, None, None, waits=False, ref=b""),
@@ -191,7 +191,7 @@ WRONG: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-async def test_a_message_that_makes_no_sense(name: str) -> None:
+async def test_an_invalid_message_ends_the_connection(name: str) -> None:
     async with pair() as (owner, client):
         with Peer.connect(owner.endpoint) as peer:
             peer.greet()
@@ -263,7 +263,9 @@ async def test_what_a_session_may_not_publish(no_leaks: None) -> None:
         assert answer["error"] is None
         assert len(bytes_of(await client.get("a"))) == KIB
         await refused(peer, publish(5, slot, generation), "StaleRef")  # twice
-        say(peer, messages.Withdraw(slot, generation, landed=True))  # and it is too late for that
+        say(
+            peer, messages.GiveUpReserved(slot, generation, landed=True)
+        )  # and it is too late for that
         await serves(owner, client)
         assert await client.contains("a")
         await nothing_lost(owner)
@@ -285,7 +287,7 @@ async def test_another_sessions_slot_is_not_touched(
         ((index, slot),) = page_of(owner, 1).reserved.items()
         await refused(peer, publish(1, index, slot.generation), "StaleRef")
         for landed in (True, False):
-            say(peer, messages.Withdraw(index, slot.generation, landed))
+            say(peer, messages.GiveUpReserved(index, slot.generation, landed))
         await refused(peer, messages.Discard(2, index, slot.generation), "StaleRef")
         page_of(owner, 2).words.written[index] = slot.generation  # the word is in its own page
         pool_of(owner).collect()
@@ -297,7 +299,7 @@ async def test_another_sessions_slot_is_not_touched(
         await nothing_lost(owner)
 
 
-async def test_withdrawals_that_make_no_sense(no_leaks: None) -> None:
+async def test_slots_of_others_are_not_given_up(no_leaks: None) -> None:
     async with pair() as (owner, client), session(owner) as peer:
         ref = await client.put(filled(KIB, 5), key="a", readers=1)
         slot, generation = await room(peer, 1)
@@ -308,11 +310,11 @@ async def test_withdrawals_that_make_no_sense(no_leaks: None) -> None:
             (slot, 0),
         ):
             for landed in (True, False):
-                say(peer, messages.Withdraw(*wrong, landed))
+                say(peer, messages.GiveUpReserved(*wrong, landed))
         await refused(peer, publish(2, slot + 1, 1), "StaleRef")  # all those were heard
         assert reserved(owner) == 1
         for _ in range(3):
-            say(peer, messages.Withdraw(slot, generation, landed=True))
+            say(peer, messages.GiveUpReserved(slot, generation, landed=True))
         await until(lambda: not reserved(owner))
         assert owner.statistics().slots_used == 1
         assert same(await client.get(ref), filled(KIB, 5))
@@ -327,7 +329,7 @@ async def test_bytes_that_a_session_never_writes_are_given_up_when_it_ends(no_le
             whole = TensorSpec(None, "uint8", (CAPACITY // 2,), 0)
             await ask(peer, publish(2, slot, generation, whole))
             other = await room(peer, 3, CAPACITY // 2)
-            say(peer, messages.Withdraw(*other, landed=False))
+            say(peer, messages.GiveUpReserved(*other, landed=False))
             await until(lambda: not reserved(owner))
             waiting = asyncio.create_task(client.get("a"))
             await until(lambda: grants(owner) == 1)
@@ -354,8 +356,8 @@ async def test_claims_of_others_are_not_ended(no_leaks: None) -> None:
         beside = asyncio.create_task(owner.get_or_put("a", make))
         await sought(owner, 1)
         for number in range(20):
-            say(peer, messages.Unclaim(b"a", number))
-            say(peer, messages.Unclaim(b"b", number))
+            say(peer, messages.ReleaseClaim(b"a", number))
+            say(peer, messages.ReleaseClaim(b"b", number))
         await refused(peer, messages.Find(1, b"b"), "KeyNotFound")  # all those were heard
         await steps(5)
         once = len(made)
@@ -374,7 +376,7 @@ async def test_a_claim_that_is_ended_and_never_made(no_leaks: None) -> None:
             waiting = asyncio.create_task(client.get_or_put("a", lambda: filled(8, 2)))
             await sought(owner, 1)
             for _ in range(3):
-                say(peer, messages.Unclaim(b"a", answer["claim"]))
+                say(peer, messages.ReleaseClaim(b"a", answer["claim"]))
             assert same(await waiting, filled(8, 2))
             assert (await ask(peer, messages.Find(2, b"c", makes=True)))["type"] == "may_make"
             waiting = asyncio.create_task(client.get_or_put("c", lambda: filled(8, 3)))
@@ -383,7 +385,7 @@ async def test_a_claim_that_is_ended_and_never_made(no_leaks: None) -> None:
         await nothing_lost(owner)
 
 
-async def test_cancels_that_make_no_sense(no_leaks: None) -> None:
+async def test_cancels_of_unknown_requests_are_ignored(no_leaks: None) -> None:
     async with pair() as (owner, client), session(owner) as peer:
         waiting = asyncio.create_task(client.get("a", timeout=20))
         await sought(owner, 1)
@@ -403,7 +405,7 @@ async def test_cancels_that_make_no_sense(no_leaks: None) -> None:
         await nothing_lost(owner)
 
 
-async def test_one_number_for_two_requests_under_way() -> None:
+async def test_one_number_for_two_requests_in_progress() -> None:
     async with pair() as (owner, client):
         with Peer.connect(owner.endpoint) as peer:
             peer.greet()
@@ -512,8 +514,8 @@ async def test_noise_of_every_kind_at_once(no_leaks: None) -> None:
         async with client.borrow("a") as view, session(owner) as peer:
             numbers = itertools.count()
             for slot, generation in itertools.product(range(8), range(8)):
-                say(peer, messages.Withdraw(slot, generation, landed=bool(slot % 2)))
-                say(peer, messages.Unclaim(b"a", generation))
+                say(peer, messages.GiveUpReserved(slot, generation, landed=bool(slot % 2)))
+                say(peer, messages.ReleaseClaim(b"a", generation))
                 say(peer, messages.Cancel(generation))
                 say(peer, publish(next(numbers), slot, generation))
                 say(peer, messages.KeyCommand(next(numbers), b"a", "contains"))
@@ -679,7 +681,7 @@ async def test_a_lookup_that_is_answered_with(answer: str, runtime_dir: Path) ->
 
 
 @pytest.mark.parametrize("use", ["get", "waiting get", "borrow"])
-async def test_a_claim_for_who_does_not_make(use: str, runtime_dir: Path) -> None:
+async def test_a_claim_that_was_not_requested(use: str, runtime_dir: Path) -> None:
     async with client_of(runtime_dir, may_make) as (client, _):
         with pytest.raises(ProtocolError, match="claim"):
             await USES[use](client)
@@ -764,7 +766,9 @@ async def test_a_question_that_is_answered_with(answer: str, runtime_dir: Path) 
 
 
 @pytest.mark.parametrize("use", ["get", "contains", "discard", "reserve", "publish"])
-async def test_descriptors_that_nobody_asked_for_are_closed(use: str, runtime_dir: Path) -> None:
+async def test_descriptors_with_answers_that_carry_none_are_closed(
+    use: str, runtime_dir: Path
+) -> None:
     before = pipes()
     await with_descriptors(use, runtime_dir)
     assert pipes() == before

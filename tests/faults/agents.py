@@ -23,6 +23,7 @@ from featcache import FeatureRef
 from featcache.api.cache import FeatureCache
 from featcache.control.channel import Channel
 from featcache.control.link import Link
+from featcache.control.pending import PendingRequests
 from featcache.control.server import Server
 from featcache.memory.cuda.mapping import CudaMapping
 from featcache.memory.cuda.slab import CudaSlab
@@ -75,7 +76,7 @@ OWNER_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
 
 # Those at which a client stops once it was told to `arm` them; besides them "sent …", of a message.
 KEY_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
-    "answered": (Link, "_answer", BEFORE),  # what it asked for was given, and lies in its socket
+    "answered": (PendingRequests, "deliver", BEFORE),  # it was given, and lies in its socket
     "taken": (Attachment, "take_lease", AFTER),  # it counts the grant as its own
     "copying": (HostMapping, "fetch", BEFORE),  # before it touches a byte
     "copied": (HostMapping, "fetch", AFTER),  # has the bytes
@@ -555,7 +556,7 @@ class KeyedAgent(Agent):
 
     async def fork_in_make(self, key: str) -> tuple[Any, ...]:
         """Claim a key and fork; the child leaves its `make` by an error, as if it had the claim."""
-        making = await self.cache.find_or_claim(key.encode(), None)
+        making = await self.cache._opened().keys.find_or_claim(key.encode(), waits=True)
         pid = os.fork()
         if pid == 0:
             try:

@@ -56,7 +56,10 @@ async def nothing_left(slab: Slab, before: "Counter[str]") -> None:
 
 def waiting(connection: FeatureClient) -> int:
     """How many requests are unanswered."""
-    return sum(len(handle.link._requests) for handle in connection._opened().registry.connections)
+    return sum(
+        len(handle.link.requests._unanswered)
+        for handle in connection._opened().registry.connections
+    )
 
 
 Uses = dict[str, Callable[[FeatureClient], Awaitable[object]]]

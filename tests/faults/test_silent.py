@@ -174,7 +174,7 @@ async def test_stopped_at_the_door(start: Start, log: Log) -> None:
         child.signal(signal.SIGSTOP)
         other = await attached(start, cache.endpoint)
         await until(lambda: events(log, "peer.refused"), 2.0)
-        assert "said nothing" in events(log, "peer.refused")[0]["reason"]
+        assert "no Hello" in events(log, "peer.refused")[0]["reason"]
         other.tell("end")
         await until(lambda: cache.statistics().sessions == 0)
         await assert_whole(cache)

@@ -25,6 +25,7 @@ from faults.keyed import (
     works,
 )
 from featcache import FeatureCache, FeatureRef, PutTimeout, StaleRef
+from featcache.control.channel import ChannelState
 from featcache.memory.host.slab import HostMapping
 from support.processes import Child, Start, until
 from support.slabs import Slab, landed, slab_params
@@ -474,7 +475,7 @@ async def test_a_client_closed_before_its_first_put_has_room(
         await until(mapping.is_set)
         link = connection._opened().registry.connections[0].link
         closing = asyncio.create_task(connection.aclose())
-        await until(lambda: link._channel.closed)
+        await until(lambda: link._channel.state is ChannelState.CLOSED)
         go_on.set()
         await closing
         try:

@@ -89,7 +89,7 @@ class PoolConnection:
         if isinstance(change, UnmapTail):
             # At once, so that no read begins in what will be another segment when it comes again.
             self._cover()
-            self.attachment.layout = change.layout
+            self.attachment.layout = change.shrink_epoch
         if not self._change_in_progress:
             self._change_in_progress = True
             self._spawn(self._carry_out())
@@ -112,7 +112,7 @@ class PoolConnection:
                 self._changes.popleft()
                 self._cover()
                 if isinstance(change, UnmapTail):
-                    self.link.retired(change.layout)
+                    self.link.tail_unmapped(change.shrink_epoch)
                 self._changed.set()
         except (FeatcacheError, OSError, MemoryError, ValueError) as error:
             if self._follows:
@@ -155,7 +155,7 @@ class PoolConnection:
         self.state = ConnectionState.CLOSING
         # First: no read may begin that the owner, once told goodbye, would not know of.
         self.attachment.refuse(closed)
-        self.link.abandon(closed)
+        self.link.fail_all(closed)
         if self.attachment.holds:
             self.attachment.when_idle(lambda: self._soon(self._say_goodbye_and_leave))
             return
@@ -232,12 +232,12 @@ def return_unclaimed(
     if isinstance(answer, messages.Granted):
         connection.attachment.return_lease(answer.index, answer.serial)
     elif isinstance(answer, messages.ClaimGranted) and isinstance(request, messages.Find):
-        link.tell(messages.Unclaim(request.key, answer.claim))
+        link.tell(messages.ReleaseClaim(request.key, answer.claim))
     elif isinstance(answer, messages.Reserved):
-        link.tell(messages.Withdraw(answer.slot, answer.generation, landed=True))
+        link.tell(messages.GiveUpReserved(answer.slot, answer.generation, landed=True))
     elif isinstance(request, messages.Publish):  # nobody has its ref
         link.discard_soon(request.slot, request.generation)
-    elif isinstance(request, messages.KeyCommand) and request.what == "pin":
+    elif isinstance(request, messages.KeyCommand) and request.command == "pin":
         link.unpin_soon(request.key)
     elif isinstance(request, messages.Upload) and isinstance(answer, messages.Reply):
         ref = FeatureRef.from_bytes(answer.ref)

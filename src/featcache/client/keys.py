@@ -47,9 +47,9 @@ class ClientKeys:
 
     async def _find(self, key: bytes, *, waits: bool, makes: bool) -> KeyLease | MakeClaim:
         connection = self._registry.peek_bound() or await self._registry.bound()
-        answer, _ = await connection.link.ask(Find(connection.link.number(), key, waits, makes))
+        answer, _ = await connection.link.request(Find(connection.link.number(), key, waits, makes))
         if isinstance(answer, messages.ClaimGranted):
-            release = messages.Unclaim(key, answer.claim)
+            release = messages.ReleaseClaim(key, answer.claim)
             return MakeClaim(lambda: connection.link.tell(release))
         if not isinstance(answer, messages.Granted):
             raise ProtocolError(f"the owner answered a lookup with {type(answer).__name__}")
@@ -78,7 +78,7 @@ class ClientKeys:
     async def command(self, command: Command, key: bytes) -> bool:
         """Do this to a key; return whether it was there. KeyNotFound of pin and unpin if it was not."""
         link = (self._registry.peek_bound() or await self._registry.bound()).link
-        answer, _ = await link.ask(KeyCommand(link.number(), key, command))
+        answer, _ = await link.request(KeyCommand(link.number(), key, command))
         if not isinstance(answer, messages.Reply):
             raise ProtocolError(f"the owner answered a command with {type(answer).__name__}")
         return answer.flag

@@ -63,7 +63,7 @@ async def map_pool(
     )
     doorbell = Doorbell(fds.pop(2))
     attachment = Attachment(welcome.pool_id, words, page, slab.mapping, slab.adopted, doorbell.ring)
-    attachment.layout = welcome.layout
+    attachment.layout = welcome.shrink_epoch
     attachment.capacity_bytes = welcome.capacity_bytes
     return MappedPool(attachment, doorbell, slab.unreachable)
 

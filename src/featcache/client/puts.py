@@ -69,7 +69,7 @@ class ClientPuts:
 
     async def _host_pool(self, connection: PoolConnection) -> ClientWriter:
         link = connection.link
-        answer, _ = await link.ask(messages.HostPool(link.number()))
+        answer, _ = await link.request(messages.HostPool(link.number()))
         if not isinstance(answer, messages.Reply):
             raise ProtocolError(f"the owner answered a question with {type(answer).__name__}")
         host = await self._registry.attach(answer.text, sibling=True)

@@ -204,8 +204,8 @@ class ConnectionRegistry:
         if known is not None:  # reached by another spelling of its endpoint
             await connection.close()
             return known
-        if welcome.kin is not None:
-            self._siblings.add(welcome.kin)
+        if welcome.sibling_pool is not None:
+            self._siblings.add(welcome.sibling_pool)
         if sibling:
             self._siblings.add(welcome.pool_id)
         self._connections[welcome.pool_id] = connection
@@ -235,8 +235,10 @@ class ConnectionRegistry:
                 welcome.pool_id, attachment.mapping.device, reason
             ),
         )
-        connection.spill_endpoint = welcome.kin_endpoint
-        link.on_orphan = lambda request, answer: return_unclaimed(connection, request, answer)
+        connection.spill_endpoint = welcome.sibling_endpoint
+        link.requests.on_orphan = lambda request, answer: return_unclaimed(
+            connection, request, answer
+        )
         link.on_lost = lambda _: connection.lose(link.lost or "it is gone")
         try:
             if link.lost is not None:  # while a thread mapped

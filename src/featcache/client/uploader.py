@@ -56,7 +56,7 @@ class Uploader:
 
     async def _upload(self, ref: FeatureRef, request: Request, *, wait: bool) -> FeatureRef:
         link = self.connection.link
-        answer, _ = await link.ask(
+        answer, _ = await link.request(
             messages.Upload(link.number(), *wire_form(request), wait, ref.to_bytes())
         )
         if not isinstance(answer, messages.Reply):

@@ -103,7 +103,7 @@ class ClientWriter:
             await self._opening.join()
             self.connection.attachment.check()  # it may have been closed meanwhile
         link = self.connection.link
-        answer, _ = await link.ask(messages.Reserve(link.number(), *wire_form(request), wait))
+        answer, _ = await link.request(messages.Reserve(link.number(), *wire_form(request), wait))
         if not isinstance(answer, Reserved):
             raise ProtocolError(f"the owner answered a put with {type(answer).__name__}")
         return answer
@@ -157,7 +157,9 @@ class ClientWriter:
             *(connection.attachment.pool_id, connection.endpoint, slot, generation),
             *(reserved.offset_bytes, request.nbytes, staged.specs),
         )
-        answer, _ = await link.ask(messages.Publish(link.number(), slot, generation, staged.specs))
+        answer, _ = await link.request(
+            messages.Publish(link.number(), slot, generation, staged.specs)
+        )
         if not isinstance(answer, messages.Reply):
             raise ProtocolError(f"the owner answered a put with {type(answer).__name__}")
         self.puts += 1
@@ -177,14 +179,16 @@ class ClientWriter:
         attachment.end_write(slot, generation)
 
     def _give_up(self, reserved: Reserved, *, landed: bool) -> None:
-        self.connection.link.tell(messages.Withdraw(reserved.slot, reserved.generation, landed))
+        self.connection.link.tell(
+            messages.GiveUpReserved(reserved.slot, reserved.generation, landed)
+        )
 
     # --- the first time ---------------------------------------------------------------------------
 
     async def _open(self) -> None:
         """Map the slab for writing."""
         link, mapping = self.connection.link, self.connection.attachment.mapping
-        answer, fds = await link.ask(messages.OpenForWriting(link.number()))
+        answer, fds = await link.request(messages.OpenForWriting(link.number()))
         try:
             if not isinstance(answer, messages.WriteDescriptors):
                 raise ProtocolError(f"the owner answered a writer with {type(answer).__name__}")

@@ -1,1 +1,1 @@
-"""Sessions: what owner and readers say to each other over the Unix socket."""
+"""The wire between owner and sessions: messages, frames and descriptors, peers and their deaths."""

@@ -1,12 +1,13 @@
 """Frames and file descriptors over a Unix stream socket, driven by the event loop's readiness.
 
-A frame is ``fc``, a version byte, the number of descriptors that belong to it, its length in four
-bytes (little-endian), then the payload. Both directions are bounded: a frame that says it is longer
-than the limit, or a peer that does not read what it is sent, ends the channel.
+A frame is ``fc``, a version byte, the number of descriptors that belong to it, the payload's length in
+four bytes (little-endian), then the payload. Both directions are bounded: a frame longer than the limit,
+or a peer that leaves too much unread, ends the channel.
 """
 
 import array
 import asyncio
+import enum
 import os
 import socket
 import struct
@@ -19,19 +20,19 @@ from featcache.control.messages import VERSION, ProtocolError
 _HEADER: Final = struct.Struct("<2sBBI")
 _HEADER_BYTES: Final = _HEADER.size
 _pack_header, _unpack_header = _HEADER.pack, _HEADER.unpack_from
-_COUNT_AT: Final = 3  # where in the header the number of descriptors is
+_COUNT_AT: Final = 3  # the offset of the number of descriptors in the header
 _MAGIC: Final = b"fc"
-_NOT_OURS: Final = "the peer does not speak featcache's protocol"
+_WRONG_MAGIC: Final = "the peer does not speak featcache's protocol"
 _RECEIVE_BYTES: Final = 64 << 10
 _GATHER_BYTES: Final = 16 << 10
-"""What is gathered goes when it is so much, to a peer that may have begun to read by the time."""
+"""Flush threshold of the write batch: the peer can begin to read while the rest is gathered."""
 MAX_DESCRIPTORS: Final = 64
-"""Most descriptors one frame can carry (SCM_MAX_FD is 253)."""
+"""Descriptors that one frame can carry (SCM_MAX_FD is 253)."""
 _MAX_QUEUED: Final = 1 << 14
-"""Frames that may wait for a peer that does not read: more than one that does can come to ask for in a
-turn of its loop (`PendingRequests`), or be answered."""
+"""Frames that may wait for the peer to read: more than the requests that a peer which does read can
+have unanswered (`PendingRequests`), and their answers."""
 _MAX_QUEUED_FULL: Final = 1 << 12
-"""Frames of the greatest length that may."""
+"""Frames of the greatest length that may wait: the same bound in bytes."""
 _INT_BYTES: Final = array.array("i").itemsize
 _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(MAX_DESCRIPTORS * _INT_BYTES)
 # As plain integers: the enum's own operators take longer than the rest of a short read.
@@ -44,9 +45,57 @@ OnLost = Callable[[Exception | None], None]
 
 
 def close_all(descriptors: Sequence[int]) -> None:
-    """Close descriptors that nobody took."""
+    """Close descriptors that have no owner."""
     for fd in descriptors:
         os.close(fd)
+
+
+class ChannelState(enum.Enum):
+    """The life of a channel.
+
+    ::
+
+        OPEN ──→ CLOSED     `close`, `forget`, or the peer is gone
+        OPEN ──→ FAILING ──→ CLOSED     the peer broke the protocol
+
+    FAILING lasts while `on_lost` runs: a last frame, which names the error, can still be sent, but
+    nothing more is read.
+    """
+
+    OPEN = "open"
+    FAILING = "failing"
+    CLOSED = "closed"
+
+
+class Batching(enum.Enum):
+    """When a frame that is sent reaches the socket.
+
+    ::
+
+        NONE ──read of several frames──→ READ ──they are handled──→ NONE
+                                           │ requester
+                                           ↓
+        NONE ←──the loop's turn ends── TURN ──`send_next`──→ TURN_BEGUN ──the turn ends──→ NONE
+
+    NONE: at once. READ: frames are gathered until those of the read are handled. TURN: the turn of the
+    loop in which the tasks that were answered run; the first request goes at once, so that the peer has
+    work, and the next (TURN_BEGUN) are gathered until the turn ends, before which none of these tasks
+    could take an answer. A read of several frames within a turn returns to the state it found.
+    """
+
+    NONE = "none"
+    READ = "read"
+    TURN = "turn"
+    TURN_BEGUN = "turn begun"
+
+
+# Members of an enum are slow to look up, and these are compared on every frame.
+_OPEN = ChannelState.OPEN
+_CLOSED = ChannelState.CLOSED
+_NONE = Batching.NONE
+_READ = Batching.READ
+_TURN = Batching.TURN
+_TURN_BEGUN = Batching.TURN_BEGUN
 
 
 class Channel:
@@ -54,12 +103,12 @@ class Channel:
 
     `on_message` is called for each frame with its payload and its descriptors, which it then owns.
     `on_lost` is called once, when the peer is gone (None) or misbehaved (the error), never after
-    `close`; of a `ProtocolError` it is told before the channel closes. Both run in the loop and must
-    not block.
+    `close`; with a `ProtocolError` it is called before the channel closes. Both run in the loop and
+    must not block.
 
-    What is sent while the frames of one read are handled is gathered, and goes with one system call
-    when they all are: who asked many things at once is woken once. So goes, of one that `asks`, what
-    is `send_next`. What is sent at any other time goes at once.
+    Frames that are sent while those of one read are handled go with one system call, so a peer with many
+    requests wakes once for their answers; a `requester` also batches what it sends by `send_next`
+    (`Batching`).
     """
 
     def __init__(
@@ -69,67 +118,70 @@ class Channel:
         on_message: OnMessage,
         on_lost: OnLost,
         *,
-        asks: bool = False,
+        requester: bool = False,
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._fd = sock.fileno()
         self._limit_bytes = limit_bytes
         self.send_bytes = limit_bytes
-        """The longest payload that may be sent: as many bytes as the peer takes, once that is known."""
+        """The longest payload that may be sent: the peer's own limit, once it is known."""
         self._on_message = on_message
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._incoming = bytearray()
-        """The beginning of a frame whose rest has not come yet."""
+        """The beginning of a frame whose rest is still to come."""
         self._descriptors: deque[int] = deque()
-        self._gathering = False
+        """Descriptors received whose frames are not handled yet."""
+        self._requester = requester
+        self._batching = _NONE
         self._gathered: list[bytes] = []
-        """Frames that go together. There are none while any are in `_outgoing`, which went before."""
+        """The write batch. Empty while frames are in `_outgoing`, which were sent before."""
         self._gathered_bytes = 0
-        self._asks = asks
-        self._in_turn = False
-        """Whether this turn of the loop follows from a read of several frames."""
-        self._begun = False
-        """Whether something was sent in it."""
         self._outgoing: deque[tuple[bytes, Sequence[int]]] = deque()
-        """Frames that wait for the peer to read."""
+        """Frames that the socket has no room for, with descriptors of their own."""
         self._outgoing_bytes = 0
-        self.closed = False
-        self._losing = False
+        self.state = _OPEN
         self._loop.add_reader(self._fd, self._readable)
 
     # --- sending --------------------------------------------------------------------------------
 
     def send(self, payload: bytes, descriptors: Sequence[int] = ()) -> None:
-        """Send one frame now, or as soon as the peer reads. Descriptors stay the caller's to close."""
-        if self.closed:
+        """Send one frame now, or as soon as the peer reads. The caller closes the descriptors."""
+        if self.state is _CLOSED:
             return
         if len(payload) > self.send_bytes or len(descriptors) > MAX_DESCRIPTORS:
             raise ValueError(f"a frame of {len(payload)} bytes is over the limit")
         frame = _pack_header(_MAGIC, VERSION, len(descriptors), len(payload)) + payload
+        # Frames arrive in the order of these calls, on which peers rely: segments come before the refs
+        # that lie there, a publish before the answers to those that waited for it. So nothing overtakes
+        # frames that are queued or gathered.
         if self._outgoing:
             self._queue(frame, descriptors)
-        elif self._gathering and not descriptors:
+        elif self._batching is _READ and not descriptors:
             self._gather(frame)
         else:
             if self._gathered:
-                self._flush()  # what was said before comes before
+                self._flush()
             self._send_now(frame, descriptors)
 
     def send_next(self, payload: bytes) -> None:
-        """Send one frame that asks for what only this loop waits for.
+        """Send one frame that requests what only a task of this loop waits for (`Batching`).
 
-        Where several answers came at once, those who had them are about to ask again, in one turn of
-        the loop, until whose end nobody can take an answer. The first of what they ask goes at once, so
-        that the peer has something to do, the others together when the turn ends.
+        A frame that other processes may wait for the effect of is sent by `send`, which is never later
+        than the call.
         """
-        gathering, self._gathering = self._gathering, self._gathering or self._begun
-        try:
+        batching = self._batching
+        if batching is _TURN_BEGUN:
+            self._batching = _READ  # for `send`, which then gathers it
+            try:
+                self.send(payload)
+            finally:
+                self._batching = _TURN_BEGUN
+        else:
             self.send(payload)
-        finally:
-            self._gathering = gathering
-        self._begun = self._in_turn
+            if batching is _TURN:
+                self._batching = _TURN_BEGUN
 
     def _gather(self, frame: bytes) -> None:
         self._gathered.append(frame)
@@ -138,7 +190,7 @@ class Channel:
             self._flush()
 
     def _flush(self) -> None:
-        """Send what was gathered, as one; what the peer has no room for waits frame by frame."""
+        """Send the batch with one call; frames that the socket has no room for are queued one by one."""
         frames, self._gathered, self._gathered_bytes = self._gathered, [], 0
         if len(frames) == 1:
             self._send_now(frames[0], ())
@@ -152,7 +204,8 @@ class Channel:
                 sent = 0
 
     def _send_now(self, frame: bytes, descriptors: Sequence[int]) -> None:
-        if self._outgoing or self.closed:  # what came before it did not go, or was too much
+        # A flush just before may have queued its frames, or ended the channel by their number.
+        if self._outgoing or self.state is _CLOSED:
             self._wait_to_send(frame, descriptors)
             return
         sent = self._send_some(frame, descriptors)
@@ -160,7 +213,7 @@ class Channel:
             self._wait_to_send(frame[sent:], () if sent else descriptors)
 
     def _wait_to_send(self, frame: bytes, descriptors: Sequence[int]) -> None:
-        if self.closed:
+        if self.state is _CLOSED:
             return
         if not self._outgoing:
             self._loop.add_writer(self._fd, self._writable)
@@ -175,7 +228,7 @@ class Channel:
             unread = f"{len(self._outgoing)} messages of {self._outgoing_bytes} bytes"
             self._lose(ProtocolError(f"the peer left {unread} unread"))
             return
-        # The frame's own: the caller may close its descriptors before the peer reads.
+        # Duplicates: the caller may close its descriptors before the frame goes.
         self._outgoing.append((frame, [os.dup(fd) for fd in descriptors]))
 
     def _send_some(self, data: bytes, descriptors: Sequence[int]) -> int:
@@ -187,7 +240,7 @@ class Channel:
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError:
-            # The reader side meets the same end and reports it, once, in its own turn.
+            # The next read meets the same end and reports it, once, outside the sender's call.
             return len(data)
 
     def _writable(self) -> None:
@@ -195,7 +248,7 @@ class Channel:
             frame, descriptors = self._outgoing[0]
             sent = self._send_some(frame, descriptors)
             self._outgoing_bytes -= sent
-            if sent:
+            if sent:  # descriptors travel with a frame's first byte
                 close_all(descriptors)
                 descriptors = ()
             if sent < len(frame):
@@ -216,7 +269,7 @@ class Channel:
         except OSError as error:
             self._lose(error)
             return
-        if ancillary:
+        if ancillary:  # first: whatever ends the channel from here on closes them
             self._take_descriptors(ancillary)
         if flags & _CUT or len(self._descriptors) > 2 * MAX_DESCRIPTORS:
             self._lose(ProtocolError("more descriptors than a message may carry"))
@@ -234,30 +287,31 @@ class Channel:
                 self._descriptors.extend(rights)
 
     def _take(self, data: bytes) -> None:
-        """Handle the frames that are whole now, and keep the beginning of the next."""
+        """Handle the frames that are whole, and keep the beginning of the next."""
         incoming = self._incoming
         if incoming:
             incoming += data
-        whole = incoming or data  # nearly always what came, as it came: it needs no copy
-        done = 0
+        whole = incoming or data  # nearly always just the frames of this read: no copy
+        done, found = 0, self._batching
         try:
-            while done < len(whole) and not (self.closed or self._losing):
-                end = self._frame_end(whole, done)
-                if not end:
-                    break
+            while (
+                done < len(whole) and self.state is _OPEN and (end := self._frame_end(whole, done))
+            ):
                 payload, count = bytes(whole[done + _HEADER_BYTES : end]), whole[done + _COUNT_AT]
                 fds = [self._descriptors.popleft() for _ in range(count)] if count else []
                 done = end
-                # What answers the only one has nothing to wait for.
-                self._gathering = self._gathering or done < len(whole)
+                if done < len(whole):  # the answer to a frame that came alone need not wait
+                    self._batching = _READ
                 self._on_message(payload, fds)
         except ProtocolError as error:
             self._lose(error)
         finally:
-            if self._gathering and self._asks and not self._in_turn:
-                self._in_turn = True
-                self._loop.call_soon(self._end_turn)  # after all whom these frames woke
-            self._gathering = False
+            if self._batching is _READ:
+                self._batching = found
+                if found is _NONE and self._requester:
+                    self._batching = _TURN
+                    # Behind the wake-ups of all tasks that these frames answered, which are scheduled.
+                    self._loop.call_soon(self._end_turn)
             if incoming:
                 del incoming[:done]
             elif done < len(data):
@@ -266,24 +320,24 @@ class Channel:
                 self._flush()
 
     def _end_turn(self) -> None:
-        self._in_turn = self._begun = False
-        if self._gathered and not self.closed:
+        self._batching = _NONE
+        if self._gathered and self.state is not _CLOSED:
             self._flush()
 
     def _frame_end(self, data: bytes | bytearray, start: int) -> int:
-        """Return where the frame at `start` ends; 0 if it is not whole.
+        """Return the end of the frame at `start`; 0 while it is not whole.
 
-        A header is checked at once: a peer of another kind or version is found out by its first
-        bytes.
+        A header is checked before its payload comes, and its magic before the header is whole: a peer
+        of another kind or version is refused at its first bytes.
         """
         left = len(data) - start
         if left < _HEADER_BYTES:
             if data[start : start + 2] != _MAGIC[:left]:
-                raise ProtocolError(_NOT_OURS)
+                raise ProtocolError(_WRONG_MAGIC)
             return 0
         magic, version, count, length_bytes = _unpack_header(data, start)
         if magic != _MAGIC:
-            raise ProtocolError(_NOT_OURS)
+            raise ProtocolError(_WRONG_MAGIC)
         if version != VERSION:
             raise ProtocolError(f"the peer speaks version {version}, this is version {VERSION}")
         if length_bytes > self._limit_bytes or count > MAX_DESCRIPTORS:
@@ -297,24 +351,25 @@ class Channel:
     # --- the end --------------------------------------------------------------------------------
 
     def _lose(self, error: Exception | None) -> None:
-        if self.closed or self._losing:
+        if self.state is not _OPEN:
             return
-        self._losing = True
         if isinstance(error, ProtocolError):
-            self._on_lost(error)  # while a last word, that says what was wrong, can still be sent
+            self.state = ChannelState.FAILING
+            self._on_lost(error)
             self.close()
         else:
+            # Closed first: there is no peer for a last frame, and `on_lost` finds its state as it stays.
             self.close()
             self._on_lost(error)
 
     def close(self) -> None:
-        """Close the socket, and the descriptors that came and were not taken. Idempotent.
+        """Close the socket and the descriptors that nobody took. Idempotent.
 
-        What was sent goes out first, as far as the peer has room for it.
+        Gathered frames go out first, as far as the socket has room for them.
         """
-        if self.closed:
+        if self.state is _CLOSED:
             return
-        self.closed = True
+        self.state = _CLOSED
         if self._gathered:
             self._send_some(b"".join(self._gathered), ())
             self._gathered.clear()
@@ -332,7 +387,7 @@ class Channel:
 
     def forget(self) -> None:
         """Drop the socket in a forked child, whose copy of the loop must not be touched."""
-        self.closed = True
+        self.state = _CLOSED
         self._gathered.clear()
         self._drop_descriptors()
         self._sock.close()

@@ -1,4 +1,4 @@
-"""Who is at the other end: its uid, and a pidfd that tells when it dies."""
+"""Peer credentials and pidfd liveness."""
 
 import asyncio
 import os
@@ -36,7 +36,7 @@ def check_uid(sock: socket.socket) -> None:
 def own_pidfd() -> int:
     """Return a pidfd of this process, to be sent to a peer.
 
-    Each side sends its own: a pid means nothing in another PID namespace, a descriptor does.
+    Each side sends its own: a descriptor is valid across PID namespaces, a pid is not.
     """
     return os.pidfd_open(os.getpid())
 
@@ -55,13 +55,13 @@ class PidWatch:
         if not _is_pidfd(pidfd):
             os.close(pidfd)
             self._fd = -1
-            raise ProtocolError("the peer sent something that is not a pidfd")
+            raise ProtocolError("the peer's first descriptor is not a pidfd")
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(pidfd, self._fire)
 
     @property
     def dead(self) -> bool:
-        """Whether the process has died, by a look now."""
+        """Whether the process has died, polled now: the loop may not have seen it yet."""
         if self._fd < 0:
             return True
         poll = select.poll()
@@ -69,7 +69,7 @@ class PidWatch:
         return bool(poll.poll(0))
 
     def _fire(self) -> None:
-        self.close()
+        self.close()  # first: a pidfd stays readable, and would fire in every turn of the loop
         self._on_death()
 
     def close(self) -> None:

@@ -1,135 +1,127 @@
-"""What sessions ask, answered: at once where it can be, else by a task of its own that may wait.
+"""Requests of sessions, answered: at once where that is possible, else by a task that may wait.
 
-Every request is answered exactly once, also one that was cancelled: its asker has to know what became
-of it. An answer that hands something over and can't be sent any more is taken back.
+Every request is answered exactly once, a cancelled one too: until then it holds a place in one of its
+session's lanes, and only the answer tells the session whether it was given a grant, a claim or a slot.
+An answer that can't be sent is revoked.
 """
 
 import asyncio
 from collections.abc import Coroutine, Sequence
 from typing import Any, Final, Protocol
 
-from featcache.control.messages import (
-    Answer,
-    Cancel,
-    HostPool,
-    Note,
-    ProtocolError,
-    Relay,
-    Reply,
-    Request,
-    Unclaim,
-    Upload,
-    Withdraw,
-    WriteDescriptors,
-    encode,
-    is_answer,
-    is_request,
-)
+from featcache.control import messages
+from featcache.control.channel import ChannelState
+from featcache.control.messages import Answer, ProtocolError, Request, encode, is_answer
 from featcache.control.peer import Peer, SessionState
 from featcache.errors import FeatcacheError, SettingsError
 
 _MAX_COPIES: Final = 8192
-"""Copies through the host that one session may have asked for and not got yet."""
+"""Unanswered requests of one session for which the owner copies through host memory."""
 
+_COPIES: Final = frozenset(kind for kind in messages.REQUESTS if kind.copies)
 _ACTIVE: Final = SessionState.ACTIVE  # members of an enum are slow to look up
-_COPIES: Final = frozenset((Relay, Upload, HostPool))
+_CLOSED: Final = ChannelState.CLOSED
+_WriteDescriptors: Final = messages.WriteDescriptors
+
 Wait = Coroutine[Any, Any, Answer]
+"""A request's work that may wait; it returns the answer."""
 
 
 class RequestHandlers(Protocol):
-    """What is asked of the pool. What it hands over is the session's, or comes back by `revoke`."""
+    """The pool's handlers. What an answer hands over is the session's until `revoke`."""
 
-    def answer(self, session: int, ask: Request) -> Answer | Wait:
-        """Do what is asked and return the answer, or what will. Raise FeatcacheError to refuse."""
+    def answer(self, session: int, ask: Request, /) -> Answer | Wait:
+        """Return the answer, or the work that will return it. Raise FeatcacheError to refuse."""
 
-    def note(self, session: int, note: Unclaim | Withdraw) -> None:
-        """Do what needs no answer."""
+    def note(self, session: int, note: messages.ReleaseClaim | messages.GiveUpReserved, /) -> None:
+        """Carry out a message that has no answer."""
 
     def writable(self) -> Sequence[int]:
-        """Return the descriptors by which the slab is mapped for writing; they stay the pool's."""
+        """Return the slab's write descriptors; they stay the pool's."""
 
-    def revoke(self, session: int, answer: Answer) -> None:
-        """Undo what an answer that was never sent handed over."""
+    def revoke(self, session: int, answer: Answer, /) -> None:
+        """Take back the grant, claim or slot of an answer that was never sent."""
 
 
 class Dispatcher:
-    """The askings of all sessions of one server."""
+    """The requests of all sessions of one server."""
 
     def __init__(self, handlers: RequestHandlers) -> None:
         self._handlers = handlers
         self._loop = asyncio.get_running_loop()
 
-    def take(self, session: Peer, message: Request | Note) -> None:
-        """Answer a request, now or later; or take note."""
-        if is_request(message):
-            self._answer(session, message)
-        elif isinstance(message, Cancel):
-            task = session.tasks.get(message.request)
-            if task is not None:
-                task.cancel()
-        elif isinstance(message, Unclaim | Withdraw):
-            self._handlers.note(session.number, message)
+    def note(self, peer: Peer, note: messages.Note) -> None:
+        """Carry out a message that has no answer."""
+        if not isinstance(note, messages.Cancel):
+            self._handlers.note(peer.number, note)
+        elif (task := peer.tasks.get(note.request)) is not None:
+            task.cancel()  # `_finish` answers it; a request without a task is answered already
 
-    def _answer(self, session: Peer, ask: Request) -> None:
-        if type(ask) in _COPIES and len(session.copies) >= _MAX_COPIES:
+    def answer(self, peer: Peer, request: Request) -> None:
+        """Answer a request, now or later."""
+        if type(request) in _COPIES and len(peer.copies) >= _MAX_COPIES:
             raise ProtocolError(f"more than {_MAX_COPIES} copies at once")
         try:
-            answer = self._handlers.answer(session.number, ask)
+            answer = self._handlers.answer(peer.number, request)
         except FeatcacheError as error:
-            answer = _refusal(ask.request, error)
-        except Exception as error:  # noqa: BLE001 - a fault of ours must not leave the asker waiting
-            self._loop.call_exception_handler({"message": f"{ask!r} failed", "exception": error})
-            answer = _fault(ask.request)
+            answer = _refusal(request.request, error)
+        except Exception as error:  # noqa: BLE001 - a bug in featcache: the session is answered anyway
+            context = {"message": f"{request!r} failed", "exception": error}
+            self._loop.call_exception_handler(context)
+            answer = _fault(request.request)
         if is_answer(answer):
-            self._send(session, answer)
+            self._send(peer, answer)
         else:
-            assert isinstance(answer, Coroutine), "what is not answered yet will be"
-            self._wait(session, ask, answer)
+            assert isinstance(answer, Coroutine), "a handler returns an answer or its work"
+            self._wait(peer, request, answer)
 
-    def _wait(self, session: Peer, ask: Request, wait: Wait) -> None:
-        request = ask.request
-        if request in session.tasks:
+    def _wait(self, peer: Peer, request: Request, wait: Wait) -> None:
+        number = request.request
+        if number in peer.tasks:
             wait.close()
-            raise ProtocolError(f"request {request} is under way already")
-        if type(ask) in _COPIES:
-            session.copies.add(request)
-        task = session.tasks[request] = self._loop.create_task(wait)
-        # Not in the task itself: one that is cancelled before its first step never runs.
-        task.add_done_callback(lambda done: self._finish(session, request, done))
+            raise ProtocolError(f"request {number} is in progress already")
+        if type(request) in _COPIES:
+            peer.copies.add(number)
+        task = peer.tasks[number] = self._loop.create_task(wait)
+        # Not by the task itself: one that is cancelled before its first step never runs.
+        task.add_done_callback(lambda done: self._finish(peer, number, done))
 
-    def _finish(self, session: Peer, request: int, task: "asyncio.Task[Answer]") -> None:
-        session.tasks.pop(request, None)
-        session.copies.discard(request)
+    def _finish(self, peer: Peer, number: int, task: "asyncio.Task[Answer]") -> None:
+        peer.tasks.pop(number, None)
+        peer.copies.discard(number)
         if task.cancelled():
-            self._send(
-                session, Reply(request, FeatcacheError.__name__, "the request was cancelled")
-            )
+            error = "the request was cancelled"
+            self._send(peer, messages.Reply(number, FeatcacheError.__name__, error))
             return
-        error = task.exception()
-        if error is None:
-            self._send(session, task.result())
-        elif isinstance(error, FeatcacheError):
-            self._send(session, _refusal(request, error))
+        failure = task.exception()
+        if failure is None:
+            self._send(peer, task.result())
+        elif isinstance(failure, FeatcacheError):
+            self._send(peer, _refusal(number, failure))
         else:
-            self._send(session, _fault(request))
-            raise error  # a fault of ours: to the loop's handler of such
+            self._send(peer, _fault(number))
+            raise failure  # a bug in featcache: reported by the loop's exception handler
 
-    def _send(self, session: Peer, answer: Answer) -> None:
-        channel = session.channel
-        if channel is None or channel.closed or session.state is not _ACTIVE:
-            self._handlers.revoke(session.number, answer)
+    def _send(self, peer: Peer, answer: Answer) -> None:
+        channel = peer.channel
+        # A session that has lost its socket, or ended while a task ran, can't take what the answer hands
+        # over. Once a session is ACTIVE and its channel open, the answer is the session's: should the
+        # channel end before the frame goes, its resources are freed with the session.
+        if channel is None or channel.state is _CLOSED or peer.state is not _ACTIVE:
+            self._handlers.revoke(peer.number, answer)
             return
         payload = encode(answer)
         if len(payload) > channel.send_bytes:
-            self._handlers.revoke(session.number, answer)
+            self._handlers.revoke(peer.number, answer)
             why = "the ref is too long for a message: raise Settings.message_bytes"
-            payload = encode(Reply(answer.request, SettingsError.__name__, why))
-        channel.send(payload, self._handlers.writable() if type(answer) is WriteDescriptors else ())
+            payload = encode(messages.Reply(answer.request, SettingsError.__name__, why))
+        fds = self._handlers.writable() if type(answer) is _WriteDescriptors else ()
+        channel.send(payload, fds)
 
 
-def _fault(request: int) -> Reply:
-    return Reply(request, FeatcacheError.__name__, "the owner failed: its log says why")
+def _fault(number: int) -> messages.Reply:
+    return messages.Reply(number, FeatcacheError.__name__, "the owner failed: its log says why")
 
 
-def _refusal(request: int, error: FeatcacheError) -> Reply:
-    return Reply(request, type(error).__name__, str(error)[:1000])
+def _refusal(number: int, error: FeatcacheError) -> messages.Reply:
+    return messages.Reply(number, type(error).__name__, str(error)[:1000])

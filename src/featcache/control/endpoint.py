@@ -1,4 +1,4 @@
-"""Where an owner listens: a Unix socket in a directory that only this user can enter."""
+"""An owner's endpoint: a Unix socket in a directory that only this user can enter."""
 
 import contextlib
 import errno
@@ -16,8 +16,8 @@ from featcache.errors import SettingsError
 _MAX_PATH_BYTES: Final = 107  # sun_path, less its final zero
 _BACKLOG: Final = 128
 _SUFFIX: Final = ".sock"
-_UNBORN: Final = ".new"
-_BIRTH_S: Final = 60.0
+_TEMPORARY: Final = ".new"
+_TEMPORARY_AGE_S: Final = 60.0
 
 
 def check_endpoint(endpoint: object) -> str:
@@ -25,7 +25,7 @@ def check_endpoint(endpoint: object) -> str:
     if not isinstance(endpoint, str | os.PathLike) or not os.fspath(endpoint):
         raise SettingsError(f"endpoint={endpoint!r} is not the path of a Unix socket")
     path = os.fspath(endpoint)
-    try:  # by the system, and in refs, which say it as UTF-8
+    try:  # the longer of its forms: the file system's, and UTF-8, as refs carry it
         nbytes = max(len(os.fsencode(path)), len(path.encode())) if isinstance(path, str) else 0
     except UnicodeEncodeError:
         nbytes = 0
@@ -41,10 +41,10 @@ def check_endpoint(endpoint: object) -> str:
 def default_directory() -> Path:
     """Return ``$XDG_RUNTIME_DIR/featcache``, else ``featcache-<uid>`` under the temporary directory.
 
-    Made with mode 0700 if it is not there.
+    It is made with mode 0700 if it is not there.
 
     Raises:
-        SettingsError: it exists and is another user's, or open to others.
+        SettingsError: it exists and belongs to another user, or is open to others.
 
     """
     runtime = os.environ.get("XDG_RUNTIME_DIR")
@@ -67,11 +67,8 @@ def default_directory() -> Path:
 def listen(endpoint: str | None) -> tuple[socket.socket, str]:
     """Return a listening socket and its path; a stale socket in the way is replaced.
 
-    The socket is bound under a temporary name and renamed once it listens, so that nobody ever finds
-    one that refuses, and takes it for stale.
-
     Raises:
-        SettingsError: the path can't be used, or a live owner is there.
+        SettingsError: the path can't be used, or a live owner listens there.
 
     """
     if endpoint is None:
@@ -85,7 +82,9 @@ def listen(endpoint: str | None) -> tuple[socket.socket, str]:
                 f"{path} is in use: another owner listens there, or it is no socket"
             )
     check_endpoint(path)
-    temporary = path.with_name(f".{secrets.token_hex(4)}{_UNBORN}")
+    # Bound under a temporary name and renamed once it listens: between bind and listen a socket refuses
+    # connections, and another owner would take it for stale and remove it.
+    temporary = path.with_name(f".{secrets.token_hex(4)}{_TEMPORARY}")
     check_endpoint(temporary)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
@@ -108,7 +107,7 @@ def unlink(path: str) -> None:
 
 
 def _is_stale(path: Path) -> bool:
-    """Whether the path is a socket that nobody listens at."""
+    """Whether the path is a socket without a listener."""
     if not stat.S_ISSOCK(path.lstat().st_mode):
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -117,12 +116,12 @@ def _is_stale(path: Path) -> bool:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what owners that were killed left behind."""
+    """Remove the sockets of owners that were killed."""
     for path in folder.glob(f"*{_SUFFIX}"):
         with contextlib.suppress(OSError):
             if _is_stale(path):
                 path.unlink()
-    for path in folder.glob(f".*{_UNBORN}"):  # killed between bind and rename
+    for path in folder.glob(f".*{_TEMPORARY}"):  # killed between bind and rename
         with contextlib.suppress(OSError):
-            if time.time() - path.lstat().st_mtime > _BIRTH_S:
+            if time.time() - path.lstat().st_mtime > _TEMPORARY_AGE_S:
                 path.unlink()

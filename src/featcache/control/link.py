@@ -1,7 +1,8 @@
-"""A reader's end of the control connection: attach, ask, and notice the owner's end."""
+"""A session's end of the control connection: attach, send requests, and notice the owner's end."""
 
 import asyncio
 import contextlib
+import enum
 import errno
 import os
 import socket
@@ -9,22 +10,13 @@ from collections.abc import Callable
 
 import anyio
 
+from featcache.control import messages
 from featcache.control.channel import Channel, close_all
 from featcache.control.credentials import PidWatch, check_uid, own_pidfd
 from featcache.control.messages import (
     VERSION,
-    Closing,
-    Discard,
-    Farewell,
-    Goodbye,
-    Hello,
-    KeyCommand,
     ProtocolError,
-    Refused,
-    Relay,
-    Reply,
     Segments,
-    TailUnmapped,
     UnmapTail,
     Welcome,
     decode_from_owner,
@@ -35,6 +27,7 @@ from featcache.control.pending import PendingRequests
 from featcache.errors import (
     AttachRefused,
     CacheClosed,
+    FeatcacheError,
     OwnerLost,
     OwnerUnreachable,
 )
@@ -43,34 +36,69 @@ from featcache.settings import Settings
 _CONNECT_RETRY_S = 0.005
 _FAREWELL_S = 1.0
 _MAX_UNTAKEN = 1024
-"""Changes of the slab that may come before somebody takes them."""
+"""Changes of the slab that may come before `take_slab_changes`."""
 
 SlabChange = Segments | UnmapTail
 
 
-class Link(PendingRequests):
-    """One attached session. `on_lost` is called once if the owner ends it, never after `close`."""
+class LinkState(enum.Enum):
+    """The life of a link, as this end sees it.
+
+    ::
+
+        GREETING ──→ GREETED ──→ CLOSING ──→ CLOSED
+            │           │           │
+            └───────────┴───────────┴──────→ LOST
+
+    GREETING: the owner has not answered the hello. GREETED: it has, by a welcome or a refusal. CLOSING:
+    new requests are refused, all but `Publish` have failed. CLOSED: this end has closed the channel (from
+    any state). LOST: the owner closed, died or broke the protocol; `Link.lost` has the reason.
+    """
+
+    GREETING = "greeting"
+    GREETED = "greeted"
+    CLOSING = "closing"
+    CLOSED = "closed"
+    LOST = "lost"
+
+
+_OVER = frozenset((LinkState.CLOSED, LinkState.LOST))
+
+
+class Link:
+    """One attached session. `on_lost` is called once if the owner ends it, never after `close`.
+
+    `number`, `request` and `tell` are those of its `PendingRequests`.
+    """
 
     def __init__(self, sock: socket.socket, endpoint: str, settings: Settings) -> None:
-        super().__init__()
         self.endpoint = endpoint
         self.on_lost: Callable[[str], None] | None = None
-        self._welcome: asyncio.Future[Welcome] = self._loop.create_future()
-        self._welcome_fds: list[int] = []  # this link's to close until `greet` hands them on
-        self._farewell: asyncio.Future[None] = self._loop.create_future()
+        self.lost: str | None = None
+        """Why the owner is gone, once it is."""
+        self._state = LinkState.GREETING
+        loop = asyncio.get_running_loop()
+        self._welcome: asyncio.Future[Welcome] = loop.create_future()
+        self._welcome_fds: list[int] = []  # this link's to close until `greet` returns them
+        self._farewell: asyncio.Future[None] = loop.create_future()
         self._on_slab: Callable[[SlabChange, list[int]], None] | None = None
         self._untaken: list[tuple[SlabChange, list[int]]] = []
         self._watch: PidWatch | None = None
         self._message_bytes = settings.message_bytes
         self._channel = Channel(
-            sock, settings.message_bytes, self._on_message, self._on_channel_lost, asks=True
+            sock, settings.message_bytes, self._on_message, self._on_channel_lost, requester=True
         )
+        self.requests = PendingRequests(self._channel)
+        # Bound here: neither a frame nor a look-up more for each request.
+        self.number = self.requests.number
+        self.request = self.requests.request
+        self.tell = self.requests.tell
 
     async def greet(self, name: str | None, device: str) -> tuple[Welcome, list[int]]:
-        """Say hello; return the owner's answer and its descriptors, the owner's pidfd taken out."""
+        """Send the hello; return the welcome and its descriptors but for the owner's pidfd."""
         pidfd = own_pidfd()
         try:
-            hello = Hello(VERSION, name, device, self._message_bytes)
+            hello = messages.Hello(VERSION, name, device, self._message_bytes)
             self._channel.send(encode(hello), [pidfd])
         finally:
             os.close(pidfd)
@@ -87,23 +115,23 @@ class Link(PendingRequests):
         return welcome, fds
 
     async def discard(self, slot: int, generation: int) -> None:
-        """Ask the owner to cancel a ref; return when it has."""
-        await self.ask(Discard(self.number(), slot, generation))
+        """Have the owner cancel what a ref still owes; return when it has."""
+        await self.request(messages.Discard(self.number(), slot, generation))
 
     async def relay(self, ref: bytes) -> bytes:
-        """Ask the owner to copy a ref's bytes into host memory; return the copy's ref."""
-        reply, _ = await self.ask(Relay(self.number(), ref))
-        if not isinstance(reply, Reply):
-            raise ProtocolError("the owner answered a relay with something else")
+        """Have the owner copy a ref's bytes into host memory; return the copy's ref."""
+        reply, _ = await self.request(messages.Relay(self.number(), ref))
+        if not isinstance(reply, messages.Reply):
+            raise ProtocolError(f"the owner answered a relay with {type(reply).__name__}")
         return reply.ref
 
     def discard_soon(self, slot: int, generation: int) -> None:
-        """As `discard`, for who does not want to know."""
-        self.tell(Discard(self.number(), slot, generation))
+        """As `discard`, without waiting for the answer."""
+        self.tell(messages.Discard(self.number(), slot, generation))
 
     def unpin_soon(self, key: bytes) -> None:
-        """Take a pin back, for who does not want to know."""
-        self.tell(KeyCommand(self.number(), key, "unpin"))
+        """Remove a pin, without waiting for the answer."""
+        self.tell(messages.KeyCommand(self.number(), key, "unpin"))
 
     def take_slab_changes(self, take: Callable[[SlabChange, list[int]], None]) -> None:
         """Have `take` called with every change of the slab and its descriptors, which it then owns."""
@@ -112,37 +140,47 @@ class Link(PendingRequests):
         for change, fds in untaken:
             take(change, fds)
 
-    def retired(self, layout: int) -> None:
-        """Say that what a `UnmapTail` took away is not mapped here any more."""
-        self._channel.send(encode(TailUnmapped(layout)))
+    def tail_unmapped(self, shrink_epoch: int) -> None:
+        """Acknowledge an `UnmapTail`: nothing of its segments is mapped here any more."""
+        self._channel.send(encode(messages.TailUnmapped(shrink_epoch)))
 
     async def goodbye(self) -> None:
-        """End the session in order: when this returns the owner has folded it (or is gone)."""
-        if self.lost is None and not self._channel.closed:
-            self._channel.send(encode(Goodbye()))
+        """End the session in order: when this returns the owner has folded its page, or is gone."""
+        if self._state not in _OVER:
+            self._channel.send(encode(messages.Goodbye()))
             with contextlib.suppress(TimeoutError), anyio.fail_after(_FAREWELL_S):
                 await asyncio.shield(self._farewell)
         self.close()
 
     def say_goodbye(self) -> None:
         """End the session in order, without waiting for the owner's answer."""
-        if self.lost is None and not self._channel.closed:
-            self._channel.send(encode(Goodbye()))
+        if self._state not in _OVER:
+            self._channel.send(encode(messages.Goodbye()))
         self.close()
 
+    def fail_all(self, error: FeatcacheError) -> None:
+        """Begin to close: fail every request but `Publish` with this error, and refuse new ones."""
+        if self._state is LinkState.GREETED:
+            self._state = LinkState.CLOSING
+        self.requests.fail_all(error)
+
     def close(self) -> None:
-        """Drop the connection without a word; the owner then waits for this process to die."""
+        """Close the connection without a goodbye: the owner then waits for this process to die."""
+        if self._state is not LinkState.LOST:
+            self._state = LinkState.CLOSED
+        # First: what is called below can send nothing, and no message comes in any more.
         self._channel.close()
         if self._watch is not None:
             self._watch.close()
         self._close_welcome()
-        self._on_slab = None  # the handle holds this link: without a cycle it goes at once
-        self.on_orphan = None
-        self._settle("the session was closed")
+        self._on_slab = None  # it refers to the connection that holds this link: no cycle is left
+        self._end("the session was closed")
 
     def forget(self) -> None:
         """Drop descriptors in a forked child."""
+        self._state = LinkState.CLOSED
         self._channel.forget()
+        self.requests.forget()
         if self._watch is not None:
             self._watch.forget()
         self._close_welcome()
@@ -154,57 +192,62 @@ class Link(PendingRequests):
             close_all(fds)
         self._untaken = []
 
-    # --- what comes in --------------------------------------------------------------------------
+    # --- incoming messages ----------------------------------------------------------------------
 
     def _on_message(self, payload: bytes, fds: list[int]) -> None:
         try:
             message = decode_from_owner(payload)
             if is_answer(message):
-                answered, fds = fds, []
-                self._answer(message, answered)
-            elif isinstance(message, Welcome) and not self._welcome.done():
-                self._welcome.set_result(message)
+                taken, fds = fds, []
+                self.requests.deliver(message, taken)
+            elif isinstance(message, SlabChange) and self._state is not LinkState.GREETING:
+                taken, fds = fds, []
+                self._change_slab(message, taken)
+            elif isinstance(message, Welcome) and self._state is LinkState.GREETING:
+                self._state = LinkState.GREETED
                 self._welcome_fds, fds = fds, []
-            elif isinstance(message, Refused) and not self._welcome.done():
+                self._welcome.set_result(message)
+            elif isinstance(message, messages.Refused) and self._state is LinkState.GREETING:
+                self._state = LinkState.GREETED
                 self._welcome.set_exception(AttachRefused(f"refused: {message.reason}"))
-            elif isinstance(message, Farewell) and self._welcome.done():
+            elif isinstance(message, messages.Farewell) and self._state is not LinkState.GREETING:
                 self._resolve(self._farewell)
-            elif isinstance(message, Closing):
+            elif isinstance(message, messages.Closing):
                 self._lose("it closed the pool")
-            elif isinstance(message, SlabChange) and self._welcome.done():
-                changed, fds = fds, []
-                self._change_slab(message, changed)
             else:
                 raise ProtocolError(f"an unexpected {type(message).__name__}")
         finally:
-            close_all(fds)
+            if fds:  # no branch took them
+                close_all(fds)
 
     def _change_slab(self, change: SlabChange, fds: list[int]) -> None:
         if len(fds) != (len(change.sizes) if isinstance(change, Segments) else 0):
             close_all(fds)
-            raise ProtocolError("segments and descriptors that are not as many")
+            raise ProtocolError("a change of the slab needs one descriptor for each new segment")
         if self._on_slab is not None:
             self._on_slab(change, fds)
             return
         self._untaken.append((change, fds))
         if len(self._untaken) > _MAX_UNTAKEN:
-            raise ProtocolError(f"more than {_MAX_UNTAKEN} changes of the slab at once")
+            raise ProtocolError(f"more than {_MAX_UNTAKEN} changes of the slab while it is mapped")
 
     def _on_channel_lost(self, error: Exception | None) -> None:
         self._lose("its socket closed" if error is None else str(error), error)
 
     def _lose(self, reason: str, error: Exception | None = None) -> None:
-        if self.lost is not None:
+        if self._state in _OVER:
             return
         if isinstance(error, ProtocolError) and not self._welcome.done():
             self._welcome.set_exception(AttachRefused(f"{self.endpoint}: {error}"))
+        # The reason before the end: it is what the requests that fail now raise.
         self.lost = f"the owner at {self.endpoint} is gone: {reason}"
+        self._state = LinkState.LOST
         self.close()
         if self.on_lost is not None:
             self.on_lost(reason)
 
-    def _settle(self, reason: str) -> None:
-        """Let nobody wait for an answer that can't come."""
+    def _end(self, reason: str) -> None:
+        """Fail whatever awaits an answer that can't come."""
         lost = self.lost or reason
         kind = CacheClosed if self.lost is None else OwnerLost
         if not self._welcome.done():
@@ -212,7 +255,7 @@ class Link(PendingRequests):
             self._welcome.set_exception(refused(lost))
             self._welcome.exception()  # counted as seen: nobody may be waiting
         self._resolve(self._farewell)
-        self._refuse_all(kind(lost))
+        self.requests.end(kind(lost))
 
     @staticmethod
     def _resolve(future: asyncio.Future[None]) -> None:
@@ -226,11 +269,12 @@ async def dial(
     """Attach to the owner at `endpoint`.
 
     Returns the link, the welcome, and the descriptors after the owner's pidfd: its words, the
-    session's page, the eventfd, the slab's. They are the caller's.
+    session's page, the eventfd, the slab's. The caller owns them.
 
     Raises:
-        OwnerUnreachable: nobody listens there (any more).
-        AttachRefused: another user's, another protocol or version, no answer in time, no place.
+        OwnerUnreachable: nothing listens there.
+        AttachRefused: another user's process, another protocol or version, no answer in time, or
+            no free session.
 
     """
     try:
@@ -245,8 +289,8 @@ async def dial(
             try:
                 welcome, fds = await link.greet(name, device)
             except BaseException:
-                # The owner may have let us in already: without a goodbye it would wait for this
-                # process to die before it gave the name and the place to another.
+                # The owner may have admitted this session already: without a goodbye it would keep
+                # its name and its place until this process dies.
                 link.say_goodbye()
                 raise
     except TimeoutError:
@@ -262,9 +306,9 @@ async def _connect(endpoint: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         sock.setblocking(False)
-        # A Unix socket connects at once or, when the listener's backlog is full, says EAGAIN and has
-        # nothing to wait on.
-        while (code := sock.connect_ex(endpoint)) == errno.EAGAIN:  # noqa: ASYNC110 - nothing tells
+        # A Unix socket connects at once or, while the listener's backlog is full, fails with EAGAIN;
+        # it never becomes writable, so it can only be polled.
+        while (code := sock.connect_ex(endpoint)) == errno.EAGAIN:  # noqa: ASYNC110 - no event for it
             await anyio.sleep(_CONNECT_RETRY_S)
         if code in {errno.ENOENT, errno.ECONNREFUSED}:
             raise OwnerUnreachable(f"no owner listens at {endpoint}: {os.strerror(code)}")

@@ -1,6 +1,14 @@
-"""What owner and readers say to each other. Bounded, typed, versioned; nothing is trusted by type alone."""
+"""The messages between an owner and its sessions: bounded, typed, versioned.
 
-from typing import Annotated, Final, Literal, TypeGuard, get_args
+A message of the right type is not yet a true one: whoever handles it checks slots, generations, claims
+and extents against its own records.
+
+To add a request: define it here, with its `lane` and whether it `copies`; add it to `Request`; handle it
+in `owner/requests.py`; call it from `client/`.
+"""
+
+import enum
+from typing import Annotated, ClassVar, Final, Literal, TypeGuard, get_args
 
 import msgspec
 
@@ -9,7 +17,7 @@ from featcache.ref import TensorSpec
 from featcache.settings import MAX_KEY_BYTES
 
 VERSION: Final = 4
-"""Grows when a message or a shared layout changes; both sides must have the same."""
+"""Protocol version: grows when a message or a shared layout changes; both sides must have the same."""
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 _Text = Annotated[str, msgspec.Meta(max_length=4096)]
@@ -22,137 +30,167 @@ _Seconds = Annotated[float, msgspec.Meta(gt=0)]
 _MessageBytes = Annotated[int, msgspec.Meta(ge=1024)]
 
 MAX_SEGMENTS: Final = 32
-"""Most segments that one message can bring; each comes with its descriptor."""
+"""Segments that one message can carry; each comes with its descriptor."""
 
 
 class ProtocolError(FeatcacheError):
-    """The peer said something that no peer of this version says."""
+    """The peer broke the protocol: it sent what no peer of this version sends."""
+
+
+class Lane(enum.Enum):
+    """The lanes in which requests wait while too many of their kind are unanswered.
+
+    They are apart so that no request queues behind those that wait for its effect: a `Publish` ends the
+    wait of a `Find`, reads through the host end that of a `Reserve` or an `Upload`.
+    """
+
+    FIND = "find"
+    ROOM = "room"
+    COPY = "copy"
+    OTHER = "other"
+
+
+class Numbered(msgspec.Struct, frozen=True):
+    """A request: answered exactly once, under its number."""
+
+    request: _Natural
+    lane: ClassVar[Lane | None] = Lane.OTHER
+    """None for a request that never waits: others wait for its effect."""
+    copies: ClassVar[bool] = False
+    """Whether the owner serves it through its pool in host memory; those have a bound of their own."""
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):
-    """Client, first. With one descriptor: the client's own pidfd."""
+    """Client, first. Carries one descriptor, the client's own pidfd."""
 
     version: int
     name: _Name | None
     device: _Text
     message_bytes: _MessageBytes = 64 << 10
-    """The longest message that it takes."""
+    """The longest message that the client accepts."""
 
 
 class Goodbye(msgspec.Struct, tag="goodbye", frozen=True):
-    """Client, last: it reads nothing more and holds nothing."""
+    """Client, last: it holds nothing and reads nothing more."""
 
 
-class Discard(msgspec.Struct, tag="discard", frozen=True):
-    """Client: cancel what this ref still owes. Answered by `Reply`."""
+class Discard(Numbered, tag="discard", frozen=True):
+    """Client: cancel the reads that this ref still owes. Answered by `Reply`."""
 
-    request: _Natural
     slot: _Natural
     generation: _Natural
 
 
-class Relay(msgspec.Struct, tag="relay", frozen=True):
+class Relay(Numbered, tag="relay", frozen=True):
     """Client: copy this ref's bytes into host memory. Answered by `Reply` with the copy's ref."""
 
-    request: _Natural
     ref: _Ref
+    lane = Lane.COPY
+    copies = True
 
 
-class Find(msgspec.Struct, tag="find", frozen=True):
-    """Client: a read of what is under this key. Answered by `Granted`, `ClaimGranted` or `Reply`."""
+class Find(Numbered, tag="find", frozen=True):
+    """Client: grant a read of a key. Answered by `Granted`, `ClaimGranted` or `Reply`."""
 
-    request: _Natural
     key: _Key
     waits: bool = False
-    """Whether to answer only once there is something."""
+    """Whether the answer waits until the key is there."""
     makes: bool = False
-    """Whether the client would make it itself; it then waits for another who does."""
+    """Whether the client can compute the feature; while another session does, it waits for that one."""
+    lane = Lane.FIND
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):
-    """Client: it awaits this request no longer. The request is answered all the same."""
+    """Client: it no longer awaits this request, which is answered all the same."""
 
     request: _Natural
 
 
-class Unclaim(msgspec.Struct, tag="unclaim", frozen=True):
-    """Client: what it was to make is published, or will not be."""
+class ReleaseClaim(msgspec.Struct, tag="unclaim", frozen=True):
+    """Client: the claim ends, the feature published or given up."""
 
     key: _Key
     claim: _Natural
 
 
-class KeyCommand(msgspec.Struct, tag="of_key", frozen=True):
-    """Client: do this to a key. Answered by `Reply`."""
+class KeyCommand(Numbered, tag="of_key", frozen=True, rename={"command": "what"}):
+    """Client: apply a directory command to a key. Answered by `Reply`."""
 
-    request: _Natural
     key: _Key
-    what: Literal["contains", "evict", "pin", "unpin"]
+    command: Literal["contains", "evict", "pin", "unpin"]
 
 
-class PutSpec(msgspec.Struct, frozen=True):
-    """What `Reserve` and `Upload` have in common: what a put asks for."""
+class PutSpec(Numbered, frozen=True):
+    """The room that a put needs: the fields common to `Reserve` and `Upload`."""
 
-    request: _Natural
     nbytes: _Natural
     readers: _Natural | Annotated[list[_Name], msgspec.Meta(min_length=1)]
     ttl_s: _Seconds | None
     key: _Key | None
     waits: bool
-    """Whether to stand in the queue for it."""
+    """Whether to queue for the room while there is none."""
+    lane = Lane.ROOM
 
 
 class Reserve(PutSpec, tag="reserve", frozen=True):
-    """Client: room for a feature that it writes itself. Answered by `Reserved` or `Reply`."""
+    """Client: reserve a slot that the client writes. Answered by `Reserved` or `Reply`."""
 
 
-class HostPool(msgspec.Struct, tag="host_pool", frozen=True):
-    """Client: where does the pool in host memory beside this one listen? `Reply.text` says it."""
+class HostPool(Numbered, tag="host_pool", frozen=True):
+    """Client: the endpoint of the owner's pool in host memory. Answered by `Reply` with it as `text`."""
 
-    request: _Natural
+    copies = True
 
 
 class Upload(PutSpec, tag="upload", frozen=True):
-    """Client: put what this ref of the host pool has into the slab. Answered by `Reply` with its ref."""
+    """Client: copy this ref of the host pool into the slab. Answered by `Reply` with the new ref."""
 
     ref: _Ref
+    copies = True
 
 
-class Publish(msgspec.Struct, tag="publish", frozen=True):
-    """Client: a slot that it reserved is written, or will be in its stream's order. See `Reply`."""
+class Publish(Numbered, tag="publish", frozen=True):
+    """Client: a reserved slot is written, or will be in stream order. Answered by `Reply`."""
 
-    request: _Natural
     slot: _Natural
     generation: _Natural
     specs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=4096)]
+    lane = None  # there are no more of them than rooms that were given
 
 
-class Withdraw(msgspec.Struct, tag="withdraw", frozen=True):
-    """Client: it will not publish this slot, of whose bytes some may be on their way."""
+class GiveUpReserved(msgspec.Struct, tag="withdraw", frozen=True):
+    """Client: it will not publish this reserved slot."""
 
     slot: _Natural
     generation: _Natural
     landed: bool
-    """Whether none are: no word will follow."""
+    """Whether no write is still in flight. Otherwise the session's `written` word follows the last."""
 
 
-class OpenForWriting(msgspec.Struct, tag="write", frozen=True):
-    """Client, before its first put: what it needs to map the slab for writing. See `WriteDescriptors`."""
-
-    request: _Natural
+class OpenForWriting(Numbered, tag="write", frozen=True):
+    """Client, before its first put: send the slab's write descriptors. See `WriteDescriptors`."""
 
 
-class TailUnmapped(msgspec.Struct, tag="retired", frozen=True):
-    """Client, in answer to `UnmapTail`: what was taken away is not mapped here any more."""
+class TailUnmapped(msgspec.Struct, tag="retired", frozen=True, rename={"shrink_epoch": "layout"}):
+    """Client, in answer to `UnmapTail`: the segments are no longer mapped here."""
 
-    layout: _Natural
+    shrink_epoch: _Natural
 
 
-class Welcome(msgspec.Struct, tag="welcome", frozen=True):
-    """Owner, in answer to Hello.
+class Welcome(
+    msgspec.Struct,
+    tag="welcome",
+    frozen=True,
+    rename={
+        "shrink_epoch": "layout",
+        "sibling_pool": "kin",
+        "sibling_endpoint": "kin_endpoint",
+    },
+):
+    """Owner, in answer to `Hello`.
 
-    With descriptors: the owner's pidfd, its words, the session's page, the eventfd to ring, then
-    what the slab needs. Its segments, if it has any, follow.
+    Carries descriptors: the owner's pidfd, its words, the session's page, the eventfd of the owner's
+    doorbell, then the slab's. `Segments` follow, if the slab has any.
     """
 
     version: int
@@ -164,26 +202,26 @@ class Welcome(msgspec.Struct, tag="welcome", frozen=True):
     """``cpu``, or the UUID of the slab's GPU."""
     capacity_bytes: _Natural
     committed_bytes: _Natural
-    layout: _Natural = 0
-    """How often segments were taken away so far."""
+    shrink_epoch: _Natural = 0
+    """How many times the slab has shrunk."""
     handle: _Handle = b""
-    """The legacy handle of a slab that is not shared by descriptor."""
+    """The legacy IPC handle of a slab that is not shared by descriptor."""
     relays: bool = False
     """Whether the owner copies features into host memory for sessions that can't reach the slab."""
-    kin: _PoolId | None = None
+    sibling_pool: _PoolId | None = None
     """The owner's other pool, to which it spills."""
-    kin_endpoint: _Text = ""
-    """Where that one listens, if puts may go there."""
+    sibling_endpoint: _Text = ""
+    """The endpoint of that pool, if puts may spill to it."""
     endpoint: _Text = ""
-    """Where the owner listens, as its refs say it."""
+    """The owner's endpoint, as its refs spell it."""
     grants: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] = 1024
-    """Reads by key that the session may have out."""
+    """Grants that the session may hold at once."""
     message_bytes: _MessageBytes = 64 << 10
-    """The longest message that the owner takes."""
+    """The longest message that the owner accepts."""
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True):
-    """Owner, in answer to Hello, and then it closes."""
+    """Owner, in answer to `Hello`, before it closes the connection."""
 
     reason: _Text
 
@@ -195,13 +233,13 @@ class Reply(msgspec.Struct, tag="reply", frozen=True):
     error: _Text | None = None
     text: _Text = ""
     ref: _Ref = b""
-    """What was asked for, if that is a ref."""
+    """The result of a `Relay` or an `Upload`."""
     flag: bool = False
-    """What was asked for, if that is yes or no."""
+    """The result of a `KeyCommand`."""
 
 
 class Granted(msgspec.Struct, tag="granted", frozen=True):
-    """Owner: a read by key, paid by `serial` in the word at `index` of the session's page."""
+    """Owner: a read by key, paid by `serial` in the granted word `index` of the session's page."""
 
     request: _Natural
     index: _Natural
@@ -210,14 +248,14 @@ class Granted(msgspec.Struct, tag="granted", frozen=True):
 
 
 class ClaimGranted(msgspec.Struct, tag="may_make", frozen=True):
-    """Owner: there is nothing under the key, and this client makes it. Ended by `Unclaim`."""
+    """Owner: the key is absent and this client is to compute it. Ended by `ReleaseClaim`."""
 
     request: _Natural
     claim: _Natural
 
 
 class Reserved(msgspec.Struct, tag="reserved", frozen=True):
-    """Owner: the client may write there. Ended by `Publish` or `Withdraw`."""
+    """Owner: an extent that the client may write. Ended by `Publish` or `GiveUpReserved`."""
 
     request: _Natural
     slot: _Natural
@@ -226,54 +264,56 @@ class Reserved(msgspec.Struct, tag="reserved", frozen=True):
 
 
 class WriteDescriptors(msgspec.Struct, tag="writable", frozen=True):
-    """Owner, with the descriptors, if any, that the slab is mapped for writing by."""
+    """Owner: carries the descriptors, if any, for mapping the slab for writing."""
 
     request: _Natural
 
 
 class Segments(msgspec.Struct, tag="segments", frozen=True):
-    """Owner: memory was put behind the slab's next addresses. With one descriptor for each size."""
+    """Owner: segments were committed at the slab's end. Carries one descriptor for each size."""
 
     start_bytes: _Natural
     sizes: Annotated[list[_Natural], msgspec.Meta(min_length=1, max_length=MAX_SEGMENTS)]
 
 
-class UnmapTail(msgspec.Struct, tag="retire", frozen=True):
-    """Owner: the segments from here on are taken away. Answered by `TailUnmapped`."""
+class UnmapTail(msgspec.Struct, tag="retire", frozen=True, rename={"shrink_epoch": "layout"}):
+    """Owner: unmap the segments from `end_bytes` on. Answered by `TailUnmapped`."""
 
-    layout: _Natural
+    shrink_epoch: _Natural
     end_bytes: _Natural
 
 
 class Farewell(msgspec.Struct, tag="farewell", frozen=True):
-    """Owner, in answer to Goodbye: the session is folded."""
+    """Owner, in answer to `Goodbye`: the session's payments are folded into their slots."""
 
 
 class Closing(msgspec.Struct, tag="closing", frozen=True):
-    """Owner, last: it closes the pool."""
+    """Owner, last: the pool closes."""
 
 
 Request = (
     Discard | Relay | Find | KeyCommand | Reserve | Publish | OpenForWriting | HostPool | Upload
 )
-"""What is answered, once, under its number."""
-Note = Cancel | Unclaim | Withdraw
-"""What is not."""
+Note = Cancel | ReleaseClaim | GiveUpReserved
+"""Messages of a client that have no answer."""
 Answer = Reply | Granted | ClaimGranted | Reserved | WriteDescriptors
 FromClient = Hello | Goodbye | TailUnmapped | Request | Note
 FromOwner = Welcome | Refused | Farewell | Closing | Segments | UnmapTail | Answer
 
-_REQUESTS: Final = frozenset(get_args(Request))
+REQUESTS: Final[frozenset[type[Numbered]]] = frozenset(get_args(Request))
 _ANSWERS: Final = frozenset(get_args(Answer))
 
 
+# By a set of types: isinstance would try each class of the union in turn, and a struct's is slow.
+
+
 def is_request(message: object) -> TypeGuard[Request]:
-    """As isinstance, which asks each class in turn, and a struct's takes long to answer."""
-    return type(message) in _REQUESTS
+    """Whether a message is one of `Request`."""
+    return type(message) in REQUESTS
 
 
 def is_answer(message: object) -> TypeGuard[Answer]:
-    """As `is_request`, of answers."""
+    """Whether a message is one of `Answer`."""
     return type(message) in _ANSWERS
 
 
@@ -287,7 +327,7 @@ def decode_from_client(payload: bytes) -> FromClient:
     try:
         return _from_client.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"a message that makes no sense: {error}") from None
+        raise ProtocolError(f"not a valid message from a client: {error}") from None
 
 
 def decode_from_owner(payload: bytes) -> FromOwner:
@@ -295,4 +335,4 @@ def decode_from_owner(payload: bytes) -> FromOwner:
     try:
         return _from_owner.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"a message that makes no sense: {error}") from None
+        raise ProtocolError(f"not a valid message from an owner: {error}") from None

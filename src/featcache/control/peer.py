@@ -1,4 +1,4 @@
-"""A session, as the owner's end knows it, and what that end needs of the pool behind it."""
+"""The owner's record of an attached process, and the pool's side of its session."""
 
 import asyncio
 import enum
@@ -11,7 +11,18 @@ from featcache.control.messages import Answer, Welcome
 
 
 class SessionState(enum.Enum):
-    """GREETING → ACTIVE → ENDED, or ACTIVE → QUARANTINED → ENDED."""
+    """The life of a session, as the owner sees it.
+
+    ::
+
+        GREETING ──welcome──→ ACTIVE ──goodbye, or its process died──→ ENDED
+            │                    │ its socket closed                    ↑
+            │                    ↓                                      │
+            │               QUARANTINED ──its process died──────────────┤
+            └──refused, late, or gone───────────────────────────────────┘
+
+    QUARANTINED: the process lives and may be reading the slab, so its holds stand until its pidfd fires.
+    """
 
     GREETING = "greeting"
     ACTIVE = "active"
@@ -20,25 +31,27 @@ class SessionState(enum.Enum):
 
 
 class Peer:
-    """One attached process, as the owner knows it."""
+    """One attached process, and its session's state."""
 
     def __init__(self, number: int, pid: int) -> None:
         self.number = number
+        """The session's number: never used again."""
         self.pid = pid
         self.name: str | None = None
         self.state = SessionState.GREETING
         self.channel: Channel | None = None
         self.watch: PidWatch | None = None
         self.deadline: asyncio.TimerHandle | None = None
-        self.layout = 0
-        """The last `Retire` that it has carried out."""
+        """Of its hello while GREETING, of the quarantine's event while QUARANTINED."""
+        self.shrink_epoch = 0
+        """That of the last `UnmapTail` that it has carried out."""
         self.tasks: dict[int, asyncio.Task[Answer]] = {}
-        """What is under way for it, by the number of its request."""
+        """Requests in progress, by number."""
         self.copies: set[int] = set()
-        """Those of them that are copied through the host."""
+        """Those of them that copy through host memory."""
 
     def cancel_tasks(self) -> None:
-        """Let nothing be under way for it: no answer can reach it any more."""
+        """Cancel every request in progress: no answer can reach the session."""
         for task in list(self.tasks.values()):
             task.cancel()
 
@@ -48,35 +61,35 @@ class Segment(Protocol):
 
     @property
     def start_bytes(self) -> int:
-        """Where it lies in the slab."""
+        """Its offset in the slab."""
 
     @property
     def size_bytes(self) -> int:
-        """Its bytes."""
+        """Its size."""
 
     @property
     def fd(self) -> int:
-        """What it is mapped by."""
+        """The descriptor that it is mapped from."""
 
 
 class SessionHost(Protocol):
-    """What the server needs of the pool. It knows nothing of slabs; the pool nothing of sockets."""
+    """The pool's side of a session's life. The server knows nothing of slabs, the pool of sockets."""
 
     @property
     def pool_name(self) -> str:
         """The pool's id in hex, for events."""
 
-    def admit(self, session: Peer) -> tuple[Welcome, list[int]]:
-        """Make what a session needs, and return it with the descriptors that go with it.
+    def admit(self, peer: Peer, /) -> tuple[Welcome, list[int]]:
+        """Make the session's page; return its welcome and descriptors, which stay the host's, open.
 
-        They stay the host's, and open. Raise FeatcacheError to refuse.
+        Raise FeatcacheError to refuse.
         """
 
     def segments(self) -> Sequence[Segment]:
-        """Return what a session maps beyond the welcome, in order."""
+        """Return the segments that a session maps after its welcome, in order."""
 
-    def quarantine(self, session: Peer) -> None:
-        """Take back what a session without its socket can't use: what it was to make."""
+    def quarantine(self, peer: Peer, /) -> None:
+        """Revoke the claims of a session that lost its socket: it could publish nothing."""
 
-    def end(self, session: Peer, *, died: bool) -> int:
-        """Fold what the session paid; if it died, pay for it. Return the reads paid for it."""
+    def end(self, peer: Peer, /, *, died: bool) -> int:
+        """Fold what the session paid; if its process died, pay for it. Return the reads paid so."""

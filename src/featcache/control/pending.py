@@ -1,4 +1,8 @@
-"""What a session asks its owner: numbered, bounded, answered once, given back if nobody wants it."""
+"""The requests of one session that await an answer: numbered, bounded, each answered exactly once.
+
+Every answer has one taker. If the task that awaited it was cancelled, the answer still comes, and the
+resources that it hands over (a grant, a claim, a slot) go to `on_orphan`, which returns them.
+"""
 
 import asyncio
 import contextlib
@@ -6,132 +10,143 @@ from collections.abc import Callable
 from typing import Final, TypeAlias
 
 from featcache import errors
+from featcache.control import messages
 from featcache.control.channel import Channel, close_all
-from featcache.control.messages import (
-    Answer,
-    Cancel,
-    Discard,
-    Find,
-    HostPool,
-    KeyCommand,
-    Note,
-    OpenForWriting,
-    ProtocolError,
-    Publish,
-    Relay,
-    Reply,
-    Request,
-    Reserve,
-    Upload,
-    WriteDescriptors,
-    encode,
-)
-from featcache.errors import CacheClosed, FeatcacheError, OwnerLost, SettingsError
+from featcache.control.messages import Answer, Lane, ProtocolError, Request, encode
+from featcache.errors import CacheClosed, FeatcacheError, SettingsError
 
 MAX_IN_FLIGHT: Final = 2048
-"""Requests of one kind that may be unanswered; one more waits here, first come, first served."""
+"""Unanswered requests in one lane; one more waits for its turn, first come, first served."""
 
 Answered: TypeAlias = asyncio.Future[tuple[Answer, list[int]]]
 
+# The types that are tested on every message.
+_Find = messages.Find
+_Reply = messages.Reply
+_WriteDescriptors = messages.WriteDescriptors
+
 
 class PendingRequests:
-    """The requests of one session (`control.client.Link`)."""
+    """The requests of one `Link`, whose life (`LinkState`) decides which of them may still be sent."""
 
-    _channel: Channel
-
-    def __init__(self) -> None:
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
         self._loop = asyncio.get_running_loop()
-        self.lost: str | None = None
-        """Why the owner is gone, once it is."""
-        self._numbers = 0
-        self._requests: dict[int, tuple[Request, Answered]] = {}
+        self._last_number = 0
+        self._unanswered: dict[int, tuple[Request, Answered]] = {}
         self._orphans: dict[int, Request] = {}
+        """Requests that nobody awaits any more and whose answers are still to come."""
         self.on_orphan: Callable[[Request, Answer], None] | None = None
-        """Told of answers whose askers were cancelled."""
-        self._ending: FeatcacheError | None = None
-        finds, rooms, copies, others = (asyncio.Semaphore(MAX_IN_FLIGHT) for _ in range(4))
-        # Lines of their own: what makes room, or makes what a key stands for, must not stand behind
-        # those that wait for it. A publish stands in none: it is as many as rooms were given.
-        self._lines: dict[type, asyncio.Semaphore] = {
-            Find: finds,
-            Reserve: rooms,
-            Relay: copies,
-            Upload: rooms,
-            **dict.fromkeys((KeyCommand, Discard, HostPool, OpenForWriting), others),
+        """Returns the resources of an answer whose task was cancelled."""
+        self._closing: FeatcacheError | None = None
+        """Raised by new requests other than `Publish` once this end is closing."""
+        self._ended: FeatcacheError | None = None
+        """Raised by all new requests once the channel is closed."""
+        lanes = {lane: asyncio.Semaphore(MAX_IN_FLIGHT) for lane in Lane}
+        self._lanes: dict[type, asyncio.Semaphore] = {
+            kind: lanes[kind.lane] for kind in messages.REQUESTS if kind.lane is not None
         }
-
-    def tell(self, note: Note | Discard | KeyCommand) -> None:
-        """Send what nobody awaits an answer to. An owner that is gone needs no telling."""
-        if self.lost is None and not self._channel.closed:
-            self._channel.send(encode(note))
 
     def number(self) -> int:
         """Return the number of a new request."""
-        self._numbers += 1
-        return self._numbers
+        self._last_number += 1
+        return self._last_number
 
-    async def ask(self, request: Request) -> tuple[Answer, list[int]]:
-        """Return the owner's answer and its descriptors, or raise the error that it says.
+    def tell(self, note: messages.Note | messages.Discard | messages.KeyCommand) -> None:
+        """Send a message whose answer, if it has one, nobody awaits. No-op once the channel is closed."""
+        if self._ended is None:
+            self._channel.send(encode(note))
 
-        If cancelled, the owner is told, and its answer goes to `on_orphan` when it comes.
+    async def request(self, request: Request) -> tuple[Answer, list[int]]:
+        """Return the owner's answer and its descriptors, or raise the error that it names.
+
+        On cancellation the owner is sent a `Cancel`, and its answer goes to `on_orphan` when it comes.
         """
-        if self.lost is not None or self._channel.closed:
-            raise self._ended()
-        number = request.request
+        if self._ended is not None:
+            raise _copy(self._ended)
         payload = encode(request)
-        line = self._lines.get(type(request))
-        if line is not None:
-            await line.acquire()
-            if self._ending is not None or self.lost is not None or self._channel.closed:
-                line.release()  # to the next, who finds the same
-                raise self._ended() if self._ending is None else self._ending
+        lane = self._lanes.get(type(request))
+        if lane is not None:
+            await lane.acquire()
+            refusal = self._closing or self._ended
+            if refusal is not None:
+                lane.release()  # the next waiter finds the same and wakes the one after it
+                raise _copy(refusal)
+        # From here to the answer the place in the lane is the request's, also when its task is gone:
+        # the owner works on it until it has answered.
+        number = request.request
         answer: Answered = self._loop.create_future()
-        self._requests[number] = request, answer
+        self._unanswered[number] = request, answer
         try:
-            if type(request) is Find:
+            if type(request) is _Find:
                 self._channel.send_next(payload)
-            else:  # which others may be waiting for
+            else:  # at once: other sessions may be waiting for its effect
                 self._channel.send(payload)
         except ValueError as error:
-            self._leave_lane(self._requests.pop(number)[0])
+            del self._unanswered[number]
+            if lane is not None:
+                lane.release()
             raise SettingsError(f"{error}: raise Settings.message_bytes, the owner's too") from None
         try:
             return await answer
         except asyncio.CancelledError:
-            self._abandon(request, answer)
+            self._cancel(request, answer)
             raise
         finally:
-            self._requests.pop(number, None)
+            self._unanswered.pop(number, None)
 
-    def _ended(self) -> FeatcacheError:
-        if self.lost is not None:
-            return OwnerLost(self.lost)
-        return CacheClosed("the session was closed")
-
-    def _leave_lane(self, request: Request) -> None:
-        line = self._lines.get(type(request))
-        if line is not None:
-            line.release()
-
-    def _abandon(self, request: Request, answer: Answered) -> None:
-        """See to an answer that nobody awaits any more: what it hands over is to be given back."""
+    def _cancel(self, request: Request, answer: Answered) -> None:
+        """Take the answer of a cancelled task: it may have come already, or is still to come."""
         if answer.done() and not answer.cancelled():
             if answer.exception() is None:
-                with contextlib.suppress(ProtocolError):  # it is cancelled, whatever the owner says
+                with contextlib.suppress(ProtocolError):  # the task ends as cancelled in any case
                     self._take_orphan(request, *answer.result())
-        elif request.request in self._requests and self.lost is None and not self._channel.closed:
-            self._orphans[request.request] = request
-            self.tell(Cancel(request.request))
+        elif request.request in self._unanswered and self._ended is None:
+            self._orphan(request)
 
-    def abandon(self, error: FeatcacheError) -> None:
-        """Let nobody wait for an answer any longer: each raises this. Publishing is not given up."""
-        self._ending = error
-        for request, future in list(self._requests.values()):
-            if not isinstance(request, Publish) and not future.done():
-                future.set_exception(error)
-                del self._requests[request.request]
-                self._orphans[request.request] = request
-                self.tell(Cancel(request.request))
+    def _orphan(self, request: Request) -> None:
+        # Listed before the owner is told: sending may end the channel, which clears the orphans.
+        self._orphans[request.request] = request
+        self.tell(messages.Cancel(request.request))
+
+    def fail_all(self, error: FeatcacheError) -> None:
+        """Fail every request but `Publish` with this error, and refuse new ones."""
+        # First: sending a Cancel may end the channel, and what that wakes finds this error.
+        self._closing = error
+        for request, answer in list(self._unanswered.values()):
+            # The bytes of a publish are in the slab: whoever awaits the ref still gets it.
+            if type(request) is not messages.Publish and not answer.done():
+                answer.set_exception(_copy(error))
+                del self._unanswered[request.request]
+                self._orphan(request)
+
+    def deliver(self, answer: Answer, fds: list[int]) -> None:
+        """Hand an answer and its descriptors to the task that awaits it.
+
+        Descriptors are closed here unless the task gets them. An answer to no request is dropped.
+        """
+        if fds and type(answer) is not _WriteDescriptors:
+            close_all(fds)
+            raise ProtocolError(f"a {type(answer).__name__} carries no descriptors")
+        request, future = self._unanswered.pop(answer.request, (None, None))
+        if request is None:
+            request = self._orphans.pop(answer.request, None)
+        # Once a request: it is taken out of its table first, so a second answer frees no other place.
+        if request is not None and (lane := self._lanes.get(type(request))) is not None:
+            lane.release()
+        refusal = answer if type(answer) is _Reply and answer.error is not None else None
+        if future is None or future.done():
+            # Cancelled: the task has run since and made this an orphan, or is yet to run and will find
+            # no answer in its future. Either way the answer is taken here.
+            if request is None or refusal is not None:
+                close_all(fds)
+            else:
+                self._take_orphan(request, answer, fds)
+        elif refusal is None:
+            future.set_result((answer, fds))
+        else:
+            close_all(fds)
+            future.set_exception(_error_of(refusal))
 
     def _take_orphan(self, request: Request, answer: Answer, fds: list[int]) -> None:
         close_all(fds)
@@ -139,38 +154,33 @@ class PendingRequests:
             try:
                 self.on_orphan(request, answer)
             except FeatcacheError as error:
-                raise ProtocolError(f"an answer that can't be given back: {error}") from error
+                raise ProtocolError(f"an answer that can't be returned: {error}") from error
 
-    def _answer(self, reply: Answer, fds: list[int]) -> None:
-        if fds and type(reply) is not WriteDescriptors:
-            close_all(fds)
-            raise ProtocolError("descriptors came with an answer that has none")
-        request, future = self._requests.pop(reply.request, (None, None))
-        asked = self._orphans.pop(reply.request, None) if request is None else request
-        if asked is not None:
-            self._leave_lane(asked)
-        refused = reply if type(reply) is Reply and reply.error is not None else None
-        if future is None or future.done():
-            # Cancelled: its task has found that out, or is yet to.
-            if asked is None or refused is not None:
-                close_all(fds)
-            else:
-                self._take_orphan(asked, reply, fds)
-            return
-        if refused is None:
-            future.set_result((reply, fds))
-            return
-        close_all(fds)
-        name = refused.error
-        kind = getattr(errors, name, None) if name is not None and name in errors.__all__ else None
-        future.set_exception((kind or FeatcacheError)(refused.text))
-
-    def _refuse_all(self, error: FeatcacheError) -> None:
-        """Let nobody wait for an answer that can't come."""
-        for _, future in self._requests.values():
-            if not future.done():
-                future.set_exception(type(error)(*error.args))
-        self._requests.clear()
+    def end(self, error: FeatcacheError) -> None:
+        """Fail every request with this error and refuse new ones: the channel is closed."""
+        self._ended = error
+        self.on_orphan = None  # it refers to the connection that holds this link: no cycle is left
+        for _, answer in self._unanswered.values():
+            if not answer.done():
+                answer.set_exception(_copy(error))
+        self._unanswered.clear()
         self._orphans.clear()
-        for line in set(self._lines.values()):
-            line.release()  # whom it wakes finds the end, and wakes the next
+        # Last: the waiter that each wakes must find the end, and passes the place on.
+        for lane in set(self._lanes.values()):
+            lane.release()
+
+    def forget(self) -> None:
+        """Refuse new requests in a forked child, whose copy of the loop must not be touched."""
+        self._ended = CacheClosed("the session was closed")
+
+
+def _copy(error: FeatcacheError) -> FeatcacheError:
+    """Return an error of its own for each task: a raised one grows a traceback."""
+    return type(error)(*error.args)
+
+
+def _error_of(refusal: messages.Reply) -> FeatcacheError:
+    """Return the error that a reply names, if featcache has one of that name."""
+    name = refusal.error
+    kind = getattr(errors, name, None) if name is not None and name in errors.__all__ else None
+    return (kind or FeatcacheError)(refusal.text)

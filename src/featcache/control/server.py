@@ -1,35 +1,29 @@
-"""The owner's end: who may attach, what became of each session, and the one who pays for the dead.
+"""The owner's end of the control connections: sessions admitted, their messages routed, their deaths.
 
-A session ends in one of two ways: it says goodbye, or its process dies (its pidfd fires). A socket
-that closes while the process lives is neither: the process may still be reading the slab, so the
-session is *quarantined* and its holds stand until the pidfd fires.
+A session ends in one of two ways: it says goodbye, or its process dies (its pidfd fires). A socket that
+closes while the process lives is neither: the process may still be reading the slab, so the session is
+*quarantined* and its holds stand until the pidfd fires (`SessionState`).
 """
 
 import asyncio
 import errno
 import socket
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 from featcache import events
 from featcache.control import endpoint as endpoints
+from featcache.control import messages
 from featcache.control.channel import Channel, close_all
 from featcache.control.credentials import PidWatch, check_uid, peer_pid
 from featcache.control.dispatch import Dispatcher, RequestHandlers
 from featcache.control.messages import (
     MAX_SEGMENTS,
     VERSION,
-    Closing,
-    Farewell,
-    Goodbye,
+    FromClient,
     Hello,
-    Note,
     ProtocolError,
-    Refused,
-    Request,
-    Segments,
-    TailUnmapped,
-    UnmapTail,
     decode_from_client,
     encode,
     is_request,
@@ -43,7 +37,10 @@ _QUARANTINE_EVENT_S = 0.1
 
 
 class Server:
-    """Listens, greets, and keeps the sessions. Everything runs in the loop, nothing blocks."""
+    """Accepts, greets and keeps the sessions. Everything runs in the loop, nothing blocks.
+
+    `host` is the pool's side of a session's life, `handlers` of its requests.
+    """
 
     def __init__(
         self,
@@ -54,7 +51,7 @@ class Server:
         handlers: RequestHandlers,
     ) -> None:
         self.endpoint = path
-        self._requests = Dispatcher(handlers)
+        self._dispatcher = Dispatcher(handlers)
         self._sock = sock
         self._settings = settings
         self._host = host
@@ -63,7 +60,8 @@ class Server:
         self._greeting: set[Peer] = set()
         self.sessions: dict[int, Peer] = {}
         """ACTIVE and QUARANTINED sessions by number."""
-        self._retiring: dict[int, asyncio.Future[None]] = {}
+        self._shrinking: dict[int, asyncio.Future[None]] = {}
+        """By shrink epoch: done once every session has unmapped the tail."""
         self._refusals = events.Throttle(settings.log_interval, burst=16)
         self._accept_retry: asyncio.TimerHandle | None = None
         self._loop.add_reader(sock.fileno(), self._accept)
@@ -81,30 +79,30 @@ class Server:
             self._pause_accepting(error)
             return
         self._numbers += 1
-        session = Peer(self._numbers, 0)
+        peer = Peer(self._numbers, 0)
         try:
-            session.pid = peer_pid(sock)
+            peer.pid = peer_pid(sock)
             check_uid(sock)
             if len(self._greeting) >= self._settings.sessions:
-                raise AttachRefused("too many peers are at the door already")
+                raise AttachRefused("too many handshakes in progress")
         except (AttachRefused, OSError) as error:
-            # Not answered: who is not of this user gets nothing to read.
+            # Not answered: another user's process is sent nothing.
             sock.close()
-            self._report_refusal(session, str(error))
+            self._report_refusal(peer, str(error))
             return
-        self._greeting.add(session)
-        session.channel = Channel(
+        self._greeting.add(peer)
+        peer.channel = Channel(
             sock,
             self._settings.message_bytes,
-            lambda payload, fds: self._on_message(session, payload, fds),
-            lambda error: self._on_lost(session, error),
+            partial(self._on_message, peer),  # a lambda would be a frame more for each message
+            partial(self._on_lost, peer),
         )
-        session.deadline = self._loop.call_later(
-            self._settings.attach_timeout, self._turn_away, session, "it said nothing in time"
+        peer.deadline = self._loop.call_later(
+            self._settings.attach_timeout, self._refuse, peer, "no Hello within attach_timeout"
         )
 
     def _pause_accepting(self, error: OSError) -> None:
-        """Stop listening for a moment: out of descriptors, accept would fail again at once, forever."""
+        """Stop accepting for a second: out of descriptors, accept would fail in every turn of the loop."""
         self._loop.remove_reader(self._sock.fileno())
         self._accept_retry = self._loop.call_later(1.0, self._resume_accepting)
         self._report_refusal(Peer(0, 0), f"can't accept: {error.strerror}")
@@ -113,55 +111,58 @@ class Server:
         self._accept_retry = None
         self._loop.add_reader(self._sock.fileno(), self._accept)
 
-    def _on_message(self, session: Peer, payload: bytes, fds: list[int]) -> None:
+    def _on_message(self, peer: Peer, payload: bytes, fds: list[int]) -> None:
         try:
             message = decode_from_client(payload)
-            if session.state is _ACTIVE and is_request(message):
-                self._requests.take(session, message)
+            if peer.state is _ACTIVE:
+                if is_request(message):
+                    self._dispatcher.answer(peer, message)
+                else:
+                    self._take(peer, message)
             elif isinstance(message, Hello):
                 taken, fds = fds, []
-                self._greet(session, message, taken)
-            elif session.state is not _ACTIVE:
-                raise ProtocolError("the first message must be a hello")
+                self._greet(peer, message, taken)
             else:
-                self._take(session, message)
+                raise ProtocolError("the first message must be a Hello")
         finally:
-            if fds:
+            if fds:  # of a message that carries none
                 close_all(fds)
 
-    def _take(self, session: Peer, message: Goodbye | TailUnmapped | Request | Note) -> None:
-        if isinstance(message, Goodbye):
-            self._goodbye(session)
-        elif isinstance(message, TailUnmapped):
-            session.layout = max(session.layout, message.layout)
-            self._settle_retired()
+    def _take(self, peer: Peer, message: FromClient) -> None:
+        """Take a message of an active session that is no request."""
+        if isinstance(message, messages.Note):
+            self._dispatcher.note(peer, message)
+        elif isinstance(message, messages.TailUnmapped):
+            peer.shrink_epoch = max(peer.shrink_epoch, message.shrink_epoch)
+            self._settle_shrinking()
+        elif isinstance(message, messages.Goodbye):
+            self._goodbye(peer)
         else:
-            self._requests.take(session, message)
+            raise ProtocolError(f"a second {type(message).__name__}")
 
-    def _greet(self, session: Peer, hello: Hello, fds: list[int]) -> None:
-        if session.state is not SessionState.GREETING:
-            close_all(fds)
-            raise ProtocolError("a second hello")
+    def _greet(self, peer: Peer, hello: Hello, fds: list[int]) -> None:
         if len(fds) != 1:
             close_all(fds)
-            raise ProtocolError("a hello carries the sender's pidfd")
-        session.watch = PidWatch(fds[0], lambda: self._on_death(session))
-        session.name = hello.name
+            raise ProtocolError("a Hello carries one descriptor, the sender's pidfd")
+        peer.watch = PidWatch(fds[0], lambda: self._on_death(peer))
+        peer.name = hello.name
         try:
             self._check(hello)
-            welcome, descriptors = self._host.admit(session)
+            welcome, descriptors = self._host.admit(peer)
         except (FeatcacheError, OSError) as error:
-            self._turn_away(session, str(error))
+            self._refuse(peer, str(error))
             return
-        self._stop_greeting(session)
-        session.state = SessionState.ACTIVE
-        self.sessions[session.number] = session
-        assert session.channel is not None, "a greeting session has its channel"
-        session.layout = welcome.layout
-        session.channel.send_bytes = min(self._settings.message_bytes, hello.message_bytes)
-        session.channel.send(encode(welcome), descriptors)
-        self._send_segments(session, self._host.segments())
-        self._emit(events.ReaderAttached, session)
+        self._stop_greeting(peer)
+        peer.state = _ACTIVE
+        # From `admit` to the segments is one turn of the loop, so no change of the slab's size comes
+        # between: the session hears of each, after its welcome.
+        self.sessions[peer.number] = peer
+        assert peer.channel is not None, "a greeting session has its channel"
+        peer.shrink_epoch = welcome.shrink_epoch
+        peer.channel.send_bytes = min(self._settings.message_bytes, hello.message_bytes)
+        peer.channel.send(encode(welcome), descriptors)
+        self._send_segments(peer, self._host.segments())
+        self._emit(events.ReaderAttached, peer)
 
     def _check(self, hello: Hello) -> None:
         if hello.version != VERSION:
@@ -175,162 +176,170 @@ class Server:
                 if other.name == hello.name:
                     raise AttachRefused(f"a session named {hello.name!r} is attached already")
 
-    def _turn_away(self, session: Peer, reason: str) -> None:
-        self._report_refusal(session, reason)
-        if session.channel is not None:
-            session.channel.send(encode(Refused(reason[:1000])))
-        self._end(session)
+    def _refuse(self, peer: Peer, reason: str) -> None:
+        self._report_refusal(peer, reason)
+        if peer.channel is not None:
+            peer.channel.send(encode(messages.Refused(reason[:1000])))
+        self._end(peer)
 
-    def _report_refusal(self, session: Peer, reason: str) -> None:
+    def _report_refusal(self, peer: Peer, reason: str) -> None:
         unlogged = self._refusals.pass_(self._loop.time())
         if unlogged is not None:
             events.emit(
                 events.PeerRefused(
-                    pool=self._host.pool_name, reason=reason, pid=session.pid, unlogged=unlogged
+                    pool=self._host.pool_name, reason=reason, pid=peer.pid, unlogged=unlogged
                 )
             )
 
     # --- the slab's size --------------------------------------------------------------------------
 
     def announce(self, segments: Sequence[Segment]) -> None:
-        """Send every session the segments that were made."""
-        for session in self.sessions.values():
-            self._send_segments(session, segments)
+        """Send every session the segments that were committed."""
+        for peer in self.sessions.values():
+            self._send_segments(peer, segments)
 
-    def _send_segments(self, session: Peer, segments: Sequence[Segment]) -> None:
-        assert session.channel is not None, "an active session has its channel"
+    def _send_segments(self, peer: Peer, segments: Sequence[Segment]) -> None:
+        assert peer.channel is not None, "an active session has its channel"
         for first in range(0, len(segments), MAX_SEGMENTS):
             some = segments[first : first + MAX_SEGMENTS]
             sizes = [segment.size_bytes for segment in some]
-            session.channel.send(
-                encode(Segments(some[0].start_bytes, sizes)), [segment.fd for segment in some]
+            peer.channel.send(
+                encode(messages.Segments(some[0].start_bytes, sizes)),
+                [segment.fd for segment in some],
             )
 
-    def retire(self, layout: int, end_bytes: int, timeout_s: float) -> Coroutine[Any, Any, int]:
-        """Have every session unmap the segments from `end_bytes` on: it is sent when this returns.
+    def retire(
+        self, shrink_epoch: int, end_bytes: int, timeout_s: float
+    ) -> Coroutine[Any, Any, int]:
+        """Have every session unmap the segments from `end_bytes` on.
 
-        Awaiting what it returns tells how many had not said within `timeout_s` that they have; they
+        The messages are sent before this returns, so they come before any segment that is announced
+        later. The coroutine returns how many sessions have not acknowledged within `timeout_s`; these
         keep the memory.
         """
-        for session in self.sessions.values():
-            assert session.channel is not None, "an active session has its channel"
-            session.channel.send(encode(UnmapTail(layout, end_bytes)))
-        return self._await_retired(layout, timeout_s)
+        for peer in self.sessions.values():
+            assert peer.channel is not None, "an active session has its channel"
+            peer.channel.send(encode(messages.UnmapTail(shrink_epoch, end_bytes)))
+        return self._await_unmapped(shrink_epoch, timeout_s)
 
-    async def _await_retired(self, layout: int, timeout_s: float) -> int:
-        done = self._retiring[layout] = self._loop.create_future()
-        self._settle_retired()
+    async def _await_unmapped(self, shrink_epoch: int, timeout_s: float) -> int:
+        done = self._shrinking[shrink_epoch] = self._loop.create_future()
+        self._settle_shrinking()  # there may be no session to wait for
         await asyncio.wait([done], timeout=timeout_s)
-        del self._retiring[layout]
-        return self._behind(layout)
+        del self._shrinking[shrink_epoch]
+        return self._behind(shrink_epoch)
 
-    def _behind(self, layout: int) -> int:
-        return sum(session.layout < layout for session in self.sessions.values())
+    def _behind(self, shrink_epoch: int) -> int:
+        """Return how many sessions may still map the tail that this epoch took away."""
+        return sum(peer.shrink_epoch < shrink_epoch for peer in self.sessions.values())
 
-    def _settle_retired(self) -> None:
-        for layout, done in self._retiring.items():
-            if not done.done() and not self._behind(layout):
+    def _settle_shrinking(self) -> None:
+        for shrink_epoch, done in self._shrinking.items():
+            if not done.done() and not self._behind(shrink_epoch):
                 done.set_result(None)
 
     # --- departures -----------------------------------------------------------------------------
 
-    def _goodbye(self, session: Peer) -> None:
-        self._host.end(session, died=False)
-        assert session.channel is not None, "an active session has its channel"
-        session.channel.send(encode(Farewell()))
-        self._end(session)
-        self._emit(events.ReaderLeft, session)
+    def _goodbye(self, peer: Peer) -> None:
+        # Folded first: once the client has its Farewell, whatever it paid is counted.
+        self._host.end(peer, died=False)
+        assert peer.channel is not None, "an active session has its channel"
+        peer.channel.send(encode(messages.Farewell()))
+        self._end(peer)
+        self._emit(events.ReaderLeft, peer)
 
-    def _on_lost(self, session: Peer, error: Exception | None) -> None:
-        """Take note that the socket is gone, which says nothing about the process."""
+    def _on_lost(self, peer: Peer, error: Exception | None) -> None:
+        """Quarantine a session whose socket is gone: its process may live and be reading."""
         reason = "its socket closed" if error is None else str(error)
-        if session.state is SessionState.GREETING:
-            if error is not None:  # who only looks whether somebody listens is no event
-                self._turn_away(session, reason)
-            self._end(session)
-        elif session.state is SessionState.ACTIVE:
-            assert session.watch is not None, "an active session has its watch"
-            if session.watch.dead:
-                self._on_death(session)
+        if peer.state is SessionState.GREETING:
+            if (
+                error is not None
+            ):  # a peer that only probes whether the endpoint is live is no event
+                self._refuse(peer, reason)
+            self._end(peer)
+        elif peer.state is SessionState.ACTIVE:
+            assert peer.watch is not None, "an active session has its watch"
+            if peer.watch.dead:
+                self._on_death(peer)
                 return
-            session.state = SessionState.QUARANTINED
-            session.cancel_tasks()
-            self._host.quarantine(session)
-            # A process that is killed loses its sockets a moment before its pidfd fires: only what
-            # lasts is worth a warning.
-            session.deadline = self._loop.call_later(
-                _QUARANTINE_EVENT_S, self._report_quarantine, session, reason
+            peer.state = SessionState.QUARANTINED
+            peer.cancel_tasks()
+            self._host.quarantine(peer)
+            # A process that is killed loses its sockets a moment before its pidfd fires: only a
+            # quarantine that lasts is worth a warning.
+            peer.deadline = self._loop.call_later(
+                _QUARANTINE_EVENT_S, self._report_quarantine, peer, reason
             )
 
-    def _report_quarantine(self, session: Peer, reason: str) -> None:
+    def _report_quarantine(self, peer: Peer, reason: str) -> None:
         events.emit(
             events.ReaderQuarantined(
                 pool=self._host.pool_name,
-                session=session.number,
-                reader=session.name,
-                pid=session.pid,
+                session=peer.number,
+                reader=peer.name,
+                pid=peer.pid,
                 reason=reason,
             )
         )
 
-    def _on_death(self, session: Peer) -> None:
-        if session.state not in {SessionState.ACTIVE, SessionState.QUARANTINED}:
-            self._end(session)
+    def _on_death(self, peer: Peer) -> None:
+        if peer.state not in {_ACTIVE, SessionState.QUARANTINED}:
+            self._end(peer)
             return
-        paid = self._host.end(session, died=True)
-        self._end(session)
+        paid = self._host.end(peer, died=True)
+        self._end(peer)
         events.emit(
             events.ReaderLost(
                 pool=self._host.pool_name,
-                session=session.number,
-                reader=session.name,
-                pid=session.pid,
+                session=peer.number,
+                reader=peer.name,
+                pid=peer.pid,
                 reads_paid=paid,
             )
         )
 
-    def _end(self, session: Peer) -> None:
-        session.state = SessionState.ENDED
-        self._stop_greeting(session)
-        self.sessions.pop(session.number, None)
-        session.cancel_tasks()
-        self._settle_retired()
-        if session.channel is not None:
-            session.channel.close()
-        if session.watch is not None:
-            session.watch.close()
+    def _end(self, peer: Peer) -> None:
+        peer.state = SessionState.ENDED
+        self._stop_greeting(peer)
+        self.sessions.pop(peer.number, None)
+        peer.cancel_tasks()
+        self._settle_shrinking()  # an ended session is no longer behind
+        if peer.channel is not None:
+            peer.channel.close()
+        if peer.watch is not None:
+            peer.watch.close()
 
-    def _stop_greeting(self, session: Peer) -> None:
-        self._greeting.discard(session)
-        if session.deadline is not None:
-            session.deadline.cancel()
-            session.deadline = None
+    def _stop_greeting(self, peer: Peer) -> None:
+        self._greeting.discard(peer)
+        if peer.deadline is not None:
+            peer.deadline.cancel()
+            peer.deadline = None
 
     def _emit(
-        self, kind: Callable[..., events.ReaderAttached | events.ReaderLeft], session: Peer
+        self, kind: Callable[..., events.ReaderAttached | events.ReaderLeft], peer: Peer
     ) -> None:
         pool = self._host.pool_name
-        events.emit(kind(pool=pool, session=session.number, reader=session.name, pid=session.pid))
+        events.emit(kind(pool=pool, session=peer.number, reader=peer.name, pid=peer.pid))
 
     # --- the owner's own end --------------------------------------------------------------------
 
     def close(self) -> None:
-        """Tell every session, close everything, and remove the socket's file."""
+        """Tell every peer, close everything, and remove the socket's file."""
         if self._accept_retry is not None:
             self._accept_retry.cancel()
         self._loop.remove_reader(self._sock.fileno())
-        for session in [*self.sessions.values(), *self._greeting]:
-            if session.channel is not None:
-                session.channel.send(encode(Closing()))
-            self._end(session)
+        for peer in [*self.sessions.values(), *self._greeting]:
+            if peer.channel is not None:
+                peer.channel.send(encode(messages.Closing()))
+            self._end(peer)
         self._sock.close()
         endpoints.unlink(self.endpoint)
 
     def forget(self) -> None:
         """Drop descriptors in a forked child; the parent's sessions and socket file stay."""
-        for session in [*self.sessions.values(), *self._greeting]:
-            if session.channel is not None:
-                session.channel.forget()
-            if session.watch is not None:
-                session.watch.forget()
+        for peer in [*self.sessions.values(), *self._greeting]:
+            if peer.channel is not None:
+                peer.channel.forget()
+            if peer.watch is not None:
+                peer.watch.forget()
         self._sock.close()

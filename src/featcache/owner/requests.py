@@ -47,9 +47,9 @@ class RequestHandlers:
         """Handle a request; return the answer, or the coroutine that will."""
         return self._answers[type(ask)](session, ask)
 
-    def note(self, session: int, note: messages.Unclaim | messages.Withdraw) -> None:
+    def note(self, session: int, note: messages.ReleaseClaim | messages.GiveUpReserved) -> None:
         """Handle a message that has no answer."""
-        if isinstance(note, messages.Unclaim):
+        if isinstance(note, messages.ReleaseClaim):
             if self._pool.store.key_waiters.has(note.key, note.claim, session):
                 self._lookups.release_claim(Claim(note.key, note.claim))
         else:
@@ -96,7 +96,7 @@ class RequestHandlers:
         return messages.Granted(request, grant.index, grant.serial, known[1])
 
     def _of_key(self, session: int, ask: messages.KeyCommand) -> Answer:
-        flag = self._lookups.command(ask.what, ask.key, session)
+        flag = self._lookups.command(ask.command, ask.key, session)
         return messages.Reply(ask.request, flag=flag)
 
     # --- slots that sessions write ----------------------------------------------------------------
@@ -139,7 +139,7 @@ class RequestHandlers:
         pool.publish_from(slot, ask.specs, page)
         return messages.Reply(ask.request)
 
-    def _withdraw(self, session: int, note: messages.Withdraw) -> None:
+    def _withdraw(self, session: int, note: messages.GiveUpReserved) -> None:
         """Give up a slot; if the session's stream may still write it, only after its word has landed."""
         pool, page = self._pool, self._page(session)
         try:
@@ -174,4 +174,6 @@ class RequestHandlers:
             if grant is not None and grant.serial == answer.serial:
                 self._lookups.return_lease(page, grant)
         elif isinstance(answer, messages.Reserved):
-            self._withdraw(session, messages.Withdraw(answer.slot, answer.generation, landed=True))
+            self._withdraw(
+                session, messages.GiveUpReserved(answer.slot, answer.generation, landed=True)
+            )
