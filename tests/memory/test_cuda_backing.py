@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from featcache.errors import CacheClosed
-from featcache.memory.cuda import backing as backing_module
 from featcache.memory.cuda.backing import IPC, VMM, IpcBacking, SegmentBacking
 from featcache.memory.cuda.driver import DriverError
 from featcache.memory.cuda.mapping import CudaMapping, attach
+from featcache.memory.slab import Unreachable
 from featcache.ref import TensorSpec
 from memory.cudaslabs import (
     CAPACITY,
@@ -350,7 +350,7 @@ def test_a_device_that_can_not_be_opened_leaves_the_others(api: FakeApi, peer_ap
     spec = put_one(slab, 0, torch.rand(SEGMENT // 4 + 4))
     reader = attach_to(slab, peer_api)
     peer_api.fail("cuMemSetAccess", 3, Code.CUDA_ERROR_NOT_PERMITTED)
-    with pytest.raises(backing_module.Unreachable, match="cuMemSetAccess"):
+    with pytest.raises(Unreachable, match="cuMemSetAccess"):
         reader.enable_device(SECOND)
     assert not reader.can_copy_to(SECOND)
     reader.enable_device(SECOND)

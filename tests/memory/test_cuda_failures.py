@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from featcache.errors import BackendUnavailable
-from featcache.memory.cuda.backing import IPC, VMM, Unreachable
+from featcache.memory.cuda.backing import IPC, VMM
 from featcache.memory.cuda.driver import DriverError
 from featcache.memory.cuda.mapping import CudaMapping, attach
 from featcache.memory.cuda.slab import CudaSlab, choose_backend
+from featcache.memory.slab import Unreachable
 from featcache.memory.words import OwnerWords, SessionWords
 from memory.cudaslabs import (
     CAPACITY,

@@ -11,8 +11,7 @@ from featcache.control.channel import close_all
 from featcache.control.link import Link, SlabChange
 from featcache.control.messages import UnmapTail
 from featcache.errors import BackendUnavailable, CacheClosed, FeatcacheError, OwnerLost
-from featcache.memory.cuda.backing import Unreachable
-from featcache.memory.slab import Mapping
+from featcache.memory.slab import Mapping, Unreachable
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
 from featcache.session.offload import Offload

@@ -23,8 +23,7 @@ from featcache.errors import (
     UnknownPool,
 )
 from featcache.memory.backends import default_device, map_slab
-from featcache.memory.cuda.backing import Unreachable
-from featcache.memory.slab import Mapping
+from featcache.memory.slab import Mapping, Unreachable
 from featcache.memory.unreachable import UnreachableSlab
 from featcache.memory.words import OwnerWords, SessionWords
 from featcache.ref import FeatureRef

@@ -6,12 +6,12 @@ import torch
 
 from featcache.errors import AttachRefused, BackendUnavailable
 from featcache.memory.cuda import mapping as cuda
-from featcache.memory.cuda.backing import IPC, VMM, Unreachable
+from featcache.memory.cuda.backing import IPC, VMM
 from featcache.memory.cuda.driver import load
 from featcache.memory.cuda.slab import CudaSlab, choose_backend
 from featcache.memory.host import slab as host
 from featcache.memory.host.pinned import PinnedSlab
-from featcache.memory.slab import Mapping, Slab
+from featcache.memory.slab import Mapping, Slab, Unreachable
 
 _MAX_SEGMENTS: Final = 256
 """Each is a descriptor in the owner, and one that travels to every session."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 
+from featcache.errors import BackendUnavailable
 from featcache.memory.words import Block
 from featcache.ref import TensorSpec
 
@@ -24,6 +25,10 @@ Words: TypeAlias = Any
 """Control words as `signal` takes them, from `adopt`."""
 Word: TypeAlias = tuple[Words, int, int]
 """One of them, by its index, and what it is to say."""
+
+
+class Unreachable(BackendUnavailable):
+    """This device can't access the slab's memory: its reads go through host memory."""
 
 
 class Segment(NamedTuple):

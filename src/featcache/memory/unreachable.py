@@ -9,8 +9,7 @@ from typing import NoReturn
 
 import torch
 
-from featcache.memory.cuda.backing import Unreachable
-from featcache.memory.slab import Parts, Word
+from featcache.memory.slab import Parts, Unreachable, Word
 from featcache.memory.words import Block, fence_stores
 from featcache.ref import TensorSpec
 

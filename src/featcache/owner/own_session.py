@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 import torch
 
 from featcache.errors import CacheClosed, UnknownPool
-from featcache.memory.cuda.backing import Unreachable
+from featcache.memory.slab import Unreachable
 from featcache.owner.sessions import OWN_SESSION, Sessions
 from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool

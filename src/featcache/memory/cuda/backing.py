@@ -15,14 +15,11 @@ import torch
 from featcache.errors import AttachRefused, BackendUnavailable, CacheClosed
 from featcache.memory.cuda.driver import Driver, DriverError
 from featcache.memory.dlpack import storage_over
+from featcache.memory.slab import Unreachable
 
 VMM: Final = "cuda-vmm"
 IPC: Final = "cuda-ipc"
 _NO_PEER_ACCESS: Final = 217
-
-
-class Unreachable(BackendUnavailable):
-    """This device can't access the slab's memory: its reads go through host memory."""
 
 
 class _Mapped(NamedTuple):

@@ -15,11 +15,12 @@ import torch
 
 from featcache.errors import AttachRefused, CacheClosed, SettingsError
 from featcache.memory import strided as copies
-from featcache.memory.cuda.backing import IPC, VMM, Backing, IpcBacking, SegmentBacking, Unreachable
+from featcache.memory.cuda.backing import IPC, VMM, Backing, IpcBacking, SegmentBacking
 from featcache.memory.cuda.driver import Driver
 from featcache.memory.cuda.streams import DeviceStreams, StreamOrder
 from featcache.memory.cuda.writing import SLOWER, CudaWriting
 from featcache.memory.pack import DTYPES, contiguous_strides
+from featcache.memory.slab import Unreachable
 from featcache.memory.words import Block, fence_stores
 from featcache.ref import TensorSpec
 
