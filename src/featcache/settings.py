@@ -166,12 +166,18 @@ def _positive(_: object, field: "attrs.Attribute[Any]", value: float | None) -> 
 
 
 def _or_environment(name: str, default: Any) -> Any:
-    """Return a factory: ``FEATCACHE_<NAME>`` as it is when the record is made, else the default."""
     variable = _ENVIRONMENT_PREFIX + name.upper()
     return attrs.Factory(lambda: os.environ.get(variable) or default)
 
 
-@attrs.frozen(kw_only=True)
+def _read_environment(
+    _: type, fields: "list[attrs.Attribute[Any]]"
+) -> "list[attrs.Attribute[Any]]":
+    """Default each field to ``FEATCACHE_<NAME>``, read when a record is made, then to its own value."""
+    return [field.evolve(default=_or_environment(field.name, field.default)) for field in fields]
+
+
+@attrs.frozen(kw_only=True, field_transformer=_read_environment)
 class Settings:
     """Sizes (bytes, or strings such as ``"512MiB"``), times (seconds) and bounds of a pool.
 
@@ -183,111 +189,67 @@ class Settings:
 
     """
 
-    capacity: int = attrs.field(
-        default=_or_environment("capacity", 1 << 30), converter=_SIZE, validator=_within(1)
-    )
+    capacity: int = attrs.field(default=1 << 30, converter=_SIZE, validator=_within(1))
     """Bytes the slab may grow to."""
-    segment: int = attrs.field(
-        default=_or_environment("segment", 64 << 20), converter=_SIZE, validator=_within(4096)
-    )
+    segment: int = attrs.field(default=64 << 20, converter=_SIZE, validator=_within(4096))
     """Bytes committed or given back at a time."""
-    initial: int | None = attrs.field(
-        default=_or_environment("initial", None), converter=_OPTIONAL_SIZE
-    )
+    initial: int | None = attrs.field(default=None, converter=_OPTIONAL_SIZE)
     """Bytes committed at the start and never given back; None is one segment."""
-    idle: float = attrs.field(default=_or_environment("idle", 30.0), converter=_SECONDS)
+    idle: float = attrs.field(default=30.0, converter=_SECONDS)
     """Seconds a segment at the tail stays empty before it is given back."""
-    prefault: bool = attrs.field(default=_or_environment("prefault", True), converter=_FLAG)
+    prefault: bool = attrs.field(default=True, converter=_FLAG)
     """Touch host pages as they are committed (a first touch costs 40 times a warm copy)."""
-    huge_pages: bool = attrs.field(default=_or_environment("huge_pages", True), converter=_FLAG)
+    huge_pages: bool = attrs.field(default=True, converter=_FLAG)
     """Ask the system for huge pages under a host slab; it may say no."""
-    slots: int = attrs.field(
-        default=_or_environment("slots", 4096), converter=_COUNT, validator=_within(1, 1 << 20)
-    )
+    slots: int = attrs.field(default=4096, converter=_COUNT, validator=_within(1, 1 << 20))
     """Features the pool can hold at once."""
-    sessions: int = attrs.field(
-        default=_or_environment("sessions", 64), converter=_COUNT, validator=_within(1, 4096)
-    )
+    sessions: int = attrs.field(default=64, converter=_COUNT, validator=_within(1, 4096))
     """Readers and writers that can be attached at once."""
-    waiters: int = attrs.field(
-        default=_or_environment("waiters", 4096), converter=_COUNT, validator=_within(0, 1 << 20)
-    )
+    waiters: int = attrs.field(default=4096, converter=_COUNT, validator=_within(0, 1 << 20))
     """Puts that may stand in the queue for room; one more is `PoolFull`."""
-    readers: int = attrs.field(
-        default=_or_environment("readers", 1024), converter=_COUNT, validator=_within(1, 1 << 20)
-    )
+    readers: int = attrs.field(default=1024, converter=_COUNT, validator=_within(1, 1 << 20))
     """Reads that one ref may owe."""
-    tensors: int = attrs.field(
-        default=_or_environment("tensors", 256), converter=_COUNT, validator=_within(1, 4096)
-    )
+    tensors: int = attrs.field(default=256, converter=_COUNT, validator=_within(1, 4096))
     """Tensors that one feature may pack."""
-    attachments: int = attrs.field(
-        default=_or_environment("attachments", 64), converter=_COUNT, validator=_within(1, 4096)
-    )
+    attachments: int = attrs.field(default=64, converter=_COUNT, validator=_within(1, 4096))
     """Pools that one client keeps open; the longest attached one that is not read makes place."""
-    ttl: float | None = attrs.field(
-        default=_or_environment("ttl", 300.0), converter=_OPTIONAL_SECONDS, validator=_positive
-    )
+    ttl: float | None = attrs.field(default=300.0, converter=_OPTIONAL_SECONDS, validator=_positive)
     """Seconds until a ref that was not paid expires; None is never."""
-    grace: float = attrs.field(default=_or_environment("grace", 0.001), converter=_SECONDS)
+    grace: float = attrs.field(default=0.001, converter=_SECONDS)
     """Seconds between a revocation and the look at who still holds the bytes."""
-    recycle_interval: float = attrs.field(
-        default=_or_environment("recycle_interval", 0.05), converter=_SECONDS, validator=_positive
-    )
+    recycle_interval: float = attrs.field(default=0.05, converter=_SECONDS, validator=_positive)
     """Seconds between the recycler's looks while nobody waits; the safety net of its events."""
-    pressure_interval: float = attrs.field(
-        default=_or_environment("pressure_interval", 10.0), converter=_SECONDS, validator=_positive
-    )
+    pressure_interval: float = attrs.field(default=10.0, converter=_SECONDS, validator=_positive)
     """Seconds between pressure events while the level stays high."""
-    log_interval: float = attrs.field(
-        default=_or_environment("log_interval", 1.0), converter=_SECONDS
-    )
+    log_interval: float = attrs.field(default=1.0, converter=_SECONDS)
     """Least seconds between two events of one busy kind (``put.waited``, level changes)."""
-    attach_timeout: float = attrs.field(
-        default=_or_environment("attach_timeout", 10.0), converter=_SECONDS, validator=_positive
-    )
+    attach_timeout: float = attrs.field(default=10.0, converter=_SECONDS, validator=_positive)
     """Seconds for a handshake, on both sides."""
-    message_bytes: int = attrs.field(
-        default=_or_environment("message_bytes", 64 << 10), converter=_SIZE, validator=_within(1024)
-    )
+    message_bytes: int = attrs.field(default=64 << 10, converter=_SIZE, validator=_within(1024))
     """Longest control message."""
-    inline_bytes: int = attrs.field(
-        default=_or_environment("inline_bytes", 4 << 20), converter=_SIZE, validator=_within(0)
-    )
+    inline_bytes: int = attrs.field(default=4 << 20, converter=_SIZE, validator=_within(0))
     """Copies above this many bytes leave the event loop for a thread (about a millisecond)."""
-    backend: str = attrs.field(default=_or_environment("backend", "auto"), validator=_backend)
+    backend: str = attrs.field(default="auto", validator=_backend)
     """How a slab on a GPU is shared: ``"vmm"`` (segments by descriptor, elastic, read-only in readers),
     ``"ipc"`` (one legacy allocation of a fixed size), or ``"auto"``, the first that the device can."""
-    through_host: bool = attrs.field(
-        default=_or_environment("through_host", False), converter=_FLAG
-    )
+    through_host: bool = attrs.field(default=False, converter=_FLAG)
     """In a client: read by way of host memory even where the slab could be accessed."""
-    spill_always: bool = attrs.field(
-        default=_or_environment("spill_always", False), converter=_FLAG
-    )
+    spill_always: bool = attrs.field(default=False, converter=_FLAG)
     """Spill every put that says ``on_full="spill"``, also while the slab has room."""
-    grants: int = attrs.field(
-        default=_or_environment("grants", 4096), converter=_COUNT, validator=_within(1, 1 << 16)
-    )
+    grants: int = attrs.field(default=4096, converter=_COUNT, validator=_within(1, 1 << 16))
     """Reads by key that one session may have out at once."""
-    when_full: str = attrs.field(default=_or_environment("when_full", "grow"), validator=_when_full)
+    when_full: str = attrs.field(default="grow", validator=_when_full)
     """What a full slab does first: ``"grow"`` up to the capacity, or ``"evict"`` what is kept under
     keys and not read, the longest unused first."""
-    evict_above: float | None = attrs.field(
-        default=_or_environment("evict_above", None), converter=_OPTIONAL_SHARE
-    )
+    evict_above: float | None = attrs.field(default=None, converter=_OPTIONAL_SHARE)
     """Share of the capacity above which features are evicted before a put needs their room, down to
     `evict_to`; None is only when one does."""
-    evict_to: float | None = attrs.field(
-        default=_or_environment("evict_to", None), converter=_OPTIONAL_SHARE
-    )
+    evict_to: float | None = attrs.field(default=None, converter=_OPTIONAL_SHARE)
     """Share of the capacity down to which `evict_above` evicts; None is five hundredths less."""
-    compact: float = attrs.field(default=_or_environment("compact", 0.0), converter=_SHARE)
+    compact: float = attrs.field(default=0.0, converter=_SHARE)
     """Share of the last segment up to which idle features in it are evicted, after `idle` seconds, so
     that it can be given back; 0 is never."""
-    relay_ttl: float = attrs.field(
-        default=_or_environment("relay_ttl", 30.0), converter=_SECONDS, validator=_positive
-    )
+    relay_ttl: float = attrs.field(default=30.0, converter=_SECONDS, validator=_positive)
     """Seconds that a copy made for a read through host memory waits to be read."""
 
 
