@@ -276,13 +276,13 @@ def test_a_word_behind_reads_on_several_streams(
     assert last is orders[1]
     slab.signal(words, 0, 9, last)
     assert last is not None
-    api.run(last.raw, last.lane.ordinal)
+    api.run(last.raw, last.streams.ordinal)
     done = streams[0] == streams[1] and kind == "default streams"
     assert block.published[0] == (9 if done else 0), "not before the other stream's read is done"
     first = orders[0]
     assert first is not None
-    api.run(first.raw, first.lane.ordinal)
-    api.run(last.raw, last.lane.ordinal)
+    api.run(first.raw, first.streams.ordinal)
+    api.run(last.raw, last.streams.ordinal)
     assert all(int(out.sum()) == 24 for out in outs)
     assert block.published[0] == 9
     slab.close()

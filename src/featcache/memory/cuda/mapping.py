@@ -42,11 +42,11 @@ class CudaMapping(CudaWriting):
         self._driver = driver
         self._backing: Backing = backing
         self._ordinal = ordinal
-        self._lanes: dict[int, DeviceStreams] = {}
-        self._lane_of: dict[torch.device, DeviceStreams] = {}
+        self._by_ordinal: dict[int, DeviceStreams] = {}
+        self._by_device: dict[torch.device, DeviceStreams] = {}
         """The same by torch's name with an index: asking a torch.device for its parts is slow."""
         self._adopted: dict[int, tuple[memoryview, int]] = {}
-        self._home = self._open_lane(ordinal)
+        self._home = self._open_device(ordinal)
 
     @property
     def device(self) -> torch.device:
@@ -64,9 +64,9 @@ class CudaMapping(CudaWriting):
         """Whether `read` can copy to this device now; `enable_device` can make it so."""
         return (
             device is None
-            or device in self._lane_of
+            or device in self._by_device
             or device.type == "cpu"
-            or self._ordinal_at(device) in self._lanes
+            or self._ordinal_at(device) in self._by_ordinal
         )
 
     def enable_device(self, device: torch.device) -> None:
@@ -74,8 +74,8 @@ class CudaMapping(CudaWriting):
         ordinal = self._ordinal_at(device)
         if self._home.storage is None:
             raise CacheClosed("this mapping of the slab is closed")
-        if ordinal not in self._lanes:
-            self._open_lane(ordinal)
+        if ordinal not in self._by_ordinal:
+            self._open_device(ordinal)
 
     def open_for_writing(self, fds: Sequence[int]) -> None:
         """Map the slab a second time, to be written: what is lent from the first stays read-only."""
@@ -87,25 +87,25 @@ class CudaMapping(CudaWriting):
             address = self._backing.open_for_writing()
             self._target = (address, self._backing.storage(address, self._home.device))
 
-    def _open_lane(self, ordinal: int) -> DeviceStreams:
-        lane = DeviceStreams(self._driver, ordinal, self._driver.device(ordinal))
-        lane.address = self._backing.enable_device(ordinal)
-        lane.storage = self._backing.storage(lane.address, lane.device)
-        self._lanes[ordinal] = lane
-        if lane.device.type != "cpu":
-            self._lane_of[lane.device] = lane
-        return lane
+    def _open_device(self, ordinal: int) -> DeviceStreams:
+        streams = DeviceStreams(self._driver, ordinal, self._driver.device(ordinal))
+        streams.address = self._backing.enable_device(ordinal)
+        streams.storage = self._backing.storage(streams.address, streams.device)
+        self._by_ordinal[ordinal] = streams
+        if streams.device.type != "cpu":
+            self._by_device[streams.device] = streams
+        return streams
 
     def _ordinal_at(self, device: torch.device) -> int:
         return device.index if device.index is not None else torch.cuda.current_device()
 
-    def _lane(self, ordinal: int) -> DeviceStreams:
-        lane = self._lanes.get(ordinal)
-        if lane is None or lane.storage is None:
+    def _streams_on(self, ordinal: int) -> DeviceStreams:
+        streams = self._by_ordinal.get(ordinal)
+        if streams is None or streams.storage is None:
             if self._home.storage is None:
                 raise CacheClosed("this mapping of the slab is closed")
             raise Unreachable(f"cuda:{ordinal} has not opened this slab: await a get there first")
-        return lane
+        return streams
 
     # --- bytes ------------------------------------------------------------------------------------
 
@@ -113,11 +113,11 @@ class CudaMapping(CudaWriting):
         """Return the caller's place on a device's stream; None for the CPU, which is always in order."""
         if device is None:
             return self._home.order()
-        if device in self._lane_of:
-            lane = self._lane_of[device]
-            if lane.storage is not None:
-                return lane.order()
-        return None if device.type == "cpu" else self._lane(self._ordinal_at(device)).order()
+        if device in self._by_device:
+            streams = self._by_device[device]
+            if streams.storage is not None:
+                return streams.order()
+        return None if device.type == "cpu" else self._streams_on(self._ordinal_at(device)).order()
 
     def blocking_read_bytes(self, nbytes: int, device: torch.device | None) -> int:
         """Return how many bytes of host memory would hold up a thread as long as this copy does."""
@@ -127,8 +127,8 @@ class CudaMapping(CudaWriting):
         self, offset_bytes: int, spec: TensorSpec, device: torch.device | None = None
     ) -> torch.Tensor:
         """Return a tensor over the slab's bytes, on a device that has opened it."""
-        lane = self._home if device is None else self._lane(self._ordinal_at(device))
-        return lane.view(offset_bytes, spec)
+        streams = self._home if device is None else self._streams_on(self._ordinal_at(device))
+        return streams.view(offset_bytes, spec)
 
     def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
         """Return a new tensor to read into."""
@@ -150,16 +150,16 @@ class CudaMapping(CudaWriting):
             out = self.empty(spec, device)
             self._read_to_host(offset_bytes, spec, out)
             return out
-        lane = order.lane
-        if lane.storage is None:
+        streams = order.streams
+        if streams.storage is None:
             raise CacheClosed("this mapping of the slab is closed")
         shape = spec.shape
         out = torch.empty_strided(  # with strides torch takes two thirds of the time of `empty`
-            shape, contiguous_strides(shape), dtype=DTYPES[spec.dtype], device=lane.device
+            shape, contiguous_strides(shape), dtype=DTYPES[spec.dtype], device=streams.device
         )
         if nbytes := out.nbytes:
-            at = lane.address + offset_bytes + spec.offset_bytes
-            lane.copy(out.data_ptr(), at, nbytes, order.stream)
+            at = streams.address + offset_bytes + spec.offset_bytes
+            streams.copy(out.data_ptr(), at, nbytes, order.stream)
         return out
 
     def read(
@@ -169,20 +169,20 @@ class CudaMapping(CudaWriting):
         if order is None:
             self._read_to_host(offset_bytes, spec, out)
             return
-        lane = order.lane
-        if out.get_device() != lane.ordinal:
+        streams = order.streams
+        if out.get_device() != streams.ordinal:
             raise SettingsError("the tensors of one get are all on one device")
-        if lane.storage is None:
+        if streams.storage is None:
             raise CacheClosed("this mapping of the slab is closed")
         if out.is_contiguous() and not (
             out.is_neg() or out.is_conj()
         ):  # as copies.is_plain, inline
             if nbytes := out.nbytes:
-                at = lane.address + offset_bytes + spec.offset_bytes
-                lane.copy(out.data_ptr(), at, nbytes, order.stream)
+                at = streams.address + offset_bytes + spec.offset_bytes
+                streams.copy(out.data_ptr(), at, nbytes, order.stream)
             return
-        with lane.at(order):
-            copies.copy(out, self.view(offset_bytes, spec, lane.device))
+        with streams.at(order):
+            copies.copy(out, self.view(offset_bytes, spec, streams.device))
 
     def _read_to_host(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor) -> None:
         if not out.is_cpu:
@@ -217,7 +217,7 @@ class CudaMapping(CudaWriting):
             fence_stores()
             words.here[index] = value
             return
-        order.lane.write_word(words.address + 8 * index, value, order.stream)
+        order.streams.write_word(words.address + 8 * index, value, order.stream)
 
     def follow(
         self, order: StreamOrder | None, others: Sequence[StreamOrder | None]
@@ -228,10 +228,10 @@ class CudaMapping(CudaWriting):
             return order
         last = order if order is not None else behind.pop()
         for other in behind:
-            with self._driver.on(other.lane.ordinal):
+            with self._driver.on(other.streams.ordinal):
                 event = self._driver.mark(other.stream)
             try:
-                with self._driver.on(last.lane.ordinal):  # whose default stream 0 would be
+                with self._driver.on(last.streams.ordinal):  # whose default stream 0 would be
                     self._driver.follow(last.stream, event)
             finally:
                 self._driver.drop(event)
@@ -252,7 +252,7 @@ class CudaMapping(CudaWriting):
 
     def finish(self) -> None:
         """Wait for everything that is under way on the devices that read it. Blocks."""
-        for ordinal in list(self._lanes):
+        for ordinal in list(self._by_ordinal):
             self._driver.synchronize(ordinal)
 
     def close(self) -> None:
@@ -264,8 +264,8 @@ class CudaMapping(CudaWriting):
         with ExitStack() as each:  # from the last to the first
             each.callback(self._backing.close)
             self._target = None
-            for lane in self._lanes.values():
-                each.callback(lane.close)
+            for streams in self._by_ordinal.values():
+                each.callback(streams.close)
             for address in self._adopted:
                 each.callback(self._disown, address)
 
@@ -278,8 +278,8 @@ class CudaMapping(CudaWriting):
         """Drop in a forked child what it can drop without CUDA, which does not work there."""
         self._adopted.clear()
         self._target = None
-        for lane in self._lanes.values():
-            lane.drop_storage()
+        for streams in self._by_ordinal.values():
+            streams.drop_storage()
         if isinstance(self._backing, SegmentBacking):
             self._backing.drop_descriptors()
 

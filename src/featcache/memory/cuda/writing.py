@@ -17,7 +17,7 @@ SLOWER = 16
 
 
 class CudaWriting:
-    """What a mapping that can be written does; `_home` is the lane that it writes through."""
+    """What a mapping that can be written does; `_home` is the device that it writes through."""
 
     _home: DeviceStreams
     _ordinal: int
@@ -69,8 +69,8 @@ class CudaWriting:
 
         Then `signal` the word: of one bare tensor, as most features are, in one go with its copy.
         """
-        lane, target = self._home, self._target
-        if lane.storage is None:
+        streams, target = self._home, self._target
+        if streams.storage is None:
             raise CacheClosed("this mapping of the slab is closed")
         if target is None:
             raise BackendUnavailable("this mapping of the slab was not opened for writing")
@@ -80,22 +80,22 @@ class CudaWriting:
                 continue
             at = target[0] + offset_bytes + spec.offset_bytes
             where = tensor.get_device()
-            if where != lane.ordinal or order is None:
+            if where != streams.ordinal or order is None:
                 if where >= 0:
                     raise SettingsError("a part was not staged")
                 plain = tensor if copies.is_plain(tensor) else _made_plain(tensor)
-                lane.copy_now(at, plain.data_ptr(), nbytes)
+                streams.copy_now(at, plain.data_ptr(), nbytes)
             elif (  # as not copies.is_plain, inline
                 not tensor.is_contiguous()
                 or tensor.is_neg()
                 or (spec.dtype in copies.COMPLEX and tensor.is_conj())
             ):
-                with lane.at(order):
-                    copies.copy(_view(target[1], offset_bytes, spec, lane.device), tensor)
+                with streams.at(order):
+                    copies.copy(_view(target[1], offset_bytes, spec, streams.device), tensor)
             elif word is None or spec.name is not None:
-                lane.copy(at, tensor.data_ptr(), nbytes, order.stream)
+                streams.copy(at, tensor.data_ptr(), nbytes, order.stream)
             else:
-                lane.copy_and_signal(at, tensor.data_ptr(), nbytes, word, order.stream)
+                streams.copy_and_signal(at, tensor.data_ptr(), nbytes, word, order.stream)
                 return
         if word is not None:
             self.signal(*word, order)
