@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from featcache.errors import AttachRefused, BackendUnavailable
+from featcache.memory.cuda.backend import attach
 from featcache.memory.cuda.backing import IPC, VMM
 from featcache.memory.cuda.driver import DriverError
-from featcache.memory.cuda.mapping import CudaMapping, attach
+from featcache.memory.cuda.mapping import CudaMapping
 from featcache.memory.cuda.slab import CudaSlab
 from featcache.memory.slab import Unreachable
 from featcache.memory.words import SessionWords

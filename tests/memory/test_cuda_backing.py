@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from featcache.errors import CacheClosed
+from featcache.memory.cuda.backend import attach
 from featcache.memory.cuda.backing import IPC, VMM, IpcBacking, SegmentBacking
 from featcache.memory.cuda.driver import DriverError
-from featcache.memory.cuda.mapping import CudaMapping, attach
+from featcache.memory.cuda.mapping import CudaMapping
 from featcache.memory.slab import Unreachable
 from featcache.ref import TensorSpec
 from memory.cudaslabs import (

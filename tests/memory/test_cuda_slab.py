@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from featcache.errors import BackendUnavailable, CacheClosed, SettingsError
+from featcache.memory.cuda.backend import choose_kind
 from featcache.memory.cuda.backing import IPC, VMM
-from featcache.memory.cuda.slab import CudaSlab, choose_backend
+from featcache.memory.cuda.slab import CudaSlab
 from featcache.memory.cuda.streams import StreamOrder
 from featcache.memory.pack import DTYPES, pack
 from featcache.memory.views import invalidate
@@ -306,15 +307,15 @@ def test_choosing_a_backend(api: FakeApi, lacking: int | None) -> None:
     driver = driver_over(api)
     if lacking is not None:
         api.attributes[lacking] = 0
-    assert choose_backend(driver, 0, "ipc")[0] == IPC
-    kind, why = choose_backend(driver, 0, "auto")
+    assert choose_kind(driver, 0, "ipc")[0] == IPC
+    kind, why = choose_kind(driver, 0, "auto")
     assert kind == (VMM if lacking is None else IPC)
     assert ("can't" in why) == (lacking is not None)
     if lacking is None:
-        assert choose_backend(driver, 0, "vmm")[0] == VMM
+        assert choose_kind(driver, 0, "vmm")[0] == VMM
     else:
         with pytest.raises(BackendUnavailable, match="backend='ipc'"):
-            choose_backend(driver, 0, "vmm")
+            choose_kind(driver, 0, "vmm")
 
 
 def test_views_of_one_place_are_tensors_of_their_own(slab: CudaSlab) -> None:

@@ -22,7 +22,8 @@ from featcache.errors import (
     SettingsError,
     UnknownPool,
 )
-from featcache.memory.backends import default_device, map_slab
+from featcache.memory.backends import map_slab
+from featcache.memory.devices import default_device
 from featcache.memory.slab import Mapping, Unreachable
 from featcache.memory.unreachable import UnreachableSlab
 from featcache.memory.words import OwnerWords, SessionWords

@@ -40,6 +40,37 @@ class Segment(NamedTuple):
     """What they map it by; the slab's own."""
 
 
+class Plan(NamedTuple):
+    """The kind of slab that a device gets, and the constraints on its sizes."""
+
+    kind: str
+    """The backend's name for it."""
+    reason: str
+    """Why this kind was chosen, where there was a choice."""
+    ordinal: int
+    """The device in this process; -1 is the host."""
+    granularity_bytes: int
+    """Sizes are multiples of it."""
+    max_segments: int | None
+    """The most segments that it may be cut into; None is any number."""
+
+
+class PeerSlab(NamedTuple):
+    """A slab as its owner described it to a client. No field is trusted."""
+
+    kind: str
+    device_name: str
+    """``"cpu"`` or the UUID of the slab's GPU."""
+    capacity_bytes: int
+    """Bytes of the range."""
+    committed_bytes: int
+    """Bytes of it that have memory behind them."""
+    handle: bytes
+    """The legacy handle, or nothing."""
+    fds: list[int]
+    """The descriptors that came with it; the caller's."""
+
+
 class Mapping(Protocol):
     """A slab as one process sees it, for reading."""
 

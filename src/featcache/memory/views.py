@@ -9,6 +9,8 @@ import torch
 from torch.autograd.graph import increment_version
 
 from featcache.memory.dlpack import storage_over
+from featcache.memory.pack import DTYPES, contiguous_strides
+from featcache.ref import TensorSpec
 
 _blanks: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 """One tensor without elements for each dtype and device, all of which there are few."""
@@ -39,6 +41,15 @@ def view_over(
     somebody keeps the emptied tensor.
     """
     return _blank(dtype, device).data.set_(storage, at, shape, strides)
+
+
+def view_of(
+    storage: torch.UntypedStorage, offset_bytes: int, spec: TensorSpec, device: torch.device
+) -> torch.Tensor:
+    """Return the tensor of a spec in the slot at `offset_bytes`."""
+    dtype, shape = DTYPES[spec.dtype], spec.shape
+    at = (offset_bytes + spec.offset_bytes) // dtype.itemsize
+    return view_over(storage, at, dtype, shape, contiguous_strides(shape), device)
 
 
 def invalidate(view: torch.Tensor) -> None:

@@ -8,21 +8,24 @@ returns, on a stream of the mapping's own: it may then block, and belongs in a t
 import ctypes
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
 
-from featcache.errors import AttachRefused, CacheClosed, SettingsError
+from featcache.errors import AttachRefused, BackendUnavailable, CacheClosed, SettingsError
 from featcache.memory import strided as copies
-from featcache.memory.cuda.backing import IPC, VMM, Backing, IpcBacking, SegmentBacking
+from featcache.memory.cuda.backing import Backing, SegmentBacking
 from featcache.memory.cuda.driver import Driver
 from featcache.memory.cuda.streams import DeviceStreams, StreamOrder
-from featcache.memory.cuda.writing import SLOWER, CudaWriting
 from featcache.memory.pack import DTYPES, contiguous_strides
-from featcache.memory.slab import Unreachable
+from featcache.memory.slab import Parts, Unreachable, Word
+from featcache.memory.views import view_of
 from featcache.memory.words import Block, fence_stores
 from featcache.ref import TensorSpec
+
+_SLOWDOWN: Final = 16
+"""A copy over PCIe from pageable memory, waited for, takes so many times a copy in host memory."""
 
 
 class Words(NamedTuple):
@@ -32,7 +35,7 @@ class Words(NamedTuple):
     address: int
 
 
-class CudaMapping(CudaWriting):
+class CudaMapping:
     """A slab on a GPU as one process maps it, for one device of its own or for several."""
 
     deferred = True
@@ -47,6 +50,8 @@ class CudaMapping(CudaWriting):
         """The same by torch's name with an index: asking a torch.device for its parts is slow."""
         self._adopted: dict[int, tuple[memoryview, int]] = {}
         self._home = self._open_device(ordinal)
+        self._target: tuple[int, torch.UntypedStorage] | None = None
+        """The slab's start in a writable range of addresses, and a storage over that range."""
 
     @property
     def device(self) -> torch.device:
@@ -76,16 +81,6 @@ class CudaMapping(CudaWriting):
             raise CacheClosed("this mapping of the slab is closed")
         if ordinal not in self._by_ordinal:
             self._open_device(ordinal)
-
-    def open_for_writing(self, fds: Sequence[int]) -> None:
-        """Map the slab a second time, to be written: what is lent from the first stays read-only."""
-        if self._home.storage is None:
-            raise CacheClosed("this mapping of the slab is closed")
-        if fds:
-            raise AttachRefused("the owner sent descriptors where a slab on a GPU has none")
-        if self._target is None:
-            address = self._backing.open_for_writing()
-            self._target = (address, self._backing.storage(address, self._home.device))
 
     def _open_device(self, ordinal: int) -> DeviceStreams:
         streams = DeviceStreams(self._driver, ordinal, self._driver.device(ordinal))
@@ -121,7 +116,7 @@ class CudaMapping(CudaWriting):
 
     def blocking_read_bytes(self, nbytes: int, device: torch.device | None) -> int:
         """Return how many bytes of host memory would hold up a thread as long as this copy does."""
-        return nbytes * SLOWER if device is not None and device.type == "cpu" else 0
+        return nbytes * _SLOWDOWN if device is not None and device.type == "cpu" else 0
 
     def view(
         self, offset_bytes: int, spec: TensorSpec, device: torch.device | None = None
@@ -194,6 +189,90 @@ class CudaMapping(CudaWriting):
         self._home.copy_now(target.data_ptr(), at, target.nbytes)
         if target is not out:
             copies.copy(out, target)
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    @property
+    def writable(self) -> bool:
+        """Whether `write` can be called: in its owner always, elsewhere after `open_for_writing`."""
+        return self._target is not None
+
+    def open_for_writing(self, fds: Sequence[int]) -> None:
+        """Map the slab a second time, to be written: what is lent from the first stays read-only."""
+        if self._home.storage is None:
+            raise CacheClosed("this mapping of the slab is closed")
+        if fds:
+            raise AttachRefused("the owner sent descriptors where a slab on a GPU has none")
+        if self._target is None:
+            address = self._backing.open_for_writing()
+            self._target = (address, self._backing.storage(address, self._home.device))
+
+    def stage(self, parts: Parts) -> tuple[Parts, StreamOrder | None]:
+        """Return the parts on this device or the host, and the caller's place in its stream's order.
+
+        None is the order where no part is on a GPU: what is on the host is there already.
+        """
+        ordinal, on_device = self._ordinal, False
+        for _, tensor in parts:
+            where = tensor.get_device()
+            if where == ordinal:
+                on_device = True
+            elif where >= 0:
+                # torch orders a copy between devices after both their current streams.
+                device = self._home.device
+                parts = [
+                    (spec, part.to(device) if part.get_device() >= 0 else part)
+                    for spec, part in parts
+                ]
+                on_device = True
+                break
+        return parts, self._home.order() if on_device else None
+
+    def blocking_write_bytes(self, parts: Parts) -> int:
+        """Return how many bytes of host memory would hold up a thread as long as `write` does."""
+        total_bytes = 0
+        for _, tensor in parts:
+            if tensor.get_device() < 0:
+                total_bytes += tensor.nbytes
+        return total_bytes * _SLOWDOWN
+
+    def write(
+        self, offset_bytes: int, parts: Parts, order: StreamOrder | None, word: Word | None = None
+    ) -> None:
+        """Copy staged tensors in: from the GPU enqueued at `order`, from the host done on return.
+
+        Then `signal` the word: of one bare tensor, as most features are, in one go with its copy.
+        """
+        streams, target = self._home, self._target
+        if streams.storage is None:
+            raise CacheClosed("this mapping of the slab is closed")
+        if target is None:
+            raise BackendUnavailable("this mapping of the slab was not opened for writing")
+        for spec, tensor in parts:
+            nbytes = tensor.nbytes
+            if not nbytes:
+                continue
+            at = target[0] + offset_bytes + spec.offset_bytes
+            where = tensor.get_device()
+            if where != streams.ordinal or order is None:
+                if where >= 0:
+                    raise SettingsError("a part was not staged")
+                plain = tensor if copies.is_plain(tensor) else _made_plain(tensor)
+                streams.copy_now(at, plain.data_ptr(), nbytes)
+            elif (  # as not copies.is_plain, inline
+                not tensor.is_contiguous()
+                or tensor.is_neg()
+                or (spec.dtype in copies.COMPLEX and tensor.is_conj())
+            ):
+                with streams.at(order):
+                    copies.copy(view_of(target[1], offset_bytes, spec, streams.device), tensor)
+            elif word is None or spec.name is not None:
+                streams.copy(at, tensor.data_ptr(), nbytes, order.stream)
+            else:
+                streams.copy_and_signal(at, tensor.data_ptr(), nbytes, word, order.stream)
+                return
+        if word is not None:
+            self.signal(*word, order)
 
     # --- words ------------------------------------------------------------------------------------
 
@@ -290,44 +369,7 @@ def _address_of(words: memoryview) -> int:
     return int(np.frombuffer(words, dtype=np.uint8).ctypes.data)
 
 
-def attach(
-    driver: Driver,
-    kind: str,
-    device_uuid: str,
-    capacity_bytes: int,
-    handle: bytes,
-    device: torch.device | None,
-) -> CudaMapping:
-    """Map another process's slab for a device of this one. May block; segments come by `extend`.
-
-    Args:
-        driver: the driver.
-        kind: `VMM` or `IPC`.
-        device_uuid: the device that the slab is on.
-        capacity_bytes: bytes of its range.
-        handle: the legacy handle; empty for `VMM`.
-        device: the device that reads; None is the slab's own, else torch's current one.
-
-    Raises:
-        Unreachable: the device has no peer access to the slab's.
-        BackendUnavailable: the driver refused; the message says what.
-
-    """
-    theirs = driver.ordinal_of(device_uuid)
-    if device is not None and device.index is not None:
-        ordinal = device.index
-    else:
-        ordinal = theirs if theirs is not None and device is None else torch.cuda.current_device()
-    if theirs is not None and not driver.can_reach(ordinal, theirs):
-        raise Unreachable(f"cuda:{ordinal} has no peer access to the slab's device, {device_uuid}")
-    backing: Backing
-    if kind == VMM:
-        backing = SegmentBacking(driver, ordinal, capacity_bytes)
-    else:
-        assert kind == IPC, kind
-        backing = IpcBacking(driver, ordinal, capacity_bytes, handle=handle)
-    try:
-        return CudaMapping(driver, backing, ordinal)
-    except BaseException:
-        backing.close()
-        raise
+def _made_plain(tensor: torch.Tensor) -> torch.Tensor:
+    plain = torch.empty(tensor.shape, dtype=tensor.dtype)
+    copies.copy(plain, tensor)
+    return plain

@@ -1,30 +1,9 @@
 """A slab on a GPU, as its owner has it."""
 
-from featcache.errors import BackendUnavailable
-from featcache.memory.cuda.backing import IPC, VMM, IpcBacking, SegmentBacking
+from featcache.memory.cuda.backing import VMM, IpcBacking, SegmentBacking
 from featcache.memory.cuda.driver import Driver
 from featcache.memory.cuda.mapping import CudaMapping
 from featcache.memory.slab import Segment
-
-
-def choose_backend(driver: Driver, ordinal: int, wanted: str) -> tuple[str, str]:
-    """Return the kind of slab to make on a device, and why.
-
-    Raises:
-        BackendUnavailable: `wanted` is ``"vmm"`` and the device can't.
-
-    """
-    able = driver.can_share_segments(ordinal)
-    if wanted == "ipc":
-        return IPC, "Settings.backend asks for it"
-    if able:
-        why = "Settings.backend asks for it" if wanted == "vmm" else "the device can share segments"
-        return VMM, why
-    if wanted == "vmm":
-        raise BackendUnavailable(
-            "this device can't share memory segments by descriptor: Settings(backend='ipc')"
-        )
-    return IPC, "the device can't share memory segments by descriptor"
 
 
 class CudaSlab(CudaMapping):

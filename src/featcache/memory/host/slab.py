@@ -21,15 +21,15 @@ import torch
 
 from featcache.errors import AttachRefused, BackendUnavailable, CacheClosed
 from featcache.memory import strided as copies
+from featcache.memory.devices import CPU
 from featcache.memory.host.available import available_bytes
-from featcache.memory.pack import DTYPES, contiguous_strides
+from featcache.memory.pack import DTYPES
 from featcache.memory.slab import Parts, Segment, Word
-from featcache.memory.views import view_over
+from featcache.memory.views import view_of
 from featcache.memory.words import Block, fence_stores, memfd
 from featcache.ref import TensorSpec
 
 KIND: Final = "host"
-CPU: Final = torch.device("cpu")
 _MADV_POPULATE_READ: Final = 22  # Linux 5.14; Python has no names for them
 _MADV_POPULATE_WRITE: Final = 23
 _FALLOC_PUNCH: Final = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
@@ -65,12 +65,6 @@ def _advise(mapping: mmap.mmap, advice: int, start_bytes: int, size_bytes: int) 
             return False
         raise
     return True
-
-
-def _view(storage: torch.UntypedStorage, offset_bytes: int, spec: TensorSpec) -> torch.Tensor:
-    dtype, shape = DTYPES[spec.dtype], spec.shape
-    at = (offset_bytes + spec.offset_bytes) // dtype.itemsize
-    return view_over(storage, at, dtype, shape, contiguous_strides(shape), CPU)
 
 
 class _Target(NamedTuple):
@@ -150,7 +144,7 @@ class HostMapping:
         storage = self._storage
         if storage is None:
             raise CacheClosed("this mapping of the slab is closed")
-        return _view(storage, offset_bytes, spec)
+        return view_of(storage, offset_bytes, spec, CPU)
 
     def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
         """Return a new tensor to read into."""
@@ -229,7 +223,7 @@ class HostMapping:
                 _memmove(at, tensor.data_ptr(), tensor.nbytes)
             else:
                 with _on(order):
-                    copies.copy(_view(target.storage, offset_bytes, spec), tensor)
+                    copies.copy(view_of(target.storage, offset_bytes, spec, CPU), tensor)
         if word is not None:
             self.signal(*word, order)
 
