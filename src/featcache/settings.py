@@ -1,4 +1,4 @@
-"""Every bound and interval in one frozen record, read from the environment where asked."""
+"""`Settings`: every bound and interval in one frozen record, with defaults from the environment."""
 
 import math
 import os
@@ -16,6 +16,7 @@ __all__ = [
     "parse_bytes",
     "parse_seconds",
     "parse_timeout",
+    "round_up",
     "split_budget",
 ]
 
@@ -25,8 +26,13 @@ _UNITS |= {f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)}
 _SIZE_TEXT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 MAX_KEY_BYTES = 1024
 """Bytes of the longest key."""
-_MAX_BYTES = 1 << 47  # a user address space; what is larger can't be mapped on any machine we know
+_MAX_BYTES = 1 << 47  # a user address space: no machine that we know maps more
 _ENVIRONMENT_PREFIX = "FEATCACHE_"
+
+
+def round_up(size_bytes: int, unit_bytes: int) -> int:
+    """Return the least multiple of `unit_bytes` that is not below a size."""
+    return -(-size_bytes // unit_bytes) * unit_bytes
 
 
 def parse_bytes(value: int | str, what: str = "size", *, minimum: int = 1) -> int:
@@ -54,7 +60,7 @@ def parse_bytes(value: int | str, what: str = "size", *, minimum: int = 1) -> in
 
 
 def parse_timeout(value: float | None) -> float | None:
-    """Return seconds, or None for ever."""
+    """Return seconds; None waits indefinitely."""
     return None if value is None else parse_seconds(value, "timeout")
 
 
@@ -72,7 +78,7 @@ def parse_seconds(
     return seconds
 
 
-# Converters: attrs hands them the field, so that an error names it.
+# Converters: attrs passes them the field, so that an error names it.
 
 
 def _size(value: int | str, field: "attrs.Attribute[Any]") -> int:
@@ -80,7 +86,7 @@ def _size(value: int | str, field: "attrs.Attribute[Any]") -> int:
 
 
 def _is_none(value: object) -> bool:
-    return isinstance(value, str) and value.lower() == "none"  # as the environment says it
+    return isinstance(value, str) and value.lower() == "none"  # the environment has only strings
 
 
 def _optional_size(value: int | str | None, field: "attrs.Attribute[Any]") -> int | None:
@@ -144,20 +150,12 @@ def _within(low: int, high: int = _MAX_BYTES) -> Callable[[Any, Any, int], None]
     return check
 
 
-_BACKENDS = ("auto", "vmm", "ipc")
+def _one_of(*names: str) -> Callable[[Any, Any, str], None]:
+    def check(_: object, field: "attrs.Attribute[str]", value: str) -> None:
+        if value not in names:
+            raise SettingsError(f"{field.name}={value!r} is none of {names}")
 
-
-def _backend(_: object, field: "attrs.Attribute[str]", value: str) -> None:
-    if value not in _BACKENDS:
-        raise SettingsError(f"{field.name}={value!r} is none of {_BACKENDS}")
-
-
-_WHEN_FULL = ("grow", "evict")
-
-
-def _when_full(_: object, field: "attrs.Attribute[str]", value: str) -> None:
-    if value not in _WHEN_FULL:
-        raise SettingsError(f"{field.name}={value!r} is none of {_WHEN_FULL}")
+    return check
 
 
 def _positive(_: object, field: "attrs.Attribute[Any]", value: float | None) -> None:
@@ -190,35 +188,35 @@ class Settings:
     """
 
     capacity: int = attrs.field(default=1 << 30, converter=_SIZE, validator=_within(1))
-    """Bytes the slab may grow to."""
+    """Bytes that the slab may grow to."""
     segment: int = attrs.field(default=64 << 20, converter=_SIZE, validator=_within(4096))
-    """Bytes committed or given back at a time."""
+    """Bytes committed or released at a time."""
     initial: int | None = attrs.field(default=None, converter=_OPTIONAL_SIZE)
-    """Bytes committed at the start and never given back; None is one segment."""
+    """Bytes committed at the start and never released; None is one segment."""
     idle: float = attrs.field(default=30.0, converter=_SECONDS)
-    """Seconds a segment at the tail stays empty before it is given back."""
+    """Seconds that a segment at the tail stays empty before it is released."""
     prefault: bool = attrs.field(default=True, converter=_FLAG)
-    """Touch host pages as they are committed (a first touch costs 40 times a warm copy)."""
+    """Whether host pages are touched as they are committed: a first touch costs 40 times a warm copy."""
     huge_pages: bool = attrs.field(default=True, converter=_FLAG)
-    """Ask the system for huge pages under a host slab; it may say no."""
+    """Whether a host slab requests huge pages from the system, which may refuse."""
     slots: int = attrs.field(default=4096, converter=_COUNT, validator=_within(1, 1 << 20))
-    """Features the pool can hold at once."""
+    """Features that the pool can hold at once."""
     sessions: int = attrs.field(default=64, converter=_COUNT, validator=_within(1, 4096))
     """Readers and writers that can be attached at once."""
     waiters: int = attrs.field(default=4096, converter=_COUNT, validator=_within(0, 1 << 20))
-    """Puts that may stand in the queue for room; one more is `PoolFull`."""
+    """Puts that may wait for room; one more is `PoolFull`."""
     readers: int = attrs.field(default=1024, converter=_COUNT, validator=_within(1, 1 << 20))
     """Reads that one ref may owe."""
     tensors: int = attrs.field(default=256, converter=_COUNT, validator=_within(1, 4096))
     """Tensors that one feature may pack."""
     attachments: int = attrs.field(default=64, converter=_COUNT, validator=_within(1, 4096))
-    """Pools that one client keeps open; the longest attached one that is not read makes place."""
+    """Pools that one client keeps open; above that the longest attached one without reads is closed."""
     ttl: float | None = attrs.field(default=300.0, converter=_OPTIONAL_SECONDS, validator=_positive)
-    """Seconds until a ref that was not paid expires; None is never."""
+    """Seconds until a ref with unpaid reads expires; None is never."""
     grace: float = attrs.field(default=0.001, converter=_SECONDS)
-    """Seconds between a revocation and the look at who still holds the bytes."""
+    """Seconds between a revocation and the check for sessions that still hold the bytes."""
     recycle_interval: float = attrs.field(default=0.05, converter=_SECONDS, validator=_positive)
-    """Seconds between the recycler's looks while nobody waits; the safety net of its events."""
+    """Seconds between the recycler's polls while no put waits; the safety net of its events."""
     pressure_interval: float = attrs.field(default=10.0, converter=_SECONDS, validator=_positive)
     """Seconds between pressure events while the level stays high."""
     log_interval: float = attrs.field(default=1.0, converter=_SECONDS)
@@ -228,29 +226,29 @@ class Settings:
     message_bytes: int = attrs.field(default=64 << 10, converter=_SIZE, validator=_within(1024))
     """Longest control message."""
     inline_bytes: int = attrs.field(default=4 << 20, converter=_SIZE, validator=_within(0))
-    """Copies above this many bytes leave the event loop for a thread (about a millisecond)."""
-    backend: str = attrs.field(default="auto", validator=_backend)
+    """Bytes above which a copy leaves the event loop for a thread (about a millisecond)."""
+    backend: str = attrs.field(default="auto", validator=_one_of("auto", "vmm", "ipc"))
     """How a slab on a GPU is shared: ``"vmm"`` (segments by descriptor, elastic, read-only in readers),
-    ``"ipc"`` (one legacy allocation of a fixed size), or ``"auto"``, the first that the device can."""
+    ``"ipc"`` (one legacy allocation of a fixed size), or ``"auto"``, the first that the device supports."""
     through_host: bool = attrs.field(default=False, converter=_FLAG)
-    """In a client: read by way of host memory even where the slab could be accessed."""
+    """Whether a client reads through host memory even where it could access the slab."""
     spill_always: bool = attrs.field(default=False, converter=_FLAG)
-    """Spill every put that says ``on_full="spill"``, also while the slab has room."""
+    """Whether every put with ``on_full="spill"`` spills, even while the slab has room."""
     grants: int = attrs.field(default=4096, converter=_COUNT, validator=_within(1, 1 << 16))
-    """Reads by key that one session may have out at once."""
-    when_full: str = attrs.field(default="grow", validator=_when_full)
-    """What a full slab does first: ``"grow"`` up to the capacity, or ``"evict"`` what is kept under
-    keys and not read, the longest unused first."""
+    """Reads by key that one session may hold at once."""
+    when_full: str = attrs.field(default="grow", validator=_one_of("grow", "evict"))
+    """First response of a full slab: ``"grow"`` up to the capacity, or ``"evict"`` features that are
+    kept under keys and not read, the least recently used first."""
     evict_above: float | None = attrs.field(default=None, converter=_OPTIONAL_SHARE)
-    """Share of the capacity above which features are evicted before a put needs their room, down to
-    `evict_to`; None is only when one does."""
+    """Share of the capacity (0 to 1) above which features are evicted before a put needs their room,
+    down to `evict_to`; None evicts only for a put."""
     evict_to: float | None = attrs.field(default=None, converter=_OPTIONAL_SHARE)
-    """Share of the capacity down to which `evict_above` evicts; None is five hundredths less."""
+    """Share of the capacity (0 to 1) down to which `evict_above` evicts; None is `evict_above` less 0.05."""
     compact: float = attrs.field(default=0.0, converter=_SHARE)
-    """Share of the last segment up to which idle features in it are evicted, after `idle` seconds, so
-    that it can be given back; 0 is never."""
+    """Share of the last segment (0 to 1) up to which idle features in it are evicted, after `idle`
+    seconds, so that it can be released; 0 is never."""
     relay_ttl: float = attrs.field(default=30.0, converter=_SECONDS, validator=_positive)
-    """Seconds that a copy made for a read through host memory waits to be read."""
+    """Seconds that a copy made for a read through host memory is kept for its reader."""
 
 
 def split_budget(total: int | str, workers: int, floor: int | str = "128MiB") -> int:

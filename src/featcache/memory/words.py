@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import AttachRefused, BackendUnavailable
+from featcache.settings import round_up
 
 _WORD_BYTES: Final = 8
 _HEADER_WORDS: Final = 64
@@ -51,9 +52,9 @@ class Header:
     WAITERS = 7
     WAITING_BYTES = 8
     LARGEST_FREE = 9
-    LAYOUT = 10
-    """How often segments of the slab were taken away. A reader that has not heard of the last time yet
-    may have old memory mapped where new segments are, and reads nothing until it has.
+    SHRINK_EPOCH = 10
+    """How often the slab has shrunk. A reader at an older epoch may have old memory mapped where new
+    segments are, and reads nothing until it has unmapped that.
     """
     KEYS = 11
     RESIDENT = 12
@@ -144,18 +145,15 @@ def _map(fd: int, size_bytes: int, *, write: bool) -> mmap.mmap:
         raise AttachRefused(f"a control block can't be mapped as it should: {error}") from error
 
 
-def _page_up(size_bytes: int) -> int:
-    return -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-
-
 def owner_block_bytes(slots: int) -> int:
     """Return the size of an owner's block."""
-    return _page_up((_HEADER_WORDS + _OWNER_ARRAYS * slots) * _WORD_BYTES)
+    return round_up((_HEADER_WORDS + _OWNER_ARRAYS * slots) * _WORD_BYTES, mmap.PAGESIZE)
 
 
 def session_page_bytes(slots: int, grants: int = GRANTS) -> int:
     """Return the size of a session's page."""
-    return _page_up((_HEADER_WORDS + _SESSION_ARRAYS * slots + grants) * _WORD_BYTES)
+    words = _HEADER_WORDS + _SESSION_ARRAYS * slots + grants
+    return round_up(words * _WORD_BYTES, mmap.PAGESIZE)
 
 
 class Block:

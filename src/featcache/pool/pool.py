@@ -96,7 +96,7 @@ class Pool:
     @property
     def layout(self) -> int:
         """How often segments of the slab were taken away."""
-        return self.words.header[Header.LAYOUT]
+        return self.words.header[Header.SHRINK_EPOCH]
 
     def publish(self, slot: Slot, specs: tuple[TensorSpec, ...], order: Order) -> FeatureRef:
         """Let readers have a slot whose bytes were written, or will be at `order`; return its ref."""

@@ -15,7 +15,7 @@ from featcache.memory.slab import Mapping, Order, Words
 from featcache.memory.words import Header, OwnerWords, SessionWords, fence_after_lock
 from featcache.ref import FeatureRef
 
-_WAITING, _LAYOUT = Header.WAITING, Header.LAYOUT
+_WAITING, _SHRINK_EPOCH = Header.WAITING, Header.SHRINK_EPOCH
 _GRANTED, _WRITTEN = 1, 2  # their places in PageWords
 _WRITES = 1 << 40  # beyond any slot: what is written is held under other indices than what is read
 
@@ -133,7 +133,7 @@ class Holds:
         return (  # as `is_there`, inline
             self._published[index] == generation
             and ref.offset_bytes + ref.nbytes <= self.covered_bytes
-            and (self.layout is None or self.header[_LAYOUT] == self.layout)
+            and (self.layout is None or self.header[_SHRINK_EPOCH] == self.layout)
         )
 
     def is_there(self, ref: FeatureRef) -> bool:
@@ -264,7 +264,7 @@ class Holds:
     def is_mapped(self, offset_bytes: int, nbytes: int) -> bool:
         """Whether a part of the slab is mapped here as the owner has it now."""
         return offset_bytes + nbytes <= self.covered_bytes and (
-            self.layout is None or self.header[_LAYOUT] == self.layout
+            self.layout is None or self.header[_SHRINK_EPOCH] == self.layout
         )
 
     def _signal(self, which: int, index: int, value: int, order: Order) -> None:
