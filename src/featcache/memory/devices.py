@@ -1,4 +1,4 @@
-"""This process's devices, by torch's names and by the UUIDs that other processes know."""
+"""This process's devices, by torch's names and by UUIDs, which name them between processes."""
 
 from typing import Final
 

@@ -69,7 +69,7 @@ class CudaBackend:
 
 
 def choose_kind(driver: Driver, ordinal: int, wanted: str) -> tuple[str, str]:
-    """Return the kind of slab to make on a device, and why.
+    """Return the kind of slab for a device, and the reason.
 
     Raises:
         BackendUnavailable: `wanted` is ``"vmm"`` and the device can't.
@@ -101,14 +101,14 @@ def attach(
     Args:
         driver: the driver.
         kind: `VMM` or `IPC`.
-        device_uuid: the device that the slab is on.
-        capacity_bytes: bytes of its range.
+        device_uuid: the slab's device.
+        capacity_bytes: bytes of the slab's range.
         handle: the legacy handle; empty for `VMM`.
         device: the device that reads; None is the slab's own, else torch's current one.
 
     Raises:
         Unreachable: the device has no peer access to the slab's.
-        BackendUnavailable: the driver refused; the message says what.
+        BackendUnavailable: the driver refused; the message names the call and the advice.
 
     """
     theirs = driver.ordinal_of(device_uuid)

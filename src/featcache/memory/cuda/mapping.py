@@ -1,8 +1,8 @@
-"""A slab on a GPU, as its readers map it: copies and words in the order of torch's streams.
+"""A slab on a GPU as one process maps it: copies and words in the order of torch's streams.
 
 A read of published bytes is enqueued on the caller's stream, and the word that pays it behind it, so
-nothing here waits for the GPU. Where the CPU is one end of a copy, the copy is done when the call
-returns, on a stream of the mapping's own: it may then block, and belongs in a thread.
+nothing here waits for the GPU. A copy from or to host memory is complete when the call returns, on a
+private stream: it may block, and belongs in a thread.
 """
 
 import ctypes
@@ -29,14 +29,16 @@ _SLOWDOWN: Final = 16
 
 
 class Words(NamedTuple):
-    """Control words that a stream writes: as the CPU sees them, and where devices find them."""
+    """Control words that a stream writes."""
 
     here: memoryview
+    """The words as the CPU sees them."""
     address: int
+    """The first word's address on the devices."""
 
 
 class CudaMapping:
-    """A slab on a GPU as one process maps it, for one device of its own or for several."""
+    """A slab on a GPU, mapped for one device of this process or for several."""
 
     deferred = True
     zero_copy = True
@@ -47,7 +49,7 @@ class CudaMapping:
         self._ordinal = ordinal
         self._by_ordinal: dict[int, DeviceStreams] = {}
         self._by_device: dict[torch.device, DeviceStreams] = {}
-        """The same by torch's name with an index: asking a torch.device for its parts is slow."""
+        """The same by torch.device with an index: reading a torch.device's parts is slow."""
         self._adopted: dict[int, tuple[memoryview, int]] = {}
         self._home = self._open_device(ordinal)
         self._target: tuple[int, torch.UntypedStorage] | None = None
@@ -66,7 +68,7 @@ class CudaMapping:
     # --- devices ----------------------------------------------------------------------------------
 
     def can_copy_to(self, device: torch.device | None) -> bool:
-        """Whether `read` can copy to this device now; `enable_device` can make it so."""
+        """Whether `read` can copy to this device now, perhaps after `enable_device`."""
         return (
             device is None
             or device in self._by_device
@@ -75,7 +77,7 @@ class CudaMapping:
         )
 
     def enable_device(self, device: torch.device) -> None:
-        """Let another device of this process read the slab. May block. Raise Unreachable if it can't."""
+        """Map the slab for another device of this process, or raise Unreachable. May block."""
         ordinal = self._ordinal_at(device)
         if self._home.storage is None:
             raise CacheClosed("this mapping of the slab is closed")
@@ -105,7 +107,7 @@ class CudaMapping:
     # --- bytes ------------------------------------------------------------------------------------
 
     def order(self, device: torch.device | None = None) -> StreamOrder | None:
-        """Return the caller's place on a device's stream; None for the CPU, which is always in order."""
+        """Return the caller's position on a device's stream; None for the CPU, which acts at once."""
         if device is None:
             return self._home.order()
         if device in self._by_device:
@@ -115,13 +117,13 @@ class CudaMapping:
         return None if device.type == "cpu" else self._streams_on(self._ordinal_at(device)).order()
 
     def blocking_read_bytes(self, nbytes: int, device: torch.device | None) -> int:
-        """Return how many bytes of host memory would hold up a thread as long as this copy does."""
+        """Return the bytes of a host copy that blocks a thread for as long as this read."""
         return nbytes * _SLOWDOWN if device is not None and device.type == "cpu" else 0
 
     def view(
         self, offset_bytes: int, spec: TensorSpec, device: torch.device | None = None
     ) -> torch.Tensor:
-        """Return a tensor over the slab's bytes, on a device that has opened it."""
+        """Return a tensor over the slab's bytes, on a device that has it mapped."""
         streams = self._home if device is None else self._streams_on(self._ordinal_at(device))
         return streams.view(offset_bytes, spec)
 
@@ -140,7 +142,7 @@ class CudaMapping:
         device: torch.device | None,
         order: StreamOrder | None,
     ) -> torch.Tensor:
-        """Return a new tensor with the slab's bytes, or with what will be them at `order`."""
+        """Return a new tensor with the slab's bytes; they are there at `order`, or now if it is None."""
         if order is None:
             out = self.empty(spec, device)
             self._read_to_host(offset_bytes, spec, out)
@@ -160,7 +162,7 @@ class CudaMapping:
     def read(
         self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor, order: StreamOrder | None
     ) -> None:
-        """Copy the slab's bytes into `out`: enqueued at `order`, or done if that is None."""
+        """Copy the slab's bytes into `out`: enqueued at `order`, or at once if that is None."""
         if order is None:
             self._read_to_host(offset_bytes, spec, out)
             return
@@ -169,9 +171,8 @@ class CudaMapping:
             raise SettingsError("the tensors of one get are all on one device")
         if streams.storage is None:
             raise CacheClosed("this mapping of the slab is closed")
-        if out.is_contiguous() and not (
-            out.is_neg() or out.is_conj()
-        ):  # as copies.is_plain, inline
+        # copies.is_plain, inline
+        if out.is_contiguous() and not (out.is_neg() or out.is_conj()):
             if nbytes := out.nbytes:
                 at = streams.address + offset_bytes + spec.offset_bytes
                 streams.copy(out.data_ptr(), at, nbytes, order.stream)
@@ -194,11 +195,11 @@ class CudaMapping:
 
     @property
     def writable(self) -> bool:
-        """Whether `write` can be called: in its owner always, elsewhere after `open_for_writing`."""
+        """Whether `write` may be called: in the owner always, elsewhere after `open_for_writing`."""
         return self._target is not None
 
     def open_for_writing(self, fds: Sequence[int]) -> None:
-        """Map the slab a second time, to be written: what is lent from the first stays read-only."""
+        """Map the slab a second time, for writing; views are over the first, which stays read-only."""
         if self._home.storage is None:
             raise CacheClosed("this mapping of the slab is closed")
         if fds:
@@ -208,9 +209,9 @@ class CudaMapping:
             self._target = (address, self._backing.storage(address, self._home.device))
 
     def stage(self, parts: Parts) -> tuple[Parts, StreamOrder | None]:
-        """Return the parts on this device or the host, and the caller's place in its stream's order.
+        """Return the parts, moved to this device if on another, and the caller's stream position.
 
-        None is the order where no part is on a GPU: what is on the host is there already.
+        The order is None where no part is on a GPU: bytes on the host are there already.
         """
         ordinal, on_device = self._ordinal, False
         for _, tensor in parts:
@@ -218,7 +219,8 @@ class CudaMapping:
             if where == ordinal:
                 on_device = True
             elif where >= 0:
-                # torch orders a copy between devices after both their current streams.
+                # torch runs a copy between devices behind the current streams of both, and makes them
+                # wait for it: the order below, this device's stream, stands behind the copy.
                 device = self._home.device
                 parts = [
                     (spec, part.to(device) if part.get_device() >= 0 else part)
@@ -229,7 +231,7 @@ class CudaMapping:
         return parts, self._home.order() if on_device else None
 
     def blocking_write_bytes(self, parts: Parts) -> int:
-        """Return how many bytes of host memory would hold up a thread as long as `write` does."""
+        """Return the bytes of a host copy that blocks a thread for as long as this write."""
         total_bytes = 0
         for _, tensor in parts:
             if tensor.get_device() < 0:
@@ -239,9 +241,9 @@ class CudaMapping:
     def write(
         self, offset_bytes: int, parts: Parts, order: StreamOrder | None, word: Word | None = None
     ) -> None:
-        """Copy staged tensors in: from the GPU enqueued at `order`, from the host done on return.
+        """Copy staged tensors in: from the GPU enqueued at `order`, from the host complete on return.
 
-        Then `signal` the word: of one bare tensor, as most features are, in one go with its copy.
+        Then `signal` the word: for one bare tensor, the common feature, in one call with its copy.
         """
         streams, target = self._home, self._target
         if streams.storage is None:
@@ -259,7 +261,7 @@ class CudaMapping:
                     raise SettingsError("a part was not staged")
                 plain = tensor if copies.is_plain(tensor) else _made_plain(tensor)
                 streams.copy_now(at, plain.data_ptr(), nbytes)
-            elif (  # as not copies.is_plain, inline
+            elif (  # not copies.is_plain, inline
                 not tensor.is_contiguous()
                 or tensor.is_neg()
                 or (spec.dtype in copies.COMPLEX and tensor.is_conj())
@@ -271,13 +273,13 @@ class CudaMapping:
             else:
                 streams.copy_and_signal(at, tensor.data_ptr(), nbytes, word, order.stream)
                 return
-        if word is not None:
+        if word is not None:  # last: it vouches for all the bytes before it
             self.signal(*word, order)
 
     # --- words ------------------------------------------------------------------------------------
 
     def adopt(self, block: Block, words: memoryview) -> Words:
-        """Register a block of control words with the driver; return its `words`, for `signal`."""
+        """Register a block of control words with the driver; return `words` of it for `signal`."""
         base = _address_of(block.whole)
         if base not in self._adopted:
             with self._driver.on(self._ordinal):
@@ -291,9 +293,9 @@ class CudaMapping:
         return Words(words, self._adopted[base][1] + _address_of(words) - base)
 
     def signal(self, words: Words, index: int, value: int, order: StreamOrder | None) -> None:
-        """Store a word behind everything enqueued at `order`, or now if that is None."""
+        """Store a word behind all earlier work of `order`, or now if that is None."""
         if order is None:
-            fence_stores()
+            fence_stores()  # bytes before the word that vouches for them
             words.here[index] = value
             return
         order.streams.write_word(words.address + 8 * index, value, order.stream)
@@ -301,7 +303,7 @@ class CudaMapping:
     def follow(
         self, order: StreamOrder | None, others: Sequence[StreamOrder | None]
     ) -> StreamOrder | None:
-        """Return an order behind them all: of one read that was used on several streams."""
+        """Return an order behind them all, for a read that was used on several streams."""
         behind = [other for other in others if other is not None and other is not order]
         if not behind:
             return order
@@ -310,7 +312,9 @@ class CudaMapping:
             with self._driver.on(other.streams.ordinal):
                 event = self._driver.mark(other.stream)
             try:
-                with self._driver.on(last.streams.ordinal):  # whose default stream 0 would be
+                with self._driver.on(
+                    last.streams.ordinal
+                ):  # stream 0 is the current context's default
                     self._driver.follow(last.stream, event)
             finally:
                 self._driver.drop(event)
@@ -319,28 +323,30 @@ class CudaMapping:
     # --- size and end -----------------------------------------------------------------------------
 
     def extend(self, start_bytes: int, size_bytes: int, fd: int) -> None:
-        """Map a segment that the owner made. May block. The descriptor stays the caller's."""
+        """Map a segment of the owner's. May block. The descriptor stays the caller's."""
         if not isinstance(self._backing, SegmentBacking):
             raise AttachRefused("the owner sent a segment of a slab that has one fixed one")
         self._backing.adopt(start_bytes, size_bytes, fd)
 
     def cut(self, end_bytes: int) -> None:
-        """Unmap the segments from `end_bytes` on. No work on them may be under way. May block."""
+        """Unmap the segments from `end_bytes` on. No work on them may be in progress. May block."""
         if isinstance(self._backing, SegmentBacking):
             self._backing.cut(end_bytes)
 
     def finish(self) -> None:
-        """Wait for everything that is under way on the devices that read it. Blocks."""
+        """Wait for all work of this process on the devices that map it. Blocks."""
         for ordinal in list(self._by_ordinal):
             self._driver.synchronize(ordinal)
 
     def close(self) -> None:
-        """Take the mapping down. No work on it may be under way. May block. Idempotent.
+        """Take the mapping down. No work on it may be in progress. May block. Idempotent.
 
-        Tensors that are still out keep the memory until they go. Where the driver refuses a step the
-        others are done all the same, and another `close` tries that one again.
+        Live views keep the memory mapped. If the driver refuses a step the others are done all the
+        same, and another `close` tries that one again.
         """
-        with ExitStack() as each:  # from the last to the first
+        # Run from the last to the first: words, then streams with their storages, and the backing when
+        # nothing of this mapping is over it any more.
+        with ExitStack() as each:
             each.callback(self._backing.close)
             self._target = None
             for streams in self._by_ordinal.values():
@@ -354,7 +360,7 @@ class CudaMapping:
         del self._adopted[address]
 
     def forget(self) -> None:
-        """Drop in a forked child what it can drop without CUDA, which does not work there."""
+        """In a forked child, drop what needs no CUDA call: those fail there."""
         self._adopted.clear()
         self._target = None
         for streams in self._by_ordinal.values():
