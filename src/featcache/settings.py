@@ -35,7 +35,7 @@ def round_up(size_bytes: int, unit_bytes: int) -> int:
     return -(-size_bytes // unit_bytes) * unit_bytes
 
 
-def parse_bytes(value: int | str, what: str = "size", *, minimum: int = 1) -> int:
+def parse_bytes(value: int | str, name: str = "size", *, minimum: int = 1) -> int:
     """Return a size in bytes from an int or a string such as ``"512MiB"``, ``"1.5 GB"``, ``"4096"``.
 
     Raises:
@@ -47,15 +47,15 @@ def parse_bytes(value: int | str, what: str = "size", *, minimum: int = 1) -> in
         unit = _UNITS.get(match[2].lower()) if match else None
         if match is None or unit is None:
             raise SettingsError(
-                f"{what}={value!r} is not a size: give bytes, or a string such as '512MiB'"
+                f"{name}={value!r} is not a size: give bytes, or a string such as '512MiB'"
             )
         size_bytes = int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
     elif isinstance(value, int) and not isinstance(value, bool):
         size_bytes = value
     else:
-        raise SettingsError(f"{what}={value!r} is not a size: give an int or a str")
+        raise SettingsError(f"{name}={value!r} is not a size: give an int or a str")
     if not minimum <= size_bytes <= _MAX_BYTES:
-        raise SettingsError(f"{what}={value!r} is out of range: {minimum} to {_MAX_BYTES} bytes")
+        raise SettingsError(f"{name}={value!r} is out of range: {minimum} to {_MAX_BYTES} bytes")
     return size_bytes
 
 
@@ -65,16 +65,16 @@ def parse_timeout(value: float | None) -> float | None:
 
 
 def parse_seconds(
-    value: float | str, what: str = "time", *, minimum: float = 0.0, exclusive: bool = False
+    value: float | str, name: str = "time", *, minimum: float = 0.0, exclusive: bool = False
 ) -> float:
     """Return a time in seconds, finite and at least (or, if `exclusive`, above) `minimum`."""
     try:
         seconds = float(value)
     except (TypeError, ValueError):
-        raise SettingsError(f"{what}={value!r} is not a number of seconds") from None
+        raise SettingsError(f"{name}={value!r} is not a number of seconds") from None
     if not math.isfinite(seconds) or seconds < minimum or (exclusive and seconds == minimum):
         bound = "more than" if exclusive else "at least"
-        raise SettingsError(f"{what}={value!r} must be finite and {bound} {minimum} s")
+        raise SettingsError(f"{name}={value!r} must be finite and {bound} {minimum} s")
     return seconds
 
 

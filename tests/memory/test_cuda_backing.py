@@ -100,7 +100,7 @@ def test_what_read_it_last_is_waited_for(
     reader.enable_device(SECOND)
     view = reader.view(0, spec)
     peer_api.side_stream(ordinal)
-    out = to_device(reader, peer_api, 0, spec, ordinal)  # under way, as a user's kernel may be
+    out = to_device(reader, peer_api, 0, spec, ordinal)  # in progress, as a user's kernel may be
     reader.close()
     assert not same(out, view)
     value = view.clone()
@@ -280,7 +280,7 @@ def in_fork(work: Callable[[], None]) -> None:
     if pid == 0:
         code = 1
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(20)  # one that waits for ever dies
+        signal.alarm(20)  # one that hangs dies
         try:
             work()
             code = 0

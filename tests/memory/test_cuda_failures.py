@@ -175,7 +175,7 @@ def _fail_once(scene: Scene, index: int, call: str, code: Code) -> None:
         mapping.close()
     _check_error(found, call, code, at)
     left = api.leftovers()
-    if call == "cuEventDestroy":  # nothing but the context's end can let it go now
+    if call == "cuEventDestroy":  # only the context's end destroys it now
         assert len(left.pop("events")) == 1, at
     if call == "cuCtxPopCurrent":
         del left["contexts left current"]

@@ -44,7 +44,7 @@ class FakeGpu:
         return driver_over(api)
 
     def tensor(self, value: torch.Tensor) -> torch.Tensor:
-        """A tensor that is on the fake GPU: a put of it is under way until the owner's stream runs."""
+        """A tensor that is on the fake GPU: a put of it is in progress until the owner's stream runs."""
         return self.owner.tensor(value.clone())
 
     def run(self) -> None:
@@ -130,7 +130,7 @@ async def right(reader: FeatureCache | FeatureClient, ref: FeatureRef, value: in
 
 
 async def shrunk(owner: FeatureCache, nbytes: int = SEGMENT) -> None:
-    """Return when the slab has given back what it does not need."""
+    """Return when the slab has released all but `nbytes`."""
     store = owner._opened().pool.store
     before, store.limits = store.limits, attrs.evolve(store.limits, idle_s=0.0)
     await until(lambda: store.committed_bytes == nbytes)

@@ -62,7 +62,7 @@ def _check_shape(shape: tuple[int, ...], nbytes: int) -> None:
             f"a tensor of {len(shape)} dimensions: reshape it to {MAX_DIMS} or less"
         )
     if nbytes > MAX_BYTES:  # only an expanded view can be
-        raise FeatureTooLarge(f"a tensor of {nbytes} bytes fits no pool: put what it is a view of")
+        raise FeatureTooLarge(f"a tensor of {nbytes} bytes fits no pool: put its base")
     if not nbytes and math.prod(size or 1 for size in shape) > MAX_BYTES:
         raise SettingsError(f"an empty tensor of shape {list(shape)} can't be shared: reshape it")
 
