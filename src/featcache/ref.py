@@ -1,8 +1,9 @@
-"""`FeatureRef`: the small thing that travels, and the one place that trusts none of its bytes.
+"""`FeatureRef`: the name of a feature that travels between processes, and its validation.
 
-On the wire: ``fR``, a version byte, the CRC-32 of what follows, then a msgpack array. The checksum
-catches damage, the types and bounds below catch nonsense, and the owner's slot table (which readers
-map) catches forgery: a reader compares slot, generation and extent with it before it reads a byte.
+On the wire: ``fR``, a version byte, the CRC-32 of the rest, then a msgpack array. The checksum
+catches damage, the types and bounds below catch invalid fields, and the owner's slot table (which
+readers map) catches forgery: a reader compares slot, generation and extent with it before it reads a
+byte.
 """
 
 import math
@@ -32,7 +33,7 @@ MAX_REF_BYTES: Final = 64 << 10
 """Bytes of the longest ref."""
 _MAX_BUT_SPECS_BYTES: Final = 192  # of a ref: its head and all of its fields but the specs
 MAX_DIMS: Final = 1024
-"""Dimensions that a tensor may have: torch knows no bound, and no tensor has so many."""
+"""Dimensions that a tensor may have. torch has no bound; real tensors have far fewer."""
 _POOL_ID_BYTES: Final = 16
 _MAX_ENDPOINT_BYTES: Final = 107  # sun_path, less its final zero
 MAX_BYTES: Final = 1 << 48
@@ -49,15 +50,15 @@ DTYPE_BYTES: Final[dict[str, int]] = {
     **dict.fromkeys(("uint64", "int64", "float64", "complex64"), 8),
     "complex128": 16,
 }
-"""Bytes of one element, by torch's name of the dtype: all that torch has but the quantized ones,
-which carry a scale beside their bytes. A test holds this table against torch."""
+"""Bytes of one element by torch's name of the dtype: all of torch's but the quantized ones, which
+carry a scale beside their bytes. A test compares this table with torch."""
 
 _Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_BYTES)]
 _Shape = Annotated[tuple[_Size, ...], msgspec.Meta(max_length=MAX_DIMS)]
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One tensor of a feature: where in its slot, of what dtype and shape; contiguous."""
+    """One tensor of a feature: its name, dtype, shape and offset in the slot. It is contiguous."""
 
     name: Annotated[str, msgspec.Meta(max_length=256)] | None
     """The key in the dict that was put, or None for a feature that is one bare tensor."""
@@ -65,7 +66,7 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     """torch's name of the dtype, such as ``"bfloat16"``."""
     shape: _Shape
     offset_bytes: _Size
-    """Where the tensor begins, counted from the slot's own start."""
+    """The tensor's offset from the slot's start."""
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +85,7 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     """Names one feature in one pool, for as long as reads of it are owed.
 
     Immutable, hashable and picklable; `to_bytes` is about 100 bytes and goes over any transport.
-    A ref grants nothing by itself: whoever maps the pool checks it against the owner's slot table.
+    A ref grants nothing by itself: a reader checks it against the owner's slot table.
     """
 
     pool_id: _PoolId
@@ -96,15 +97,15 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     specs: _Specs
 
     def __post_init__(self) -> None:
-        """Check it, however it was made: read, made by hand, or of another by `msgspec.structs.replace`.
+        """Validate it, however it was made: decoded, by hand, or by `msgspec.structs.replace`.
 
         Raises:
-            MalformedRef: a field of another type or out of range, or specs that no pool ever made.
+            MalformedRef: a field of another type or out of range, or specs that no pool can make.
 
         """
         try:
             nbytes, generation, offset_bytes = self.nbytes, self.generation, self.offset_bytes
-            # One call that takes whole numbers only, each within the width of its word.
+            # Hot path: one call checks that these are whole numbers, each within its word's width.
             _pack_numbers(self.slot, generation, offset_bytes, nbytes)
             known = (
                 _sound[nbytes, self.pool_id, self.endpoint] == self.specs
@@ -127,8 +128,8 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
         """Return the ref that `to_bytes` wrote.
 
         Raises:
-            MalformedRef: cut short, damaged, of another version, with specs that can't be, or no bytes
-                at all: a str, a number, None.
+            MalformedRef: truncated, damaged, of another version, with invalid specs, or not bytes at
+                all: a str, a number, None.
 
         """
         if type(data) is not bytes:
@@ -140,11 +141,11 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
             raise MalformedRef("these bytes are not a FeatureRef of this version")
         body = data[_HEAD_BYTES:]
         if zlib.crc32(body) != checksum:
-            raise MalformedRef("the ref was damaged or cut short on its way")
+            raise MalformedRef("the ref was damaged or truncated on its way")
         try:
             ref = _decoder.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise MalformedRef(f"the ref makes no sense: {error}") from None
+            raise MalformedRef(f"a field of the ref is invalid: {_named(error)}") from None
         return ref  # type: ignore[return-value]  # Self is FeatureRef: the struct is not for subclassing
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -154,14 +155,14 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
 _pack_numbers: Final = struct.Struct("<IqQQ").pack
 _sound: dict[tuple[int, bytes, str], tuple[TensorSpec, ...]] = {}
-"""Specs as they were last found sound, by the bytes, the pool and its endpoint."""
+"""The specs last validated for a size in bytes, a pool and its endpoint."""
 _MAX_SOUND: Final = 256
-_MAX_SOUND_SPECS: Final = 16  # what a peer sends is kept, and must stay small
+_MAX_SOUND_SPECS: Final = 16  # a peer's specs are kept, and must stay small
 _MAX_SOUND_DIMS: Final = 64
 
 
 def _remember_sound(ref: FeatureRef) -> None:
-    """Let the next ref of equal specs, bytes and endpoint pass: servers share the same few shapes."""
+    """Make the next ref of equal specs, size, pool and endpoint pass: servers share a few shapes."""
     specs = ref.specs
     if len(specs) > _MAX_SOUND_SPECS or any(len(spec.shape) > _MAX_SOUND_DIMS for spec in specs):
         return
@@ -175,7 +176,7 @@ def _unpickle(data: bytes) -> FeatureRef:
 
 
 def _as_bytes(data: Any) -> bytes:
-    """Return a copy of a buffer's bytes. What is none may be a number, which `bytes` takes as a size."""
+    """Return a copy of a buffer's bytes. Not `bytes(data)`, which takes a number as a size."""
     try:
         view = memoryview(data)
         if view.nbytes <= MAX_REF_BYTES:
@@ -188,12 +189,12 @@ def _as_bytes(data: Any) -> bytes:
 
 
 def ref_bytes(specs: tuple[TensorSpec, ...]) -> int:
-    """Return at least the bytes that a ref with these specs has."""
+    """Return an upper bound of the bytes of a ref with these specs."""
     return _MAX_BUT_SPECS_BYTES + len(_encode(specs))
 
 
 def _named(error: Exception) -> str:
-    """Return what msgspec says of the fields of an array, by their names."""
+    """Return msgspec's message about a field of an array, with the field's name."""
     text = str(error)
     for index, name in enumerate(FeatureRef.__struct_fields__):
         text = text.replace(f"`$[{index}]", f"`{name}")
@@ -201,7 +202,7 @@ def _named(error: Exception) -> str:
 
 
 def _check_fields(ref: FeatureRef) -> None:
-    """Raise MalformedRef if it is not what its wire form is read as: a type or a range is wrong."""
+    """Raise MalformedRef if it differs from its decoded wire form: a wrong type or range."""
     fields = msgspec.structs.astuple(ref)
     try:
         body = _encode(fields)
@@ -217,7 +218,7 @@ def _check_fields(ref: FeatureRef) -> None:
 
 
 def _check(ref: FeatureRef) -> None:
-    """Raise MalformedRef for what no pool ever made."""
+    """Raise MalformedRef for a ref that no pool can have made."""
     _check_fields(ref)
     if len(ref.endpoint.encode()) > _MAX_ENDPOINT_BYTES:
         raise MalformedRef("the ref's endpoint is longer than a Unix socket's path can be")
@@ -229,7 +230,7 @@ def _check(ref: FeatureRef) -> None:
     for spec in specs:
         size_bytes = DTYPE_BYTES.get(spec.dtype)
         if size_bytes is None:
-            raise MalformedRef(f"the ref has a dtype that is not known here: {spec.dtype[:40]!r}")
+            raise MalformedRef(f"the ref has a dtype unknown here: {spec.dtype[:40]!r}")
         shape = spec.shape
         tensor_bytes = size_bytes * math.prod(shape)
         if spec.offset_bytes % size_bytes or spec.offset_bytes + tensor_bytes > ref.nbytes:

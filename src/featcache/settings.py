@@ -1,4 +1,4 @@
-"""Every bound and interval in one frozen record, read from the environment where asked."""
+"""`Settings`: every bound and interval in one frozen record, with defaults from the environment."""
 
 import math
 import os
@@ -16,6 +16,7 @@ __all__ = [
     "parse_bytes",
     "parse_seconds",
     "parse_timeout",
+    "round_up",
     "split_budget",
 ]
 
@@ -25,11 +26,16 @@ _UNITS |= {f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)}
 _SIZE_TEXT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 MAX_KEY_BYTES = 1024
 """Bytes of the longest key."""
-_MAX_BYTES = 1 << 47  # a user address space; what is larger can't be mapped on any machine we know
+_MAX_BYTES = 1 << 47  # a user address space: no machine that we know maps more
 _ENVIRONMENT_PREFIX = "FEATCACHE_"
 
 
-def parse_bytes(value: int | str, what: str = "size", *, minimum: int = 1) -> int:
+def round_up(size_bytes: int, unit_bytes: int) -> int:
+    """Return the least multiple of `unit_bytes` that is not below a size."""
+    return -(-size_bytes // unit_bytes) * unit_bytes
+
+
+def parse_bytes(value: int | str, name: str = "size", *, minimum: int = 1) -> int:
     """Return a size in bytes from an int or a string such as ``"512MiB"``, ``"1.5 GB"``, ``"4096"``.
 
     Raises:
@@ -41,38 +47,38 @@ def parse_bytes(value: int | str, what: str = "size", *, minimum: int = 1) -> in
         unit = _UNITS.get(match[2].lower()) if match else None
         if match is None or unit is None:
             raise SettingsError(
-                f"{what}={value!r} is not a size: give bytes, or a string such as '512MiB'"
+                f"{name}={value!r} is not a size: give bytes, or a string such as '512MiB'"
             )
         size_bytes = int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
     elif isinstance(value, int) and not isinstance(value, bool):
         size_bytes = value
     else:
-        raise SettingsError(f"{what}={value!r} is not a size: give an int or a str")
+        raise SettingsError(f"{name}={value!r} is not a size: give an int or a str")
     if not minimum <= size_bytes <= _MAX_BYTES:
-        raise SettingsError(f"{what}={value!r} is out of range: {minimum} to {_MAX_BYTES} bytes")
+        raise SettingsError(f"{name}={value!r} is out of range: {minimum} to {_MAX_BYTES} bytes")
     return size_bytes
 
 
 def parse_timeout(value: float | None) -> float | None:
-    """Return seconds, or None for ever."""
+    """Return seconds; None waits indefinitely."""
     return None if value is None else parse_seconds(value, "timeout")
 
 
 def parse_seconds(
-    value: float | str, what: str = "time", *, minimum: float = 0.0, exclusive: bool = False
+    value: float | str, name: str = "time", *, minimum: float = 0.0, exclusive: bool = False
 ) -> float:
     """Return a time in seconds, finite and at least (or, if `exclusive`, above) `minimum`."""
     try:
         seconds = float(value)
     except (TypeError, ValueError):
-        raise SettingsError(f"{what}={value!r} is not a number of seconds") from None
+        raise SettingsError(f"{name}={value!r} is not a number of seconds") from None
     if not math.isfinite(seconds) or seconds < minimum or (exclusive and seconds == minimum):
         bound = "more than" if exclusive else "at least"
-        raise SettingsError(f"{what}={value!r} must be finite and {bound} {minimum} s")
+        raise SettingsError(f"{name}={value!r} must be finite and {bound} {minimum} s")
     return seconds
 
 
-# Converters: attrs hands them the field, so that an error names it.
+# Converters: attrs passes them the field, so that an error names it.
 
 
 def _size(value: int | str, field: "attrs.Attribute[Any]") -> int:
@@ -80,7 +86,7 @@ def _size(value: int | str, field: "attrs.Attribute[Any]") -> int:
 
 
 def _is_none(value: object) -> bool:
-    return isinstance(value, str) and value.lower() == "none"  # as the environment says it
+    return isinstance(value, str) and value.lower() == "none"  # the environment has only strings
 
 
 def _optional_size(value: int | str | None, field: "attrs.Attribute[Any]") -> int | None:
@@ -144,20 +150,12 @@ def _within(low: int, high: int = _MAX_BYTES) -> Callable[[Any, Any, int], None]
     return check
 
 
-_BACKENDS = ("auto", "vmm", "ipc")
+def _one_of(*names: str) -> Callable[[Any, Any, str], None]:
+    def check(_: object, field: "attrs.Attribute[str]", value: str) -> None:
+        if value not in names:
+            raise SettingsError(f"{field.name}={value!r} is none of {names}")
 
-
-def _backend(_: object, field: "attrs.Attribute[str]", value: str) -> None:
-    if value not in _BACKENDS:
-        raise SettingsError(f"{field.name}={value!r} is none of {_BACKENDS}")
-
-
-_WHEN_FULL = ("grow", "evict")
-
-
-def _when_full(_: object, field: "attrs.Attribute[str]", value: str) -> None:
-    if value not in _WHEN_FULL:
-        raise SettingsError(f"{field.name}={value!r} is none of {_WHEN_FULL}")
+    return check
 
 
 def _positive(_: object, field: "attrs.Attribute[Any]", value: float | None) -> None:
@@ -166,12 +164,18 @@ def _positive(_: object, field: "attrs.Attribute[Any]", value: float | None) -> 
 
 
 def _or_environment(name: str, default: Any) -> Any:
-    """Return a factory: ``FEATCACHE_<NAME>`` as it is when the record is made, else the default."""
     variable = _ENVIRONMENT_PREFIX + name.upper()
     return attrs.Factory(lambda: os.environ.get(variable) or default)
 
 
-@attrs.frozen(kw_only=True)
+def _read_environment(
+    _: type, fields: "list[attrs.Attribute[Any]]"
+) -> "list[attrs.Attribute[Any]]":
+    """Default each field to ``FEATCACHE_<NAME>``, read when a record is made, then to its own value."""
+    return [field.evolve(default=_or_environment(field.name, field.default)) for field in fields]
+
+
+@attrs.frozen(kw_only=True, field_transformer=_read_environment)
 class Settings:
     """Sizes (bytes, or strings such as ``"512MiB"``), times (seconds) and bounds of a pool.
 
@@ -183,112 +187,68 @@ class Settings:
 
     """
 
-    capacity: int = attrs.field(
-        default=_or_environment("capacity", 1 << 30), converter=_SIZE, validator=_within(1)
-    )
-    """Bytes the slab may grow to."""
-    segment: int = attrs.field(
-        default=_or_environment("segment", 64 << 20), converter=_SIZE, validator=_within(4096)
-    )
-    """Bytes committed or given back at a time."""
-    initial: int | None = attrs.field(
-        default=_or_environment("initial", None), converter=_OPTIONAL_SIZE
-    )
-    """Bytes committed at the start and never given back; None is one segment."""
-    idle: float = attrs.field(default=_or_environment("idle", 30.0), converter=_SECONDS)
-    """Seconds a segment at the tail stays empty before it is given back."""
-    prefault: bool = attrs.field(default=_or_environment("prefault", True), converter=_FLAG)
-    """Touch host pages as they are committed (a first touch costs 40 times a warm copy)."""
-    huge_pages: bool = attrs.field(default=_or_environment("huge_pages", True), converter=_FLAG)
-    """Ask the system for huge pages under a host slab; it may say no."""
-    slots: int = attrs.field(
-        default=_or_environment("slots", 4096), converter=_COUNT, validator=_within(1, 1 << 20)
-    )
-    """Features the pool can hold at once."""
-    sessions: int = attrs.field(
-        default=_or_environment("sessions", 64), converter=_COUNT, validator=_within(1, 4096)
-    )
+    capacity: int = attrs.field(default=1 << 30, converter=_SIZE, validator=_within(1))
+    """Bytes that the slab may grow to."""
+    segment: int = attrs.field(default=64 << 20, converter=_SIZE, validator=_within(4096))
+    """Bytes committed or released at a time."""
+    initial: int | None = attrs.field(default=None, converter=_OPTIONAL_SIZE)
+    """Bytes committed at the start and never released; None is one segment."""
+    idle: float = attrs.field(default=30.0, converter=_SECONDS)
+    """Seconds that a segment at the tail stays empty before it is released."""
+    prefault: bool = attrs.field(default=True, converter=_FLAG)
+    """Whether host pages are touched as they are committed: a first touch costs 40 times a warm copy."""
+    huge_pages: bool = attrs.field(default=True, converter=_FLAG)
+    """Whether a host slab requests huge pages from the system, which may refuse."""
+    slots: int = attrs.field(default=4096, converter=_COUNT, validator=_within(1, 1 << 20))
+    """Features that the pool can hold at once."""
+    sessions: int = attrs.field(default=64, converter=_COUNT, validator=_within(1, 4096))
     """Readers and writers that can be attached at once."""
-    waiters: int = attrs.field(
-        default=_or_environment("waiters", 4096), converter=_COUNT, validator=_within(0, 1 << 20)
-    )
-    """Puts that may stand in the queue for room; one more is `PoolFull`."""
-    readers: int = attrs.field(
-        default=_or_environment("readers", 1024), converter=_COUNT, validator=_within(1, 1 << 20)
-    )
+    waiters: int = attrs.field(default=4096, converter=_COUNT, validator=_within(0, 1 << 20))
+    """Puts that may wait for room; one more is `PoolFull`."""
+    readers: int = attrs.field(default=1024, converter=_COUNT, validator=_within(1, 1 << 20))
     """Reads that one ref may owe."""
-    tensors: int = attrs.field(
-        default=_or_environment("tensors", 256), converter=_COUNT, validator=_within(1, 4096)
-    )
+    tensors: int = attrs.field(default=256, converter=_COUNT, validator=_within(1, 4096))
     """Tensors that one feature may pack."""
-    attachments: int = attrs.field(
-        default=_or_environment("attachments", 64), converter=_COUNT, validator=_within(1, 4096)
-    )
-    """Pools that one client keeps open; the longest attached one that is not read makes place."""
-    ttl: float | None = attrs.field(
-        default=_or_environment("ttl", 300.0), converter=_OPTIONAL_SECONDS, validator=_positive
-    )
-    """Seconds until a ref that was not paid expires; None is never."""
-    grace: float = attrs.field(default=_or_environment("grace", 0.001), converter=_SECONDS)
-    """Seconds between a revocation and the look at who still holds the bytes."""
-    recycle_interval: float = attrs.field(
-        default=_or_environment("recycle_interval", 0.05), converter=_SECONDS, validator=_positive
-    )
-    """Seconds between the recycler's looks while nobody waits; the safety net of its events."""
-    pressure_interval: float = attrs.field(
-        default=_or_environment("pressure_interval", 10.0), converter=_SECONDS, validator=_positive
-    )
+    attachments: int = attrs.field(default=64, converter=_COUNT, validator=_within(1, 4096))
+    """Pools that one client keeps open; above that the longest attached one without reads is closed."""
+    ttl: float | None = attrs.field(default=300.0, converter=_OPTIONAL_SECONDS, validator=_positive)
+    """Seconds until a ref with unpaid reads expires; None is never."""
+    grace: float = attrs.field(default=0.001, converter=_SECONDS)
+    """Seconds between a revocation and the check for sessions that still hold the bytes."""
+    recycle_interval: float = attrs.field(default=0.05, converter=_SECONDS, validator=_positive)
+    """Seconds between the recycler's polls while no put waits; the safety net of its events."""
+    pressure_interval: float = attrs.field(default=10.0, converter=_SECONDS, validator=_positive)
     """Seconds between pressure events while the level stays high."""
-    log_interval: float = attrs.field(
-        default=_or_environment("log_interval", 1.0), converter=_SECONDS
-    )
+    log_interval: float = attrs.field(default=1.0, converter=_SECONDS)
     """Least seconds between two events of one busy kind (``put.waited``, level changes)."""
-    attach_timeout: float = attrs.field(
-        default=_or_environment("attach_timeout", 10.0), converter=_SECONDS, validator=_positive
-    )
+    attach_timeout: float = attrs.field(default=10.0, converter=_SECONDS, validator=_positive)
     """Seconds for a handshake, on both sides."""
-    message_bytes: int = attrs.field(
-        default=_or_environment("message_bytes", 64 << 10), converter=_SIZE, validator=_within(1024)
-    )
+    message_bytes: int = attrs.field(default=64 << 10, converter=_SIZE, validator=_within(1024))
     """Longest control message."""
-    inline_bytes: int = attrs.field(
-        default=_or_environment("inline_bytes", 4 << 20), converter=_SIZE, validator=_within(0)
-    )
-    """Copies above this many bytes leave the event loop for a thread (about a millisecond)."""
-    backend: str = attrs.field(default=_or_environment("backend", "auto"), validator=_backend)
+    inline_bytes: int = attrs.field(default=4 << 20, converter=_SIZE, validator=_within(0))
+    """Bytes above which a copy leaves the event loop for a thread (about a millisecond)."""
+    backend: str = attrs.field(default="auto", validator=_one_of("auto", "vmm", "ipc"))
     """How a slab on a GPU is shared: ``"vmm"`` (segments by descriptor, elastic, read-only in readers),
-    ``"ipc"`` (one legacy allocation of a fixed size), or ``"auto"``, the first that the device can."""
-    through_host: bool = attrs.field(
-        default=_or_environment("through_host", False), converter=_FLAG
-    )
-    """In a client: read by way of host memory even where the slab could be accessed."""
-    spill_always: bool = attrs.field(
-        default=_or_environment("spill_always", False), converter=_FLAG
-    )
-    """Spill every put that says ``on_full="spill"``, also while the slab has room."""
-    grants: int = attrs.field(
-        default=_or_environment("grants", 4096), converter=_COUNT, validator=_within(1, 1 << 16)
-    )
-    """Reads by key that one session may have out at once."""
-    when_full: str = attrs.field(default=_or_environment("when_full", "grow"), validator=_when_full)
-    """What a full slab does first: ``"grow"`` up to the capacity, or ``"evict"`` what is kept under
-    keys and not read, the longest unused first."""
-    evict_above: float | None = attrs.field(
-        default=_or_environment("evict_above", None), converter=_OPTIONAL_SHARE
-    )
-    """Share of the capacity above which features are evicted before a put needs their room, down to
-    `evict_to`; None is only when one does."""
-    evict_to: float | None = attrs.field(
-        default=_or_environment("evict_to", None), converter=_OPTIONAL_SHARE
-    )
-    """Share of the capacity down to which `evict_above` evicts; None is five hundredths less."""
-    compact: float = attrs.field(default=_or_environment("compact", 0.0), converter=_SHARE)
-    """Share of the last segment up to which idle features in it are evicted, after `idle` seconds, so
-    that it can be given back; 0 is never."""
-    relay_ttl: float = attrs.field(
-        default=_or_environment("relay_ttl", 30.0), converter=_SECONDS, validator=_positive
-    )
-    """Seconds that a copy made for a read through host memory waits to be read."""
+    ``"ipc"`` (one legacy allocation of a fixed size), or ``"auto"``, the first that the device supports."""
+    through_host: bool = attrs.field(default=False, converter=_FLAG)
+    """Whether a client reads through host memory even where it could access the slab."""
+    spill_always: bool = attrs.field(default=False, converter=_FLAG)
+    """Whether every put with ``on_full="spill"`` spills, even while the slab has room."""
+    grants: int = attrs.field(default=4096, converter=_COUNT, validator=_within(1, 1 << 16))
+    """Reads by key that one session may hold at once."""
+    when_full: str = attrs.field(default="grow", validator=_one_of("grow", "evict"))
+    """First response of a full slab: ``"grow"`` up to the capacity, or ``"evict"`` features that are
+    kept under keys and not read, the least recently used first."""
+    evict_above: float | None = attrs.field(default=None, converter=_OPTIONAL_SHARE)
+    """Share of the capacity (0 to 1) above which features are evicted before a put needs their room,
+    down to `evict_to`; None evicts only for a put."""
+    evict_to: float | None = attrs.field(default=None, converter=_OPTIONAL_SHARE)
+    """Share of the capacity (0 to 1) down to which `evict_above` evicts; None is `evict_above` less 0.05."""
+    compact: float = attrs.field(default=0.0, converter=_SHARE)
+    """Share of the last segment (0 to 1) up to which idle features in it are evicted, after `idle`
+    seconds, so that it can be released; 0 is never."""
+    relay_ttl: float = attrs.field(default=30.0, converter=_SECONDS, validator=_positive)
+    """Seconds that a copy made for a read through host memory is kept for its reader."""
 
 
 def split_budget(total: int | str, workers: int, floor: int | str = "128MiB") -> int:

@@ -12,7 +12,7 @@ import featcache
 from featcache import BackendUnavailable, Settings, SettingsError, split_budget
 
 
-def test_the_defaults_are_the_designs() -> None:
+def test_the_defaults_are_those_of_the_design() -> None:
     settings = Settings()
     assert settings.capacity == 1 << 30
     assert settings.segment == 64 << 20
@@ -34,14 +34,14 @@ def test_the_defaults_are_the_designs() -> None:
         (77, 77),
     ],
 )
-def test_sizes(text: int | str, size: int) -> None:
+def test_sizes_are_parsed(text: int | str, size: int) -> None:
     assert Settings(capacity=text).capacity == size
 
 
 @pytest.mark.parametrize(
     "size", ["", "12 parsecs", "MiB", "-1", "1e9", "0", "0.1", 0, -5, None, 1.5, True, "200TiB", []]
 )
-def test_sizes_that_are_none(size: Any) -> None:
+def test_invalid_sizes_are_refused(size: Any) -> None:
     with pytest.raises(SettingsError, match="capacity"):
         Settings(capacity=size)
 
@@ -62,7 +62,7 @@ def test_sizes_that_are_none(size: Any) -> None:
         ("recycle_interval", "0.01", 0.01),
     ],
 )
-def test_the_environment(
+def test_a_field_defaults_to_its_environment_variable(
     name: str, text: str, value: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(f"FEATCACHE_{name.upper()}", text)
@@ -73,13 +73,13 @@ def test_the_environment(
     assert blank == getattr(Settings(), name)
 
 
-def test_what_is_said_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEATCACHE_SLOTS", "7")
     assert Settings(slots=9).slots == 9
 
 
 @pytest.mark.parametrize("name", [field.name for field in attrs.fields(Settings)])
-def test_nonsense_is_refused_by_the_name_of_its_field(
+def test_an_invalid_value_is_refused_by_the_name_of_its_field(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong: Any
@@ -110,7 +110,7 @@ def test_nonsense_is_refused_by_the_name_of_its_field(
     ],
     ids=str,
 )
-def test_bounds(change: dict[str, Any]) -> None:
+def test_bounds_are_enforced(change: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=next(iter(change))):
         Settings(**change)
 
@@ -142,12 +142,12 @@ def test_a_share_under_the_floor_names_how_many_fit() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, -1, 1.5, True, None, "2"])
-def test_workers_that_are_none(workers: Any) -> None:
+def test_an_invalid_number_of_workers_is_refused(workers: Any) -> None:
     with pytest.raises(SettingsError, match="workers"):
         split_budget("1GiB", workers)
 
 
-def test_budgets_that_are_none() -> None:
+def test_invalid_budgets_are_refused() -> None:
     with pytest.raises(SettingsError, match="total"):
         split_budget("much", 2)
     with pytest.raises(SettingsError, match="floor"):
@@ -178,14 +178,14 @@ BAD: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("arguments", BAD, ids=ascii)
-def test_arguments_that_make_no_sense(arguments: dict[str, Any]) -> None:
+def test_invalid_arguments_are_refused_by_name(arguments: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=next(iter(arguments))):
         featcache.create(**arguments)
     with pytest.raises(SettingsError, match=next(iter(arguments))):
         featcache.connect(**arguments)
 
 
-def test_what_is_not_built_or_not_there() -> None:
+def test_a_device_that_is_missing_is_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(BackendUnavailable):
             featcache.create(device="cuda:0")

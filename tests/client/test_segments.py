@@ -124,7 +124,7 @@ async def test_segments_go_everywhere(gpu: FakeGpu) -> None:
             (entry,) = [e for e in logs if e["event"] == "featcache.slab.returned"]
             assert entry["mapped_in_sessions"] == 0
             assert entry["returned_bytes"] == MIB - SEGMENT
-            assert owner._opened().pool.layout == handle_of(client).attachment.layout == turn + 1
+            assert owner._opened().pool.shrink_epoch == handle_of(client).attachment.shrink_epoch == turn + 1
 
 
 async def test_what_stays_is_read_while_the_tail_goes(gpu: FakeGpu) -> None:
@@ -268,5 +268,5 @@ async def test_a_slab_of_one_fixed_segment(no_leaks: None) -> None:
                     assert torch.equal(tensor(view), filled(KIB, value))
                 gpu.run()
                 await spent(owner)
-            assert owner._opened().pool.layout == 0
+            assert owner._opened().pool.shrink_epoch == 0
             assert owner.statistics().committed_bytes == MIB

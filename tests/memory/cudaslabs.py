@@ -2,8 +2,9 @@
 
 import torch
 
+from featcache.memory.cuda.backend import attach
 from featcache.memory.cuda.backing import VMM
-from featcache.memory.cuda.mapping import CudaMapping, attach
+from featcache.memory.cuda.mapping import CudaMapping
 from featcache.memory.cuda.slab import CudaSlab
 from featcache.memory.pack import Feature, pack
 from featcache.ref import TensorSpec

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from featcache.errors import AttachRefused, BackendUnavailable
-from featcache.memory.cuda.backing import IPC, VMM, Unreachable
+from featcache.memory.cuda.backend import attach
+from featcache.memory.cuda.backing import IPC, VMM
 from featcache.memory.cuda.driver import DriverError
-from featcache.memory.cuda.mapping import CudaMapping, attach
+from featcache.memory.cuda.mapping import CudaMapping
 from featcache.memory.cuda.slab import CudaSlab
+from featcache.memory.slab import Unreachable
 from featcache.memory.words import SessionWords
 from featcache.ref import TensorSpec
 from memory.cudaslabs import (
@@ -276,7 +278,7 @@ def test_a_slab_grows_and_shrinks_at_the_same_offsets(api: FakeApi, peer_api: Fa
     slab = make_slab(api)
     reader = attach_to(slab, peer_api)
     slab.commit(0, 3 * SEGMENT, prefault=True)
-    assert [s[:2] for s in slab.segments(0, CAPACITY)] == [(0, 3 * SEGMENT)], "one, for ever"
+    assert [s[:2] for s in slab.segments(0, CAPACITY)] == [(0, 3 * SEGMENT)], "one, never released"
     slab.commit(3 * SEGMENT, 6 * SEGMENT, prefault=False)
     send_segments(slab, reader)
     kept = put_one(slab, 0, torch.arange(100))

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from featcache.errors import CacheClosed
-from featcache.memory.cuda import backing as backing_module
+from featcache.memory.cuda.backend import attach
 from featcache.memory.cuda.backing import IPC, VMM, IpcBacking, SegmentBacking
 from featcache.memory.cuda.driver import DriverError
-from featcache.memory.cuda.mapping import CudaMapping, attach
+from featcache.memory.cuda.mapping import CudaMapping
+from featcache.memory.slab import Unreachable
 from featcache.ref import TensorSpec
 from memory.cudaslabs import (
     CAPACITY,
@@ -99,7 +100,7 @@ def test_what_read_it_last_is_waited_for(
     reader.enable_device(SECOND)
     view = reader.view(0, spec)
     peer_api.side_stream(ordinal)
-    out = to_device(reader, peer_api, 0, spec, ordinal)  # under way, as a user's kernel may be
+    out = to_device(reader, peer_api, 0, spec, ordinal)  # in progress, as a user's kernel may be
     reader.close()
     assert not same(out, view)
     value = view.clone()
@@ -279,7 +280,7 @@ def in_fork(work: Callable[[], None]) -> None:
     if pid == 0:
         code = 1
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(20)  # one that waits for ever dies
+        signal.alarm(20)  # one that hangs dies
         try:
             work()
             code = 0
@@ -350,7 +351,7 @@ def test_a_device_that_can_not_be_opened_leaves_the_others(api: FakeApi, peer_ap
     spec = put_one(slab, 0, torch.rand(SEGMENT // 4 + 4))
     reader = attach_to(slab, peer_api)
     peer_api.fail("cuMemSetAccess", 3, Code.CUDA_ERROR_NOT_PERMITTED)
-    with pytest.raises(backing_module.Unreachable, match="cuMemSetAccess"):
+    with pytest.raises(Unreachable, match="cuMemSetAccess"):
         reader.enable_device(SECOND)
     assert not reader.can_copy_to(SECOND)
     reader.enable_device(SECOND)

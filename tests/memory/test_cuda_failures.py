@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from featcache.errors import BackendUnavailable
-from featcache.memory.cuda.backing import IPC, VMM, Unreachable
+from featcache.memory.cuda.backend import attach, choose_kind
+from featcache.memory.cuda.backing import IPC, VMM
 from featcache.memory.cuda.driver import DriverError
-from featcache.memory.cuda.mapping import CudaMapping, attach
-from featcache.memory.cuda.slab import CudaSlab, choose_backend
+from featcache.memory.cuda.mapping import CudaMapping
+from featcache.memory.cuda.slab import CudaSlab
+from featcache.memory.slab import Unreachable
 from featcache.memory.words import OwnerWords, SessionWords
 from memory.cudaslabs import (
     CAPACITY,
@@ -49,7 +51,7 @@ def words(kind: type[OwnerWords] | type[SessionWords]) -> Iterator[OwnerWords | 
 def own(api: FakeApi, opened: Opened, kind: str) -> None:
     """The whole life of an owner's slab."""
     driver = driver_over(api)
-    choose_backend(driver, 0, "auto")
+    choose_kind(driver, 0, "auto")
     driver.granularity_bytes(0)
     slab = CudaSlab(driver, kind, 0, CAPACITY, SEGMENT)
     opened.append(slab)
@@ -173,7 +175,7 @@ def _fail_once(scene: Scene, index: int, call: str, code: Code) -> None:
         mapping.close()
     _check_error(found, call, code, at)
     left = api.leftovers()
-    if call == "cuEventDestroy":  # nothing but the context's end can let it go now
+    if call == "cuEventDestroy":  # only the context's end destroys it now
         assert len(left.pop("events")) == 1, at
     if call == "cuCtxPopCurrent":
         del left["contexts left current"]

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from featcache.errors import BackendUnavailable, CacheClosed, SettingsError
+from featcache.memory.cuda.backend import choose_kind
 from featcache.memory.cuda.backing import IPC, VMM
-from featcache.memory.cuda.slab import CudaSlab, choose_backend
+from featcache.memory.cuda.slab import CudaSlab
 from featcache.memory.cuda.streams import StreamOrder
 from featcache.memory.pack import DTYPES, pack
 from featcache.memory.views import invalidate
@@ -276,13 +277,13 @@ def test_a_word_behind_reads_on_several_streams(
     assert last is orders[1]
     slab.signal(words, 0, 9, last)
     assert last is not None
-    api.run(last.raw, last.lane.ordinal)
+    api.run(last.raw, last.streams.ordinal)
     done = streams[0] == streams[1] and kind == "default streams"
     assert block.published[0] == (9 if done else 0), "not before the other stream's read is done"
     first = orders[0]
     assert first is not None
-    api.run(first.raw, first.lane.ordinal)
-    api.run(last.raw, last.lane.ordinal)
+    api.run(first.raw, first.streams.ordinal)
+    api.run(last.raw, last.streams.ordinal)
     assert all(int(out.sum()) == 24 for out in outs)
     assert block.published[0] == 9
     slab.close()
@@ -306,15 +307,15 @@ def test_choosing_a_backend(api: FakeApi, lacking: int | None) -> None:
     driver = driver_over(api)
     if lacking is not None:
         api.attributes[lacking] = 0
-    assert choose_backend(driver, 0, "ipc")[0] == IPC
-    kind, why = choose_backend(driver, 0, "auto")
+    assert choose_kind(driver, 0, "ipc")[0] == IPC
+    kind, why = choose_kind(driver, 0, "auto")
     assert kind == (VMM if lacking is None else IPC)
     assert ("can't" in why) == (lacking is not None)
     if lacking is None:
-        assert choose_backend(driver, 0, "vmm")[0] == VMM
+        assert choose_kind(driver, 0, "vmm")[0] == VMM
     else:
         with pytest.raises(BackendUnavailable, match="backend='ipc'"):
-            choose_backend(driver, 0, "vmm")
+            choose_kind(driver, 0, "vmm")
 
 
 def test_views_of_one_place_are_tensors_of_their_own(slab: CudaSlab) -> None:

@@ -154,7 +154,7 @@ SPECS: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize(("index", "value"), CHANGES, ids=str)
-def test_fields_that_make_no_sense(index: int, value: Any) -> None:
+def test_invalid_fields_are_refused(index: int, value: Any) -> None:
     wrong = fields(REF)
     wrong[index] = value
     with pytest.raises(MalformedRef):
@@ -162,7 +162,7 @@ def test_fields_that_make_no_sense(index: int, value: Any) -> None:
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_tensors_that_make_no_sense(name: str) -> None:
+def test_invalid_tensor_specs_are_refused(name: str) -> None:
     wrong = fields(REF)
     wrong[6] = [SPECS[name]]
     with pytest.raises(MalformedRef):
@@ -170,7 +170,7 @@ def test_tensors_that_make_no_sense(name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [[0, 1 << 48, 1 << 48], [1 << 40, 1 << 40, 0]])
-def test_an_empty_shape_that_overflows(shape: list[int]) -> None:
+def test_an_empty_shape_that_overflows_is_refused(shape: list[int]) -> None:
     wrong = fields(REF)
     wrong[6] = [[None, "bfloat16", shape, 0]]
     with pytest.raises(MalformedRef):

@@ -16,10 +16,12 @@ import torch
 
 import featcache
 from featcache import FeatureCache, FeatureClient, FeatureRef
-from featcache.memory import backends
-from featcache.memory.backends import Plan
+from featcache.memory.backends import BY_KIND
+from featcache.memory.cuda.backend import CudaBackend
 from featcache.memory.cuda.backing import VMM
 from featcache.memory.cuda.driver import Driver
+from featcache.memory.cuda.mapping import CudaMapping
+from featcache.memory.slab import PeerSlab, Plan
 from memory.fakecuda import GRANULARITY_BYTES, FakeApi, driver_over
 from support.caches import MIB, filled, small, tensor, until
 from support.processes import Pipe
@@ -42,7 +44,7 @@ class FakeGpu:
         return driver_over(api)
 
     def tensor(self, value: torch.Tensor) -> torch.Tensor:
-        """A tensor that is on the fake GPU: a put of it is under way until the owner's stream runs."""
+        """A tensor that is on the fake GPU: a put of it is in progress until the owner's stream runs."""
         return self.owner.tensor(value.clone())
 
     def run(self) -> None:
@@ -67,14 +69,26 @@ class FakeGpu:
             api.memory.end()
 
 
+class FakeBackend(CudaBackend):
+    """CUDA over the fake drivers: the owner's, and a client's of its own for each slab it maps."""
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        super().__init__(lambda: driver_over(gpu.owner))
+        self._in_clients = CudaBackend(gpu.for_client)
+
+    def map(self, peer: PeerSlab, device: torch.device | None) -> CudaMapping:
+        return self._in_clients.map(peer, device)
+
+
 def use_here(patch: pytest.MonkeyPatch, gpu: FakeGpu, kind: str = VMM) -> None:
     """Put the fakes where the library would load the real driver."""
     plan = Plan(kind, "it is a fake", 0, GRANULARITY_BYTES, 256 if kind == VMM else 1)
     patch.setattr("featcache.owner.owner.plan_for", lambda device, backend: plan)
-    patch.setattr(backends, "load", lambda: driver_over(gpu.owner))
-    patch.setattr(backends, "load_in_client", gpu.for_client)
+    patch.setitem(BY_KIND, kind, FakeBackend(gpu))
     here = SimpleNamespace(is_available=lambda: True, current_device=lambda: 0)
-    patch.setattr(backends, "torch", SimpleNamespace(device=torch.device, cuda=here))
+    sees_one = SimpleNamespace(device=torch.device, cuda=here)
+    patch.setattr("featcache.memory.devices.torch", sees_one)
+    patch.setattr("featcache.memory.cuda.backend.torch", sees_one)
 
 
 @contextlib.contextmanager
@@ -116,7 +130,7 @@ async def right(reader: FeatureCache | FeatureClient, ref: FeatureRef, value: in
 
 
 async def shrunk(owner: FeatureCache, nbytes: int = SEGMENT) -> None:
-    """Return when the slab has given back what it does not need."""
+    """Return when the slab has released all but `nbytes`."""
     store = owner._opened().pool.store
     before, store.limits = store.limits, attrs.evolve(store.limits, idle_s=0.0)
     await until(lambda: store.committed_bytes == nbytes)

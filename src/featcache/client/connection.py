@@ -12,8 +12,7 @@ from featcache.control.channel import close_all
 from featcache.control.link import Link, SlabChange
 from featcache.control.messages import UnmapTail
 from featcache.errors import BackendUnavailable, CacheClosed, FeatcacheError, OwnerLost
-from featcache.memory.cuda.backing import Unreachable
-from featcache.memory.slab import Mapping
+from featcache.memory.slab import Mapping, Unreachable
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
 from featcache.session.offload import Offload
@@ -89,7 +88,7 @@ class PoolConnection:
         if isinstance(change, UnmapTail):
             # At once, so that no read begins in what will be another segment when it comes again.
             self._cover()
-            self.attachment.layout = change.shrink_epoch
+            self.attachment.shrink_epoch = change.shrink_epoch
         if not self._change_in_progress:
             self._change_in_progress = True
             self._spawn(self._carry_out())
@@ -142,7 +141,7 @@ class PoolConnection:
         while self._mapping.end_bytes < end_bytes:
             self.attachment.check()
             retired = [change for change, _ in self._changes if isinstance(change, UnmapTail)]
-            if retired or (not self._changes and self.attachment.layout):
+            if retired or (not self._changes and self.attachment.shrink_epoch):
                 return  # the tail has been unmapped again meanwhile
             self._changed.clear()
             await self._changed.wait()

@@ -9,9 +9,9 @@ import torch
 from featcache.control.channel import close_all
 from featcache.control.messages import Welcome
 from featcache.errors import AttachRefused
-from featcache.memory.backends import default_device, map_slab
-from featcache.memory.cuda.backing import Unreachable
-from featcache.memory.slab import Mapping
+from featcache.memory.backends import map_slab
+from featcache.memory.devices import default_device
+from featcache.memory.slab import Mapping, Unreachable
 from featcache.memory.unreachable import UnreachableSlab
 from featcache.memory.words import OwnerWords, SessionWords
 from featcache.session.attachment import Attachment, PageWords
@@ -63,7 +63,7 @@ async def map_pool(
     )
     doorbell = Doorbell(fds.pop(2))
     attachment = Attachment(welcome.pool_id, words, page, slab.mapping, slab.adopted, doorbell.ring)
-    attachment.layout = welcome.shrink_epoch
+    attachment.shrink_epoch = welcome.shrink_epoch
     attachment.capacity_bytes = welcome.capacity_bytes
     return MappedPool(attachment, doorbell, slab.unreachable)
 

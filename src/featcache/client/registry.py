@@ -22,7 +22,7 @@ from featcache.errors import (
     SettingsError,
     UnknownPool,
 )
-from featcache.memory.cuda.backing import Unreachable
+from featcache.memory.slab import Unreachable
 from featcache.memory.unreachable import UnreachableSlab
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment

@@ -1,8 +1,8 @@
-"""Tensors over memory that torch did not allocate: an address in, a torch storage out.
+"""Storages over memory that torch did not allocate: an address in, a torch storage out.
 
-DLPack is the one public way to tell torch both the address and the device: what torch would ask the
-driver for, the device that the memory is *on*, is for a peer's slab another one than the device that
-reads it. The structs are those of DLPack's ABI (dlpack.h, version 0.8).
+DLPack is the one public way to tell torch both the address and the device. The driver would name the
+device that holds the memory, which for a peer's slab differs from the device that reads it. The structs
+are those of DLPack's ABI (dlpack.h, version 0.8).
 """
 
 import atexit
@@ -50,7 +50,7 @@ _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 
 _lent: dict[int, tuple[_Managed, Any, Callable[[], object]]] = {}
-"""What torch holds a pointer to, by that pointer: it must not go before torch says so."""
+"""Structs that torch holds a pointer to, by that pointer: they stay until torch calls the deleter."""
 
 
 def _gone(managed: Any) -> None:
@@ -68,7 +68,7 @@ _deleter = _Deleter(_gone)
 
 
 def _forget() -> None:
-    """Let what is still lent at the end of the process end without a call into a dying interpreter."""
+    """At exit, make torch drop its storages without a call into the dying interpreter."""
     for managed, _shape, _on_gone in list(_lent.values()):
         managed.deleter = _Deleter()  # null: torch then calls nothing
 

@@ -1,4 +1,4 @@
-"""From what a user puts to specs and bytes: one tensor, or a dict of them packed in one slot."""
+"""Flatten a feature, one tensor or a dict of them, into tensor specs and one slot's layout."""
 
 import functools
 import math
@@ -23,9 +23,9 @@ DTYPES: Final[dict[str, torch.dtype]] = {
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def is_name(value: Any, least: int = 1, *, travels: bool = True) -> bool:
-    """Whether it can name a tensor, a reader or a session: not too long; if it `travels`, in UTF-8."""
-    if not isinstance(value, str) or not least <= len(value) <= MAX_NAME:
+def is_name(value: Any, minimum: int = 1, *, travels: bool = True) -> bool:
+    """Whether it can name a tensor, a reader or a session: of valid length and, if it `travels`, in UTF-8."""
+    if not isinstance(value, str) or not minimum <= len(value) <= MAX_NAME:
         return False
     if travels and not value.isascii():
         try:
@@ -56,13 +56,13 @@ def _spec(name: str | None, tensor: Any, offset_bytes: int) -> TensorSpec:
 
 
 def _check_shape(shape: tuple[int, ...], nbytes: int) -> None:
-    """Raise what says so if no ref can have a tensor of this shape."""
+    """Raise FeatureTooLarge or SettingsError if no ref can have a tensor of this shape."""
     if len(shape) > MAX_DIMS:
         raise SettingsError(
             f"a tensor of {len(shape)} dimensions: reshape it to {MAX_DIMS} or less"
         )
-    if nbytes > MAX_BYTES:  # of an expanded view, that is
-        raise FeatureTooLarge(f"a tensor of {nbytes} bytes fits no pool: put what it is a view of")
+    if nbytes > MAX_BYTES:  # only an expanded view can be
+        raise FeatureTooLarge(f"a tensor of {nbytes} bytes fits no pool: put its base")
     if not nbytes and math.prod(size or 1 for size in shape) > MAX_BYTES:
         raise SettingsError(f"an empty tensor of shape {list(shape)} can't be shared: reshape it")
 
@@ -80,20 +80,20 @@ def _new_bare_specs(tensor: torch.Tensor) -> tuple[TensorSpec, ...]:
 
 
 def pack(
-    feature: Any, most: int, *, travels: bool = True
+    feature: Any, max_tensors: int, *, travels: bool = True
 ) -> tuple[tuple[TensorSpec, ...], Packed, int]:
     """Return the specs, the tensors beside them, and the bytes of the slot they need.
 
     Raises:
-        SettingsError: neither a dense tensor nor a dict of 1 to `most` of them under str names; or,
-            of what `travels` as a ref, the ref would be too long.
-        FeatureTooLarge: it fits no pool there can be.
+        SettingsError: neither a dense tensor nor a dict of 1 to `max_tensors` of them under str
+            names; or, if it `travels` as a ref, the ref would be too long.
+        FeatureTooLarge: it can fit no pool.
 
     """
     if isinstance(feature, torch.Tensor):
         # Servers put the same few shapes again and again.
         if feature.layout is not torch.strided or feature.is_meta or feature.is_nested:
-            _spec(None, feature, 0)  # which says what is wrong
+            _spec(None, feature, 0)  # raises, with the reason
         try:
             specs = _bare_specs[feature.dtype, feature.shape]
         except KeyError:
@@ -103,8 +103,8 @@ def pack(
         raise SettingsError(
             f"a feature is a torch.Tensor or a dict of them, not {type(feature).__name__}"
         )
-    if not 1 <= len(feature) <= most:
-        raise SettingsError(f"a feature packs 1 to {most} tensors, not {len(feature)}")
+    if not 1 <= len(feature) <= max_tensors:
+        raise SettingsError(f"a feature packs 1 to {max_tensors} tensors, not {len(feature)}")
     parts: list[tuple[TensorSpec, torch.Tensor]] = []
     end_bytes = 0
     for name, tensor in feature.items():
@@ -122,7 +122,7 @@ def pack(
 
 
 def _check_length(specs: tuple[TensorSpec, ...]) -> None:
-    """Raise SettingsError if nobody could read a ref with these specs."""
+    """Raise SettingsError if a ref with these specs would be too long."""
     nbytes = ref_bytes(specs)
     if nbytes > MAX_REF_BYTES:
         raise SettingsError(
@@ -143,7 +143,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def unpack(specs: tuple[TensorSpec, ...], tensors: list[torch.Tensor]) -> Feature:
-    """Return tensors in the form in which they were put."""
+    """Return tensors in the form of the feature that was put."""
     if specs[0].name is None:
         return tensors[0]
     return {str(spec.name): tensor for spec, tensor in zip(specs, tensors, strict=True)}
@@ -153,7 +153,7 @@ def same_layout(specs: tuple[TensorSpec, ...], out: Any) -> list[torch.Tensor]:
     """Return the tensors of `out` in the order of `specs`.
 
     Raises:
-        SettingsError: `out` is not of the feature's form, names, shapes and dtypes.
+        SettingsError: `out` differs from the feature in form, names, shapes or dtypes.
 
     """
     if specs[0].name is None:

@@ -1,88 +1,34 @@
-"""In the place of a mapping, where this process's device can't access the slab.
+"""The mapping of a slab that this process's device can't access.
 
-Holding and paying reads works as ever, since the control words are host memory; the bytes come by
-way of a copy that the owner makes in host memory.
+Reads are held and paid as ever, since the control words are host memory; the bytes come as a copy
+that the owner stages in host memory.
 """
 
-from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
-from featcache.memory.cuda.backing import Unreachable
-from featcache.memory.slab import Parts, Word
+from featcache.memory.slab import Unreachable
 from featcache.memory.words import Block, fence_stores
-from featcache.ref import TensorSpec
 
 
 class UnreachableSlab:
-    """A slab that is not mapped here."""
+    """A `Mapping` with control words and no bytes: whatever touches bytes raises `Unreachable`."""
 
     deferred = False
     zero_copy = False
+    writable = False
     end_bytes = 1 << 62
-    """All of it: the owner, which copies from it, has it all."""
+    """The whole slab: the owner, which makes the copies, has all of it mapped."""
 
     def __init__(self, device: torch.device, reason: str) -> None:
         self.device = device
-        """Where reads by way of the host put their copies."""
+        """The device on which reads staged through host memory end."""
         self._reason = reason
-
-    def _refuse(self) -> NoReturn:
-        raise Unreachable(f"the slab can't be accessed from {self.device}: {self._reason}")
 
     def can_copy_to(self, device: torch.device | None) -> bool:
         """Whether `read` can copy there: never."""
         return False
-
-    def enable_device(self, device: torch.device) -> None:
-        """Raise Unreachable."""
-        self._refuse()
-
-    writable = False
-
-    def open_for_writing(self, fds: Sequence[int]) -> None:
-        """Raise Unreachable."""
-        self._refuse()
-
-    def stage(self, parts: Parts) -> NoReturn:
-        """Raise Unreachable."""
-        self._refuse()
-
-    def blocking_write_bytes(self, parts: Parts) -> int:
-        """Raise Unreachable."""
-        self._refuse()
-
-    def write(self, offset_bytes: int, parts: Parts, order: None, word: Word | None = None) -> None:
-        """Raise Unreachable."""
-        self._refuse()
-
-    def order(self, device: torch.device | None = None) -> None:
-        """Return the order of the CPU, which writes the words."""
-
-    def blocking_read_bytes(self, nbytes: int, device: torch.device | None) -> int:
-        """Raise Unreachable."""
-        self._refuse()
-
-    def view(
-        self, offset_bytes: int, spec: TensorSpec, device: torch.device | None = None
-    ) -> torch.Tensor:
-        """Raise Unreachable."""
-        self._refuse()
-
-    def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
-        """Raise Unreachable."""
-        self._refuse()
-
-    def fetch(
-        self, offset_bytes: int, spec: TensorSpec, device: torch.device | None, order: None
-    ) -> torch.Tensor:
-        """Raise Unreachable."""
-        self._refuse()
-
-    def read(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor, order: None) -> None:
-        """Raise Unreachable."""
-        self._refuse()
 
     def adopt(self, block: Block, words: memoryview) -> memoryview:
         """Return the words: the CPU writes them as they are."""
@@ -93,20 +39,14 @@ class UnreachableSlab:
         fence_stores()
         words[index] = value
 
-    def follow(self, order: None, others: Sequence[None]) -> None:
-        """Return the order: there is but one."""
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise Unreachable(f"the slab can't be accessed from {self.device}: {self._reason}")
 
-    def extend(self, start_bytes: int, size_bytes: int, fd: int) -> None:
-        """Map nothing."""
+    enable_device = open_for_writing = stage = blocking_write_bytes = write = _refuse
+    blocking_read_bytes = view = empty = fetch = read = _refuse
 
-    def cut(self, end_bytes: int) -> None:
-        """There is nothing to unmap."""
+    def _do_nothing(self, *_: Any) -> None:
+        pass
 
-    def finish(self) -> None:
-        """Nothing is under way."""
-
-    def close(self) -> None:
-        """There is nothing to let go."""
-
-    def forget(self) -> None:
-        """There is nothing to drop."""
+    # Orders are None, since the CPU writes the words; no segment is mapped, and no work in progress.
+    order = follow = extend = cut = finish = close = forget = _do_nothing

@@ -5,9 +5,9 @@ Two kinds of block. The *owner's* block has a header and one `live`, `published`
 has one `held`, one `released` and one `written` word per slot, and one `granted` word per grant that
 it may have out; that session and the owner map it, nobody else.
 
-Why aligned 8-byte stores through a memoryview are enough: CPython packs an item with one 8-byte
-move, which x86-64 and arm64 make single-copy atomic when aligned; the order between bytes and words,
-and between a word written and another read, is what `fence_stores` and `fence_full` are for.
+Aligned 8-byte stores through a memoryview are enough: CPython packs an item with one 8-byte move,
+which x86-64 and arm64 make single-copy atomic when aligned. `fence_stores` orders bytes before their
+word, `fence_full` a word written before another word read.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import AttachRefused, BackendUnavailable
+from featcache.settings import round_up
 
 _WORD_BYTES: Final = 8
 _HEADER_WORDS: Final = 64
@@ -30,7 +31,7 @@ _SESSION_MAGIC: Final = int.from_bytes(b"fcSessn\x02", "little")
 _OWNER_ARRAYS: Final = 4
 _SESSION_ARRAYS: Final = 3
 GRANTS: Final = 4096
-"""Grants that a session may have out, unless it is said otherwise."""
+"""Grants that a session may hold by default."""
 _F_SEAL_FUTURE_WRITE: Final = 0x0010  # Linux 5.1; Python's fcntl does not name it before 3.13
 
 
@@ -41,9 +42,9 @@ class Header:
     SLOTS = 1
     CAPACITY = 2
     WAITING = 3
-    """n > 0 while a put waits: whoever releases then rings the owner's eventfd, at each n-th release.
+    """n > 0 while a put waits: a reader then rings the owner's eventfd at each n-th of its releases.
 
-    Every release rings (1) unless the owner is busy with releases and looks each millisecond anyway.
+    Every release rings (1) unless the owner is busy with releases and polls each millisecond anyway.
     """
     COMMITTED = 4
     USED = 5
@@ -51,9 +52,9 @@ class Header:
     WAITERS = 7
     WAITING_BYTES = 8
     LARGEST_FREE = 9
-    LAYOUT = 10
-    """How often segments of the slab were taken away. A reader that has not heard of the last time yet
-    may have old memory mapped where new segments are, and reads nothing until it has.
+    SHRINK_EPOCH = 10
+    """How often the slab has shrunk. A reader at an older epoch may have old memory mapped where new
+    segments are, and reads nothing until it has unmapped that.
     """
     KEYS = 11
     RESIDENT = 12
@@ -67,11 +68,11 @@ _TSO: Final = platform.machine() in {"x86_64", "AMD64"}
 _barrier_lock = threading.Lock()
 _SYS_MEMBARRIER: Final = 283  # the generic syscall table (arm64, riscv64); x86-64 needs none here
 _MEMBARRIER_GLOBAL_EXPEDITED: Final = 1 << 1
-"""Not the private form, which leaves the barrier out where the process has but one thread."""
+"""Not the private form: that omits the barrier where the process has one thread."""
 
 
 def _membarrier() -> None:
-    """Run the kernel's full barrier in the caller's thread."""
+    """Issue the kernel's full barrier in the caller's thread."""
     if _libc().syscall(_SYS_MEMBARRIER, _MEMBARRIER_GLOBAL_EXPEDITED, 0, 0) != 0:
         raise BackendUnavailable("this processor needs membarrier(2) and the kernel has none")
 
@@ -105,13 +106,16 @@ def _nothing() -> None:
 
 
 fence_stores = _nothing if _TSO else _membarrier
-"""Between bytes and the word that vouches for them. x86-64 keeps stores in order by itself."""
+"""Store barrier between bytes and the word that vouches for them. x86-64 needs none (TSO)."""
 
 fence_after_lock = _nothing if _TSO else _membarrier
-"""`fence_full` where a lock was released since the store: on x86-64 that was the barrier."""
+"""`fence_full` where a lock was released since the store, which on x86-64 was the barrier."""
 
 fence_full = _lock_as_barrier if _TSO else _membarrier
-"""Between a word written and another process's word read: `held`, then `live` (and the converse)."""
+"""Full barrier between a word written and another process's word read.
+
+A reader writes `held` (a hazard pointer), then reads `live`; the owner clears `live`, then reads `held`.
+With a full barrier in both, at least one of them sees the other's store."""
 
 
 # --- blocks --------------------------------------------------------------------------------------
@@ -133,7 +137,7 @@ def _seal(fd: int, seals: int) -> None:
 
 
 def _map(fd: int, size_bytes: int, *, write: bool) -> mmap.mmap:
-    """Map the whole block; a peer's descriptor of another size is refused before it is mapped."""
+    """Map a whole block; a peer's descriptor of another size is refused before it is mapped."""
     found_bytes = os.fstat(fd).st_size
     if found_bytes != size_bytes:
         raise AttachRefused(f"a control block has {found_bytes} bytes where {size_bytes} belong")
@@ -144,22 +148,19 @@ def _map(fd: int, size_bytes: int, *, write: bool) -> mmap.mmap:
         raise AttachRefused(f"a control block can't be mapped as it should: {error}") from error
 
 
-def _page_up(size_bytes: int) -> int:
-    return -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-
-
 def owner_block_bytes(slots: int) -> int:
     """Return the size of an owner's block."""
-    return _page_up((_HEADER_WORDS + _OWNER_ARRAYS * slots) * _WORD_BYTES)
+    return round_up((_HEADER_WORDS + _OWNER_ARRAYS * slots) * _WORD_BYTES, mmap.PAGESIZE)
 
 
 def session_page_bytes(slots: int, grants: int = GRANTS) -> int:
     """Return the size of a session's page."""
-    return _page_up((_HEADER_WORDS + _SESSION_ARRAYS * slots + grants) * _WORD_BYTES)
+    words = _HEADER_WORDS + _SESSION_ARRAYS * slots + grants
+    return round_up(words * _WORD_BYTES, mmap.PAGESIZE)
 
 
 class Block:
-    """Words over a mapping. Dropping the object unmaps it; nothing is closed under a live view."""
+    """Words over a mapping, which lives as long as the block and every view of it."""
 
     def __init__(self, mapping: mmap.mmap, slots: int, magic: int, arrays: int) -> None:
         words = memoryview(mapping).cast("Q")
@@ -170,7 +171,7 @@ class Block:
             )
         self.slots = slots
         self.whole = words
-        """The block itself, for who registers it with a driver."""
+        """All words of the block, for its registration with a driver."""
         self.header = words[:_HEADER_WORDS]
         self._arrays = [
             words[_HEADER_WORDS + n * slots : _HEADER_WORDS + (n + 1) * slots]
@@ -192,7 +193,7 @@ def _create(label: str, slots: int, size_bytes: int, magic: int) -> tuple[int, m
 
 
 class OwnerWords(Block):
-    """The owner's block, as the owner made it (`create`) or as a reader maps it (`attach`)."""
+    """The owner's block, made by the owner (`create`) or mapped by a reader (`attach`)."""
 
     def __init__(self, mapping: mmap.mmap, slots: int) -> None:
         super().__init__(mapping, slots, _OWNER_MAGIC, _OWNER_ARRAYS)
@@ -200,7 +201,9 @@ class OwnerWords(Block):
 
     @classmethod
     def create(cls, slots: int) -> tuple["OwnerWords", int]:
-        """Return the block and its descriptor, which nobody can map for writing any more."""
+        """Return the block and its descriptor, of which no new writable mapping can be made."""
+        # Sealed after the owner's own mapping, which stays writable, and before any session gets the
+        # descriptor.
         fd, mapping = _create("words", slots, owner_block_bytes(slots), _OWNER_MAGIC)
         try:
             _seal(fd, _F_SEAL_FUTURE_WRITE)
@@ -215,16 +218,16 @@ class OwnerWords(Block):
         return cls(_map(fd, owner_block_bytes(slots), write=False), slots)
 
     def make_live(self, index: int, generation: int, offset_bytes: int, nbytes: int) -> None:
-        """Let readers begin: the extent first, then `live`."""
+        """Make a slot readable: its extent first, then `live`, which vouches for it."""
         self.offset[index] = offset_bytes
         self.nbytes[index] = nbytes
-        if not _TSO:  # at every put, so not called for nothing
+        if not _TSO:  # hot path: skip the call on TSO
             fence_stores()
         self.live[index] = generation
 
 
 class SessionWords(Block):
-    """A session's page, as the owner made it or as the session maps it."""
+    """A session's page, made by the owner (`create`) or mapped by the session (`attach`)."""
 
     def __init__(self, mapping: mmap.mmap, slots: int, grants: int) -> None:
         super().__init__(mapping, slots, _SESSION_MAGIC, _SESSION_ARRAYS)
@@ -234,11 +237,11 @@ class SessionWords(Block):
 
     @classmethod
     def create(cls, slots: int, grants: int = GRANTS) -> tuple["SessionWords", int]:
-        """Return a page and its descriptor, of a size that its session can't change."""
+        """Return a page and its descriptor, whose size is sealed."""
         size_bytes = session_page_bytes(slots, grants)
         fd, mapping = _create("session", slots, size_bytes, _SESSION_MAGIC)
         try:
-            _seal(fd, 0)
+            _seal(fd, 0)  # before it is shared: a session that truncated it would be a SIGBUS here
             return cls(mapping, slots, grants), fd
         except BaseException:
             os.close(fd)
@@ -246,7 +249,7 @@ class SessionWords(Block):
 
     @classmethod
     def attach(cls, fd: int, slots: int, grants: int = GRANTS) -> "SessionWords":
-        """Map one's own page for writing, after checking its size and layout."""
+        """Map the session's own page for writing, after checking its size and layout."""
         return cls(_map(fd, session_page_bytes(slots, grants), write=True), slots, grants)
 
     def granted_array(self) -> NDArray[np.uint64]:

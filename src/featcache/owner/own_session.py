@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 import torch
 
 from featcache.errors import CacheClosed, UnknownPool
-from featcache.memory.cuda.backing import Unreachable
+from featcache.memory.slab import Unreachable
 from featcache.owner.sessions import OWN_SESSION, Sessions
 from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
@@ -47,7 +47,7 @@ class OwnSession:
             )
             self._attachment.covered_bytes = pool.store.limits.capacity_bytes
             # Its own mapping is never behind: nothing lies in memory that it has given back.
-            self._attachment.layout = None
+            self._attachment.shrink_epoch = None
         return self._attachment
 
     def page(self) -> SessionPage:

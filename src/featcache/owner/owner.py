@@ -8,8 +8,9 @@ import torch
 from featcache import events
 from featcache.core.effects import Limits
 from featcache.errors import SettingsError, UnknownPool
-from featcache.memory.backends import Plan, make_host_slab, make_slab, plan_for
+from featcache.memory.backends import make_host_slab, make_slab, plan_for
 from featcache.memory.host import slab as host
+from featcache.memory.slab import Plan
 from featcache.owner.keys import OwnerKeys
 from featcache.owner.own_session import OwnPools
 from featcache.owner.relay import Relay
@@ -69,7 +70,7 @@ class Owner:
         main: ServedPool | None = None
         try:
             plan = await offload.run(lambda: plan_for(device, settings.backend))
-            limits = limits_of(settings, plan.granularity_bytes, plan.most_segments)
+            limits = limits_of(settings, plan.granularity_bytes, plan.max_segments)
             main = await ServedPool.open(
                 lambda: make_slab(
                     plan,

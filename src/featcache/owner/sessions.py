@@ -74,7 +74,7 @@ class Sessions:
             device=pool.slab.device_name,
             capacity_bytes=limits.capacity_bytes,
             committed_bytes=pool.store.committed_bytes,
-            shrink_epoch=pool.layout,
+            shrink_epoch=pool.shrink_epoch,
             handle=pool.slab.handle,
             relays=self.through_host is not None,
             sibling_pool=self.siblings[0].pool_id if self.siblings else None,

@@ -109,8 +109,8 @@ class Growth:
         retiring: Coroutine[Any, Any, int] | None = None
         if self.server is not None and slab.segments(end_bytes, old_end_bytes):
             # Before anything can be put where readers have the old segments mapped.
-            layout = self._header[Header.LAYOUT] = self._header[Header.LAYOUT] + 1
-            retiring = self.server.retire(layout, end_bytes, timeout_s)
+            epoch = self._header[Header.SHRINK_EPOCH] = self._header[Header.SHRINK_EPOCH] + 1
+            retiring = self.server.retire(epoch, end_bytes, timeout_s)
         try:
             await self._offload.run(lambda: slab.decommit(end_bytes, old_end_bytes))
         except (OSError, BackendUnavailable) as error:  # the slab tries again before it grows there

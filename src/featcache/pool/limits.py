@@ -1,9 +1,8 @@
 """The sizes of a pool, from its settings and what its slab can do."""
 
 from featcache.core.effects import Limits
-from featcache.core.store import up as round_up
 from featcache.errors import SettingsError
-from featcache.settings import Settings
+from featcache.settings import Settings, round_up
 
 
 def limits_of(

@@ -93,9 +93,9 @@ class Pool:
             raise CacheClosed("the cache was closed")
 
     @property
-    def layout(self) -> int:
+    def shrink_epoch(self) -> int:
         """How often segments of the slab were taken away."""
-        return self.words.header[Header.LAYOUT]
+        return self.words.header[Header.SHRINK_EPOCH]
 
     def find(self, ref: FeatureRef) -> Slot:
         """Return the slot of a peer's ref, of which no number is trusted.

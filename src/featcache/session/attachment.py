@@ -17,7 +17,7 @@ from featcache.memory.unreachable import UnreachableSlab
 from featcache.memory.words import Header, OwnerWords, SessionWords, fence_after_lock
 from featcache.ref import FeatureRef
 
-_WAITING, _LAYOUT = Header.WAITING, Header.LAYOUT
+_WAITING, _SHRINK_EPOCH = Header.WAITING, Header.SHRINK_EPOCH
 _GRANTED, _WRITTEN = 1, 2  # indices into PageWords
 _WRITES = 1 << 40  # beyond any slot: pins for writing and for reading never share a key
 
@@ -73,7 +73,7 @@ class Attachment:
         self.header = words.header
         self.capacity_bytes = 1 << 62
         """Bytes of the slab's range, as its owner said."""
-        self.layout: int | None = 0
+        self.shrink_epoch: int | None = 0
         """The last shrink that this process has heard of; None: never behind the owner's."""
         self.covered_bytes = 0
         """Bytes from the slab's start that can be read here."""
@@ -139,7 +139,7 @@ class Attachment:
         return (  # as `is_ready`, inline
             self._published[index] == generation
             and ref.offset_bytes + ref.nbytes <= self.covered_bytes
-            and (self.layout is None or self.header[_LAYOUT] == self.layout)
+            and (self.shrink_epoch is None or self.header[_SHRINK_EPOCH] == self.shrink_epoch)
         )
 
     def is_ready(self, ref: FeatureRef) -> bool:
@@ -279,7 +279,7 @@ class Attachment:
     def is_mapped(self, offset_bytes: int, nbytes: int) -> bool:
         """Whether a part of the slab is mapped here as the owner has it now."""
         return offset_bytes + nbytes <= self.covered_bytes and (
-            self.layout is None or self.header[_LAYOUT] == self.layout
+            self.shrink_epoch is None or self.header[_SHRINK_EPOCH] == self.shrink_epoch
         )
 
     def _signal(self, which: int, index: int, value: int, order: Order) -> None:

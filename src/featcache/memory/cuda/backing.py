@@ -1,7 +1,7 @@
-"""What is behind a CUDA slab's addresses: segments mapped side by side, or one legacy allocation.
+"""The memory behind a CUDA slab's addresses: segments mapped side by side, or one legacy allocation.
 
 A backing outlives its `close` while tensors over it are alive: the last of them takes it down. In a
-forked child, whose CUDA calls would fail, nothing is taken down.
+forked child, where CUDA calls fail, nothing is taken down.
 """
 
 import os
@@ -15,14 +15,11 @@ import torch
 from featcache.errors import AttachRefused, BackendUnavailable, CacheClosed
 from featcache.memory.cuda.driver import Driver, DriverError
 from featcache.memory.dlpack import storage_over
+from featcache.memory.slab import Unreachable
 
 VMM: Final = "cuda-vmm"
 IPC: Final = "cuda-ipc"
 _NO_PEER_ACCESS: Final = 217
-
-
-class Unreachable(BackendUnavailable):
-    """This device can't access the slab's memory: its reads go through host memory."""
 
 
 class _Mapped(NamedTuple):
@@ -32,7 +29,7 @@ class _Mapped(NamedTuple):
     size_bytes: int
     handle: Any
     fd: int
-    """The descriptor that other processes map it by, in its owner; elsewhere -1."""
+    """In the owner the descriptor by which other processes map it; elsewhere -1."""
 
 
 class Backing(Protocol):
@@ -47,65 +44,70 @@ class Backing(Protocol):
         """Bytes from the start that have memory behind them."""
 
     def enable_device(self, ordinal: int) -> int:
-        """Let a device access it; return the address at which it does. May block."""
+        """Give a device access; return the address at which it has it. May block."""
 
     def open_for_writing(self) -> int:
         """Return the address at which the first device may write it. May block."""
 
     def storage(self, address: int, device: torch.device) -> torch.UntypedStorage:
-        """Return a storage over the whole range. It keeps the backing up."""
+        """Return a storage over the whole range. The backing stays up while it lives."""
 
     def close(self) -> None:
-        """Take it down, once no tensor is over it. No work on it may be under way. May block."""
+        """Take it down once no tensor is over it. No work on it may be in progress. May block."""
 
 
 class _RefCounted:
-    """Counts the storages that are out, and takes down what was closed when the last is gone."""
+    """Counts the live storages; a closed backing is taken down when the last of them is gone."""
 
     def __init__(self, driver: Driver, ordinal: int, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self._driver = driver
         self._ordinal = ordinal
         self._pid = os.getpid()
-        self._lock = threading.RLock()  # the collector may drop a tensor while this thread has it
-        self._lent = 0
+        self._lock = threading.RLock()  # the collector may drop a tensor while this thread holds it
+        self._storages = 0
         self._closed = False
         self._changing = threading.Lock()
-        """Held while what is mapped changes, and who may access it: both are done in threads."""
+        """Held while mappings or access rights change: several threads do both."""
 
     def storage(self, address: int, device: torch.device) -> torch.UntypedStorage:
         with self._lock:
-            self._lent += 1
+            self._storages += 1
         return storage_over(address, self.capacity_bytes, device, self._on_gone)
 
     def close(self) -> None:
-        """As `Backing.close`. If the driver refuses a step, another call tries that one again."""
+        """As `Backing.close`. A step that the driver refused is tried again by the next call."""
         if os.getpid() != self._pid:
             return
+        # Closed before the count is read: of this call and the last storage's `_on_gone` at least one
+        # then sees both "closed" and "none left", and `_take_down` is idempotent if both do.
         with self._lock:
             self._closed = True
-            lent = self._lent
+            storages = self._storages
         with self._changing:
             self.drop_descriptors()
-        if not lent:
+        if not storages:
             self._end()
 
     def drop_descriptors(self) -> None:
-        """Close what descriptors there are, and nothing else: in a forked child too."""
+        """Close the descriptors and nothing else, which works in a forked child too."""
 
     def _on_gone(self) -> None:
-        if os.getpid() != self._pid:  # in a forked child, where nobody may have left the lock
+        if os.getpid() != self._pid:  # a forked child: the lock's holder may not exist here
             return
         with self._lock:
-            self._lent -= 1
-            if self._lent or not self._closed:
+            self._storages -= 1
+            if self._storages or not self._closed:
                 return
-        # What read it last may still run, and to wait for that is not for whoever dropped a tensor.
-        with suppress(RuntimeError):  # too late for threads: the process ends, and all this with it
+        # The last read may still run, and the thread that dropped a tensor must not wait for it.
+        with suppress(
+            RuntimeError
+        ):  # the interpreter shuts down: the mapping ends with the process
             threading.Thread(target=self._end_late, name="featcache-unmap", daemon=True).start()
 
     def _end_late(self) -> None:
         with suppress(DriverError):  # a broken context: there is nothing left to take down
+            # Synchronise before the unmap: work in flight on unmapped addresses kills the context.
             for ordinal in self._ordinals():
                 self._driver.synchronize(ordinal)
             self._end()
@@ -123,7 +125,7 @@ class _RefCounted:
         raise NotImplementedError
 
     def _take_down(self) -> None:
-        """Undo what is not undone yet."""
+        """Undo the steps that are not undone yet."""
         raise NotImplementedError
 
 
@@ -138,13 +140,13 @@ class SegmentBacking(_RefCounted):
         self._devices = [ordinal]
         self.segments: list[_Mapped] = []
         self._unreleased: list[Any] = []
-        """Handles of memory that is not mapped any more, until the driver has let them go."""
+        """Handles of unmapped memory that the driver has not released yet."""
         with driver.on(ordinal):
             self._address = driver.reserve(capacity_bytes)
         self._write_alias = 0
-        """Where the same memory is mapped once more, for writing, if it is."""
-        self._untwinned: list[_Mapped] = []
-        """Segments that are not mapped there any more, while the driver would not unmap them here."""
+        """A second range over the same memory, mapped for writing; 0 if there is none."""
+        self._unaliased: list[_Mapped] = []
+        """Segments unmapped from the alias whose unmap in the first range the driver refused."""
 
     @property
     def end_bytes(self) -> int:
@@ -153,7 +155,7 @@ class SegmentBacking(_RefCounted):
         return self.segments[-1].start_bytes + self.segments[-1].size_bytes
 
     def enable_device(self, ordinal: int) -> int:
-        """As `Backing.enable_device`; raise Unreachable if the driver does not let it."""
+        """As `Backing.enable_device`; raise Unreachable if the driver refuses."""
         with self._changing:
             self._check_open()
             if ordinal not in self._devices:
@@ -165,23 +167,27 @@ class SegmentBacking(_RefCounted):
             return self._address
 
     def open_for_writing(self) -> int:
-        """As `Backing.open_for_writing`: where readers map it, a second range of addresses."""
+        """As `Backing.open_for_writing`: in a reader, a second range of addresses.
+
+        The first range stays read-only, so that no kernel can write through a borrowed view.
+        """
         with self._changing, self._driver.on(self._ordinal), ExitStack() as undo:
             self._check_open()
             if self._write:
                 return self._address
             if not self._write_alias:
-                twin = self._driver.reserve(self.capacity_bytes)
-                undo.callback(self._driver.unreserve, twin, self.capacity_bytes)
+                alias = self._driver.reserve(self.capacity_bytes)
+                undo.callback(self._driver.unreserve, alias, self.capacity_bytes)
                 for segment in self.segments:
-                    self._map_twin(twin, segment.start_bytes, segment.size_bytes, segment.handle)
-                    undo.callback(self._unmap_twin, twin, segment)
-                self._write_alias = twin
+                    self._map_alias(alias, segment.start_bytes, segment.size_bytes, segment.handle)
+                    undo.callback(self._unmap_alias, alias, segment)
+                # Only when all of it is mapped: from now on `_map` and `_take_away` keep it in step.
+                self._write_alias = alias
                 undo.pop_all()
             return self._write_alias
 
-    def _map_twin(self, twin: int, start_bytes: int, size_bytes: int, handle: Any) -> None:
-        driver, address = self._driver, twin + start_bytes
+    def _map_alias(self, alias: int, start_bytes: int, size_bytes: int, handle: Any) -> None:
+        driver, address = self._driver, alias + start_bytes
         driver.map(address, size_bytes, handle)
         try:
             driver.allow(address, size_bytes, [self._ordinal], write=True)
@@ -189,30 +195,30 @@ class SegmentBacking(_RefCounted):
             driver.unmap(address, size_bytes)
             raise
 
-    def _unmap_twin(self, twin: int, segment: _Mapped) -> None:
-        self._driver.unmap(twin + segment.start_bytes, segment.size_bytes)
+    def _unmap_alias(self, alias: int, segment: _Mapped) -> None:
+        self._driver.unmap(alias + segment.start_bytes, segment.size_bytes)
 
     def make(self, start_bytes: int, size_bytes: int) -> None:
-        """Put new memory at the end of what there is, with a descriptor for readers."""
+        """Append a segment of new memory, with a descriptor for readers."""
         driver = self._driver
         with self._changing, driver.on(self._ordinal), ExitStack() as undo:
             self._check_open()
             handle = driver.create(self._ordinal, size_bytes)
-            undo.callback(self._let_go, handle)
+            undo.callback(self._release, handle)
             fd = driver.export(handle)
             undo.callback(os.close, fd)
             self._map(start_bytes, size_bytes, handle, fd)
             undo.pop_all()
 
     def adopt(self, start_bytes: int, size_bytes: int, fd: int) -> None:
-        """Put an owner's memory there; the descriptor stays the caller's."""
+        """Append an owner's segment; the descriptor stays the caller's."""
         driver = self._driver
         if start_bytes != self.end_bytes or start_bytes + size_bytes > self.capacity_bytes:
             raise AttachRefused("the owner sent a segment that does not follow those before it")
         with self._changing, driver.on(self._ordinal), ExitStack() as undo:
             self._check_open()
             handle = driver.import_(fd)
-            undo.callback(self._let_go, handle)
+            undo.callback(self._release, handle)
             self._map(start_bytes, size_bytes, handle, -1)
             undo.pop_all()
 
@@ -222,10 +228,11 @@ class SegmentBacking(_RefCounted):
         try:
             self._allow(start_bytes, size_bytes, self._devices)
             if self._write_alias:
-                self._map_twin(self._write_alias, start_bytes, size_bytes, handle)
+                self._map_alias(self._write_alias, start_bytes, size_bytes, handle)
         except BaseException:
             driver.unmap(address, size_bytes)
             raise
+        # Last: a segment in the list has memory, access rights and its alias.
         self.segments.append(_Mapped(start_bytes, size_bytes, handle, fd))
 
     def _allow(self, start_bytes: int, size_bytes: int, devices: list[int]) -> None:
@@ -238,32 +245,35 @@ class SegmentBacking(_RefCounted):
             raise Unreachable(str(error)) from error
 
     def cut(self, end_bytes: int) -> None:
-        """Take away the segments from `end_bytes` on; nothing may be using them."""
+        """Unmap the segments from `end_bytes` on; no work on them may be in progress."""
         with self._changing, self._driver.on(self._ordinal):
             self._cut(end_bytes)
 
     def _cut(self, end_bytes: int) -> None:
-        with ExitStack() as each:  # from the last to the first; one that fails does not keep others
+        # From the last to the first; a failure does not stop the rest.
+        with ExitStack() as each:
             for segment in self.segments:
                 if segment.start_bytes >= end_bytes:
                     each.callback(self._take_away, segment)
 
     def _take_away(self, segment: _Mapped) -> None:
-        if self._write_alias and segment not in self._untwinned:
-            self._unmap_twin(self._write_alias, segment)
-            self._untwinned.append(segment)
+        # Ordered so that a refused step is tried again by the next call and none is done twice: the
+        # alias, which is noted; the mapping; then the list, the descriptor and the handle.
+        if self._write_alias and segment not in self._unaliased:
+            self._unmap_alias(self._write_alias, segment)
+            self._unaliased.append(segment)
         self._driver.unmap(self._address + segment.start_bytes, segment.size_bytes)
         self.segments.remove(segment)
-        if segment in self._untwinned:
-            self._untwinned.remove(segment)
+        if segment in self._unaliased:
+            self._unaliased.remove(segment)
         if segment.fd >= 0:
             os.close(segment.fd)
-        self._let_go(segment.handle)
+        self._release(segment.handle)
 
-    def _let_go(self, *handles: Any) -> None:
+    def _release(self, *handles: Any) -> None:
         self._unreleased.extend(handles)
         while self._unreleased:
-            self._driver.release(self._unreleased[-1])
+            self._driver.release(self._unreleased[-1])  # if refused it stays, for the next call
             self._unreleased.pop()
 
     def _ordinals(self) -> list[int]:
@@ -273,9 +283,10 @@ class SegmentBacking(_RefCounted):
         if not self._address:
             return
         with self._driver.on(self._ordinal):
-            with ExitStack() as each:
-                each.callback(self._let_go)
+            with ExitStack() as each:  # runs in reverse: unmap, then handles left from before
+                each.callback(self._release)
                 each.callback(self._cut, 0)
+            # The ranges come last: the driver frees no range that still has memory mapped.
             if self._write_alias:
                 self._driver.unreserve(self._write_alias, self.capacity_bytes)
                 self._write_alias = 0
@@ -292,12 +303,12 @@ class SegmentBacking(_RefCounted):
 
 
 class IpcBacking(_RefCounted):
-    """One allocation of a fixed size, which readers open by a handle of 64 bytes (legacy IPC)."""
+    """One allocation of a fixed size, opened by readers with a handle of 64 bytes (legacy IPC)."""
 
     def __init__(
         self, driver: Driver, ordinal: int, capacity_bytes: int, *, handle: bytes | None = None
     ) -> None:
-        """Allocate, or with a `handle` open what another process allocated."""
+        """Allocate, or with a `handle` open another process's allocation."""
         super().__init__(driver, ordinal, capacity_bytes)
         self._open: dict[int, int] = {}
         self._undo: list[tuple[int, Callable[[int], None], int]] = []
@@ -329,16 +340,15 @@ class IpcBacking(_RefCounted):
             return self._open_theirs(ordinal) if address is None else address
 
     def open_for_writing(self) -> int:
-        """As `Backing.open_for_writing`: what a legacy handle opens may be written."""
+        """As `Backing.open_for_writing`: a legacy handle always opens for writing."""
         return self.enable_device(self._ordinal)
 
     def _open_theirs(self, ordinal: int) -> int:
         if self._theirs is None:
             raise Unreachable("the owner's other devices don't open its own legacy allocation")
         own = self._driver.own_allocations.get(self._theirs)
-        if (
-            own is not None and own[0] == ordinal
-        ):  # a process can't open its own handle, and need not
+        if own is not None and own[0] == ordinal:
+            # A process can't open its own handle; its address is at hand.
             self._open[ordinal] = own[1]
             return own[1]
         with self._driver.on(ordinal):

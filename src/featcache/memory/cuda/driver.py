@@ -1,11 +1,11 @@
-"""The CUDA driver, as far as featcache calls it: cuda.bindings with every result looked at.
+"""Checked wrappers over the calls of cuda.bindings that featcache needs.
 
-Imported lazily: neither ``import featcache`` nor a host slab needs a GPU or the cuda package. The
-module of bindings is an argument, so that tests can put a fake in its place that keeps the driver's
-rules where there is no GPU.
+The bindings are imported lazily: neither ``import featcache`` nor a host slab needs a GPU or the cuda
+package. The module of bindings is an argument, so that tests without a GPU can pass a fake that keeps
+the driver's rules.
 
-Addresses, handles and streams are ints here (the bindings' own classes are made where a call needs
-them); sizes are bytes; devices are ordinals of this process, and between processes UUIDs.
+Addresses, handles and streams are ints here (the bindings' classes are made where a call needs them);
+sizes are bytes; devices are ordinals of this process, and between processes UUIDs.
 """
 
 import importlib
@@ -40,7 +40,7 @@ _ADVICE: Final = {
 
 
 class DriverError(BackendUnavailable):
-    """A call to the CUDA driver failed; the message has the call, its code and what to do."""
+    """A call to the CUDA driver failed; the message has the call, its code and the advice for it."""
 
     def __init__(self, call: str, code: int, name: str) -> None:
         advice = _ADVICE.get(code, "look at the driver's documentation of this code")
@@ -53,7 +53,7 @@ class DriverError(BackendUnavailable):
 
 
 class DeviceMemoryError(DriverError, MemoryError):
-    """A device, or the driver itself, has no memory left for a call."""
+    """A device, or the driver itself, has no memory left."""
 
 
 def _torch_stream(ordinal: int) -> int:
@@ -66,7 +66,7 @@ def _torch_device(ordinal: int) -> torch.device:
 
 
 class Driver:
-    """Checked calls over one module of bindings. Nothing here keeps state but the two tables."""
+    """Checked calls over one module of bindings. Its only state is two tables."""
 
     def __init__(
         self,
@@ -78,9 +78,9 @@ class Driver:
         self.current_stream = current_stream
         """Torch's current stream of a device, as the int that the driver knows it by."""
         self.device = device
-        """What torch calls a device."""
+        """torch's name of a device."""
         self.own_allocations: dict[bytes, tuple[int, int]] = {}
-        """Device and address of what this process allocated, by its legacy handle."""
+        """Device and address of each allocation of this process, by its legacy handle."""
         self._contexts: dict[int, Any] = {}
         self._lock = threading.Lock()
         self._posix_fd = api.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
@@ -93,7 +93,7 @@ class Driver:
         return result[1] if len(result) == 2 else None  # noqa: PLR2004 - an error code, then a value
 
     def fail(self, call: str, code: Any) -> None:
-        """Raise what a result other than success stands for."""
+        """Raise the error of a result other than success."""
         name = getattr(code, "name", "an unknown code")
         kind = DeviceMemoryError if code == _OUT_OF_MEMORY else DriverError
         raise kind(call, int(code), name)
@@ -101,11 +101,11 @@ class Driver:
     # --- devices ----------------------------------------------------------------------------------
 
     def device_count(self) -> int:
-        """Return how many devices this process sees."""
+        """Return the number of devices that this process sees."""
         return int(self._check("cuDeviceGetCount", self.api.cuDeviceGetCount()))
 
     def uuid_of(self, ordinal: int) -> str:
-        """Return a device's UUID, by which other processes know it."""
+        """Return a device's UUID, which names it between processes."""
         device = self._check("cuDeviceGet", self.api.cuDeviceGet(ordinal))
         found = self._check("cuDeviceGetUuid", self.api.cuDeviceGetUuid(device))
         return str(uuid.UUID(bytes=bytes(found.bytes)))
@@ -137,7 +137,7 @@ class Driver:
         return bool(self._check("cuDeviceCanAccessPeer", api.cuDeviceCanAccessPeer(ordinal, other)))
 
     def context(self, ordinal: int) -> Any:
-        """Return a device's primary context, which torch uses too. Retained once, to the end."""
+        """Return a device's primary context, which torch uses too. Retained once, until exit."""
         with self._lock:
             context = self._contexts.get(ordinal)
             if context is None:
@@ -154,12 +154,12 @@ class Driver:
         try:
             yield
         finally:
-            # Not looked at: what was done in the block is done, and the next block makes its own
-            # context the current one. A driver that is going down says so at the next call.
+            # Unchecked: the block's work is done, and the next block makes its own context current.
+            # A driver that shuts down says so at the next call.
             self.api.cuCtxPopCurrent()
 
     def synchronize(self, ordinal: int) -> None:
-        """Wait for all the work of this process on a device. Blocks."""
+        """Wait for all work of this process on a device. Blocks."""
         with self.on(ordinal):
             self._check("cuCtxSynchronize", self.api.cuCtxSynchronize())
 
@@ -175,13 +175,13 @@ class Driver:
         return prop
 
     def granularity_bytes(self, ordinal: int) -> int:
-        """Return what sizes and offsets of segments must be multiples of."""
+        """Return the unit of the sizes and offsets of segments."""
         minimum = self.api.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         result = self.api.cuMemGetAllocationGranularity(self._properties(ordinal), minimum)
         return int(self._check("cuMemGetAllocationGranularity", result))
 
     def create(self, ordinal: int, size_bytes: int) -> Any:
-        """Return a handle of new device memory. Raise MemoryError if there is none."""
+        """Return a handle of new device memory, or raise MemoryError."""
         result = self.api.cuMemCreate(size_bytes, self._properties(ordinal), 0)
         return self._check("cuMemCreate", result)
 
@@ -196,7 +196,7 @@ class Driver:
         return self._check("cuMemImportFromShareableHandle", result)
 
     def release(self, handle: Any) -> None:
-        """Let a handle go. The memory itself goes with the last mapping, in whichever process."""
+        """Release a handle. The memory is freed with its last handle and mapping in any process."""
         self._check("cuMemRelease", self.api.cuMemRelease(handle))
 
     def reserve(self, size_bytes: int) -> int:
@@ -206,19 +206,19 @@ class Driver:
         )
 
     def unreserve(self, address: int, size_bytes: int) -> None:
-        """Give a range of addresses back."""
+        """Free a reserved range of addresses."""
         self._check("cuMemAddressFree", self.api.cuMemAddressFree(address, size_bytes))
 
     def map(self, address: int, size_bytes: int, handle: Any) -> None:
-        """Put a segment behind addresses. Nobody can access it yet."""
+        """Map a segment at an address. No device can access it before `allow`."""
         self._check("cuMemMap", self.api.cuMemMap(address, size_bytes, 0, handle, 0))
 
     def unmap(self, address: int, size_bytes: int) -> None:
-        """Take a whole segment from behind its addresses. No work on it may be under way."""
+        """Unmap a whole segment. No work on it may be in progress."""
         self._check("cuMemUnmap", self.api.cuMemUnmap(address, size_bytes))
 
     def allow(self, address: int, size_bytes: int, ordinals: Iterable[int], *, write: bool) -> None:
-        """Let these devices read (and write) mapped addresses."""
+        """Give these devices access to mapped addresses: to read, or to `write` too."""
         api = self.api
         flags = api.CUmemAccess_flags
         descriptions = []
@@ -238,33 +238,33 @@ class Driver:
     # --- legacy IPC, in the current context -----------------------------------------------------------
 
     def allocate(self, size_bytes: int) -> int:
-        """Return device memory that can be shared by a legacy handle."""
+        """Allocate device memory that can be shared by a legacy handle."""
         return int(self._check("cuMemAlloc", self.api.cuMemAlloc(size_bytes)))
 
     def free(self, address: int) -> None:
-        """Free what `allocate` gave. Waits for the device."""
+        """Free an allocation of `allocate`. Waits for the device."""
         self._check("cuMemFree", self.api.cuMemFree(address))
 
     def ipc_export(self, address: int) -> bytes:
-        """Return the legacy handle of what `allocate` gave."""
+        """Return the legacy handle of an allocation of `allocate`."""
         handle = self._check("cuIpcGetMemHandle", self.api.cuIpcGetMemHandle(address))
         return bytes(handle.reserved)
 
     def ipc_open(self, handle: bytes) -> int:
-        """Map another process's memory for the current context's device, for as long as it is open."""
+        """Map another process's allocation for the current context's device."""
         named = self.api.CUipcMemHandle()
         named.reserved = handle
         flags = self.api.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
         return int(self._check("cuIpcOpenMemHandle", self.api.cuIpcOpenMemHandle(named, flags)))
 
     def ipc_close(self, address: int) -> None:
-        """Unmap what `ipc_open` mapped."""
+        """Unmap an address that `ipc_open` returned."""
         self._check("cuIpcCloseMemHandle", self.api.cuIpcCloseMemHandle(address))
 
     # --- host memory, in the current context ------------------------------------------------------------
 
     def register(self, address: int, size_bytes: int, *, read_only: bool = False) -> None:
-        """Let every device of this process access host memory (pages must be mapped already)."""
+        """Give every device of this process access to host memory, whose pages are mapped already."""
         api = self.api
         flags = api.CU_MEMHOSTREGISTER_PORTABLE | api.CU_MEMHOSTREGISTER_DEVICEMAP
         if read_only:
@@ -276,14 +276,14 @@ class Driver:
         self._check("cuMemHostUnregister", self.api.cuMemHostUnregister(address))
 
     def device_address(self, address: int) -> int:
-        """Return the address by which devices know registered host memory."""
+        """Return the address of registered host memory on the devices."""
         result = self.api.cuMemHostGetDevicePointer(address, 0)
         return int(self._check("cuMemHostGetDevicePointer", result))
 
     # --- streams, in the current context ------------------------------------------------------------------
 
     def stream(self) -> Any:
-        """Return a new stream that the default one does not wait for."""
+        """Return a new stream that does not synchronise with the default one."""
         flags = self.api.CUstream_flags.CU_STREAM_NON_BLOCKING
         return self._check("cuStreamCreate", self.api.cuStreamCreate(flags))
 
@@ -292,11 +292,11 @@ class Driver:
         self._check("cuStreamSynchronize", self.api.cuStreamSynchronize(stream))
 
     def end_stream(self, stream: Any) -> None:
-        """Let a stream of `stream` go."""
+        """Destroy a stream of `stream`."""
         self._check("cuStreamDestroy", self.api.cuStreamDestroy(stream))
 
     def mark(self, stream: Any) -> Any:
-        """Return an event that stands behind all that a stream has been given so far."""
+        """Return an event behind all work that a stream has been given so far."""
         flags = self.api.CUevent_flags.CU_EVENT_DISABLE_TIMING
         event = self._check("cuEventCreate", self.api.cuEventCreate(flags))
         try:
@@ -307,11 +307,11 @@ class Driver:
         return event
 
     def follow(self, stream: Any, event: Any) -> None:
-        """Have a stream, of whichever device, go on only when an event is past."""
+        """Make a stream, of any device, wait for an event."""
         self._check("cuStreamWaitEvent", self.api.cuStreamWaitEvent(stream, event, 0))
 
     def drop(self, event: Any) -> None:
-        """Let an event go; who follows it still does."""
+        """Destroy an event; streams that follow it still do."""
         self._check("cuEventDestroy", self.api.cuEventDestroy(event))
 
 

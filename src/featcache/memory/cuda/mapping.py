@@ -1,38 +1,44 @@
-"""A slab on a GPU, as its readers map it: copies and words in the order of torch's streams.
+"""A slab on a GPU as one process maps it: copies and words in the order of torch's streams.
 
 A read of published bytes is enqueued on the caller's stream, and the word that pays it behind it, so
-nothing here waits for the GPU. Where the CPU is one end of a copy, the copy is done when the call
-returns, on a stream of the mapping's own: it may then block, and belongs in a thread.
+nothing here waits for the GPU. A copy from or to host memory is complete when the call returns, on a
+private stream: it may block, and belongs in a thread.
 """
 
 import ctypes
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
 
-from featcache.errors import AttachRefused, CacheClosed, SettingsError
+from featcache.errors import AttachRefused, BackendUnavailable, CacheClosed, SettingsError
 from featcache.memory import strided as copies
-from featcache.memory.cuda.backing import IPC, VMM, Backing, IpcBacking, SegmentBacking, Unreachable
+from featcache.memory.cuda.backing import Backing, SegmentBacking
 from featcache.memory.cuda.driver import Driver
 from featcache.memory.cuda.streams import DeviceStreams, StreamOrder
-from featcache.memory.cuda.writing import SLOWER, CudaWriting
 from featcache.memory.pack import DTYPES, contiguous_strides
+from featcache.memory.slab import Parts, Unreachable, Word
+from featcache.memory.views import view_of
 from featcache.memory.words import Block, fence_stores
 from featcache.ref import TensorSpec
 
+_SLOWDOWN: Final = 16
+"""A copy over PCIe from pageable memory, waited for, takes so many times a copy in host memory."""
+
 
 class Words(NamedTuple):
-    """Control words that a stream writes: as the CPU sees them, and where devices find them."""
+    """Control words that a stream writes."""
 
     here: memoryview
+    """The words as the CPU sees them."""
     address: int
+    """The first word's address on the devices."""
 
 
-class CudaMapping(CudaWriting):
-    """A slab on a GPU as one process maps it, for one device of its own or for several."""
+class CudaMapping:
+    """A slab on a GPU, mapped for one device of this process or for several."""
 
     deferred = True
     zero_copy = True
@@ -41,11 +47,13 @@ class CudaMapping(CudaWriting):
         self._driver = driver
         self._backing: Backing = backing
         self._ordinal = ordinal
-        self._lanes: dict[int, DeviceStreams] = {}
-        self._lane_of: dict[torch.device, DeviceStreams] = {}
-        """The same by torch's name with an index: asking a torch.device for its parts is slow."""
+        self._by_ordinal: dict[int, DeviceStreams] = {}
+        self._by_device: dict[torch.device, DeviceStreams] = {}
+        """The same by torch.device with an index: reading a torch.device's parts is slow."""
         self._adopted: dict[int, tuple[memoryview, int]] = {}
-        self._home = self._open_lane(ordinal)
+        self._home = self._open_device(ordinal)
+        self._target: tuple[int, torch.UntypedStorage] | None = None
+        """The slab's start in a writable range of addresses, and a storage over that range."""
 
     @property
     def device(self) -> torch.device:
@@ -60,74 +68,64 @@ class CudaMapping(CudaWriting):
     # --- devices ----------------------------------------------------------------------------------
 
     def can_copy_to(self, device: torch.device | None) -> bool:
-        """Whether `read` can copy to this device now; `enable_device` can make it so."""
+        """Whether `read` can copy to this device now, perhaps after `enable_device`."""
         return (
             device is None
-            or device in self._lane_of
+            or device in self._by_device
             or device.type == "cpu"
-            or self._ordinal_at(device) in self._lanes
+            or self._ordinal_at(device) in self._by_ordinal
         )
 
     def enable_device(self, device: torch.device) -> None:
-        """Let another device of this process read the slab. May block. Raise Unreachable if it can't."""
+        """Map the slab for another device of this process, or raise Unreachable. May block."""
         ordinal = self._ordinal_at(device)
         if self._home.storage is None:
             raise CacheClosed("this mapping of the slab is closed")
-        if ordinal not in self._lanes:
-            self._open_lane(ordinal)
+        if ordinal not in self._by_ordinal:
+            self._open_device(ordinal)
 
-    def open_for_writing(self, fds: Sequence[int]) -> None:
-        """Map the slab a second time, to be written: what is lent from the first stays read-only."""
-        if self._home.storage is None:
-            raise CacheClosed("this mapping of the slab is closed")
-        if fds:
-            raise AttachRefused("the owner sent descriptors where a slab on a GPU has none")
-        if self._target is None:
-            address = self._backing.open_for_writing()
-            self._target = (address, self._backing.storage(address, self._home.device))
-
-    def _open_lane(self, ordinal: int) -> DeviceStreams:
-        lane = DeviceStreams(self._driver, ordinal, self._driver.device(ordinal))
-        lane.address = self._backing.enable_device(ordinal)
-        lane.storage = self._backing.storage(lane.address, lane.device)
-        self._lanes[ordinal] = lane
-        if lane.device.type != "cpu":
-            self._lane_of[lane.device] = lane
-        return lane
+    def _open_device(self, ordinal: int) -> DeviceStreams:
+        streams = DeviceStreams(self._driver, ordinal, self._driver.device(ordinal))
+        streams.address = self._backing.enable_device(ordinal)
+        streams.storage = self._backing.storage(streams.address, streams.device)
+        self._by_ordinal[ordinal] = streams
+        if streams.device.type != "cpu":
+            self._by_device[streams.device] = streams
+        return streams
 
     def _ordinal_at(self, device: torch.device) -> int:
         return device.index if device.index is not None else torch.cuda.current_device()
 
-    def _lane(self, ordinal: int) -> DeviceStreams:
-        lane = self._lanes.get(ordinal)
-        if lane is None or lane.storage is None:
+    def _streams_on(self, ordinal: int) -> DeviceStreams:
+        streams = self._by_ordinal.get(ordinal)
+        if streams is None or streams.storage is None:
             if self._home.storage is None:
                 raise CacheClosed("this mapping of the slab is closed")
             raise Unreachable(f"cuda:{ordinal} has not opened this slab: await a get there first")
-        return lane
+        return streams
 
     # --- bytes ------------------------------------------------------------------------------------
 
     def order(self, device: torch.device | None = None) -> StreamOrder | None:
-        """Return the caller's place on a device's stream; None for the CPU, which is always in order."""
+        """Return the caller's position on a device's stream; None for the CPU, which acts at once."""
         if device is None:
             return self._home.order()
-        if device in self._lane_of:
-            lane = self._lane_of[device]
-            if lane.storage is not None:
-                return lane.order()
-        return None if device.type == "cpu" else self._lane(self._ordinal_at(device)).order()
+        if device in self._by_device:
+            streams = self._by_device[device]
+            if streams.storage is not None:
+                return streams.order()
+        return None if device.type == "cpu" else self._streams_on(self._ordinal_at(device)).order()
 
     def blocking_read_bytes(self, nbytes: int, device: torch.device | None) -> int:
-        """Return how many bytes of host memory would hold up a thread as long as this copy does."""
-        return nbytes * SLOWER if device is not None and device.type == "cpu" else 0
+        """Return the bytes of a host copy that blocks a thread for as long as this read."""
+        return nbytes * _SLOWDOWN if device is not None and device.type == "cpu" else 0
 
     def view(
         self, offset_bytes: int, spec: TensorSpec, device: torch.device | None = None
     ) -> torch.Tensor:
-        """Return a tensor over the slab's bytes, on a device that has opened it."""
-        lane = self._home if device is None else self._lane(self._ordinal_at(device))
-        return lane.view(offset_bytes, spec)
+        """Return a tensor over the slab's bytes, on a device that has it mapped."""
+        streams = self._home if device is None else self._streams_on(self._ordinal_at(device))
+        return streams.view(offset_bytes, spec)
 
     def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
         """Return a new tensor to read into."""
@@ -144,44 +142,43 @@ class CudaMapping(CudaWriting):
         device: torch.device | None,
         order: StreamOrder | None,
     ) -> torch.Tensor:
-        """Return a new tensor with the slab's bytes, or with what will be them at `order`."""
+        """Return a new tensor with the slab's bytes; they are there at `order`, or now if it is None."""
         if order is None:
             out = self.empty(spec, device)
             self._read_to_host(offset_bytes, spec, out)
             return out
-        lane = order.lane
-        if lane.storage is None:
+        streams = order.streams
+        if streams.storage is None:
             raise CacheClosed("this mapping of the slab is closed")
         shape = spec.shape
         out = torch.empty_strided(  # with strides torch takes two thirds of the time of `empty`
-            shape, contiguous_strides(shape), dtype=DTYPES[spec.dtype], device=lane.device
+            shape, contiguous_strides(shape), dtype=DTYPES[spec.dtype], device=streams.device
         )
         if nbytes := out.nbytes:
-            at = lane.address + offset_bytes + spec.offset_bytes
-            lane.copy(out.data_ptr(), at, nbytes, order.stream)
+            at = streams.address + offset_bytes + spec.offset_bytes
+            streams.copy(out.data_ptr(), at, nbytes, order.stream)
         return out
 
     def read(
         self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor, order: StreamOrder | None
     ) -> None:
-        """Copy the slab's bytes into `out`: enqueued at `order`, or done if that is None."""
+        """Copy the slab's bytes into `out`: enqueued at `order`, or at once if that is None."""
         if order is None:
             self._read_to_host(offset_bytes, spec, out)
             return
-        lane = order.lane
-        if out.get_device() != lane.ordinal:
+        streams = order.streams
+        if out.get_device() != streams.ordinal:
             raise SettingsError("the tensors of one get are all on one device")
-        if lane.storage is None:
+        if streams.storage is None:
             raise CacheClosed("this mapping of the slab is closed")
-        if out.is_contiguous() and not (
-            out.is_neg() or out.is_conj()
-        ):  # as copies.is_plain, inline
+        # copies.is_plain, inline
+        if out.is_contiguous() and not (out.is_neg() or out.is_conj()):
             if nbytes := out.nbytes:
-                at = lane.address + offset_bytes + spec.offset_bytes
-                lane.copy(out.data_ptr(), at, nbytes, order.stream)
+                at = streams.address + offset_bytes + spec.offset_bytes
+                streams.copy(out.data_ptr(), at, nbytes, order.stream)
             return
-        with lane.at(order):
-            copies.copy(out, self.view(offset_bytes, spec, lane.device))
+        with streams.at(order):
+            copies.copy(out, self.view(offset_bytes, spec, streams.device))
 
     def _read_to_host(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor) -> None:
         if not out.is_cpu:
@@ -194,10 +191,95 @@ class CudaMapping(CudaWriting):
         if target is not out:
             copies.copy(out, target)
 
+    # --- writing ----------------------------------------------------------------------------------
+
+    @property
+    def writable(self) -> bool:
+        """Whether `write` may be called: in the owner always, elsewhere after `open_for_writing`."""
+        return self._target is not None
+
+    def open_for_writing(self, fds: Sequence[int]) -> None:
+        """Map the slab a second time, for writing; views are over the first, which stays read-only."""
+        if self._home.storage is None:
+            raise CacheClosed("this mapping of the slab is closed")
+        if fds:
+            raise AttachRefused("the owner sent descriptors where a slab on a GPU has none")
+        if self._target is None:
+            address = self._backing.open_for_writing()
+            self._target = (address, self._backing.storage(address, self._home.device))
+
+    def stage(self, parts: Parts) -> tuple[Parts, StreamOrder | None]:
+        """Return the parts, moved to this device if on another, and the caller's stream position.
+
+        The order is None where no part is on a GPU: bytes on the host are there already.
+        """
+        ordinal, on_device = self._ordinal, False
+        for _, tensor in parts:
+            where = tensor.get_device()
+            if where == ordinal:
+                on_device = True
+            elif where >= 0:
+                # torch runs a copy between devices behind the current streams of both, and makes them
+                # wait for it: the order below, this device's stream, stands behind the copy.
+                device = self._home.device
+                parts = [
+                    (spec, part.to(device) if part.get_device() >= 0 else part)
+                    for spec, part in parts
+                ]
+                on_device = True
+                break
+        return parts, self._home.order() if on_device else None
+
+    def blocking_write_bytes(self, parts: Parts) -> int:
+        """Return the bytes of a host copy that blocks a thread for as long as this write."""
+        total_bytes = 0
+        for _, tensor in parts:
+            if tensor.get_device() < 0:
+                total_bytes += tensor.nbytes
+        return total_bytes * _SLOWDOWN
+
+    def write(
+        self, offset_bytes: int, parts: Parts, order: StreamOrder | None, word: Word | None = None
+    ) -> None:
+        """Copy staged tensors in: from the GPU enqueued at `order`, from the host complete on return.
+
+        Then `signal` the word: for one bare tensor, the common feature, in one call with its copy.
+        """
+        streams, target = self._home, self._target
+        if streams.storage is None:
+            raise CacheClosed("this mapping of the slab is closed")
+        if target is None:
+            raise BackendUnavailable("this mapping of the slab was not opened for writing")
+        for spec, tensor in parts:
+            nbytes = tensor.nbytes
+            if not nbytes:
+                continue
+            at = target[0] + offset_bytes + spec.offset_bytes
+            where = tensor.get_device()
+            if where != streams.ordinal or order is None:
+                if where >= 0:
+                    raise SettingsError("a part was not staged")
+                plain = tensor if copies.is_plain(tensor) else _made_plain(tensor)
+                streams.copy_now(at, plain.data_ptr(), nbytes)
+            elif (  # not copies.is_plain, inline
+                not tensor.is_contiguous()
+                or tensor.is_neg()
+                or (spec.dtype in copies.COMPLEX and tensor.is_conj())
+            ):
+                with streams.at(order):
+                    copies.copy(view_of(target[1], offset_bytes, spec, streams.device), tensor)
+            elif word is None or spec.name is not None:
+                streams.copy(at, tensor.data_ptr(), nbytes, order.stream)
+            else:
+                streams.copy_and_signal(at, tensor.data_ptr(), nbytes, word, order.stream)
+                return
+        if word is not None:  # last: it vouches for all the bytes before it
+            self.signal(*word, order)
+
     # --- words ------------------------------------------------------------------------------------
 
     def adopt(self, block: Block, words: memoryview) -> Words:
-        """Register a block of control words with the driver; return its `words`, for `signal`."""
+        """Register a block of control words with the driver; return `words` of it for `signal`."""
         base = _address_of(block.whole)
         if base not in self._adopted:
             with self._driver.on(self._ordinal):
@@ -211,26 +293,28 @@ class CudaMapping(CudaWriting):
         return Words(words, self._adopted[base][1] + _address_of(words) - base)
 
     def signal(self, words: Words, index: int, value: int, order: StreamOrder | None) -> None:
-        """Store a word behind everything enqueued at `order`, or now if that is None."""
+        """Store a word behind all earlier work of `order`, or now if that is None."""
         if order is None:
-            fence_stores()
+            fence_stores()  # bytes before the word that vouches for them
             words.here[index] = value
             return
-        order.lane.write_word(words.address + 8 * index, value, order.stream)
+        order.streams.write_word(words.address + 8 * index, value, order.stream)
 
     def follow(
         self, order: StreamOrder | None, others: Sequence[StreamOrder | None]
     ) -> StreamOrder | None:
-        """Return an order behind them all: of one read that was used on several streams."""
+        """Return an order behind them all, for a read that was used on several streams."""
         behind = [other for other in others if other is not None and other is not order]
         if not behind:
             return order
         last = order if order is not None else behind.pop()
         for other in behind:
-            with self._driver.on(other.lane.ordinal):
+            with self._driver.on(other.streams.ordinal):
                 event = self._driver.mark(other.stream)
             try:
-                with self._driver.on(last.lane.ordinal):  # whose default stream 0 would be
+                with self._driver.on(
+                    last.streams.ordinal
+                ):  # stream 0 is the current context's default
                     self._driver.follow(last.stream, event)
             finally:
                 self._driver.drop(event)
@@ -239,32 +323,34 @@ class CudaMapping(CudaWriting):
     # --- size and end -----------------------------------------------------------------------------
 
     def extend(self, start_bytes: int, size_bytes: int, fd: int) -> None:
-        """Map a segment that the owner made. May block. The descriptor stays the caller's."""
+        """Map a segment of the owner's. May block. The descriptor stays the caller's."""
         if not isinstance(self._backing, SegmentBacking):
             raise AttachRefused("the owner sent a segment of a slab that has one fixed one")
         self._backing.adopt(start_bytes, size_bytes, fd)
 
     def cut(self, end_bytes: int) -> None:
-        """Unmap the segments from `end_bytes` on. No work on them may be under way. May block."""
+        """Unmap the segments from `end_bytes` on. No work on them may be in progress. May block."""
         if isinstance(self._backing, SegmentBacking):
             self._backing.cut(end_bytes)
 
     def finish(self) -> None:
-        """Wait for everything that is under way on the devices that read it. Blocks."""
-        for ordinal in list(self._lanes):
+        """Wait for all work of this process on the devices that map it. Blocks."""
+        for ordinal in list(self._by_ordinal):
             self._driver.synchronize(ordinal)
 
     def close(self) -> None:
-        """Take the mapping down. No work on it may be under way. May block. Idempotent.
+        """Take the mapping down. No work on it may be in progress. May block. Idempotent.
 
-        Tensors that are still out keep the memory until they go. Where the driver refuses a step the
-        others are done all the same, and another `close` tries that one again.
+        Live views keep the memory mapped. If the driver refuses a step the others are done all the
+        same, and another `close` tries that one again.
         """
-        with ExitStack() as each:  # from the last to the first
+        # Run from the last to the first: words, then streams with their storages, and the backing when
+        # nothing of this mapping is over it any more.
+        with ExitStack() as each:
             each.callback(self._backing.close)
             self._target = None
-            for lane in self._lanes.values():
-                each.callback(lane.close)
+            for streams in self._by_ordinal.values():
+                each.callback(streams.close)
             for address in self._adopted:
                 each.callback(self._disown, address)
 
@@ -274,11 +360,11 @@ class CudaMapping(CudaWriting):
         del self._adopted[address]
 
     def forget(self) -> None:
-        """Drop in a forked child what it can drop without CUDA, which does not work there."""
+        """In a forked child, drop what needs no CUDA call: those fail there."""
         self._adopted.clear()
         self._target = None
-        for lane in self._lanes.values():
-            lane.drop_storage()
+        for streams in self._by_ordinal.values():
+            streams.drop_storage()
         if isinstance(self._backing, SegmentBacking):
             self._backing.drop_descriptors()
 
@@ -289,44 +375,7 @@ def _address_of(words: memoryview) -> int:
     return int(np.frombuffer(words, dtype=np.uint8).ctypes.data)
 
 
-def attach(
-    driver: Driver,
-    kind: str,
-    device_uuid: str,
-    capacity_bytes: int,
-    handle: bytes,
-    device: torch.device | None,
-) -> CudaMapping:
-    """Map another process's slab for a device of this one. May block; segments come by `extend`.
-
-    Args:
-        driver: the driver.
-        kind: `VMM` or `IPC`.
-        device_uuid: the device that the slab is on.
-        capacity_bytes: bytes of its range.
-        handle: the legacy handle; empty for `VMM`.
-        device: the device that reads; None is the slab's own, else torch's current one.
-
-    Raises:
-        Unreachable: the device has no peer access to the slab's.
-        BackendUnavailable: the driver refused; the message says what.
-
-    """
-    theirs = driver.ordinal_of(device_uuid)
-    if device is not None and device.index is not None:
-        ordinal = device.index
-    else:
-        ordinal = theirs if theirs is not None and device is None else torch.cuda.current_device()
-    if theirs is not None and not driver.can_reach(ordinal, theirs):
-        raise Unreachable(f"cuda:{ordinal} has no peer access to the slab's device, {device_uuid}")
-    backing: Backing
-    if kind == VMM:
-        backing = SegmentBacking(driver, ordinal, capacity_bytes)
-    else:
-        assert kind == IPC, kind
-        backing = IpcBacking(driver, ordinal, capacity_bytes, handle=handle)
-    try:
-        return CudaMapping(driver, backing, ordinal)
-    except BaseException:
-        backing.close()
-        raise
+def _made_plain(tensor: torch.Tensor) -> torch.Tensor:
+    plain = torch.empty(tensor.shape, dtype=tensor.dtype)
+    copies.copy(plain, tensor)
+    return plain

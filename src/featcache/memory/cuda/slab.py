@@ -1,30 +1,9 @@
-"""A slab on a GPU, as its owner has it."""
+"""The owner's side of a slab on a GPU."""
 
-from featcache.errors import BackendUnavailable
-from featcache.memory.cuda.backing import IPC, VMM, IpcBacking, SegmentBacking
+from featcache.memory.cuda.backing import VMM, IpcBacking, SegmentBacking
 from featcache.memory.cuda.driver import Driver
 from featcache.memory.cuda.mapping import CudaMapping
 from featcache.memory.slab import Segment
-
-
-def choose_backend(driver: Driver, ordinal: int, wanted: str) -> tuple[str, str]:
-    """Return the kind of slab to make on a device, and why.
-
-    Raises:
-        BackendUnavailable: `wanted` is ``"vmm"`` and the device can't.
-
-    """
-    able = driver.can_share_segments(ordinal)
-    if wanted == "ipc":
-        return IPC, "Settings.backend asks for it"
-    if able:
-        why = "Settings.backend asks for it" if wanted == "vmm" else "the device can share segments"
-        return VMM, why
-    if wanted == "vmm":
-        raise BackendUnavailable(
-            "this device can't share memory segments by descriptor: Settings(backend='ipc')"
-        )
-    return IPC, "the device can't share memory segments by descriptor"
 
 
 class CudaSlab(CudaMapping):
@@ -53,7 +32,7 @@ class CudaSlab(CudaMapping):
 
     @property
     def handle(self) -> bytes:
-        """The legacy handle that readers open; empty where segments are sent instead."""
+        """The legacy handle that readers open; empty where segments are sent."""
         return self._memory.handle if isinstance(self._memory, IpcBacking) else b""
 
     def descriptors(self) -> list[int]:
@@ -61,11 +40,11 @@ class CudaSlab(CudaMapping):
         return []
 
     def write_descriptors(self) -> list[int]:
-        """Return none: the segments' own serve."""
+        """Return none: the segments' descriptors serve for writing too."""
         return []
 
     def segments(self, start_bytes: int, stop_bytes: int) -> list[Segment]:
-        """Return the segments that lie in a part of the range."""
+        """Return the segments in a part of the range."""
         if isinstance(self._memory, IpcBacking):
             return []
         return [
@@ -75,10 +54,10 @@ class CudaSlab(CudaMapping):
         ]
 
     def commit(self, start_bytes: int, stop_bytes: int, *, prefault: bool) -> None:
-        """Make segments. What is there from the start is one, however large: it never goes back."""
+        """Create segments. The initial bytes are one, however large: they are never released."""
         if isinstance(self._memory, IpcBacking):
             return
-        if self.end_bytes > start_bytes:  # what the driver did not let go of when it was asked to
+        if self.end_bytes > start_bytes:  # a segment that the driver would not unmap
             self._memory.cut(start_bytes)
         step_bytes = self._segment_bytes if start_bytes else stop_bytes
         at = start_bytes
@@ -92,5 +71,5 @@ class CudaSlab(CudaMapping):
             raise
 
     def decommit(self, start_bytes: int, stop_bytes: int) -> None:
-        """Give segments back. The memory is free once no session has them mapped any more."""
+        """Release segments. Their memory is free once no session has them mapped."""
         self.cut(start_bytes)

@@ -1,8 +1,8 @@
-"""A lane: one device of this process, and how copies and control words go through its streams.
+"""The streams of one device of this process: copies and control words are enqueued on them.
 
-What a call does is enqueued on a stream and done later, in that stream's order. An `StreamOrder` is a place
-in such an order: the stream that was torch's current one when the user called, whichever thread does
-the work. None stands in its place where the CPU does the work itself, at once.
+Work that is enqueued on a stream runs later, in that stream's order. A `StreamOrder` is a position in
+it: the stream that was torch's current one at the user's call, whichever thread then enqueues. Where
+the CPU does the work itself, at once, None stands in its place.
 """
 
 import threading
@@ -23,25 +23,25 @@ _MAX_ORDERS: Final = 256  # torch has 32 streams to a device and priority; other
 
 
 class StreamOrder:
-    """A lane and one of its streams."""
+    """One of a device's streams, as the driver takes it."""
 
-    __slots__ = ("lane", "raw", "stream")
+    __slots__ = ("raw", "stream", "streams")
 
-    def __init__(self, lane: "DeviceStreams", raw: int) -> None:
-        self.lane = lane
+    def __init__(self, streams: "DeviceStreams", raw: int) -> None:
+        self.streams = streams
         self.raw = raw
-        self.stream = lane.driver.api.CUstream(raw)
+        self.stream = streams.driver.api.CUstream(raw)
 
 
 class DeviceStreams:
-    """One device: its context, its streams, and where the slab begins for it."""
+    """One device: its context, its streams, and the slab's address on it."""
 
     def __init__(self, driver: Driver, ordinal: int, device: torch.device) -> None:
         self.driver = driver
         self.ordinal = ordinal
         self.device = device
         self.address = 0
-        """Where the slab begins, once this device can access it."""
+        """The slab's start, once this device can access it."""
         self.storage: torch.UntypedStorage | None = None
         self._orders: dict[int, StreamOrder] = {}
         self._views: dict[tuple[int, TensorSpec], torch.Tensor] = {}
@@ -50,11 +50,13 @@ class DeviceStreams:
         self._current = driver.api.cuCtxGetCurrent
         self._memcpy = driver.api.cuMemcpyAsync
         self._write = driver.api.cuStreamWriteValue64
-        self._own: Any = None  # a stream for copies to and from the host, made when first needed
+        self._own: Any = (
+            None  # a stream for copies to and from the host, created by the first of them
+        )
         self._lock = threading.Lock()
 
     def order(self) -> StreamOrder:
-        """Return the caller's place: torch's current stream of this device."""
+        """Return the caller's position: torch's current stream of this device."""
         raw = self._stream_now(self.ordinal)
         try:
             return self._orders[raw]
@@ -65,14 +67,12 @@ class DeviceStreams:
             return order
 
     def view(self, offset_bytes: int, spec: TensorSpec) -> torch.Tensor:
-        """Return a tensor over the slab's bytes.
-
-        Features of one shape come to lie at the same few places, and a tensor that lies there already
-        is a third of the work of a new one: `.data` of it is another tensor over the same memory.
-        """
+        """Return a tensor over the slab's bytes."""
         storage = self.storage
         if storage is None:
             raise CacheClosed("this mapping of the slab is closed")
+        # Features of one shape get the same few offsets again and again. `.data` of a tensor that is
+        # there already, another tensor over the same memory, is a third of the work of a new one.
         key = offset_bytes, spec
         try:
             return self._views[key].data
@@ -90,7 +90,7 @@ class DeviceStreams:
         current = self._current()[1]
         if current is not None and int(current) == self._context:
             code = self._memcpy(target, source, nbytes, stream)[0]
-        else:  # another device's turn, or a thread that never used CUDA
+        else:  # another device's context is current, or this thread never used CUDA
             with self.driver.on(self.ordinal):
                 code = self._memcpy(target, source, nbytes, stream)[0]
         if code != 0:
@@ -99,9 +99,9 @@ class DeviceStreams:
     def copy_and_signal(
         self, target: int, source: int, nbytes: int, word: tuple[Any, int, int], stream: Any
     ) -> None:
-        """As `copy` and then `write_word`, of words at their `address`, at an index.
+        """As `copy`, then `write_word` of a word by its index.
 
-        Asking which context is current, and having the answer, takes a tenth of the two.
+        Hot path: the query for the current context, made once here, is a tenth of the time of the two.
         """
         words, index, value = word
         current = self._current()[1]
@@ -109,6 +109,7 @@ class DeviceStreams:
             self.copy(target, source, nbytes, stream)
             self.write_word(words.address + 8 * index, value, stream)
             return
+        # The copy first: the stream runs both in this order, so the word vouches for the bytes.
         code = self._memcpy(target, source, nbytes, stream)[0]
         if code != 0:
             self.driver.fail("cuMemcpyAsync", code)
@@ -117,7 +118,7 @@ class DeviceStreams:
             self.driver.fail("cuStreamWriteValue64", code)
 
     def write_word(self, address: int, value: int, stream: Any) -> None:
-        """Enqueue the store of a 64-bit word, seen by the host after all that was enqueued before."""
+        """Enqueue the store of a 64-bit word: the host sees it after all earlier work of the stream."""
         current = self._current()[1]
         if current is not None and int(current) == self._context:
             code = self._write(stream, address, value, 0)[0]
@@ -128,15 +129,15 @@ class DeviceStreams:
             self.driver.fail("cuStreamWriteValue64", code)
 
     def copy_now(self, target: int, source: int, nbytes: int) -> None:
-        """Copy between the host and the device, and return when it is done. Blocks.
+        """Copy between the host and the device, and return when the copy is complete. Blocks.
 
-        On a stream of the lane's own: bytes that are published, or on the host, wait for nobody.
+        On a private stream: published bytes, and bytes on the host, depend on no other stream's work.
         """
         if not nbytes:
             return
         with self.driver.on(self.ordinal):
             if self._own is None:
-                with self._lock:  # these copies run in threads
+                with self._lock:  # these copies run in several threads
                     if self._own is None:
                         self._own = self.driver.stream()
             self.copy(target, source, nbytes, self._own)
@@ -144,7 +145,7 @@ class DeviceStreams:
 
     @contextmanager
     def at(self, order: StreamOrder) -> Iterator[None]:
-        """Have torch enqueue at this place what it is asked for in a block."""
+        """Make torch enqueue the work of a block on this stream."""
         if self.device.type == "cpu" or self.driver.current_stream(self.ordinal) == order.raw:
             yield
             return
@@ -157,12 +158,12 @@ class DeviceStreams:
             yield
 
     def drop_storage(self) -> None:
-        """Let go of the slab's memory; tensors that are out keep it."""
+        """Drop the reference to the slab's memory; live views keep it mapped."""
         self.storage = None
         self._views.clear()
 
     def close(self) -> None:
-        """Let the lane's own stream go, and its hold on the slab's memory."""
+        """Destroy the private stream and drop the reference to the slab's memory."""
         self.drop_storage()
         if self._own is not None:
             with self.driver.on(self.ordinal):

@@ -1,6 +1,6 @@
-"""How much memory the host can still give, as the kernel and this process's control group say.
+"""Memory that the host can still give, as the kernel and this process's control groups report it.
 
-A kernel that overcommits refuses nothing: it kills. So whoever is about to take much looks here first.
+A kernel that overcommits refuses nothing: it kills. So a large commit checks here first.
 """
 
 import contextlib
@@ -10,13 +10,13 @@ from typing import Final
 _PROC: Final = Path("/proc")
 _GROUPS: Final = Path("/sys/fs/cgroup")
 _ODD: Final = (OSError, ValueError, IndexError)
-"""What a file that is not there, or not of the form known here, raises."""
+"""Errors of a file that is missing or has an unknown form."""
 
 
 def available_bytes(proc: Path = _PROC, groups: Path = _GROUPS) -> int | None:
-    """Return the bytes that can be had without others' being taken; None if nothing says so.
+    """Return the bytes that can be had without taking others'; None if unknown.
 
-    Control groups of version 2 are looked at, this process's and those above it.
+    Control groups of version 2 count, this process's and those above it.
     """
     known = [value for value in (_of_host(proc), *_of_groups(proc, groups)) if value is not None]
     return min(known) if known else None
@@ -33,7 +33,7 @@ def _of_host(proc: Path) -> int | None:
 
 
 def _of_groups(proc: Path, groups: Path) -> list[int]:
-    """Return what is left of each limit that binds this process; caches count as left."""
+    """Return the bytes left under each limit that binds this process; caches count as left."""
     found: list[int] = []
     with contextlib.suppress(*_ODD):
         path = (proc / "self" / "cgroup").read_text().partition("0::/")[2].splitlines()[0]
@@ -57,7 +57,7 @@ def _left_in(group: Path) -> int | None:
 
 
 def _cached_in(group: Path) -> int:
-    """Return what the kernel takes back before it kills."""
+    """Return the bytes that the kernel reclaims before it kills."""
     cached_bytes = 0
     with contextlib.suppress(*_ODD):
         for line in (group / "memory.stat").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""A host slab whose pages the CUDA driver knows: GPUs copy to and from it at the speed of the bus."""
+"""A host slab in pinned memory: GPUs copy to and from it at the speed of the bus."""
 
 from contextlib import suppress
 
@@ -7,9 +7,9 @@ from featcache.memory.host.slab import HostSlab
 
 
 class PinnedSlab(HostSlab):
-    """Pins what it begins with, in one piece: a copy can't cross from one pinned piece to another.
+    """Pins its initial bytes in one piece, since a copy can't cross from one pinned piece to another.
 
-    So it is to begin with all that it will ever have. Where the driver refuses, it is only slower.
+    So its initial bytes should be all it will have. Where the driver refuses, it is only slower.
     """
 
     def __init__(
@@ -31,9 +31,10 @@ class PinnedSlab(HostSlab):
                 self.pinned_bytes = stop_bytes
 
     def close(self) -> None:
-        """Unpin and drop everything."""
+        """Unpin, then drop the mapping and the descriptors."""
         if self.pinned_bytes and self._region is not None:
             self.pinned_bytes = 0
+            # Before the unmap: the driver must not keep a registration of addresses that are gone.
             with suppress(DriverError), self._driver.on(self._ordinal):
                 self._driver.unregister(self._region[1])
         super().close()

@@ -1,9 +1,9 @@
 """The host slab: one sparse memfd, filled by fallocate, emptied by punching holes.
 
 The owner maps it read-write; readers get a descriptor opened read-only, whose mappings can't be
-written. That guards against accidents, not against this user's own malice: who may open another
-process's descriptors through /proc could open it anew. The seal that would forbid that,
-F_SEAL_FUTURE_WRITE, forbids punching holes as well.
+written. That guards against accidents, not against malice of the same user: a process that may open
+another's descriptors through /proc can reopen it for writing. F_SEAL_FUTURE_WRITE would forbid that,
+but it forbids punching holes as well.
 """
 
 import contextlib
@@ -21,24 +21,24 @@ import torch
 
 from featcache.errors import AttachRefused, BackendUnavailable, CacheClosed
 from featcache.memory import strided as copies
+from featcache.memory.devices import CPU
 from featcache.memory.host.available import available_bytes
-from featcache.memory.pack import DTYPES, contiguous_strides
+from featcache.memory.pack import DTYPES
 from featcache.memory.slab import Parts, Segment, Word
-from featcache.memory.views import view_over
+from featcache.memory.views import view_of
 from featcache.memory.words import Block, fence_stores, memfd
 from featcache.ref import TensorSpec
 
 KIND: Final = "host"
-CPU: Final = torch.device("cpu")
-_MADV_POPULATE_READ: Final = 22  # Linux 5.14; Python has no names for them
+_MADV_POPULATE_READ: Final = 22  # Linux 5.14; Python does not name them
 _MADV_POPULATE_WRITE: Final = 23
 _FALLOC_PUNCH: Final = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
-_NEVER_HERE: Final = 1 << 62  # bytes: more than any bound on what is copied in the event loop
+_NEVER_HERE: Final = 1 << 62  # bytes: above any limit on copies in the event loop
 
 Streams = Sequence[Any]
-"""The caller's streams of the GPUs that a copy touches. Its copies are done when they return all the
-same; but what the caller enqueued before, such as what makes a put's source, must be done first."""
+"""The caller's streams of the GPUs that a copy touches. Copies are complete on return all the same, but
+they must come behind the caller's earlier work there, such as the kernel that computes a put's source."""
 _memmove: Callable[[int, int, int], int] = ctypes.memmove  # drops the GIL, unlike a buffer's slice
 
 
@@ -49,7 +49,7 @@ def _plain(tensor: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def _on(streams: Streams) -> Iterator[None]:
-    """Have torch use these streams: the caller's, in a thread whose own are others."""
+    """Make torch use the caller's streams, in a thread whose current ones are others."""
     with contextlib.ExitStack() as stack:
         for stream in streams:
             stack.enter_context(torch.cuda.stream(stream))
@@ -57,7 +57,7 @@ def _on(streams: Streams) -> Iterator[None]:
 
 
 def _advise(mapping: mmap.mmap, advice: int, start_bytes: int, size_bytes: int) -> bool:
-    """Give the kernel advice it may not know (old kernels say EINVAL); return whether it took it."""
+    """Give the kernel advice, and return whether it knows it: old kernels return EINVAL."""
     try:
         mapping.madvise(advice, start_bytes, size_bytes)
     except OSError as error:
@@ -67,45 +67,39 @@ def _advise(mapping: mmap.mmap, advice: int, start_bytes: int, size_bytes: int) 
     return True
 
 
-def _view(storage: torch.UntypedStorage, offset_bytes: int, spec: TensorSpec) -> torch.Tensor:
-    dtype, shape = DTYPES[spec.dtype], spec.shape
-    at = (offset_bytes + spec.offset_bytes) // dtype.itemsize
-    return view_over(storage, at, dtype, shape, contiguous_strides(shape), CPU)
-
-
 class _Target(NamedTuple):
-    """A mapping that may be written."""
+    """A writable mapping."""
 
     address: int
     storage: torch.UntypedStorage
 
     @classmethod
     def over(cls, mapping: mmap.mmap) -> "_Target":
-        """Return one over a mapping, which lives as long as its storage does."""
+        """Return the target over a mapping, which lives as long as the target's storage."""
         whole = torch.frombuffer(mapping, dtype=torch.uint8)
         return cls(whole.data_ptr(), whole.untyped_storage())
 
 
 class HostMapping:
-    """A host slab as one process maps it. It is unmapped when the last tensor over it is gone."""
+    """A host slab as one process maps it. The last tensor over it unmaps it."""
 
     def __init__(self, mapping: mmap.mmap) -> None:
         address = np.frombuffer(mapping, dtype=np.uint8).ctypes.data
-        # Both at once: a copy in a thread holds the mapping it began with while another closes it.
+        # One tuple: a copy in a thread keeps the mapping of its address while another thread closes.
         self._region: tuple[mmap.mmap, int] | None = (mapping, address)
         with warnings.catch_warnings():
-            # torch says once per process that a read-only buffer is not writable; that is the point.
+            # torch warns once per process that the buffer is not writable, which is intended.
             warnings.simplefilter("ignore", UserWarning)
             whole = torch.frombuffer(mapping, dtype=torch.uint8)
         self._storage: torch.UntypedStorage | None = whole.untyped_storage()
         self.end_bytes = whole.nbytes
         self._target: _Target | None = None
         self.home = CPU
-        """Where reads go that name no device: a GPU's, if that is what this slab stands in for."""
+        """The device of reads that name none: a GPU if this slab stands in for one there."""
 
     @classmethod
     def attach(cls, fd: int, capacity_bytes: int, committed_bytes: int) -> "HostMapping":
-        """Map a peer's slab read-only and take the page faults of what is committed now."""
+        """Map a peer's slab read-only, and take the page faults of the committed part now."""
         found_bytes = os.fstat(fd).st_size
         if found_bytes != capacity_bytes:
             raise AttachRefused(f"the slab has {found_bytes} bytes where {capacity_bytes} belong")
@@ -124,7 +118,7 @@ class HostMapping:
 
     @property
     def zero_copy(self) -> bool:
-        """Whether a borrow is a view; where reads go to a GPU, it is a copy there."""
+        """Whether a borrow is a view; where reads go to a GPU it is a copy there."""
         return self.home is CPU
 
     def can_copy_to(self, device: torch.device | None) -> bool:
@@ -132,25 +126,25 @@ class HostMapping:
         return True
 
     def enable_device(self, device: torch.device) -> None:
-        """Do nothing: every device is reached."""
+        """Do nothing: `read` copies to every device."""
 
     def order(self, device: torch.device | None = None) -> Streams:
-        """Return the caller's stream of a GPU that is read to."""
+        """Return the caller's stream of the GPU that a read copies to, if it is one."""
         device = device or self.home
         return () if device is CPU or device.type == "cpu" else (torch.cuda.current_stream(device),)
 
     def blocking_read_bytes(self, nbytes: int, device: torch.device | None) -> int:
-        """Every copy holds up the thread that makes it; one to a GPU waits for its stream besides."""
+        """Return the bytes: the CPU copies them. A copy to a GPU also waits for its stream."""
         return nbytes if (device or self.home).type == "cpu" else _NEVER_HERE
 
     def view(
         self, offset_bytes: int, spec: TensorSpec, device: torch.device | None = None
     ) -> torch.Tensor:
-        """Return a tensor over the slab's bytes, in host memory whatever the device."""
+        """Return a tensor over the slab's bytes: host memory, whatever the device."""
         storage = self._storage
         if storage is None:
             raise CacheClosed("this mapping of the slab is closed")
-        return _view(storage, offset_bytes, spec)
+        return view_of(storage, offset_bytes, spec, CPU)
 
     def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
         """Return a new tensor to read into."""
@@ -165,12 +159,14 @@ class HostMapping:
         return out
 
     def read(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor, order: Streams) -> None:
-        """Copy the slab's bytes into `out`; they are there on return."""
+        """Copy the slab's bytes into `out`; complete on return."""
         if not _plain(out):
             with _on(order):
                 copies.copy(out, self.view(offset_bytes, spec))
             return
-        region = self._open()  # kept for the length of the copy
+        region = (
+            self._open()
+        )  # a reference for the length of the copy: `close` unmaps nothing under it
         _memmove(out.data_ptr(), region[1] + offset_bytes + spec.offset_bytes, out.nbytes)
 
     # --- writing ----------------------------------------------------------------------------------
@@ -181,7 +177,7 @@ class HostMapping:
         return self._target is not None
 
     def open_for_writing(self, fds: Sequence[int]) -> None:
-        """Map the slab a second time, to be written: what is lent from the first stays read-only."""
+        """Map the slab a second time, for writing; views are over the first, which stays read-only."""
         self._open()
         if self._target is not None:
             return
@@ -194,7 +190,7 @@ class HostMapping:
         self._target = _Target.over(mapping)
 
     def stage(self, parts: Parts) -> tuple[Parts, Streams]:
-        """Return the parts and the caller's streams of those that are on GPUs."""
+        """Return the parts, and the caller's streams of the GPUs that they are on."""
         for _, tensor in parts:
             if not tensor.is_cpu:
                 break
@@ -204,7 +200,7 @@ class HostMapping:
         return parts, [torch.cuda.current_stream(device) for device in devices]
 
     def blocking_write_bytes(self, parts: Parts) -> int:
-        """Every copy holds up the thread that makes it; one from a GPU waits for its stream besides."""
+        """Return the bytes: the CPU copies them. A copy from a GPU also waits for its stream."""
         total_bytes = 0
         for _, tensor in parts:
             total_bytes += tensor.nbytes if tensor.is_cpu else _NEVER_HERE
@@ -213,23 +209,23 @@ class HostMapping:
     def write(
         self, offset_bytes: int, parts: Parts, order: Streams, word: Word | None = None
     ) -> None:
-        """Copy tensors in, then store the word; the bytes are there on return."""
-        target = self._target  # kept for the length of the copies
+        """Copy tensors in, then store the word; complete on return."""
+        target = self._target  # a reference for the length of the copies, as in `read`
         if target is None:
             self._open()
             raise BackendUnavailable("this mapping of the slab was not opened for writing")
         base = target.address
         for spec, tensor in parts:
-            if (
+            if (  # _plain, inline
                 tensor.is_cpu
                 and tensor.is_contiguous()
                 and not (tensor.is_neg() or tensor.is_conj())
             ):
-                at = base + offset_bytes + spec.offset_bytes  # it is `_plain`
+                at = base + offset_bytes + spec.offset_bytes
                 _memmove(at, tensor.data_ptr(), tensor.nbytes)
             else:
                 with _on(order):
-                    copies.copy(_view(target.storage, offset_bytes, spec), tensor)
+                    copies.copy(view_of(target.storage, offset_bytes, spec, CPU), tensor)
         if word is not None:
             self.signal(*word, order)
 
@@ -240,12 +236,12 @@ class HostMapping:
         return words
 
     def signal(self, words: memoryview, index: int, value: int, order: Streams) -> None:
-        """Store the word after the bytes. Host copies are done when they return, so: now."""
-        fence_stores()
+        """Store the word now: host copies are complete when they return."""
+        fence_stores()  # bytes before the word that vouches for them
         words[index] = value
 
     def follow(self, order: Streams, others: Sequence[Streams]) -> Streams:
-        """Return the order: there is but one."""
+        """Return the order: the CPU has only one."""
         return order
 
     def extend(self, start_bytes: int, size_bytes: int, fd: int) -> None:
@@ -253,17 +249,17 @@ class HostMapping:
         raise AttachRefused("the owner sent segments of a host slab, which has none")
 
     def cut(self, end_bytes: int) -> None:
-        """Do nothing: the owner punches holes that every mapping sees."""
+        """Do nothing: the owner's holes appear in every mapping."""
 
     def finish(self) -> None:
-        """Do nothing: nothing is ever under way."""
+        """Do nothing: no copy is in progress when its call has returned."""
 
     def forget(self) -> None:
         """Drop the mapping in a forked child."""
         self.close()
 
     def close(self) -> None:
-        """Drop the mapping; tensors that are still out keep it until they go."""
+        """Drop the mapping; live tensors over it keep it."""
         self._region = None
         self._storage = None
         self._target = None
@@ -275,12 +271,13 @@ class HostMapping:
 
 
 class HostSlab(HostMapping):
-    """The owner's side: the memfd itself, and the memory behind it."""
+    """The owner's side: the memfd and the memory behind it."""
 
     def __init__(self, capacity_bytes: int, *, huge_pages: bool = True) -> None:
         self.capacity_bytes = capacity_bytes
         self._fd = memfd("slab", capacity_bytes)
-        # A writer has this descriptor too: it must not be able to cut the owner's memory short.
+        # Sealed before a writer can get this descriptor: a file truncated under the owner's mapping
+        # would be a SIGBUS there.
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
         fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, seals)
         try:
@@ -304,11 +301,11 @@ class HostSlab(HostMapping):
         """Reserve pages for a range, and map them into the owner if `prefault`."""
         size_bytes = stop_bytes - start_bytes
         left_bytes = available_bytes()
-        # Looked at first: the kernel would not refuse, but kill.
+        # Checked first: a kernel that overcommits does not refuse, it kills.
         if left_bytes is not None and size_bytes > left_bytes:
             raise MemoryError(f"{size_bytes} bytes, where the host has {left_bytes} left")
         try:
-            # Touching first is what gives huge pages; fallocate would lay small ones.
+            # Populate first: touched pages may be huge ones, fallocate reserves small ones.
             mapping = self._open()[0]
             if prefault and _advise(mapping, _MADV_POPULATE_WRITE, start_bytes, size_bytes):
                 return
@@ -319,7 +316,7 @@ class HostSlab(HostMapping):
             raise MemoryError(f"the host gave no {size_bytes} bytes: {error}") from error
 
     def decommit(self, start_bytes: int, stop_bytes: int) -> None:
-        """Punch a hole; the pages go back to the system at once, in every process."""
+        """Punch a hole: the system has the pages back at once, whoever maps them."""
         size_bytes = stop_bytes - start_bytes
         libc = ctypes.CDLL(None, use_errno=True)
         offset, length = ctypes.c_int64(start_bytes), ctypes.c_int64(size_bytes)
@@ -328,15 +325,15 @@ class HostSlab(HostMapping):
             raise OSError(code, os.strerror(code))
 
     def segments(self, start_bytes: int, stop_bytes: int) -> list[Segment]:
-        """Return none: the one descriptor is of the whole range."""
+        """Return none: one descriptor covers the whole range."""
         return []
 
     def descriptors(self) -> list[int]:
-        """Return the read-only descriptor that readers map."""
+        """Return the read-only descriptor, which readers map."""
         return [self._reader_fd]
 
     def write_descriptors(self) -> list[int]:
-        """Return the one that can be mapped for writing."""
+        """Return the descriptor that can be mapped for writing."""
         return [self._fd]
 
     def close(self) -> None:
