@@ -720,7 +720,7 @@ class KeyedMachine(RuleBasedStateMachine):
         for count in range(len(order) + 1):
             before = {feature.slot for feature in order[:count]}
             expected = order[count].slot if count < len(order) else None
-            assert self.store.directory.coldest(before.__contains__) is expected
+            assert self.store.recency.coldest(before.__contains__) is expected
 
     # --- reads by ref ---------------------------------------------------------------------------
 
@@ -1008,7 +1008,7 @@ class KeyedMachine(RuleBasedStateMachine):
         assert store.allocator.used_bytes == store.table.used == 0
         assert (len(directory), directory._pins) == (0, {})
         assert (directory.resident_bytes, directory.pinned_bytes, directory.idle_bytes) == (0, 0, 0)
-        assert directory.coldest(lambda _: False) is None
+        assert store.recency.coldest(lambda _: False) is None
         assert (store.key_waiters.count, store.key_waiters._waiting, store.key_waiters._claims) == (
             0,
             {},

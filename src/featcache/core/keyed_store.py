@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from featcache.core.allocator import ALIGNMENT_BYTES
 from featcache.core.directory import Directory
 from featcache.core.effects import ClaimPassed, Effect, Evicted, Found, Limits, SlotRetired
-from featcache.core.eviction import FEW, Held, victims
+from featcache.core.eviction import FEW, victims
 from featcache.core.key_queue import KeyQueue, KeyWaiter, KeyWaiterState
 from featcache.core.put_queue import Request
+from featcache.core.recency import Held, Recency
 from featcache.core.slots import Slot, SlotState
 from featcache.core.store import Store, up
 from featcache.errors import KeyNotFound, PoolFull
@@ -30,7 +31,8 @@ class KeyedStore(Store):
 
     def __init__(self, limits: Limits) -> None:
         super().__init__(limits)
-        self.directory = Directory()
+        self.recency = Recency()
+        self.directory = Directory(self.recency)
         self.key_waiters = KeyQueue()
         self.hits = self.misses = self.evicted = 0
         self._in_vain = (0, float("-inf"))
@@ -55,7 +57,7 @@ class KeyedStore(Store):
 
     def _grant(self, slot: Slot, now_s: float) -> None:
         slot.grants += 1
-        self.directory.touch(slot, now_s)
+        self.recency.touch(slot, now_s)
         if slot.idle:
             self.directory.refresh(slot)
 
@@ -162,7 +164,7 @@ class KeyedStore(Store):
         if self.unevictable_bytes + request.nbytes > self.limits.capacity_bytes:
             return []  # not even if everything went
         if self.table.full:
-            coldest = self.directory.coldest(held)
+            coldest = self.recency.coldest(held)
             return [] if coldest is None else self._evict_all([coldest], now_s, "room")
         grows = bool(self._growing or self.growth_for(request.nbytes, now_s))
         if grows and not self.limits.evict_first:
@@ -181,7 +183,7 @@ class KeyedStore(Store):
         for windows in [FEW, everything] if look_at_all else [FEW]:
             for growth_bytes in growths:
                 going = victims(
-                    *(self.directory, self.allocator, size_bytes, held),
+                    *(self.recency, self.allocator, size_bytes, held),
                     windows=windows,
                     growth_bytes=growth_bytes,
                 )
@@ -201,7 +203,7 @@ class KeyedStore(Store):
             return []
         effects: list[Effect] = []
         while kept_bytes > self.limits.evict_to * capacity_bytes and (
-            slot := self.directory.coldest(held)
+            slot := self.recency.coldest(held)
         ):
             assert slot.extent is not None, "it is kept"
             kept_bytes -= slot.extent.size_bytes

@@ -71,13 +71,11 @@ class Slot:
         self.grants = 0
         """Reads given out by key that are not paid yet."""
         self.idle = False
-        """Whether it could be evicted now: kept under a key, and nobody reads, owes or pins it."""
+        """Whether it is evictable: kept under a key and neither pinned nor read, with no reads owed."""
+        # The eviction policy's own fields, written by `core.recency` alone and described there.
         self.listed = False
-        """Whether the directory's order of use has an entry of it, of now or of before."""
         self.tick = 0
-        """Its place in the order of use; greater is more recent."""
         self.used_s = 0.0
-        """When it was last looked up, or published."""
 
     @property
     def offset_bytes(self) -> int:
