@@ -106,7 +106,7 @@ class Growth:
 
     def grow_failed(self, wanted_bytes: int, error: Exception) -> None:
         """Go on at the present size; who waits goes on waiting."""
-        self._store.grow_failed(now())
+        self._store.size.grow_failed(now())
         events.emit(
             events.CommitFailed(
                 pool=self._pool_name,
