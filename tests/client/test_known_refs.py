@@ -167,7 +167,7 @@ async def test_what_has_landed_is_vouched_for_at_once() -> None:
         page, words = page_with(64)
         changes: list[bool] = []
         pending_writes = PendingWrites(
-            pool.words.published, lambda: changes.append(bool(pending_writes))
+            pool.words.published, lambda: changes.append(bool(pending_writes.in_flight))
         )
         try:
             words.written[5] = 8
@@ -182,7 +182,7 @@ async def test_what_has_landed_is_vouched_for_at_once() -> None:
             words.written[5] = 10
             pending_writes.add(slot, page)
             assert pool.words.published[5] == 10
-            assert not pending_writes
+            assert not pending_writes.in_flight
             assert changes == [True, False]  # there was nothing to look for
             slot.generation = 11
             pending_writes.add(slot, page)

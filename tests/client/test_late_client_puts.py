@@ -509,7 +509,7 @@ async def test_a_tail_that_is_being_written_stays(gpu: FakeGpu) -> None:
         ref = await client.put(on_client_filled(gpu, MIB, 1))
         await owner.discard(ref)
         store = pool_of(owner).store
-        before, store.limits = store.limits, attrs.evolve(store.limits, idle_s=0.0)
+        before, store.size.limits = store.size.limits, attrs.evolve(store.size.limits, idle_s=0.0)
         for _ in range(10):
             pool_of(owner)._tick()
             await steps(2)
@@ -517,7 +517,7 @@ async def test_a_tail_that_is_being_written_stays(gpu: FakeGpu) -> None:
         run_client(gpu)
         await until(lambda: owner.statistics().committed_bytes == SEGMENT)
         await until(lambda: writable(gpu) == SEGMENT)
-        store.limits = before
+        store.size.limits = before
         await spent(owner)
 
 

@@ -108,7 +108,7 @@ async def test_an_owner_that_gets_no_more_memory(gpu: FakeGpu) -> None:
             with pytest.raises(featcache.PoolFull):
                 owner.put_nowait(filled(8 * SEGMENT))
             assert owner.statistics().committed_bytes == bytes_alive() == SEGMENT
-            owner._opened().pool.store._grow_after_s = 0.0
+            owner._opened().pool.store.size._grow_after_s = 0.0
         await right(client, await owner.put(filled(8 * SEGMENT, 2)), 2)
         await spent(owner)
 

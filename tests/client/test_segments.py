@@ -124,7 +124,11 @@ async def test_segments_go_everywhere(gpu: FakeGpu) -> None:
             (entry,) = [e for e in logs if e["event"] == "featcache.slab.returned"]
             assert entry["mapped_in_sessions"] == 0
             assert entry["returned_bytes"] == MIB - SEGMENT
-            assert owner._opened().pool.shrink_epoch == handle_of(client).attachment.shrink_epoch == turn + 1
+            assert (
+                owner._opened().pool.shrink_epoch
+                == handle_of(client).attachment.shrink_epoch
+                == turn + 1
+            )
 
 
 async def test_what_stays_is_read_while_the_tail_goes(gpu: FakeGpu) -> None:

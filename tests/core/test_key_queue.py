@@ -18,10 +18,10 @@ def join(
     key: bytes = b"a",
     session: int = 1,
     *,
-    makes: bool = True,
+    can_make: bool = True,
     tag: object = None,
 ) -> KeyWaiter:
-    return key_waiters.join(key, session, makes=makes, tag=tag)
+    return key_waiters.join(key, session, can_make=can_make, tag=tag)
 
 
 def chosen(key_waiters: KeyQueue, key: bytes = b"a", session: int = 1) -> KeyWaiter:
@@ -39,8 +39,8 @@ def states(*key_waiters: KeyWaiter) -> list[KeyWaiterState]:
 
 def test_a_seeker_keeps_what_it_came_with() -> None:
     tag = object()
-    waiter = join(KeyQueue(), b"key", 7, makes=False, tag=tag)
-    assert (waiter.key, waiter.session, waiter.makes) == (b"key", 7, False)
+    waiter = join(KeyQueue(), b"key", 7, can_make=False, tag=tag)
+    assert (waiter.key, waiter.session, waiter.can_make) == (b"key", 7, False)
     assert waiter.tag is tag
     assert (waiter.state, waiter.slot, waiter.claim) == (WAITING, None, 0)
 
@@ -55,7 +55,7 @@ def test_the_first_who_makes_is_chosen_at_once_and_the_others_wait() -> None:
 
 def test_who_only_waits_is_never_chosen() -> None:
     key_waiters = KeyQueue()
-    plain = join(key_waiters, makes=False)
+    plain = join(key_waiters, can_make=False)
     assert plain.state is WAITING
     maker = chosen(key_waiters)
     assert key_waiters.release_claim(b"a", maker.claim) is None
@@ -87,7 +87,7 @@ def test_one_session_may_seek_a_key_several_times() -> None:
 def test_the_next_who_makes_is_chosen_in_order_of_arrival() -> None:
     key_waiters = KeyQueue()
     first = chosen(key_waiters)
-    plain = join(key_waiters, makes=False)
+    plain = join(key_waiters, can_make=False)
     second, third = join(key_waiters), join(key_waiters)
     assert key_waiters.release_claim(b"a", first.claim) is second
     assert states(plain, second, third) == [WAITING, CHOSEN, WAITING]
@@ -163,11 +163,11 @@ def test_all_who_wait_are_handed_the_slot_in_order_of_arrival() -> None:
     key_waiters, slot = KeyQueue(), Slot(3)
     maker = chosen(key_waiters)
     plain, other, second = (
-        join(key_waiters, makes=False),
+        join(key_waiters, can_make=False),
         join(key_waiters, b"b"),
         join(key_waiters),
     )
-    waits = join(key_waiters, b"b", makes=False)
+    waits = join(key_waiters, b"b", can_make=False)
     assert key_waiters.found(b"a", slot) == [plain, second]
     assert states(maker, plain, second) == [CHOSEN, FOUND, FOUND]
     assert plain.slot is second.slot is slot
@@ -228,7 +228,7 @@ def test_who_leaves_does_not_change_the_order_of_the_others() -> None:
 
 def test_who_found_it_and_leaves_says_so() -> None:
     key_waiters, slot = KeyQueue(), Slot(0)
-    waiter = join(key_waiters, makes=False)
+    waiter = join(key_waiters, can_make=False)
     key_waiters.found(b"a", slot)
     assert key_waiters.leave(waiter) is FOUND
     assert waiter.state is GONE
@@ -248,7 +248,7 @@ def test_who_was_chosen_and_leaves_says_so_and_its_claim_is_the_callers_to_give_
 @pytest.mark.parametrize("state", list(KeyWaiterState))
 def test_leaving_twice_gives_nothing_back_twice(state: KeyWaiterState) -> None:
     key_waiters = KeyQueue()
-    waiter = join(key_waiters, makes=state is CHOSEN)
+    waiter = join(key_waiters, can_make=state is CHOSEN)
     if state is FOUND:
         key_waiters.found(b"a", Slot(0))
     elif state in {TAKEN, GONE}:
@@ -264,14 +264,14 @@ def test_leaving_twice_gives_nothing_back_twice(state: KeyWaiterState) -> None:
 def test_who_waits_of_a_session() -> None:
     key_waiters = KeyQueue()
     chosen(key_waiters, b"a", 1)
-    mine = [join(key_waiters, b"a", 1), join(key_waiters, b"b", 1, makes=False)]
+    mine = [join(key_waiters, b"a", 1), join(key_waiters, b"b", 1, can_make=False)]
     other = join(key_waiters, b"a", 2)
-    assert key_waiters.of(1) == mine
-    assert key_waiters.of(2) == [other]
-    assert key_waiters.of(3) == []
+    assert key_waiters.by_session(1) == mine
+    assert key_waiters.by_session(2) == [other]
+    assert key_waiters.by_session(3) == []
     key_waiters.leave(mine[0])
     key_waiters.found(b"b", Slot(0))
-    assert key_waiters.of(1) == []
+    assert key_waiters.by_session(1) == []
 
 
 # --- all at once --------------------------------------------------------------------------------
@@ -287,10 +287,10 @@ class Model:
         self.claims: dict[bytes, KeyWaiter] = {}
 
     def join(self, number: int) -> None:
-        key, makes = b"%d" % (number % 2), number % 3 > 0
-        waiter = join(self.key_waiters, key, number % 4, makes=makes)
+        key, can_make = b"%d" % (number % 2), number % 3 > 0
+        waiter = join(self.key_waiters, key, number % 4, can_make=can_make)
         self.everybody.append(waiter)
-        if makes and key not in self.claims:
+        if can_make and key not in self.claims:
             assert waiter.state is CHOSEN
             self.claims[key] = waiter
         else:
@@ -315,7 +315,7 @@ class Model:
             assert following is None
             return
         del self.claims[waiter.key]
-        makers = [one for one in self.waiting if one.key == waiter.key and one.makes]
+        makers = [one for one in self.waiting if one.key == waiter.key and one.can_make]
         assert following is (makers[0] if makers else None)
         if following is not None:
             self.waiting.remove(following)
@@ -334,11 +334,13 @@ class Model:
         assert all(waiter.state is WAITING for waiter in self.waiting)
         for session in range(4):
             mine = [waiter for waiter in self.waiting if waiter.session == session]
-            assert sorted(key_waiters.of(session), key=self.waiting.index) == mine
+            assert sorted(key_waiters.by_session(session), key=self.waiting.index) == mine
             claims = {key: one.claim for key, one in self.claims.items() if one.session == session}
             assert dict(key_waiters.claims_of(session)) == claims
         for waiter in self.waiting:
-            assert not waiter.makes or waiter.key in self.claims, "nobody makes what it waits for"
+            assert not waiter.can_make or waiter.key in self.claims, (
+                "nobody makes what it waits for"
+            )
         numbers = [waiter.claim for waiter in self.everybody if waiter.claim]
         assert len(set(numbers)) == len(numbers)
 

@@ -231,7 +231,7 @@ class KeyedMachine(RuleBasedStateMachine):
         """Pass the claim of a key on; return what is then said."""
         del self.claims[key]
         for waiter in self.seeking:
-            if waiter.key == key and waiter.makes:
+            if waiter.key == key and waiter.can_make:
                 self.seeking.remove(waiter)
                 self.chosen.append(waiter)
                 self.claims[key] = waiter
@@ -320,11 +320,11 @@ class KeyedMachine(RuleBasedStateMachine):
         self.publish_one(feature)
 
     def grow_for(self, request: Request) -> bool:
-        end = self.store.growth_for(request.nbytes, self.now)
+        end = self.store.size.growth_for(request.nbytes, self.now)
         assert bool(end) == self.may_grow_for(request.nbytes)
         if not end or len(self.live) == self.limits.slots:
             return False
-        self.store.growing()
+        self.store.size.begin_growth()
         self.end = end
         self.follow(self.store.grown(end, self.now))
         return True
@@ -468,23 +468,23 @@ class KeyedMachine(RuleBasedStateMachine):
 
     @rule(key=keys, who=st.lists(st.tuples(sessions, st.booleans()), min_size=1, max_size=4))
     def seek_at_once(self, key: bytes, who: list[tuple[int, bool]]) -> None:
-        for session, makes in who:
-            self.wait_for_key(key, session, makes)
+        for session, can_make in who:
+            self.wait_for_key(key, session, can_make)
 
-    def wait_for_key(self, key: bytes, session: int, makes: bool) -> None:
+    def wait_for_key(self, key: bytes, session: int, can_make: bool) -> None:
         self.look_up(key, keeps=False)
         if self.kept(key) is not None:
             return
-        chosen = makes and key not in self.claims
+        chosen = can_make and key not in self.claims
         count, most = len(self.seeking), self.limits.waiters
         if chosen:
             count, most = len(self.claims), self.limits.slots
         if count >= most:
             with pytest.raises(PoolFull):
-                self.store.wait_for_key(key, session, makes=makes, tag=None)
+                self.store.wait_for_key(key, session, can_make=can_make, tag=None)
             return
         tag = object()
-        waiter = self.store.wait_for_key(key, session, makes=makes, tag=tag)
+        waiter = self.store.wait_for_key(key, session, can_make=can_make, tag=tag)
         assert (waiter.key, waiter.session, waiter.tag) == (key, session, tag)
         if chosen:
             assert waiter.state is KeyWaiterState.CHOSEN
@@ -697,7 +697,7 @@ class KeyedMachine(RuleBasedStateMachine):
         tail = [self.live[index] for index in sorted(self.live) if self.live[index].stop > start]
         few = sum(feature.nbytes for feature in tail) <= limits.compact * (self.end - start)
         sound = set(tail) <= set(self.victims(held))
-        wanted = self.store.tail_in_use and bool(limits.compact)
+        wanted = self.store.size.tail_in_use and bool(limits.compact)
         expected: list[Effect] = []
         if wanted and few and sound and start >= limits.initial_bytes:
             for feature in tail:
@@ -720,7 +720,7 @@ class KeyedMachine(RuleBasedStateMachine):
         for count in range(len(order) + 1):
             before = {feature.slot for feature in order[:count]}
             expected = order[count].slot if count < len(order) else None
-            assert self.store.directory.coldest(before.__contains__) is expected
+            assert self.store.recency.coldest(before.__contains__) is expected
 
     # --- reads by ref ---------------------------------------------------------------------------
 
@@ -845,7 +845,7 @@ class KeyedMachine(RuleBasedStateMachine):
             self.follow(self.store.grown(self.end, self.now))
         else:
             self.grow_after = self.now + self.limits.grow_retry_s
-            self.store.grow_failed(self.now)
+            self.store.size.grow_failed(self.now)
 
     growing_to: int | None = None  # None while the slab shrinks
 
@@ -943,7 +943,9 @@ class KeyedMachine(RuleBasedStateMachine):
         assert all(waiter.state is KeyWaiterState.TAKEN for waiter in self.making)
         for waiter in self.seeking:
             assert self.kept(waiter.key) is None, "waits for what is there"
-            assert not waiter.makes or waiter.key in self.claims, "nobody makes what it waits for"
+            assert not waiter.can_make or waiter.key in self.claims, (
+                "nobody makes what it waits for"
+            )
 
     @invariant()
     def a_key_has_one_claim(self) -> None:
@@ -989,7 +991,7 @@ class KeyedMachine(RuleBasedStateMachine):
         """A put that an empty pool would hold gets its room, by evicting and growing in turn."""
         store, capacity = self.store, self.limits.capacity_bytes
         if self.busy:
-            store.grow_failed(self.now) if self.growing_to else store.shrunk(self.now)
+            store.size.grow_failed(self.now) if self.growing_to else store.shrunk(self.now)
         for _ in range(20):
             self.now += 10.0  # past every grace and every retry
             store.recycle(store.due(self.now), self.now)
@@ -998,8 +1000,8 @@ class KeyedMachine(RuleBasedStateMachine):
                 store.free_reserved(slot, self.now)
                 return
             effects = store.evict_for(Request(capacity, 1, None), lambda _: False, self.now)
-            if not effects and (end := store.growth_for(capacity, self.now)):
-                store.growing()
+            if not effects and (end := store.size.growth_for(capacity, self.now)):
+                store.size.begin_growth()
                 store.grown(end, self.now)
         pytest.fail("a put waits for ever beside what could be evicted")
 
@@ -1008,7 +1010,7 @@ class KeyedMachine(RuleBasedStateMachine):
         assert store.allocator.used_bytes == store.table.used == 0
         assert (len(directory), directory._pins) == (0, {})
         assert (directory.resident_bytes, directory.pinned_bytes, directory.idle_bytes) == (0, 0, 0)
-        assert directory.coldest(lambda _: False) is None
+        assert store.recency.coldest(lambda _: False) is None
         assert (store.key_waiters.count, store.key_waiters._waiting, store.key_waiters._claims) == (
             0,
             {},

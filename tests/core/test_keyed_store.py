@@ -95,10 +95,10 @@ def pay(store: KeyedStore, slot: Slot, session: int = 1, name: str | None = None
 
 
 def wait_for_key(
-    store: KeyedStore, key: bytes = b"a", session: int = 1, *, makes: bool = True
+    store: KeyedStore, key: bytes = b"a", session: int = 1, *, can_make: bool = True
 ) -> KeyWaiter:
     assert store.lookup(key, 0.0) is None
-    return store.wait_for_key(key, session, makes=makes, tag=None)
+    return store.wait_for_key(key, session, can_make=can_make, tag=None)
 
 
 def by_nobody(_: Slot) -> bool:
@@ -444,8 +444,8 @@ def test_pins_carry_over_to_what_replaces() -> None:
 
 def test_who_seeks_is_granted_one_read_each_when_the_key_is_published() -> None:
     store = store_of()
-    key_waiters = [wait_for_key(store, makes=False) for _ in range(3)]
-    others = wait_for_key(store, b"b", makes=False)
+    key_waiters = [wait_for_key(store, can_make=False) for _ in range(3)]
+    others = wait_for_key(store, b"b", can_make=False)
     slot = reserve(store)
     assert store.publish(slot, 2.0) == [Found(waiter) for waiter in key_waiters]
     assert (slot.grants, slot.used_s) == (3, 2.0)
@@ -465,7 +465,7 @@ def test_who_was_chosen_makes_and_the_others_find_what_it_publishes() -> None:
     maker, second, plain = (
         wait_for_key(store),
         wait_for_key(store),
-        wait_for_key(store, makes=False),
+        wait_for_key(store, can_make=False),
     )
     assert store.take(maker) is None
     slot = reserve(store)
@@ -480,7 +480,7 @@ def test_when_a_maker_fails_the_next_one_is_told() -> None:
     store = store_of()
     maker, plain, second = (
         wait_for_key(store),
-        wait_for_key(store, makes=False),
+        wait_for_key(store, can_make=False),
         wait_for_key(store),
     )
     store.take(maker)
@@ -497,7 +497,7 @@ def test_when_a_maker_fails_the_next_one_is_told() -> None:
 )
 def test_only_what_was_handed_over_is_taken(state: KeyWaiterState) -> None:
     store = store_of()
-    waiter = wait_for_key(store, makes=state is not KeyWaiterState.WAITING)
+    waiter = wait_for_key(store, can_make=state is not KeyWaiterState.WAITING)
     if state is KeyWaiterState.TAKEN:
         store.take(waiter)
     elif state is KeyWaiterState.GONE:
@@ -508,7 +508,7 @@ def test_only_what_was_handed_over_is_taken(state: KeyWaiterState) -> None:
 
 def test_who_gives_up_waiting_is_granted_nothing() -> None:
     store = store_of()
-    leaver, other = wait_for_key(store, makes=False), wait_for_key(store, makes=False)
+    leaver, other = wait_for_key(store, can_make=False), wait_for_key(store, can_make=False)
     assert store.cancel_wait(leaver, 0.0) == []
     slot = reserve(store)
     assert store.publish(slot, 0.0) == [Found(other)]
@@ -517,7 +517,7 @@ def test_who_gives_up_waiting_is_granted_nothing() -> None:
 
 def test_who_gives_up_what_it_found_pays_for_it() -> None:
     store = store_of()
-    waiter = wait_for_key(store, makes=False)
+    waiter = wait_for_key(store, can_make=False)
     slot = reserve(store)
     store.publish(slot, 0.0)
     assert store.cancel_wait(waiter, 1.0) == []
@@ -528,7 +528,7 @@ def test_who_gives_up_what_it_found_pays_for_it() -> None:
 
 def test_who_gives_up_what_was_evicted_since_lets_it_go() -> None:
     store = store_of()
-    first, second = wait_for_key(store, makes=False), wait_for_key(store, makes=False)
+    first, second = wait_for_key(store, can_make=False), wait_for_key(store, can_make=False)
     slot = reserve(store)
     store.publish(slot, 0.0)
     assert store.evict(b"a", 0.0) == [Evicted(b"a", UNIT, 0.0, "asked")]
@@ -547,33 +547,33 @@ def test_who_gives_up_having_been_chosen_lets_the_next_one_make() -> None:
     assert wait_for_key(store).state is KeyWaiterState.CHOSEN
 
 
-@pytest.mark.parametrize("makes", [False, True])
-def test_who_has_taken_it_has_nothing_to_give_up(makes: bool) -> None:
+@pytest.mark.parametrize("can_make", [False, True])
+def test_who_has_taken_it_has_nothing_to_give_up(can_make: bool) -> None:
     store = store_of()
-    waiter = wait_for_key(store, makes=makes)
+    waiter = wait_for_key(store, can_make=can_make)
     slot = reserve(store)
     store.publish(slot, 0.0)
     store.take(waiter)
     assert store.cancel_wait(waiter, 0.0) == []
     assert waiter.state is KeyWaiterState.TAKEN
-    assert slot.grants == (0 if makes else 1)
-    assert store.key_waiters.holds(b"a", waiter.claim) == makes
+    assert slot.grants == (0 if can_make else 1)
+    assert store.key_waiters.holds(b"a", waiter.claim) == can_make
 
 
 def test_seekers_are_bounded() -> None:
     store = store_of()
-    key_waiters = [wait_for_key(store, makes=False) for _ in range(FIXED.waiters)]
+    key_waiters = [wait_for_key(store, can_make=False) for _ in range(FIXED.waiters)]
     with pytest.raises(PoolFull, match="4 wait for keys already, the bound"):
-        wait_for_key(store, makes=False)
+        wait_for_key(store, can_make=False)
     store.cancel_wait(key_waiters[0], 0.0)
-    wait_for_key(store, makes=False)
+    wait_for_key(store, can_make=False)
 
 
 def test_who_would_make_at_once_is_let_in_whoever_waits() -> None:
     """It waits for nobody, and the others may wait for what it makes."""
     store = store_of()
     for _ in range(FIXED.waiters):
-        wait_for_key(store, b"a", makes=False)
+        wait_for_key(store, b"a", can_make=False)
     assert wait_for_key(store, b"b").state is KeyWaiterState.CHOSEN
     with pytest.raises(PoolFull, match="4 wait for keys already, the bound"):
         wait_for_key(store, b"b")
@@ -586,7 +586,7 @@ def test_claims_have_a_bound_of_their_own() -> None:
     assert {maker.state for maker in makers} == {KeyWaiterState.CHOSEN}
     with pytest.raises(PoolFull, match="8 features are being made already, the bound"):
         wait_for_key(store, b"one more")
-    assert wait_for_key(store, b"one more", makes=False).state is KeyWaiterState.WAITING
+    assert wait_for_key(store, b"one more", can_make=False).state is KeyWaiterState.WAITING
     assert wait_for_key(store, b"0").state is KeyWaiterState.WAITING
     store.release_claim(b"7", makers[7].claim)
     assert wait_for_key(store, b"one more").state is KeyWaiterState.CHOSEN
@@ -739,7 +739,7 @@ def test_a_slab_that_can_grow_evicts_nothing() -> None:
     store = store_of(ELASTIC)
     slot = put(store, nbytes=SEGMENT)
     assert room_for(store) == []
-    store.growing()
+    store.size.begin_growth()
     assert room_for(store) == []
     store.grown(CAPACITY, 0.0)
     put(store, b"b", nbytes=CAPACITY - SEGMENT)
@@ -753,7 +753,7 @@ def test_what_stands_before_the_room_to_grow_is_found_among_many() -> None:
     put_some(store, few)
     store.pin(b"%d" % (few - 2), 1)  # between the cold ones and the last, before the room
     wanted = (3 * few + 1) * UNIT
-    assert store.growth_for(wanted, 0.0) == 0
+    assert store.size.growth_for(wanted, 0.0) == 0
     told = [room_for(store, wanted, float(now_s)) for now_s in range(3)]
     assert any(told), "a put waits for ever beside what could be evicted"
 
@@ -775,8 +775,8 @@ def test_neighbours_that_make_room_are_found_among_many() -> None:
 def test_a_slab_whose_growth_failed_evicts_until_it_may_be_tried_again() -> None:
     store = store_of(ELASTIC)
     slots = put_some(store, 2, SEGMENT // 2)
-    store.growing()
-    store.grow_failed(1.0)
+    store.size.begin_growth()
+    store.size.grow_failed(1.0)
     assert room_for(store, now_s=2.5) == gone(slots[0], b"0", unused_s=2.5)
     assert room_for(store, now_s=1.0 + FIXED.grow_retry_s) == []
 
@@ -785,17 +785,17 @@ def test_a_slab_evicts_what_keeps_it_from_growing_enough() -> None:
     """Neither its committed bytes nor what it may grow by is enough: without this it waits for ever."""
     store = store_of(ELASTIC)
     slot = put(store, nbytes=SEGMENT)
-    assert store.growth_for(CAPACITY, 0.0) == 0
+    assert store.size.growth_for(CAPACITY, 0.0) == 0
     assert room_for(store, CAPACITY) == gone(slot, b"a")
     recycle(store)
-    assert store.growth_for(CAPACITY, 0.0) == CAPACITY
+    assert store.size.growth_for(CAPACITY, 0.0) == CAPACITY
 
 
 def test_only_what_stands_before_the_room_to_grow_is_evicted_for_it() -> None:
     store = store_of(ELASTIC)
     low, high = put_some(store, 2, SEGMENT // 2)
     use(store, b"0")
-    assert store.growth_for(14 * UNIT, 0.0) == 0
+    assert store.size.growth_for(14 * UNIT, 0.0) == 0
     assert room_for(store, 14 * UNIT) == gone(high, b"1")
     assert low.key == b"0"
 
@@ -1134,8 +1134,11 @@ def test_what_a_session_pinned_is_pinned_no_more_when_it_ends() -> None:
 
 def test_who_waits_for_a_key_waits_no_more_when_its_session_ends() -> None:
     store = store_of()
-    mine = [wait_for_key(store, b"a", 1, makes=False), wait_for_key(store, b"b", 1, makes=False)]
-    other = wait_for_key(store, b"a", 2, makes=False)
+    mine = [
+        wait_for_key(store, b"a", 1, can_make=False),
+        wait_for_key(store, b"b", 1, can_make=False),
+    ]
+    other = wait_for_key(store, b"a", 2, can_make=False)
     assert store.end_session(1, 0.0) == []
     assert [waiter.state for waiter in mine] == [KeyWaiterState.GONE] * 2
     slot = reserve(store, b"a")
@@ -1210,7 +1213,7 @@ def test_a_feature_whose_writer_died_and_that_has_no_key_is_taken_back() -> None
 
 def test_grants_of_a_feature_whose_writer_died_keep_its_bytes() -> None:
     store = store_of()
-    waiter = wait_for_key(store, makes=False)
+    waiter = wait_for_key(store, can_make=False)
     slot = reserve(store)
     store.publish(slot, 0.0)
     look(store)

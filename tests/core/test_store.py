@@ -103,6 +103,29 @@ def test_the_largest_free_piece_counts_what_the_slab_may_grow_by() -> None:
     assert store.largest_free_bytes == UNIT
 
 
+def test_slots_are_reused_the_last_freed_first_with_new_generations() -> None:
+    store = store_of()
+    slots = [reserve(store, request(100)) for _ in range(4)]
+    assert [(slot.index, slot.generation) for slot in slots] == [(0, 1), (1, 1), (2, 1), (3, 1)]
+    assert [slot.offset_bytes for slot in slots] == [0, UNIT, 2 * UNIT, 3 * UNIT]
+    for index in (2, 0, 3):
+        store.free_reserved(slots[index], 0.0)
+        assert (slots[index].state, slots[index].extent) == (SlotState.FREE, None)
+    again = [reserve(store) for _ in range(3)]
+    assert [slot.label for slot in again] == ["3:2", "0:2", "2:2"]
+    assert store.table.high == 4  # words beyond it were never written
+
+
+@pytest.mark.parametrize("state", list(SlotState))
+def test_the_table_finds_a_slot_in_every_state_but_free(state: SlotState) -> None:
+    table = store_of().table
+    slot = table.allocate()
+    if state is SlotState.FREE:
+        table.free(slot)
+    slot.state = state
+    assert table.find(0, 1) is (None if state is SlotState.FREE else slot)
+
+
 def test_a_full_slab_reserves_nothing() -> None:
     store = store_of()
     reserve(store, request(CAPACITY))
@@ -160,6 +183,20 @@ def test_who_waits_beside_room_is_granted_at_once() -> None:
     slot = store.accept(waiter)
     assert slot.state is SlotState.RESERVED
     assert store.publish(slot, 0.0) == []
+
+
+def test_a_waiter_keeps_what_it_came_with_and_accepts_only_once_granted() -> None:
+    store, slots = full_store()
+    asked = request(7, {"tp0"}, 2.0)
+    waiter = wait(store, asked, 3.5)
+    assert (waiter.request, waiter.since_s, waiter.slot) == (asked, 3.5, None)
+    with pytest.raises(ValueError, match="is waiting, not granted"):
+        store.accept(waiter)
+    assert store.queue.head is waiter
+    free(store, slots[0])
+    assert store.accept(waiter) is waiter.slot
+    with pytest.raises(ValueError, match="is accepted, not granted"):
+        store.accept(waiter)
 
 
 def test_room_goes_to_who_came_first() -> None:
@@ -257,6 +294,7 @@ def test_a_granted_waiter_that_leaves_gives_its_room_back() -> None:
     waiter, _ = store.wait(request(CAPACITY), 0.0, None)
     for _ in range(2):  # the second time there is nothing left to give
         assert store.leave(waiter, 0.0) == []
+        assert waiter.state is WaiterState.GONE
         assert store.allocator.used_bytes == store.table.used == 0
 
 
@@ -265,6 +303,7 @@ def test_leaving_after_the_slot_was_accepted_does_not_take_it_away() -> None:
     waiter, _ = store.wait(request(), 0.0, None)
     slot = store.accept(waiter)
     assert store.leave(waiter, 0.0) == []
+    assert waiter.state is WaiterState.ACCEPTED
     assert store.publish(slot, 0.0) == []
     assert store.find(slot.index, slot.generation) is slot
 
@@ -639,41 +678,41 @@ def test_the_slab_grows_by_whole_segments_for_who_waits(nbytes: int, end_bytes: 
 def test_growth_counts_what_is_free_at_the_end() -> None:
     store = store_of(ELASTIC)
     reserve(store)
-    assert store.growth_for(SEGMENT, 0.0) == 2 * SEGMENT
-    assert store.growth_for(2 * SEGMENT - UNIT, 0.0) == 2 * SEGMENT
-    assert store.growth_for(2 * SEGMENT, 0.0) == 3 * SEGMENT
+    assert store.size.growth_for(SEGMENT, 0.0) == 2 * SEGMENT
+    assert store.size.growth_for(2 * SEGMENT - UNIT, 0.0) == 2 * SEGMENT
+    assert store.size.growth_for(2 * SEGMENT, 0.0) == 3 * SEGMENT
 
 
 def test_growth_ends_at_the_capacity_though_that_is_half_a_segment() -> None:
     store = store_of(attrs.evolve(ELASTIC, capacity_bytes=SEGMENT + 2 * UNIT))
-    assert store.growth_for(SEGMENT + UNIT, 0.0) == SEGMENT + 2 * UNIT
+    assert store.size.growth_for(SEGMENT + UNIT, 0.0) == SEGMENT + 2 * UNIT
 
 
 def test_no_growth_helps_what_would_not_fit_at_full_size() -> None:
     store = store_of(ELASTIC)
     slot = publish(store)
     waiter = wait(store, request(CAPACITY))
-    assert store.growth_for(CAPACITY, 0.0) == 0
+    assert store.size.growth_for(CAPACITY, 0.0) == 0
     assert free(store, slot) == [Grow(CAPACITY)]
     assert store.grown(CAPACITY, 0.0) == [Woken(waiter)]
 
 
 def test_no_growth_is_for_what_fits_already() -> None:
-    assert store_of(ELASTIC).growth_for(SEGMENT, 0.0) == 0
+    assert store_of(ELASTIC).size.growth_for(SEGMENT, 0.0) == 0
 
 
 def test_a_put_that_waits_for_the_slab_to_grow_is_no_crowd() -> None:
     store = store_of(ELASTIC)
     store.wait(request(CAPACITY), 0.0, None)
     assert (len(store.queue), store.blocked_puts) == (1, 0)
-    store.grow_failed(0.0)
+    store.size.grow_failed(0.0)
     assert store.blocked_puts == 1
 
 
 def test_even_nothing_needs_a_place_to_grow_for() -> None:
     store = store_of(ELASTIC)
     reserve(store, request(SEGMENT))
-    assert store.growth_for(0, 0.0) == 2 * SEGMENT
+    assert store.size.growth_for(0, 0.0) == 2 * SEGMENT
 
 
 def test_the_slab_does_not_grow_while_slots_are_what_is_missing() -> None:
@@ -689,7 +728,7 @@ def test_one_growth_is_out_at_a_time() -> None:
     assert effects == [Grow(2 * SEGMENT)]
     second = wait(store, request(SEGMENT))
     assert store.serve(0.0) == []
-    assert store.growth_for(CAPACITY, 0.0) == 0
+    assert store.size.growth_for(CAPACITY, 0.0) == 0
     assert store.grown(2 * SEGMENT, 0.0) == [Woken(first), Grow(3 * SEGMENT)]
     assert store.grown(3 * SEGMENT, 0.0) == [Woken(second)]
 
@@ -706,11 +745,11 @@ def test_a_growth_whose_waiter_left_serves_the_next() -> None:
 def test_a_failed_growth_is_tried_again_only_after_a_while() -> None:
     store = store_of(ELASTIC)
     waiter, _ = store.wait(request(2 * SEGMENT), 0.0, None)
-    store.grow_failed(10.0)
+    store.size.grow_failed(10.0)
     assert store.committed_bytes == SEGMENT
     assert waiter.state is WaiterState.WAITING
     assert store.serve(11.75) == []
-    assert store.growth_for(2 * SEGMENT, 11.75) == 0
+    assert store.size.growth_for(2 * SEGMENT, 11.75) == 0
     assert store.serve(12.0) == [Grow(2 * SEGMENT)]
 
 
@@ -718,7 +757,7 @@ def test_a_failed_growth_does_not_stop_who_fits_otherwise() -> None:
     store = store_of(ELASTIC)
     slot = publish(store)
     waiter, _ = store.wait(request(SEGMENT), 0.0, None)
-    store.grow_failed(0.0)
+    store.size.grow_failed(0.0)
     assert free(store, slot) == [Woken(waiter)]
 
 
@@ -795,7 +834,7 @@ def test_nothing_is_cut_off_while_a_commit_is_under_way() -> None:
     assert effects == [Grow(CAPACITY)]
     store.leave(waiter, 0.0)
     assert store.shrink(10.0) is None
-    store.grow_failed(10.0)
+    store.size.grow_failed(10.0)
     assert store.shrink(10.0) == 0
 
 
@@ -803,7 +842,7 @@ def test_nothing_grows_into_what_is_being_given_back() -> None:
     store = grown_store()
     store.shrink(0.0)
     assert store.shrink(10.0) == SEGMENT
-    assert store.growth_for(CAPACITY, 10.0) == 0
+    assert store.size.growth_for(CAPACITY, 10.0) == 0
     waiter = wait(store, request(CAPACITY), 10.0)
     assert store.shrunk(11.0) == [Grow(CAPACITY)]
     assert store.grown(CAPACITY, 12.0) == [Woken(waiter)]

@@ -238,7 +238,7 @@ class StoreMachine(RuleBasedStateMachine):
         """What a put that may not wait does."""
         if self.waiting or self.fits(request.nbytes) or len(self.live) == self.limits.slots:
             return
-        end = self.store.growth_for(request.nbytes, self.now)
+        end = self.store.size.growth_for(request.nbytes, self.now)
         assert bool(end) == self.may_grow_for(request.nbytes)
         if not end:
             return
@@ -490,7 +490,7 @@ class StoreMachine(RuleBasedStateMachine):
     def fail_to_commit(self) -> None:
         self.growing = None
         self.grow_after = self.now + self.limits.grow_retry_s
-        self.store.grow_failed(self.now)
+        self.store.size.grow_failed(self.now)
 
     @rule()
     def shrink(self) -> None:

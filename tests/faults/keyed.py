@@ -125,7 +125,7 @@ def assert_nothing_out(cache: FeatureCache) -> None:
     assert not store._retiring
     pool = cache._opened().pool
     assert not pool.store.key_waiters.waiting()
-    assert not pool.pending_writes
+    assert not pool.pending_writes.in_flight
     assert sum(number > 0 for number in pool.pages) == cache.statistics().sessions
     directory = store.directory
     assert not directory._pins

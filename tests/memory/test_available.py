@@ -95,6 +95,6 @@ async def test_a_fault_in_growing_is_told_and_is_not_the_end_of_growth(
             with pytest.raises(ZeroDivisionError):
                 await cache.put(large, on_full="raise")
         store = cache._opened().pool.store
-        store._grow_after_s = float("-inf")  # as after a second
+        store.size._grow_after_s = float("-inf")  # as after a second
         await cache.put(large, on_full="raise")
         assert cache.statistics().committed_bytes == 2 * segment

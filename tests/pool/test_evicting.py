@@ -392,9 +392,9 @@ async def windows_of_idleness(owner: FeatureCache, count: int) -> None:
     """Return when so many have ended since."""
     store = pool_of(owner).store
     for _ in range(count):
-        since_s = store._tail_since_s
-        await until(lambda: store._tail_since_s != since_s)  # noqa: B023 - awaited here
-        await until(lambda: store._tail_since_s is not None)
+        since_s = store.size._window_since_s
+        await until(lambda: store.size._window_since_s != since_s)  # noqa: B023 - awaited here
+        await until(lambda: store.size._window_since_s is not None)
 
 
 @pytest.mark.parametrize("hold", ["nothing", "pinned", "read by key"])

@@ -132,9 +132,9 @@ async def right(reader: FeatureCache | FeatureClient, ref: FeatureRef, value: in
 async def shrunk(owner: FeatureCache, nbytes: int = SEGMENT) -> None:
     """Return when the slab has released all but `nbytes`."""
     store = owner._opened().pool.store
-    before, store.limits = store.limits, attrs.evolve(store.limits, idle_s=0.0)
+    before, store.size.limits = store.size.limits, attrs.evolve(store.size.limits, idle_s=0.0)
     await until(lambda: store.committed_bytes == nbytes)
-    store.limits = before
+    store.size.limits = before
 
 
 async def reader(pipe: Pipe, endpoint: str) -> None:

@@ -148,7 +148,11 @@ class CacheBase:
         place = self._place if device is None and out is None else self._target(device, out)
         if type(ref) is not FeatureRef:
             check_ref(ref)
-        return self._opened().reader.get_nowait(ref, place, out)
+        engine = self._life.engine
+        if engine is None:  # as `_opened`, inline
+            raise self._life.closed()
+        copied: Feature = engine.reader.get_nowait(ref, place, out)
+        return copied
 
     def borrow(self, ref: FeatureRef | str | bytes, *, timeout: float | None = None) -> Borrow:
         """Return a context manager whose value is a view in the slab: no copy, whatever the size.

@@ -124,7 +124,9 @@ class FeatureCache(CacheBase):
 
         """
         timeout_s = None if timeout is None else parse_timeout(timeout)
-        owner = self._opened()
+        owner = self._life.engine
+        if owner is None:  # as `_opened`, inline
+            raise self._life.closed()
         if on_full == "wait":  # the most usual, by the shortest way
             writer = owner.main.writer
             return await writer.put(writer.stage(feature, readers, ttl, key), timeout_s, wait=True)

@@ -197,7 +197,8 @@ class PoolConnection:
         # First: unmapping under a stream's work would fault this process's context.
         await self._drain()
         self._doorbell.close()
-        self._drop_changes()
+        if self._changes:
+            self._drop_changes()
         await self._in_thread(self._mapping.close)
 
     async def _in_thread(self, work: Callable[[], object]) -> None:

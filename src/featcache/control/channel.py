@@ -382,8 +382,9 @@ class Channel:
         for _, descriptors in self._outgoing:
             close_all(descriptors)
         self._outgoing.clear()
-        close_all(self._descriptors)
-        self._descriptors.clear()
+        if self._descriptors:
+            close_all(self._descriptors)
+            self._descriptors.clear()
 
     def forget(self) -> None:
         """Drop the socket in a forked child, whose copy of the loop must not be touched."""

@@ -26,6 +26,11 @@ _MANTISSA_BITS: Final = 4  # 16 bins to an octave: sizes in one bin differ by at
 _WALK_LIMIT: Final = 8  # a bin of more free extents than this is not walked but given a heap
 
 
+def round_up(value: int, unit: int) -> int:
+    """The least multiple of a unit that is no less than a value."""
+    return -(-value // unit) * unit
+
+
 def _bin_of(size_bytes: int) -> int:
     """The bin of an aligned size: its exponent and the bits after the leading one."""
     units = size_bytes >> _UNIT_BITS

@@ -1,4 +1,4 @@
-"""What the store is made with, and what it hands out to be done."""
+"""Store limits and effects."""
 
 import attrs
 import msgspec
@@ -10,7 +10,7 @@ from featcache.core.slots import Slot
 
 @attrs.frozen
 class Limits:
-    """The sizes that a store is made with."""
+    """Sizes and times of one pool."""
 
     capacity_bytes: int
     segment_bytes: int
@@ -23,15 +23,19 @@ class Limits:
     evict_first: bool = False
     """A full slab evicts before it grows."""
     evict_above: float | None = None
-    """The share of the capacity above which keys are evicted with nobody waiting for room."""
+    """The share of the capacity above which keys are evicted though no put waits for room."""
     evict_to: float = 1.0
-    """The share of the capacity down to which they then are."""
+    """The share of the capacity down to which they are evicted then."""
     compact: float = 0.0
     """The share of a tail segment that resident features may fill and still be evicted to empty it."""
 
 
 class SlotRetired(msgspec.Struct, frozen=True, gc=False):
-    """The slot may no longer be read: clear its `live` word now, look at its holds from `due_s`."""
+    """The slot may no longer be read: clear its `live` word now, and only then look at its holds.
+
+    Not before `due_s`: a reader writes its hold first and looks at `live` after, so either it sees the
+    revocation or the owner sees the hold.
+    """
 
     slot: Slot
 
@@ -60,13 +64,13 @@ class Expired(msgspec.Struct, frozen=True, gc=False):
 
 
 class Grow(msgspec.Struct, frozen=True, gc=False):
-    """The head of the queue needs the slab committed up to `end_bytes`. One is out at a time."""
+    """The head of the queue needs the slab committed up to `end_bytes`. One at a time."""
 
     end_bytes: int
 
 
 class Evicted(msgspec.Struct, frozen=True, gc=False):
-    """A key was dropped; if nothing more is owed of its feature, `SlotRetired` comes with it."""
+    """A key was dropped; if no read of its feature is out, `SlotRetired` comes with it."""
 
     key: bytes
     nbytes: int
@@ -76,13 +80,13 @@ class Evicted(msgspec.Struct, frozen=True, gc=False):
 
 
 class Found(msgspec.Struct, frozen=True, gc=False):
-    """This seeker was granted what it waited for; tell it."""
+    """This waiter was granted the slot under its key; tell it."""
 
     waiter: KeyWaiter
 
 
 class ClaimPassed(msgspec.Struct, frozen=True, gc=False):
-    """This seeker was chosen to make what nobody has; tell it."""
+    """This waiter now holds the claim to compute its key; tell it."""
 
     waiter: KeyWaiter
 

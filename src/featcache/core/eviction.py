@@ -1,29 +1,26 @@
-"""Whom to evict for a feature of some size: the longest unused, of those whose going makes the room.
+"""Victim selection: the least recently used run of adjacent extents that frees a block of a size.
 
-Where all features are of one size that is the longest unused one. Where they are not, evicting in the
-order of use alone frees many pieces before one is large enough, and each costs a hit. So a few of the
-coldest are each looked at with their neighbours in the slab, and the window goes whose most recently
-used feature was used the longest ago. That is the same work whatever the number of features. Only where
-none of those windows makes room, because pins or reads stand between, are all features looked at.
+Where all features are of one size the victim is the least recently used feature. Where they are not,
+evicting in that order alone frees many separate extents before one is large enough, and each costs a
+hit. So a window of neighbours in the slab is built around each of a few of the coldest features, and
+the window is evicted whose most recently used member was used the longest ago. That is the same work
+whatever the number of features. Only where none of those windows makes room, because pins or reads
+stand between, is a window tried around every feature.
 """
 
-from collections.abc import Callable
 from math import inf
 from typing import Final
 
 from featcache.core.allocator import Extent, OffsetAllocator
-from featcache.core.directory import Directory
+from featcache.core.recency import Held, Recency
 from featcache.core.slots import Slot
 
-Held = Callable[[Slot], bool]
-"""Whether evicting a slot would free nothing now: it is read by a ref, or its bytes are yet to come."""
-
 FEW: Final = 32
-"""Coldest features around which a window is tried at first."""
+"""Features, the coldest ones, around which a window is tried at first."""
 
 
 def victims(
-    directory: Directory,
+    recency: Recency,
     allocator: OffsetAllocator,
     size_bytes: int,
     held: Held,
@@ -31,23 +28,24 @@ def victims(
     windows: int = FEW,
     growth_bytes: int = 0,
 ) -> list[Slot]:
-    """Return features to evict so that an extent of a size fits, of `windows` tried; none if none does.
+    """Return the features to evict so that an extent of a size fits, or none if no window makes room.
 
-    `growth_bytes` more may come behind the last extent, once these have gone.
+    Tries up to `windows` of them. `growth_bytes` more may be committed behind the last extent, once
+    the victims have gone.
     """
 
     def window_of(slot: Slot, before_tick: float) -> list[Slot]:
         return _window(allocator, slot, size_bytes, held, growth_bytes, before_tick)
 
-    coldest = directory.coldest(held)
+    coldest = recency.coldest(held)
     if coldest is None:
         return []
     best = window_of(coldest, inf)
     if len(best) == 1:
         return best
-    for slot in directory.coldest_few(windows, held)[1:]:
+    for slot in recency.coldest_few(windows, held)[1:]:
         if best and slot.tick > best[0].tick:
-            break  # no window around this one or a warmer one is colder
+            break  # a window is no colder than its centre, and the next centres are warmer still
         best = window_of(slot, best[0].tick if best else inf) or best
     return best
 
@@ -60,10 +58,10 @@ def _window(
     growth_bytes: int,
     before_tick: float,
 ) -> list[Slot]:
-    """Return a feature and neighbours whose going frees one piece of a size, the warmest first.
+    """Return a feature and the neighbours that free one block of a size with it, the warmest first.
 
-    Empty if what can't go is in the way, or something that was not used before a tick. Of two
-    neighbours the colder one goes.
+    It grows by the colder of its two neighbours. Empty if both are in use, or no colder than
+    `before_tick`.
     """
     extent = slot.extent
     assert extent is not None, "it is kept"
@@ -90,7 +88,7 @@ def _window(
 
 
 def _tick(extent: Extent | None, held: Held) -> float:
-    """Return how recently an extent was used, 0 if it is free; infinity if it can't go, or is none."""
+    """Return the tick of an extent: 0 if it is free, infinity if it can't be evicted or is no extent."""
     if extent is None:
         return inf
     if extent.is_free:

@@ -1,9 +1,10 @@
-"""Who waits for a key that is not there, and who was chosen to make what it stands for.
+"""Single-flight: waiters by key, and which of them holds the claim to compute it.
 
-A *seeker* waits for one key. One that `makes` may be chosen to make the feature itself: then it has
-the key's *claim* until it gives it back, by which time it has published the feature or failed to. There
-is one claim to a key, so of all who ask at once one makes. Handing over is a handshake, as for room
-(`core.waiters`): what was handed to a seeker that gave up meanwhile goes to the next.
+A waiter that `can_make` may be chosen to compute the feature itself: then it holds the key's *claim*
+until it releases it, by which time it has published the feature or failed to. There is one claim to a
+key, so of all concurrent calls one computes. Handing over is a handshake, as for room
+(`core.put_queue`): a grant or claim handed to a waiter that gave up meanwhile is not lost, the store
+pays the grant and passes the claim on.
 """
 
 import enum
@@ -13,7 +14,17 @@ from featcache.core.slots import Slot
 
 
 class KeyWaiterState(enum.Enum):
-    """WAITING → FOUND or CHOSEN → TAKEN, or GONE from any but the last."""
+    """A key waiter's life.
+
+    | from | by | to |
+    | --- | --- | --- |
+    | (new) | `join`, if it can make and no claim to the key is out | CHOSEN |
+    | (new) | `join` otherwise | WAITING |
+    | WAITING | `found`: the key was published | FOUND, with a grant on the slot |
+    | WAITING | `release_claim` of the claim before | CHOSEN, with the next claim |
+    | FOUND, CHOSEN | `KeyedStore.take` | TAKEN |
+    | any but TAKEN | `leave` | GONE; the caller passes on what was handed over |
+    """
 
     WAITING = "waiting"
     FOUND = "found"
@@ -23,38 +34,40 @@ class KeyWaiterState(enum.Enum):
 
 
 class KeyWaiter:
-    """One who waits for a key. `tag` is the caller's own; the core never looks."""
+    """A waiter for one key. `tag` is the caller's own (a future); the core never looks at it."""
 
-    __slots__ = ("claim", "key", "makes", "number", "session", "slot", "state", "tag")
+    __slots__ = ("can_make", "claim", "key", "number", "session", "slot", "state", "tag")
 
-    def __init__(self, number: int, key: bytes, session: int, *, makes: bool, tag: object) -> None:
+    def __init__(
+        self, number: int, key: bytes, session: int, *, can_make: bool, tag: object
+    ) -> None:
         self.number = number
         self.key = key
         self.session = session
-        self.makes = makes
+        self.can_make = can_make
         self.tag = tag
         self.state = KeyWaiterState.WAITING
         self.slot: Slot | None = None
-        """What it was granted, once FOUND."""
+        """The slot on which it has a grant, once FOUND."""
         self.claim = 0
         """The number of its claim, once CHOSEN."""
 
 
 class KeyQueue:
-    """Seekers by key in order of arrival, and the claims that are out."""
+    """Waiters by key in order of arrival, and the claims that are out."""
 
     def __init__(self) -> None:
         self._waiting: dict[bytes, OrderedDict[int, KeyWaiter]] = {}
         self._claims: dict[bytes, tuple[int, int]] = {}
-        """By key: the claim's number and its session."""
+        """By key: the claim's number and the session that holds it."""
         self._numbers = 0
         self.count = 0
 
-    def join(self, key: bytes, session: int, *, makes: bool, tag: object) -> KeyWaiter:
-        """Wait for a key. One that makes is chosen at once if nobody has the claim."""
+    def join(self, key: bytes, session: int, *, can_make: bool, tag: object) -> KeyWaiter:
+        """Add a waiter. One that can make is chosen at once if no claim to the key is out."""
         self._numbers += 1
-        waiter = KeyWaiter(self._numbers, key, session, makes=makes, tag=tag)
-        if makes and key not in self._claims:
+        waiter = KeyWaiter(self._numbers, key, session, can_make=can_make, tag=tag)
+        if can_make and key not in self._claims:
             self._choose(waiter)
         else:
             self._waiting.setdefault(key, OrderedDict())[waiter.number] = waiter
@@ -67,7 +80,7 @@ class KeyQueue:
         waiter.claim = waiter.number
 
     def leave(self, waiter: KeyWaiter) -> KeyWaiterState:
-        """Give up. Return the state before: what had been handed over is the caller's to pass on."""
+        """Give up. Return the state before: a grant or claim handed over is the caller's to pass on."""
         was = waiter.state
         if was is KeyWaiterState.WAITING:
             self._take_out(waiter)
@@ -83,7 +96,7 @@ class KeyQueue:
             del self._waiting[waiter.key]
 
     def found(self, key: bytes, slot: Slot) -> list[KeyWaiter]:
-        """Hand everybody who waits for a key its slot, and return them."""
+        """Hand the slot to all waiters of a key, and return them."""
         waiting = self._waiting.pop(key, None)
         if waiting is None:
             return []
@@ -95,11 +108,11 @@ class KeyQueue:
 
     @property
     def claims(self) -> int:
-        """How many claims are out."""
+        """The number of claims that are out."""
         return len(self._claims)
 
     def claimed(self, key: bytes) -> bool:
-        """Whether somebody has the claim to a key."""
+        """Whether a claim to the key is out."""
         return key in self._claims
 
     def holds(self, key: bytes, claim: int) -> bool:
@@ -108,29 +121,29 @@ class KeyQueue:
         return held is not None and held[0] == claim
 
     def release_claim(self, key: bytes, claim: int) -> KeyWaiter | None:
-        """Take a claim back, if it is the one that is out; return who has it next."""
+        """End a claim, if it is the one that is out; return the waiter that holds the next, if any."""
         if not self.holds(key, claim):
             return None
         del self._claims[key]
         for waiter in self._waiting.get(key, {}).values():
-            if waiter.makes:
+            if waiter.can_make:
                 self._take_out(waiter)
                 self._choose(waiter)
                 return waiter
         return None
 
     def has(self, key: bytes, claim: int, session: int) -> bool:
-        """Whether this is the claim that is out, and a session has it."""
+        """Whether this is the claim that is out, and held by this session."""
         return self._claims.get(key) == (claim, session)
 
     def claims_of(self, session: int) -> list[tuple[bytes, int]]:
-        """Return the claims that a session has."""
-        return [(key, claim) for key, (claim, whose) in self._claims.items() if whose == session]
+        """Return the claims that a session holds."""
+        return [(key, claim) for key, (claim, holder) in self._claims.items() if holder == session]
 
     def waiting(self) -> list[KeyWaiter]:
-        """Return the seekers that still wait. For ends, not for hot paths."""
+        """Return all that still wait. For ends, not for hot paths."""
         return [waiter for waiting in self._waiting.values() for waiter in waiting.values()]
 
-    def of(self, session: int) -> list[KeyWaiter]:
-        """Return those of a session."""
+    def by_session(self, session: int) -> list[KeyWaiter]:
+        """Return the waiters of a session."""
         return [waiter for waiter in self.waiting() if waiter.session == session]

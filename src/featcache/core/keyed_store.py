@@ -1,22 +1,23 @@
-"""The rules of keys on top of those of room: lookups, grants, claims, and what is evicted when.
+"""The calls that name a key: lookups, grants, claims, pins, and evictions.
 
-A slot that is kept under a key stays PUBLISHED when no reads are owed any more. It goes when its key
-was dropped (evicted, or given to another feature) and the last grant on it was paid.
+A slot that is kept under a key stays PUBLISHED when no reads are owed any more. It is retired when its
+key was dropped (evicted, or given to another feature) and the last grant on it was paid.
 """
 
 from collections.abc import Iterable
 
-from featcache.core.allocator import ALIGNMENT_BYTES
-from featcache.core.directory import Directory
-from featcache.core.effects import ClaimPassed, Effect, Evicted, Found, Limits, SlotRetired
-from featcache.core.eviction import FEW, Held, victims
-from featcache.core.key_queue import KeyQueue, KeyWaiter, KeyWaiterState
+from featcache.core.allocator import ALIGNMENT_BYTES, round_up
+from featcache.core.effects import ClaimPassed, Effect, Evicted, Limits
+from featcache.core.eviction import FEW, victims
+from featcache.core.key_queue import KeyWaiter, KeyWaiterState
 from featcache.core.put_queue import Request
+from featcache.core.recency import Held
+from featcache.core.slab_size import SizeState
 from featcache.core.slots import Slot, SlotState
-from featcache.core.store import Store, up
+from featcache.core.store import Store
 from featcache.errors import KeyNotFound, PoolFull
 
-_LOOK_AT_ALL_S = 0.05
+_FULL_SCAN_INTERVAL_S = 0.05
 
 
 def key_label(key: bytes) -> str:
@@ -30,15 +31,13 @@ class KeyedStore(Store):
 
     def __init__(self, limits: Limits) -> None:
         super().__init__(limits)
-        self.directory = Directory()
-        self.key_waiters = KeyQueue()
         self.hits = self.misses = self.evicted = 0
-        self._in_vain = (0, float("-inf"))
-        """For how many bytes all was looked at in vain, and until when that is not done again."""
+        self._failed_scan = (0, float("-inf"))
+        """Size and expiry of the last full scan that found no victims (negative cache)."""
 
     @property
     def unevictable_bytes(self) -> int:
-        """Used bytes that a put can't have: all but what would be evicted for it."""
+        """Used bytes that no put can have: all but those of evictable slots."""
         return self.allocator.used_bytes - self.directory.idle_bytes
 
     # --- lookups ----------------------------------------------------------------------------------
@@ -53,12 +52,6 @@ class KeyedStore(Store):
         self._grant(slot, now_s)
         return slot
 
-    def _grant(self, slot: Slot, now_s: float) -> None:
-        slot.grants += 1
-        self.directory.touch(slot, now_s)
-        if slot.idle:
-            self.directory.refresh(slot)
-
     def pay_grant(self, slot: Slot, now_s: float) -> list[Effect]:
         """Count one grant as paid."""
         slot.grants -= 1
@@ -66,9 +59,9 @@ class KeyedStore(Store):
             return []
         return self._settle(slot, now_s)
 
-    def wait_for_key(self, key: bytes, session: int, *, makes: bool, tag: object) -> KeyWaiter:
-        """Wait for a key that `lookup` did not find; see `core.key_waiters`."""
-        if makes and not self.key_waiters.claimed(key):  # it will not wait
+    def wait_for_key(self, key: bytes, session: int, *, can_make: bool, tag: object) -> KeyWaiter:
+        """Wait for a key that `lookup` did not find; see `core.key_queue`."""
+        if can_make and not self.key_waiters.claimed(key):  # chosen at once: it does not wait
             if self.key_waiters.claims >= self.limits.slots:
                 raise PoolFull(
                     f"{self.key_waiters.claims} features are being made already, the bound"
@@ -77,17 +70,17 @@ class KeyedStore(Store):
             raise PoolFull(
                 f"{self.key_waiters.count} wait for keys already, the bound: raise Settings.waiters"
             )
-        return self.key_waiters.join(key, session, makes=makes, tag=tag)
+        return self.key_waiters.join(key, session, can_make=can_make, tag=tag)
 
     def take(self, waiter: KeyWaiter) -> Slot | None:
-        """Finish the handshake: return what was found, or None for who was chosen to make it."""
+        """Finish the handshake: return the granted slot, or None if the waiter has the claim."""
         if waiter.state not in {KeyWaiterState.FOUND, KeyWaiterState.CHOSEN}:
             raise ValueError(f"this waiter is {waiter.state.value}")
         waiter.state = KeyWaiterState.TAKEN
         return waiter.slot
 
     def cancel_wait(self, waiter: KeyWaiter, now_s: float) -> list[Effect]:
-        """Give up seeking, whatever was handed over meanwhile."""
+        """Give up waiting for a key; a grant or claim handed over meanwhile is taken back."""
         was = self.key_waiters.leave(waiter)
         if was is KeyWaiterState.FOUND:
             assert waiter.slot is not None, "found"
@@ -97,40 +90,21 @@ class KeyedStore(Store):
         return []
 
     def release_claim(self, key: bytes, claim: int) -> list[Effect]:
-        """End a claim, whether its feature was published or not. Others' and old ones are ignored."""
+        """End a claim, whether its feature was published or not. One that is not out is ignored."""
         following = self.key_waiters.release_claim(key, claim)
         return [] if following is None else [ClaimPassed(following)]
 
-    # --- keeping ----------------------------------------------------------------------------------
-
-    def _keep(self, slot: Slot, now_s: float) -> list[Effect]:
-        key, slot.wanted_key = slot.wanted_key, None
-        assert key is not None, "it wants one"
-        effects: list[Effect] = []
-        old = self.directory.keep(key, slot, now_s)
-        if old is not None:
-            effects += self._let_go(old, now_s, self.limits.grace_s)
-        for waiter in self.key_waiters.found(key, slot):
-            self._grant(slot, now_s)
-            effects.append(Found(waiter))
-        return effects
-
-    def _kept(self, slot: Slot) -> None:
-        self.directory.refresh(slot)
+    # --- dropping keys ---------------------------------------------------------------------------
 
     def _dropped(
         self, slot: Slot, key: bytes, now_s: float, cause: str, grace_s: float = 0.0
     ) -> list[Effect]:
         self.evicted += 1
         evicted = Evicted(key, slot.nbytes, now_s - slot.used_s, cause)
-        return [evicted, *self._let_go(slot, now_s, grace_s)]
-
-    def _let_go(self, slot: Slot, now_s: float, grace_s: float) -> list[Effect]:
-        """Retire a slot whose key was dropped, if that was all that kept it."""
-        return [] if slot.reads_left or slot.grants else [self._retire(slot, now_s, grace_s)]
+        return [evicted, *self._unkept(slot, now_s, grace_s)]
 
     def evict(self, key: bytes, now_s: float) -> list[Effect]:
-        """Drop a key by name, pinned or not. Who reads its feature may finish. Nothing if not there."""
+        """Drop a key by name, pinned or not; its readers may finish. An unknown key is no error."""
         slot = self.directory.find(key)
         if slot is None:
             return []
@@ -138,7 +112,7 @@ class KeyedStore(Store):
         return self._dropped(slot, key, now_s, "asked", self.limits.grace_s)
 
     def pin(self, key: bytes, session: int) -> None:
-        """Keep a key from being evicted, or raise KeyNotFound."""
+        """Pin a key against eviction, or raise KeyNotFound."""
         self._check_key(key)
         self.directory.pin(key, session)
 
@@ -154,45 +128,50 @@ class KeyedStore(Store):
     # --- evicting ---------------------------------------------------------------------------------
 
     def evict_for(self, request: Request, held: Held, now_s: float) -> list[Effect]:
-        """Evict the longest unused of what makes room for a request, if it may be had so, else nothing.
+        """Evict the victims that make room for a request, if there are any.
 
-        Extents are free once the caller has recycled them. A slab that can still grow
-        evicts nothing, unless by `Limits.evict_first`.
+        Their extents are free once the caller has recycled them. A slab that can still grow evicts
+        nothing, unless by `Limits.evict_first`.
         """
         if self.unevictable_bytes + request.nbytes > self.limits.capacity_bytes:
             return []  # not even if everything went
         if self.table.full:
-            coldest = self.directory.coldest(held)
+            coldest = self.recency.coldest(held)
             return [] if coldest is None else self._evict_all([coldest], now_s, "room")
-        grows = bool(self._growing or self.growth_for(request.nbytes, now_s))
+        grows = bool(
+            self.size.state is not SizeState.STEADY or self.size.growth_for(request.nbytes, now_s)
+        )
         if grows and not self.limits.evict_first:
             return []
-        size_bytes = max(up(request.nbytes, ALIGNMENT_BYTES), ALIGNMENT_BYTES)
-        # What it needs beyond what the slab has now, even if all went there, may come by growth.
+        size_bytes = max(round_up(request.nbytes, ALIGNMENT_BYTES), ALIGNMENT_BYTES)
+        # A window at the end of the slab may also count on the room to grow behind it.
         growth_bytes = self.limits.capacity_bytes - self.committed_bytes
         growths = [0, growth_bytes] if growth_bytes and not grows else [0]
         return self._evict_all(self._victims(size_bytes, held, now_s, growths), now_s, "room")
 
     def _victims(self, size_bytes: int, held: Held, now_s: float, growths: list[int]) -> list[Slot]:
-        """Try windows around a few features; if none makes room, around all, with each growth."""
+        """Try windows around the coldest few features, then around all, with each growth."""
         everything = len(self.directory)
-        in_vain_bytes, until_s = self._in_vain
-        look_at_all = everything > FEW and (size_bytes < in_vain_bytes or now_s >= until_s)
-        for windows in [FEW, everything] if look_at_all else [FEW]:
+        # While a put waits this runs at every poll, and a full scan costs time in proportion to all
+        # features. A size that failed lately is not scanned for again, and no larger one is; a
+        # smaller one may fit where that did not.
+        failed_bytes, until_s = self._failed_scan
+        scan_all = everything > FEW and (size_bytes < failed_bytes or now_s >= until_s)
+        for windows in [FEW, everything] if scan_all else [FEW]:
             for growth_bytes in growths:
                 going = victims(
-                    *(self.directory, self.allocator, size_bytes, held),
+                    *(self.recency, self.allocator, size_bytes, held),
                     windows=windows,
                     growth_bytes=growth_bytes,
                 )
                 if going:
                     return going
-        if look_at_all:  # which is much to find out, and asked for at every look while a put waits
-            self._in_vain = (size_bytes, now_s + _LOOK_AT_ALL_S)
+        if scan_all:
+            self._failed_scan = (size_bytes, now_s + _FULL_SCAN_INTERVAL_S)
         return []
 
     def trim(self, held: Held, now_s: float) -> list[Effect]:
-        """Evict down to `Limits.evict_to` where more than `Limits.evict_above` is in use."""
+        """Evict down to `Limits.evict_to` if more than `Limits.evict_above` is in use."""
         above, capacity_bytes = self.limits.evict_above, self.limits.capacity_bytes
         if above is None or self.allocator.used_bytes <= above * capacity_bytes:
             return []
@@ -201,7 +180,7 @@ class KeyedStore(Store):
             return []
         effects: list[Effect] = []
         while kept_bytes > self.limits.evict_to * capacity_bytes and (
-            slot := self.directory.coldest(held)
+            slot := self.recency.coldest(held)
         ):
             assert slot.extent is not None, "it is kept"
             kept_bytes -= slot.extent.size_bytes
@@ -211,9 +190,9 @@ class KeyedStore(Store):
     def compact(self, held: Held, now_s: float) -> list[Effect]:
         """Evict the few features that alone hold the last segment, so that it can be given back."""
         limits, end_bytes = self.limits, self.committed_bytes
-        if not self.tail_in_use or not limits.compact:
+        if not self.size.tail_in_use or not limits.compact:
             return []
-        self.tail_in_use = False
+        self.size.tail_in_use = False  # one look for each idle window
         start_bytes = (end_bytes - 1) // limits.segment_bytes * limits.segment_bytes
         if start_bytes < limits.initial_bytes:
             return []
@@ -237,19 +216,19 @@ class KeyedStore(Store):
     # --- the ends of others -----------------------------------------------------------------------
 
     def end_session(self, session: int, now_s: float) -> list[Effect]:
-        """Take back a session's pins, its places and its claims; others get what it was to make."""
+        """Take back a session's pins, its waiters and its claims; claims pass to others' waiters."""
         self.directory.unpin_all(session)
         effects: list[Effect] = []
-        for waiter in self.queue.of(session):
+        for waiter in self.queue.by_session(session):
             self.queue.drop(waiter)
-        for key_waiter in self.key_waiters.of(session):
+        for key_waiter in self.key_waiters.by_session(session):
             effects += self.cancel_wait(key_waiter, now_s)
         for key, claim in self.key_waiters.claims_of(session):
             effects += self.release_claim(key, claim)
         return effects + self.serve(now_s)
 
     def fail_write(self, slot: Slot, now_s: float) -> list[Effect]:
-        """Revoke a PUBLISHED slot whose bytes will never come: whoever was to write them died."""
+        """Revoke a PUBLISHED slot whose bytes will never be complete: its writer died."""
         slot.reads_left, slot.owed_by_names = 0, None
         self._leave_owing(slot)
         effects: list[Effect] = []
@@ -258,8 +237,8 @@ class KeyedStore(Store):
             self.directory.drop(slot)
             self.evicted += 1
             effects.append(Evicted(key, slot.nbytes, now_s - slot.used_s, "writer lost"))
-        retired: SlotRetired = self._retire(slot, now_s)
-        return [*effects, retired]
+        # Retired though grants may be out: `due` passes it over until they are paid.
+        return [*effects, self._retire(slot, now_s)]
 
 
 def _reaches(slot: Slot, offset_bytes: int) -> bool:

@@ -1,8 +1,8 @@
 """The queue of puts that wait for room: first come, first served, with an accept handshake.
 
 A granted waiter has its slot reserved at the decision, before its task runs. If that task was
-cancelled meanwhile nobody accepts, and `WaitQueue.drop` says so to the store, which takes the slot
-back and serves the next. The handshake is psycopg_pool's idea (its `WaitingClient`).
+cancelled meanwhile nobody accepts, and `WaitQueue.drop` returns the slot to the store, which frees it
+and serves the next. The handshake is psycopg_pool's idea (its `WaitingClient`).
 """
 
 import enum
@@ -14,19 +14,26 @@ from featcache.core.slots import Slot
 
 
 class Request(msgspec.Struct, frozen=True, gc=False):
-    """What a put asks for."""
+    """The room that a put needs, and how its feature is to be kept."""
 
     nbytes: int
     readers: int | frozenset[str]
-    """How many reads are owed (0 only with a key), or by whom."""
+    """The number of reads owed (0 only with a key), or the names of the readers that owe one each."""
     ttl_s: float | None
     key: bytes | None = None
     session: int = 0
-    """Whose it is; the owner's own is 0."""
+    """The session of the put; the owner's own is 0."""
 
 
 class WaiterState(enum.Enum):
-    """WAITING → GRANTED → ACCEPTED, or GONE from either of the first two."""
+    """A waiter's life.
+
+    | from | by | to |
+    | --- | --- | --- |
+    | WAITING | `grant` | GRANTED: out of the queue, with a slot |
+    | GRANTED | `accept` | ACCEPTED: the slot is the caller's |
+    | WAITING, GRANTED | `drop` | GONE: a slot that was granted goes back to the store |
+    """
 
     WAITING = "waiting"
     GRANTED = "granted"
@@ -35,7 +42,7 @@ class WaiterState(enum.Enum):
 
 
 class Waiter:
-    """One place in the queue. `tag` is the caller's own (a future, a session); the core never looks."""
+    """One place in the queue. `tag` is the caller's own (a future); the core never looks at it."""
 
     __slots__ = ("request", "since_s", "slot", "state", "tag", "ticket")
 
@@ -55,7 +62,7 @@ class WaitQueue:
         self._queue: OrderedDict[int, Waiter] = OrderedDict()
         self._tickets = 0
         self.count = 0
-        """Waiters that stand here: what `len` says, for paths on which a call is one too many."""
+        """As `len`, for hot paths on which a call is one too many."""
         self.waiting_bytes = 0
 
     def __len__(self) -> int:
@@ -66,15 +73,15 @@ class WaitQueue:
 
     @property
     def head(self) -> Waiter | None:
-        """The waiter that is served next."""
+        """The waiter that is served next, or None."""
         return next(iter(self._queue.values())) if self.count else None
 
-    def of(self, session: int) -> list[Waiter]:
+    def by_session(self, session: int) -> list[Waiter]:
         """Return the waiters of a session. For its end, not for hot paths."""
         return [waiter for waiter in self._queue.values() if waiter.request.session == session]
 
     def join(self, request: Request, now_s: float, tag: object) -> Waiter:
-        """Stand at the end."""
+        """Add a waiter at the end."""
         self._tickets += 1
         waiter = Waiter(self._tickets, request, now_s, tag)
         self._queue[waiter.ticket] = waiter
@@ -84,26 +91,27 @@ class WaitQueue:
 
     def grant(self, waiter: Waiter, slot: Slot) -> None:
         """Hand the waiter its slot and take it out of the queue."""
+        # It leaves the queue now, not when it accepts: its room is spent, and the next is the head.
         self._leave(waiter)
         waiter.slot = slot
         waiter.state = WaiterState.GRANTED
 
     def accept(self, waiter: Waiter) -> Slot:
-        """Return the slot that was granted: from here on it is the caller's to publish or abandon."""
+        """Return the granted slot: from here on it is the caller's to publish or free."""
         if waiter.state is not WaiterState.GRANTED or waiter.slot is None:
             raise ValueError(f"waiter {waiter.ticket} is {waiter.state.value}, not granted")
         waiter.state = WaiterState.ACCEPTED
         return waiter.slot
 
     def drop(self, waiter: Waiter) -> Slot | None:
-        """Leave. Return the slot if one had been granted but not accepted: it must be taken back."""
+        """Leave. Return the slot that was granted but not accepted, if any: the store must free it."""
         was, waiter.state = waiter.state, WaiterState.GONE
         if was is WaiterState.WAITING:
             self._leave(waiter)
             return None
         if was is WaiterState.GRANTED:
             return waiter.slot
-        waiter.state = was  # accepted or already gone: nothing here is owed to anybody
+        waiter.state = was  # accepted or gone already: there is no slot to return
         return None
 
     def _leave(self, waiter: Waiter) -> None:

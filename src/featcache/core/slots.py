@@ -1,4 +1,4 @@
-"""The slot table: which extent a slot has, in which state, and who still owes a read of it."""
+"""The slot table: a slot's extent, its state, and the reads that are owed of it."""
 
 import enum
 
@@ -6,10 +6,17 @@ from featcache.core.allocator import Extent
 
 
 class SlotState(enum.IntEnum):
-    """A slot's life: FREE → RESERVED → PUBLISHED → RETIRING → FREE.
+    """A slot's life.
 
-    RESERVED goes back to FREE when a writer gives up, for nobody can have read it: at once, or by way of
-    RETIRING where its bytes may still be on their way.
+    | from | by | to |
+    | --- | --- | --- |
+    | FREE | `reserve`, or a grant to the queue's head | RESERVED |
+    | RESERVED | `publish` | PUBLISHED (RETIRING at once if nothing keeps it) |
+    | RESERVED | `free_reserved`: the writer gave up, and no reader can have seen it | FREE |
+    | RESERVED | `give_up_reserved`: the same, but a copy into it may still be running | RETIRING |
+    | PUBLISHED | nothing keeps it any more: no read owed, no key, no grant | RETIRING |
+    | PUBLISHED | `fail_write` | RETIRING |
+    | RETIRING | `recycle`: no session holds it | FREE |
     """
 
     FREE = 0
@@ -23,7 +30,7 @@ _FREE, _RESERVED = SlotState.FREE, SlotState.RESERVED
 
 
 class Slot:
-    """One entry of the table. `generation` grows at each `SlotTable.take` and never repeats."""
+    """One entry of the table. `generation` grows at each `SlotTable.allocate` and never repeats."""
 
     __slots__ = (
         "born_s",
@@ -56,28 +63,26 @@ class Slot:
         self.reads_left = 0
         """Reads still owed."""
         self.owed_by_names: set[str] | None = None
-        """The names that owe them; None when the reads are anonymous."""
+        """Names of the readers that owe them; None if the reads are anonymous."""
         self.paid_by: set[int] | None = None
         """Sessions that paid already; each pays once."""
         self.born_s = 0.0
         self.ttl_s: float | None = None
         self.retired_s = 0.0
         self.due_s = 0.0
-        """When a RETIRING slot's holds may be looked at."""
+        """For a RETIRING slot: the end of its grace, when its holds may be looked at."""
         self.wanted_key: bytes | None = None
-        """The key under which it is to be kept once it is published."""
+        """The key under which `publish` keeps it."""
         self.key: bytes | None = None
         """The key under which the directory holds it."""
         self.grants = 0
-        """Reads given out by key that are not paid yet."""
+        """Reads granted by key and not paid yet."""
         self.idle = False
-        """Whether it could be evicted now: kept under a key, and nobody reads, owes or pins it."""
+        """Whether it is evictable: kept under a key and neither pinned nor read, with no reads owed."""
+        # The eviction policy's own fields, written by `core.recency` alone and described there.
         self.listed = False
-        """Whether the directory's order of use has an entry of it, of now or of before."""
         self.tick = 0
-        """Its place in the order of use; greater is more recent."""
         self.used_s = 0.0
-        """When it was last looked up, or published."""
 
     @property
     def offset_bytes(self) -> int:
@@ -87,7 +92,7 @@ class Slot:
 
     @property
     def owed_by(self) -> tuple[str, ...] | int:
-        """Who owes: names, or a count of anonymous reads."""
+        """The reads owed: names of readers, or a count of anonymous reads."""
         return self.reads_left if self.owed_by_names is None else tuple(sorted(self.owed_by_names))
 
     @property
@@ -97,46 +102,46 @@ class Slot:
 
 
 class SlotTable:
-    """A fixed number of slots, the most recently freed one taken first.
+    """A fixed number of slots. The most recently freed one is allocated first.
 
-    Reusing low, recent indices keeps the words that a recycler has to look at few and warm.
+    Reusing low, recent indices keeps the words that the recycler looks at few and warm.
     """
 
     def __init__(self, count: int) -> None:
         self.slots = [Slot(index) for index in range(count)]
         """All of them, by index."""
-        self.free = self.slots[::-1]
-        """The FREE ones; the last is taken next."""
+        self.free_slots = self.slots[::-1]
+        """The FREE ones; the last is allocated next."""
         self.count = count
         self.high = 0
-        """One more than the highest index ever taken: words beyond it were never written."""
+        """One more than the highest index ever allocated: words beyond it were never written."""
 
     @property
     def used(self) -> int:
         """Slots that are not FREE."""
-        return self.count - len(self.free)
+        return self.count - len(self.free_slots)
 
     @property
     def full(self) -> bool:
-        """Whether `take` would find nothing."""
-        return not self.free
+        """Whether no slot is FREE."""
+        return not self.free_slots
 
-    def take(self) -> Slot:
-        """Return a slot, RESERVED and of a new generation. The caller has looked at `full`."""
-        slot = self.free.pop()
+    def allocate(self) -> Slot:
+        """Return a slot, RESERVED and of a new generation. The table must not be full."""
+        slot = self.free_slots.pop()
         slot.generation += 1
         slot.state = _RESERVED
         if slot.index >= self.high:
             self.high = slot.index + 1
         return slot
 
-    def give(self, slot: Slot) -> None:
-        """Take a slot back; its generation stays, so that old refs never match again."""
+    def free(self, slot: Slot) -> None:
+        """Free a slot. Its generation stays, so that old refs never match again."""
         slot.state = _FREE
         slot.extent = None
         slot.owed_by_names = slot.paid_by = slot.wanted_key = None
         slot.reads_left = 0
-        self.free.append(slot)
+        self.free_slots.append(slot)
 
     def find(self, index: int, generation: int) -> Slot | None:
         """Return the slot if it still has this generation, else None."""

@@ -1,4 +1,4 @@
-"""The store decides: who gets which bytes, when they are taken back, whom that wakes.
+"""A slot's life: room reserved or waited for, bytes published, reads paid, the extent recycled.
 
 Plain synchronous calls, no clock, no I/O, no torch: time comes in as ``now_s``, consequences go out
 as effects for the caller to carry out. The state changes at the decision, not when the effect is
@@ -9,22 +9,34 @@ from collections.abc import Iterable
 from itertools import takewhile
 
 from featcache.core.allocator import ALIGNMENT_BYTES, OffsetAllocator
-from featcache.core.effects import Effect, Expired, Grow, Limits, Recycled, SlotRetired, Woken
+from featcache.core.directory import Directory
+from featcache.core.effects import (
+    Effect,
+    Expired,
+    Found,
+    Grow,
+    Limits,
+    Recycled,
+    SlotRetired,
+    Woken,
+)
+from featcache.core.key_queue import KeyQueue
 from featcache.core.put_queue import Request, Waiter, WaitQueue
+from featcache.core.recency import Recency
+from featcache.core.slab_size import SizeState, SlabSize
 from featcache.core.slots import Slot, SlotState, SlotTable
 from featcache.errors import FeatureTooLarge, PoolFull, StaleRef
 
 # Members of an enum are slow to look up, and these are looked up at every put and payment.
 _RESERVED, _PUBLISHED, _RETIRING = SlotState.RESERVED, SlotState.PUBLISHED, SlotState.RETIRING
-
-
-def up(value: int, unit: int) -> int:
-    """Return the least multiple of a unit that is no less."""
-    return -(-value // unit) * unit
+_STEADY = SizeState.STEADY
 
 
 class Store:
-    """Allocator, slot table and queue of one pool under one set of rules."""
+    """Slots of one pool, and what keeps each: its writer, reads owed, its key, grants.
+
+    `KeyedStore` adds the calls that name a key.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -33,16 +45,14 @@ class Store:
         self.table = SlotTable(limits.slots)
         self.queue = WaitQueue()
         self.allocator = OffsetAllocator(0)
+        self.size = SlabSize(limits, self.allocator)
+        self.recency = Recency()
+        self.directory = Directory(self.recency)
+        self.key_waiters = KeyQueue()
         self.owing: dict[int, Slot] = {}
         """PUBLISHED slots that owe reads, by index, the oldest first."""
         self._retiring: dict[int, Slot] = {}
         self._aging: dict[float, dict[int, Slot]] = {}  # by ttl: within one ttl age is order
-        self._growing = False
-        self._grow_after_s = float("-inf")
-        self._tail_since_s: float | None = None
-        self._tail_high_bytes = 0
-        self.tail_in_use = False
-        """Whether an idle window ended in which the last segment was in use throughout."""
         self.puts = self.recycled = self.expired = self.waited = 0
 
     # --- room -----------------------------------------------------------------------------------
@@ -54,7 +64,7 @@ class Store:
 
     @property
     def free_bytes(self) -> int:
-        """Bytes not given out, committed or not: `used_bytes` and these make the capacity."""
+        """Bytes not allocated, committed or not: with `used_bytes` they make up the capacity."""
         return self.limits.capacity_bytes - self.allocator.used_bytes
 
     @property
@@ -65,17 +75,17 @@ class Store:
 
     @property
     def retiring_bytes(self) -> int:
-        """Extents that are free as soon as nobody holds them."""
+        """Extents that are free as soon as no session holds them."""
         extents = [slot.extent for slot in self._retiring.values()]
         return sum(extent.size_bytes for extent in extents if extent is not None)
 
     @property
     def blocked_puts(self) -> int:
-        """Puts that wait for others' bytes: not those that wait for the slab to change its size."""
-        return 0 if self._growing else len(self.queue)
+        """Puts that wait for others' bytes: none while the slab changes its size."""
+        return len(self.queue) if self.size.state is _STEADY else 0
 
     def check_size(self, nbytes: int) -> None:
-        """Raise FeatureTooLarge for what even an empty pool can't hold."""
+        """Raise FeatureTooLarge for a size that even an empty pool can't hold."""
         if nbytes > self.max_feature_bytes:
             raise FeatureTooLarge(
                 f"a feature of {nbytes} bytes never fits a pool of {self.limits.capacity_bytes}: "
@@ -83,16 +93,16 @@ class Store:
             )
 
     def reserve(self, request: Request, now_s: float, *, first: bool = False) -> Slot | None:
-        """Return a RESERVED slot, or None if there is no room or others came first.
+        """Return a RESERVED slot, or None if there is no room or others wait.
 
-        Nobody comes before the head of the queue, which is `first`.
+        The head of the queue is `first`: no waiter is before it.
         """
-        if (self.queue.count and not first) or not self.table.free:
+        if (self.queue.count and not first) or not self.table.free_slots:
             return None
         extent = self.allocator.allocate(request.nbytes)
         if extent is None:
             return None
-        slot = self.table.take()
+        slot = self.table.allocate()
         slot.extent = extent
         extent.holder = slot
         slot.nbytes = request.nbytes
@@ -107,7 +117,7 @@ class Store:
         return slot
 
     def wait(self, request: Request, now_s: float, tag: object) -> tuple[Waiter, list[Effect]]:
-        """Stand in the queue for what `reserve` would give."""
+        """Enqueue a reservation."""
         self.check_size(request.nbytes)
         if len(self.queue) >= self.limits.waiters:
             raise PoolFull(
@@ -118,25 +128,27 @@ class Store:
         return waiter, self.serve(now_s)
 
     def accept(self, waiter: Waiter) -> Slot:
-        """Finish the handshake: the granted slot is now the caller's."""
+        """Finish the handshake: from here on the granted slot is the caller's to end."""
         return self.queue.accept(waiter)
 
     def leave(self, waiter: Waiter, now_s: float) -> list[Effect]:
         """Give up waiting (timeout, cancellation, death), whatever was granted meanwhile."""
+        # A grant that was not accepted comes back here, or its bytes would be nobody's. Even where
+        # there was none the queue is served: the waiter may have been the head that did not fit.
         slot = self.queue.drop(waiter)
         if slot is not None:
             self._free(slot)
         return self.serve(now_s)
 
     def free_reserved(self, slot: Slot, now_s: float) -> list[Effect]:
-        """Take back a RESERVED slot that will not be published. Nobody can have read it."""
+        """Free a RESERVED slot that will not be published. No reader can have seen it."""
         if slot.state is not _RESERVED:
             raise ValueError(f"slot {slot.label} is {slot.state.name}, not RESERVED")
         self._free(slot)
         return self.serve(now_s)
 
     def give_up_reserved(self, slot: Slot, now_s: float) -> list[Effect]:
-        """Give up a RESERVED slot whose bytes may still be on their way: `recycle` frees it."""
+        """Give up a RESERVED slot into which a copy may still be running: `recycle` frees it."""
         if slot.state is not _RESERVED:
             raise ValueError(f"slot {slot.label} is {slot.state.name}, not RESERVED")
         slot.state = _RETIRING
@@ -145,7 +157,7 @@ class Store:
         return [SlotRetired(slot)]
 
     def publish(self, slot: Slot, now_s: float) -> list[Effect]:
-        """Count the slot's bytes as readable, and its age from now."""
+        """Make a slot readable; its age counts from now."""
         if slot.state is not _RESERVED:
             raise ValueError(f"slot {slot.label} is {slot.state.name}, not RESERVED")
         slot.state = _PUBLISHED
@@ -160,8 +172,8 @@ class Store:
             if slot.wanted_key is None:
                 return []
         if slot.wanted_key is not None:
-            return self._keep(slot, now_s)
-        # Every named reader died while the bytes were being copied.
+            return self._keep(slot, slot.wanted_key, now_s)
+        # All named readers died while the bytes were being copied.
         return [self._retire(slot, now_s)]
 
     # --- reads ----------------------------------------------------------------------------------
@@ -176,7 +188,7 @@ class Store:
     def pay(
         self, index: int, generation: int, session: int, name: str | None, now_s: float
     ) -> list[Effect]:
-        """Count one read as paid by `session`. What it does not owe, or paid before, is ignored."""
+        """Count one read as paid by `session`. A read that it does not owe, or paid, is ignored."""
         if not 0 <= index < self.table.count:
             return []
         return self.pay_all([(index, generation)], session, name, now_s)
@@ -212,7 +224,7 @@ class Store:
         return effects
 
     def waive_reads(self, name: str, now_s: float) -> tuple[int, list[Effect]]:
-        """Pay everything that a dead named reader still owes; return how many reads that was."""
+        """Pay all reads that a dead named reader still owes; return their number."""
         paid, effects = 0, list[Effect]()
         for slot in self.table.in_use():
             if (
@@ -231,23 +243,22 @@ class Store:
     def revoke(self, index: int, generation: int, now_s: float) -> list[Effect]:
         """Cancel every read still owed (discard). Raise StaleRef if the ref is no more.
 
-        What is kept under a key, or read by one, stays for those who come by the key.
+        A slot that is kept under a key, or granted, stays readable by key.
         """
         return self._cancel(self.find(index, generation), now_s)
 
     def _cancel(self, slot: Slot, now_s: float) -> list[Effect]:
         if slot.key is not None or slot.grants:
-            slot.reads_left, slot.owed_by_names = (
-                0,
-                None,
-            )  # it is read by others, who do not owe these
+            slot.reads_left, slot.owed_by_names = 0, None  # it stays, for readers that owe none
+        # A reader writes `held` before it looks at `live`. The hold of one that looked just before
+        # `live` is cleared may still be on its way: the holds are looked at only after the grace.
         return self._settle(slot, now_s, self.limits.grace_s)
 
     def expire(self, now_s: float) -> list[Effect]:
-        """Revoke what has outlived its ttl."""
+        """Revoke the refs that have outlived their ttl."""
         effects: list[Effect] = []
         for ttl_s, slots in list(self._aging.items()):
-            # Taken out whole before any goes: a dict steps over every entry deleted from its front.
+            # Collected before any is deleted: a dict steps over every entry deleted from its front.
             ripe = list(takewhile(lambda slot: slot.born_s + ttl_s <= now_s, slots.values()))  # noqa: B023 - used here
             for slot in ripe:
                 age_s = now_s - slot.born_s
@@ -259,11 +270,11 @@ class Store:
     # --- recycling ------------------------------------------------------------------------------
 
     def due(self, now_s: float) -> list[Slot]:
-        """Return retiring slots whose grace has passed: recycle those that no session holds."""
+        """Return retiring slots whose grace has passed: the caller recycles those that are not held."""
         return [slot for slot in self._retiring.values() if slot.due_s <= now_s and not slot.grants]
 
     def recycle(self, slots: Iterable[Slot], now_s: float) -> list[Effect]:
-        """Free the extents of retired slots that nobody holds, and serve the queue."""
+        """Free the extents of retired slots that no session holds, and serve the queue."""
         effects: list[Effect] = []
         retiring = self._retiring
         for slot in slots:
@@ -278,70 +289,28 @@ class Store:
 
     # --- size -----------------------------------------------------------------------------------
 
-    def growth_for(self, nbytes: int, now_s: float) -> int:
-        """Return the end in bytes to commit up to so that `nbytes` fit, or 0 if that can't help."""
-        if self._growing or now_s < self._grow_after_s:
-            return 0
-        limits, end = self.limits, self.allocator.end_bytes
-        size = max(up(nbytes, ALIGNMENT_BYTES), ALIGNMENT_BYTES)
-        missing = size - self.allocator.tail_free_bytes
-        if missing <= 0 or end + missing > limits.capacity_bytes:
-            return 0
-        return min(up(end + missing, limits.segment_bytes), limits.capacity_bytes)
-
-    def growing(self) -> None:
-        """Note that a commit is under way outside; `grown` or `grow_failed` ends it."""
-        self._growing = True
-
     def grown(self, end_bytes: int, now_s: float) -> list[Effect]:
         """Count the slab as committed up to `end_bytes` and serve the queue."""
-        self._growing = False
-        self.allocator.grow(end_bytes)
-        self._tail_since_s = None
-        self.tail_in_use = False
+        self.size.grown(end_bytes)
         return self.serve(now_s)
 
-    def grow_failed(self, now_s: float) -> None:
-        """Count the pool as full at its present size for a while."""
-        self._growing = False
-        self._grow_after_s = now_s + self.limits.grow_retry_s
-
     def shrink(self, now_s: float) -> int | None:
-        """Cut off tail segments that were empty for `idle_s`; return the new end, or None.
-
-        After an end was returned the caller gives the memory back and says `shrunk`.
-
-        The window keeps the highest end that was in use since it began, as seen at each call.
-        """
-        allocator, limits = self.allocator, self.limits
-        in_use = allocator.end_bytes - allocator.tail_free_bytes
-        if self._tail_since_s is None:
-            self._tail_since_s, self._tail_high_bytes = now_s, in_use
-        self._tail_high_bytes = max(self._tail_high_bytes, in_use)
-        if self._growing or self.queue or now_s - self._tail_since_s < limits.idle_s:
-            return None
-        keep = max(up(self._tail_high_bytes, limits.segment_bytes), limits.initial_bytes)
-        self._tail_since_s = None
-        self.tail_in_use = keep >= allocator.end_bytes
-        if self.tail_in_use:
-            return None
-        allocator.shrink(keep)
-        self._growing = True  # nothing grows into what is being given back
-        return keep
+        """Cut off idle tail segments, see `SlabSize.shrink`; then `shrunk` is due."""
+        return self.size.shrink(now_s, wanted=bool(self.queue))
 
     def shrunk(self, now_s: float) -> list[Effect]:
-        """Note that what `shrink` cut off has been given back."""
-        self._growing = False
+        """Count the tail as given back and serve the queue."""
+        self.size.shrunk()
         return self.serve(now_s)
 
     # --- the rules themselves -------------------------------------------------------------------
 
     def _settle(self, slot: Slot, now_s: float, grace_s: float = 0.0) -> list[Effect]:
-        """Count a slot as owing no reads any more; retire it unless a key or a grant keeps it."""
+        """Note that a slot owes no reads any more; retire it unless a key or a grant keeps it."""
         self._leave_owing(slot)
         if slot.key is None and not slot.grants:
             return [self._retire(slot, now_s, grace_s)]
-        self._kept(slot)
+        self.directory.refresh(slot)
         return []
 
     def _leave_owing(self, slot: Slot) -> None:
@@ -363,27 +332,45 @@ class Store:
         self._retiring[slot.index] = slot
         return SlotRetired(slot)
 
-    def _keep(self, slot: Slot, now_s: float) -> list[Effect]:
-        """Keep a slot that was just published under the key that it wants (`KeyedStore`)."""
-        raise NotImplementedError
+    def _keep(self, slot: Slot, key: bytes, now_s: float) -> list[Effect]:
+        """Keep a slot that was just published under its key; grant it to those that wait for it."""
+        slot.wanted_key = None
+        replaced = self.directory.keep(key, slot, now_s)
+        effects: list[Effect] = []
+        if replaced is not None:
+            effects += self._unkept(replaced, now_s, self.limits.grace_s)
+        for waiter in self.key_waiters.found(key, slot):
+            # Granted before it is told: until it takes the slot, only this grant keeps the bytes.
+            self._grant(slot, now_s)
+            effects.append(Found(waiter))
+        return effects
 
-    def _kept(self, slot: Slot) -> None:
-        """Note that a slot which a key or a grant keeps owes no reads any more (`KeyedStore`)."""
-        raise NotImplementedError
+    def _unkept(self, slot: Slot, now_s: float, grace_s: float) -> list[Effect]:
+        """Retire a slot whose key was dropped, unless reads are owed or granted."""
+        return [] if slot.reads_left or slot.grants else [self._retire(slot, now_s, grace_s)]
+
+    def _grant(self, slot: Slot, now_s: float) -> None:
+        """Give out one read by key, which counts as a use."""
+        slot.grants += 1
+        self.recency.touch(slot, now_s)
+        if slot.idle:
+            self.directory.refresh(slot)
 
     def _free(self, slot: Slot) -> None:
         assert slot.extent is not None, "only FREE slots have no extent"
         self.allocator.free(slot.extent)
-        self.table.give(slot)
+        self.table.free(slot)
 
     def serve(self, now_s: float) -> list[Effect]:
-        """Grant the queue from its head while what it asks for fits."""
+        """Grant the queue from its head, for as long as the head fits: no waiter is overtaken."""
         effects: list[Effect] = []
         while (waiter := self.queue.head) is not None:
             slot = self.reserve(waiter.request, now_s, first=True)
             if slot is None:
-                if not self.table.full and (end := self.growth_for(waiter.request.nbytes, now_s)):
-                    self.growing()
+                if not self.table.full and (
+                    end := self.size.growth_for(waiter.request.nbytes, now_s)
+                ):
+                    self.size.begin_growth()
                     effects.append(Grow(end))
                 break
             self.queue.grant(waiter, slot)

@@ -64,7 +64,8 @@ class Header:
 
 # --- order ---------------------------------------------------------------------------------------
 
-_TSO: Final = platform.machine() in {"x86_64", "AMD64"}
+TSO: Final = platform.machine() in {"x86_64", "AMD64"}
+"""Whether stores become visible in program order: a hot path then skips `fence_stores`."""
 _barrier_lock = threading.Lock()
 _SYS_MEMBARRIER: Final = 283  # the generic syscall table (arm64, riscv64); x86-64 needs none here
 _MEMBARRIER_GLOBAL_EXPEDITED: Final = 1 << 1
@@ -105,13 +106,13 @@ def _nothing() -> None:
     pass
 
 
-fence_stores = _nothing if _TSO else _membarrier
+fence_stores = _nothing if TSO else _membarrier
 """Store barrier between bytes and the word that vouches for them. x86-64 needs none (TSO)."""
 
-fence_after_lock = _nothing if _TSO else _membarrier
+fence_after_lock = _nothing if TSO else _membarrier
 """`fence_full` where a lock was released since the store, which on x86-64 was the barrier."""
 
-fence_full = _lock_as_barrier if _TSO else _membarrier
+fence_full = _lock_as_barrier if TSO else _membarrier
 """Full barrier between a word written and another process's word read.
 
 A reader writes `held` (a hazard pointer), then reads `live`; the owner clears `live`, then reads `held`.
@@ -221,7 +222,7 @@ class OwnerWords(Block):
         """Make a slot readable: its extent first, then `live`, which vouches for it."""
         self.offset[index] = offset_bytes
         self.nbytes[index] = nbytes
-        if not _TSO:  # hot path: skip the call on TSO
+        if not TSO:  # hot path: skip the call on TSO
             fence_stores()
         self.live[index] = generation
 

@@ -77,7 +77,7 @@ class Lookups:
         if key in pool.store.directory and (found := self.find(key, page)) is not None:
             return found  # it came between the caller's lookup and this
         future: asyncio.Future[None] = pool.loop.create_future()
-        waiter = pool.store.wait_for_key(key, page.session, makes=can_make, tag=future)
+        waiter = pool.store.wait_for_key(key, page.session, can_make=can_make, tag=future)
         if waiter.claim:  # chosen at once
             pool.store.take(waiter)
             return Claim(key, waiter.claim)

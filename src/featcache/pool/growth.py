@@ -94,7 +94,7 @@ class Growth:
 
     def grow_failed(self, wanted_bytes: int, error: Exception) -> None:
         """Go on at the present size; waiting puts go on waiting."""
-        self._store.grow_failed(time.monotonic())
+        self._store.size.grow_failed(time.monotonic())
         events.emit(
             events.CommitFailed(
                 pool=self._pool_name,

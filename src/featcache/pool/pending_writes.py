@@ -41,16 +41,13 @@ class PendingWrites:
         """`on_change` is called when the first write is in flight, and when none is any more."""
         self._published = published
         self._on_change = on_change
-        self._in_flight: dict[int, tuple[int, SessionPage]] = {}
+        self.in_flight: dict[int, tuple[int, SessionPage]] = {}
+        """By slot: the generation that is being written, and the page of its writer."""
         self._abandoned: dict[int, int] = {}
-
-    def __bool__(self) -> bool:
-        """Whether any write is in flight."""
-        return bool(self._in_flight)
 
     def state_of(self, slot: Slot) -> WriteState | None:
         """Return the state of a published slot's write; None of one that its owner wrote or landed."""
-        in_flight = self._in_flight.get(slot.index)
+        in_flight = self.in_flight.get(slot.index)
         if in_flight is not None and in_flight[0] == slot.generation:
             return WriteState.IN_FLIGHT
         return WriteState.ABANDONED if self.is_abandoned(slot) else None
@@ -84,17 +81,17 @@ class PendingWrites:
         if page.has_written(slot.index, slot.generation):  # as it nearly always has on a host slab
             fence_full()  # as in `poll`
             self._published[slot.index] = slot.generation
-            if self._in_flight.pop(slot.index, None) is not None:
+            if self.in_flight.pop(slot.index, None) is not None:
                 self._on_change()
             return
-        self._in_flight[slot.index] = (slot.generation, page)
+        self.in_flight[slot.index] = (slot.generation, page)
         self._on_change()
 
     def poll(self) -> None:
         """Vouch for the writes that have landed since the last poll."""
         landed = [
             (index, generation)
-            for index, (generation, page) in self._in_flight.items()
+            for index, (generation, page) in self.in_flight.items()
             if page.has_written(index, generation)
         ]
         if not landed:
@@ -104,7 +101,7 @@ class PendingWrites:
         fence_full()
         for index, generation in landed:
             self._published[index] = generation
-            del self._in_flight[index]
+            del self.in_flight[index]
         self._on_change()
 
     def abandon(self, page: SessionPage) -> list[tuple[int, int]]:
@@ -112,11 +109,11 @@ class PendingWrites:
         self.poll()  # first: what landed before the session ended is complete
         given_up = [
             (index, generation)
-            for index, (generation, writer) in self._in_flight.items()
+            for index, (generation, writer) in self.in_flight.items()
             if writer is page
         ]
         for index, generation in given_up:
-            del self._in_flight[index]
+            del self.in_flight[index]
             self._abandoned[index] = generation
         if given_up:
             self._on_change()
@@ -124,5 +121,5 @@ class PendingWrites:
 
     def close(self) -> None:
         """Release the words, which must be unmapped with the pool."""
-        self._in_flight.clear()
+        self.in_flight.clear()
         del self._published

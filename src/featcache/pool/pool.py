@@ -240,7 +240,7 @@ class Pool:
         self.pressure.observe()
 
     def _set_busy(self) -> None:
-        self.recycler.set_busy(self._ring_at_now > 0 or bool(self.pending_writes))
+        self.recycler.set_busy(self._ring_at_now > 0 or bool(self.pending_writes.in_flight))
 
     def _ring_at(self) -> int:
         """Return at which release of its own each session is to ring.
@@ -272,10 +272,11 @@ class Pool:
                     effects += self.store.pay_grant(grant.slot, now_s)
         if effects:
             self.apply(effects)
-        if self.pending_writes:
+        if self.pending_writes.in_flight:
             self.pending_writes.poll()
         self._reclaim(now_s)
-        while (head := self.store.queue.head) is not None and self.make_room(head.request):
+        queue = self.store.queue
+        while queue.count and (head := queue.head) and self.make_room(head.request):
             pass
 
     def make_room(self, request: Request) -> bool:

@@ -43,7 +43,11 @@ class PressureMonitor:
         """Follow the store. Cheap when nothing changed: it runs at every put."""
         store = self._store
         used_bytes = store.unevictable_bytes
-        if used_bytes < self.quiet_below_bytes and not store.queue and self._gauge.level is _NORMAL:
+        if (
+            used_bytes < self.quiet_below_bytes
+            and not store.queue.count
+            and self._gauge.level is _NORMAL
+        ):
             return
         if self._gauge.observe(used_bytes, store.limits.capacity_bytes, store.blocked_puts):
             self.is_normal = self._gauge.level is _NORMAL

@@ -116,10 +116,10 @@ class OwnerWriter:
         if store.queue or store.table.full:
             return None
         if growth.in_progress is None:
-            end_bytes = store.growth_for(request.nbytes, _now())
+            end_bytes = store.size.growth_for(request.nbytes, _now())
             if not end_bytes:
                 return None
-            store.growing()
+            store.size.begin_growth()
             growth.grow(end_bytes)
         if growth.in_progress is not None:
             await asyncio.shield(growth.in_progress)  # other puts count on it too
@@ -162,7 +162,7 @@ class OwnerWriter:
         store = self._pool.store
         if store.queue or store.table.full:
             return None
-        end_bytes = store.growth_for(request.nbytes, _now())
+        end_bytes = store.size.growth_for(request.nbytes, _now())
         if not end_bytes:
             return None
         start_bytes = store.committed_bytes

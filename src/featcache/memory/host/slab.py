@@ -26,7 +26,7 @@ from featcache.memory.host.available import available_bytes
 from featcache.memory.pack import DTYPES
 from featcache.memory.slab import Parts, Segment, Word
 from featcache.memory.views import view_of
-from featcache.memory.words import Block, fence_stores, memfd
+from featcache.memory.words import TSO, Block, fence_stores, memfd
 from featcache.ref import TensorSpec
 
 KIND: Final = "host"
@@ -237,7 +237,8 @@ class HostMapping:
 
     def signal(self, words: memoryview, index: int, value: int, order: Streams) -> None:
         """Store the word now: host copies are complete when they return."""
-        fence_stores()  # bytes before the word that vouches for them
+        if not TSO:  # hot path: skip the call
+            fence_stores()  # bytes before the word that vouches for them
         words[index] = value
 
     def follow(self, order: Streams, others: Sequence[Streams]) -> Streams:
