@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import multiprocessing
 import sys
 from multiprocessing.connection import Connection
@@ -26,7 +25,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import featcache
-from bench import machine
+from bench import machine, resultfile
 from bench.cuda_wire import make_sources, source_of, synchronize
 from bench.host import parse_size, parse_sizes
 from bench.peers.featcachepeer import silence
@@ -236,8 +235,7 @@ def main(argv: list[str]) -> int:
         "sizes": asyncio.run(measure(options)),
     }
     print(report(result), end="")
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    resultfile.write(options.out, result)
     return 0
 
 
