@@ -16,6 +16,7 @@ import signal
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
@@ -95,20 +96,32 @@ def _main(script: Script, connection: Connection, given: Any) -> None:
         raise
 
 
+_FOUND_BY = ("_forkserver_address", "_forkserver_authkey")
+"""Where a server listens, and what it is opened with since Python 3.14."""
+
+
 class Forked(ForkServerProcess):
-    """A process that the server forked, with the environment that there is at its start."""
+    """A process that the server forked, with the environment that there is at its start.
+
+    Processes that it starts itself are forked by the same server.
+    """
 
     _environment: dict[str, str]
+    _server: dict[str, Any]
 
     def start(self) -> None:
         """Start it."""
+        server = forkserver._forkserver
+        server.ensure_running()
         self._environment = dict(os.environ)
+        self._server = {name: getattr(server, name, None) for name in _FOUND_BY}
         super().start()
 
     def run(self) -> None:
         """Do what it is for, in the process."""
         os.environ.clear()  # that of the server is older
         os.environ.update(self._environment)
+        vars(forkserver._forkserver).update(self._server, ensure_running=lambda: None)
         gc.freeze()  # what the server imported is looked through no more
         super().run()
 
