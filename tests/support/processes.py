@@ -28,12 +28,19 @@ PATIENCE_S = 20.0
 _PRELOAD = ["pytest", "torch", "structlog", "featcache"]  # pytest: children import the main module
 
 
-async def until(predicate: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
-    """Let the loop run until `predicate` holds: for states that come by events of the loop."""
+class NotSo(AssertionError):
+    """What was waited for did not come."""
+
+
+async def until(
+    holds: Callable[[], object], timeout_s: float = PATIENCE_S, *, what: str | None = None
+) -> None:
+    """Let the loop run until something holds: for states that come by events of the loop."""
     give_up_s = time.monotonic() + timeout_s
-    while not predicate():
-        assert time.monotonic() < give_up_s, f"not so within {timeout_s} s: {predicate}"
-        await asyncio.sleep(0.005)
+    while not holds():
+        if time.monotonic() > give_up_s:
+            raise NotSo(f"not so within {timeout_s} s: {what or holds}")
+        await asyncio.sleep(0.002)
 
 
 def gone(pid: int, timeout_s: float = PATIENCE_S) -> None:
