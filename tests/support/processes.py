@@ -207,17 +207,16 @@ class Child:
             os.kill(self.pid, signal.SIGKILL)
         gone(self.pid)
 
-    async def ends(self) -> None:
-        """Wait in the loop until the process has ended by itself."""
-        with anyio.fail_after(PATIENCE_S):
-            try:
-                pidfd = os.pidfd_open(self.pid)
-            except ProcessLookupError:
-                return
+    async def ends(self) -> int | None:
+        """Wait in the loop until the process has ended by itself; return its exit code."""
+        with anyio.fail_after(PATIENCE_S), contextlib.suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(self.pid)
             try:
                 await anyio.wait_readable(pidfd)
             finally:
                 os.close(pidfd)
+        self._process.join(PATIENCE_S)
+        return self._process.exitcode
 
     def close(self) -> None:
         """Kill it if it lives, and leave nothing of it here. Idempotent."""
