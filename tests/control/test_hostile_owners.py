@@ -184,7 +184,7 @@ async def test_a_hostile_owner(name: str, runtime_dir: Path) -> None:
     act, message = HOSTILE[name]
     async with owner_that(act, runtime_dir) as endpoint:
         with pytest.raises((AttachRefused, BackendUnavailable), match=message):
-            await featcache.connect(endpoint, settings=small(attach_timeout=0.3)).open()
+            await featcache.connect(endpoint, settings=small(attach_timeout=1.0)).open()
     async with pair() as (owner, client):  # and the next owner is served as ever
         await client.get(await owner.put(filled(1)))
 
@@ -300,7 +300,7 @@ async def ask(endpoint: str) -> Exception:
     """What a client says of a forged ref with this endpoint."""
     spec = TensorSpec(None, "uint8", (1,), 0)
     data = FeatureRef(bytes(16), endpoint, 0, 1, 0, 1, (spec,)).to_bytes()
-    async with featcache.connect(settings=small(attach_timeout=0.3)) as client:
+    async with featcache.connect(settings=small(attach_timeout=1.0)) as client:
         try:
             await client.get(FeatureRef.from_bytes(data))
         except Exception as error:  # noqa: BLE001 - the tests look at it

@@ -142,7 +142,7 @@ BEFORE: dict[str, Callable[[Peer], None]] = {
 @pytest.mark.parametrize("name", BEFORE)
 async def test_before_the_hello(name: str) -> None:
     with capture_logs() as logs:
-        async with pair(attach_timeout=2.0) as (owner, _):
+        async with pair(attach_timeout=20.0) as (owner, _):
             with Peer.connect(owner.endpoint) as peer:
                 BEFORE[name](peer)
                 await peer.hung_up()
@@ -168,7 +168,7 @@ async def test_another_version_is_told_so() -> None:
 
 @pytest.mark.parametrize("said", [b"", b"f", frame(b"", length=9)[:5], hello()[:-1]], ids=len)
 async def test_silence(said: bytes) -> None:
-    async with pair(attach_timeout=0.05) as (owner, _):
+    async with pair(attach_timeout=0.5) as (owner, _):
         with Peer.connect(owner.endpoint) as peer:
             if said:
                 peer.send(said)
@@ -312,7 +312,7 @@ async def test_sessions_have_a_bound() -> None:
 
 async def test_the_silent_at_the_door_have_a_bound() -> None:
     with capture_logs() as logs:
-        async with pair(sessions=2, attach_timeout=0.2) as (owner, _):
+        async with pair(sessions=2, attach_timeout=1.0) as (owner, _):
             peers = [Peer.connect(owner.endpoint) for _ in range(6)]
             await until(
                 lambda: (
