@@ -9,7 +9,6 @@ when the machine does nothing else.
 
 import argparse
 import asyncio
-import json
 import logging
 import sys
 import time
@@ -23,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import featcache
-from bench import machine
+from bench import machine, resultfile
 
 BATCH = 500
 
@@ -105,9 +104,8 @@ def main() -> None:
         "command": " ".join(["python tests/bench/calls.py", *sys.argv[1:]]),
         "least_us": asyncio.run(measure(arguments.rounds)),
     }
-    print(json.dumps(result, indent=2))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(resultfile.dumps(result), end="")
+    resultfile.write(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ import anyio
 import structlog
 import torch
 
+from support import processes
+
 PATIENCE_S = 90.0
 """For a process to be ready: it imports torch and makes a CUDA context first."""
 _CONTEXT = multiprocessing.get_context("spawn")
@@ -218,8 +220,8 @@ async def receive(inbox: Connection) -> bytes:
 async def until(what: str, holds: Callable[[], object], timeout_s: float = 30.0) -> float:
     """Let the loop run until something holds; return the seconds it took."""
     began_s = time.monotonic()
-    while not holds():
-        if time.monotonic() - began_s > timeout_s:
-            raise ProofError(f"not so within {timeout_s} s: {what}")
-        await asyncio.sleep(0.001)
+    try:
+        await processes.until(holds, timeout_s, what=what)
+    except processes.NotSo as error:
+        raise ProofError(str(error)) from None
     return time.monotonic() - began_s

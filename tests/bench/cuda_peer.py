@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import multiprocessing
 import statistics
 import sys
@@ -30,7 +29,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import featcache
-from bench import machine
+from bench import machine, resultfile
 from bench.cuda_fleet import short
 from bench.cuda_wire import make_sources, source_of, synchronize
 from bench.host import parse_size, parse_sizes
@@ -218,8 +217,7 @@ def main(argv: list[str]) -> int:
         "cells": summary(options, cells),
         "errors": errors,
     }
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    resultfile.write(options.out, result)
     print(report(result), end="")
     return int(bool(errors))
 

@@ -25,7 +25,6 @@ said at the top of each file peers/cuda_*.py.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -34,7 +33,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import machine
+from bench import machine, resultfile
 from bench.cuda_fleet import run_plan
 from bench.cuda_ports import SYSTEMS, Plan
 from bench.cuda_report import goals, report, summary
@@ -125,8 +124,7 @@ def main(argv: list[str]) -> int:
                 print(f"[{at_s:4.0f} s] {system}, {readers}, {size}: {said}", file=sys.stderr)
             result["goals"] = goals(result)
             result["took_s"] = round(time.monotonic() - began_s, 1)
-            if options.out is not None:
-                options.out.write_text(json.dumps(result, indent=1) + "\n")
+            resultfile.write(options.out, result)
     print(report(result), end="")
     ours = [cell for cell in result["cells"] if cell["system"].startswith("featcache")]
     return int(any("error" in cell or "wrong" in cell for cell in ours))

@@ -19,7 +19,6 @@ import argparse
 import asyncio
 import bisect
 import itertools
-import json
 import random
 import sys
 import time
@@ -35,7 +34,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import featcache
-from bench import crew, machine
+from bench import crew, machine, resultfile
 from bench.host import parse_size
 from bench.keyed_fleet import commit
 from bench.report import size_name, table
@@ -231,8 +230,7 @@ def main(argv: list[str]) -> int:
         f"pool of {size_name(options.pool)}, {options.images} images of {trace.mean_bytes:,.0f} B\n"
     )
     print(report(result))
-    if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    resultfile.write(options.out, result)
     return 0
 
 

@@ -30,7 +30,6 @@ What differs between the systems is said at the top of each file in peers/.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -41,7 +40,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import machine
+from bench import machine, resultfile
 from bench.harness import cell_record, describe, run_cells
 from bench.peers import SYSTEMS, Cell
 from bench.report import FIGURES, report
@@ -165,8 +164,7 @@ def main(argv: list[str]) -> int:
                     where = f"[{time.monotonic() - began:4.0f} s, round {turn + 1}]"
                     print(f"{where} {describe(cell)}: {told}", file=sys.stderr)
         result["cells"] = [cell_record(cell) | summary(rounds) for cell, rounds in seen.items()]
-        if options.out is not None:
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+        resultfile.write(options.out, result)
     print(report(result), end="")
     return int(any("error" in outcome for rounds in seen.values() for outcome in rounds))
 

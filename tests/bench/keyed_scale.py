@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import resource
 import statistics
@@ -35,7 +34,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import featcache
-from bench import crew, machine
+from bench import crew, machine, resultfile
 from bench.host import parse_counts
 from bench.keyed_fleet import commit
 from bench.report import number, table
@@ -250,8 +249,7 @@ def main(argv: list[str]) -> int:
         "goals": goals(by_features, by_sessions),
     }
     print(report(result))
-    if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    resultfile.write(options.out, result)
     return 0
 
 

@@ -29,7 +29,6 @@ import argparse
 import asyncio
 import contextlib
 import importlib.metadata
-import json
 import statistics
 import sys
 import tempfile
@@ -42,7 +41,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import crew, keyed_ray, keyed_redis, machine
+from bench import crew, keyed_ray, keyed_redis, machine, resultfile
 from bench.crew import Crew
 from bench.host import parse_sizes
 from bench.keyed_fleet import (
@@ -403,8 +402,7 @@ def main(argv: list[str]) -> int:
     crew.quiet()
     result = run(options, argv)
     print(report(result))
-    if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    resultfile.write(options.out, result)
     return 0
 
 

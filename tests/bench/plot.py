@@ -2,8 +2,9 @@
 
     python tests/bench/plot.py tests/bench/results/cuda-speed.json
 
-The table goes to the standard output. The plot, with matplotlib where it is installed, goes beside
-the result file, or where `--svg` says: host times and rates against the size of the features.
+The table goes to the standard output. The plot, with matplotlib where it is installed, goes into docs/
+under the name of the result file, or where `--svg` says: host times and rates against the size of the
+features.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if __package__ in (None, ""):
 from bench.cuda_report import Cells, index
 from bench.report import number, size_name, table
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 TIMES = "\N{MULTIPLICATION SIGN}"
 COLOURS = {
     "featcache-get": "#0b5394",
@@ -116,12 +118,12 @@ def line_of(axes: Any, cells: dict[int, dict[str, Any]], name: str, **style: Any
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("result", type=Path)
-    parser.add_argument("--svg", type=Path, help="default: beside the result file")
+    parser.add_argument("--svg", type=Path, help="default: in docs/")
     parser.add_argument("--readers", type=int, default=4, help="of the cells that are plotted")
     options = parser.parse_args(argv)
     result = json.loads(options.result.read_text())
     print(markdown(result), end="")
-    to = options.svg or options.result.with_suffix(".svg")
+    to = options.svg or DOCS / f"{options.result.stem}.svg"
     if not draw(result, to, options.readers):
         print("no plot: matplotlib is not installed", file=sys.stderr)
     return 0

@@ -12,7 +12,6 @@ import contextlib
 import faulthandler
 import importlib
 import importlib.metadata
-import json
 import sys
 import time
 import traceback
@@ -24,7 +23,7 @@ import anyio
 import torch
 
 import featcache
-from bench import machine
+from bench import machine, resultfile
 from bench.crew import quiet
 
 MIB = 1 << 20
@@ -186,7 +185,6 @@ def run(body: Callable[[Proof], Awaitable[None]], chosen: argparse.Namespace) ->
         last = str(error).strip().splitlines()[-1:] or [""]
         proof.claim("ran to its end", f"{type(error).__name__}: {last[0]}"[:200], "no error", False)
     proof.details["seconds"] = round(time.monotonic() - began_s, 1)
-    if chosen.out is not None:
-        chosen.out.write_text(json.dumps(proof.result(), indent=1) + "\n")
+    resultfile.write(chosen.out, proof.result())
     print(proof.table(), flush=True)
     return 0 if proof.holds else 1

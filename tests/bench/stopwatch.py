@@ -21,6 +21,22 @@ class Step:
     """less what was spent in the wrapped functions that it called"""
 
 
+def find(path: str) -> tuple[Any, str] | None:
+    """Return where a function is defined, `package.module:Class.method`, and its name; None if nowhere."""
+    module_name, _, names = path.partition(":")
+    *outer, name = names.split(".")
+    try:
+        holder: Any = importlib.import_module(module_name)
+        for part in outer:
+            holder = getattr(holder, part)
+        if isinstance(holder, type):
+            holder = next(each for each in holder.__mro__ if name in vars(each))
+        getattr(holder, name)
+    except (ImportError, AttributeError, StopIteration):
+        return None
+    return holder, name
+
+
 class Stopwatch:
     """What was wrapped, and what it took. Of one thread: others are not timed."""
 
@@ -31,16 +47,11 @@ class Stopwatch:
 
     def wrap(self, path: str) -> None:
         """Time a function by its path, `package.module:Class.method`; it may be absent."""
-        module_name, _, names = path.partition(":")
-        *outer, name = names.split(".")
-        try:
-            holder: Any = importlib.import_module(module_name)
-            for part in outer:
-                holder = getattr(holder, part)
-        except (ImportError, AttributeError):
+        found = find(path)
+        if found is None:
             self.missing.append(path)
-            return
-        self.wrap_in(holder, name, path.rpartition(":")[2])
+        else:
+            self.wrap_in(*found, path.rpartition(":")[2])
 
     def wrap_in(self, holder: Any, name: str, label: str) -> None:
         """Time an attribute of a class, a module or an object."""

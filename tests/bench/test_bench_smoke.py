@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import hit_rate, keyed_redis, keyed_scale, keyed_speed
+from bench import hit_rate, keyed_redis, keyed_scale, keyed_speed, paths, resultfile
 from bench.harness import run_cells
 from bench.host import summary
 from bench.peers import Cell
@@ -132,3 +132,39 @@ def test_the_trace_finds_the_right_bytes_and_the_ideal_is_a_plain_lru(tmp_path: 
     assert grow["committed_bytes"] == 4 << 20
     assert evict["committed_bytes"] == 2 << 20
     assert all(one["hit_rate"] > 0 and one["evicted"] > 0 for one in (grow, evict))
+
+
+def test_the_calls_of_each_path_are_those_of_that_path_alone() -> None:
+    found = paths.measure(runs=1)
+    assert len(found) == 17
+    assert all(row["calls"] >= row["crossings"] >= row["rooms"] > 0 for row in found.values())
+    # One call costs more frames than another only for more work; an idle tick is in none of them.
+    assert found["client.get_nowait(ref)"]["calls"] < found["client.get(ref)"]["calls"]
+    assert found["client.release(ref)"]["calls"] < found["recycle of that ref"]["calls"]
+    assert found["cache.put(x)"]["resumes"] == 0
+    assert "| cache.put(x) |" in paths.report({"here": found, "beside": found})
+
+
+@pytest.mark.parametrize("path", sorted(resultfile.FOLDER.iterdir()), ids=lambda path: path.name)
+def test_a_result_file_has_a_line_for_each_cell(path: Path) -> None:
+    text = path.read_text()
+    assert path.suffix == ".json"
+    assert text == resultfile.dumps(json.loads(text)), "tests/bench/resultfile.py puts it in form"
+
+
+def test_what_is_written_as_a_result_is_what_is_read() -> None:
+    result = {
+        "date": "today",
+        "rounds": 2,
+        "empty": [],
+        "cells": [{"size": 1, "us_rounds": [1.0, None]}, {"size": 2, "steps": [{"step": "put"}]}],
+        "sizes": {"1": {"get": {"us": [[1.5], []]}}},
+    }
+    text = resultfile.dumps(result)
+    assert json.loads(text) == result
+    assert text.splitlines()[1:5] == [
+        ' "date": "today", "rounds": 2,',
+        ' "empty": [],',
+        ' "cells": [',
+        '  {"size": 1, "us_rounds": [1.0, null]},',
+    ]

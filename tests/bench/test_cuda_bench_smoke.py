@@ -13,12 +13,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import keyed_ray, keyed_speed, plot
+from bench import cuda_steps, keyed_ray, keyed_speed, plot
 from bench.cuda_fleet import run_plan, short
 from bench.cuda_ports import Plan
 from bench.cuda_report import goals, report, summary
 from bench.cuda_wire import SAMPLE_EVERY, Sampler, make_sources, source_of
 from bench.peers.unpack_sglang import POOLS, unpack
+from bench.stopwatch import find
 
 SIZE = 4096
 
@@ -162,3 +163,8 @@ def test_on_a_gpu_the_benchmark_of_keys_tells_when_a_call_returns_from_when_its_
 
 def test_ray_is_not_beside_a_slab_on_a_gpu() -> None:
     assert keyed_ray.missing("cuda:0") == "its object store is host memory"
+
+
+def test_each_step_that_is_timed_is_there() -> None:
+    paths = [*cuda_steps.PUT_STEPS, *cuda_steps.GET_STEPS, *cuda_steps.MAPPING_STEPS]
+    assert [path for path in paths if find(path) is None] == []

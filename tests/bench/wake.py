@@ -11,7 +11,6 @@ owner's process uses is taken.
 
 import argparse
 import asyncio
-import json
 import logging
 import multiprocessing
 import statistics
@@ -27,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import featcache
-from bench import machine
+from bench import machine, resultfile
 from featcache import blocking
 
 FEATURE_BYTES = 4 << 10
@@ -124,9 +123,8 @@ def main() -> None:
         "idle_percent_of_a_core": round(asyncio.run(idle(arguments.seconds)), 3),
         "bare_loop_percent_of_a_core": round(asyncio.run(bare(arguments.seconds)), 3),
     }
-    print(json.dumps(result, indent=2))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(resultfile.dumps(result), end="")
+    resultfile.write(arguments.out, result)
 
 
 if __name__ == "__main__":

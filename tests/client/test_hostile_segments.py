@@ -135,7 +135,7 @@ async def test_segments_that_are_wrong_from_the_start(name: str, runtime_dir: Pa
     act, message = AT_ONCE[name]
     async with owner_that(act, runtime_dir) as endpoint:
         with pytest.raises(FeatcacheError, match=message):
-            await featcache.connect(endpoint, settings=small(attach_timeout=0.2)).open()
+            await featcache.connect(endpoint, settings=small(attach_timeout=1.0)).open()
 
 
 def retire_with_a_descriptor(peer: Peer) -> None:

@@ -605,7 +605,7 @@ async def closes_beside_a_writer(gpu: FakeGpu) -> bool:
     async with segmented(gpu) as (owner, client):
         await client.put(on_client_filled(gpu, KIB, 3))
         closing = asyncio.create_task(owner.aclose())
-        done, _ = await asyncio.wait([closing], timeout=0.3)
+        done, _ = await asyncio.wait([closing], timeout=10.0)
         run_client(gpu)
         await closing
         await until(lambda: client.statistics().sessions == 0)

@@ -115,7 +115,7 @@ async def test_an_owner_that_gets_no_more_memory(gpu: FakeGpu) -> None:
 
 @pytest.mark.parametrize("call", ["cuMemUnmap", "cuMemRelease"])
 async def test_a_segment_that_can_not_be_unmapped(gpu: FakeGpu, call: str) -> None:
-    async with segmented(gpu, attach_timeout=0.1) as (owner, client):
+    async with segmented(gpu, attach_timeout=0.5) as (owner, client):
         await right(client, await owner.put(filled(MIB, 1)), 1)
         await spent(owner)
         gpu.clients[0].fail(call)

@@ -220,7 +220,7 @@ async def test_the_slab_grows_again_before_a_session_has_unmapped(
 async def test_a_session_that_does_not_unmap_in_time_is_told_of(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with segmented(gpu, attach_timeout=0.1) as (owner, client):
+    async with segmented(gpu, attach_timeout=0.5) as (owner, client):
         await right(client, await owner.put(filled(MIB, 1)), 1)
         await spent(owner)
         heard: list[Any] = []

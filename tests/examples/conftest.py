@@ -1,82 +1,20 @@
-"""The examples are run as a user runs them: as scripts, in processes of their own."""
+"""The examples are run as scripts, in processes of their own."""
 
-import os
-import subprocess
-import sys
 import tempfile
-import time
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
-from typing import IO
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[2]
-MARK = "FEATCACHE_TEST_MARK"  # in the environment of an example and of all that it starts
+from support.programs import Program
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-class Example:
-    """A running example, with a runtime folder of its own."""
-
-    def __init__(
-        self, path: str, *arguments: object, runtime: Path, stderr: IO[str] | None
-    ) -> None:
-        self.mark = uuid.uuid4().hex
-        self.runtime = runtime
-        environment = {MARK: self.mark, "XDG_RUNTIME_DIR": str(runtime)}
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "examples" / path), *map(str, arguments)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env=os.environ | environment | {"PYTHONPATH": str(ROOT / "src")},
-        )
-
-    def line(self, start: str) -> str:
-        """The rest of the next line of output that begins with `start`."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(start):
-                return line.removeprefix(start).strip()
-        raise AssertionError(f"no line began with {start!r}; exit code {self.process.wait()}")
-
-    def output(self) -> str:
-        """What it prints until it ends."""
-        return self.process.communicate()[0]
-
-    def ends(self, within: float = 20.0) -> int:
-        """The exit code; nothing that it made may be left."""
-        code = self.process.wait(within)
-        self.assert_no_children()
-        assert list((self.runtime / "featcache").glob("*")) == []
-        return code
-
-    def children(self) -> list[psutil.Process]:
-        """The processes that it started and that still run, whoever their parent is by now."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                marked = process.environ().get(MARK) == self.mark
-            except psutil.Error:  # gone, or of somebody else
-                continue
-            if marked and process.pid != self.process.pid:
-                found.append(process)
-        return found
-
-    def assert_no_children(self) -> None:
-        give_up = time.monotonic() + 5
-        while (children := self.children()) and time.monotonic() < give_up:
-            time.sleep(0.02)
-        assert children == []
-
-
-Start = Callable[..., AbstractContextManager[Example]]
+Start = Callable[..., AbstractContextManager[Program]]
 
 
 @pytest.fixture(scope="session")
@@ -84,17 +22,12 @@ def start() -> Start:
     """Start an example by its path under examples/ and its arguments; killed at the end."""
 
     @contextmanager
-    def started(path: str, *arguments: object, stderr: IO[str] | None = None) -> Iterator[Example]:
+    def started(path: str, *arguments: object) -> Iterator[Program]:
         # Not pytest's folder: a socket's path has to be short.
         with tempfile.TemporaryDirectory(prefix="fc-") as runtime:
-            example = Example(path, *arguments, runtime=Path(runtime), stderr=stderr)
-            with example.process:
-                try:
-                    yield example
-                finally:
-                    for child in example.children():
-                        child.kill()
-                    example.process.kill()
+            program = Program(EXAMPLES / path, *arguments, runtime=Path(runtime))
+            with closing(program):
+                yield program
 
     return started
 

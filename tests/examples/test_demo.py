@@ -26,20 +26,16 @@ def fact(output: str, name: str) -> str:
     return found[1]
 
 
-def run(start: Start, tmp_path: Path, *arguments: object) -> tuple[int, str, str]:
+def run(start: Start, *arguments: object) -> tuple[int, str, str]:
     """The exit code of the demo, what it printed, and what it said on the way."""
-    errors = tmp_path / "stderr"
-    with errors.open("w") as stderr, start("demo", *arguments, stderr=stderr) as example:
+    with start("demo", *arguments) as example:
         output = example.output()
-        code = example.ends()
-    return code, output, errors.read_text()
+        return example.ends(), output, example.errors()
 
 
-def test_demo_shares_every_picture_and_leaves_nothing(
-    start: Start, pictures: list[Path], tmp_path: Path
-) -> None:
+def test_demo_shares_every_picture_and_leaves_nothing(start: Start, pictures: list[Path]) -> None:
     arguments = ("--device", "cpu", "--capacity", "5MiB", "--repeat", 5)
-    code, output, progress = run(start, tmp_path, "--images", *pictures, *arguments)
+    code, output, progress = run(start, "--images", *pictures, *arguments)
     assert code == 0, output + progress
     assert fact(output, "result") == "right"
     assert fact(output, "images") == "3, 15 puts with 4 named readers each"
@@ -54,29 +50,27 @@ def test_demo_shares_every_picture_and_leaves_nothing(
     assert "multiplied 15/15" in progress
 
 
-def test_demo_names_a_file_that_is_no_picture(start: Start, tmp_path: Path) -> None:
-    code, output, message = run(start, tmp_path, "--images", __file__)
+def test_demo_names_a_file_that_is_no_picture(start: Start) -> None:
+    code, output, message = run(start, "--images", __file__)
     assert code == 2
     assert output == ""
     assert f"cannot read {__file__}" in message
     assert "Traceback" not in message
 
 
-def test_demo_ends_when_a_rank_is_killed(
-    start: Start, pictures: list[Path], tmp_path: Path
-) -> None:
-    errors = tmp_path / "stderr"
+def test_demo_ends_when_a_rank_is_killed(start: Start, pictures: list[Path]) -> None:
     arguments = ("--images", *pictures, "--capacity", "5MiB", "--repeat", 100_000)
-    with errors.open("w") as stderr, start("demo", *arguments, stderr=stderr) as example:
-        while "multiplied" not in errors.read_text():
-            assert example.process.poll() is None
+    with start("demo", *arguments) as example:
+        while "multiplied" not in example.errors():
+            assert example.code() is None
             time.sleep(0.05)
-        ranks = [child for child in example.children() if "spawn_main" in str(child.cmdline())]
+        ranks = example.children()
         assert len(ranks) == 4
         ranks[2].kill()
         assert example.ends() == 1
-    assert re.search(r"^demo: tp\d ended with exit code -9$", errors.read_text(), re.MULTILINE)
-    assert "Traceback" not in errors.read_text()
+        said = example.errors()
+    assert re.search(r"^demo: tp\d ended with exit code -9$", said, re.MULTILINE)
+    assert "Traceback" not in said
 
 
 Importer = Callable[[str], ModuleType]

@@ -1,14 +1,20 @@
-from __future__ import annotations
+import os
+import subprocess
+import sys
+from pathlib import Path
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from examples.conftest import Start
+ROOT = Path(__file__).parents[2]
 
 
-def test_minimal_says_what_happened(start: Start) -> None:
-    with start("minimal.py") as example:
-        output = example.output()
-        assert example.ends() == 0
-    assert "the reader says 499,999,500,000" in output
-    assert "the bytes are free again" in output
+def test_a_fresh_interpreter_runs_the_minimal_example(runtime_dir: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "minimal.py")],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "the reader says 499,999,500,000" in done.stdout
+    assert "the bytes are free again" in done.stdout
+    assert list((runtime_dir / "featcache").glob("*")) == []

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 if TYPE_CHECKING:
-    from examples.conftest import Example, Start
+    from examples.conftest import Start
+    from support.programs import Program
 
 # A picture of 400 x 300 takes 360 kB: the pool has room for two while the workers look at one.
 OPTIONS = ("--port", 0, "--capacity", "900KiB", "--delay", 0.3, "--put-timeout", 0.2)
@@ -25,7 +26,7 @@ OPTIONS = ("--port", 0, "--capacity", "900KiB", "--delay", 0.3, "--put-timeout",
 class Server:
     """A server that listens."""
 
-    def __init__(self, example: Example) -> None:
+    def __init__(self, example: Program) -> None:
         self.example = example
         self.client = httpx.Client(base_url=example.line("listening on "), timeout=20)
 
@@ -63,7 +64,7 @@ def server(start: Start, pictures: list[Path]) -> Iterator[Server]:
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(server.upload, pictures[0])
             server.busy()
-            example.process.send_signal(signal.SIGTERM)
+            example.signal(signal.SIGTERM)
             assert asked.result().status_code == 200
         assert example.ends() == 0
 
@@ -151,6 +152,6 @@ def test_no_worker_outlives_a_killed_server(start: Start, pictures: list[Path]) 
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(server.upload, pictures[0])
             server.busy()
-            example.process.kill()
+            example.signal(signal.SIGKILL)
             assert isinstance(asked.exception(), httpx.TransportError)
         example.assert_no_children()

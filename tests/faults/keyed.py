@@ -1,57 +1,23 @@
 """What the tests of keys, and of clients that put, share: slabs, children, looks into the owner."""
 
-import gc
-import time
-from collections.abc import Iterator
 from typing import Any, Final
 
 import pytest
-import torch
 
 import featcache
 from faults.agents import feature, is_right, keyed_owner, keyed_reader
 from faults.checks import Log, events
-from faults.test_slab_faults import ours, slab
 from featcache import FeatureCache, FeatureRef
-from featcache.control import endpoint as endpoints
-from featcache.pool.recycler import Recycler
-from support import processes
 from support.caches import MIB
 from support.processes import Child, Start, until
-from support.slabs import HOME, Slab, slab_params
-
-__all__ = ["CAPACITY", "SIZE", "slab", "start"]
+from support.slabs import Slab, slab_params
 
 CAPACITY: Final = 2 * MIB
 SIZE: Final = MIB // 2
 """A quarter of what there is."""
 
 
-@pytest.fixture
-def start(
-    slab: Slab, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Start]:
-    """As elsewhere; the socket files of the killed are left to the next owner, which comes here.
-
-    On a host slab no timer of this process's pools helps: what is seen came by an event. (What a GPU's
-    stream writes is only seen by looking.)
-    """
-    if slab.kind == "host":
-        request.getfixturevalue("no_leaks")
-        monkeypatch.setattr(Recycler, "set_busy", lambda self, waiting: None)
-    before = ours()
-    with processes.starting() as started:
-        yield started
-    give_up_s = time.monotonic() + 2.0
-    while ours() != before and time.monotonic() < give_up_s:
-        gc.collect()
-        time.sleep(0.005)  # the loop is gone, the thread that unmaps may not be
-    assert ours() == before
-    sock, path = endpoints.listen(None)
-    sock.close()
-    endpoints.unlink(path)
-    if slab.kind != "host":
-        torch.cuda.synchronize(HOME)  # this process's context is sound
+host_only = pytest.mark.parametrize("slab", slab_params("host"), indirect=True)
 
 
 def case(kind: str, *values: Any, name: str) -> Any:
@@ -68,6 +34,21 @@ async def client(start: Start, slab: Slab, endpoint: str, **given: Any) -> Child
     child = start(keyed_reader, endpoint, device=str(slab.device), settings=settings, **given)
     await child.expect("attached")
     return child
+
+
+async def lead(child: Child, step: str | None, *order: Any) -> None:
+    """Bring a client to a step of what it is told, or to the right end of it, which is None."""
+    if step is None:
+        assert await child.ask(*order) == ("right",)
+        return
+    assert await child.ask("arm", step) == ("armed",)
+    child.tell(*order)
+    await child.expect("at", step)
+
+
+async def both(child: Child) -> list[Any]:
+    """Two messages, which may come in either order."""
+    return sorted([await child.hear(), await child.hear()])
 
 
 async def owner(start: Start, slab: Slab, **given: Any) -> tuple[Child, str]:
@@ -93,6 +74,21 @@ async def put(
 async def lost(log: Log, count: int = 1) -> None:
     """Wait until the owner has seen so many deaths."""
     await until(lambda: len(events(log, "reader.lost")) >= count)
+
+
+def waiters(cache: FeatureCache) -> int:
+    """How many puts wait for room."""
+    return cache.statistics().waiters
+
+
+def used(cache: FeatureCache) -> int:
+    """How many bytes are in use."""
+    return cache.statistics().used_bytes
+
+
+def resident(cache: FeatureCache) -> set[bytes]:
+    """What is kept under keys."""
+    return set(cache._opened().pool.store.directory)
 
 
 def reads_out(cache: FeatureCache) -> int:

@@ -19,8 +19,6 @@ from faults.keyed import (
     put,
     reads_out,
     reserved,
-    slab,
-    start,
     works,
 )
 from faults.test_forks import Leash, alive, forked, leash
@@ -28,7 +26,7 @@ from featcache import FeatureRef, PutTimeout
 from support.processes import Child, Start, until
 from support.slabs import Slab, slab_params
 
-__all__ = ["leash", "slab", "start"]
+__all__ = ["leash"]
 
 # CUDA does not survive a fork, so neither do these on a GPU.
 pytestmark = pytest.mark.parametrize("slab", slab_params("host"), indirect=True)

@@ -13,21 +13,22 @@ from faults.checks import Log, events
 from faults.keyed import (
     CAPACITY,
     SIZE,
+    both,
     case,
     client,
     key_waiters,
+    lead,
     lost,
     put,
     reads_out,
-    slab,
-    start,
+    resident,
+    used,
+    waiters,
     works,
 )
 from featcache import FeatureCache, KeyNotFound
 from support.processes import Child, Start, until
 from support.slabs import Slab
-
-__all__ = ["slab", "start"]
 
 # The step, what leads to it, whether the read is paid by then, and its name.
 STEPS: Final[list[tuple[str | None, str, bool, str]]] = [
@@ -55,21 +56,13 @@ def cases() -> list[Any]:
     ]
 
 
-async def lead(child: Child, step: str | None, command: str) -> None:
+async def lead_to(child: Child, step: str | None, command: str) -> None:
     """Bring a client to its step of reading "a"."""
     if command == "leave":
-        assert await child.ask("borrow_key", "a", 1) == ("right",)
-    if step is not None:
-        assert await child.ask("arm", step) == ("armed",)
-    if command == "leave":
-        child.tell("leave")
+        await lead(child, None, "borrow_key", "a", 1)
+        await lead(child, step, "leave")
     else:
-        child.tell(f"{command}_key", "a", 1)
-    await child.expect(*(("right",) if step is None else ("at", step)))
-
-
-def resident(cache: FeatureCache) -> set[bytes]:
-    return set(cache._opened().pool.store.directory)
+        await lead(child, step, f"{command}_key", "a", 1)
 
 
 def paid_unseen(cache: FeatureCache) -> int:
@@ -94,19 +87,19 @@ async def test_killed_at_a_step(
         await put(cache, slab, 2, key="b")
         child = await client(start, slab, cache.endpoint, name="doomed")
         async with survivor.borrow("a") as view:
-            await lead(child, step, command)
+            await lead_to(child, step, command)
             await until(lambda: reads_out(cache) == 2)
             await until(lambda: paid_unseen(cache) == paid)
             assert await cache.evict("a")
             putting = asyncio.create_task(put(cache, slab, 3, CAPACITY))
-            await until(lambda: cache.statistics().waiters == 1)
+            await until(lambda: waiters(cache) == 1)
             child.kill()
             await lost(log)
             (entry,) = events(log, "reader.lost")
             assert (entry["reader"], entry["reads_paid"]) == ("doomed", 0 if paid else 1)
             assert reads_out(cache) == 1
-            assert cache.statistics().waiters == 1
-            assert cache.statistics().used_bytes == 2 * SIZE
+            assert waiters(cache) == 1
+            assert used(cache) == 2 * SIZE
             assert is_right(view, 1)
             if slab.kind != "host":
                 torch.cuda.synchronize(slab.device)
@@ -133,10 +126,10 @@ async def test_a_put_that_waits_gets_the_room_of_the_dead(
     async with slab.create(recycle_interval=60.0) as cache:
         await put(cache, slab, 1, CAPACITY, key="a")
         child = await client(start, slab, cache.endpoint)
-        await lead(child, step, "borrow" if step is None else "get")
+        await lead_to(child, step, "borrow" if step is None else "get")
         await until(lambda: reads_out(cache) == 1)
         putting = asyncio.create_task(put(cache, slab, 2, CAPACITY))
-        await until(lambda: cache.statistics().waiters == 1)
+        await until(lambda: waiters(cache) == 1)
         assert cache.statistics().evicted == 0, "what is read is not evicted for room"
         child.kill()
         ref = await asyncio.wait_for(putting, 20.0)
@@ -208,7 +201,7 @@ async def test_killed_while_it_waits_for_the_bytes_of_a_key(
         child.kill()
         await lost(log)
         assert reads_out(cache) == 0
-        assert cache.statistics().used_bytes == SIZE, "free before its bytes came"
+        assert used(cache) == SIZE, "free before its bytes came"
         published[ref.slot] = ref.generation
         await works(cache, slab)
 
@@ -231,7 +224,7 @@ async def test_killed_with_pins(start: Start, log: Log, slab: Slab) -> None:
         await survivor.evict("d")
         assert cache.statistics().pinned_bytes == 3 * SIZE
         putting = asyncio.create_task(put(cache, slab, 9, 2 * SIZE))
-        await until(lambda: cache.statistics().waiters == 1)
+        await until(lambda: waiters(cache) == 1)
         child.kill()
         ref = await asyncio.wait_for(putting, 20.0)
         assert cache.statistics().pinned_bytes == SIZE
@@ -309,7 +302,7 @@ async def test_stopped_in_a_borrow(start: Start, log: Log, slab: Slab) -> None:
         child.signal(signal.SIGCONT)
         assert await child.ask("look", 1) == ("right",)
         putting = asyncio.create_task(put(cache, slab, 2, CAPACITY))
-        await until(lambda: cache.statistics().waiters == 1)
+        await until(lambda: waiters(cache) == 1)
         child.signal(signal.SIGSTOP)
         child.kill()
         assert is_right(await cache.get(await asyncio.wait_for(putting, 20.0)), 2)
@@ -328,7 +321,7 @@ async def test_quarantined(start: Start, log: Log, slab: Slab) -> None:
         assert await child.ask("begin", "wait", "get_key", "d", 4, 60.0) == ("begun",)
         await until(lambda: key_waiters(cache) == 1)
         child.tell("hang_up")
-        assert sorted([await child.hear(), await child.hear()]) == [
+        assert await both(child) == [
             ("hung up",),
             ("wait", "raised", "CacheClosed"),
         ]
@@ -337,7 +330,7 @@ async def test_quarantined(start: Start, log: Log, slab: Slab) -> None:
         assert reads_out(cache) == 2
         assert cache.statistics().pinned_bytes == SIZE
         putting = asyncio.create_task(put(cache, slab, 9, 2 * SIZE))
-        await until(lambda: cache.statistics().waiters == 1)
+        await until(lambda: waiters(cache) == 1)
         assert await child.ask("look", 2) == ("right",)
         assert await child.ask("leave") == ("left",)
         ref = await asyncio.wait_for(putting, 20.0)  # of "c", which it let go, and what was free

@@ -6,12 +6,10 @@ import random
 
 from faults.agents import KEYS, Busy, busy_by_key, is_right
 from faults.checks import Log
-from faults.keyed import CAPACITY, lost, put, slab, start, works
+from faults.keyed import CAPACITY, lost, put, works
 from featcache import FeatureCache
 from support.processes import Child, Start, until
 from support.slabs import Slab
-
-__all__ = ["slab", "start"]
 
 PROCESSES = 4
 KILLS = 12

@@ -15,26 +15,24 @@ from faults.checks import Log, events
 from faults.keyed import (
     CAPACITY,
     SIZE,
+    both,
     case,
     claims,
     client,
+    host_only,
     key_waiters,
     lost,
     put,
     reads_out,
     reserved,
-    slab,
-    start,
+    waiters,
     works,
 )
 from featcache import FeatureCache, FeatureClient
 from support.processes import Child, Start, until
-from support.slabs import Slab, slab_params
-
-__all__ = ["slab", "start"]
+from support.slabs import Slab
 
 OWNER: Final = "the owner"
-host_only = pytest.mark.parametrize("slab", slab_params("host"), indirect=True)
 
 
 class Makes:
@@ -66,12 +64,24 @@ class Makes:
 async def making(child: Child, key: str, seed: int, nbytes: int = SIZE) -> None:
     """Have a child be in its `make`."""
     child.tell("begin", key, "get_or_put", key, seed, nbytes)
-    assert sorted([await child.hear(), await child.hear()]) == [("begun",), ("making", key)]
+    assert await both(child) == [("begun",), ("making", key)]
 
 
 async def waiting(child: Child, key: str, seed: int, nbytes: int = SIZE) -> None:
     """Have a child wait for what another makes."""
     assert await child.ask("begin", key, "get_or_put", key, seed, nbytes) == ("begun",)
+
+
+async def makes_it(child: Child) -> None:
+    """Have a child make what it is in its `make` of, and get it."""
+    child.tell("order", "k", "make")
+    assert await both(child) == [("k", "right"), ("ordered",)]
+
+
+async def raises(child: Child, key: str) -> None:
+    """Have a child's `make` raise: the error is its own."""
+    child.tell("order", key, "raise")
+    assert await both(child) == [(key, "raised", "Trouble"), ("ordered",)]
 
 
 # --- one maker, killed at each step ----------------------------------------------------------------
@@ -103,16 +113,14 @@ async def test_killed_before_it_published(
         await until(lambda: key_waiters(cache) == 4)
         if step is not None:
             assert await child.ask("arm", step) == ("armed",)
-            child.tell("order", "k", "make")
-            await child.expect("ordered")
+            assert await child.ask("order", "k", "make") == ("ordered",)
             await child.expect("at", step)
         child.kill()
         await other.expect("making", "k")
         await lost(log)
         assert (claims(cache), key_waiters(cache), reserved(cache)) == (1, 3, 0)
         assert not makes.orders
-        other.tell("order", "k", "make")
-        assert sorted([await other.hear(), await other.hear()]) == [("k", "right"), ("ordered",)]
+        await makes_it(other)
         assert await asyncio.gather(*tasks) == [True, True]
         assert is_right(await looks, 2)
         assert not makes.orders
@@ -131,14 +139,13 @@ async def test_killed_while_its_put_waits_for_room(start: Start, log: Log, slab:
         makes = Makes(slab)
         mine = makes.begin(cache, "k", 2)
         await until(lambda: key_waiters(cache) == 1)
-        child.tell("order", "k", "make")
-        await child.expect("ordered")
-        await until(lambda: cache.statistics().waiters == 1)
+        assert await child.ask("order", "k", "make") == ("ordered",)
+        await until(lambda: waiters(cache) == 1)
         child.kill()
         await until(lambda: "k" in makes.orders)
-        await until(lambda: cache.statistics().waiters == 0)
+        await until(lambda: waiters(cache) == 0)
         makes.order("k", "make")
-        await until(lambda: cache.statistics().waiters == 1)
+        await until(lambda: waiters(cache) == 1)
         assert is_right(await cache.get(held), 0)
         assert await mine
         await lost(log)
@@ -158,8 +165,7 @@ async def test_killed_after_it_published(start: Start, log: Log, slab: Slab) -> 
         tasks = [makes.begin(who, "k", 1) for who in (survivor, cache)]
         await until(lambda: key_waiters(cache) == 3)
         assert await child.ask("arm", "sent publish") == ("armed",)
-        child.tell("order", "k", "make")
-        await child.expect("ordered")
+        assert await child.ask("order", "k", "make") == ("ordered",)
         await child.expect("at", "sent publish")
         assert await asyncio.gather(*tasks) == [True, True]
         assert await other.hear() == ("k", "right")
@@ -195,7 +201,7 @@ async def test_killed_before_the_bytes_that_it_published_came(
         assert await child.ask("late") == ("late",)
         child.tell("order", "k", "make")
         if slab.kind == "host":
-            assert sorted([await child.hear(), await child.hear()]) == [
+            assert await both(child) == [
                 ("k", "right"),
                 ("ordered",),
             ]
@@ -205,7 +211,7 @@ async def test_killed_before_the_bytes_that_it_published_came(
         if other.said():
             await other.expect("making", "k")
             other.tell("order", "k", "make")
-            answers = sorted([await other.hear(), await other.hear()])
+            answers = await both(other)
         else:
             makes.order("k", "make")
             answers = [await other.hear()]
@@ -236,8 +242,7 @@ async def test_the_chosen_is_dead(start: Start, log: Log, slab: Slab) -> None:
         child.kill()  # it is the one who may make, by now
         await other.expect("making", "k")
         await lost(log)
-        other.tell("order", "k", "make")
-        assert sorted([await other.hear(), await other.hear()]) == [("k", "right"), ("ordered",)]
+        await makes_it(other)
         assert is_right(await cache.get("k"), 3)
         await works(cache, slab)
 
@@ -258,9 +263,7 @@ async def test_an_error_is_its_makers_alone(start: Start, log: Log, slab: Slab) 
         await until(lambda: key_waiters(cache) == 2)
         await waiting(third, "k", 4)
         await until(lambda: key_waiters(cache) == 3)
-        first.tell("order", "k", "raise")
-        answers = sorted([await first.hear(), await first.hear()])
-        assert answers == [("k", "raised", "Trouble"), ("ordered",)]
+        await raises(first, "k")
         await until(lambda: "k" in makes.orders)
         assert not second.said()
         makes.order("k", "raise")
@@ -270,8 +273,7 @@ async def test_an_error_is_its_makers_alone(start: Start, log: Log, slab: Slab) 
         assert not third.said()
         second.kill()
         await third.expect("making", "k")
-        third.tell("order", "k", "make")
-        assert sorted([await third.hear(), await third.hear()]) == [("k", "right"), ("ordered",)]
+        await makes_it(third)
         assert await first.ask("get_key", "k", 4) == ("right",)
         await works(cache, slab)
 
@@ -289,8 +291,7 @@ async def test_a_stopped_maker_is_waited_for(start: Start, log: Log, slab: Slab)
             await cache.get_or_put("k", lambda: torch.zeros(1), timeout=0.1)
         assert (claims(cache), key_waiters(cache)) == (1, 1)
         child.signal(signal.SIGCONT)
-        child.tell("order", "k", "make")
-        assert sorted([await child.hear(), await child.hear()]) == [("k", "right"), ("ordered",)]
+        await makes_it(child)
         assert await mine
         assert not makes.orders
         await works(cache, slab)
@@ -314,16 +315,14 @@ async def test_what_a_quarantined_maker_makes_is_for_another_to_make(
         mine = makes.begin(cache, "k", 3)
         await until(lambda: key_waiters(cache) == 2)
         child.tell("hang_up")
-        assert sorted([await child.hear(), await child.hear()]) == [
+        assert await both(child) == [
             ("hung up",),
             ("m", "raised", "CacheClosed"),
         ]
         await until(lambda: events(log, "reader.quarantined"))
         await until(lambda: "k" in makes.orders)
         assert (claims(cache), key_waiters(cache)) == (2, 0)
-        other.tell("order", "m", "raise")  # nobody is left to make that
-        answers = sorted([await other.hear(), await other.hear()])
-        assert answers == [("m", "raised", "Trouble"), ("ordered",)]
+        await raises(other, "m")  # nobody is left to make that
         await until(lambda: claims(cache) == 1)
         makes.order("k", "make")
         assert await mine

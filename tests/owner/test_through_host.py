@@ -277,7 +277,7 @@ async def test_the_whole_of_a_relayed_read_ends_in_time(monkeypatch: pytest.Monk
         begun = client._opened().reader._await_ready
 
         async def late(*arguments: Any) -> Any:
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.9)
             return await begun(*arguments)
 
         async def never(_: FeatureRef) -> FeatureRef:
@@ -286,11 +286,11 @@ async def test_the_whole_of_a_relayed_read_ends_in_time(monkeypatch: pytest.Monk
 
         monkeypatch.setattr(client._opened().reader, "_await_ready", late)
         monkeypatch.setattr(client._opened().registry, "relay", never)
-        for use in (client.get(ref, timeout=0.4), client.borrow(ref, timeout=0.4).__aenter__()):
+        for use in (client.get(ref, timeout=1.0), client.borrow(ref, timeout=1.0).__aenter__()):
             began_s = time.monotonic()
             with pytest.raises(GetTimeout, match="still owed"):
                 await use
-            assert time.monotonic() - began_s < 0.6
+            assert time.monotonic() - began_s < 1.8
         assert holds(client) == 0
         monkeypatch.undo()
         assert torch.equal(tensor(await client.get(ref)), filled(KIB, 2))

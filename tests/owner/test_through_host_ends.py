@@ -32,7 +32,7 @@ async def test_a_full_host_pool_is_waited_for(how: str) -> None:
 async def test_given_up_while_the_host_pool_is_full(how: str, end: str, no_leaks: None) -> None:
     async with relayed(relay_ttl=30.0) as (owner, client):
         ref = await stuffed(owner, client)
-        timeout = 0.05 if end == "timeout" else None
+        timeout = 0.5 if end == "timeout" else None
 
         async def read() -> None:
             if how == "get":

@@ -217,7 +217,7 @@ async def test_a_put_that_times_out(timeout: float) -> None:
 async def test_who_times_out_lets_the_next_by() -> None:
     async with pair(**ONE) as (owner, client):
         half = await owner.put(filled(CAPACITY // 2))
-        large = asyncio.create_task(owner.put(filled(CAPACITY), timeout=0.05))
+        large = asyncio.create_task(owner.put(filled(CAPACITY), timeout=0.5))
         await queued(owner, 1)
         small = asyncio.create_task(owner.put(filled(1)))
         with pytest.raises(PutTimeout):

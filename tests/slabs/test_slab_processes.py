@@ -1,5 +1,6 @@
-"""Slabs read in another process, whose CUDA context is its own: by its device, another, or the CPU."""
+"""Slabs read in other processes, whose CUDA contexts are their own: by their device, another, or the CPU."""
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,10 +9,10 @@ import torch
 
 import featcache
 from support import processes
-from support.caches import KIB, MIB
-from support.far import far_reader, of_seed
+from support.caches import KIB, MIB, filled, full, small, spent, tensor, until
+from support.far import far_reader, named_reader, of_seed, view_writer
 from support.hosted import all_spent
-from support.processes import Child
+from support.processes import Child, Start
 from support.slabs import Place, check_devices, place_params
 
 PLACES = place_params(
@@ -28,11 +29,16 @@ def far(request: pytest.FixtureRequest) -> Place:
 
 
 @pytest.fixture(scope="module")
-def child() -> Iterator[Child]:
-    """One process for all tests: it takes CUDA a second to begin."""
+def start() -> Iterator[Start]:
     processes.warm_up()
-    with processes.starting() as start:
-        yield start(far_reader)
+    with processes.starting() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def child(start: Start) -> Child:
+    """One process for all places: it takes CUDA a second to begin."""
+    return start(far_reader)
 
 
 async def told(child: Child, owner: featcache.FeatureCache, place: Place, **changes: Any) -> None:
@@ -82,7 +88,7 @@ async def test_a_slab_that_grows_and_shrinks_under_another_process(
                 count += 1
             assert owner.statistics().committed_bytes > 2 * MIB
             await all_spent(owner)
-            await processes.until(lambda: owner.statistics().committed_bytes == 2 * MIB)
+            await until(lambda: owner.statistics().committed_bytes == 2 * MIB)
         assert await child.ask("end") == ("read", count, 0, count)
         await all_spent(owner)
 
@@ -117,3 +123,38 @@ async def test_what_is_spilled_from_a_gpu(child: Child, kind: str, where: str) -
         assert (owner.statistics().spilled, owner.statistics().relayed) == (6, 0)
         await all_spent(owner)
     assert torch.cuda.is_available()
+
+
+async def test_two_named_readers_in_other_processes(start: Start) -> None:
+    names = ["tp0", "tp1"]
+    async with featcache.create(settings=small(capacity=4 * MIB)) as owner:
+        readers = [start(named_reader, owner.endpoint, name) for name in names]
+        for reader in readers:
+            await reader.expect("ready")
+        assert owner.statistics().sessions == 2
+        nbytes = 300 * KIB
+        for turn in range(30):  # the slab holds 13 of them: later ones must wait
+            ref = await owner.put(filled(nbytes, turn), readers=names)
+            for reader, how in zip(readers, ("get", "borrow"), strict=True):
+                reader.tell(how, ref.to_bytes())
+        for turn in range(30):
+            for reader in readers:
+                await reader.expect(turn * nbytes)
+        await spent(owner)
+        assert owner.statistics().reads_paid == 60
+        for reader in readers:
+            reader.tell("leave")
+            assert await reader.ends() == 0
+        await until(lambda: owner.statistics().sessions == 0)
+        assert owner.statistics().readers_lost == 0
+
+
+async def test_a_reader_that_writes_to_its_view_harms_itself_only(start: Start) -> None:
+    async with featcache.create(settings=small()) as owner:
+        ref = await owner.put(filled(KIB, 4), readers=2, ttl=None)
+        writer = start(view_writer, owner.endpoint, ref.to_bytes())
+        assert await writer.ends() == -signal.SIGSEGV
+        await until(lambda: owner.statistics().readers_lost == 1)
+        assert torch.equal(tensor(await owner.get(ref)), filled(KIB, 4))
+        await spent(owner)  # its read was begun, so it was paid for it
+        await owner.get(await full(owner))

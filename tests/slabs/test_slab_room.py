@@ -58,7 +58,7 @@ async def test_giving_up_lets_the_next_by(slab: Slab, how: str) -> None:
 
         async def large() -> None:
             with scope:
-                await owner.put(there(slab, FULL, 2), timeout=0.05 if how == "timeout" else None)
+                await owner.put(there(slab, FULL, 2), timeout=0.5 if how == "timeout" else None)
 
         task = asyncio.create_task(large())
         await queued(owner, 1)

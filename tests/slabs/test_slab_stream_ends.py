@@ -1,7 +1,6 @@
 """What a stream is still at when its ref is taken back, its put cancelled, its pool closed."""
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,35 +14,17 @@ from support.slabs import (
     busy,
     full_of,
     landed,
+    on_gpu,
     primed,
     same,
-    slab_params,
     stream_on,
     until_past,
-    warm_up_gpus,
 )
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.parametrize("slab", slab_params("vmm", "ipc"), indirect=True),
-]
+pytestmark = [pytest.mark.gpu, on_gpu]
 
 FEATURE = 2 * MIB
 """All that a slab of these tests holds."""
-
-
-@pytest.fixture
-def side() -> torch.cuda.Stream:
-    """A stream that is not torch's default one, and does not wait for it."""
-    return stream_on()
-
-
-@pytest.fixture(autouse=True)
-def _sound() -> Iterator[None]:
-    """No test leaves the context broken, or work behind for the next."""
-    warm_up_gpus()
-    yield
-    torch.cuda.synchronize(HOME)
 
 
 @pytest.mark.parametrize("how", ["discard", "expire", "client"])

@@ -5,7 +5,7 @@ a few milliseconds. What must not be so yet is asked for as long as an event say
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,34 +22,18 @@ from support.slabs import (
     full_of,
     landed,
     mark,
+    on_gpu,
     primed,
     same,
-    slab_params,
     stream_on,
     ticking,
     until_past,
-    warm_up_gpus,
 )
 
 pytestmark = pytest.mark.gpu
 
-on_gpu = pytest.mark.parametrize("slab", slab_params("vmm", "ipc"), indirect=True)
 FEATURE = 2 * MIB
 """All that a slab of these tests holds."""
-
-
-@pytest.fixture
-def side() -> torch.cuda.Stream:
-    """A stream that is not torch's default one, and does not wait for it."""
-    return stream_on(HOME)
-
-
-@pytest.fixture(autouse=True)
-def _sound() -> Iterator[None]:
-    """No test leaves the context broken, or work behind for the next."""
-    warm_up_gpus()
-    yield
-    torch.cuda.synchronize(HOME)
 
 
 def second_gpu() -> torch.device:

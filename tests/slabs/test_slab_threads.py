@@ -11,11 +11,10 @@ import featcache
 from featcache import PutTimeout, StaleRef
 from featcache.blocking import FeatureCache, FeatureClient
 from support.caches import MIB, filled, tensor, tensors
-from support.slabs import HOME, Slab, busy, full_of, mark, same, slab_params, stream_on
+from support.slabs import HOME, Slab, busy, full_of, mark, on_gpu, same, stream_on
 
 pytestmark = pytest.mark.gpu
 
-on_gpu = pytest.mark.parametrize("slab", slab_params("vmm", "ipc"), indirect=True)
 FEATURE = 2 * MIB
 
 

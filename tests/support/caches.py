@@ -5,7 +5,6 @@ import contextlib
 import ctypes
 import os
 import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +13,7 @@ import torch
 
 import featcache
 from featcache import FeatureCache, FeatureClient, FeatureRef, Settings
+from support.processes import until as until  # noqa: PLC0414 - tests of the API have it from here
 
 KIB: Final = 1 << 10
 MIB: Final = 1 << 20
@@ -47,14 +47,6 @@ async def pair(
         featcache.connect(owner.endpoint, name=name, settings=chosen) as client,
     ):
         yield owner, client
-
-
-async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
-    """Return when the condition holds; fail if it does not come to."""
-    give_up = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < give_up, "this never came to hold"
-        await asyncio.sleep(0.001)
 
 
 async def steps(count: int) -> None:

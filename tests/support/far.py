@@ -1,5 +1,6 @@
-"""A reader in a process of its own, with its own CUDA context, that reads what it is told."""
+"""Readers in processes of their own, with their own CUDA contexts, that read what they are told."""
 
+import faulthandler
 from typing import Any
 
 import torch
@@ -48,3 +49,25 @@ async def read(
         if how == "slow" and tensor(view).is_cuda:
             torch.cuda._sleep(BUSY_CYCLES)  # type: ignore[no-untyped-call]
         return wrong_in(view, seed)
+
+
+async def named_reader(pipe: Pipe, endpoint: str, name: str) -> None:
+    """Get or borrow what it is sent, and answer with the sum, until told to leave."""
+    async with featcache.connect(endpoint, name=name) as client:
+        pipe.say("ready")
+        while (order := await pipe.hear())[0] != "leave":
+            how, ref = order[0], FeatureRef.from_bytes(order[1])
+            if how == "get":
+                total = tensor(await client.get(ref)).long().sum()
+            else:
+                async with client.borrow(ref) as view:
+                    total = tensor(view).long().sum()
+            pipe.say(int(total))
+
+
+async def view_writer(_: Pipe, endpoint: str, data: bytes) -> None:
+    """Break the rule: write to what is borrowed."""
+    faulthandler.disable()
+    ref = FeatureRef.from_bytes(data)
+    async with featcache.connect(endpoint) as client, client.borrow(ref) as view:
+        tensor(view).fill_(9)

@@ -16,6 +16,7 @@ import signal
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
@@ -27,12 +28,19 @@ PATIENCE_S = 20.0
 _PRELOAD = ["pytest", "torch", "structlog", "featcache"]  # pytest: children import the main module
 
 
-async def until(predicate: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
-    """Let the loop run until `predicate` holds: for states that come by events of the loop."""
+class NotSo(AssertionError):
+    """What was waited for did not come."""
+
+
+async def until(
+    holds: Callable[[], object], timeout_s: float = PATIENCE_S, *, what: str | None = None
+) -> None:
+    """Let the loop run until something holds: for states that come by events of the loop."""
     give_up_s = time.monotonic() + timeout_s
-    while not predicate():
-        assert time.monotonic() < give_up_s, f"not so within {timeout_s} s: {predicate}"
-        await asyncio.sleep(0.005)
+    while not holds():
+        if time.monotonic() > give_up_s:
+            raise NotSo(f"not so within {timeout_s} s: {what or holds}")
+        await asyncio.sleep(0.002)
 
 
 def gone(pid: int, timeout_s: float = PATIENCE_S) -> None:
@@ -95,20 +103,32 @@ def _main(script: Script, connection: Connection, given: Any) -> None:
         raise
 
 
+_FOUND_BY = ("_forkserver_address", "_forkserver_authkey")
+"""Where a server listens, and what it is opened with since Python 3.14."""
+
+
 class Forked(ForkServerProcess):
-    """A process that the server forked, with the environment that there is at its start."""
+    """A process that the server forked, with the environment that there is at its start.
+
+    Processes that it starts itself are forked by the same server.
+    """
 
     _environment: dict[str, str]
+    _server: dict[str, Any]
 
     def start(self) -> None:
         """Start it."""
+        server = forkserver._forkserver
+        server.ensure_running()
         self._environment = dict(os.environ)
+        self._server = {name: getattr(server, name, None) for name in _FOUND_BY}
         super().start()
 
     def run(self) -> None:
         """Do what it is for, in the process."""
         os.environ.clear()  # that of the server is older
         os.environ.update(self._environment)
+        vars(forkserver._forkserver).update(self._server, ensure_running=lambda: None)
         gc.freeze()  # what the server imported is looked through no more
         super().run()
 
@@ -187,17 +207,16 @@ class Child:
             os.kill(self.pid, signal.SIGKILL)
         gone(self.pid)
 
-    async def ends(self) -> None:
-        """Wait in the loop until the process has ended by itself."""
-        with anyio.fail_after(PATIENCE_S):
-            try:
-                pidfd = os.pidfd_open(self.pid)
-            except ProcessLookupError:
-                return
+    async def ends(self) -> int | None:
+        """Wait in the loop until the process has ended by itself; return its exit code."""
+        with anyio.fail_after(PATIENCE_S), contextlib.suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(self.pid)
             try:
                 await anyio.wait_readable(pidfd)
             finally:
                 os.close(pidfd)
+        self._process.join(PATIENCE_S)
+        return self._process.exitcode
 
     def close(self) -> None:
         """Kill it if it lives, and leave nothing of it here. Idempotent."""

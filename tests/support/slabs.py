@@ -111,6 +111,8 @@ def place_params(*places: str) -> list[Any]:
     return made
 
 
+on_gpu = pytest.mark.parametrize("slab", slab_params("vmm", "ipc"), indirect=True)
+
 PLACES: Final = place_params(
     "host-own", "host-home", "vmm-own", "vmm-home", "vmm-cpu", "vmm-cuda:1",
     "ipc-own", "ipc-home", "ipc-cpu",
