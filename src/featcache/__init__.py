@@ -1,7 +1,7 @@
 """featcache: tensors shared between the processes of a model server, without copies through the host.
 
 One process, the owner, holds a slab and puts features into it; the small refs it hands out are turned
-back into tensors by readers in other processes. What every reader has paid for is recycled.
+back into tensors by readers in other processes. A feature whose reads are all paid is recycled.
 """
 
 from featcache import blocking

@@ -1,4 +1,4 @@
-"""What can go wrong, and what to do about it.
+"""The errors, each with a message that says what to do.
 
 Every error that featcache raises on purpose is a `FeatcacheError`. Two families are worth telling
 apart: *closed* is what this process did (`CacheClosed`), *lost* is what the peer did (`OwnerLost`).
@@ -87,4 +87,4 @@ class BackendUnavailable(FeatcacheError, RuntimeError):
 
 
 class SettingsError(FeatcacheError, ValueError):
-    """An argument or a setting makes no sense; the message names it and what it takes."""
+    """An argument or a setting is invalid; the message names it and its constraint."""

@@ -1,4 +1,4 @@
-"""What happened, as frozen records handed to hooks; structlog is the first hook, metrics another.
+"""Events: frozen records handed to hooks; structlog is the first hook, metrics another.
 
 A record's `name` is its event (``featcache.pool.pool.pressure``, …), its `severity` a log level, its other
 fields are the facts. Hooks run in the thread that met the fact and must return at once; one that
@@ -160,7 +160,7 @@ class ReaderLeft(Event):
 
 @attrs.frozen(kw_only=True)
 class ReaderLost(Event):
-    """A session's process died; what it had begun, and what its name owed, was paid for it."""
+    """A session's process died; the reads it had begun, and those its name owed, were paid for it."""
 
     name: ClassVar[str] = "featcache.reader.lost"
     severity: ClassVar[Severity] = "warning"
@@ -348,4 +348,4 @@ def emit(event: Event) -> None:
         try:
             hook(event)
         except Exception as error:  # noqa: BLE001 - a hook's fault must not become the pool's
-            print(f"featcache: hook {hook!r} failed: {error!r}", file=sys.stderr)  # noqa: T201 - the log itself may be what failed
+            print(f"featcache: hook {hook!r} failed: {error!r}", file=sys.stderr)  # noqa: T201 - the log itself may have failed

@@ -1,4 +1,4 @@
-"""Frozen counts of what a pool or a client has and has done."""
+"""Frozen gauges and counters of a pool or a client."""
 
 import attrs
 
@@ -14,9 +14,9 @@ class Statistics:
     """
 
     capacity_bytes: int = 0
-    """What the slab may grow to; `used_bytes` + `free_bytes`."""
+    """The size that the slab may grow to; `used_bytes` + `free_bytes`."""
     committed_bytes: int = 0
-    """What the slab has memory for now."""
+    """Bytes of the slab with memory behind them now."""
     used_bytes: int = 0
     """Extents given out, rounded up to their alignment of 256 bytes."""
     free_bytes: int = 0
@@ -27,7 +27,7 @@ class Statistics:
     waiters: int = 0
     """Puts in the queue now."""
     waiting_bytes: int = 0
-    """What those puts want."""
+    """Bytes that those puts wait for."""
     sessions: int = 0
     keys: int = 0
     """Keys in the directory."""
@@ -47,7 +47,7 @@ class Statistics:
     """Puts that had to stand in the queue."""
     spilled: int = 0
     """Puts through this object that went to the host slab. Of that slab's own figures only `expired`
-    and `discarded` are counted here; what clients spill is among their own `spilled`."""
+    and `discarded` are counted here; spills of clients are among their own `spilled`."""
     relayed: int = 0
     """Features copied to host memory for readers that can't reach the slab."""
     expired: int = 0
@@ -59,6 +59,6 @@ class Statistics:
     misses: int = 0
     """Lookups by key that found nothing; some then waited for it, or made it."""
     evicted: int = 0
-    """Keys that were dropped: for room, by a watermark, or because `evict` asked."""
+    """Keys that were dropped: for room, by a watermark, or by `evict`."""
     readers_lost: int = 0
     """Sessions whose process died."""

@@ -857,7 +857,9 @@ async def test_a_mapping_to_write_that_may_only_be_read(runtime_dir: Path) -> No
 
 
 @pytest.mark.parametrize("answer", [answer for answer in ANSWERS if answer != "a mapping to write"])
-async def test_a_writer_that_is_answered_with(answer: str, runtime_dir: Path) -> None:
+async def test_a_writer_that_is_answered_with(
+    answer: str, runtime_dir: Path, no_leaks: None
+) -> None:
     async with client_of(runtime_dir, ANSWERS[answer], ANSWERS[answer]) as (client, _):
         for _ in range(2):
             with pytest.raises(ProtocolError):
@@ -865,14 +867,16 @@ async def test_a_writer_that_is_answered_with(answer: str, runtime_dir: Path) ->
 
 
 @pytest.mark.parametrize("answer", [answer for answer in ANSWERS if answer != "a slot to write"])
-async def test_a_put_that_is_answered_with(answer: str, runtime_dir: Path) -> None:
+async def test_a_put_that_is_answered_with(answer: str, runtime_dir: Path, no_leaks: None) -> None:
     async with client_of(runtime_dir, writable, ANSWERS[answer]) as (client, _):
         with pytest.raises(ProtocolError):
             await client.put(filled(KIB))
 
 
 @pytest.mark.parametrize("answer", [answer for answer in ANSWERS if answer != "yes"])
-async def test_a_publish_that_is_answered_with(answer: str, runtime_dir: Path) -> None:
+async def test_a_publish_that_is_answered_with(
+    answer: str, runtime_dir: Path, no_leaks: None
+) -> None:
     async with client_of(runtime_dir, writable, a_slot(), ANSWERS[answer]) as (client, _):
         with pytest.raises(ProtocolError):
             await client.put(filled(KIB))
@@ -889,7 +893,7 @@ BEYOND: dict[str, Answering] = {
 
 
 @pytest.mark.parametrize("answer", BEYOND)
-async def test_room_that_is_none(answer: str, runtime_dir: Path) -> None:
+async def test_room_that_is_none(answer: str, runtime_dir: Path, no_leaks: None) -> None:
     """A slot beyond the table would be a word stored elsewhere; room beyond the slab never comes."""
     assert issubclass(await raised_by_room(BEYOND[answer], runtime_dir), FeatcacheError)
 

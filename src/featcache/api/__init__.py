@@ -1,1 +1,1 @@
-"""What users hold: the cache, the client, and what makes them."""
+"""The public objects: caches, clients, and the functions that make them."""

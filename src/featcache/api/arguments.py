@@ -12,7 +12,7 @@ from featcache.settings import Settings
 
 
 def settings_with(given: Settings | None, **overrides: Any) -> Settings:
-    """Return settings, the given ones or the environment's, with what a call says besides."""
+    """Return settings, the given ones or the environment's, changed by a call's own arguments."""
     changed = {name: value for name, value in overrides.items() if value is not None}
     if given is None:
         return Settings(**changed)
@@ -46,7 +46,7 @@ def parse_name(value: Any) -> str | None:
 
 
 def check_ref(value: Any) -> FeatureRef:
-    """Return a ref, or say what was meant."""
+    """Return a ref, or raise SettingsError naming the way from its bytes."""
     if not isinstance(value, FeatureRef):
         raise SettingsError(
             f"expected a FeatureRef, not {type(value).__name__}: for its bytes, FeatureRef.from_bytes"
@@ -55,7 +55,7 @@ def check_ref(value: Any) -> FeatureRef:
 
 
 def no_pickle(whole: object) -> NoReturn:
-    """Raise TypeError, as pickle has it, for what is of one process."""
+    """Raise TypeError, as pickle does, for an object that belongs to one process."""
     raise TypeError(
         f"a {type(whole).__name__} is its own process's and can't be pickled or copied: pass the "
         "owner's endpoint (cache.endpoint), and connect(endpoint) in the other process"

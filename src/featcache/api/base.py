@@ -64,11 +64,11 @@ class CacheBase:
         await self.aclose()
 
     def __reduce__(self) -> NoReturn:
-        """Refuse to be pickled, and say what is to be done."""
+        """Refuse to be pickled; the error says how to reach the pool from another process."""
         no_pickle(self)
 
     def statistics(self) -> Statistics:
-        """Return counters and gauges, of now; `Statistics` says of what."""
+        """Return counters and gauges as of now."""
         return self._opened().statistics()
 
     # --- reading --------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ class CacheBase:
             device: where the copy is to be; None is the device this object was made with, else the
                 pool's own.
             out: a tensor (or dict of them) of the feature's shapes and dtypes to copy into; it is
-                also what is returned. Not with `device`.
+                also the return value. Not with `device`.
             timeout: seconds to wait for the pool to be attached and the bytes to come; None waits
                 without limit. Of a key, seconds to wait for a feature to be put under it too; None is not at
                 all.

@@ -1,4 +1,4 @@
-"""`content_key`: a key made from what it names, so that equal inputs meet under one key."""
+"""`content_key`: a key made of content, so that equal inputs meet under one key."""
 
 import hashlib
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a forked child does with the caches it inherited: it lets them go, and touches nothing else.
+"""Caches inherited by a forked child: it releases its copies and touches nothing of its parent's.
 
 The child shares its parent's sockets, eventfds and mappings. Were it to keep them, a dead parent's
 memory would stay pinned and its sockets open; were it to use them, it would speak for the parent.

@@ -107,7 +107,7 @@ class Lifecycle(Generic[E]):
         self.engine, self.state = engine, LifeState.OPEN
 
     async def aclose(self) -> None:
-        """Close, also what is still being opened. Idempotent."""
+        """Close it, also while it opens. Idempotent."""
         if self.state is LifeState.OPENING and self._opening is not None:
             self._close(f"this {self._noun} was closed")
             self._opening.cancel()

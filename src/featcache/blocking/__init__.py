@@ -61,7 +61,7 @@ class _BlockingBase(Generic[A]):
         return self._portal.inner.is_open
 
     def __reduce__(self) -> NoReturn:
-        """Refuse to be pickled, and say what is to be done."""
+        """Refuse to be pickled; the error says how to reach the pool from another process."""
         no_pickle(self)
 
     def __repr__(self) -> str:

@@ -86,7 +86,7 @@ class PoolConnection:
             return
         self._changes.append((change, fds))
         if isinstance(change, UnmapTail):
-            # At once, so that no read begins in what will be another segment when it comes again.
+            # At once, so that no read begins in memory that will be another segment when it comes again.
             self._cover()
             self.attachment.shrink_epoch = change.shrink_epoch
         if not self._change_in_progress:

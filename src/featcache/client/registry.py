@@ -260,8 +260,8 @@ class ConnectionRegistry:
         task.add_done_callback(self._tasks.discard)
 
     async def drain(self) -> None:
-        """Return when what was begun in the background is done."""
-        await asyncio.sleep(0)  # what another thread has just asked for begins
+        """Return when all work in the background is done."""
+        await asyncio.sleep(0)  # work that another thread has just scheduled begins
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
             # Python 3.12 does not wait for tasks that are done, and they leave the set in a turn.
@@ -270,7 +270,7 @@ class ConnectionRegistry:
     async def _make_place(self, *, sibling: bool) -> None:
         """Close the longest attached pool that nobody reads, when the bound is reached.
 
-        Host pools beside others are counted apart: a read by way of one holds both.
+        Host pools beside others are counted apart: a read staged through one holds both.
         """
         alike = [pool_id for pool_id in self._connections if (pool_id in self._siblings) is sibling]
         if len(alike) + len(self._opening) <= self._settings.attachments:

@@ -29,7 +29,7 @@ from featcache.settings import Settings
 def wire_form(
     request: Request,
 ) -> tuple[int, int | list[str], float | None, bytes | None]:
-    """Return what a put asks for as `messages.Room` says it, between its number and `waits`."""
+    """Return a put's request as the fields of `messages.PutSpec` between its number and `waits`."""
     readers = request.readers
     owed = readers if isinstance(readers, int) else sorted(readers)
     return request.nbytes, owed, request.ttl_s, request.key

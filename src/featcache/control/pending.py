@@ -143,6 +143,9 @@ class PendingRequests:
             else:
                 self._take_orphan(request, answer, fds)
         elif refusal is None:
+            if fds and type(request) is not messages.OpenForWriting:
+                close_all(fds)  # its caller expects none, and would leave them open
+                fds = []
             future.set_result((answer, fds))
         else:
             close_all(fds)

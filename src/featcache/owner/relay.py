@@ -59,7 +59,7 @@ class Relay:
         return (await self._target()).pool.endpoint
 
     async def upload(self, data: bytes, request: Request, *, wait: bool) -> bytes:
-        """Put what a ref of the host pool has into the slab, and pay it; return the new ref's bytes.
+        """Put the feature of a host pool's ref into the slab, pay it, and return the new ref's bytes.
 
         For sessions whose device can't access the slab.
 
@@ -75,7 +75,7 @@ class Relay:
                 f"the ref is of pool {ref.pool_id.hex()}, not of this owner's host pool"
             )
         if ref.nbytes != request.nbytes:
-            raise MalformedRef("room of another size was asked for than the feature has")
+            raise MalformedRef("the request's size is not the feature's")
         attachment, writer = host.relaying.attach(), self._source.writer
         there, done = attachment.pin(ref), False
         try:

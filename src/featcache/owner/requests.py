@@ -36,16 +36,18 @@ class RequestHandlers:
             messages.KeyCommand: self._of_key,
             messages.Reserve: self._reserve,
             messages.Publish: self._publish,
-            messages.OpenForWriting: lambda _, ask: messages.WriteDescriptors(ask.request),
+            messages.OpenForWriting: lambda _, message: messages.WriteDescriptors(message.request),
             messages.Discard: self._discard,
-            messages.Relay: lambda _, ask: self._relay(ask),
-            messages.HostPool: lambda _, ask: self._host_pool(ask),
-            messages.Upload: lambda session, ask: self._upload(ask, self._request(session, ask)),
+            messages.Relay: lambda _, message: self._relay(message),
+            messages.HostPool: lambda _, message: self._host_pool(message),
+            messages.Upload: lambda session, message: self._upload(
+                message, self._request(session, message)
+            ),
         }
 
-    def answer(self, session: int, ask: messages.Request) -> Answer | Wait:
+    def answer(self, session: int, message: messages.Request) -> Answer | Wait:
         """Handle a request; return the answer, or the coroutine that will."""
-        return self._answers[type(ask)](session, ask)
+        return self._answers[type(message)](session, message)
 
     def note(self, session: int, note: messages.ReleaseClaim | messages.GiveUpReserved) -> None:
         """Handle a message that has no answer."""
@@ -58,35 +60,37 @@ class RequestHandlers:
     def _page(self, session: int) -> SessionPage:
         return self._pool.pages[session]
 
-    def _discard(self, _: int, ask: messages.Discard) -> Answer:
-        self._sessions.discard(ask.slot, ask.generation)
-        return messages.Reply(ask.request)
+    def _discard(self, _: int, message: messages.Discard) -> Answer:
+        self._sessions.discard(message.slot, message.generation)
+        return messages.Reply(message.request)
 
-    async def _relay(self, ask: messages.Relay) -> Answer:
-        return messages.Reply(ask.request, ref=await self._sessions.relays.encoded(ask.ref))
+    async def _relay(self, message: messages.Relay) -> Answer:
+        return messages.Reply(message.request, ref=await self._sessions.relays.encoded(message.ref))
 
-    async def _host_pool(self, ask: messages.HostPool) -> Answer:
-        return messages.Reply(ask.request, text=await self._sessions.relays.endpoint())
+    async def _host_pool(self, message: messages.HostPool) -> Answer:
+        return messages.Reply(message.request, text=await self._sessions.relays.endpoint())
 
-    async def _upload(self, ask: messages.Upload, request: Request) -> Answer:
-        ref = await self._sessions.relays.upload(ask.ref, request, wait=ask.waits)
-        return messages.Reply(ask.request, ref=ref)
+    async def _upload(self, message: messages.Upload, request: Request) -> Answer:
+        ref = await self._sessions.relays.upload(message.ref, request, wait=message.waits)
+        return messages.Reply(message.request, ref=ref)
 
     # --- keys -------------------------------------------------------------------------------------
 
-    def _find(self, session: int, ask: messages.Find) -> Answer | Wait:
-        granted = self._lookups.find(ask.key, self._page(session))
+    def _find(self, session: int, message: messages.Find) -> Answer | Wait:
+        granted = self._lookups.find(message.key, self._page(session))
         if granted is not None:
-            return self._granted(ask.request, granted)
-        if not ask.waits and (not ask.makes or self._lookups.is_claimed(ask.key)):
-            raise not_found(ask.key)
-        return self._wait_for_key(session, ask)
+            return self._granted(message.request, granted)
+        if not message.waits and (not message.makes or self._lookups.is_claimed(message.key)):
+            raise not_found(message.key)
+        return self._wait_for_key(session, message)
 
-    async def _wait_for_key(self, session: int, ask: messages.Find) -> Answer:
-        found = await self._lookups.wait_for_key(ask.key, self._page(session), can_make=ask.makes)
+    async def _wait_for_key(self, session: int, message: messages.Find) -> Answer:
+        found = await self._lookups.wait_for_key(
+            message.key, self._page(session), can_make=message.makes
+        )
         if isinstance(found, Claim):
-            return messages.ClaimGranted(ask.request, found.number)
-        return self._granted(ask.request, found)
+            return messages.ClaimGranted(message.request, found.number)
+        return self._granted(message.request, found)
 
     def _granted(self, request: int, granted: Granted) -> messages.Granted:
         grant, ref = granted
@@ -95,49 +99,51 @@ class RequestHandlers:
             known = self._wires[ref.slot] = ref, ref.to_bytes()
         return messages.Granted(request, grant.index, grant.serial, known[1])
 
-    def _of_key(self, session: int, ask: messages.KeyCommand) -> Answer:
-        flag = self._lookups.command(ask.command, ask.key, session)
-        return messages.Reply(ask.request, flag=flag)
+    def _of_key(self, session: int, message: messages.KeyCommand) -> Answer:
+        flag = self._lookups.command(message.command, message.key, session)
+        return messages.Reply(message.request, flag=flag)
 
     # --- slots that sessions write ----------------------------------------------------------------
 
-    def _reserve(self, session: int, ask: messages.Reserve) -> Answer | Wait:
-        request = self._request(session, ask)
+    def _reserve(self, session: int, message: messages.Reserve) -> Answer | Wait:
+        request = self._request(session, message)
         slot = self._writer.reserve(request)
         if slot is not None:
             self._writer.look_ahead()
-            return self._reserved(session, ask.request, slot)
-        return self._room(session, ask, request)
+            return self._reserved(session, message.request, slot)
+        return self._room(session, message, request)
 
-    async def _room(self, session: int, ask: messages.Reserve, request: Request) -> Answer:
+    async def _room(self, session: int, message: messages.Reserve, request: Request) -> Answer:
         """Wait for room; the owner's puts and the sessions' are served first come, first served."""
-        slot = await self._writer.room(request, None, wait=ask.waits)
-        return self._reserved(session, ask.request, slot)
+        slot = await self._writer.room(request, None, wait=message.waits)
+        return self._reserved(session, message.request, slot)
 
-    def _request(self, session: int, ask: messages.PutSpec) -> Request:
+    def _request(self, session: int, message: messages.PutSpec) -> Request:
         settings = self._pool.settings
-        least = 1 if ask.key is None else 0
-        self._pool.store.check_size(ask.nbytes)
-        readers = parse_readers(ask.readers, settings.readers, least=least)
-        return Request(ask.nbytes, readers, ask.ttl_s, ask.key, session)
+        least = 1 if message.key is None else 0
+        self._pool.store.check_size(message.nbytes)
+        readers = parse_readers(message.readers, settings.readers, least=least)
+        return Request(message.nbytes, readers, message.ttl_s, message.key, session)
 
     def _reserved(self, session: int, request: int, slot: Slot) -> messages.Reserved:
         self._pool.pending_writes.reserve(slot, self._pool.pages[session])
         return messages.Reserved(request, slot.index, slot.generation, slot.offset_bytes)
 
-    def _publish(self, session: int, ask: messages.Publish) -> Answer:
+    def _publish(self, session: int, message: messages.Publish) -> Answer:
         """Publish a slot that the session wrote; readers see it once its word has landed."""
         pool, page = self._pool, self._page(session)
-        slot = pool.pending_writes.find_reserved(page, ask.slot, ask.generation)
-        if len(ask.specs) > (most := pool.settings.tensors):
-            raise SettingsError(f"{len(ask.specs)} tensors: the pool's owner takes at most {most}")
+        slot = pool.pending_writes.find_reserved(page, message.slot, message.generation)
+        if len(message.specs) > (most := pool.settings.tensors):
+            raise SettingsError(
+                f"{len(message.specs)} tensors: the pool's owner takes at most {most}"
+            )
         # Raises MalformedRef for specs that no feature of this slot has.
         FeatureRef(
             *(pool.pool_id, pool.endpoint, slot.index, slot.generation),
-            *(slot.offset_bytes, slot.nbytes, ask.specs),
+            *(slot.offset_bytes, slot.nbytes, message.specs),
         )
-        pool.publish_from(slot, ask.specs, page)
-        return messages.Reply(ask.request)
+        pool.publish_from(slot, message.specs, page)
+        return messages.Reply(message.request)
 
     def _withdraw(self, session: int, note: messages.GiveUpReserved) -> None:
         """Give up a slot; if the session's stream may still write it, only after its word has landed."""

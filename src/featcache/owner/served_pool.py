@@ -54,7 +54,7 @@ class ServedPool:
         endpoint: str | None,
         name: str | None,
     ) -> "ServedPool":
-        """Make the slab, commit what it begins with, and listen.
+        """Make the slab, commit its initial bytes, and listen.
 
         Raises:
             BackendUnavailable: the memory or the system's help for it is not there.

@@ -31,7 +31,7 @@ class Relays(Protocol):
         """Copy a ref's bytes into host memory; return the copy's ref."""
 
     def upload(self, data: bytes, request: Request, *, wait: bool) -> Awaitable[bytes]:
-        """Put what a ref of host memory has into the slab; return the new ref."""
+        """Put the feature of a host pool's ref into the slab; return the new ref."""
 
     def endpoint(self) -> Awaitable[str]:
         """Return where the pool in host memory listens, which is opened for this if need be."""

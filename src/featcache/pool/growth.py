@@ -17,7 +17,7 @@ from featcache.settings import Settings
 
 
 class Growth:
-    """Carries out what one store decides of its slab's size."""
+    """Carries out one store's decisions on its slab's size."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Growth:
         offload: Offload,
         apply: Callable[[Sequence[Effect]], None],
     ) -> None:
-        """`header` is of the owner's words; `apply` carries out what the store decides then."""
+        """`header` is of the owner's words; `apply` carries out the store's effects."""
         self._pool_name = pool_name
         self._slab = slab
         self._store = store

@@ -1,4 +1,4 @@
-"""The sizes of a pool, from its settings and what its slab can do."""
+"""The sizes of a pool, from its settings and its slab's granularity."""
 
 from featcache.core.effects import Limits
 from featcache.errors import SettingsError
@@ -12,9 +12,9 @@ def limits_of(
     capacity_bytes: int | None = None,
     initial_bytes: int | None = None,
 ) -> Limits:
-    """Return the sizes of a pool, rounded up to what its slab can do; SettingsError if they clash.
+    """Return the sizes of a pool, rounded up to its slab's granularity; SettingsError if they clash.
 
-    A slab that can't be cut into as many segments as asked for gets larger ones. `capacity_bytes` and
+    A slab that can't have as many segments gets larger ones. `capacity_bytes` and
     `initial_bytes` are those of a pool whose size is not the settings'.
     """
     wanted_bytes = settings.initial if capacity_bytes is None else initial_bytes

@@ -106,7 +106,7 @@ class PendingWrites:
 
     def abandon(self, page: SessionPage) -> list[tuple[int, int]]:
         """Give up the unfinished writes of a session that ended; return (slot, generation) of each."""
-        self.poll()  # first: what landed before the session ended is complete
+        self.poll()  # first: a write that landed before the session ended is complete
         given_up = [
             (index, generation)
             for index, (generation, writer) in self.in_flight.items()

@@ -65,9 +65,9 @@ class Pool:
             *(self.name, slab, self.store, self.words.header, settings, offload, self.apply)
         )
         self.pages: dict[int, SessionPage] = {}
-        """What sessions say they hold, have released and have written, by session number."""
+        """The control words and grants of each session, by session number."""
         self.kept: dict[int, FeatureRef] = {}
-        """Refs of what is kept under keys, by slot; a slot's old one stays until it has a new one."""
+        """Refs of the features under keys, by slot; a slot's old one stays until it has a new one."""
         self.pending_writes = PendingWrites(self.words.published, self._set_busy)
         self.recycler = Recycler(
             self.collect, self._tick, settings.recycle_interval, deferred=slab.deferred
@@ -75,7 +75,7 @@ class Pool:
         self.pressure = PressureMonitor(self.name, self.store, settings)
         self.reads_paid = 0
         self.put_bytes = 0
-        """Bytes asked for since the last look at what was released; a small put counts for more."""
+        """Bytes reserved since the last `collect`; a small put counts for more."""
         self._expiries = events.Throttle(settings.log_interval, burst=256)
         self._evictions = events.Throttle(settings.log_interval, burst=16)
         self._ring_at_now = 0
@@ -111,7 +111,7 @@ class Pool:
         return slot
 
     def publish(self, slot: Slot, specs: tuple[TensorSpec, ...], order: Order) -> FeatureRef:
-        """Let readers have a slot whose bytes were written, or will be at `order`; return its ref."""
+        """Publish a slot whose bytes were written, or will be at `order`; return its ref."""
         if self.closed:
             raise CacheClosed("the cache was closed while this put was copying")
         self.slab.signal(self.complete, slot.index, slot.generation, order)
@@ -120,12 +120,12 @@ class Pool:
     def publish_from(
         self, slot: Slot, specs: tuple[TensorSpec, ...], page: SessionPage
     ) -> FeatureRef:
-        """Let readers have a slot that a session wrote, or whose stream will have; return its ref."""
+        """Publish a slot that a session wrote, or that its stream will write; return its ref."""
         self.pending_writes.add(slot, page)
         return self.announce(slot, specs, _now())
 
     def announce(self, slot: Slot, specs: tuple[TensorSpec, ...], now_s: float) -> FeatureRef:
-        """Let readers have a slot whose `published` word was asked for; return its ref."""
+        """Publish a slot whose `published` word is signalled already; return its ref."""
         store, pressure, extent = self.store, self.pressure, slot.extent
         assert extent is not None, "it is reserved"
         index, generation, nbytes = slot.index, slot.generation, slot.nbytes
@@ -147,11 +147,11 @@ class Pool:
         if slot.key is not None:
             self.kept[index] = ref
             if store.queue.count:
-                self.collect()  # who waits may have the room of what can be evicted now
+                self.collect()  # a waiting put may have the room of a feature that can be evicted now
         return ref
 
     def give_up_reserved(self, slot: Slot, order: Order) -> None:
-        """Give a slot up whose put failed. On a GPU some of its bytes may still be on their way."""
+        """Give up the slot of a put that failed. On a GPU some of its bytes may still be on their way."""
         if self.closed:
             return
         if self.slab.deferred and order is not None:
@@ -177,7 +177,7 @@ class Pool:
     # --- carrying out ---------------------------------------------------------------------------
 
     def apply(self, effects: Sequence[Effect]) -> None:
-        """Carry out what the store decided."""
+        """Carry out the store's decisions."""
         due_now = False
         for effect in effects:
             if type(effect) is SlotRetired:
@@ -227,7 +227,7 @@ class Pool:
 
     @staticmethod
     def _wake(future: object) -> None:
-        assert isinstance(future, asyncio.Future), "who waits is tagged with its future"
+        assert isinstance(future, asyncio.Future), "a waiter is tagged with its future"
         if not future.done():
             future.set_result(None)
 
@@ -246,7 +246,7 @@ class Pool:
         """Return at which release of its own each session is to ring.
 
         Waking this process for each of a stream of releases would cost more than the features
-        themselves, and a quarter of what is out keeps the readers busy meanwhile. So while releases
+        themselves, and a quarter of the refs that are out keeps the readers busy meanwhile. So while releases
         stream in they ring rarely, and the timer, at a millisecond then, catches the rest; when a
         look finds none, each rings again.
         """
@@ -255,7 +255,7 @@ class Pool:
         return max(1, min(_MAX_UNRUNG, len(self.store.owing) // 4))
 
     def collect(self) -> None:
-        """Count what sessions released since the last look, and take back what nobody owes."""
+        """Count the reads paid since the last call, and recycle the slots that owe none."""
         now_s = _now()
         self.put_bytes = 0
         high = self.store.table.high
@@ -288,7 +288,7 @@ class Pool:
     def is_held(self, slot: Slot) -> bool:
         """Whether a session reads a slot's bytes by a ref now, or they are yet to come.
 
-        What is evicted before its bytes have come makes no room until they have.
+        A feature that is evicted before its bytes have come makes no room until they have.
         """
         index, generation = slot.index, slot.generation
         return self.words.published[index] != generation or any(
@@ -296,7 +296,7 @@ class Pool:
         )
 
     def abandon_writes(self, page: SessionPage) -> list[Effect]:
-        """Give up what a session that ended was to write and has not."""
+        """Give up the reservations and unfinished writes of a session that ended."""
         effects: list[Effect] = []
         now_s = _now()
         for index, generation in self.pending_writes.abandon(page):
@@ -317,7 +317,7 @@ class Pool:
         ready = [
             slot
             for slot in due
-            # What was taken back before its bytes came would get them after its next tenant's.
+            # A slot recycled before its bytes came would get them on top of its next tenant's.
             if published[slot.index] == slot.generation or self.pending_writes.is_abandoned(slot)
         ]
         for page in self.pages.values():
@@ -326,7 +326,7 @@ class Pool:
             self.apply(self.store.recycle(ready, now_s))
 
     def _tick(self) -> bool:
-        """Do what time alone brings about; return whether releases stream in."""
+        """Expire, trim, shrink, compact and report; return whether releases stream in."""
         now_s = _now()
         if expired := self.store.expire(now_s):
             self.apply(expired)
@@ -335,7 +335,7 @@ class Pool:
         if self.store.queue:
             self.apply(self.store.serve(now_s))  # a growth that failed may be tried again
             if self._ring_at_now == 1:
-                self.collect()  # what was released, and not rung, before this was asked for
+                self.collect()  # for releases before the sessions were told to ring at each
         old_end_bytes = self.store.committed_bytes
         if (end_bytes := self.store.shrink(now_s)) is not None:
             self.growth.shrink(end_bytes, old_end_bytes)
@@ -347,7 +347,7 @@ class Pool:
     # --- the end --------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Take no more puts, and fail who waits."""
+        """Take no more puts, and fail all waiters."""
         self.closed = self.growth.closed = True
         error = CacheClosed("the cache was closed")
         while (waiter := self.store.queue.head) is not None:
@@ -358,7 +358,7 @@ class Pool:
         self.pressure.close(error)
 
     def close(self) -> None:
-        """Let go of everything but the slab. What a thread still copies keeps the mapping."""
+        """Release everything but the slab. A copy that a thread still makes keeps the mapping."""
         self.stop()
         self.growth.close()
         self.recycler.close()
@@ -387,6 +387,6 @@ class Pool:
 
     @staticmethod
     def _fail(future: object, error: Exception) -> None:
-        assert isinstance(future, asyncio.Future), "who waits is tagged with its future"
+        assert isinstance(future, asyncio.Future), "a waiter is tagged with its future"
         if not future.done():
             future.set_exception(error)

@@ -182,7 +182,7 @@ class OwnerWriter:
         granted = False
         try:
             self._pool.apply(effects)
-            # `apply` has told readers to ring. Only then is it looked for what they released before:
+            # `apply` has told readers to ring. Only then are their earlier releases collected:
             # the other way round a release between the two would be neither seen nor rung.
             self._pool.collect()
             with anyio.fail_after(timeout_s):

@@ -244,7 +244,7 @@ class Attachment:
             or self._offset[index] != ref.offset_bytes
             or self._nbytes[index] != ref.nbytes
         ):
-            raise MalformedRef("what was granted is not what its slot has: the owner is at fault")
+            raise MalformedRef("the granted ref is not its slot's: the owner is at fault")
 
     # --- slots that this session writes -----------------------------------------------------------
 

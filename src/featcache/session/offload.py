@@ -34,14 +34,14 @@ class Offload:
 
         """
         loop = asyncio.get_running_loop()
-        # What the work refers to (a large tensor, say) is released in the thread before its end is
-        # told: the caller's next allocation can then have the same, warm memory.
+        # The objects that the work refers to (a large tensor, say) are released in the thread before
+        # its end is told: the caller's next allocation can then have the same, warm memory.
         box = [work]
         del work
         try:
             # The rule that is switched off would empty the box here, into the executor's hands.
             future = loop.run_in_executor(self._executor, lambda: box.pop()())  # noqa: PLW0108
-        except RuntimeError:  # what an executor says that was shut down
+        except RuntimeError:  # the executor was shut down
             raise CacheClosed("the cache was closed") from None
         try:
             return await asyncio.shield(future)
