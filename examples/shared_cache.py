@@ -1,4 +1,4 @@
-"""Four workers, one slab: each picture is encoded once on the host, whoever asks for it first.
+"""Four workers, one slab: each picture is encoded once on the host, by the first worker that needs it.
 
 python examples/shared_cache.py
 """
@@ -18,7 +18,7 @@ PICTURES = [bytes([shade]) * 3 * 64 * 64 for shade in (40, 90, 140, 190, 240)]
 
 
 def encode(picture: bytes) -> torch.Tensor:
-    """Stands for a vision encoder: what takes so long that it is worth sharing."""
+    """Stands for a vision encoder: slow enough that its results are worth sharing."""
     pixels = torch.frombuffer(bytearray(picture), dtype=torch.uint8).reshape(64, 64, 3)
     return pixels.float().div(255).permute(2, 0, 1).unfold(1, 8, 8).unfold(2, 8, 8).flatten(3)
 

@@ -68,7 +68,7 @@ async def ranks(
             for process in processes:
                 await to_thread.run_sync(stop, process)
         lost = [process for process in processes if process.exitcode]
-        if lost:  # whatever else went wrong, went wrong because of it
+        if lost:  # the cause of any other error
             codes = [f"{process.name} ended with exit code {process.exitcode}" for process in lost]
             raise RankLost(", ".join(codes))
 
@@ -143,7 +143,7 @@ def leaves(error: BaseException) -> list[BaseException]:
 
 
 def explain(group: BaseExceptionGroup) -> int:
-    """Say what stopped the run; the exit code for it."""
+    """Print the reason why the run stopped; return the exit code for it."""
     errors = leaves(group)
     for error in errors:
         if isinstance(error, Interrupted):

@@ -19,7 +19,7 @@ from report import Outcome, Progress, Row
 
 NAMES = [f"tp{number}" for number in range(RANKS)]
 TOLERANCE = 1e-4  # a shard's sums are rounded in another order than those of the whole product
-PATIENCE = 60.0  # seconds; what takes longer has failed
+PATIENCE = 60.0  # seconds; a step that takes longer has failed
 
 
 @dataclass

@@ -32,7 +32,7 @@ class Progress:
         self.out.flush()
 
     def clear(self) -> None:
-        """Leave a terminal's line empty for what is printed next."""
+        """Leave a terminal's line empty for the next output."""
         if self.over:
             self.out.write("\r\x1b[2K")
             self.out.flush()

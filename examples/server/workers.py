@@ -70,7 +70,7 @@ class Worker:
                 continue
             answer = self.waiting.get(message.number)
             if answer is None or answer.done():
-                continue  # whoever asked has gone
+                continue  # the request has gone
             if message.error is None:
                 answer.set_result(message.result)
             else:

@@ -1,1 +1,1 @@
-"""A benchmark of featcache beside what people use instead, run by hand: see host.py."""
+"""A benchmark of featcache beside other systems, run by hand: see host.py."""

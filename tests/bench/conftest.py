@@ -1,4 +1,4 @@
-"""What the benchmarks' tests have in common: processes that start soon, a process left as it was."""
+"""Shared by the benchmarks' tests: processes that start soon, a process left as it was."""
 
 import multiprocessing
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from support.processes import Server
 
 @pytest.fixture(autouse=True)
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fork the processes that benchmarks spawn: they have what is pickled for them all the same.
+    """Fork the processes that benchmarks spawn: their pickled arguments reach them all the same.
 
     To spawn them they must import torch, each of them, which takes longer than all else they do
     here. (A benchmark needs it, since CUDA does not survive a fork.)

@@ -39,7 +39,7 @@ class ProofError(Exception):
 
 
 def quiet() -> None:
-    """Log nothing: what matters is counted."""
+    """Log nothing: the benchmarks count instead."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 
 
@@ -76,7 +76,7 @@ def _child(connection: Connection, script: Script, arguments: tuple[Any, ...]) -
 
 @contextlib.contextmanager
 def _environment(changes: dict[str, str]) -> Iterator[None]:
-    """What a child that is started inside finds set before it does anything at all."""
+    """Environment variables for children started inside, set before they run anything."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -145,7 +145,7 @@ class Child:
         await asyncio.to_thread(self._process.join, 30)
 
     def failure(self) -> str | None:
-        """What it failed of, if it did and nobody has heard of it yet."""
+        """The traceback of its failure, if it failed and nobody has heard of it yet."""
         with contextlib.suppress(EOFError, OSError):
             while self._connection.poll():
                 word, *rest = self._connection.recv()

@@ -107,7 +107,7 @@ class Contained:
         )
 
     async def hear(self, word: str, timeout_s: float = PATIENCE_S) -> list[str]:
-        """Wait for a line that begins with the word; ProofError with what stderr said otherwise."""
+        """Wait for a line that begins with the word; otherwise ProofError with the text of stderr."""
         assert self._process.stdout is not None, "piped"
         line = await asyncio.wait_for(self._process.stdout.readline(), timeout_s)
         found = line.decode().split()

@@ -1,4 +1,4 @@
-"""What a reader costs on the owner's GPU: its memory by NVML, before and after each attach.
+"""The cost of a reader on the owner's GPU: its memory by NVML, before and after each attach.
 
     PYTHONPATH=src python tests/bench/cuda_contexts.py --out contexts.json
 
@@ -33,7 +33,7 @@ ASYNC, BLOCKING = STYLES = ("async", "blocking")
 
 
 async def reader(pipe: Pipe, endpoint: str, device: str, style: str) -> None:
-    """Read what it is told to, half of it borrowed; stay attached until told to end."""
+    """Read the refs it is sent, half of them borrowed; stay attached until told to end."""
     patterns = Patterns(device, FEATURE_BYTES)
     pipe.say("ready")
     await pipe.hear()
@@ -72,7 +72,7 @@ async def naive_reader(pipe: Pipe, device: str) -> None:
 
 
 class Scene:
-    """An owner on its device, and what its GPU's memory does as readers come and go."""
+    """An owner on its device, and its GPU's memory as readers come and go."""
 
     def __init__(self, proof: Proof, backend: str) -> None:
         self.proof = proof
@@ -115,7 +115,7 @@ class Scene:
             self.wrong_bytes += wrong_bytes
 
     def cost(self, name: str, more_bytes: list[int], *, nothing: bool) -> None:
-        """Say what readers cost on the owner's GPU; nothing at all, if that is the claim."""
+        """Report the readers' cost on the owner's GPU; it is nothing, if that is the claim."""
         self.proof.details[f"{self.backend}: {name}, MiB more by GPU"] = [*map(mib, more_bytes)]
         if not more_bytes:
             self.proof.not_run(f"{self.backend}: {name}", "needs a GPU")

@@ -127,7 +127,7 @@ async def check_shrink(stage: Stage, borrowed: int) -> None:
 
 
 async def check_again(stage: Stage) -> None:
-    """What was given back can be had again."""
+    """Segments that were given back can be committed again."""
     before = stage.cache.statistics().committed_bytes
     await grow(stage, 3)
     after = stage.cache.statistics().committed_bytes

@@ -73,7 +73,7 @@ class Massacre:
             self.deaths += 1
 
     async def pump(self) -> None:
-        """Put without end, to whoever is attached."""
+        """Put without end, to all that are attached."""
         while True:
             names = sorted(self.attached)
             if not names:
@@ -111,7 +111,7 @@ class Massacre:
         ]
 
     async def end(self) -> None:
-        """Let everybody read what is left, and end."""
+        """Have every reader read the rest, and end."""
         await until("all are attached again", lambda: len(self.attached) == len(self.ranks), 60)
         for rank in self.ranks.values():
             self._post.send(HEAD.pack(0, END), [rank.outbox])

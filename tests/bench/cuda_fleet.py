@@ -1,4 +1,4 @@
-"""Starts the processes of one system of the CUDA benchmark, and gathers what they say.
+"""Starts the processes of one system of the CUDA benchmark and gathers their results.
 
 A fleet is one owner and its readers, started together (spawn): to start one takes longer than to
 measure a size, so it runs all sizes in turn over one pool. Each process says that it is ready, then
@@ -211,7 +211,7 @@ class FleetError(Exception):
 
 
 def merge(said: dict[int, Outcome]) -> Outcome:
-    """What the owner says of a size, with the middle one of the readers' times."""
+    """The owner's result for a size, with the median of the readers' times."""
     outcome = said[OWNER]
     readers = [said[index] for index in sorted(said) if index != OWNER]
     if readers:

@@ -1,4 +1,4 @@
-"""The two loops of the CUDA benchmark: what owner and readers do with one size of feature.
+"""The two loops of the CUDA benchmark: owner and readers with one size of feature.
 
 The phases: warm; verify (every byte of every feature); alone (one feature at a time: the reader
 synchronises and answers a byte before the next is put); pipe, as often as there are rounds (as many

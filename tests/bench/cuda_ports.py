@@ -1,4 +1,4 @@
-"""The contestants of the CUDA benchmark, and what their two ends answer to.
+"""The contestants of the CUDA benchmark, and the protocol of their two ends.
 
 Each module has `missing(plan)`: None, or why the system cannot run here; `owner(plan, credit)` and
 `reader(plan, index, hello, credit)`: the two ends, made inside an event loop, which only featcache
@@ -19,7 +19,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one fleet of processes does: one system, one number of readers, all sizes in turn."""
+    """The work of one fleet of processes: one system, one number of readers, all sizes in turn."""
 
     system: str
     readers: int
@@ -35,7 +35,7 @@ class Plan:
     device: str = "cuda:0"
     threads: int = 1
     peers: str = ""
-    """the folder of what peers/unpack_sglang.py unpacked"""
+    """the folder that peers/unpack_sglang.py unpacked"""
 
     @property
     def torch_device(self) -> torch.device:
@@ -56,7 +56,7 @@ class Plan:
 
 class OwnerPort(Protocol):
     hello: bytes
-    """what every reader is told before it makes its end"""
+    """sent to every reader before it makes its end"""
     nowait: bool
     """whether `put_nowait` is how features are put"""
 

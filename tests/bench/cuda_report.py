@@ -1,4 +1,4 @@
-"""What a result of cuda_speed.py says: one figure for each cell, the goals, the tables.
+"""Reports of a result of cuda_speed.py: one figure for each cell, the goals, the tables.
 
     python tests/bench/cuda_report.py result.json
 
@@ -59,7 +59,7 @@ def index(result: dict[str, Any]) -> Cells:
 
 
 def goals(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each goal at each size and number of readers: what was measured, and whether it is met.
+    """Each goal at each size and number of readers: the measured value, and whether it is met.
 
     `ok` is None where something that it needs was not measured.
     """
@@ -142,7 +142,7 @@ def about(result: dict[str, Any]) -> str:
 
 
 def notes(cells: Cells) -> list[str]:
-    """What was skipped, what went wrong, what was wrong."""
+    """Skips, errors and wrong bytes."""
     where: dict[str, list[str]] = {}
     for (system, readers, size), cell in cells.items():
         for name in ("skipped", "error", "wrong"):

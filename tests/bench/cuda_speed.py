@@ -1,4 +1,4 @@
-"""featcache on a GPU beside what people use instead, in one run on one GPU.
+"""featcache on a GPU beside other systems, in one run on one GPU.
 
     PYTHONPATH=src python tests/bench/cuda_speed.py --out tests/bench/results/cuda-speed.json
 

@@ -35,7 +35,7 @@ from featcache import blocking
 
 
 def steps(module: str, holder: str, *names: str) -> list[str]:
-    """Paths of functions of a class, or of what a module imports (which is wrapped where it is called)."""
+    """Paths of functions of a class, or of a module's imports (wrapped where they are called)."""
     start = f"featcache.{module}:{holder}." if holder else f"featcache.{module}:"
     return [start + name for name in names]
 
@@ -85,7 +85,7 @@ def whole(times_ns: list[int]) -> float:
 
 
 def reader(endpoint: str, device: str, pipe: Connection) -> None:
-    """Read what comes: `(kind, whether to look at the steps, the refs)`; None ends it."""
+    """Read messages `(kind, whether to look at the steps, the refs)`; None ends it."""
     torch.set_num_threads(1)
     silence()
     watch: Stopwatch | None = None

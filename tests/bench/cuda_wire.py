@@ -1,4 +1,4 @@
-"""What all systems of the CUDA benchmark share: the payload, its samples, and the frames of handles.
+"""Shared by all systems of the CUDA benchmark: the payload, its samples, and the frames of handles.
 
 The owner's features are a few random tensors in an irregular order, so that an extent which is
 used again seldom gets what it had before: a reader that sees its last tenant's bytes sees wrong ones.
@@ -27,7 +27,7 @@ SAMPLES = 16
 ROWS = 8192
 """the last so many of the samples are compared at the end"""
 CONFIRM = struct.Struct("<qqq")
-"""what a reader answers at the end of a phase: features, of them looked at, of them wrong"""
+"""a reader's answer at the end of a phase: features, of them looked at, of them wrong"""
 
 
 def source_of(n: int) -> int:
@@ -71,7 +71,7 @@ class Sampler:
         self.count += 1
 
     def wrong(self) -> int:
-        """How many of the samples are not what they must be; waits for the GPU."""
+        """The number of wrong samples; waits for the GPU."""
         kept = range(max(0, self.count - ROWS), self.count)
         if not kept:
             return 0
@@ -154,7 +154,7 @@ class Outbox:
 
 
 class Inbox:
-    """A reader's end: frames out of what one system call brought, in blocking calls."""
+    """A reader's end: frames out of the bytes of one system call, in blocking calls."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock

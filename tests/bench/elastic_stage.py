@@ -1,4 +1,4 @@
-"""Who plays in cuda_elastic.py: readers that stream, hold and read as told, and the owner's side of it."""
+"""The processes of cuda_elastic.py: readers that stream, hold and read as told, and the owner's side."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = ("reader0", "reader1")
 
 
 class Held:
-    """Does what the proof tells it: each command is a method, its answer the wrong bytes so far."""
+    """Obeys the proof: each command is a method, its answer the wrong bytes so far."""
 
     def __init__(self, client: featcache.FeatureClient, patterns: Patterns) -> None:
         self._client = client

@@ -1,4 +1,4 @@
-"""Who plays in cuda_faults.py: readers that tell what they are at, and an owner that is to be killed."""
+"""The processes of cuda_faults.py: readers that report their step, and an owner that is to be killed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLAIN, KEEP, END = range(3)
 """Read it; borrow it and keep it until told; there is no more."""
 HEAD = struct.Struct("<QB")
 STATE, WRONG, READS, STALE, ATTACHED = range(5)
-"""What a reader's shared numbers are; they outlive it."""
+"""Indexes of a reader's shared numbers, which outlive it."""
 IDLE, IN_GET, IN_BORROW = range(3)
 AT = {IDLE: "between reads", IN_GET: "in a get", IN_BORROW: "in a borrow"}
 LEAST_BYTES, MOST_BYTES = 16 << 10, 16 << 20
@@ -28,7 +28,7 @@ STALL_MS = 5000
 
 
 class Reading:
-    """Reads what comes; keeps one borrow open if told to."""
+    """Reads every ref that comes; keeps one borrow open if told to."""
 
     def __init__(self, client: featcache.FeatureClient, patterns: Patterns, shared: Any) -> None:
         self.client, self.patterns, self.shared = client, patterns, shared
@@ -82,7 +82,7 @@ class Reading:
         self.kept_ref, self.kept_number = ref, number
 
     async def loss(self) -> tuple[float, str]:
-        """Use the client until it says that its owner is lost; return when, and what it said."""
+        """Use the client until it raises that its owner is lost; return the time and the message."""
         assert self.kept_ref is not None, "told to keep one"
         while True:
             try:
@@ -122,7 +122,7 @@ class Rank:
         inbox.close()
 
     async def kill(self, wanted: int, pause_s: float) -> int:
-        """Kill it as soon as it is at what is wanted; return what it was at."""
+        """Kill it as soon as it is at one of these steps; return the step."""
         give_up_s = time.monotonic() + 5
         while self.shared[STATE] != wanted and time.monotonic() < give_up_s:  # noqa: ASYNC110 - the state is the event
             await asyncio.sleep(0)  # no `until`: a get lasts less than its millisecond
@@ -135,7 +135,7 @@ class Rank:
 async def orphan(
     pipe: Pipe, inbox: Connection, endpoint: str, device: str, name: str, shared: Any
 ) -> None:
-    """Read until the owner is lost; say so; let go of the kept borrow when told."""
+    """Read until the owner is lost; say so; release the kept borrow when told."""
     patterns = Patterns(device, MOST_BYTES)
     async with featcache.connect(endpoint, device=device, name=name) as client:
         shared[ATTACHED] += 1

@@ -1,4 +1,4 @@
-"""Starts the processes of a cell, and gathers what they say.
+"""Starts the processes of a cell and gathers their results.
 
 A fleet is one owner and its readers, started together (spawn), with one Unix socket (a stream
 pair) between the owner and each reader for every cell. It runs its cells one after the other and
@@ -146,7 +146,7 @@ class Fleet:
                     sock.close()
 
     def result(self, cell: Cell, patience: float) -> Outcome:
-        """What owner and readers say of a cell; has an `error` when one of them failed."""
+        """The results of owner and readers for a cell, with an `error` when one of them failed."""
         deadline = time.monotonic() + patience
         said: dict[int, Outcome] = {}
         while len(said) < len(self.pipes):

@@ -53,7 +53,7 @@ LOOK_EVERY = 50
 
 @dataclass(frozen=True)
 class Trace:
-    """What is asked for, in order, and how large each is."""
+    """The requested images, in order, and their sizes."""
 
     sizes: list[int]
     asked: list[int]

@@ -1,4 +1,4 @@
-"""featcache on host memory beside what people use instead, in one run on one machine.
+"""featcache on host memory beside other systems, in one run on one machine.
 
     PYTHONPATH=src python tests/bench/host.py --rounds 5 --out result.json
     python tests/bench/report.py result.json      # the tables again

@@ -42,7 +42,7 @@ CHECK_EVERY = 256
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What all processes of one run know."""
+    """Known to all processes of one run."""
 
     device: str
     sizes: tuple[int, ...]
@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def capacity(self) -> int:
-        """Room for what is kept, and for puts beside it."""
+        """Room for the kept features, and for puts beside them."""
         return 2 * self.resident_bytes + 64 * max(self.sizes)
 
 
@@ -211,10 +211,10 @@ async def time_puts(
 
 
 class System(Protocol):
-    """What a client asks, one at a time (`once`) or many at once (`many`)."""
+    """A client's requests, one at a time (`once`) or many at once (`many`)."""
 
     async def once(self, size: int, number: int) -> torch.Tensor | None:
-        """Return what came; None if that is nothing to look at."""
+        """Return the result; None if there is nothing to look at."""
 
     async def many(self, size: int, seconds: float) -> tuple[int, float]:
         """Return how many there were, in how many seconds."""

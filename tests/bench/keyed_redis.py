@@ -138,7 +138,7 @@ class BareRedis:
         return count, perf_counter() - began
 
     def _batches(self, size: int) -> list[bytes]:
-        """What goes with one call: the keys in turn, until they begin where the first batch did."""
+        """Keys of one call: all in turn, until they begin where the first batch did."""
         keys = self.counts[size]
         return [
             b"".join(self.requests[size, (first + n) % keys] for n in range(self.flight))

@@ -1,4 +1,4 @@
-"""What a put, a lookup and a look at what was paid cost, with few and many features and sessions.
+"""The cost of a put, a lookup and a collection of paid reads, with few and many features and sessions.
 
     PYTHONPATH=src python tests/bench/keyed_scale.py --out tests/bench/results/keyed-scale.json
 
@@ -9,9 +9,9 @@ over the rounds of the CPU time of one call, in batches.
 - put: with room for it. put, evicting: of a new key into a pool that has room for nothing else, so that
   the longest unused feature goes first.
 - lookup: `get(key)` by the owner, copy and all; by a client, both ends together, socket and all.
-- recycle: a look at what was paid, for each ref and each grant that it finds paid, 64 of them; and for
+- recycle: a collection of paid reads, for each ref and each grant that it finds paid, 64 of them; and for
   itself, where nothing was.
-- compare: what numpy needs to compare so many words as one session's page has in use, and find none.
+- compare: numpy's time to compare as many words as one session's page has in use, and find none.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Case:
         return self
 
     def keys(self) -> list[str]:
-        """Each once: what is looked up twice before a look at what was paid is paid for together."""
+        """Each once: two reads of a key between two collections are collected together."""
         return [f"kept {n}" for n in self.random.sample(range(self.features), BATCH)]
 
     def collect(self) -> float:

@@ -1,4 +1,4 @@
-"""Reading by key: what a hit costs a client and its owner, beside what people use instead.
+"""Reading by key: the cost of a hit to a client and its owner, beside other systems.
 
     PYTHONPATH=src python tests/bench/keyed_speed.py --out tests/bench/results/keyed-speed.json
 
@@ -66,7 +66,7 @@ from bench.quiet import quickest
 from bench.report import number, size_name, table
 
 ROUND_TRIP = 1.6
-"""what a get may take of an echo, the copy besides"""
+"""most that a get may take, in echoes, without the copy"""
 OVER_REDIS = {64 << 10: 10, 1 << 20: 30}
 """times Redis's hits per second, pipelined, by size"""
 OWNER_US = 30.0
@@ -94,7 +94,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 class Bench:
-    """The processes, and what they said."""
+    """The processes and their results."""
 
     def __init__(
         self, options: argparse.Namespace, plan: Plan, redis: keyed_redis.Served | None
@@ -209,7 +209,7 @@ def goal(what: str, size: int | None, value: float, bound: float, *, most: bool)
 
 
 def goals(cells: Cells, puts: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
-    """The goals, with what was found; a value is a median of the rounds' own ratios."""
+    """The goals and the values found; a value is a median of the rounds' own ratios."""
     return [
         *(one for size, cell in cells.items() for one in _alone_goals(int(size), cell)),
         *(one for size, cell in cells.items() for one in _pipe_goals(int(size), cell)),

@@ -39,7 +39,7 @@ class OwnerLoops:
         return [recv_exactly(sock, nbytes) for sock in self.socks]
 
     def finish(self, phase: str, count: int) -> tuple[float, float]:
-        """Ends a phase; the times (wall, CPU) at which all had confirmed; checks what they say."""
+        """Ends a phase; the times (wall, CPU) at which all had confirmed; checks their answers."""
         self.port.end()
         answers = self.answers(CONFIRM.size)
         ended, cpu = perf_counter(), process_time()

@@ -1,4 +1,4 @@
-"""The readers of cuda_order.py: they read what comes, in every way there is, and count wrong bytes."""
+"""The readers of cuda_order.py: each ref is read in every way there is, and wrong bytes are counted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.patterns import Patterns
 from featcache import blocking
 
 PLAIN, RELEASED, DISCARDED, NEGLECTED, END = range(5)
-"""What becomes of a feature: read by all; paid by all at once, unread; taken back by the owner; left
+"""The end of a feature: read by all; paid by all at once, unread; taken back by the owner; left
 to its ttl by one reader."""
 HEAD = struct.Struct("<QB")
 LOOK_EVERY = 256

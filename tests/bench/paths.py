@@ -161,7 +161,7 @@ class Side:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Return what a coroutine returns that runs in the loop."""
+        """Run a coroutine in the loop and return its result."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(PATIENCE_S)
 
     def call(self, function: Callable[[], object]) -> None:
@@ -191,7 +191,7 @@ def settle(*sides: Side) -> None:
 
 
 def count(work: Coroutine[Any, Any, object], at: Side, *others: Side) -> None:
-    """Trace on all sides what `work` causes, which runs in the first."""
+    """Run `work` in the first side's loop and trace all sides until they are quiet."""
     for side in (at, *others):
         side.trace.clear()
         side.call(side.trace.on)
@@ -250,17 +250,17 @@ class Pair:
         return self.near.run(self.owner.put(self.feature, key=key))
 
     def own(self, work: Coroutine[Any, Any, object]) -> Counts:
-        """Count the owner's side of what it does itself."""
+        """Count the owner's calls in work of its own."""
         count(work, self.near, self.far)
         return self.near.counts()
 
     def read(self, work: Coroutine[Any, Any, object]) -> Counts:
-        """Count the client's side of what it does."""
+        """Count the client's calls in its work."""
         count(work, self.far, self.near)
         return self.far.counts()
 
     def both(self, path: str, work: Coroutine[Any, Any, object]) -> Found:
-        """Count both sides of what the client does."""
+        """Count both sides' calls in the client's work."""
         count(work, self.far, self.near)
         return {f"{path}: client": self.far.counts(), f"{path}: owner": self.near.counts()}
 

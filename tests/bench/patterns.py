@@ -57,7 +57,7 @@ class Patterns:
         return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
 
     def drowse(self, milliseconds: float) -> None:
-        """Keep the current stream busy, so that what follows on it comes late."""
+        """Keep the current stream busy, so that later work on it comes late."""
         if self.device.type == "cuda":
             _cuda._sleep(int(milliseconds * 1.7e6))
 
@@ -79,7 +79,7 @@ class Patterns:
         self._wrong[self._turn] += torch.ne(found, expected).sum()
 
     def settle(self) -> None:
-        """Wait for everything that was asked of the device."""
+        """Wait for all work on the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

@@ -1,6 +1,6 @@
-"""Poison in every extent as it is freed, so that who reads too late sees it and not the right bytes.
+"""Poison in every extent as it is freed, so that a late read sees it and not the right bytes.
 
-The library is not asked: the store's `_free` and the slab's `write` and `decommit` are wrapped. If
+The library takes no part: the store's `_free` and the slab's `write` and `decommit` are wrapped. If
 they are not as this file expects them, or the poison does not show, that is an error.
 """
 
@@ -88,7 +88,7 @@ class Poison:
         self._done = done
 
     def _wait(self) -> None:
-        """Wait here, not on a stream: who writes may do so on any stream, and from any thread."""
+        """Wait here, not on a stream: writes may come on any stream, and from any thread."""
         done = self._done
         if done is not None and not done.query():
             done.synchronize()

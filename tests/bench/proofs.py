@@ -1,4 +1,4 @@
-"""What the proof scripts share: the GPUs' memory by NVML, claims, and the result.
+"""Shared by the proof scripts: the GPUs' memory by NVML, claims, and the result.
 
 A proof is a coroutine that makes claims. Each is printed as a line of the table with what was found,
 what was wanted, and whether it holds; one that does not hold makes the script end with 1.
@@ -28,7 +28,7 @@ from bench.crew import quiet
 
 MIB = 1 << 20
 SLACK_BYTES = 2 * MIB
-"""What NVML's figures move by on their own: the driver gives out memory in pages of 2 MiB."""
+"""Noise of NVML's figures: the driver gives out memory in pages of 2 MiB."""
 
 
 # --- the GPUs -------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def about(result: dict[str, Any], pick: Picked) -> str:
 
 
 def notes(cells: Cells) -> list[str]:
-    """What was skipped, and what went wrong, once each."""
+    """Skips and errors, once each."""
     said: dict[str, None] = {}
     for (system, readers, size), cell in cells.items():
         if "skipped" in cell:

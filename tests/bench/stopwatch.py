@@ -18,7 +18,7 @@ class Step:
     calls: int = 0
     total_ns: int = 0
     own_ns: int = 0
-    """less what was spent in the wrapped functions that it called"""
+    """without the time in the wrapped functions that it called"""
 
 
 def find(path: str) -> tuple[Any, str] | None:
@@ -38,7 +38,7 @@ def find(path: str) -> tuple[Any, str] | None:
 
 
 class Stopwatch:
-    """What was wrapped, and what it took. Of one thread: others are not timed."""
+    """The wrapped functions and their times, in one thread; other threads are not timed."""
 
     def __init__(self) -> None:
         self.steps: dict[str, Step] = {}
@@ -106,7 +106,7 @@ class Stopwatch:
 
 
 def overhead_us() -> float:
-    """What a wrapped function's caller pays for the wrapping, in microseconds a call."""
+    """The cost of the wrapping to a caller, in microseconds a call."""
     watch = Stopwatch()
 
     def nothing() -> None:

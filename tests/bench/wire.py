@@ -1,4 +1,4 @@
-"""What all the loops share: the payload, the touch, the answers, and the frames of the greeting."""
+"""Shared by all loops: the payload, the touch, the answers, and the frames of the greeting."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 SOURCES = 4
 CONFIRM = struct.Struct("<qdq")
-"""what a reader answers at the end of a phase: count, sum of touches, checksum"""
+"""a reader's answer at the end of a phase: count, sum of touches, checksum"""
 LENGTH = struct.Struct("<q")
 FRAME = struct.Struct("<I")
 """the length before each ref of the systems that send refs of no fixed size"""
@@ -25,7 +25,7 @@ def make_sources(size: int) -> list[torch.Tensor]:
 
 
 def touch(x: torch.Tensor) -> float:
-    """What every reader does with every feature."""
+    """Every reader's work on every feature."""
     return float(x[0].item() + x[-1].item())
 
 
@@ -35,7 +35,7 @@ def checksum(x: torch.Tensor) -> int:
 
 @dataclass(slots=True)
 class Tally:
-    """What one reader saw in one phase."""
+    """One reader's totals in one phase."""
 
     count: int = 0
     total: float = 0.0
@@ -50,7 +50,7 @@ class Tally:
 
 
 def expected(sources: list[torch.Tensor], count: int, *, checked: bool) -> Tally:
-    """What every reader must answer after `count` features."""
+    """Every reader's right answer after `count` features."""
     tally = Tally(count=count)
     values = [touch(x) for x in sources]
     for n in range(count):

@@ -1,4 +1,4 @@
-"""What the tests of keys, and of clients that put, share: slabs, children, looks into the owner."""
+"""Shared by the tests of keys and of clients that put: children, steps, looks into the owner."""
 
 from typing import Any, Final
 

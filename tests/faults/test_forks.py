@@ -27,7 +27,7 @@ __all__ = ["start"]  # the fixture that sweeps up after killed owners
 
 
 class Leash:
-    """What forks hang on: they live until it is let go, whatever became of their parents."""
+    """A pipe that forks hold: they live until it is closed, whether or not their parents do."""
 
     def __init__(self) -> None:
         self._end, self.given = multiprocessing.Pipe()

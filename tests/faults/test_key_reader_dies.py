@@ -333,7 +333,9 @@ async def test_quarantined(start: Start, log: Log, slab: Slab) -> None:
         await until(lambda: waiters(cache) == 1)
         assert await child.ask("look", 2) == ("right",)
         assert await child.ask("leave") == ("left",)
-        ref = await asyncio.wait_for(putting, 20.0)  # of "c", which it let go, and what was free
+        ref = await asyncio.wait_for(
+            putting, 20.0
+        )  # of "c", which it has released, and the free quarter
         assert resident(cache) == {b"a", b"b"}
         assert is_right(await cache.get(ref), 9)
         assert await child.ask("look", 1) == ("right",)

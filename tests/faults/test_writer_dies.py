@@ -441,7 +441,7 @@ async def test_a_writer_that_leaves_while_its_threads_copy(
 async def test_a_client_closed_before_its_first_put_has_room(
     start: Start, slab: Slab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is told so: its put asks for room in a session that has ended."""
+    """It is told so: its put requests room in a session that has ended."""
     mapping, go_on = threading.Event(), threading.Event()
     open_for_writing = HostMapping.open_for_writing
 

@@ -94,7 +94,7 @@ async def test_a_slab_that_grows_and_shrinks_under_another_process(
 
 
 @pytest.mark.parametrize("far", place_params("vmm-cuda:0", "ipc-cuda:0"), indirect=True)
-async def test_another_process_by_way_of_the_host(child: Child, far: Place) -> None:
+async def test_another_process_through_host_memory(child: Child, far: Place) -> None:
     async with far.slab.create() as owner:
         await told(child, owner, far, through_host=True)
         for seed in range(6):

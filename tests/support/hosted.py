@@ -43,7 +43,7 @@ async def all_spent(owner: FeatureCache) -> None:
 
 
 def through_host(**changes: Any) -> Settings:
-    """Settings of a client that reads by way of the host."""
+    """Settings of a client whose reads are staged through host memory."""
     return small(through_host=True, **changes)
 
 

@@ -2,7 +2,7 @@
 
 The kinds "vmm" and "ipc" are on the first GPU and carry the mark gpu. A `Place` is a slab with who
 reads it: the owner itself, or a client in the same process, on the slab's device, on another GPU, or
-on the CPU by way of the host.
+on the CPU, staged through host memory.
 """
 
 import asyncio

@@ -50,10 +50,10 @@ class Cell:
 
 class OwnerPort(Protocol):
     hello: bytes
-    """what every reader is told before it makes its end"""
+    """sent to every reader before it makes its end"""
 
     def put(self, x: torch.Tensor) -> Any:
-        """Makes room if there is none, stores `x`, and returns what `send` sends."""
+        """Makes room if there is none, stores `x`, and returns the message for `send`."""
 
     def send(self, token: Any) -> None:
         """Tells every reader; nothing to do where putting is sending."""
@@ -98,7 +98,7 @@ class Entry:
     module: str
     variant: str
     reads: str
-    """'view' or 'copy': what the reader holds in its hands"""
+    """'view' or 'copy': the kind of tensor that the reader gets"""
     is_async: bool = False
     blocking_reader: bool = False
     """the owner has an event loop, its readers have none"""

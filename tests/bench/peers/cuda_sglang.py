@@ -87,7 +87,7 @@ class Owner:
 
 
 class OldOwner(Owner):
-    """The pool of 0.5.11, with what its processor does around it.
+    """The pool of 0.5.11, with its processor's calls around it.
 
     It has a shared-memory file open for every slice and no limit to them but the process's own, so it
     gets the limit of the others.

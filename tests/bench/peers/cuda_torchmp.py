@@ -23,7 +23,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 from bench.cuda_ports import Plan, Sockets
 
 MOST_UNTOLD = 16
-"""a reader says what it has done with after so many features, or when it must wait for more"""
+"""a reader returns its features after so many, or when it must wait for more"""
 HEAR_EVERY = 32
 """the owner listens at each so many features"""
 
