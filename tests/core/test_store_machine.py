@@ -1,22 +1,16 @@
 """Store against a naive model, under whatever order of calls hypothesis comes upon."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, precondition, rule
 
-from featcache.core.allocator import ALIGNMENT_BYTES
-from featcache.core.effects import Effect, Expired, Grow, Limits, Recycled, SlotRetired, Woken
-from featcache.core.put_queue import Request, Waiter, WaiterState
-from featcache.core.slots import Slot, SlotState
+from core.model import TTLS, UNIT, Feature, RoomMachine, aligned
+from featcache.core.effects import Effect, Expired, Limits, SlotRetired
+from featcache.core.put_queue import Request
+from featcache.core.slots import SlotState
 from featcache.core.store import Store
 from featcache.errors import FeatureTooLarge, PoolFull, StaleRef
-
-UNIT = ALIGNMENT_BYTES
-NAMES = {0: None, 1: "a", 2: "b", 3: "c", 4: None, 5: "a"}  # of sessions, by their numbers
 
 sizes = st.one_of(
     st.integers(0, 6).map(lambda units: units * UNIT),
@@ -24,78 +18,11 @@ sizes = st.one_of(
     st.integers(0, 26 * UNIT),
 )
 readers = st.one_of(st.integers(1, 3), st.frozensets(st.sampled_from("abc"), min_size=1))
-requests = st.builds(Request, sizes, readers, st.sampled_from([None, None, 1.0, 4.0]))
+requests = st.builds(Request, sizes, readers, st.sampled_from([None, None, *TTLS]))
 
 
-def aligned(nbytes: int) -> int:
-    return max(UNIT, -(-nbytes // UNIT) * UNIT)
-
-
-@dataclass
-class Feature:
-    """What the model knows of a slot that is not free."""
-
-    slot: Slot
-    index: int
-    generation: int
-    start: int
-    stop: int
-    request: Request
-    state: SlotState = SlotState.RESERVED
-    paid: set[int | str] = field(default_factory=set)
-    born_s: float = 0.0
-    due_s: float = 0.0
-    revoked: bool = False
-
-    @property
-    def label(self) -> str:
-        return f"{self.index}:{self.generation}"
-
-    @property
-    def owed_by(self) -> tuple[str, ...] | int:
-        wanted = self.request.readers
-        if isinstance(wanted, int):
-            return wanted - len(self.paid)
-        return tuple(sorted(wanted - self.paid))
-
-    @property
-    def reads_left(self) -> int:
-        owed_by = self.owed_by
-        return owed_by if isinstance(owed_by, int) else len(owed_by)
-
-    def pay(self, session: int) -> None:
-        wanted, name = self.request.readers, NAMES[session]
-        if isinstance(wanted, int):
-            self.paid.add(session)
-        elif name in wanted:
-            self.paid.add(name)
-
-    def expired(self, now_s: float) -> bool:
-        ttl_s = self.request.ttl_s
-        return ttl_s is not None and self.born_s + ttl_s <= now_s
-
-
-class StoreMachine(RuleBasedStateMachine):
-    store: Store
-    limits: Limits
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0.0
-        self.end = 0  # committed
-        self.growing: int | None = None  # the end of a commit that is under way
-        self.shrinking = False
-        self.grow_after = 0.0
-        self.in_use_seen: list[tuple[float, int]] = []  # by each shrink since the size changed
-        self.live: dict[int, Feature] = {}  # by slot
-        self.reserved: list[Feature] = []  # those whose caller has the slot in its hands
-        self.published: list[Feature] = []  # the oldest first
-        self.retiring: list[Feature] = []
-        self.waiting: list[Waiter] = []  # in order of arrival
-        self.granted: list[Waiter] = []
-        self.finished: list[Waiter] = []
-        self.refs: list[tuple[int, int]] = []  # all that there ever were
-        self.puts = self.recycled = self.expired = self.waited = 0
+class StoreMachine(RoomMachine):
+    NAMES = {0: None, 1: "a", 2: "b", 3: "c", 4: None, 5: "a"}  # noqa: RUF012 - a constant
 
     @initialize(
         capacity=st.integers(1, 24),
@@ -118,7 +45,7 @@ class StoreMachine(RuleBasedStateMachine):
     ) -> None:
         segment = min(segment, capacity)
         initial = min(-(-initial // segment) * segment, capacity)
-        self.limits = Limits(
+        limits = Limits(
             capacity_bytes=capacity * UNIT,
             segment_bytes=segment * UNIT,
             initial_bytes=initial * UNIT,
@@ -127,126 +54,35 @@ class StoreMachine(RuleBasedStateMachine):
             grace_s=grace_s,
             idle_s=idle_s,
         )
-        self.store = Store(self.limits)
-        self.end = self.limits.initial_bytes
-        self.store.allocator.grow(self.end)
-
-    # --- the model ------------------------------------------------------------------------------
-
-    @property
-    def in_use_end(self) -> int:
-        return max((feature.stop for feature in self.live.values()), default=0)
-
-    @property
-    def busy(self) -> bool:
-        return self.growing is not None or self.shrinking
-
-    def holes(self) -> list[int]:
-        holes, at = [], 0
-        for feature in sorted(self.live.values(), key=lambda feature: feature.start):
-            holes.append(feature.start - at)
-            at = feature.stop
-        return [*holes, self.end - at]
-
-    def fits(self, nbytes: int) -> bool:
-        return len(self.live) < self.limits.slots and max(self.holes()) >= aligned(nbytes)
-
-    def may_grow_for(self, nbytes: int) -> bool:
-        """Whether a commit would make room for what does not fit now."""
-        if self.busy or self.now < self.grow_after:
-            return False
-        return self.end < self.in_use_end + aligned(nbytes) <= self.limits.capacity_bytes
-
-    def check_growth(self, end: int, nbytes: int) -> None:
-        """A commit makes room, is whole segments but at the capacity, and none more than needed."""
-        assert self.may_grow_for(nbytes)
-        needed = self.in_use_end + aligned(nbytes)
-        assert needed <= end <= self.limits.capacity_bytes
-        assert end % self.limits.segment_bytes == 0 or end == self.limits.capacity_bytes
-        assert end - needed < self.limits.segment_bytes
-
-    def admit(self, slot: Slot, request: Request) -> Feature:
-        start, stop = slot.offset_bytes, slot.offset_bytes + aligned(request.nbytes)
-        assert slot.nbytes == request.nbytes
-        assert 0 <= start < stop <= self.end
-        for other in self.live.values():
-            assert stop <= other.start or other.stop <= start, "two slots share bytes"
-        assert slot.index not in self.live
-        earlier = [generation for index, generation in self.refs if index == slot.index]
-        assert slot.generation > max(earlier, default=0)
-        feature = Feature(slot, slot.index, slot.generation, start, stop, request)
-        self.live[slot.index] = feature
-        self.refs.append((slot.index, slot.generation))
-        return feature
-
-    def retire(self, feature: Feature, grace_s: float = 0.0) -> Feature:
-        feature.state = SlotState.RETIRING
-        feature.due_s = self.now + grace_s
-        self.published.remove(feature)
-        self.retiring.append(feature)
-        return feature
-
-    def check_retired(self, effects: Sequence[Effect], features: Iterable[Feature]) -> None:
-        """Exactly these were retired, and nothing else came of it."""
-        assert effects == [SlotRetired(feature.slot) for feature in features]
-
-    def follow(self, effects: Iterable[Effect]) -> None:
-        """Take over what a call that serves the queue decided; see that it went far enough."""
-        for effect in effects:
-            match effect:
-                case Recycled(index, generation, nbytes):
-                    feature = self.live.pop(index)
-                    assert (generation, nbytes) == (feature.generation, feature.request.nbytes)
-                    assert feature.reads_left == 0 or feature.revoked, "recycled with a read owed"
-                    self.retiring.remove(feature)
-                    self.recycled += 1
-                case Woken(waiter):
-                    assert waiter is self.waiting.pop(0), "granted out of turn"
-                    assert waiter.state is WaiterState.GRANTED
-                    assert waiter.slot is not None
-                    self.admit(waiter.slot, waiter.request)
-                    self.granted.append(waiter)
-                case Grow(end_bytes):
-                    assert len(self.live) < self.limits.slots, "slots are what is missing"
-                    self.check_growth(end_bytes, self.waiting[0].request.nbytes)
-                    self.growing = end_bytes
-                case _:
-                    pytest.fail(f"{effect} has no place here")
-        if self.waiting and len(self.live) < self.limits.slots:
-            assert not self.may_grow_for(self.waiting[0].request.nbytes), (
-                "nobody grows for the head"
-            )
+        self.begin(Store(limits))
 
     # --- puts -----------------------------------------------------------------------------------
 
     @rule(request=requests)
-    def reserve(self, request: Request) -> None:
-        expected = not self.waiting and self.fits(request.nbytes)
-        slot = self.store.reserve(request, self.now)
-        assert (slot is not None) == expected
-        if slot is not None:
-            self.reserved.append(self.admit(slot, request))
+    def only_reserve(self, request: Request) -> None:
+        feature = self.reserve(request)
+        if feature is not None:
+            self.reserved.append(feature)
 
     @rule(request=requests)
     def reserve_and_publish(self, request: Request) -> None:
-        self.reserve(request)
-        if self.reserved:
-            self.publish_one(self.reserved.pop())
+        feature = self.reserve(request)
+        if feature is not None:
+            self.publish_one(feature)
 
     @rule(request=requests, works=st.booleans())
     def reserve_by_growing(self, request: Request, works: bool) -> None:
         """What a put that may not wait does."""
-        if self.waiting or self.fits(request.nbytes) or len(self.live) == self.limits.slots:
+        if self.waiting or self.fits(request.nbytes) or self.full:
             return
-        end = self.store.size.growth_for(request.nbytes, self.now)
-        assert bool(end) == self.may_grow_for(request.nbytes)
+        end = self.growth_for(request.nbytes)
         if not end:
             return
-        self.check_growth(end, request.nbytes)
         if works:
             self.commit(end)
-            self.reserve(request)
-            assert self.reserved[-1].request is request
+            feature = self.reserve(request)
+            assert feature is not None
+            self.reserved.append(feature)
         else:
             self.fail_to_commit()
 
@@ -259,12 +95,7 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(PoolFull):
                 self.store.wait(request, self.now, None)
         else:
-            tag = object()
-            waiter, effects = self.store.wait(request, self.now, tag)
-            assert waiter.tag is tag
-            self.waiting.append(waiter)
-            self.waited += 1
-            self.follow(effects)
+            self.join(request)
 
     @rule(share=st.integers(1, 2), behind=requests)
     def wait_for_much(self, share: int, behind: Request) -> None:
@@ -272,40 +103,10 @@ class StoreMachine(RuleBasedStateMachine):
         self.wait(Request(self.limits.capacity_bytes // share, 1, None))
         self.wait(behind)
 
-    @precondition(lambda self: self.granted)
-    @rule(data=st.data())
-    def accept(self, data: st.DataObject) -> None:
-        self.accept_one(data.draw(st.sampled_from(self.granted)))
-
-    def accept_one(self, waiter: Waiter) -> None:
-        self.granted.remove(waiter)
-        self.finished.append(waiter)
-        slot = self.store.accept(waiter)
-        feature = self.live[slot.index]
-        assert slot is waiter.slot is feature.slot
-        assert feature.request is waiter.request
-        self.reserved.append(feature)
-
-    @precondition(lambda self: self.waiting or self.granted)
-    @rule(data=st.data())
-    def leave(self, data: st.DataObject) -> None:
-        waiter = data.draw(st.sampled_from(self.waiting + self.granted))
-        self.leave_one(waiter)
-
     @precondition(lambda self: self.waiting)
     @rule()
     def leave_the_head(self) -> None:
         self.leave_one(self.waiting[0])
-
-    def leave_one(self, waiter: Waiter) -> None:
-        if waiter in self.granted:
-            self.granted.remove(waiter)
-            assert waiter.slot is not None
-            del self.live[waiter.slot.index]
-        else:
-            self.waiting.remove(waiter)
-        self.finished.append(waiter)
-        self.follow(self.store.leave(waiter, self.now))
 
     @precondition(lambda self: self.finished)
     @rule(data=st.data())
@@ -329,20 +130,16 @@ class StoreMachine(RuleBasedStateMachine):
         self.publish_one(feature)
 
     def publish_one(self, feature: Feature) -> None:
-        feature.state = SlotState.PUBLISHED
-        feature.born_s = self.now
-        self.published.append(feature)
-        self.puts += 1
+        self.count_published(feature)
         effects = self.store.publish(feature.slot, self.now)
-        self.check_retired(effects, [] if feature.reads_left else [self.retire(feature)])
+        assert effects == ([] if feature.reads_left else self.retire(feature))
 
     @precondition(lambda self: self.reserved)
     @rule(data=st.data())
     def abandon(self, data: st.DataObject) -> None:
         feature = data.draw(st.sampled_from(self.reserved))
         self.reserved.remove(feature)
-        del self.live[feature.index]
-        self.follow(self.store.free_reserved(feature.slot, self.now))
+        self.free_reserved(feature)
 
     @precondition(lambda self: self.published or self.retiring)
     @rule(data=st.data())
@@ -355,7 +152,7 @@ class StoreMachine(RuleBasedStateMachine):
     # --- reads ----------------------------------------------------------------------------------
 
     @precondition(lambda self: self.refs)
-    @rule(data=st.data(), session=st.sampled_from(list(NAMES)), published=st.booleans())
+    @rule(data=st.data(), session=st.sampled_from(range(6)), published=st.booleans())
     def pay(self, data: st.DataObject, session: int, published: bool) -> None:
         """By whomever, owing or not, for a ref that may be long gone."""
         current = [(feature.index, feature.generation) for feature in self.published]
@@ -366,27 +163,21 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def pay_all(self, data: st.DataObject) -> None:
         feature = data.draw(st.sampled_from(self.published))
-        for session in NAMES:
+        for session in self.NAMES:
             self.pay_one(feature.index, feature.generation, session)
 
     def pay_one(self, index: int, generation: int, session: int) -> None:
-        feature, done = self.find(index, generation), []
+        feature, name = self.find(index, generation), self.NAMES[session]
+        done: list[Effect] = []
         if feature is not None:
-            feature.pay(session)
+            feature.pay(session, name)
             if feature.reads_left == 0:
-                done.append(self.retire(feature))
-        effects = self.store.pay(index, generation, session, NAMES[session], self.now)
-        self.check_retired(effects, done)
-
-    def find(self, index: int, generation: int) -> Feature | None:
-        for feature in self.published:
-            if (feature.index, feature.generation) == (index, generation):
-                return feature
-        return None
+                done = self.retire(feature)
+        assert self.store.pay(index, generation, session, name, self.now) == done
 
     @rule(name=st.sampled_from("abc"))
     def waive_reads(self, name: str) -> None:
-        count, done = 0, []
+        count, done = 0, list[Effect]()
         for feature in sorted(self.live.values(), key=lambda feature: feature.index):
             wanted = feature.request.readers
             if isinstance(wanted, int) or feature.state is SlotState.RETIRING:
@@ -395,10 +186,8 @@ class StoreMachine(RuleBasedStateMachine):
                 feature.paid.add(name)
                 count += 1
                 if feature.reads_left == 0 and feature.state is SlotState.PUBLISHED:
-                    done.append(self.retire(feature))
-        forgiven, effects = self.store.waive_reads(name, self.now)
-        assert forgiven == count
-        self.check_retired(effects, done)
+                    done += self.retire(feature)
+        assert self.store.waive_reads(name, self.now) == (count, done)
 
     @precondition(lambda self: self.refs)
     @rule(data=st.data())
@@ -411,11 +200,15 @@ class StoreMachine(RuleBasedStateMachine):
             return
         feature.revoked = True
         effects = self.store.revoke(index, generation, self.now)
-        self.check_retired(effects, [self.retire(feature, self.limits.grace_s)])
+        assert effects == self.retire(feature, self.limits.grace_s)
 
     @rule()
     def expire(self) -> None:
-        old = [feature for feature in self.published if feature.expired(self.now)]
+        old = [
+            feature
+            for feature in self.published
+            if feature.ends_s is not None and feature.ends_s <= self.now
+        ]
         effects = self.store.expire(self.now)
         assert len(effects) == 2 * len(old)
         pairs = list(zip(effects[::2], effects[1::2], strict=True))
@@ -426,7 +219,7 @@ class StoreMachine(RuleBasedStateMachine):
             for feature in old
             if retired == SlotRetired(feature.slot)
         }
-        for ttl_s in (1.0, 4.0):
+        for ttl_s in TTLS:
             alike = [order[feature.slot] for feature in old if feature.request.ttl_s == ttl_s]
             assert alike == sorted(alike)
         for feature in sorted(old, key=lambda feature: order[feature.slot]):
@@ -439,27 +232,17 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def pass_time_until_one_expires(self) -> None:
-        ends = [
-            feature.born_s + feature.request.ttl_s
-            for feature in self.published
-            if feature.request.ttl_s is not None
-        ]
+        ends = [feature.ends_s for feature in self.published if feature.ends_s is not None]
         self.now = max(self.now, min(ends, default=0.0))
         self.expire()
 
     # --- recycling and size ---------------------------------------------------------------------
 
     @rule(data=st.data(), all_of_them=st.booleans())
-    def recycle(self, data: st.DataObject, all_of_them: bool) -> None:
-        """Of what is due, whatever no session holds."""
+    def recycle_what_is_due(self, data: st.DataObject, all_of_them: bool) -> None:
         due = self.due()
         held = set() if all_of_them or not due else data.draw(st.sets(st.sampled_from(due)))
-        self.follow(self.store.recycle([slot for slot in due if slot not in held], self.now))
-
-    def due(self) -> list[Slot]:
-        due = self.store.due(self.now)
-        assert due == [feature.slot for feature in self.retiring if feature.due_s <= self.now]
-        return due
+        self.recycle(held)
 
     @precondition(lambda self: self.published or self.reserved)
     @rule(data=st.data())
@@ -467,47 +250,6 @@ class StoreMachine(RuleBasedStateMachine):
         feature = data.draw(st.sampled_from(self.published + self.reserved))
         with pytest.raises(ValueError, match="not RETIRING"):
             self.store.recycle([feature.slot], self.now)
-
-    @rule()
-    def serve(self) -> None:
-        self.follow(self.store.serve(self.now))
-
-    @precondition(lambda self: self.growing is not None)
-    @rule(works=st.sampled_from([True, True, False]))
-    def end_a_commit(self, works: bool) -> None:
-        if works:
-            assert self.growing is not None
-            self.commit(self.growing)
-        else:
-            self.fail_to_commit()
-
-    def commit(self, end: int) -> None:
-        self.growing = None
-        self.end = end
-        self.in_use_seen.clear()
-        self.follow(self.store.grown(end, self.now))
-
-    def fail_to_commit(self) -> None:
-        self.growing = None
-        self.grow_after = self.now + self.limits.grow_retry_s
-        self.store.size.grow_failed(self.now)
-
-    @rule()
-    def shrink(self) -> None:
-        in_use, since = self.in_use_end, self.now - self.limits.idle_s
-        self.in_use_seen.append((self.now, in_use))
-        keep = self.store.shrink(self.now)
-        if keep is None:
-            return
-        assert not self.busy
-        assert not self.waiting
-        assert self.in_use_seen[0][0] <= since, "the slab had its size for less than idle_s"
-        lately = [used for at, used in self.in_use_seen if at > since]
-        assert max(in_use, self.limits.initial_bytes, *lately) <= keep < self.end
-        assert keep % self.limits.segment_bytes == 0
-        self.end = keep
-        self.in_use_seen.clear()
-        self.shrinking = True
 
     @rule(asked=st.none() | requests)
     def shrink_after_idle(self, asked: Request | None) -> None:
@@ -517,70 +259,7 @@ class StoreMachine(RuleBasedStateMachine):
         if asked is not None:
             self.wait(asked)
 
-    @precondition(lambda self: self.shrinking)
-    @rule()
-    def end_a_shrink(self) -> None:
-        self.shrinking = False
-        self.follow(self.store.shrunk(self.now))
-
-    @rule(seconds=st.sampled_from([0.25, 0.5, 1.0, 4.0]))
-    def pass_time(self, seconds: float) -> None:
-        self.now += seconds
-
     # --- what always holds ----------------------------------------------------------------------
-
-    @invariant()
-    def bytes_are_accounted_for(self) -> None:
-        store, allocator, limits = self.store, self.store.allocator, self.limits
-        allocator.check()
-        used = sum(feature.stop - feature.start for feature in self.live.values())
-        assert store.committed_bytes == self.end <= limits.capacity_bytes
-        assert allocator.used_bytes == used
-        assert store.free_bytes == limits.capacity_bytes - used
-        tail = limits.capacity_bytes - self.in_use_end
-        assert store.largest_free_bytes == max(*self.holes(), tail)
-
-    @invariant()
-    def slots_are_as_in_the_model(self) -> None:
-        table = self.store.table
-        in_use = table.in_use()
-        assert in_use == [self.live[index].slot for index in sorted(self.live)]
-        assert table.used == len(self.live)
-        assert table.full == (len(self.live) == self.limits.slots)
-        for slot in in_use:
-            feature = self.live[slot.index]
-            assert slot.generation == feature.generation
-            assert slot.state is feature.state
-            assert slot.state is not SlotState.RETIRING or slot.due_s == feature.due_s
-            assert (slot.offset_bytes, slot.nbytes) == (feature.start, feature.request.nbytes)
-            assert slot.reads_left == feature.reads_left
-            assert slot.owed_by == feature.owed_by
-
-    @invariant()
-    def books_agree(self) -> None:
-        store = self.store
-        assert list(store.owing.values()) == [feature.slot for feature in self.published]
-        assert list(store._retiring.values()) == [feature.slot for feature in self.retiring]
-        aging = {
-            ttl_s: [feature.slot for feature in self.published if feature.request.ttl_s == ttl_s]
-            for ttl_s in (1.0, 4.0)
-        }
-        known = {ttl_s: list(slots.values()) for ttl_s, slots in store._aging.items()}
-        assert known == {ttl_s: slots for ttl_s, slots in aging.items() if slots}
-        counters = (store.puts, store.recycled, store.expired, store.waited)
-        assert counters == (self.puts, self.recycled, self.expired, self.waited)
-
-    @invariant()
-    def the_queue_keeps_its_order_and_nobody_waits_beside_room(self) -> None:
-        queue = self.store.queue
-        assert len(queue) == len(self.waiting)
-        assert bool(queue) == bool(self.waiting)
-        assert queue.waiting_bytes == sum(waiter.request.nbytes for waiter in self.waiting)
-        assert self.store.blocked_puts == (0 if self.busy else len(self.waiting))
-        assert queue.head is (self.waiting[0] if self.waiting else None)
-        assert all(waiter.state is WaiterState.WAITING for waiter in self.waiting)
-        if self.waiting:
-            assert not self.fits(self.waiting[0].request.nbytes), "the head was forgotten"
 
     @invariant()
     def only_published_refs_are_found(self) -> None:
@@ -608,9 +287,9 @@ class StoreMachine(RuleBasedStateMachine):
             while self.reserved:
                 self.publish_one(self.reserved.pop())
             for feature in list(self.published):
-                for session in NAMES:
+                for session in self.NAMES:
                     self.pay_one(feature.index, feature.generation, session)
-            self.follow(self.store.recycle(self.due(), self.now))
+            self.recycle(set())
             self.serve()
         assert not self.waiting
         assert not self.live

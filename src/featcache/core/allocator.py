@@ -61,12 +61,12 @@ class Extent:
 
     __slots__ = ("_bin", "_next", "_owner", "_previous", "holder", "offset_bytes", "size_bytes")
 
-    _owner: OffsetAllocator | None  # whose it is while in use, else None
+    _owner: OffsetAllocator | None  # its allocator while in use, else None
     _bin: int  # where it lies while it is free
     _previous: Extent  # neighbours in the range: a ring, closed by the allocator's wall
     _next: Extent
     holder: object
-    """The caller's own, while it is in use."""
+    """The slot that it belongs to, while it is in use: the caller's, the allocator never looks."""
 
     def __init__(self, offset_bytes: int, size_bytes: int, owner: OffsetAllocator | None) -> None:
         self.offset_bytes = offset_bytes
@@ -325,7 +325,7 @@ class OffsetAllocator:
             if len(heap) < 2 * len(members) + 64:
                 heappush(heap, _heap_entry(node))
             else:
-                # Most of it has departed: it is built anew when it is next asked for.
+                # Most of its entries are stale: the next search builds it anew.
                 del self._heaps[index]
         members[node] = None
         node._bin = index
@@ -344,5 +344,5 @@ class OffsetAllocator:
         previous, following = node._previous, node._next
         previous._next = following
         following._previous = previous
-        # Whoever still holds it must not keep its former neighbours alive through it.
+        # A reference to it that is left must not keep its former neighbours alive.
         node._previous = node._next = self._wall

@@ -1,4 +1,4 @@
-"""How full the pool is, as a level with hysteresis, and when that is worth an event."""
+"""The pool's pressure: a level with hysteresis, and the rate at which it is reported."""
 
 import enum
 

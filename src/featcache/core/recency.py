@@ -14,7 +14,7 @@ There is no call when a slot stops being evictable, or leaves its key: that woul
 every hit. An entry is checked when a search comes to it: the slot counts only while `slot.idle`. So the
 same slot may have been recycled and entered under another key since its entry was made.
 
-The fields of `Slot` that belong to the policy, which writes them and nobody else:
+The fields of `Slot` that belong to the policy, the only writer of them:
 
 - `listed`: the policy has an entry of the slot, so `add` is not called. It must be False once the
   entry is dropped, or the slot is never evicted.

@@ -71,7 +71,7 @@ class SlabSize:
     def shrink(self, now_s: float, *, wanted: bool) -> int | None:
         """Cut off the tail segments that were empty for `idle_s`; return the new end, or None.
 
-        Nothing is cut while the size changes or somebody waits for room (`wanted`). The caller
+        Nothing is cut while the size changes, or while a put waits for room (`wanted`). The caller
         gives the memory back and then calls `shrunk`.
         """
         allocator, limits = self._allocator, self.limits

@@ -133,7 +133,7 @@ class Store:
 
     def leave(self, waiter: Waiter, now_s: float) -> list[Effect]:
         """Give up waiting (timeout, cancellation, death), whatever was granted meanwhile."""
-        # A grant that was not accepted comes back here, or its bytes would be nobody's. Even where
+        # A grant that was not accepted comes back here, or its bytes would be lost. Even where
         # there was none the queue is served: the waiter may have been the head that did not fit.
         slot = self.queue.drop(waiter)
         if slot is not None:
