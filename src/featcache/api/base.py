@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Awaitable
-from types import TracebackType
 from typing import Any, NoReturn, Self
 
 import torch
@@ -55,12 +54,7 @@ class CacheBase:
     async def __aenter__(self) -> Self:
         return await self.open()
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     def __reduce__(self) -> NoReturn:

@@ -8,7 +8,7 @@ caller's thread.
 
 import functools
 from collections.abc import Callable, Iterable
-from types import EllipsisType, TracebackType
+from types import EllipsisType
 from typing import Any, Generic, Literal, NoReturn, ParamSpec, Self, TypeVar
 
 import torch
@@ -70,12 +70,7 @@ class _BlockingBase(Generic[A]):
     def __enter__(self) -> Self:
         return self.open()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def statistics(self) -> Statistics:
@@ -233,12 +228,7 @@ class BlockingBorrow:
         """Return the view, once its bytes are there."""
         return self._cache._enter(self._borrow)  # noqa: SLF001 - one call in two classes
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Empty the view and pay the read."""
         self._borrow.close()
 

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Awaitable, Callable
-from types import TracebackType
 
 import torch
 
@@ -96,12 +95,7 @@ class Borrow:
                 continue  # its writer died before its bytes came, and the key went with it
             return self._enter(lease.ref, *held)
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Empty the view and pay the read."""
         self.close()
 
@@ -113,11 +107,6 @@ class Borrow:
             raise SettingsError("a key is looked up first, which takes a while: use 'async with'")
         return self._enter(self.ref, self._reader.hold_nowait(self.ref))
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Empty the view and pay the read."""
         self.close()
