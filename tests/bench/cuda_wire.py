@@ -107,13 +107,13 @@ class LoopLines:
     """The same in an event loop."""
 
     def __init__(self, wires: list[Wire]) -> None:
-        self._wires = wires
+        self._wire_refs = wires
 
     def write(self, index: int, data: bytes) -> None:
-        self._wires[index].write(data)
+        self._wire_refs[index].write(data)
 
     async def take(self, nbytes: int) -> list[bytes]:
-        return [await wire.take(nbytes) for wire in self._wires]
+        return [await wire.take(nbytes) for wire in self._wire_refs]
 
 
 class Outbox:

@@ -28,7 +28,7 @@ def known(client: FeatureClient) -> dict[bytes, FeatureRef]:
 def wires(owner: FeatureCache) -> dict[int, tuple[FeatureRef, bytes]]:
     desk = owner._opened().main.server._dispatcher._handlers
     assert isinstance(desk, RequestHandlers)
-    return desk._wires
+    return desk._wire_refs
 
 
 async def got(client: FeatureClient, key: str) -> int:

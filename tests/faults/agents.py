@@ -60,7 +60,7 @@ OWNER_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
     "greeting": (Server, "_greet", BEFORE),  # hello has come, no welcome was sent
     "discarding": (RequestHandlers, "_discard", BEFORE),  # asked, and never answers
     "finding": (RequestHandlers, "_find", BEFORE),  # the same of a key
-    "of key": (RequestHandlers, "_of_key", BEFORE),  # asked to pin it, evict it and so on
+    "of key": (RequestHandlers, "_command", BEFORE),  # asked to pin it, evict it and so on
     "reserving": (RequestHandlers, "_reserve", BEFORE),  # the same of room
     "admitting": (
         RequestHandlers,

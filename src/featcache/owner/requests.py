@@ -20,7 +20,7 @@ from featcache.session.arguments import parse_readers
 
 
 class RequestHandlers:
-    """The server's `control.requests.RequestHandlers`. No number in a session's message is trusted."""
+    """The server's `control.dispatch.RequestHandlers`. No number in a session's message is trusted."""
 
     def __init__(
         self, pool: Pool, writer: OwnerWriter, lookups: Lookups, sessions: Sessions
@@ -29,11 +29,11 @@ class RequestHandlers:
         self._writer = writer
         self._lookups = lookups
         self._sessions = sessions
-        self._wires: dict[int, tuple[FeatureRef, bytes]] = {}
+        self._wire_refs: dict[int, tuple[FeatureRef, bytes]] = {}
         """Refs of features under keys, in wire form, by slot: as `Pool.kept`, each with its very ref."""
         self._answers: dict[type, Callable[[int, Any], Answer | Wait]] = {
             messages.Find: self._find,
-            messages.KeyCommand: self._of_key,
+            messages.KeyCommand: self._command,
             messages.Reserve: self._reserve,
             messages.Publish: self._publish,
             messages.OpenForWriting: lambda _, message: messages.WriteDescriptors(message.request),
@@ -55,7 +55,7 @@ class RequestHandlers:
             if self._pool.store.key_waiters.has(note.key, note.claim, session):
                 self._lookups.release_claim(Claim(note.key, note.claim))
         else:
-            self._withdraw(session, note)
+            self._give_up(session, note)
 
     def _page(self, session: int) -> SessionPage:
         return self._pool.pages[session]
@@ -94,12 +94,12 @@ class RequestHandlers:
 
     def _granted(self, request: int, granted: Granted) -> messages.Granted:
         grant, ref = granted
-        known = self._wires.get(ref.slot)
+        known = self._wire_refs.get(ref.slot)
         if known is None or known[0] is not ref:  # a slot's next feature has another ref
-            known = self._wires[ref.slot] = ref, ref.to_bytes()
+            known = self._wire_refs[ref.slot] = ref, ref.to_bytes()
         return messages.Granted(request, grant.index, grant.serial, known[1])
 
-    def _of_key(self, session: int, message: messages.KeyCommand) -> Answer:
+    def _command(self, session: int, message: messages.KeyCommand) -> Answer:
         flag = self._lookups.command(message.command, message.key, session)
         return messages.Reply(message.request, flag=flag)
 
@@ -145,7 +145,7 @@ class RequestHandlers:
         pool.publish_from(slot, message.specs, page)
         return messages.Reply(message.request)
 
-    def _withdraw(self, session: int, note: messages.GiveUpReserved) -> None:
+    def _give_up(self, session: int, note: messages.GiveUpReserved) -> None:
         """Give up a slot; if the session's stream may still write it, only after its word has landed."""
         pool, page = self._pool, self._page(session)
         try:
@@ -180,6 +180,6 @@ class RequestHandlers:
             if grant is not None and grant.serial == answer.serial:
                 self._lookups.return_lease(page, grant)
         elif isinstance(answer, messages.Reserved):
-            self._withdraw(
+            self._give_up(
                 session, messages.GiveUpReserved(answer.slot, answer.generation, landed=True)
             )

@@ -2,14 +2,13 @@
 
 import os
 import time
-from collections.abc import Awaitable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from featcache.control.credentials import own_pidfd
 from featcache.control.messages import VERSION, Welcome
 from featcache.control.peer import Peer
 from featcache.core.effects import Effect
-from featcache.core.put_queue import Request
 from featcache.errors import AttachRefused, BackendUnavailable, MalformedRef
 from featcache.memory.slab import Segment
 from featcache.memory.words import SessionWords
@@ -17,24 +16,14 @@ from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
 from featcache.ref import FeatureRef
 
+if TYPE_CHECKING:
+    from featcache.owner.relay import Relay
+
 OWN_SESSION = 0
 """The number of the owner's own session, which reads through the owner's mapping."""
 RELAY_SESSION = -1
 """The number of the session that pins features while they are copied for others: the owner's own session
 may have paid its read of them."""
-
-
-class Relays(Protocol):
-    """Copies between the slab and host memory. Refs are a peer's bytes, of which none is trusted."""
-
-    def encoded(self, data: bytes) -> Awaitable[bytes]:
-        """Copy a ref's bytes into host memory; return the copy's ref."""
-
-    def upload(self, data: bytes, request: Request, *, wait: bool) -> Awaitable[bytes]:
-        """Put the feature of a host pool's ref into the slab; return the new ref."""
-
-    def endpoint(self) -> Awaitable[str]:
-        """Return where the pool in host memory listens, which is opened for this if need be."""
 
 
 class Sessions:
@@ -44,7 +33,7 @@ class Sessions:
         self._pool = pool
         self._own_name = own_name
         self._pidfd = own_pidfd()
-        self.through_host: Relays | None = None
+        self.through_host: Relay | None = None
         """Copies for sessions that can't reach the slab; a pool in host memory has none."""
         self.siblings: list[Pool] = []
         """The owner's other pools: the reads that a dead name owed there are paid as well."""
@@ -91,7 +80,7 @@ class Sessions:
         return self._pool.slab.segments(0, self._pool.store.committed_bytes)
 
     @property
-    def relays(self) -> Relays:
+    def relays(self) -> "Relay":
         """The relay for sessions that can't reach the slab, or raise BackendUnavailable."""
         if self.through_host is None:
             raise BackendUnavailable("this pool is in host memory already: read it, and put, there")
