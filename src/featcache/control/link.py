@@ -24,13 +24,7 @@ from featcache.control.messages import (
     is_answer,
 )
 from featcache.control.pending import PendingRequests
-from featcache.errors import (
-    AttachRefused,
-    CacheClosed,
-    FeatcacheError,
-    OwnerLost,
-    OwnerUnreachable,
-)
+from featcache.errors import AttachRefused, CacheClosed, FeatcacheError, OwnerLost, OwnerUnreachable
 from featcache.settings import Settings
 
 _CONNECT_RETRY_S = 0.005

@@ -181,11 +181,7 @@ class Welcome(
     msgspec.Struct,
     tag="welcome",
     frozen=True,
-    rename={
-        "shrink_epoch": "layout",
-        "sibling_pool": "kin",
-        "sibling_endpoint": "kin_endpoint",
-    },
+    rename={"shrink_epoch": "layout", "sibling_pool": "kin", "sibling_endpoint": "kin_endpoint"},
 ):
     """Owner, in answer to `Hello`.
 
