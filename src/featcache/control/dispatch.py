@@ -51,14 +51,12 @@ class Dispatcher:
         self._loop = asyncio.get_running_loop()
 
     def note(self, peer: Peer, note: messages.Note) -> None:
-        """Carry out a message that has no answer."""
         if not isinstance(note, messages.Cancel):
             self._handlers.note(peer.number, note)
         elif (task := peer.tasks.get(note.request)) is not None:
             task.cancel()  # `_finish` answers it; a request without a task is answered already
 
     def answer(self, peer: Peer, request: Request) -> None:
-        """Answer a request, now or later."""
         if type(request) in _COPIES and len(peer.copies) >= _MAX_COPIES:
             raise ProtocolError(f"more than {_MAX_COPIES} copies at once")
         try:

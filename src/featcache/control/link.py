@@ -120,11 +120,9 @@ class Link:
         return reply.ref
 
     def discard_soon(self, slot: int, generation: int) -> None:
-        """As `discard`, without waiting for the answer."""
         self.tell(messages.Discard(self.number(), slot, generation))
 
     def unpin_soon(self, key: bytes) -> None:
-        """Remove a pin, without waiting for the answer."""
         self.tell(messages.KeyCommand(self.number(), key, "unpin"))
 
     def take_slab_changes(self, take: Callable[[SlabChange, list[int]], None]) -> None:
@@ -171,7 +169,6 @@ class Link:
         self._end("the session was closed")
 
     def forget(self) -> None:
-        """Drop descriptors in a forked child."""
         self._state = LinkState.CLOSED
         self._channel.forget()
         self.requests.forget()

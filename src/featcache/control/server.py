@@ -194,7 +194,6 @@ class Server:
     # --- the slab's size --------------------------------------------------------------------------
 
     def announce(self, segments: Sequence[Segment]) -> None:
-        """Send every session the segments that were committed."""
         for peer in self.sessions.values():
             self._send_segments(peer, segments)
 

@@ -76,7 +76,6 @@ class Extent:
 
     @property
     def is_free(self) -> bool:
-        """Whether it is not in use."""
         return self._owner is None
 
     def __repr__(self) -> str:
@@ -121,7 +120,6 @@ class OffsetAllocator:
 
     @property
     def extent_count(self) -> int:
-        """How many extents are in use."""
         return self._count
 
     @property

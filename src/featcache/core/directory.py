@@ -117,7 +117,6 @@ class Directory:
             self._unpin_session(key, pinner)
 
     def unpin_all(self, session: int) -> None:
-        """Take back all pins of a session."""
         for key in [key for key, pins in self._pins.items() if session in pins]:
             self._unpin_session(key, session)
 
@@ -131,7 +130,6 @@ class Directory:
             self.refresh(slot)
 
     def is_pinned(self, key: bytes) -> bool:
-        """Whether any session pinned it."""
         return key in self._pins
 
     def __iter__(self) -> Iterator[bytes]:

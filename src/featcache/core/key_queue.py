@@ -108,15 +108,12 @@ class KeyQueue:
 
     @property
     def claims(self) -> int:
-        """The number of claims that are out."""
         return len(self._claims)
 
     def claimed(self, key: bytes) -> bool:
-        """Whether a claim to the key is out."""
         return key in self._claims
 
     def holds(self, key: bytes, claim: int) -> bool:
-        """Whether this is the claim that is out."""
         held = self._claims.get(key)
         return held is not None and held[0] == claim
 
@@ -137,7 +134,6 @@ class KeyQueue:
         return self._claims.get(key) == (claim, session)
 
     def claims_of(self, session: int) -> list[tuple[bytes, int]]:
-        """Return the claims that a session holds."""
         return [(key, claim) for key, (claim, holder) in self._claims.items() if holder == session]
 
     def waiting(self) -> list[KeyWaiter]:
@@ -145,5 +141,4 @@ class KeyQueue:
         return [waiter for waiting in self._waiting.values() for waiter in waiting.values()]
 
     def by_session(self, session: int) -> list[KeyWaiter]:
-        """Return the waiters of a session."""
         return [waiter for waiter in self.waiting() if waiter.session == session]

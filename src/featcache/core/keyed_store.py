@@ -53,7 +53,6 @@ class KeyedStore(Store):
         return slot
 
     def pay_grant(self, slot: Slot, now_s: float) -> list[Effect]:
-        """Count one grant as paid."""
         slot.grants -= 1
         if slot.grants or slot.reads_left or slot.state is not SlotState.PUBLISHED:
             return []

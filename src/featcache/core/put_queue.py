@@ -81,7 +81,6 @@ class WaitQueue:
         return [waiter for waiter in self._queue.values() if waiter.request.session == session]
 
     def join(self, request: Request, now_s: float, tag: object) -> Waiter:
-        """Add a waiter at the end."""
         self._tickets += 1
         waiter = Waiter(self._tickets, request, now_s, tag)
         self._queue[waiter.ticket] = waiter

@@ -93,5 +93,4 @@ class SlabSize:
         return keep
 
     def shrunk(self) -> None:
-        """Note that the memory which `shrink` cut off was given back."""
         self.state = _STEADY

@@ -86,7 +86,6 @@ class Slot:
 
     @property
     def offset_bytes(self) -> int:
-        """Where the extent begins in the slab."""
         assert self.extent is not None, "only FREE slots have no extent"
         return self.extent.offset_bytes
 
@@ -118,12 +117,10 @@ class SlotTable:
 
     @property
     def used(self) -> int:
-        """Slots that are not FREE."""
         return self.count - len(self.free_slots)
 
     @property
     def full(self) -> bool:
-        """Whether no slot is FREE."""
         return not self.free_slots
 
     def allocate(self) -> Slot:

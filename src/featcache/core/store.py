@@ -59,7 +59,6 @@ class Store:
 
     @property
     def committed_bytes(self) -> int:
-        """Bytes of the slab that have memory behind them."""
         return self.allocator.end_bytes
 
     @property
@@ -117,7 +116,6 @@ class Store:
         return slot
 
     def wait(self, request: Request, now_s: float, tag: object) -> tuple[Waiter, list[Effect]]:
-        """Enqueue a reservation."""
         self.check_size(request.nbytes)
         if len(self.queue) >= self.limits.waiters:
             raise PoolFull(
@@ -290,7 +288,6 @@ class Store:
     # --- size -----------------------------------------------------------------------------------
 
     def grown(self, end_bytes: int, now_s: float) -> list[Effect]:
-        """Count the slab as committed up to `end_bytes` and serve the queue."""
         self.size.grown(end_bytes)
         return self.serve(now_s)
 
@@ -299,7 +296,6 @@ class Store:
         return self.size.shrink(now_s, wanted=bool(self.queue))
 
     def shrunk(self, now_s: float) -> list[Effect]:
-        """Count the tail as given back and serve the queue."""
         self.size.shrunk()
         return self.serve(now_s)
 

@@ -39,7 +39,6 @@ class CudaBackend:
     def make(
         self, plan: Plan, capacity_bytes: int, segment_bytes: int, *, huge_pages: bool
     ) -> CudaSlab:
-        """Make an empty slab."""
         try:
             return CudaSlab(self._load(), plan.kind, plan.ordinal, capacity_bytes, segment_bytes)
         except MemoryError as error:

@@ -101,7 +101,6 @@ class Driver:
     # --- devices ----------------------------------------------------------------------------------
 
     def device_count(self) -> int:
-        """Return the number of devices that this process sees."""
         return int(self._check("cuDeviceGetCount", self.api.cuDeviceGetCount()))
 
     def uuid_of(self, ordinal: int) -> str:
@@ -206,7 +205,6 @@ class Driver:
         )
 
     def unreserve(self, address: int, size_bytes: int) -> None:
-        """Free a reserved range of addresses."""
         self._check("cuMemAddressFree", self.api.cuMemAddressFree(address, size_bytes))
 
     def map(self, address: int, size_bytes: int, handle: Any) -> None:
@@ -258,7 +256,6 @@ class Driver:
         return int(self._check("cuIpcOpenMemHandle", self.api.cuIpcOpenMemHandle(named, flags)))
 
     def ipc_close(self, address: int) -> None:
-        """Unmap an address that `ipc_open` returned."""
         self._check("cuIpcCloseMemHandle", self.api.cuIpcCloseMemHandle(address))
 
     # --- host memory, in the current context ------------------------------------------------------------
@@ -292,7 +289,6 @@ class Driver:
         self._check("cuStreamSynchronize", self.api.cuStreamSynchronize(stream))
 
     def end_stream(self, stream: Any) -> None:
-        """Destroy a stream of `stream`."""
         self._check("cuStreamDestroy", self.api.cuStreamDestroy(stream))
 
     def mark(self, stream: Any) -> Any:

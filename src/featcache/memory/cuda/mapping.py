@@ -57,12 +57,10 @@ class CudaMapping:
 
     @property
     def device(self) -> torch.device:
-        """The device that this mapping was made for."""
         return self._home.device
 
     @property
     def end_bytes(self) -> int:
-        """Bytes from the slab's start that are mapped here."""
         return self._backing.end_bytes
 
     # --- devices ----------------------------------------------------------------------------------
@@ -117,18 +115,15 @@ class CudaMapping:
         return None if device.type == "cpu" else self._streams_on(self._ordinal_at(device)).order()
 
     def blocking_read_bytes(self, nbytes: int, device: torch.device | None) -> int:
-        """Return the bytes of a host copy that blocks a thread for as long as this read."""
         return nbytes * _SLOWDOWN if device is not None and device.type == "cpu" else 0
 
     def view(
         self, offset_bytes: int, spec: TensorSpec, device: torch.device | None = None
     ) -> torch.Tensor:
-        """Return a tensor over the slab's bytes, on a device that has it mapped."""
         streams = self._home if device is None else self._streams_on(self._ordinal_at(device))
         return streams.view(offset_bytes, spec)
 
     def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
-        """Return a new tensor to read into."""
         return torch.empty(
             spec.shape,
             dtype=DTYPES[spec.dtype],
@@ -195,7 +190,6 @@ class CudaMapping:
 
     @property
     def writable(self) -> bool:
-        """Whether `write` may be called: in the owner always, elsewhere after `open_for_writing`."""
         return self._target is not None
 
     def open_for_writing(self, fds: Sequence[int]) -> None:
@@ -231,7 +225,6 @@ class CudaMapping:
         return parts, self._home.order() if on_device else None
 
     def blocking_write_bytes(self, parts: Parts) -> int:
-        """Return the bytes of a host copy that blocks a thread for as long as this write."""
         total_bytes = 0
         for _, tensor in parts:
             if tensor.get_device() < 0:
@@ -323,18 +316,15 @@ class CudaMapping:
     # --- size and end -----------------------------------------------------------------------------
 
     def extend(self, start_bytes: int, size_bytes: int, fd: int) -> None:
-        """Map a segment of the owner's. May block. The descriptor stays the caller's."""
         if not isinstance(self._backing, SegmentBacking):
             raise AttachRefused("the owner sent a segment of a slab that has one fixed one")
         self._backing.adopt(start_bytes, size_bytes, fd)
 
     def cut(self, end_bytes: int) -> None:
-        """Unmap the segments from `end_bytes` on. No work on them may be in progress. May block."""
         if isinstance(self._backing, SegmentBacking):
             self._backing.cut(end_bytes)
 
     def finish(self) -> None:
-        """Wait for all work of this process on the devices that map it. Blocks."""
         for ordinal in list(self._by_ordinal):
             self._driver.synchronize(ordinal)
 

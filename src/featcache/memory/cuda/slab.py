@@ -44,7 +44,6 @@ class CudaSlab(CudaMapping):
         return []
 
     def segments(self, start_bytes: int, stop_bytes: int) -> list[Segment]:
-        """Return the segments in a part of the range."""
         if isinstance(self._memory, IpcBacking):
             return []
         return [

@@ -67,7 +67,6 @@ class DeviceStreams:
             return order
 
     def view(self, offset_bytes: int, spec: TensorSpec) -> torch.Tensor:
-        """Return a tensor over the slab's bytes."""
         storage = self.storage
         if storage is None:
             raise CacheClosed("this mapping of the slab is closed")

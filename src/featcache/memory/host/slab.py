@@ -43,7 +43,6 @@ _memmove: Callable[[int, int, int], int] = ctypes.memmove  # drops the GIL, unli
 
 
 def _plain(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's memory is its value, in order, on the CPU."""
     return tensor.is_cpu and copies.is_plain(tensor)
 
 
@@ -75,7 +74,6 @@ class _Target(NamedTuple):
 
     @classmethod
     def over(cls, mapping: mmap.mmap) -> "_Target":
-        """Return the target over a mapping, which lives as long as the target's storage."""
         whole = torch.frombuffer(mapping, dtype=torch.uint8)
         return cls(whole.data_ptr(), whole.untyped_storage())
 
@@ -113,7 +111,6 @@ class HostMapping:
 
     @property
     def device(self) -> torch.device:
-        """The CPU."""
         return CPU
 
     @property
@@ -122,7 +119,6 @@ class HostMapping:
         return self.home is CPU
 
     def can_copy_to(self, device: torch.device | None) -> bool:
-        """Whether `read` can copy there: it always can."""
         return True
 
     def enable_device(self, device: torch.device) -> None:
@@ -147,13 +143,11 @@ class HostMapping:
         return view_of(storage, offset_bytes, spec, CPU)
 
     def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
-        """Return a new tensor to read into."""
         return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device or self.home)
 
     def fetch(
         self, offset_bytes: int, spec: TensorSpec, device: torch.device | None, order: Streams
     ) -> torch.Tensor:
-        """Return a new tensor with the slab's bytes."""
         out = self.empty(spec, device)
         self.read(offset_bytes, spec, out, order)
         return out
@@ -173,7 +167,6 @@ class HostMapping:
 
     @property
     def writable(self) -> bool:
-        """Whether `write` can be called."""
         return self._target is not None
 
     def open_for_writing(self, fds: Sequence[int]) -> None:
@@ -232,7 +225,6 @@ class HostMapping:
     # --- words ------------------------------------------------------------------------------------
 
     def adopt(self, block: Block, words: memoryview) -> memoryview:
-        """Return the words: the CPU writes them as they are."""
         return words
 
     def signal(self, words: memoryview, index: int, value: int, order: Streams) -> None:
@@ -256,11 +248,9 @@ class HostMapping:
         """Do nothing: no copy is in progress when its call has returned."""
 
     def forget(self) -> None:
-        """Drop the mapping in a forked child."""
         self.close()
 
     def close(self) -> None:
-        """Drop the mapping; live tensors over it keep it."""
         self._region = None
         self._storage = None
         self._target = None
@@ -330,15 +320,12 @@ class HostSlab(HostMapping):
         return []
 
     def descriptors(self) -> list[int]:
-        """Return the read-only descriptor, which readers map."""
         return [self._reader_fd]
 
     def write_descriptors(self) -> list[int]:
-        """Return the descriptor that can be mapped for writing."""
         return [self._fd]
 
     def close(self) -> None:
-        """Drop the mapping and the descriptors."""
         super().close()
         for fd in (self._fd, self._reader_fd):
             if fd >= 0:
