@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from core.books import check_books
 from featcache.core.allocator import ALIGNMENT_BYTES
 from featcache.core.effects import (
     ClaimPassed,
@@ -884,7 +885,7 @@ class KeyedMachine(RuleBasedStateMachine):
     @invariant()
     def books_agree(self) -> None:
         store, directory = self.store, self.store.directory
-        store.allocator.check()
+        check_books(store.allocator)
         assert store.allocator.used_bytes == self.used
         assert store.committed_bytes == self.end
         assert list(store._retiring.values()) == [feature.slot for feature in self.retiring]

@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from core.books import check_books
 from featcache.core.allocator import ALIGNMENT_BYTES
 from featcache.core.effects import Effect, Expired, Grow, Limits, Recycled, SlotRetired, Woken
 from featcache.core.put_queue import Request, Waiter, WaiterState
@@ -532,7 +533,7 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def bytes_are_accounted_for(self) -> None:
         store, allocator, limits = self.store, self.store.allocator, self.limits
-        allocator.check()
+        check_books(allocator)
         used = sum(feature.stop - feature.start for feature in self.live.values())
         assert store.committed_bytes == self.end <= limits.capacity_bytes
         assert allocator.used_bytes == used

@@ -13,16 +13,7 @@ import anyio
 from featcache.control import messages
 from featcache.control.channel import Channel, close_all
 from featcache.control.credentials import PidWatch, check_uid, own_pidfd
-from featcache.control.messages import (
-    VERSION,
-    ProtocolError,
-    Segments,
-    UnmapTail,
-    Welcome,
-    decode_from_owner,
-    encode,
-    is_answer,
-)
+from featcache.control.messages import ProtocolError, Welcome, decode_from_owner, encode, is_answer
 from featcache.control.pending import PendingRequests
 from featcache.errors import AttachRefused, CacheClosed, FeatcacheError, OwnerLost, OwnerUnreachable
 from featcache.settings import Settings
@@ -32,7 +23,7 @@ _FAREWELL_S = 1.0
 _MAX_UNTAKEN = 1024
 """Changes of the slab that may come before `take_slab_changes`."""
 
-SlabChange = Segments | UnmapTail
+SlabChange = messages.Segments | messages.UnmapTail
 
 
 class LinkState(enum.Enum):
@@ -92,15 +83,16 @@ class Link:
         """Send the hello; return the welcome and its descriptors but for the owner's pidfd."""
         pidfd = own_pidfd()
         try:
-            hello = messages.Hello(VERSION, name, device, self._message_bytes)
+            hello = messages.Hello(messages.VERSION, name, device, self._message_bytes)
             self._channel.send(encode(hello), [pidfd])
         finally:
             os.close(pidfd)
         welcome = await asyncio.shield(self._welcome)
         if self.lost is not None:
             raise OwnerUnreachable(self.lost)
-        if welcome.version != VERSION:
-            raise AttachRefused(f"the owner speaks version {welcome.version}, not {VERSION}")
+        if welcome.version != messages.VERSION:
+            theirs = f"the owner speaks version {welcome.version}"
+            raise AttachRefused(f"{theirs}, not {messages.VERSION}")
         if not self._welcome_fds:
             raise AttachRefused("the owner's welcome came without descriptors")
         self._watch = PidWatch(self._welcome_fds.pop(0), lambda: self._lose("its process died"))
@@ -166,7 +158,7 @@ class Link:
             self._watch.close()
         self._close_welcome()
         self._on_slab = None  # it refers to the connection that holds this link: no cycle is left
-        self._end("the session was closed")
+        self._end()
 
     def forget(self) -> None:
         self._state = LinkState.CLOSED
@@ -202,7 +194,7 @@ class Link:
                 self._state = LinkState.GREETED
                 self._welcome.set_exception(AttachRefused(f"refused: {message.reason}"))
             elif isinstance(message, messages.Farewell) and self._state is not LinkState.GREETING:
-                self._resolve(self._farewell)
+                self._on_farewell()
             elif isinstance(message, messages.Closing):
                 self._lose("it closed the pool")
             else:
@@ -212,7 +204,7 @@ class Link:
                 close_all(fds)
 
     def _change_slab(self, change: SlabChange, fds: list[int]) -> None:
-        if len(fds) != (len(change.sizes) if isinstance(change, Segments) else 0):
+        if len(fds) != (len(change.sizes) if isinstance(change, messages.Segments) else 0):
             close_all(fds)
             raise ProtocolError("a change of the slab needs one descriptor for each new segment")
         if self._on_slab is not None:
@@ -237,21 +229,19 @@ class Link:
         if self.on_lost is not None:
             self.on_lost(reason)
 
-    def _end(self, reason: str) -> None:
+    def _end(self) -> None:
         """Fail whatever awaits an answer that can't come."""
-        lost = self.lost or reason
-        kind = CacheClosed if self.lost is None else OwnerLost
+        why = self.lost or "the session was closed"
         if not self._welcome.done():
             refused = AttachRefused if self.lost is None else OwnerUnreachable
-            self._welcome.set_exception(refused(lost))
+            self._welcome.set_exception(refused(why))
             self._welcome.exception()  # counted as seen: nobody may be waiting
-        self._resolve(self._farewell)
-        self.requests.end(kind(lost))
+        self._on_farewell()
+        self.requests.end(CacheClosed(why) if self.lost is None else OwnerLost(why))
 
-    @staticmethod
-    def _resolve(future: asyncio.Future[None]) -> None:
-        if not future.done():
-            future.set_result(None)
+    def _on_farewell(self) -> None:
+        if not self._farewell.done():
+            self._farewell.set_result(None)
 
 
 async def dial(

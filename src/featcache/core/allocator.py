@@ -51,11 +51,6 @@ _BINS: Final = _bin_of(MAX_END_BYTES) + 1
 _LEAST: Final = tuple(_least_of(index) for index in range(_BINS + 1))
 
 
-def _must(condition: object, otherwise: str) -> None:
-    if not condition:
-        raise AssertionError(otherwise)
-
-
 class Extent:
     """A piece of the range. Callers may read its offset and size, until they free it."""
 
@@ -102,8 +97,7 @@ class OffsetAllocator:
         """Bytes that are given out. To be read only; no property, as it is looked at in every put."""
         self._mask = 0  # a bit for each bin that holds something
         # Dicts serve as ordered sets: the newest extent of a bin is its last.
-        self._bins: list[dict[Extent, None]]
-        self._bins = [{} for _ in range(_BINS)]
+        self._bins: list[dict[Extent, None]] = [{} for _ in range(_BINS)]
         self._heaps: dict[int, list[_HeapEntry]] = {}
         # Stands before the first extent and after the last. Never free, so nothing is joined to it.
         wall = self._wall = Extent(0, 0, self)
@@ -143,8 +137,7 @@ class OffsetAllocator:
         size = (size_bytes + (ALIGNMENT_BYTES - 1)) & -ALIGNMENT_BYTES or ALIGNMENT_BYTES
         if size > self._end - self.used_bytes:
             return None
-        node = self._find(size)
-        if node is None:
+        if (node := self._find(size)) is None:
             return None
         # The caller's extent is always a new object: so an old one that is freed twice is refused
         # even when its bytes are in use again.
@@ -208,33 +201,6 @@ class OffsetAllocator:
     def shrink(self, end_bytes: int) -> None:
         """Moves the end down. What lies beyond the new end must be free."""
         self._move_end(end_bytes, self._end - self.tail_free_bytes, self._end)
-
-    def check(self) -> None:
-        """Walks everything and raises AssertionError where the books are wrong. For tests."""
-        offset = used = count = 0
-        free: list[Extent] = []
-        node = self._wall._next
-        while node is not self._wall:
-            size, is_free = node.size_bytes, node._owner is None
-            _must(node.offset_bytes == offset, "extents leave a gap or overlap")
-            _must(size > 0 and size % ALIGNMENT_BYTES == 0, "a size is not aligned")
-            _must(node._next._previous is node, "neighbours disagree")
-            if is_free:
-                _must(node._bin == _bin_of(size), "an extent is in a wrong bin")
-                _must(node._previous not in free[-1:], "free neighbours were not joined")
-                free.append(node)
-            else:
-                used += size
-                count += 1
-            offset += size
-            node = node._next
-        _must(
-            (self._end, self.used_bytes, self._count) == (offset, used, count), "a total is wrong"
-        )
-        _must(all(node in self._bins[node._bin] for node in free), "one is in no bin")
-        _must(sum(map(len, self._bins)) == len(free), "a bin holds what is not free")
-        mask = sum(1 << index for index, members in enumerate(self._bins) if members)
-        _must(mask == self._mask, "the mask is wrong")
 
     def _move_end(self, end_bytes: int, lowest: int, highest: int) -> None:
         if end_bytes % ALIGNMENT_BYTES or not lowest <= end_bytes <= highest:

@@ -41,11 +41,8 @@ class KeyWaiter:
     def __init__(
         self, number: int, key: bytes, session: int, *, can_make: bool, tag: object
     ) -> None:
-        self.number = number
-        self.key = key
-        self.session = session
-        self.can_make = can_make
-        self.tag = tag
+        self.number, self.key, self.session = number, key, session
+        self.can_make, self.tag = can_make, tag
         self.state = KeyWaiterState.WAITING
         self.slot: Slot | None = None
         """The slot on which it has a grant, once FOUND."""
@@ -114,8 +111,7 @@ class KeyQueue:
         return key in self._claims
 
     def holds(self, key: bytes, claim: int) -> bool:
-        held = self._claims.get(key)
-        return held is not None and held[0] == claim
+        return self._claims.get(key, (None, 0))[0] == claim
 
     def release_claim(self, key: bytes, claim: int) -> KeyWaiter | None:
         """End a claim, if it is the one that is out; return the waiter that holds the next, if any."""

@@ -95,20 +95,20 @@ class KeyedStore(Store):
 
     # --- dropping keys ---------------------------------------------------------------------------
 
-    def _dropped(
-        self, slot: Slot, key: bytes, now_s: float, cause: str, grace_s: float = 0.0
-    ) -> list[Effect]:
+    def _drop_key(self, slot: Slot, now_s: float, cause: str) -> Evicted:
+        key = slot.key
+        assert key is not None, "it is kept under a key"
+        self.directory.drop(slot)
         self.evicted += 1
-        evicted = Evicted(key, slot.nbytes, now_s - slot.used_s, cause)
-        return [evicted, *self._unkept(slot, now_s, grace_s)]
+        return Evicted(key, slot.nbytes, now_s - slot.used_s, cause)
 
     def evict(self, key: bytes, now_s: float) -> list[Effect]:
         """Drop a key by name, pinned or not; its readers may finish. An unknown key is no error."""
         slot = self.directory.find(key)
         if slot is None:
             return []
-        self.directory.drop(slot)
-        return self._dropped(slot, key, now_s, "asked", self.limits.grace_s)
+        evicted = self._drop_key(slot, now_s, "asked")
+        return [evicted, *self._unkept(slot, now_s, self.limits.grace_s)]
 
     def pin(self, key: bytes, session: int) -> None:
         """Pin a key against eviction, or raise KeyNotFound."""
@@ -158,12 +158,8 @@ class KeyedStore(Store):
         scan_all = everything > FEW and (size_bytes < failed_bytes or now_s >= until_s)
         for windows in [FEW, everything] if scan_all else [FEW]:
             for growth_bytes in growths:
-                going = victims(
-                    *(self.recency, self.allocator, size_bytes, held),
-                    windows=windows,
-                    growth_bytes=growth_bytes,
-                )
-                if going:
+                args = self.recency, self.allocator, size_bytes, held
+                if going := victims(*args, windows=windows, growth_bytes=growth_bytes):
                     return going
         if scan_all:
             self._failed_scan = (size_bytes, now_s + _FULL_SCAN_INTERVAL_S)
@@ -206,10 +202,7 @@ class KeyedStore(Store):
     def _evict_all(self, slots: Iterable[Slot], now_s: float, cause: str) -> list[Effect]:
         effects: list[Effect] = []
         for slot in slots:
-            assert slot.key is not None, "idle slots are kept under a key"
-            key = slot.key
-            self.directory.drop(slot)
-            effects += self._dropped(slot, key, now_s, cause)
+            effects += [self._drop_key(slot, now_s, cause), *self._unkept(slot, now_s, 0.0)]
         return effects
 
     # --- the ends of others -----------------------------------------------------------------------
@@ -230,14 +223,9 @@ class KeyedStore(Store):
         """Revoke a PUBLISHED slot whose bytes will never be complete: its writer died."""
         slot.reads_left, slot.owed_by_names = 0, None
         self._leave_owing(slot)
-        effects: list[Effect] = []
-        if slot.key is not None:
-            key = slot.key
-            self.directory.drop(slot)
-            self.evicted += 1
-            effects.append(Evicted(key, slot.nbytes, now_s - slot.used_s, "writer lost"))
+        evicted = [] if slot.key is None else [self._drop_key(slot, now_s, "writer lost")]
         # Retired though grants may be out: `due` passes it over until they are paid.
-        return [*effects, self._retire(slot, now_s)]
+        return [*evicted, self._retire(slot, now_s)]
 
 
 def _reaches(slot: Slot, offset_bytes: int) -> bool:

@@ -23,8 +23,7 @@ class SizeState(enum.Enum):
     SHRINKING = "shrinking"
 
 
-# Members of an enum are slow to look up.
-_STEADY = SizeState.STEADY
+_STEADY = SizeState.STEADY  # members of an enum are slow to look up
 
 
 class SlabSize:

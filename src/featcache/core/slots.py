@@ -33,26 +33,10 @@ class Slot:
     """One entry of the table. `generation` grows at each `SlotTable.allocate` and never repeats."""
 
     __slots__ = (
-        "born_s",
-        "due_s",
-        "extent",
-        "generation",
-        "grants",
-        "idle",
-        "index",
-        "key",
-        "listed",
-        "nbytes",
-        "owed_by_names",
-        "paid_by",
-        "reads_left",
-        "retired_s",
-        "state",
-        "tick",
-        "ttl_s",
-        "used_s",
+        "born_s", "due_s", "extent", "generation", "grants", "idle", "index", "key", "listed", "nbytes",
+        "owed_by_names", "paid_by", "reads_left", "retired_s", "state", "tick", "ttl_s", "used_s",
         "wanted_key",
-    )
+    )  # fmt: skip
 
     def __init__(self, index: int) -> None:
         self.index = index

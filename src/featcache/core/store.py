@@ -121,7 +121,7 @@ class Store:
             raise PoolFull(
                 f"{len(self.queue)} puts wait already, the bound: shed load, or raise Settings.waiters"
             )
-        waiter = self.queue.join(request, now_s, tag)
+        waiter = self.queue.join(request, tag)
         self.waited += 1
         return waiter, self.serve(now_s)
 
@@ -149,10 +149,7 @@ class Store:
         """Give up a RESERVED slot into which a copy may still be running: `recycle` frees it."""
         if slot.state is not _RESERVED:
             raise ValueError(f"slot {slot.label} is {slot.state.name}, not RESERVED")
-        slot.state = _RETIRING
-        slot.retired_s = slot.due_s = now_s
-        self._retiring[slot.index] = slot
-        return [SlotRetired(slot)]
+        return [self._retire(slot, now_s)]
 
     def publish(self, slot: Slot, now_s: float) -> list[Effect]:
         """Make a slot readable; its age counts from now."""
@@ -332,9 +329,8 @@ class Store:
         """Keep a slot that was just published under its key; grant it to those that wait for it."""
         slot.wanted_key = None
         replaced = self.directory.keep(key, slot, now_s)
-        effects: list[Effect] = []
-        if replaced is not None:
-            effects += self._unkept(replaced, now_s, self.limits.grace_s)
+        grace_s = self.limits.grace_s
+        effects = [] if replaced is None else self._unkept(replaced, now_s, grace_s)
         for waiter in self.key_waiters.found(key, slot):
             # Granted before it is told: until it takes the slot, only this grant keeps the bytes.
             self._grant(slot, now_s)
