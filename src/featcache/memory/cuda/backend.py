@@ -64,7 +64,7 @@ class CudaBackend:
             driver = self._load()
         except BackendUnavailable as error:
             raise Unreachable(str(error)) from error
-        return attach(driver, peer.kind, peer.device_name, peer.capacity_bytes, peer.handle, device)
+        return attach(driver, peer, device)
 
 
 def choose_kind(driver: Driver, ordinal: int, wanted: str) -> tuple[str, str]:
@@ -87,44 +87,28 @@ def choose_kind(driver: Driver, ordinal: int, wanted: str) -> tuple[str, str]:
     return IPC, "the device can't share memory segments by descriptor"
 
 
-def attach(
-    driver: Driver,
-    kind: str,
-    device_uuid: str,
-    capacity_bytes: int,
-    handle: bytes,
-    device: torch.device | None,
-) -> CudaMapping:
+def attach(driver: Driver, peer: PeerSlab, device: torch.device | None) -> CudaMapping:
     """Map another process's slab for a device of this one. May block; segments come by `extend`.
 
-    Args:
-        driver: the driver.
-        kind: `VMM` or `IPC`.
-        device_uuid: the slab's device.
-        capacity_bytes: bytes of the slab's range.
-        handle: the legacy handle; empty for `VMM`.
-        device: the device that reads; None is the slab's own, else torch's current one.
+    The device that reads is by default the slab's own, else torch's current one.
 
     Raises:
         Unreachable: the device has no peer access to the slab's.
         BackendUnavailable: the driver refused; the message names the call and the advice.
 
     """
-    theirs = driver.ordinal_of(device_uuid)
+    theirs = driver.ordinal_of(peer.device_name)
     if device is not None and device.index is not None:
         ordinal = device.index
     else:
         ordinal = theirs if theirs is not None and device is None else torch.cuda.current_device()
     if theirs is not None and not driver.can_reach(ordinal, theirs):
-        raise Unreachable(f"cuda:{ordinal} has no peer access to the slab's device, {device_uuid}")
+        where = f"the slab's device, {peer.device_name}"
+        raise Unreachable(f"cuda:{ordinal} has no peer access to {where}")
     backing: Backing
-    if kind == VMM:
-        backing = SegmentBacking(driver, ordinal, capacity_bytes)
+    if peer.kind == VMM:
+        backing = SegmentBacking(driver, ordinal, peer.capacity_bytes)
     else:
-        assert kind == IPC, kind
-        backing = IpcBacking(driver, ordinal, capacity_bytes, handle=handle)
-    try:
-        return CudaMapping(driver, backing, ordinal)
-    except BaseException:
-        backing.close()
-        raise
+        assert peer.kind == IPC, peer.kind
+        backing = IpcBacking(driver, ordinal, peer.capacity_bytes, handle=peer.handle)
+    return CudaMapping(driver, backing, ordinal)

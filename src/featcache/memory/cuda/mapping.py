@@ -38,20 +38,27 @@ class Words(NamedTuple):
 
 
 class CudaMapping:
-    """A slab on a GPU, mapped for one device of this process or for several."""
+    """A slab on a GPU, mapped for one device of this process or for several.
+
+    The backing is the mapping's to close, also where it can't be made.
+    """
 
     deferred = True
     zero_copy = True
 
     def __init__(self, driver: Driver, backing: Backing, ordinal: int) -> None:
         self._driver = driver
-        self._backing: Backing = backing
+        self._backing = backing
         self._ordinal = ordinal
         self._by_ordinal: dict[int, DeviceStreams] = {}
         self._by_device: dict[torch.device, DeviceStreams] = {}
         """The same by torch.device with an index: reading a torch.device's parts is slow."""
         self._adopted: dict[int, tuple[memoryview, int]] = {}
-        self._home = self._open_device(ordinal)
+        try:
+            self._home = self._open_device(ordinal)
+        except BaseException:
+            backing.close()
+            raise
         self._target: tuple[int, torch.UntypedStorage] | None = None
         """The slab's start in a writable range of addresses, and a storage over that range."""
 
@@ -124,11 +131,8 @@ class CudaMapping:
         return streams.view(offset_bytes, spec)
 
     def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
-        return torch.empty(
-            spec.shape,
-            dtype=DTYPES[spec.dtype],
-            device=self._home.device if device is None else device,
-        )
+        device = self._home.device if device is None else device
+        return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device)
 
     def fetch(
         self,
@@ -305,9 +309,7 @@ class CudaMapping:
             with self._driver.on(other.streams.ordinal):
                 event = self._driver.mark(other.stream)
             try:
-                with self._driver.on(
-                    last.streams.ordinal
-                ):  # stream 0 is the current context's default
+                with self._driver.on(last.streams.ordinal):  # stream 0 is this context's default
                     self._driver.follow(last.stream, event)
             finally:
                 self._driver.drop(event)

@@ -16,17 +16,12 @@ class CudaSlab(CudaMapping):
         self.capacity_bytes = capacity_bytes
         self.device_name = driver.uuid_of(ordinal)
         self._segment_bytes = segment_bytes
-        backing: SegmentBacking | IpcBacking
+        self._memory: SegmentBacking | IpcBacking
         if kind == VMM:
-            backing = SegmentBacking(driver, ordinal, capacity_bytes, write=True)
+            self._memory = SegmentBacking(driver, ordinal, capacity_bytes, write=True)
         else:
-            backing = IpcBacking(driver, ordinal, capacity_bytes)
-        self._memory = backing
-        try:
-            super().__init__(driver, backing, ordinal)
-        except BaseException:
-            backing.close()
-            raise
+            self._memory = IpcBacking(driver, ordinal, capacity_bytes)
+        super().__init__(driver, self._memory, ordinal)
         assert self._home.storage is not None, "a new mapping is open"
         self._target = (self._home.address, self._home.storage)
 
@@ -36,12 +31,10 @@ class CudaSlab(CudaMapping):
         return self._memory.handle if isinstance(self._memory, IpcBacking) else b""
 
     def descriptors(self) -> list[int]:
-        """Return none: segments are sent one by one, as they are made."""
+        """Return none: segments are sent one by one, as they are made, and serve for writing too."""
         return []
 
-    def write_descriptors(self) -> list[int]:
-        """Return none: the segments' descriptors serve for writing too."""
-        return []
+    write_descriptors = descriptors
 
     def segments(self, start_bytes: int, stop_bytes: int) -> list[Segment]:
         if isinstance(self._memory, IpcBacking):
