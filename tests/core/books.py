@@ -23,7 +23,7 @@ def check_books(allocator: OffsetAllocator) -> None:
             count += 1
         offset += size
         node = node._next
-    totals = allocator._end, allocator.used_bytes, allocator._count
+    totals = allocator.end_bytes, allocator.used_bytes, allocator._count
     assert totals == (offset, used, count), "a total is wrong"
     assert all(node in allocator._bins[node._bin] for node in free), "one is in no bin"
     assert sum(map(len, allocator._bins)) == len(free), "a bin holds what is not free"

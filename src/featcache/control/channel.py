@@ -221,10 +221,8 @@ class Channel:
 
     def _queue(self, frame: bytes, descriptors: Sequence[int]) -> None:
         self._outgoing_bytes += len(frame)
-        if (
-            len(self._outgoing) >= _MAX_QUEUED
-            or self._outgoing_bytes > _MAX_QUEUED_FULL * self._limit_bytes
-        ):
+        too_long = self._outgoing_bytes > _MAX_QUEUED_FULL * self._limit_bytes
+        if too_long or len(self._outgoing) >= _MAX_QUEUED:
             unread = f"{len(self._outgoing)} messages of {self._outgoing_bytes} bytes"
             self._lose(ProtocolError(f"the peer left {unread} unread"))
             return

@@ -89,12 +89,11 @@ def _heap_entry(extent: Extent) -> _HeapEntry:
 class OffsetAllocator:
     """Gives out extents of `[0, end)`, aligned to 256 bytes and never overlapping."""
 
-    __slots__ = ("_bins", "_count", "_end", "_heaps", "_mask", "_wall", "used_bytes")
+    __slots__ = ("_bins", "_count", "_heaps", "_mask", "_wall", "end_bytes", "used_bytes")
 
     def __init__(self, end_bytes: int = 0) -> None:
-        self._end = self._count = 0
-        self.used_bytes = 0
-        """Bytes that are given out. To be read only; no property, as it is looked at in every put."""
+        self.end_bytes = self.used_bytes = self._count = 0
+        """To be read only; no properties, as they are looked at in every put."""
         self._mask = 0  # a bit for each bin that holds something
         # Dicts serve as ordered sets: the newest extent of a bin is its last.
         self._bins: list[dict[Extent, None]] = [{} for _ in range(_BINS)]
@@ -105,12 +104,8 @@ class OffsetAllocator:
         self.grow(end_bytes)
 
     @property
-    def end_bytes(self) -> int:
-        return self._end
-
-    @property
     def free_bytes(self) -> int:
-        return self._end - self.used_bytes
+        return self.end_bytes - self.used_bytes
 
     @property
     def extent_count(self) -> int:
@@ -135,7 +130,7 @@ class OffsetAllocator:
         if size_bytes < 0:
             raise ValueError(f"size_bytes must not be negative, got {size_bytes}")
         size = (size_bytes + (ALIGNMENT_BYTES - 1)) & -ALIGNMENT_BYTES or ALIGNMENT_BYTES
-        if size > self._end - self.used_bytes:
+        if size > self.end_bytes - self.used_bytes:
             return None
         if (node := self._find(size)) is None:
             return None
@@ -196,26 +191,26 @@ class OffsetAllocator:
 
     def grow(self, end_bytes: int) -> None:
         """Moves the end up: the bytes from the old end on are free."""
-        self._move_end(end_bytes, self._end, MAX_END_BYTES)
+        self._move_end(end_bytes, self.end_bytes, MAX_END_BYTES)
 
     def shrink(self, end_bytes: int) -> None:
         """Moves the end down. What lies beyond the new end must be free."""
-        self._move_end(end_bytes, self._end - self.tail_free_bytes, self._end)
+        self._move_end(end_bytes, self.end_bytes - self.tail_free_bytes, self.end_bytes)
 
     def _move_end(self, end_bytes: int, lowest: int, highest: int) -> None:
         if end_bytes % ALIGNMENT_BYTES or not lowest <= end_bytes <= highest:
             allowed = f"a multiple of {ALIGNMENT_BYTES} from {lowest} to {highest}"
             raise ValueError(f"the end must be {allowed}, not {end_bytes}")
         tail = self._wall._previous
-        change = end_bytes - self._end
+        change = end_bytes - self.end_bytes
         if tail._owner is None:
             self._resize(tail, tail.size_bytes + change)
         elif change:
-            added = Extent(self._end, change, None)
+            added = Extent(self.end_bytes, change, None)
             added._previous, added._next = tail, self._wall
             tail._next = self._wall._previous = added
             self._link(added, _bin_of(change))
-        self._end = end_bytes
+        self.end_bytes = end_bytes
 
     def _find(self, size: int) -> Extent | None:
         units = size >> _UNIT_BITS

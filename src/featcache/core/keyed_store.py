@@ -60,16 +60,15 @@ class KeyedStore(Store):
 
     def wait_for_key(self, key: bytes, session: int, *, can_make: bool, tag: object) -> KeyWaiter:
         """Wait for a key that `lookup` did not find; see `core.key_queue`."""
-        if can_make and not self.key_waiters.claimed(key):  # chosen at once: it does not wait
-            if self.key_waiters.claims >= self.limits.slots:
-                raise PoolFull(
-                    f"{self.key_waiters.claims} features are being made already, the bound"
-                )
-        elif self.key_waiters.count >= self.limits.waiters:
+        waiters = self.key_waiters
+        if can_make and not waiters.claimed(key):  # chosen at once: it does not wait
+            if waiters.claims >= self.limits.slots:
+                raise PoolFull(f"{waiters.claims} features are being made already, the bound")
+        elif waiters.count >= self.limits.waiters:
             raise PoolFull(
-                f"{self.key_waiters.count} wait for keys already, the bound: raise Settings.waiters"
+                f"{waiters.count} wait for keys already, the bound: raise Settings.waiters"
             )
-        return self.key_waiters.join(key, session, can_make=can_make, tag=tag)
+        return waiters.join(key, session, can_make=can_make, tag=tag)
 
     def take(self, waiter: KeyWaiter) -> Slot | None:
         """Finish the handshake: return the granted slot, or None if the waiter has the claim."""
@@ -137,9 +136,8 @@ class KeyedStore(Store):
         if self.table.full:
             coldest = self.recency.coldest(held)
             return [] if coldest is None else self._evict_all([coldest], now_s, "room")
-        grows = bool(
-            self.size.state is not SizeState.STEADY or self.size.growth_for(request.nbytes, now_s)
-        )
+        steady = self.size.state is SizeState.STEADY
+        grows = not steady or self.size.growth_for(request.nbytes, now_s) > 0
         if grows and not self.limits.evict_first:
             return []
         size_bytes = max(round_up(request.nbytes, ALIGNMENT_BYTES), ALIGNMENT_BYTES)

@@ -222,13 +222,10 @@ class Store:
         """Pay all reads that a dead named reader still owes; return their number."""
         paid, effects = 0, list[Effect]()
         for slot in self.table.in_use():
-            if (
-                slot.owed_by_names is None
-                or name not in slot.owed_by_names
-                or slot.state is _RETIRING
-            ):
+            names = slot.owed_by_names
+            if names is None or name not in names or slot.state is _RETIRING:
                 continue
-            slot.owed_by_names.remove(name)
+            names.remove(name)
             slot.reads_left -= 1
             paid += 1
             if slot.reads_left == 0 and slot.state is _PUBLISHED:
@@ -359,9 +356,8 @@ class Store:
         while (waiter := self.queue.head) is not None:
             slot = self.reserve(waiter.request, now_s, first=True)
             if slot is None:
-                if not self.table.full and (
-                    end := self.size.growth_for(waiter.request.nbytes, now_s)
-                ):
+                end = self.size.growth_for(waiter.request.nbytes, now_s)
+                if end and not self.table.full:
                     self.size.begin_growth()
                     effects.append(Grow(end))
                 break

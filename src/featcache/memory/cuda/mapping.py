@@ -59,12 +59,9 @@ class CudaMapping:
         except BaseException:
             backing.close()
             raise
+        self.device = self._home.device
         self._target: tuple[int, torch.UntypedStorage] | None = None
         """The slab's start in a writable range of addresses, and a storage over that range."""
-
-    @property
-    def device(self) -> torch.device:
-        return self._home.device
 
     @property
     def end_bytes(self) -> int:
@@ -131,7 +128,7 @@ class CudaMapping:
         return streams.view(offset_bytes, spec)
 
     def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
-        device = self._home.device if device is None else device
+        device = self.device if device is None else device
         return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device)
 
     def fetch(
@@ -204,7 +201,7 @@ class CudaMapping:
             raise AttachRefused("the owner sent descriptors where a slab on a GPU has none")
         if self._target is None:
             address = self._backing.open_for_writing()
-            self._target = (address, self._backing.storage(address, self._home.device))
+            self._target = (address, self._backing.storage(address, self.device))
 
     def stage(self, parts: Parts) -> tuple[Parts, StreamOrder | None]:
         """Return the parts, moved to this device if on another, and the caller's stream position.
@@ -219,7 +216,7 @@ class CudaMapping:
             elif where >= 0:
                 # torch runs a copy between devices behind the current streams of both, and makes them
                 # wait for it: the order below, this device's stream, stands behind the copy.
-                device = self._home.device
+                device = self.device
                 parts = [
                     (spec, part.to(device) if part.get_device() >= 0 else part)
                     for spec, part in parts

@@ -9,6 +9,8 @@ from featcache.memory.slab import Segment
 class CudaSlab(CudaMapping):
     """The owner's mapping, and the memory behind it."""
 
+    handle = b""  # but for legacy IPC
+
     def __init__(
         self, driver: Driver, kind: str, ordinal: int, capacity_bytes: int, segment_bytes: int
     ) -> None:
@@ -21,14 +23,10 @@ class CudaSlab(CudaMapping):
             self._memory = SegmentBacking(driver, ordinal, capacity_bytes, write=True)
         else:
             self._memory = IpcBacking(driver, ordinal, capacity_bytes)
+            self.handle = self._memory.handle
         super().__init__(driver, self._memory, ordinal)
         assert self._home.storage is not None, "a new mapping is open"
         self._target = (self._home.address, self._home.storage)
-
-    @property
-    def handle(self) -> bytes:
-        """The legacy handle that readers open; empty where segments are sent."""
-        return self._memory.handle if isinstance(self._memory, IpcBacking) else b""
 
     def descriptors(self) -> list[int]:
         """Return none: segments are sent one by one, as they are made, and serve for writing too."""
