@@ -617,7 +617,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert not self.live
         assert not self.busy
         assert self.store.largest_free_bytes == self.store.free_bytes == self.limits.capacity_bytes
-        assert self.store.allocator.extent_count == self.store.table.used == 0
+        assert check_books(self.store.allocator) == self.store.table.used == 0
 
     def teardown(self) -> None:
         if not hasattr(self, "store"):

@@ -51,10 +51,7 @@ _OVER = frozenset((LinkState.CLOSED, LinkState.LOST))
 
 
 class Link:
-    """One attached session. `on_lost` is called once if the owner ends it, never after `close`.
-
-    `number`, `request` and `tell` are those of its `PendingRequests`.
-    """
+    """One attached session. `on_lost` is called once if the owner ends it, never after `close`."""
 
     def __init__(self, sock: socket.socket, endpoint: str, settings: Settings) -> None:
         self.endpoint = endpoint
@@ -74,7 +71,7 @@ class Link:
             sock, settings.message_bytes, self._on_message, self._on_channel_lost, requester=True
         )
         self.requests = PendingRequests(self._channel)
-        # Bound here: neither a frame nor a look-up more for each request.
+        # Those of its requests, bound here: neither a frame nor a look-up more for each request.
         self.number = self.requests.number
         self.request = self.requests.request
         self.tell = self.requests.tell

@@ -302,8 +302,6 @@ _ANSWERS: Final = frozenset(get_args(Answer))
 
 
 # By a set of types: isinstance would try each class of the union in turn, and a struct's is slow.
-
-
 def is_request(message: object) -> TypeGuard[Request]:
     """Whether a message is one of `Request`."""
     return type(message) in REQUESTS

@@ -28,10 +28,7 @@ _QUARANTINE_EVENT_S = 0.1
 
 
 class Server:
-    """Accepts, greets and keeps the sessions. Everything runs in the loop, nothing blocks.
-
-    `host` is the pool's side of a session's life, `handlers` of its requests.
-    """
+    """Accepts, greets and keeps the sessions. Everything runs in the loop, nothing blocks."""
 
     def __init__(
         self,

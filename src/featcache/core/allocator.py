@@ -1,13 +1,10 @@
 """Places extents in the linear range of bytes `[0, end)`, whose end can move.
 
 The idea is Sebastian Aaltonen's OffsetAllocator (https://github.com/sebbbi/OffsetAllocator): free
-extents lie in bins whose sizes are spaced like small floating point numbers, and a bit mask finds
-the next bin that is not empty. What differs:
-
-- The original rounds a request up to the next bin, and so may miss a fit in the request's own bin.
-  Here a request fails only when no free extent is large enough.
-- One Python int is the mask of all bins, where the original needs two levels of words.
-- The end can move, and the size of the largest free extent is known.
+extents lie in bins whose sizes are spaced like small floating point numbers, and a bit mask, here one
+int, finds the next bin that is not empty. The original rounds a request up to the next bin, and so may
+miss a fit in its own; here a request fails only when no free extent is large enough. Also, the end can
+move, and the size of the largest free extent is known.
 
 All of it is constant time, save that the largest of a crowded bin is found in logarithmic time
 (amortised). Nothing here may be called from two threads at once.
@@ -89,10 +86,10 @@ def _heap_entry(extent: Extent) -> _HeapEntry:
 class OffsetAllocator:
     """Gives out extents of `[0, end)`, aligned to 256 bytes and never overlapping."""
 
-    __slots__ = ("_bins", "_count", "_heaps", "_mask", "_wall", "end_bytes", "used_bytes")
+    __slots__ = ("_bins", "_heaps", "_mask", "_wall", "end_bytes", "used_bytes")
 
     def __init__(self, end_bytes: int = 0) -> None:
-        self.end_bytes = self.used_bytes = self._count = 0
+        self.end_bytes = self.used_bytes = 0
         """To be read only; no properties, as they are looked at in every put."""
         self._mask = 0  # a bit for each bin that holds something
         # Dicts serve as ordered sets: the newest extent of a bin is its last.
@@ -106,10 +103,6 @@ class OffsetAllocator:
     @property
     def free_bytes(self) -> int:
         return self.end_bytes - self.used_bytes
-
-    @property
-    def extent_count(self) -> int:
-        return self._count
 
     @property
     def tail_free_bytes(self) -> int:
@@ -149,7 +142,6 @@ class OffsetAllocator:
         else:
             self._resize(node, rest)
         self.used_bytes += size
-        self._count += 1
         return extent
 
     def free(self, extent: Extent) -> None:
@@ -160,7 +152,6 @@ class OffsetAllocator:
         extent._owner = None
         size = extent.size_bytes
         self.used_bytes -= size
-        self._count -= 1
         previous, following = extent._previous, extent._next
         if previous._owner is None or following._owner is None:
             # As `_drop`, inline: features mostly lie beside what was free already.

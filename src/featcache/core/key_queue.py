@@ -55,8 +55,7 @@ class KeyQueue:
 
     def __init__(self) -> None:
         self._waiting: dict[bytes, OrderedDict[int, KeyWaiter]] = {}
-        self._claims: dict[bytes, tuple[int, int]] = {}
-        """By key: the claim's number and the session that holds it."""
+        self._claims: dict[bytes, tuple[int, int]] = {}  # by key: its number and its session
         self._numbers = 0
         self.count = 0
 

@@ -41,28 +41,18 @@ _F_SEAL_FUTURE_WRITE: Final = 0x0010  # Linux 5.1; Python's fcntl does not name 
 class Header:
     """Indices of the header words of an owner's block."""
 
-    MAGIC = 0
-    SLOTS = 1
-    CAPACITY = 2
+    MAGIC, SLOTS, CAPACITY = range(3)
     WAITING = 3
     """n > 0 while a put waits: a reader then rings the owner's eventfd at each n-th of its releases.
 
     Every release rings (1) unless the owner is busy with releases and polls each millisecond anyway.
     """
-    COMMITTED = 4
-    USED = 5
-    SLOTS_USED = 6
-    WAITERS = 7
-    WAITING_BYTES = 8
-    LARGEST_FREE = 9
+    COMMITTED, USED, SLOTS_USED, WAITERS, WAITING_BYTES, LARGEST_FREE = range(4, 10)
     SHRINK_EPOCH = 10
     """How often the slab has shrunk. A reader at an older epoch may have old memory mapped where new
     segments are, and reads nothing until it has unmapped that.
     """
-    KEYS = 11
-    RESIDENT = 12
-    PINNED = 13
-    EVICTED = 14
+    KEYS, RESIDENT, PINNED, EVICTED = range(11, 15)
 
 
 # --- order ---------------------------------------------------------------------------------------

@@ -74,12 +74,11 @@ def choose_kind(driver: Driver, ordinal: int, wanted: str) -> tuple[str, str]:
         BackendUnavailable: `wanted` is ``"vmm"`` and the device can't.
 
     """
-    able = driver.can_share_segments(ordinal)
+    able, asked = driver.can_share_segments(ordinal), "Settings.backend asks for it"
     if wanted == "ipc":
-        return IPC, "Settings.backend asks for it"
+        return IPC, asked
     if able:
-        why = "Settings.backend asks for it" if wanted == "vmm" else "the device can share segments"
-        return VMM, why
+        return VMM, asked if wanted == "vmm" else "the device can share segments"
     if wanted == "vmm":
         raise BackendUnavailable(
             "this device can't share memory segments by descriptor: Settings(backend='ipc')"

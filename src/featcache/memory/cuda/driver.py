@@ -4,8 +4,7 @@ The bindings are imported lazily: neither ``import featcache`` nor a host slab n
 package. The module of bindings is an argument, so that tests without a GPU can pass a fake that keeps
 the driver's rules.
 
-Addresses, handles and streams are ints here (the bindings' classes are made where a call needs them);
-sizes are bytes; devices are ordinals of this process, and between processes UUIDs.
+Addresses, handles and streams are ints here; sizes are bytes; devices are ordinals of this process.
 """
 
 import importlib

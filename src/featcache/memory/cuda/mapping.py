@@ -235,9 +235,9 @@ class CudaMapping:
     def write(
         self, offset_bytes: int, parts: Parts, order: StreamOrder | None, word: Word | None = None
     ) -> None:
-        """Copy staged tensors in: from the GPU enqueued at `order`, from the host complete on return.
+        """As `Mapping.write`: from the GPU enqueued at `order`, from the host complete on return.
 
-        Then `signal` the word: for one bare tensor, the common feature, in one call with its copy.
+        The word of one bare tensor, the common feature, goes in one call with its copy.
         """
         streams, target = self._home, self._target
         if streams.storage is None:
