@@ -87,9 +87,8 @@ class Link:
         welcome = await asyncio.shield(self._welcome)
         if self.lost is not None:
             raise OwnerUnreachable(self.lost)
-        if welcome.version != messages.VERSION:
-            theirs = f"the owner speaks version {welcome.version}"
-            raise AttachRefused(f"{theirs}, not {messages.VERSION}")
+        if (theirs := welcome.version) != messages.VERSION:
+            raise AttachRefused(f"the owner speaks version {theirs}, not {messages.VERSION}")
         if not self._welcome_fds:
             raise AttachRefused("the owner's welcome came without descriptors")
         self._watch = PidWatch(self._welcome_fds.pop(0), lambda: self._lose("its process died"))

@@ -4,7 +4,8 @@ The bindings are imported lazily: neither ``import featcache`` nor a host slab n
 package. The module of bindings is an argument, so that tests without a GPU can pass a fake that keeps
 the driver's rules.
 
-Addresses, handles and streams are ints here; sizes are bytes; devices are ordinals of this process.
+Addresses, handles and streams are ints (the bindings' classes are made where a call needs them), sizes
+are bytes, devices are ordinals of this process; between processes they are UUIDs.
 """
 
 import importlib
