@@ -11,6 +11,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from core.books import check_books
 from featcache.core.allocator import ALIGNMENT_BYTES
 from featcache.core.effects import Effect, Grow, Limits, Recycled, SlotRetired, Woken
 from featcache.core.put_queue import Request, Waiter, WaiterState
@@ -363,7 +364,7 @@ class RoomMachine(RuleBasedStateMachine):
     @invariant()
     def bytes_are_accounted_for(self) -> None:
         store, allocator, limits = self.store, self.store.allocator, self.limits
-        allocator.check()
+        check_books(allocator)
         used = self.used
         assert store.committed_bytes == self.end <= limits.capacity_bytes
         assert allocator.used_bytes == used

@@ -14,6 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from core.books import check_books
 from featcache.core import allocator as allocator_module
 from featcache.core.allocator import ALIGNMENT_BYTES, MAX_END_BYTES, Extent, OffsetAllocator
 
@@ -173,12 +174,11 @@ class AllocatorMachine(RuleBasedStateMachine):
     @invariant()
     def same_as_the_model(self) -> None:
         allocator = self.allocator
-        allocator.check()
         used = sum(stop - start for start, stop, _ in self.used)
         assert allocator.end_bytes == self.end
         assert allocator.used_bytes == used
         assert allocator.free_bytes == self.end - used
-        assert allocator.extent_count == len(self.used)
+        assert check_books(allocator) == len(self.used)
         assert allocator.largest_free_bytes == self.largest()
         assert allocator.tail_free_bytes == self.tail()
         for start, stop, extent in self.used:
@@ -199,14 +199,14 @@ def test_the_whole_range_fits_exactly(end: int) -> None:
     assert allocator.allocate(0) is None
     allocator.free(extent)
     assert allocator.largest_free_bytes == end
-    allocator.check()
+    check_books(allocator)
 
 
 def test_an_empty_range_holds_nothing() -> None:
     allocator = OffsetAllocator()
     assert allocator.allocate(0) is None
     assert allocator.largest_free_bytes == allocator.tail_free_bytes == 0
-    allocator.check()
+    check_books(allocator)
 
 
 def test_a_fit_behind_the_newest_of_its_own_bin_is_found() -> None:
@@ -231,7 +231,7 @@ def test_fragmented_space_is_refused_and_joins_when_freed() -> None:
     allocator.free(extents[31])
     assert allocator.largest_free_bytes == 3 * UNIT
     assert allocate(allocator, 3 * UNIT).offset_bytes == 30 * UNIT
-    allocator.check()
+    check_books(allocator)
 
 
 def test_zero_bytes_take_a_place_of_their_own() -> None:
@@ -258,7 +258,7 @@ def test_double_free_is_refused_even_after_the_bytes_are_in_use_again() -> None:
         allocator.free(first)
     assert allocator.used_bytes == UNIT
     allocator.free(second)
-    allocator.check()
+    check_books(allocator)
 
 
 def test_an_extent_of_another_allocator_is_refused() -> None:
@@ -267,7 +267,7 @@ def test_an_extent_of_another_allocator_is_refused() -> None:
     with pytest.raises(ValueError, match="another allocator"):
         ours.free(extent)
     assert theirs.used_bytes == UNIT
-    ours.check()
+    check_books(ours)
 
 
 @pytest.mark.parametrize("size", [UNIT, 1000 * UNIT, 1001 * UNIT, 1_100_000])
@@ -340,7 +340,7 @@ def test_growth_joins_a_free_tail_and_follows_a_used_one() -> None:
     assert allocator.largest_free_bytes == 4 * MIB
     allocator.free(extent)
     assert allocator.largest_free_bytes == allocator.end_bytes == 5 * MIB
-    allocator.check()
+    check_books(allocator)
 
 
 def test_shrink_takes_only_what_is_free_at_the_tail() -> None:
@@ -361,7 +361,7 @@ def test_shrink_takes_only_what_is_free_at_the_tail() -> None:
     assert allocator.free_bytes == allocator.largest_free_bytes == 0
     allocator.grow(MIB)
     assert allocate(allocator, MIB).offset_bytes == 0
-    allocator.check()
+    check_books(allocator)
 
 
 @pytest.mark.parametrize("end", [-UNIT, UNIT // 2, MAX_END_BYTES + UNIT])
@@ -449,7 +449,7 @@ def test_the_largest_of_a_crowded_bin_is_exact_through_churn() -> None:
             else:
                 assert units > largest
         assert allocator.largest_free_bytes == max(free_sizes(allocator), default=0)
-    allocator.check()
+    check_books(allocator)
 
 
 def test_the_last_of_a_crowded_bin_may_change_its_size() -> None:
@@ -460,7 +460,7 @@ def test_the_last_of_a_crowded_bin_may_change_its_size() -> None:
     assert allocator.largest_free_bytes == 1000 * UNIT
     allocate(allocator, UNIT)
     assert allocator.largest_free_bytes == 999 * UNIT
-    allocator.check()
+    check_books(allocator)
 
 
 def test_heaps_do_not_keep_what_is_gone() -> None:
@@ -471,7 +471,7 @@ def test_heaps_do_not_keep_what_is_gone() -> None:
         assert allocator.largest_free_bytes == 1023 * UNIT
         allocator.free(extent)
     assert all(len(heap) <= 2 * 100 + 64 for heap in allocator._heaps.values())
-    allocator.check()
+    check_books(allocator)
 
 
 def test_random_churn_ends_in_one_free_extent() -> None:
@@ -486,8 +486,8 @@ def test_random_churn_ends_in_one_free_extent() -> None:
         elif (extent := allocator.allocate(int(2 ** randomness.uniform(0, 22)))) is not None:
             held.append(extent)
         if step % 500 == 0:
-            allocator.check()
+            check_books(allocator)
     for extent in held:
         allocator.free(extent)
     assert allocator.largest_free_bytes == allocator.free_bytes == 256 * MIB
-    allocator.check()
+    check_books(allocator)

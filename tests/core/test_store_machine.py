@@ -5,6 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
+from core.books import check_books
 from core.model import TTLS, UNIT, Feature, RoomMachine, aligned
 from featcache.core.effects import Effect, Expired, Limits, SlotRetired
 from featcache.core.put_queue import Request
@@ -295,7 +296,7 @@ class StoreMachine(RoomMachine):
         assert not self.live
         assert not self.busy
         assert self.store.largest_free_bytes == self.store.free_bytes == self.limits.capacity_bytes
-        assert self.store.allocator.extent_count == self.store.table.used == 0
+        assert check_books(self.store.allocator) == self.store.table.used == 0
 
     def teardown(self) -> None:
         if not hasattr(self, "store"):

@@ -7,6 +7,7 @@ from featcache.memory.cuda.backing import VMM
 from featcache.memory.cuda.mapping import CudaMapping
 from featcache.memory.cuda.slab import CudaSlab
 from featcache.memory.pack import Feature, pack
+from featcache.memory.slab import PeerSlab
 from featcache.ref import TensorSpec
 from memory.fakecuda import GRANULARITY_BYTES, FakeApi, OnDevice, driver_over
 
@@ -32,7 +33,11 @@ def send_segments(slab: CudaSlab, mapping: CudaMapping) -> None:
 
 def attach_to(slab: CudaSlab, api: FakeApi, device: torch.device | None = None) -> CudaMapping:
     """Attach a reader whose driver is `api` to a slab."""
-    mapping = attach(driver_over(api), slab.kind, slab.device_name, CAPACITY, slab.handle, device)
+    mapping = attach(
+        driver_over(api),
+        PeerSlab(slab.kind, slab.device_name, CAPACITY, 0, slab.handle, []),
+        device,
+    )
     try:
         send_segments(slab, mapping)
     except BaseException:

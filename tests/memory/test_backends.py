@@ -55,7 +55,7 @@ def test_a_row_is_all_that_a_backend_needs(monkeypatch: pytest.MonkeyPatch) -> N
     plan = plan_for(device, "auto")
     assert make_slab(plan, 4096, 1024, huge_pages=False) is other.slab
     assert make_host_slab(plan, 4096, huge_pages=True, pinned=False) is other.slab
-    mapping = map_slab("other", "a name", 4096, 1024, b"h", [7], device)
+    mapping = map_slab(PeerSlab("other", "a name", 4096, 1024, b"h", [7]), device)
     assert isinstance(mapping, UnreachableSlab)
     assert other.calls == [
         ("plan", device, "auto"),
@@ -76,11 +76,11 @@ def test_a_host_slab_is_made_and_mapped(no_leaks: None) -> None:
     assert (plan.kind, plan.reason, plan.max_segments) == (KIND, "", None)
     slab = make_slab(plan, 1 << 16, 1 << 16, huge_pages=False)
     slab.commit(0, 1 << 16, prefault=False)
-    mapping = map_slab(KIND, "cpu", 1 << 16, 1 << 16, b"", slab.descriptors(), None)
+    mapping = map_slab(PeerSlab(KIND, "cpu", 1 << 16, 1 << 16, b"", slab.descriptors()), None)
     assert mapping.end_bytes == 1 << 16
     for fds in ([], [*slab.descriptors(), *slab.descriptors()]):
         with pytest.raises(AttachRefused, match="one descriptor"):
-            map_slab(KIND, "cpu", 1 << 16, 0, b"", fds, None)
+            map_slab(PeerSlab(KIND, "cpu", 1 << 16, 0, b"", fds), None)
     assert all(os.fstat(fd) for fd in slab.descriptors()), "they stay the caller's"
     mapping.close()
     slab.close()
@@ -88,4 +88,4 @@ def test_a_host_slab_is_made_and_mapped(no_leaks: None) -> None:
 
 def test_a_kind_without_a_row_is_refused() -> None:
     with pytest.raises(BackendUnavailable, match="'strange'"):
-        map_slab("strange", "cpu", 4096, 0, b"", [], None)
+        map_slab(PeerSlab("strange", "cpu", 4096, 0, b"", []), None)

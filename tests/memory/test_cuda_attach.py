@@ -12,7 +12,7 @@ from featcache.memory.cuda.backing import IPC, VMM
 from featcache.memory.cuda.driver import DriverError
 from featcache.memory.cuda.mapping import CudaMapping
 from featcache.memory.cuda.slab import CudaSlab
-from featcache.memory.slab import Unreachable
+from featcache.memory.slab import PeerSlab, Unreachable
 from featcache.memory.words import SessionWords
 from featcache.ref import TensorSpec
 from memory.cudaslabs import (
@@ -99,7 +99,7 @@ async def _read_in_a_child(
     pipe: Pipe, kind: str, device_name: str, handle: bytes, segments: list[tuple[int, int, int]]
 ) -> None:
     api = FakeApi()
-    reader = attach(driver_over(api), kind, device_name, CAPACITY, handle, None)
+    reader = attach(driver_over(api), PeerSlab(kind, device_name, CAPACITY, 0, handle, []), None)
     owner = os.getppid()
     pipe.say("attached")
     owner, spec, offset = await pipe.hear()
@@ -254,9 +254,11 @@ def test_legacy_handles_of_nothing(api: FakeApi, peer_api: FakeApi) -> None:
     driver = driver_over(peer_api)
     for handle in (bytes(64), slab.handle[:16] + bytes(48)):
         with pytest.raises(BackendUnavailable, match="cuIpcOpenMemHandle"):
-            attach(driver, IPC, slab.device_name, CAPACITY, handle, None)
+            attach(driver, PeerSlab(IPC, slab.device_name, CAPACITY, 0, handle, []), None)
     with pytest.raises(BackendUnavailable, match="INVALID_CONTEXT"):
-        attach(driver_over(api), IPC, slab.device_name, CAPACITY, slab.handle, None)
+        attach(
+            driver_over(api), PeerSlab(IPC, slab.device_name, CAPACITY, 0, slab.handle, []), None
+        )
     reader = attach_to(slab, peer_api)
     with pytest.raises(AttachRefused, match="one fixed"):
         reader.extend(0, SEGMENT, 0)

@@ -13,7 +13,7 @@ from featcache.memory.cuda.backend import attach
 from featcache.memory.cuda.backing import IPC, VMM, IpcBacking, SegmentBacking
 from featcache.memory.cuda.driver import DriverError
 from featcache.memory.cuda.mapping import CudaMapping
-from featcache.memory.slab import Unreachable
+from featcache.memory.slab import PeerSlab, Unreachable
 from featcache.ref import TensorSpec
 from memory.cudaslabs import (
     CAPACITY,
@@ -211,7 +211,9 @@ class Meeting:
 
 def test_a_device_is_opened_while_a_segment_comes(api: FakeApi, peer_api: FakeApi) -> None:
     slab = make_slab(api, committed=2 * SEGMENT)
-    reader = attach(driver_over(peer_api), VMM, slab.device_name, CAPACITY, b"", None)
+    reader = attach(
+        driver_over(peer_api), PeerSlab(VMM, slab.device_name, CAPACITY, 0, b"", []), None
+    )
     first, second = slab.segments(0, CAPACITY)
     reader.extend(*first)
     meeting = Meeting(peer_api, "cuMemSetAccess")

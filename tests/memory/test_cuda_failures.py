@@ -16,7 +16,7 @@ from featcache.memory.cuda.backing import IPC, VMM
 from featcache.memory.cuda.driver import DriverError
 from featcache.memory.cuda.mapping import CudaMapping
 from featcache.memory.cuda.slab import CudaSlab
-from featcache.memory.slab import Unreachable
+from featcache.memory.slab import PeerSlab, Unreachable
 from featcache.memory.words import OwnerWords, SessionWords
 from memory.cudaslabs import (
     CAPACITY,
@@ -76,7 +76,9 @@ def own(api: FakeApi, opened: Opened, kind: str) -> None:
 def read(api: FakeApi, opened: Opened, slab: CudaSlab) -> None:
     """The whole life of a reader's mapping."""
     spec = put_one(slab, SEGMENT, torch.arange(SEGMENT // 4))
-    mapping = attach(driver_over(api), slab.kind, slab.device_name, CAPACITY, slab.handle, None)
+    mapping = attach(
+        driver_over(api), PeerSlab(slab.kind, slab.device_name, CAPACITY, 0, slab.handle, []), None
+    )
     opened.append(mapping)
     send_segments(slab, mapping)
     with words(SessionWords) as page:

@@ -11,7 +11,7 @@ from featcache.control.messages import Welcome
 from featcache.errors import AttachRefused
 from featcache.memory.backends import map_slab
 from featcache.memory.devices import default_device
-from featcache.memory.slab import Mapping, Unreachable
+from featcache.memory.slab import Mapping, PeerSlab, Unreachable
 from featcache.memory.unreachable import UnreachableSlab
 from featcache.memory.words import OwnerWords, SessionWords
 from featcache.session.attachment import Attachment, PageWords
@@ -83,15 +83,15 @@ def _mapper(
         try:
             if through_host and welcome.relays:
                 raise Unreachable("Settings.through_host is set")
-            return map_slab(
+            peer = PeerSlab(
                 welcome.kind,
                 welcome.device,
                 welcome.capacity_bytes,
                 welcome.committed_bytes,
                 welcome.handle,
                 own,
-                device,
-            ), None
+            )
+            return map_slab(peer, device), None
         except Unreachable as error:
             if not welcome.relays:
                 raise

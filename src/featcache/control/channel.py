@@ -168,8 +168,7 @@ class Channel:
     def send_next(self, payload: bytes) -> None:
         """Send one frame that requests what only a task of this loop waits for (`Batching`).
 
-        A frame that other processes may wait for the effect of is sent by `send`, which is never later
-        than the call.
+        Others may wait for the effect of another frame: `send` it, which is never later than the call.
         """
         batching = self._batching
         if batching is _TURN_BEGUN:
@@ -221,10 +220,8 @@ class Channel:
 
     def _queue(self, frame: bytes, descriptors: Sequence[int]) -> None:
         self._outgoing_bytes += len(frame)
-        if (
-            len(self._outgoing) >= _MAX_QUEUED
-            or self._outgoing_bytes > _MAX_QUEUED_FULL * self._limit_bytes
-        ):
+        too_long = self._outgoing_bytes > _MAX_QUEUED_FULL * self._limit_bytes
+        if too_long or len(self._outgoing) >= _MAX_QUEUED:
             unread = f"{len(self._outgoing)} messages of {self._outgoing_bytes} bytes"
             self._lose(ProtocolError(f"the peer left {unread} unread"))
             return
@@ -363,14 +360,11 @@ class Channel:
             self._on_lost(error)
 
     def close(self) -> None:
-        """Close the socket and the descriptors that nobody took. Idempotent.
-
-        Gathered frames go out first, as far as the socket has room for them.
-        """
+        """Close the socket and the descriptors that nobody took. Idempotent."""
         if self.state is _CLOSED:
             return
         self.state = _CLOSED
-        if self._gathered:
+        if self._gathered:  # they go out first, as far as the socket has room for them
             self._send_some(b"".join(self._gathered), ())
             self._gathered.clear()
         self._loop.remove_reader(self._fd)

@@ -76,8 +76,7 @@ class PidWatch:
         """Stop watching. Idempotent."""
         if self._fd >= 0:
             self._loop.remove_reader(self._fd)
-            os.close(self._fd)
-            self._fd = -1
+        self.forget()
 
     def forget(self) -> None:
         """Drop the descriptor in a forked child, whose copy of the loop must not be touched."""

@@ -51,14 +51,12 @@ class Dispatcher:
         self._loop = asyncio.get_running_loop()
 
     def note(self, peer: Peer, note: messages.Note) -> None:
-        """Carry out a message that has no answer."""
         if not isinstance(note, messages.Cancel):
             self._handlers.note(peer.number, note)
         elif (task := peer.tasks.get(note.request)) is not None:
             task.cancel()  # `_finish` answers it; a request without a task is answered already
 
     def answer(self, peer: Peer, request: Request) -> None:
-        """Answer a request, now or later."""
         if type(request) in _COPIES and len(peer.copies) >= _MAX_COPIES:
             raise ProtocolError(f"more than {_MAX_COPIES} copies at once")
         try:
@@ -90,8 +88,7 @@ class Dispatcher:
         peer.tasks.pop(number, None)
         peer.copies.discard(number)
         if task.cancelled():
-            error = "the request was cancelled"
-            self._send(peer, messages.Reply(number, FeatcacheError.__name__, error))
+            self._send(peer, _refusal(number, FeatcacheError("the request was cancelled")))
             return
         failure = task.exception()
         if failure is None:
@@ -107,20 +104,20 @@ class Dispatcher:
         # A session that has lost its socket, or ended while a task ran, can't take what the answer hands
         # over. Once a session is ACTIVE and its channel open, the answer is the session's: should the
         # channel end before the frame goes, its resources are freed with the session.
-        if channel is None or channel.state is _CLOSED or peer.state is not _ACTIVE:
+        if channel.state is _CLOSED or peer.state is not _ACTIVE:
             self._handlers.revoke(peer.number, answer)
             return
         payload = encode(answer)
         if len(payload) > channel.send_bytes:
             self._handlers.revoke(peer.number, answer)
             why = "the ref is too long for a message: raise Settings.message_bytes"
-            payload = encode(messages.Reply(answer.request, SettingsError.__name__, why))
+            payload = encode(_refusal(answer.request, SettingsError(why)))
         fds = self._handlers.writable() if type(answer) is _WriteDescriptors else ()
         channel.send(payload, fds)
 
 
 def _fault(number: int) -> messages.Reply:
-    return messages.Reply(number, FeatcacheError.__name__, "the owner failed: its log says why")
+    return _refusal(number, FeatcacheError("the owner failed: its log says why"))
 
 
 def _refusal(number: int, error: FeatcacheError) -> messages.Reply:

@@ -47,11 +47,9 @@ def default_directory() -> Path:
         SettingsError: it exists and belongs to another user, or is open to others.
 
     """
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    uid = os.geteuid()
-    folder = (
-        Path(runtime) / "featcache" if runtime else Path(tempfile.gettempdir(), f"featcache-{uid}")
-    )
+    runtime, uid = os.environ.get("XDG_RUNTIME_DIR"), os.geteuid()
+    name = "featcache" if runtime else f"featcache-{uid}"
+    folder = Path(runtime or tempfile.gettempdir(), name)
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
@@ -78,9 +76,8 @@ def listen(endpoint: str | None) -> tuple[socket.socket, str]:
     else:
         path = Path(endpoint)
         if path.exists() and not _is_stale(path):
-            raise SettingsError(
-                f"{path} is in use: another owner listens there, or it is no socket"
-            )
+            why = "another owner listens there, or it is no socket"
+            raise SettingsError(f"{path} is in use: {why}")
     check_endpoint(path)
     # Bound under a temporary name and renamed once it listens: between bind and listen a socket refuses
     # connections, and another owner would take it for stale and remove it.

@@ -13,24 +13,9 @@ import anyio
 from featcache.control import messages
 from featcache.control.channel import Channel, close_all
 from featcache.control.credentials import PidWatch, check_uid, own_pidfd
-from featcache.control.messages import (
-    VERSION,
-    ProtocolError,
-    Segments,
-    UnmapTail,
-    Welcome,
-    decode_from_owner,
-    encode,
-    is_answer,
-)
+from featcache.control.messages import ProtocolError, Welcome, decode_from_owner, encode, is_answer
 from featcache.control.pending import PendingRequests
-from featcache.errors import (
-    AttachRefused,
-    CacheClosed,
-    FeatcacheError,
-    OwnerLost,
-    OwnerUnreachable,
-)
+from featcache.errors import AttachRefused, CacheClosed, FeatcacheError, OwnerLost, OwnerUnreachable
 from featcache.settings import Settings
 
 _CONNECT_RETRY_S = 0.005
@@ -38,7 +23,7 @@ _FAREWELL_S = 1.0
 _MAX_UNTAKEN = 1024
 """Changes of the slab that may come before `take_slab_changes`."""
 
-SlabChange = Segments | UnmapTail
+SlabChange = messages.Segments | messages.UnmapTail
 
 
 class LinkState(enum.Enum):
@@ -66,10 +51,7 @@ _OVER = frozenset((LinkState.CLOSED, LinkState.LOST))
 
 
 class Link:
-    """One attached session. `on_lost` is called once if the owner ends it, never after `close`.
-
-    `number`, `request` and `tell` are those of its `PendingRequests`.
-    """
+    """One attached session. `on_lost` is called once if the owner ends it, never after `close`."""
 
     def __init__(self, sock: socket.socket, endpoint: str, settings: Settings) -> None:
         self.endpoint = endpoint
@@ -89,7 +71,7 @@ class Link:
             sock, settings.message_bytes, self._on_message, self._on_channel_lost, requester=True
         )
         self.requests = PendingRequests(self._channel)
-        # Bound here: neither a frame nor a look-up more for each request.
+        # Those of its requests, bound here: neither a frame nor a look-up more for each request.
         self.number = self.requests.number
         self.request = self.requests.request
         self.tell = self.requests.tell
@@ -98,15 +80,15 @@ class Link:
         """Send the hello; return the welcome and its descriptors but for the owner's pidfd."""
         pidfd = own_pidfd()
         try:
-            hello = messages.Hello(VERSION, name, device, self._message_bytes)
+            hello = messages.Hello(messages.VERSION, name, device, self._message_bytes)
             self._channel.send(encode(hello), [pidfd])
         finally:
             os.close(pidfd)
         welcome = await asyncio.shield(self._welcome)
         if self.lost is not None:
             raise OwnerUnreachable(self.lost)
-        if welcome.version != VERSION:
-            raise AttachRefused(f"the owner speaks version {welcome.version}, not {VERSION}")
+        if (theirs := welcome.version) != messages.VERSION:
+            raise AttachRefused(f"the owner speaks version {theirs}, not {messages.VERSION}")
         if not self._welcome_fds:
             raise AttachRefused("the owner's welcome came without descriptors")
         self._watch = PidWatch(self._welcome_fds.pop(0), lambda: self._lose("its process died"))
@@ -126,11 +108,9 @@ class Link:
         return reply.ref
 
     def discard_soon(self, slot: int, generation: int) -> None:
-        """As `discard`, without waiting for the answer."""
         self.tell(messages.Discard(self.number(), slot, generation))
 
     def unpin_soon(self, key: bytes) -> None:
-        """Remove a pin, without waiting for the answer."""
         self.tell(messages.KeyCommand(self.number(), key, "unpin"))
 
     def take_slab_changes(self, take: Callable[[SlabChange, list[int]], None]) -> None:
@@ -174,10 +154,9 @@ class Link:
             self._watch.close()
         self._close_welcome()
         self._on_slab = None  # it refers to the connection that holds this link: no cycle is left
-        self._end("the session was closed")
+        self._end()
 
     def forget(self) -> None:
-        """Drop descriptors in a forked child."""
         self._state = LinkState.CLOSED
         self._channel.forget()
         self.requests.forget()
@@ -211,7 +190,7 @@ class Link:
                 self._state = LinkState.GREETED
                 self._welcome.set_exception(AttachRefused(f"refused: {message.reason}"))
             elif isinstance(message, messages.Farewell) and self._state is not LinkState.GREETING:
-                self._resolve(self._farewell)
+                self._on_farewell()
             elif isinstance(message, messages.Closing):
                 self._lose("it closed the pool")
             else:
@@ -221,7 +200,7 @@ class Link:
                 close_all(fds)
 
     def _change_slab(self, change: SlabChange, fds: list[int]) -> None:
-        if len(fds) != (len(change.sizes) if isinstance(change, Segments) else 0):
+        if len(fds) != (len(change.sizes) if isinstance(change, messages.Segments) else 0):
             close_all(fds)
             raise ProtocolError("a change of the slab needs one descriptor for each new segment")
         if self._on_slab is not None:
@@ -246,21 +225,19 @@ class Link:
         if self.on_lost is not None:
             self.on_lost(reason)
 
-    def _end(self, reason: str) -> None:
+    def _end(self) -> None:
         """Fail whatever awaits an answer that can't come."""
-        lost = self.lost or reason
-        kind = CacheClosed if self.lost is None else OwnerLost
+        why = self.lost or "the session was closed"
         if not self._welcome.done():
             refused = AttachRefused if self.lost is None else OwnerUnreachable
-            self._welcome.set_exception(refused(lost))
+            self._welcome.set_exception(refused(why))
             self._welcome.exception()  # counted as seen: nobody may be waiting
-        self._resolve(self._farewell)
-        self.requests.end(kind(lost))
+        self._on_farewell()
+        self.requests.end(CacheClosed(why) if self.lost is None else OwnerLost(why))
 
-    @staticmethod
-    def _resolve(future: asyncio.Future[None]) -> None:
-        if not future.done():
-            future.set_result(None)
+    def _on_farewell(self) -> None:
+        if not self._farewell.done():
+            self._farewell.set_result(None)
 
 
 async def dial(

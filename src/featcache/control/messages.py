@@ -8,7 +8,8 @@ in `owner/requests.py`; call it from `client/`.
 """
 
 import enum
-from typing import Annotated, ClassVar, Final, Literal, TypeGuard, get_args
+from collections.abc import Callable
+from typing import Annotated, ClassVar, Final, Literal, TypeGuard, TypeVar, get_args
 
 import msgspec
 
@@ -181,11 +182,7 @@ class Welcome(
     msgspec.Struct,
     tag="welcome",
     frozen=True,
-    rename={
-        "shrink_epoch": "layout",
-        "sibling_pool": "kin",
-        "sibling_endpoint": "kin_endpoint",
-    },
+    rename={"shrink_epoch": "layout", "sibling_pool": "kin", "sibling_endpoint": "kin_endpoint"},
 ):
     """Owner, in answer to `Hello`.
 
@@ -305,8 +302,6 @@ _ANSWERS: Final = frozenset(get_args(Answer))
 
 
 # By a set of types: isinstance would try each class of the union in turn, and a struct's is slow.
-
-
 def is_request(message: object) -> TypeGuard[Request]:
     """Whether a message is one of `Request`."""
     return type(message) in REQUESTS
@@ -318,21 +313,22 @@ def is_answer(message: object) -> TypeGuard[Answer]:
 
 
 encode = msgspec.msgpack.Encoder().encode
+_M = TypeVar("_M")
+
+
+def _checked(decode: Callable[[bytes], _M], sender: str) -> Callable[[bytes], _M]:
+    """Return a decoder that raises ProtocolError."""
+
+    def checked(payload: bytes) -> _M:
+        try:
+            return decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ProtocolError(f"not a valid message from {sender}: {error}") from None
+
+    return checked
+
+
 _from_client: msgspec.msgpack.Decoder[FromClient] = msgspec.msgpack.Decoder(FromClient)
 _from_owner: msgspec.msgpack.Decoder[FromOwner] = msgspec.msgpack.Decoder(FromOwner)
-
-
-def decode_from_client(payload: bytes) -> FromClient:
-    """Return a client's message, or raise ProtocolError."""
-    try:
-        return _from_client.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"not a valid message from a client: {error}") from None
-
-
-def decode_from_owner(payload: bytes) -> FromOwner:
-    """Return an owner's message, or raise ProtocolError."""
-    try:
-        return _from_owner.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"not a valid message from an owner: {error}") from None
+decode_from_client = _checked(_from_client.decode, "a client")
+decode_from_owner = _checked(_from_owner.decode, "an owner")

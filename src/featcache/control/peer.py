@@ -3,7 +3,7 @@
 import asyncio
 import enum
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from featcache.control.channel import Channel
 from featcache.control.credentials import PidWatch
@@ -39,7 +39,8 @@ class Peer:
         self.pid = pid
         self.name: str | None = None
         self.state = SessionState.GREETING
-        self.channel: Channel | None = None
+        self.channel: Channel
+        """Set as the session is accepted."""
         self.watch: PidWatch | None = None
         self.deadline: asyncio.TimerHandle | None = None
         """Of its hello while GREETING, of the quarantine's event while QUARANTINED."""
@@ -56,20 +57,8 @@ class Peer:
             task.cancel()
 
 
-class Segment(Protocol):
-    """A piece of a slab as the server sends it."""
-
-    @property
-    def start_bytes(self) -> int:
-        """Its offset in the slab."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Its size."""
-
-    @property
-    def fd(self) -> int:
-        """The descriptor that it is mapped from."""
+Segment: TypeAlias = tuple[int, int, int]
+"""A piece of a slab: its offset and size in bytes, and the descriptor that it is mapped from."""
 
 
 class SessionHost(Protocol):

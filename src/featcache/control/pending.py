@@ -48,7 +48,6 @@ class PendingRequests:
         }
 
     def number(self) -> int:
-        """Return the number of a new request."""
         self._last_number += 1
         return self._last_number
 

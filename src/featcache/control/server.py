@@ -18,16 +18,7 @@ from featcache.control import messages
 from featcache.control.channel import Channel, close_all
 from featcache.control.credentials import PidWatch, check_uid, peer_pid
 from featcache.control.dispatch import Dispatcher, RequestHandlers
-from featcache.control.messages import (
-    MAX_SEGMENTS,
-    VERSION,
-    FromClient,
-    Hello,
-    ProtocolError,
-    decode_from_client,
-    encode,
-    is_request,
-)
+from featcache.control.messages import Hello, ProtocolError, decode_from_client, encode, is_request
 from featcache.control.peer import Peer, Segment, SessionHost, SessionState
 from featcache.errors import AttachRefused, FeatcacheError
 from featcache.settings import Settings
@@ -37,10 +28,7 @@ _QUARANTINE_EVENT_S = 0.1
 
 
 class Server:
-    """Accepts, greets and keeps the sessions. Everything runs in the loop, nothing blocks.
-
-    `host` is the pool's side of a session's life, `handlers` of its requests.
-    """
+    """Accepts, greets and keeps the sessions. Everything runs in the loop, nothing blocks."""
 
     def __init__(
         self,
@@ -90,13 +78,10 @@ class Server:
             sock.close()
             self._report_refusal(peer, str(error))
             return
+        # Partials: a lambda would be a frame more for each message.
+        calls = partial(self._on_message, peer), partial(self._on_lost, peer)
+        peer.channel = Channel(sock, self._settings.message_bytes, *calls)
         self._greeting.add(peer)
-        peer.channel = Channel(
-            sock,
-            self._settings.message_bytes,
-            partial(self._on_message, peer),  # a lambda would be a frame more for each message
-            partial(self._on_lost, peer),
-        )
         peer.deadline = self._loop.call_later(
             self._settings.attach_timeout, self._refuse, peer, "no Hello within attach_timeout"
         )
@@ -128,7 +113,7 @@ class Server:
             if fds:  # of a message that carries none
                 close_all(fds)
 
-    def _take(self, peer: Peer, message: FromClient) -> None:
+    def _take(self, peer: Peer, message: messages.FromClient) -> None:
         """Take a message of an active session that is no request."""
         if isinstance(message, messages.Note):
             self._dispatcher.note(peer, message)
@@ -157,7 +142,6 @@ class Server:
         # From `admit` to the segments is one turn of the loop, so no change of the slab's size comes
         # between: the session hears of each, after its welcome.
         self.sessions[peer.number] = peer
-        assert peer.channel is not None, "a greeting session has its channel"
         peer.shrink_epoch = welcome.shrink_epoch
         peer.channel.send_bytes = min(self._settings.message_bytes, hello.message_bytes)
         peer.channel.send(encode(welcome), descriptors)
@@ -165,21 +149,20 @@ class Server:
         self._emit(events.ReaderAttached, peer)
 
     def _check(self, hello: Hello) -> None:
-        if hello.version != VERSION:
-            raise AttachRefused(f"the client speaks version {hello.version}, the owner {VERSION}")
-        if len(self.sessions) >= self._settings.sessions:
+        if hello.version != messages.VERSION:
             raise AttachRefused(
-                f"all {self._settings.sessions} sessions are taken: raise Settings.sessions"
+                f"the client speaks version {hello.version}, the owner {messages.VERSION}"
             )
-        if hello.name is not None:
-            for other in self.sessions.values():
-                if other.name == hello.name:
-                    raise AttachRefused(f"a session named {hello.name!r} is attached already")
+        if len(self.sessions) >= self._settings.sessions:
+            taken = f"all {self._settings.sessions} sessions are taken"
+            raise AttachRefused(f"{taken}: raise Settings.sessions")
+        names = {peer.name for peer in self.sessions.values()}
+        if hello.name is not None and hello.name in names:
+            raise AttachRefused(f"a session named {hello.name!r} is attached already")
 
     def _refuse(self, peer: Peer, reason: str) -> None:
         self._report_refusal(peer, reason)
-        if peer.channel is not None:
-            peer.channel.send(encode(messages.Refused(reason[:1000])))
+        peer.channel.send(encode(messages.Refused(reason[:1000])))
         self._end(peer)
 
     def _report_refusal(self, peer: Peer, reason: str) -> None:
@@ -194,19 +177,13 @@ class Server:
     # --- the slab's size --------------------------------------------------------------------------
 
     def announce(self, segments: Sequence[Segment]) -> None:
-        """Send every session the segments that were committed."""
         for peer in self.sessions.values():
             self._send_segments(peer, segments)
 
     def _send_segments(self, peer: Peer, segments: Sequence[Segment]) -> None:
-        assert peer.channel is not None, "an active session has its channel"
-        for first in range(0, len(segments), MAX_SEGMENTS):
-            some = segments[first : first + MAX_SEGMENTS]
-            sizes = [segment.size_bytes for segment in some]
-            peer.channel.send(
-                encode(messages.Segments(some[0].start_bytes, sizes)),
-                [segment.fd for segment in some],
-            )
+        for first in range(0, len(segments), messages.MAX_SEGMENTS):
+            starts, sizes, fds = zip(*segments[first : first + messages.MAX_SEGMENTS], strict=True)
+            peer.channel.send(encode(messages.Segments(starts[0], list(sizes))), fds)
 
     def retire(
         self, shrink_epoch: int, end_bytes: int, timeout_s: float
@@ -218,7 +195,6 @@ class Server:
         keep the memory.
         """
         for peer in self.sessions.values():
-            assert peer.channel is not None, "an active session has its channel"
             peer.channel.send(encode(messages.UnmapTail(shrink_epoch, end_bytes)))
         return self._await_unmapped(shrink_epoch, timeout_s)
 
@@ -243,7 +219,6 @@ class Server:
     def _goodbye(self, peer: Peer) -> None:
         # Folded first: once the client has its Farewell, whatever it paid is counted.
         self._host.end(peer, died=False)
-        assert peer.channel is not None, "an active session has its channel"
         peer.channel.send(encode(messages.Farewell()))
         self._end(peer)
         self._emit(events.ReaderLeft, peer)
@@ -252,9 +227,7 @@ class Server:
         """Quarantine a session whose socket is gone: its process may live and be reading."""
         reason = "its socket closed" if error is None else str(error)
         if peer.state is SessionState.GREETING:
-            if (
-                error is not None
-            ):  # a peer that only probes whether the endpoint is live is no event
+            if error is not None:  # a mere probe whether the endpoint is live is no event
                 self._refuse(peer, reason)
             self._end(peer)
         elif peer.state is SessionState.ACTIVE:
@@ -267,20 +240,8 @@ class Server:
             self._host.quarantine(peer)
             # A process that is killed loses its sockets a moment before its pidfd fires: only a
             # quarantine that lasts is worth a warning.
-            peer.deadline = self._loop.call_later(
-                _QUARANTINE_EVENT_S, self._report_quarantine, peer, reason
-            )
-
-    def _report_quarantine(self, peer: Peer, reason: str) -> None:
-        events.emit(
-            events.ReaderQuarantined(
-                pool=self._host.pool_name,
-                session=peer.number,
-                reader=peer.name,
-                pid=peer.pid,
-                reason=reason,
-            )
-        )
+            report = partial(self._emit, events.ReaderQuarantined, peer, reason=reason)
+            peer.deadline = self._loop.call_later(_QUARANTINE_EVENT_S, report)
 
     def _on_death(self, peer: Peer) -> None:
         if peer.state not in {_ACTIVE, SessionState.QUARANTINED}:
@@ -288,15 +249,7 @@ class Server:
             return
         paid = self._host.end(peer, died=True)
         self._end(peer)
-        events.emit(
-            events.ReaderLost(
-                pool=self._host.pool_name,
-                session=peer.number,
-                reader=peer.name,
-                pid=peer.pid,
-                reads_paid=paid,
-            )
-        )
+        self._emit(events.ReaderLost, peer, reads_paid=paid)
 
     def _end(self, peer: Peer) -> None:
         peer.state = SessionState.ENDED
@@ -304,8 +257,7 @@ class Server:
         self.sessions.pop(peer.number, None)
         peer.cancel_tasks()
         self._settle_shrinking()  # an ended session is no longer behind
-        if peer.channel is not None:
-            peer.channel.close()
+        peer.channel.close()
         if peer.watch is not None:
             peer.watch.close()
 
@@ -315,11 +267,9 @@ class Server:
             peer.deadline.cancel()
             peer.deadline = None
 
-    def _emit(
-        self, kind: Callable[..., events.ReaderAttached | events.ReaderLeft], peer: Peer
-    ) -> None:
-        pool = self._host.pool_name
-        events.emit(kind(pool=pool, session=peer.number, reader=peer.name, pid=peer.pid))
+    def _emit(self, kind: Callable[..., events.Event], peer: Peer, **more: object) -> None:
+        which = {"session": peer.number, "reader": peer.name, "pid": peer.pid}
+        events.emit(kind(pool=self._host.pool_name, **which, **more))
 
     # --- the owner's own end --------------------------------------------------------------------
 
@@ -329,8 +279,7 @@ class Server:
             self._accept_retry.cancel()
         self._loop.remove_reader(self._sock.fileno())
         for peer in [*self.sessions.values(), *self._greeting]:
-            if peer.channel is not None:
-                peer.channel.send(encode(messages.Closing()))
+            peer.channel.send(encode(messages.Closing()))
             self._end(peer)
         self._sock.close()
         endpoints.unlink(self.endpoint)
@@ -338,8 +287,7 @@ class Server:
     def forget(self) -> None:
         """Drop descriptors in a forked child; the parent's sessions and socket file stay."""
         for peer in [*self.sessions.values(), *self._greeting]:
-            if peer.channel is not None:
-                peer.channel.forget()
+            peer.channel.forget()
             if peer.watch is not None:
                 peer.watch.forget()
         self._sock.close()

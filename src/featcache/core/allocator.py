@@ -1,13 +1,10 @@
 """Places extents in the linear range of bytes `[0, end)`, whose end can move.
 
 The idea is Sebastian Aaltonen's OffsetAllocator (https://github.com/sebbbi/OffsetAllocator): free
-extents lie in bins whose sizes are spaced like small floating point numbers, and a bit mask finds
-the next bin that is not empty. What differs:
-
-- The original rounds a request up to the next bin, and so may miss a fit in the request's own bin.
-  Here a request fails only when no free extent is large enough.
-- One Python int is the mask of all bins, where the original needs two levels of words.
-- The end can move, and the size of the largest free extent is known.
+extents lie in bins whose sizes are spaced like small floating point numbers, and a bit mask, here one
+int, finds the next bin that is not empty. The original rounds a request up to the next bin, and so may
+miss a fit in its own; here a request fails only when no free extent is large enough. Also, the end can
+move, and the size of the largest free extent is known.
 
 All of it is constant time, save that the largest of a crowded bin is found in logarithmic time
 (amortised). Nothing here may be called from two threads at once.
@@ -24,11 +21,6 @@ MAX_END_BYTES: Final = 1 << 48
 _UNIT_BITS: Final = ALIGNMENT_BYTES.bit_length() - 1
 _MANTISSA_BITS: Final = 4  # 16 bins to an octave: sizes in one bin differ by at most 6 %
 _WALK_LIMIT: Final = 8  # a bin of more free extents than this is not walked but given a heap
-
-
-def round_up(value: int, unit: int) -> int:
-    """The least multiple of a unit that is no less than a value."""
-    return -(-value // unit) * unit
 
 
 def _bin_of(size_bytes: int) -> int:
@@ -51,11 +43,6 @@ _BINS: Final = _bin_of(MAX_END_BYTES) + 1
 _LEAST: Final = tuple(_least_of(index) for index in range(_BINS + 1))
 
 
-def _must(condition: object, otherwise: str) -> None:
-    if not condition:
-        raise AssertionError(otherwise)
-
-
 class Extent:
     """A piece of the range. Callers may read its offset and size, until they free it."""
 
@@ -76,7 +63,6 @@ class Extent:
 
     @property
     def is_free(self) -> bool:
-        """Whether it is not in use."""
         return self._owner is None
 
     def __repr__(self) -> str:
@@ -95,16 +81,14 @@ def _heap_entry(extent: Extent) -> _HeapEntry:
 class OffsetAllocator:
     """Gives out extents of `[0, end)`, aligned to 256 bytes and never overlapping."""
 
-    __slots__ = ("_bins", "_count", "_end", "_heaps", "_mask", "_wall", "used_bytes")
+    __slots__ = ("_bins", "_heaps", "_mask", "_wall", "end_bytes", "used_bytes")
 
     def __init__(self, end_bytes: int = 0) -> None:
-        self._end = self._count = 0
-        self.used_bytes = 0
-        """Bytes that are given out. To be read only; no property, as it is looked at in every put."""
+        self.end_bytes = self.used_bytes = 0
+        """To be read only; no properties, as they are looked at in every put."""
         self._mask = 0  # a bit for each bin that holds something
         # Dicts serve as ordered sets: the newest extent of a bin is its last.
-        self._bins: list[dict[Extent, None]]
-        self._bins = [{} for _ in range(_BINS)]
+        self._bins: list[dict[Extent, None]] = [{} for _ in range(_BINS)]
         self._heaps: dict[int, list[_HeapEntry]] = {}
         # Stands before the first extent and after the last. Never free, so nothing is joined to it.
         wall = self._wall = Extent(0, 0, self)
@@ -112,17 +96,8 @@ class OffsetAllocator:
         self.grow(end_bytes)
 
     @property
-    def end_bytes(self) -> int:
-        return self._end
-
-    @property
     def free_bytes(self) -> int:
-        return self._end - self.used_bytes
-
-    @property
-    def extent_count(self) -> int:
-        """How many extents are in use."""
-        return self._count
+        return self.end_bytes - self.used_bytes
 
     @property
     def tail_free_bytes(self) -> int:
@@ -143,10 +118,9 @@ class OffsetAllocator:
         if size_bytes < 0:
             raise ValueError(f"size_bytes must not be negative, got {size_bytes}")
         size = (size_bytes + (ALIGNMENT_BYTES - 1)) & -ALIGNMENT_BYTES or ALIGNMENT_BYTES
-        if size > self._end - self.used_bytes:
+        if size > self.end_bytes - self.used_bytes:
             return None
-        node = self._find(size)
-        if node is None:
+        if (node := self._find(size)) is None:
             return None
         # The caller's extent is always a new object: so an old one that is freed twice is refused
         # even when its bytes are in use again.
@@ -163,7 +137,6 @@ class OffsetAllocator:
         else:
             self._resize(node, rest)
         self.used_bytes += size
-        self._count += 1
         return extent
 
     def free(self, extent: Extent) -> None:
@@ -174,7 +147,6 @@ class OffsetAllocator:
         extent._owner = None
         size = extent.size_bytes
         self.used_bytes -= size
-        self._count -= 1
         previous, following = extent._previous, extent._next
         if previous._owner is None or following._owner is None:
             # As `_drop`, inline: features mostly lie beside what was free already.
@@ -205,53 +177,26 @@ class OffsetAllocator:
 
     def grow(self, end_bytes: int) -> None:
         """Moves the end up: the bytes from the old end on are free."""
-        self._move_end(end_bytes, self._end, MAX_END_BYTES)
+        self._move_end(end_bytes, self.end_bytes, MAX_END_BYTES)
 
     def shrink(self, end_bytes: int) -> None:
         """Moves the end down. What lies beyond the new end must be free."""
-        self._move_end(end_bytes, self._end - self.tail_free_bytes, self._end)
-
-    def check(self) -> None:
-        """Walks everything and raises AssertionError where the books are wrong. For tests."""
-        offset = used = count = 0
-        free: list[Extent] = []
-        node = self._wall._next
-        while node is not self._wall:
-            size, is_free = node.size_bytes, node._owner is None
-            _must(node.offset_bytes == offset, "extents leave a gap or overlap")
-            _must(size > 0 and size % ALIGNMENT_BYTES == 0, "a size is not aligned")
-            _must(node._next._previous is node, "neighbours disagree")
-            if is_free:
-                _must(node._bin == _bin_of(size), "an extent is in a wrong bin")
-                _must(node._previous not in free[-1:], "free neighbours were not joined")
-                free.append(node)
-            else:
-                used += size
-                count += 1
-            offset += size
-            node = node._next
-        _must(
-            (self._end, self.used_bytes, self._count) == (offset, used, count), "a total is wrong"
-        )
-        _must(all(node in self._bins[node._bin] for node in free), "one is in no bin")
-        _must(sum(map(len, self._bins)) == len(free), "a bin holds what is not free")
-        mask = sum(1 << index for index, members in enumerate(self._bins) if members)
-        _must(mask == self._mask, "the mask is wrong")
+        self._move_end(end_bytes, self.end_bytes - self.tail_free_bytes, self.end_bytes)
 
     def _move_end(self, end_bytes: int, lowest: int, highest: int) -> None:
         if end_bytes % ALIGNMENT_BYTES or not lowest <= end_bytes <= highest:
             allowed = f"a multiple of {ALIGNMENT_BYTES} from {lowest} to {highest}"
             raise ValueError(f"the end must be {allowed}, not {end_bytes}")
         tail = self._wall._previous
-        change = end_bytes - self._end
+        change = end_bytes - self.end_bytes
         if tail._owner is None:
             self._resize(tail, tail.size_bytes + change)
         elif change:
-            added = Extent(self._end, change, None)
+            added = Extent(self.end_bytes, change, None)
             added._previous, added._next = tail, self._wall
             tail._next = self._wall._previous = added
             self._link(added, _bin_of(change))
-        self._end = end_bytes
+        self.end_bytes = end_bytes
 
     def _find(self, size: int) -> Extent | None:
         units = size >> _UNIT_BITS

@@ -84,8 +84,7 @@ class Directory:
         )
         if idle is slot.idle:
             return
-        slot.idle = idle
-        extent = slot.extent
+        slot.idle, extent = idle, slot.extent
         assert extent is not None, "only FREE slots have no extent"
         if not idle:
             self.idle_bytes -= extent.size_bytes
@@ -99,10 +98,9 @@ class Directory:
     def pin(self, key: bytes, session: int) -> None:
         """Make the slot under a key not evictable until each pin was taken back."""
         slot = self._slots[key]
-        pins = self._pins.get(key)
-        if pins is None:
-            pins = self._pins[key] = {}
+        if key not in self._pins:
             self.pinned_bytes += _extent_bytes(slot)
+        pins = self._pins.setdefault(key, {})
         pins[session] = pins.get(session, 0) + 1
         self.refresh(slot)
 
@@ -117,7 +115,6 @@ class Directory:
             self._unpin_session(key, pinner)
 
     def unpin_all(self, session: int) -> None:
-        """Take back all pins of a session."""
         for key in [key for key, pins in self._pins.items() if session in pins]:
             self._unpin_session(key, session)
 
@@ -131,7 +128,6 @@ class Directory:
             self.refresh(slot)
 
     def is_pinned(self, key: bytes) -> bool:
-        """Whether any session pinned it."""
         return key in self._pins
 
     def __iter__(self) -> Iterator[bytes]:

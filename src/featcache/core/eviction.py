@@ -8,6 +8,7 @@ whatever the number of features. Only where none of those windows makes room, be
 stand between, is a window tried around every feature.
 """
 
+from functools import partial
 from math import inf
 from typing import Final
 
@@ -33,10 +34,7 @@ def victims(
     Tries up to `windows` of them. `growth_bytes` more may be committed behind the last extent, once
     the victims have gone.
     """
-
-    def window_of(slot: Slot, before_tick: float) -> list[Slot]:
-        return _window(allocator, slot, size_bytes, held, growth_bytes, before_tick)
-
+    window_of = partial(_window, allocator, size_bytes, held, growth_bytes)
     coldest = recency.coldest(held)
     if coldest is None:
         return []
@@ -52,10 +50,10 @@ def victims(
 
 def _window(
     allocator: OffsetAllocator,
-    slot: Slot,
     size_bytes: int,
     held: Held,
     growth_bytes: int,
+    slot: Slot,
     before_tick: float,
 ) -> list[Slot]:
     """Return a feature and the neighbours that free one block of a size with it, the warmest first.

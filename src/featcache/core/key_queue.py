@@ -41,11 +41,8 @@ class KeyWaiter:
     def __init__(
         self, number: int, key: bytes, session: int, *, can_make: bool, tag: object
     ) -> None:
-        self.number = number
-        self.key = key
-        self.session = session
-        self.can_make = can_make
-        self.tag = tag
+        self.number, self.key, self.session = number, key, session
+        self.can_make, self.tag = can_make, tag
         self.state = KeyWaiterState.WAITING
         self.slot: Slot | None = None
         """The slot on which it has a grant, once FOUND."""
@@ -58,8 +55,7 @@ class KeyQueue:
 
     def __init__(self) -> None:
         self._waiting: dict[bytes, OrderedDict[int, KeyWaiter]] = {}
-        self._claims: dict[bytes, tuple[int, int]] = {}
-        """By key: the claim's number and the session that holds it."""
+        self._claims: dict[bytes, tuple[int, int]] = {}  # by key: its number and its session
         self._numbers = 0
         self.count = 0
 
@@ -108,17 +104,13 @@ class KeyQueue:
 
     @property
     def claims(self) -> int:
-        """The number of claims that are out."""
         return len(self._claims)
 
     def claimed(self, key: bytes) -> bool:
-        """Whether a claim to the key is out."""
         return key in self._claims
 
     def holds(self, key: bytes, claim: int) -> bool:
-        """Whether this is the claim that is out."""
-        held = self._claims.get(key)
-        return held is not None and held[0] == claim
+        return self._claims.get(key, (None, 0))[0] == claim
 
     def release_claim(self, key: bytes, claim: int) -> KeyWaiter | None:
         """End a claim, if it is the one that is out; return the waiter that holds the next, if any."""
@@ -137,7 +129,6 @@ class KeyQueue:
         return self._claims.get(key) == (claim, session)
 
     def claims_of(self, session: int) -> list[tuple[bytes, int]]:
-        """Return the claims that a session holds."""
         return [(key, claim) for key, (claim, holder) in self._claims.items() if holder == session]
 
     def waiting(self) -> list[KeyWaiter]:
@@ -145,5 +136,4 @@ class KeyQueue:
         return [waiter for waiting in self._waiting.values() for waiter in waiting.values()]
 
     def by_session(self, session: int) -> list[KeyWaiter]:
-        """Return the waiters of a session."""
         return [waiter for waiter in self.waiting() if waiter.session == session]

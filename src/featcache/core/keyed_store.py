@@ -6,7 +6,7 @@ key was dropped (evicted, or given to another feature) and the last grant on it 
 
 from collections.abc import Iterable
 
-from featcache.core.allocator import ALIGNMENT_BYTES, round_up
+from featcache.core.allocator import ALIGNMENT_BYTES
 from featcache.core.effects import ClaimPassed, Effect, Evicted, Limits
 from featcache.core.eviction import FEW, victims
 from featcache.core.key_queue import KeyWaiter, KeyWaiterState
@@ -16,6 +16,7 @@ from featcache.core.slab_size import SizeState
 from featcache.core.slots import Slot, SlotState
 from featcache.core.store import Store
 from featcache.errors import KeyNotFound, PoolFull
+from featcache.settings import round_up
 
 _FULL_SCAN_INTERVAL_S = 0.05
 
@@ -53,7 +54,6 @@ class KeyedStore(Store):
         return slot
 
     def pay_grant(self, slot: Slot, now_s: float) -> list[Effect]:
-        """Count one grant as paid."""
         slot.grants -= 1
         if slot.grants or slot.reads_left or slot.state is not SlotState.PUBLISHED:
             return []
@@ -61,16 +61,15 @@ class KeyedStore(Store):
 
     def wait_for_key(self, key: bytes, session: int, *, can_make: bool, tag: object) -> KeyWaiter:
         """Wait for a key that `lookup` did not find; see `core.key_queue`."""
-        if can_make and not self.key_waiters.claimed(key):  # chosen at once: it does not wait
-            if self.key_waiters.claims >= self.limits.slots:
-                raise PoolFull(
-                    f"{self.key_waiters.claims} features are being made already, the bound"
-                )
-        elif self.key_waiters.count >= self.limits.waiters:
+        waiters = self.key_waiters
+        if can_make and not waiters.claimed(key):  # chosen at once: it does not wait
+            if waiters.claims >= self.limits.slots:
+                raise PoolFull(f"{waiters.claims} features are being made already, the bound")
+        elif waiters.count >= self.limits.waiters:
             raise PoolFull(
-                f"{self.key_waiters.count} wait for keys already, the bound: raise Settings.waiters"
+                f"{waiters.count} wait for keys already, the bound: raise Settings.waiters"
             )
-        return self.key_waiters.join(key, session, can_make=can_make, tag=tag)
+        return waiters.join(key, session, can_make=can_make, tag=tag)
 
     def take(self, waiter: KeyWaiter) -> Slot | None:
         """Finish the handshake: return the granted slot, or None if the waiter has the claim."""
@@ -96,20 +95,20 @@ class KeyedStore(Store):
 
     # --- dropping keys ---------------------------------------------------------------------------
 
-    def _dropped(
-        self, slot: Slot, key: bytes, now_s: float, cause: str, grace_s: float = 0.0
-    ) -> list[Effect]:
+    def _drop_key(self, slot: Slot, now_s: float, cause: str) -> Evicted:
+        key = slot.key
+        assert key is not None, "it is kept under a key"
+        self.directory.drop(slot)
         self.evicted += 1
-        evicted = Evicted(key, slot.nbytes, now_s - slot.used_s, cause)
-        return [evicted, *self._unkept(slot, now_s, grace_s)]
+        return Evicted(key, slot.nbytes, now_s - slot.used_s, cause)
 
     def evict(self, key: bytes, now_s: float) -> list[Effect]:
         """Drop a key by name, pinned or not; its readers may finish. An unknown key is no error."""
         slot = self.directory.find(key)
         if slot is None:
             return []
-        self.directory.drop(slot)
-        return self._dropped(slot, key, now_s, "asked", self.limits.grace_s)
+        evicted = self._drop_key(slot, now_s, "asked")
+        return [evicted, *self._unkept(slot, now_s, self.limits.grace_s)]
 
     def pin(self, key: bytes, session: int) -> None:
         """Pin a key against eviction, or raise KeyNotFound."""
@@ -138,9 +137,8 @@ class KeyedStore(Store):
         if self.table.full:
             coldest = self.recency.coldest(held)
             return [] if coldest is None else self._evict_all([coldest], now_s, "room")
-        grows = bool(
-            self.size.state is not SizeState.STEADY or self.size.growth_for(request.nbytes, now_s)
-        )
+        steady = self.size.state is SizeState.STEADY
+        grows = not steady or self.size.growth_for(request.nbytes, now_s) > 0
         if grows and not self.limits.evict_first:
             return []
         size_bytes = max(round_up(request.nbytes, ALIGNMENT_BYTES), ALIGNMENT_BYTES)
@@ -159,12 +157,8 @@ class KeyedStore(Store):
         scan_all = everything > FEW and (size_bytes < failed_bytes or now_s >= until_s)
         for windows in [FEW, everything] if scan_all else [FEW]:
             for growth_bytes in growths:
-                going = victims(
-                    *(self.recency, self.allocator, size_bytes, held),
-                    windows=windows,
-                    growth_bytes=growth_bytes,
-                )
-                if going:
+                args = self.recency, self.allocator, size_bytes, held
+                if going := victims(*args, windows=windows, growth_bytes=growth_bytes):
                     return going
         if scan_all:
             self._failed_scan = (size_bytes, now_s + _FULL_SCAN_INTERVAL_S)
@@ -207,10 +201,7 @@ class KeyedStore(Store):
     def _evict_all(self, slots: Iterable[Slot], now_s: float, cause: str) -> list[Effect]:
         effects: list[Effect] = []
         for slot in slots:
-            assert slot.key is not None, "idle slots are kept under a key"
-            key = slot.key
-            self.directory.drop(slot)
-            effects += self._dropped(slot, key, now_s, cause)
+            effects += [self._drop_key(slot, now_s, cause), *self._unkept(slot, now_s, 0.0)]
         return effects
 
     # --- the ends of others -----------------------------------------------------------------------
@@ -231,14 +222,9 @@ class KeyedStore(Store):
         """Revoke a PUBLISHED slot whose bytes will never be complete: its writer died."""
         slot.reads_left, slot.owed_by_names = 0, None
         self._leave_owing(slot)
-        effects: list[Effect] = []
-        if slot.key is not None:
-            key = slot.key
-            self.directory.drop(slot)
-            self.evicted += 1
-            effects.append(Evicted(key, slot.nbytes, now_s - slot.used_s, "writer lost"))
+        evicted = [] if slot.key is None else [self._drop_key(slot, now_s, "writer lost")]
         # Retired though grants may be out: `due` passes it over until they are paid.
-        return [*effects, self._retire(slot, now_s)]
+        return [*evicted, self._retire(slot, now_s)]
 
 
 def _reaches(slot: Slot, offset_bytes: int) -> bool:

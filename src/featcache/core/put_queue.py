@@ -44,13 +44,10 @@ class WaiterState(enum.Enum):
 class Waiter:
     """One place in the queue. `tag` is the caller's own (a future); the core never looks at it."""
 
-    __slots__ = ("request", "since_s", "slot", "state", "tag", "ticket")
+    __slots__ = ("request", "slot", "state", "tag", "ticket")
 
-    def __init__(self, ticket: int, request: Request, since_s: float, tag: object) -> None:
-        self.ticket = ticket
-        self.request = request
-        self.since_s = since_s
-        self.tag = tag
+    def __init__(self, ticket: int, request: Request, tag: object) -> None:
+        self.ticket, self.request, self.tag = ticket, request, tag
         self.state = WaiterState.WAITING
         self.slot: Slot | None = None
 
@@ -80,10 +77,9 @@ class WaitQueue:
         """Return the waiters of a session. For its end, not for hot paths."""
         return [waiter for waiter in self._queue.values() if waiter.request.session == session]
 
-    def join(self, request: Request, now_s: float, tag: object) -> Waiter:
-        """Add a waiter at the end."""
+    def join(self, request: Request, tag: object) -> Waiter:
         self._tickets += 1
-        waiter = Waiter(self._tickets, request, now_s, tag)
+        waiter = Waiter(self._tickets, request, tag)
         self._queue[waiter.ticket] = waiter
         self.count += 1
         self.waiting_bytes += request.nbytes
@@ -105,14 +101,13 @@ class WaitQueue:
 
     def drop(self, waiter: Waiter) -> Slot | None:
         """Leave. Return the slot that was granted but not accepted, if any: the store must free it."""
-        was, waiter.state = waiter.state, WaiterState.GONE
+        was = waiter.state
         if was is WaiterState.WAITING:
             self._leave(waiter)
-            return None
-        if was is WaiterState.GRANTED:
-            return waiter.slot
-        waiter.state = was  # accepted or gone already: there is no slot to return
-        return None
+        elif was is not WaiterState.GRANTED:
+            return None  # accepted or gone already
+        waiter.state = WaiterState.GONE
+        return waiter.slot
 
     def _leave(self, waiter: Waiter) -> None:
         del self._queue[waiter.ticket]

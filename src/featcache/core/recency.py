@@ -16,10 +16,10 @@ same slot may have been recycled and entered under another key since its entry w
 
 The fields of `Slot` that belong to the policy, the only writer of them:
 
-- `listed`: the policy has an entry of the slot, so `add` is not called. It must be False once the
-  entry is dropped, or the slot is never evicted.
-- `tick`: the slot's rank; of two slots the lower one goes first. `core.eviction` compares the ranks of
-  neighbours, also of slots that no search has returned.
+- `listed`: the policy has an entry of the slot, so `add` is not called. False again once the entry is
+  dropped, or the slot is never evicted.
+- `tick`: the slot's rank, the lowest goes first. `core.eviction` compares the ranks of neighbours, also
+  of slots that no search has returned.
 - `used_s`: when it was last entered or touched, for the `Evicted` event.
 
 The order is a heap of (tick, slot) with at most one entry of a slot. A tick is given at each use, and

@@ -2,8 +2,9 @@
 
 import enum
 
-from featcache.core.allocator import ALIGNMENT_BYTES, OffsetAllocator, round_up
+from featcache.core.allocator import ALIGNMENT_BYTES, OffsetAllocator
 from featcache.core.effects import Limits
+from featcache.settings import round_up
 
 
 class SizeState(enum.Enum):
@@ -23,8 +24,7 @@ class SizeState(enum.Enum):
     SHRINKING = "shrinking"
 
 
-# Members of an enum are slow to look up.
-_STEADY = SizeState.STEADY
+_STEADY = SizeState.STEADY  # members of an enum are slow to look up
 
 
 class SlabSize:
@@ -93,5 +93,4 @@ class SlabSize:
         return keep
 
     def shrunk(self) -> None:
-        """Note that the memory which `shrink` cut off was given back."""
         self.state = _STEADY

@@ -33,26 +33,10 @@ class Slot:
     """One entry of the table. `generation` grows at each `SlotTable.allocate` and never repeats."""
 
     __slots__ = (
-        "born_s",
-        "due_s",
-        "extent",
-        "generation",
-        "grants",
-        "idle",
-        "index",
-        "key",
-        "listed",
-        "nbytes",
-        "owed_by_names",
-        "paid_by",
-        "reads_left",
-        "retired_s",
-        "state",
-        "tick",
-        "ttl_s",
-        "used_s",
+        "born_s", "due_s", "extent", "generation", "grants", "idle", "index", "key", "listed", "nbytes",
+        "owed_by_names", "paid_by", "reads_left", "retired_s", "state", "tick", "ttl_s", "used_s",
         "wanted_key",
-    )
+    )  # fmt: skip
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -86,7 +70,6 @@ class Slot:
 
     @property
     def offset_bytes(self) -> int:
-        """Where the extent begins in the slab."""
         assert self.extent is not None, "only FREE slots have no extent"
         return self.extent.offset_bytes
 
@@ -118,12 +101,10 @@ class SlotTable:
 
     @property
     def used(self) -> int:
-        """Slots that are not FREE."""
         return self.count - len(self.free_slots)
 
     @property
     def full(self) -> bool:
-        """Whether no slot is FREE."""
         return not self.free_slots
 
     def allocate(self) -> Slot:

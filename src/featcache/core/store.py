@@ -59,7 +59,6 @@ class Store:
 
     @property
     def committed_bytes(self) -> int:
-        """Bytes of the slab that have memory behind them."""
         return self.allocator.end_bytes
 
     @property
@@ -117,13 +116,12 @@ class Store:
         return slot
 
     def wait(self, request: Request, now_s: float, tag: object) -> tuple[Waiter, list[Effect]]:
-        """Enqueue a reservation."""
         self.check_size(request.nbytes)
         if len(self.queue) >= self.limits.waiters:
             raise PoolFull(
                 f"{len(self.queue)} puts wait already, the bound: shed load, or raise Settings.waiters"
             )
-        waiter = self.queue.join(request, now_s, tag)
+        waiter = self.queue.join(request, tag)
         self.waited += 1
         return waiter, self.serve(now_s)
 
@@ -151,10 +149,7 @@ class Store:
         """Give up a RESERVED slot into which a copy may still be running: `recycle` frees it."""
         if slot.state is not _RESERVED:
             raise ValueError(f"slot {slot.label} is {slot.state.name}, not RESERVED")
-        slot.state = _RETIRING
-        slot.retired_s = slot.due_s = now_s
-        self._retiring[slot.index] = slot
-        return [SlotRetired(slot)]
+        return [self._retire(slot, now_s)]
 
     def publish(self, slot: Slot, now_s: float) -> list[Effect]:
         """Make a slot readable; its age counts from now."""
@@ -227,13 +222,10 @@ class Store:
         """Pay all reads that a dead named reader still owes; return their number."""
         paid, effects = 0, list[Effect]()
         for slot in self.table.in_use():
-            if (
-                slot.owed_by_names is None
-                or name not in slot.owed_by_names
-                or slot.state is _RETIRING
-            ):
+            names = slot.owed_by_names
+            if names is None or name not in names or slot.state is _RETIRING:
                 continue
-            slot.owed_by_names.remove(name)
+            names.remove(name)
             slot.reads_left -= 1
             paid += 1
             if slot.reads_left == 0 and slot.state is _PUBLISHED:
@@ -290,7 +282,6 @@ class Store:
     # --- size -----------------------------------------------------------------------------------
 
     def grown(self, end_bytes: int, now_s: float) -> list[Effect]:
-        """Count the slab as committed up to `end_bytes` and serve the queue."""
         self.size.grown(end_bytes)
         return self.serve(now_s)
 
@@ -299,7 +290,6 @@ class Store:
         return self.size.shrink(now_s, wanted=bool(self.queue))
 
     def shrunk(self, now_s: float) -> list[Effect]:
-        """Count the tail as given back and serve the queue."""
         self.size.shrunk()
         return self.serve(now_s)
 
@@ -336,9 +326,8 @@ class Store:
         """Keep a slot that was just published under its key; grant it to those that wait for it."""
         slot.wanted_key = None
         replaced = self.directory.keep(key, slot, now_s)
-        effects: list[Effect] = []
-        if replaced is not None:
-            effects += self._unkept(replaced, now_s, self.limits.grace_s)
+        grace_s = self.limits.grace_s
+        effects = [] if replaced is None else self._unkept(replaced, now_s, grace_s)
         for waiter in self.key_waiters.found(key, slot):
             # Granted before it is told: until it takes the slot, only this grant keeps the bytes.
             self._grant(slot, now_s)
@@ -367,9 +356,8 @@ class Store:
         while (waiter := self.queue.head) is not None:
             slot = self.reserve(waiter.request, now_s, first=True)
             if slot is None:
-                if not self.table.full and (
-                    end := self.size.growth_for(waiter.request.nbytes, now_s)
-                ):
+                end = self.size.growth_for(waiter.request.nbytes, now_s)
+                if end and not self.table.full:
                     self.size.begin_growth()
                     effects.append(Grow(end))
                 break

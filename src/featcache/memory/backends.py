@@ -69,25 +69,8 @@ def make_host_slab(sibling: Plan, capacity_bytes: int, *, huge_pages: bool, pinn
     return backend.make_host(sibling, capacity_bytes, huge_pages=huge_pages, pinned=pinned)
 
 
-def map_slab(
-    kind: str,
-    device_name: str,
-    capacity_bytes: int,
-    committed_bytes: int,
-    handle: bytes,
-    fds: list[int],
-    device: torch.device | None,
-) -> Mapping:
-    """Map a peer's slab, described by a message that is not trusted. May block.
-
-    Args:
-        kind: the kind of slab.
-        device_name: ``"cpu"`` or the UUID of the slab's GPU.
-        capacity_bytes: bytes of the slab's range.
-        committed_bytes: bytes of it that have memory behind them.
-        handle: the legacy handle, or nothing.
-        fds: the descriptors that came with the welcome; they stay the caller's.
-        device: the device that reads; None is the slab's own where it is visible.
+def map_slab(peer: PeerSlab, device: torch.device | None) -> Mapping:
+    """Map a peer's slab for a device that reads; None is the slab's own where visible. May block.
 
     Raises:
         Unreachable: the device can't access the slab.
@@ -95,8 +78,7 @@ def map_slab(
         BackendUnavailable: a kind of slab, or a driver, that is missing here.
 
     """
-    backend = BY_KIND.get(kind)
+    backend = BY_KIND.get(peer.kind)
     if backend is None:
-        raise BackendUnavailable(f"this client can't map a slab of kind {kind!r}")
-    peer = PeerSlab(kind, device_name, capacity_bytes, committed_bytes, handle, fds)
+        raise BackendUnavailable(f"this client can't map a slab of kind {peer.kind!r}")
     return backend.map(peer, device)

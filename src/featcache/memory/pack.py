@@ -163,17 +163,10 @@ def same_layout(specs: tuple[TensorSpec, ...], out: Any) -> list[torch.Tensor]:
     else:
         raise SettingsError(f"out must be a dict with the names {[spec.name for spec in specs]}")
     for spec, tensor in zip(specs, tensors, strict=True):
-        dtype = DTYPES.get(spec.dtype)
-        if (
-            not isinstance(tensor, torch.Tensor)
-            or tensor.dtype is not dtype
-            or not _is_dense(tensor)
-            or tuple(tensor.shape) != spec.shape
-        ):
+        fits = isinstance(tensor, torch.Tensor) and tensor.dtype is DTYPES.get(spec.dtype)
+        if not fits or not _is_dense(tensor) or tuple(tensor.shape) != spec.shape:
             raise SettingsError(f"out must be a tensor of {spec.dtype} and shape {spec.shape}")
-        if any(
-            stride == 0 and size > 1
-            for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-        ):
+        steps = zip(tensor.stride(), tensor.shape, strict=True)
+        if any(stride == 0 and size > 1 for stride, size in steps):
             raise SettingsError("out must have memory for each element: it is an expanded view")
     return tensors

@@ -74,13 +74,10 @@ class PeerSlab(NamedTuple):
 class Mapping(Protocol):
     """A slab as one process maps it."""
 
-    @property
-    def device(self) -> torch.device:
-        """The device of `view` tensors."""
-
-    @property
-    def deferred(self) -> bool:
-        """Whether a word may land after `signal` returned, as on a GPU's stream."""
+    device: torch.device
+    """The device of `view` tensors."""
+    deferred: bool
+    """Whether a word may land after `signal` returned, as on a GPU's stream."""
 
     @property
     def end_bytes(self) -> int:
@@ -171,21 +168,14 @@ class Mapping(Protocol):
 class Slab(Mapping, Protocol):
     """The owner's side of a slab: a range of addresses, with memory behind a growing part of it."""
 
-    @property
-    def kind(self) -> str:
-        """The kind's name, by which a reader finds the backend that maps it."""
-
-    @property
-    def device_name(self) -> str:
-        """The device's name between processes: ``"cpu"`` or a GPU's UUID."""
-
-    @property
-    def handle(self) -> bytes:
-        """The handle by which a reader opens it where descriptors can't serve."""
-
-    @property
-    def capacity_bytes(self) -> int:
-        """Bytes of the range."""
+    kind: str
+    """The kind's name, by which a reader finds the backend that maps it."""
+    device_name: str
+    """The device's name between processes: ``"cpu"`` or a GPU's UUID."""
+    handle: bytes
+    """The handle by which a reader opens it where descriptors can't serve."""
+    capacity_bytes: int
+    """Bytes of the range."""
 
     def commit(self, start_bytes: int, stop_bytes: int, *, prefault: bool) -> None:
         """Commit memory to a range, or raise MemoryError with nothing changed. May block."""

@@ -27,15 +27,12 @@ class UnreachableSlab:
         self._reason = reason
 
     def can_copy_to(self, device: torch.device | None) -> bool:
-        """Whether `read` can copy there: never."""
         return False
 
     def adopt(self, block: Block, words: memoryview) -> memoryview:
-        """Return the words: the CPU writes them as they are."""
         return words
 
     def signal(self, words: memoryview, index: int, value: int, order: None) -> None:
-        """Store the word now."""
         fence_stores()
         words[index] = value
 

@@ -12,11 +12,13 @@ word, `fence_full` a word written before another word read.
 
 import ctypes
 import fcntl
+import functools
 import mmap
 import os
 import platform
 import threading
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,7 @@ from numpy.typing import NDArray
 from featcache.errors import AttachRefused, BackendUnavailable
 from featcache.settings import round_up
 
+_B = TypeVar("_B")
 _WORD_BYTES: Final = 8
 _HEADER_WORDS: Final = 64
 _OWNER_MAGIC: Final = int.from_bytes(b"fcOwner\x01", "little")
@@ -38,28 +41,18 @@ _F_SEAL_FUTURE_WRITE: Final = 0x0010  # Linux 5.1; Python's fcntl does not name 
 class Header:
     """Indices of the header words of an owner's block."""
 
-    MAGIC = 0
-    SLOTS = 1
-    CAPACITY = 2
+    MAGIC, SLOTS, CAPACITY = range(3)
     WAITING = 3
     """n > 0 while a put waits: a reader then rings the owner's eventfd at each n-th of its releases.
 
     Every release rings (1) unless the owner is busy with releases and polls each millisecond anyway.
     """
-    COMMITTED = 4
-    USED = 5
-    SLOTS_USED = 6
-    WAITERS = 7
-    WAITING_BYTES = 8
-    LARGEST_FREE = 9
+    COMMITTED, USED, SLOTS_USED, WAITERS, WAITING_BYTES, LARGEST_FREE = range(4, 10)
     SHRINK_EPOCH = 10
     """How often the slab has shrunk. A reader at an older epoch may have old memory mapped where new
     segments are, and reads nothing until it has unmapped that.
     """
-    KEYS = 11
-    RESIDENT = 12
-    PINNED = 13
-    EVICTED = 14
+    KEYS, RESIDENT, PINNED, EVICTED = range(11, 15)
 
 
 # --- order ---------------------------------------------------------------------------------------
@@ -78,14 +71,9 @@ def _membarrier() -> None:
         raise BackendUnavailable("this processor needs membarrier(2) and the kernel has none")
 
 
+@functools.cache
 def _libc() -> ctypes.CDLL:
-    global _libc_handle  # noqa: PLW0603 - opened once, only on processors that need it
-    if _libc_handle is None:
-        _libc_handle = ctypes.CDLL(None, use_errno=True)
-    return _libc_handle
-
-
-_libc_handle: ctypes.CDLL | None = None
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def _renew_lock() -> None:
@@ -133,10 +121,6 @@ def memfd(label: str, size_bytes: int) -> int:
     return fd
 
 
-def _seal(fd: int, seals: int) -> None:
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-
-
 def _map(fd: int, size_bytes: int, *, write: bool) -> mmap.mmap:
     """Map a whole block; a peer's descriptor of another size is refused before it is mapped."""
     found_bytes = os.fstat(fd).st_size
@@ -174,23 +158,26 @@ class Block:
         self.whole = words
         """All words of the block, for its registration with a driver."""
         self.header = words[:_HEADER_WORDS]
-        self._arrays = [
-            words[_HEADER_WORDS + n * slots : _HEADER_WORDS + (n + 1) * slots]
-            for n in range(arrays)
-        ]
+        starts = [_HEADER_WORDS + n * slots for n in range(arrays)]
+        self._arrays = [words[start : start + slots] for start in starts]
 
 
-def _create(label: str, slots: int, size_bytes: int, magic: int) -> tuple[int, mmap.mmap]:
+def _create(
+    make: Callable[[mmap.mmap], _B], label: str, slots: int, size_bytes: int, magic: int, seals: int
+) -> tuple[_B, int]:
+    """Return a new block and its descriptor, whose size is sealed."""
     fd = memfd(label, size_bytes)
     try:
         mapping = _map(fd, size_bytes, write=True)
+        words = memoryview(mapping).cast("Q")
+        words[Header.SLOTS], words[Header.MAGIC] = slots, magic
+        # After this mapping, which stays writable, and before it is shared: a session that truncated
+        # it would be a SIGBUS here.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        return make(mapping), fd
     except BaseException:
         os.close(fd)
         raise
-    words = memoryview(mapping).cast("Q")
-    words[Header.SLOTS] = slots
-    words[Header.MAGIC] = magic
-    return fd, mapping
 
 
 class OwnerWords(Block):
@@ -203,15 +190,8 @@ class OwnerWords(Block):
     @classmethod
     def create(cls, slots: int) -> tuple["OwnerWords", int]:
         """Return the block and its descriptor, of which no new writable mapping can be made."""
-        # Sealed after the owner's own mapping, which stays writable, and before any session gets the
-        # descriptor.
-        fd, mapping = _create("words", slots, owner_block_bytes(slots), _OWNER_MAGIC)
-        try:
-            _seal(fd, _F_SEAL_FUTURE_WRITE)
-            return cls(mapping, slots), fd
-        except BaseException:
-            os.close(fd)
-            raise
+        make, size_bytes = functools.partial(cls, slots=slots), owner_block_bytes(slots)
+        return _create(make, "words", slots, size_bytes, _OWNER_MAGIC, _F_SEAL_FUTURE_WRITE)
 
     @classmethod
     def attach(cls, fd: int, slots: int) -> "OwnerWords":
@@ -240,13 +220,8 @@ class SessionWords(Block):
     def create(cls, slots: int, grants: int = GRANTS) -> tuple["SessionWords", int]:
         """Return a page and its descriptor, whose size is sealed."""
         size_bytes = session_page_bytes(slots, grants)
-        fd, mapping = _create("session", slots, size_bytes, _SESSION_MAGIC)
-        try:
-            _seal(fd, 0)  # before it is shared: a session that truncated it would be a SIGBUS here
-            return cls(mapping, slots, grants), fd
-        except BaseException:
-            os.close(fd)
-            raise
+        make = functools.partial(cls, slots=slots, grants=grants)
+        return _create(make, "session", slots, size_bytes, _SESSION_MAGIC, 0)
 
     @classmethod
     def attach(cls, fd: int, slots: int, grants: int = GRANTS) -> "SessionWords":

@@ -39,7 +39,6 @@ class CudaBackend:
     def make(
         self, plan: Plan, capacity_bytes: int, segment_bytes: int, *, huge_pages: bool
     ) -> CudaSlab:
-        """Make an empty slab."""
         try:
             return CudaSlab(self._load(), plan.kind, plan.ordinal, capacity_bytes, segment_bytes)
         except MemoryError as error:
@@ -65,7 +64,7 @@ class CudaBackend:
             driver = self._load()
         except BackendUnavailable as error:
             raise Unreachable(str(error)) from error
-        return attach(driver, peer.kind, peer.device_name, peer.capacity_bytes, peer.handle, device)
+        return attach(driver, peer, device)
 
 
 def choose_kind(driver: Driver, ordinal: int, wanted: str) -> tuple[str, str]:
@@ -75,12 +74,11 @@ def choose_kind(driver: Driver, ordinal: int, wanted: str) -> tuple[str, str]:
         BackendUnavailable: `wanted` is ``"vmm"`` and the device can't.
 
     """
-    able = driver.can_share_segments(ordinal)
+    able, asked = driver.can_share_segments(ordinal), "Settings.backend asks for it"
     if wanted == "ipc":
-        return IPC, "Settings.backend asks for it"
+        return IPC, asked
     if able:
-        why = "Settings.backend asks for it" if wanted == "vmm" else "the device can share segments"
-        return VMM, why
+        return VMM, asked if wanted == "vmm" else "the device can share segments"
     if wanted == "vmm":
         raise BackendUnavailable(
             "this device can't share memory segments by descriptor: Settings(backend='ipc')"
@@ -88,44 +86,28 @@ def choose_kind(driver: Driver, ordinal: int, wanted: str) -> tuple[str, str]:
     return IPC, "the device can't share memory segments by descriptor"
 
 
-def attach(
-    driver: Driver,
-    kind: str,
-    device_uuid: str,
-    capacity_bytes: int,
-    handle: bytes,
-    device: torch.device | None,
-) -> CudaMapping:
+def attach(driver: Driver, peer: PeerSlab, device: torch.device | None) -> CudaMapping:
     """Map another process's slab for a device of this one. May block; segments come by `extend`.
 
-    Args:
-        driver: the driver.
-        kind: `VMM` or `IPC`.
-        device_uuid: the slab's device.
-        capacity_bytes: bytes of the slab's range.
-        handle: the legacy handle; empty for `VMM`.
-        device: the device that reads; None is the slab's own, else torch's current one.
+    The device that reads is by default the slab's own, else torch's current one.
 
     Raises:
         Unreachable: the device has no peer access to the slab's.
         BackendUnavailable: the driver refused; the message names the call and the advice.
 
     """
-    theirs = driver.ordinal_of(device_uuid)
+    theirs = driver.ordinal_of(peer.device_name)
     if device is not None and device.index is not None:
         ordinal = device.index
     else:
         ordinal = theirs if theirs is not None and device is None else torch.cuda.current_device()
     if theirs is not None and not driver.can_reach(ordinal, theirs):
-        raise Unreachable(f"cuda:{ordinal} has no peer access to the slab's device, {device_uuid}")
+        where = f"the slab's device, {peer.device_name}"
+        raise Unreachable(f"cuda:{ordinal} has no peer access to {where}")
     backing: Backing
-    if kind == VMM:
-        backing = SegmentBacking(driver, ordinal, capacity_bytes)
+    if peer.kind == VMM:
+        backing = SegmentBacking(driver, ordinal, peer.capacity_bytes)
     else:
-        assert kind == IPC, kind
-        backing = IpcBacking(driver, ordinal, capacity_bytes, handle=handle)
-    try:
-        return CudaMapping(driver, backing, ordinal)
-    except BaseException:
-        backing.close()
-        raise
+        assert peer.kind == IPC, peer.kind
+        backing = IpcBacking(driver, ordinal, peer.capacity_bytes, handle=peer.handle)
+    return CudaMapping(driver, backing, ordinal)

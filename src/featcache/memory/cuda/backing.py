@@ -6,9 +6,10 @@ forked child, where CUDA calls fail, nothing is taken down.
 
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -32,32 +33,11 @@ class _Mapped(NamedTuple):
     """In the owner the descriptor by which other processes map it; elsewhere -1."""
 
 
-class Backing(Protocol):
-    """Memory that devices of this process can access at an address of their own."""
+class Backing(ABC):
+    """Memory that devices of this process can access at an address of their own.
 
-    @property
-    def capacity_bytes(self) -> int:
-        """Bytes of the range."""
-
-    @property
-    def end_bytes(self) -> int:
-        """Bytes from the start that have memory behind them."""
-
-    def enable_device(self, ordinal: int) -> int:
-        """Give a device access; return the address at which it has it. May block."""
-
-    def open_for_writing(self) -> int:
-        """Return the address at which the first device may write it. May block."""
-
-    def storage(self, address: int, device: torch.device) -> torch.UntypedStorage:
-        """Return a storage over the whole range. The backing stays up while it lives."""
-
-    def close(self) -> None:
-        """Take it down once no tensor is over it. No work on it may be in progress. May block."""
-
-
-class _RefCounted:
-    """Counts the live storages; a closed backing is taken down when the last of them is gone."""
+    It counts the live storages; once closed, it is taken down when the last of them is gone.
+    """
 
     def __init__(self, driver: Driver, ordinal: int, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
@@ -70,13 +50,43 @@ class _RefCounted:
         self._changing = threading.Lock()
         """Held while mappings or access rights change: several threads do both."""
 
+    @property
+    @abstractmethod
+    def end_bytes(self) -> int:
+        """Bytes from the start that have memory behind them."""
+
+    @abstractmethod
+    def enable_device(self, ordinal: int) -> int:
+        """Give a device access; return the address at which it has it. May block.
+
+        Raises:
+            Unreachable: the driver refuses.
+
+        """
+
+    @abstractmethod
+    def open_for_writing(self) -> int:
+        """Return the address at which the first device may write it. May block."""
+
+    @abstractmethod
+    def _ordinals(self) -> list[int]:
+        """Return the devices that can access it."""
+
+    @abstractmethod
+    def _take_down(self) -> None:
+        """Undo the steps that are not undone yet."""
+
     def storage(self, address: int, device: torch.device) -> torch.UntypedStorage:
+        """Return a storage over the whole range. The backing stays up while it lives."""
         with self._lock:
             self._storages += 1
         return storage_over(address, self.capacity_bytes, device, self._on_gone)
 
     def close(self) -> None:
-        """As `Backing.close`. A step that the driver refused is tried again by the next call."""
+        """Take it down once no tensor is over it. No work on it may be in progress. May block.
+
+        A step that the driver refused is tried again by the next call.
+        """
         if os.getpid() != self._pid:
             return
         # Closed before the count is read: of this call and the last storage's `_on_gone` at least one
@@ -89,7 +99,7 @@ class _RefCounted:
         if not storages:
             self._end()
 
-    def drop_descriptors(self) -> None:
+    def drop_descriptors(self) -> None:  # noqa: B027 - a backing may have none
         """Close the descriptors and nothing else, which works in a forked child too."""
 
     def _on_gone(self) -> None:
@@ -100,9 +110,8 @@ class _RefCounted:
             if self._storages or not self._closed:
                 return
         # The last read may still run, and the thread that dropped a tensor must not wait for it.
-        with suppress(
-            RuntimeError
-        ):  # the interpreter shuts down: the mapping ends with the process
+        # RuntimeError: the interpreter shuts down, and the mapping ends with the process.
+        with suppress(RuntimeError):
             threading.Thread(target=self._end_late, name="featcache-unmap", daemon=True).start()
 
     def _end_late(self) -> None:
@@ -120,16 +129,8 @@ class _RefCounted:
         if self._closed:
             raise CacheClosed("this mapping of the slab is closed")
 
-    def _ordinals(self) -> list[int]:
-        """Return the devices that can access it."""
-        raise NotImplementedError
 
-    def _take_down(self) -> None:
-        """Undo the steps that are not undone yet."""
-        raise NotImplementedError
-
-
-class SegmentBacking(_RefCounted):
+class SegmentBacking(Backing):
     """A reserved range of addresses, the same for every device, filled from its start (VMM)."""
 
     def __init__(
@@ -150,12 +151,10 @@ class SegmentBacking(_RefCounted):
 
     @property
     def end_bytes(self) -> int:
-        if not self.segments:
-            return 0
-        return self.segments[-1].start_bytes + self.segments[-1].size_bytes
+        last = self.segments[-1:]
+        return last[0].start_bytes + last[0].size_bytes if last else 0
 
     def enable_device(self, ordinal: int) -> int:
-        """As `Backing.enable_device`; raise Unreachable if the driver refuses."""
         with self._changing:
             self._check_open()
             if ordinal not in self._devices:
@@ -167,10 +166,8 @@ class SegmentBacking(_RefCounted):
             return self._address
 
     def open_for_writing(self) -> int:
-        """As `Backing.open_for_writing`: in a reader, a second range of addresses.
-
-        The first range stays read-only, so that no kernel can write through a borrowed view.
-        """
+        # In a reader a second range: the first stays read-only, so that no kernel can write through a
+        # borrowed view.
         with self._changing, self._driver.on(self._ordinal), ExitStack() as undo:
             self._check_open()
             if self._write:
@@ -294,7 +291,6 @@ class SegmentBacking(_RefCounted):
             self._address = 0
 
     def drop_descriptors(self) -> None:
-        """As `_RefCounted.drop_descriptors`."""
         segments = self.segments
         self.segments = [segment._replace(fd=-1) for segment in segments]
         for segment in segments:
@@ -302,7 +298,7 @@ class SegmentBacking(_RefCounted):
                 os.close(segment.fd)
 
 
-class IpcBacking(_RefCounted):
+class IpcBacking(Backing):
     """One allocation of a fixed size, opened by readers with a handle of 64 bytes (legacy IPC)."""
 
     def __init__(
@@ -333,15 +329,13 @@ class IpcBacking(_RefCounted):
         return self.capacity_bytes
 
     def enable_device(self, ordinal: int) -> int:
-        """As `Backing.enable_device`: each device opens the handle for itself."""
         with self._changing:
             self._check_open()
             address = self._open.get(ordinal)
             return self._open_theirs(ordinal) if address is None else address
 
     def open_for_writing(self) -> int:
-        """As `Backing.open_for_writing`: a legacy handle always opens for writing."""
-        return self.enable_device(self._ordinal)
+        return self.enable_device(self._ordinal)  # a legacy handle always opens for writing
 
     def _open_theirs(self, ordinal: int) -> int:
         if self._theirs is None:
@@ -356,9 +350,8 @@ class IpcBacking(_RefCounted):
                 address = self._driver.ipc_open(self._theirs)
             except DriverError as error:
                 kind = Unreachable if error.code == _NO_PEER_ACCESS else BackendUnavailable
-                raise kind(
-                    f"the owner's legacy IPC handle can't be opened here: {error}"
-                ) from error
+                why = f"the owner's legacy IPC handle can't be opened here: {error}"
+                raise kind(why) from error
         self._open[ordinal] = address
         self._undo.append((ordinal, self._driver.ipc_close, address))
         return address

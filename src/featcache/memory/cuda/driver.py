@@ -4,8 +4,8 @@ The bindings are imported lazily: neither ``import featcache`` nor a host slab n
 package. The module of bindings is an argument, so that tests without a GPU can pass a fake that keeps
 the driver's rules.
 
-Addresses, handles and streams are ints here (the bindings' classes are made where a call needs them);
-sizes are bytes; devices are ordinals of this process, and between processes UUIDs.
+Addresses, handles and streams are ints (the bindings' classes are made where a call needs them), sizes
+are bytes, devices are ordinals of this process; between processes they are UUIDs.
 """
 
 import importlib
@@ -84,13 +84,14 @@ class Driver:
         self._contexts: dict[int, Any] = {}
         self._lock = threading.Lock()
         self._posix_fd = api.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-        self._check("cuInit", api.cuInit(0))
+        self._call("cuInit", 0)
 
-    def _check(self, call: str, result: tuple[Any, ...]) -> Any:
-        code = result[0]
+    def _call(self, name: str, *args: Any) -> Any:
+        """Return the value of a call, if it has one; raise its error."""
+        code, *value = getattr(self.api, name)(*args)
         if code != 0:
-            self.fail(call, code)
-        return result[1] if len(result) == 2 else None  # noqa: PLR2004 - an error code, then a value
+            self.fail(name, code)
+        return value[0] if value else None
 
     def fail(self, call: str, code: Any) -> None:
         """Raise the error of a result other than success."""
@@ -101,56 +102,46 @@ class Driver:
     # --- devices ----------------------------------------------------------------------------------
 
     def device_count(self) -> int:
-        """Return the number of devices that this process sees."""
-        return int(self._check("cuDeviceGetCount", self.api.cuDeviceGetCount()))
+        return int(self._call("cuDeviceGetCount"))
 
     def uuid_of(self, ordinal: int) -> str:
         """Return a device's UUID, which names it between processes."""
-        device = self._check("cuDeviceGet", self.api.cuDeviceGet(ordinal))
-        found = self._check("cuDeviceGetUuid", self.api.cuDeviceGetUuid(device))
+        device = self._call("cuDeviceGet", ordinal)
+        found = self._call("cuDeviceGetUuid", device)
         return str(uuid.UUID(bytes=bytes(found.bytes)))
 
     def ordinal_of(self, device_uuid: str) -> int | None:
         """Return this process's ordinal of a device, or None if it is hidden here."""
-        for ordinal in range(self.device_count()):
-            if self.uuid_of(ordinal) == device_uuid:
-                return ordinal
-        return None
+        ordinals = range(self.device_count())
+        return next((each for each in ordinals if self.uuid_of(each) == device_uuid), None)
 
     def can_share_segments(self, ordinal: int) -> bool:
         """Whether a device can map memory (VMM) and export it as a file descriptor."""
         names = self.api.CUdevice_attribute
-        device = self._check("cuDeviceGet", self.api.cuDeviceGet(ordinal))
-        return all(
-            self._check("cuDeviceGetAttribute", self.api.cuDeviceGetAttribute(name, device))
-            for name in (
-                names.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
-                names.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
-            )
+        device = self._call("cuDeviceGet", ordinal)
+        needed = (
+            names.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
+            names.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
         )
+        return all(self._call("cuDeviceGetAttribute", name, device) for name in needed)
 
     def can_reach(self, ordinal: int, other: int) -> bool:
         """Whether a device can read another's memory."""
-        if ordinal == other:
-            return True
-        api = self.api
-        return bool(self._check("cuDeviceCanAccessPeer", api.cuDeviceCanAccessPeer(ordinal, other)))
+        return ordinal == other or bool(self._call("cuDeviceCanAccessPeer", ordinal, other))
 
     def context(self, ordinal: int) -> Any:
         """Return a device's primary context, which torch uses too. Retained once, until exit."""
         with self._lock:
             context = self._contexts.get(ordinal)
             if context is None:
-                device = self._check("cuDeviceGet", self.api.cuDeviceGet(ordinal))
-                context = self._contexts[ordinal] = self._check(
-                    "cuDevicePrimaryCtxRetain", self.api.cuDevicePrimaryCtxRetain(device)
-                )
+                device = self._call("cuDeviceGet", ordinal)
+                context = self._contexts[ordinal] = self._call("cuDevicePrimaryCtxRetain", device)
         return context
 
     @contextmanager
     def on(self, ordinal: int) -> Iterator[None]:
         """Make a device's context this thread's current one for the length of a block."""
-        self._check("cuCtxPushCurrent", self.api.cuCtxPushCurrent(self.context(ordinal)))
+        self._call("cuCtxPushCurrent", self.context(ordinal))
         try:
             yield
         finally:
@@ -161,7 +152,7 @@ class Driver:
     def synchronize(self, ordinal: int) -> None:
         """Wait for all work of this process on a device. Blocks."""
         with self.on(ordinal):
-            self._check("cuCtxSynchronize", self.api.cuCtxSynchronize())
+            self._call("cuCtxSynchronize")
 
     # --- segments (VMM) -----------------------------------------------------------------------------
 
@@ -177,45 +168,38 @@ class Driver:
     def granularity_bytes(self, ordinal: int) -> int:
         """Return the unit of the sizes and offsets of segments."""
         minimum = self.api.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-        result = self.api.cuMemGetAllocationGranularity(self._properties(ordinal), minimum)
-        return int(self._check("cuMemGetAllocationGranularity", result))
+        return int(self._call("cuMemGetAllocationGranularity", self._properties(ordinal), minimum))
 
     def create(self, ordinal: int, size_bytes: int) -> Any:
         """Return a handle of new device memory, or raise MemoryError."""
-        result = self.api.cuMemCreate(size_bytes, self._properties(ordinal), 0)
-        return self._check("cuMemCreate", result)
+        return self._call("cuMemCreate", size_bytes, self._properties(ordinal), 0)
 
     def export(self, handle: Any) -> int:
         """Return a new descriptor of a segment; it is the caller's."""
-        result = self.api.cuMemExportToShareableHandle(handle, self._posix_fd, 0)
-        return int(self._check("cuMemExportToShareableHandle", result))
+        return int(self._call("cuMemExportToShareableHandle", handle, self._posix_fd, 0))
 
     def import_(self, fd: int) -> Any:
         """Return a handle of another process's segment; the descriptor stays the caller's."""
-        result = self.api.cuMemImportFromShareableHandle(fd, self._posix_fd)
-        return self._check("cuMemImportFromShareableHandle", result)
+        return self._call("cuMemImportFromShareableHandle", fd, self._posix_fd)
 
     def release(self, handle: Any) -> None:
         """Release a handle. The memory is freed with its last handle and mapping in any process."""
-        self._check("cuMemRelease", self.api.cuMemRelease(handle))
+        self._call("cuMemRelease", handle)
 
     def reserve(self, size_bytes: int) -> int:
         """Return the start of a reserved range of addresses."""
-        return int(
-            self._check("cuMemAddressReserve", self.api.cuMemAddressReserve(size_bytes, 0, 0, 0))
-        )
+        return int(self._call("cuMemAddressReserve", size_bytes, 0, 0, 0))
 
     def unreserve(self, address: int, size_bytes: int) -> None:
-        """Free a reserved range of addresses."""
-        self._check("cuMemAddressFree", self.api.cuMemAddressFree(address, size_bytes))
+        self._call("cuMemAddressFree", address, size_bytes)
 
     def map(self, address: int, size_bytes: int, handle: Any) -> None:
         """Map a segment at an address. No device can access it before `allow`."""
-        self._check("cuMemMap", self.api.cuMemMap(address, size_bytes, 0, handle, 0))
+        self._call("cuMemMap", address, size_bytes, 0, handle, 0)
 
     def unmap(self, address: int, size_bytes: int) -> None:
         """Unmap a whole segment. No work on it may be in progress."""
-        self._check("cuMemUnmap", self.api.cuMemUnmap(address, size_bytes))
+        self._call("cuMemUnmap", address, size_bytes)
 
     def allow(self, address: int, size_bytes: int, ordinals: Iterable[int], *, write: bool) -> None:
         """Give these devices access to mapped addresses: to read, or to `write` too."""
@@ -226,28 +210,25 @@ class Driver:
             access = api.CUmemAccessDesc()
             access.location.type = api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
             access.location.id = ordinal
-            access.flags = (
-                flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-                if write
-                else flags.CU_MEM_ACCESS_FLAGS_PROT_READ
-            )
+            access.flags = flags.CU_MEM_ACCESS_FLAGS_PROT_READ
+            if write:
+                access.flags = flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
             descriptions.append(access)
-        result = api.cuMemSetAccess(address, size_bytes, descriptions, len(descriptions))
-        self._check("cuMemSetAccess", result)
+        self._call("cuMemSetAccess", address, size_bytes, descriptions, len(descriptions))
 
     # --- legacy IPC, in the current context -----------------------------------------------------------
 
     def allocate(self, size_bytes: int) -> int:
         """Allocate device memory that can be shared by a legacy handle."""
-        return int(self._check("cuMemAlloc", self.api.cuMemAlloc(size_bytes)))
+        return int(self._call("cuMemAlloc", size_bytes))
 
     def free(self, address: int) -> None:
         """Free an allocation of `allocate`. Waits for the device."""
-        self._check("cuMemFree", self.api.cuMemFree(address))
+        self._call("cuMemFree", address)
 
     def ipc_export(self, address: int) -> bytes:
         """Return the legacy handle of an allocation of `allocate`."""
-        handle = self._check("cuIpcGetMemHandle", self.api.cuIpcGetMemHandle(address))
+        handle = self._call("cuIpcGetMemHandle", address)
         return bytes(handle.reserved)
 
     def ipc_open(self, handle: bytes) -> int:
@@ -255,11 +236,10 @@ class Driver:
         named = self.api.CUipcMemHandle()
         named.reserved = handle
         flags = self.api.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-        return int(self._check("cuIpcOpenMemHandle", self.api.cuIpcOpenMemHandle(named, flags)))
+        return int(self._call("cuIpcOpenMemHandle", named, flags))
 
     def ipc_close(self, address: int) -> None:
-        """Unmap an address that `ipc_open` returned."""
-        self._check("cuIpcCloseMemHandle", self.api.cuIpcCloseMemHandle(address))
+        self._call("cuIpcCloseMemHandle", address)
 
     # --- host memory, in the current context ------------------------------------------------------------
 
@@ -269,38 +249,36 @@ class Driver:
         flags = api.CU_MEMHOSTREGISTER_PORTABLE | api.CU_MEMHOSTREGISTER_DEVICEMAP
         if read_only:
             flags |= api.CU_MEMHOSTREGISTER_READ_ONLY
-        self._check("cuMemHostRegister", api.cuMemHostRegister(address, size_bytes, flags))
+        self._call("cuMemHostRegister", address, size_bytes, flags)
 
     def unregister(self, address: int) -> None:
         """Undo one `register`. No device may be using the memory."""
-        self._check("cuMemHostUnregister", self.api.cuMemHostUnregister(address))
+        self._call("cuMemHostUnregister", address)
 
     def device_address(self, address: int) -> int:
         """Return the address of registered host memory on the devices."""
-        result = self.api.cuMemHostGetDevicePointer(address, 0)
-        return int(self._check("cuMemHostGetDevicePointer", result))
+        return int(self._call("cuMemHostGetDevicePointer", address, 0))
 
     # --- streams, in the current context ------------------------------------------------------------------
 
     def stream(self) -> Any:
         """Return a new stream that does not synchronise with the default one."""
         flags = self.api.CUstream_flags.CU_STREAM_NON_BLOCKING
-        return self._check("cuStreamCreate", self.api.cuStreamCreate(flags))
+        return self._call("cuStreamCreate", flags)
 
     def finish(self, stream: Any) -> None:
         """Wait for a stream. Blocks."""
-        self._check("cuStreamSynchronize", self.api.cuStreamSynchronize(stream))
+        self._call("cuStreamSynchronize", stream)
 
     def end_stream(self, stream: Any) -> None:
-        """Destroy a stream of `stream`."""
-        self._check("cuStreamDestroy", self.api.cuStreamDestroy(stream))
+        self._call("cuStreamDestroy", stream)
 
     def mark(self, stream: Any) -> Any:
         """Return an event behind all work that a stream has been given so far."""
         flags = self.api.CUevent_flags.CU_EVENT_DISABLE_TIMING
-        event = self._check("cuEventCreate", self.api.cuEventCreate(flags))
+        event = self._call("cuEventCreate", flags)
         try:
-            self._check("cuEventRecord", self.api.cuEventRecord(event, stream))
+            self._call("cuEventRecord", event, stream)
         except BaseException:
             self.drop(event)
             raise
@@ -308,11 +286,11 @@ class Driver:
 
     def follow(self, stream: Any, event: Any) -> None:
         """Make a stream, of any device, wait for an event."""
-        self._check("cuStreamWaitEvent", self.api.cuStreamWaitEvent(stream, event, 0))
+        self._call("cuStreamWaitEvent", stream, event, 0)
 
     def drop(self, event: Any) -> None:
         """Destroy an event; streams that follow it still do."""
-        self._check("cuEventDestroy", self.api.cuEventDestroy(event))
+        self._call("cuEventDestroy", event)
 
 
 _loaded: list[Driver] = []

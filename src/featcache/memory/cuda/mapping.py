@@ -38,31 +38,33 @@ class Words(NamedTuple):
 
 
 class CudaMapping:
-    """A slab on a GPU, mapped for one device of this process or for several."""
+    """A slab on a GPU, mapped for one device of this process or for several.
+
+    The backing is the mapping's to close, also where it can't be made.
+    """
 
     deferred = True
     zero_copy = True
 
     def __init__(self, driver: Driver, backing: Backing, ordinal: int) -> None:
         self._driver = driver
-        self._backing: Backing = backing
+        self._backing = backing
         self._ordinal = ordinal
         self._by_ordinal: dict[int, DeviceStreams] = {}
         self._by_device: dict[torch.device, DeviceStreams] = {}
         """The same by torch.device with an index: reading a torch.device's parts is slow."""
         self._adopted: dict[int, tuple[memoryview, int]] = {}
-        self._home = self._open_device(ordinal)
+        try:
+            self._home = self._open_device(ordinal)
+        except BaseException:
+            backing.close()
+            raise
+        self.device = self._home.device
         self._target: tuple[int, torch.UntypedStorage] | None = None
         """The slab's start in a writable range of addresses, and a storage over that range."""
 
     @property
-    def device(self) -> torch.device:
-        """The device that this mapping was made for."""
-        return self._home.device
-
-    @property
     def end_bytes(self) -> int:
-        """Bytes from the slab's start that are mapped here."""
         return self._backing.end_bytes
 
     # --- devices ----------------------------------------------------------------------------------
@@ -117,23 +119,17 @@ class CudaMapping:
         return None if device.type == "cpu" else self._streams_on(self._ordinal_at(device)).order()
 
     def blocking_read_bytes(self, nbytes: int, device: torch.device | None) -> int:
-        """Return the bytes of a host copy that blocks a thread for as long as this read."""
         return nbytes * _SLOWDOWN if device is not None and device.type == "cpu" else 0
 
     def view(
         self, offset_bytes: int, spec: TensorSpec, device: torch.device | None = None
     ) -> torch.Tensor:
-        """Return a tensor over the slab's bytes, on a device that has it mapped."""
         streams = self._home if device is None else self._streams_on(self._ordinal_at(device))
         return streams.view(offset_bytes, spec)
 
     def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
-        """Return a new tensor to read into."""
-        return torch.empty(
-            spec.shape,
-            dtype=DTYPES[spec.dtype],
-            device=self._home.device if device is None else device,
-        )
+        device = self.device if device is None else device
+        return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device)
 
     def fetch(
         self,
@@ -195,7 +191,6 @@ class CudaMapping:
 
     @property
     def writable(self) -> bool:
-        """Whether `write` may be called: in the owner always, elsewhere after `open_for_writing`."""
         return self._target is not None
 
     def open_for_writing(self, fds: Sequence[int]) -> None:
@@ -206,7 +201,7 @@ class CudaMapping:
             raise AttachRefused("the owner sent descriptors where a slab on a GPU has none")
         if self._target is None:
             address = self._backing.open_for_writing()
-            self._target = (address, self._backing.storage(address, self._home.device))
+            self._target = (address, self._backing.storage(address, self.device))
 
     def stage(self, parts: Parts) -> tuple[Parts, StreamOrder | None]:
         """Return the parts, moved to this device if on another, and the caller's stream position.
@@ -221,7 +216,7 @@ class CudaMapping:
             elif where >= 0:
                 # torch runs a copy between devices behind the current streams of both, and makes them
                 # wait for it: the order below, this device's stream, stands behind the copy.
-                device = self._home.device
+                device = self.device
                 parts = [
                     (spec, part.to(device) if part.get_device() >= 0 else part)
                     for spec, part in parts
@@ -231,7 +226,6 @@ class CudaMapping:
         return parts, self._home.order() if on_device else None
 
     def blocking_write_bytes(self, parts: Parts) -> int:
-        """Return the bytes of a host copy that blocks a thread for as long as this write."""
         total_bytes = 0
         for _, tensor in parts:
             if tensor.get_device() < 0:
@@ -241,9 +235,9 @@ class CudaMapping:
     def write(
         self, offset_bytes: int, parts: Parts, order: StreamOrder | None, word: Word | None = None
     ) -> None:
-        """Copy staged tensors in: from the GPU enqueued at `order`, from the host complete on return.
+        """As `Mapping.write`: from the GPU enqueued at `order`, from the host complete on return.
 
-        Then `signal` the word: for one bare tensor, the common feature, in one call with its copy.
+        The word of one bare tensor, the common feature, goes in one call with its copy.
         """
         streams, target = self._home, self._target
         if streams.storage is None:
@@ -312,9 +306,7 @@ class CudaMapping:
             with self._driver.on(other.streams.ordinal):
                 event = self._driver.mark(other.stream)
             try:
-                with self._driver.on(
-                    last.streams.ordinal
-                ):  # stream 0 is the current context's default
+                with self._driver.on(last.streams.ordinal):  # stream 0 is this context's default
                     self._driver.follow(last.stream, event)
             finally:
                 self._driver.drop(event)
@@ -323,18 +315,15 @@ class CudaMapping:
     # --- size and end -----------------------------------------------------------------------------
 
     def extend(self, start_bytes: int, size_bytes: int, fd: int) -> None:
-        """Map a segment of the owner's. May block. The descriptor stays the caller's."""
         if not isinstance(self._backing, SegmentBacking):
             raise AttachRefused("the owner sent a segment of a slab that has one fixed one")
         self._backing.adopt(start_bytes, size_bytes, fd)
 
     def cut(self, end_bytes: int) -> None:
-        """Unmap the segments from `end_bytes` on. No work on them may be in progress. May block."""
         if isinstance(self._backing, SegmentBacking):
             self._backing.cut(end_bytes)
 
     def finish(self) -> None:
-        """Wait for all work of this process on the devices that map it. Blocks."""
         for ordinal in list(self._by_ordinal):
             self._driver.synchronize(ordinal)
 

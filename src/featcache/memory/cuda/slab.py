@@ -9,6 +9,8 @@ from featcache.memory.slab import Segment
 class CudaSlab(CudaMapping):
     """The owner's mapping, and the memory behind it."""
 
+    handle = b""  # but for legacy IPC
+
     def __init__(
         self, driver: Driver, kind: str, ordinal: int, capacity_bytes: int, segment_bytes: int
     ) -> None:
@@ -16,35 +18,23 @@ class CudaSlab(CudaMapping):
         self.capacity_bytes = capacity_bytes
         self.device_name = driver.uuid_of(ordinal)
         self._segment_bytes = segment_bytes
-        backing: SegmentBacking | IpcBacking
+        self._memory: SegmentBacking | IpcBacking
         if kind == VMM:
-            backing = SegmentBacking(driver, ordinal, capacity_bytes, write=True)
+            self._memory = SegmentBacking(driver, ordinal, capacity_bytes, write=True)
         else:
-            backing = IpcBacking(driver, ordinal, capacity_bytes)
-        self._memory = backing
-        try:
-            super().__init__(driver, backing, ordinal)
-        except BaseException:
-            backing.close()
-            raise
+            self._memory = IpcBacking(driver, ordinal, capacity_bytes)
+            self.handle = self._memory.handle
+        super().__init__(driver, self._memory, ordinal)
         assert self._home.storage is not None, "a new mapping is open"
         self._target = (self._home.address, self._home.storage)
 
-    @property
-    def handle(self) -> bytes:
-        """The legacy handle that readers open; empty where segments are sent."""
-        return self._memory.handle if isinstance(self._memory, IpcBacking) else b""
-
     def descriptors(self) -> list[int]:
-        """Return none: segments are sent one by one, as they are made."""
+        """Return none: segments are sent one by one, as they are made, and serve for writing too."""
         return []
 
-    def write_descriptors(self) -> list[int]:
-        """Return none: the segments' descriptors serve for writing too."""
-        return []
+    write_descriptors = descriptors
 
     def segments(self, start_bytes: int, stop_bytes: int) -> list[Segment]:
-        """Return the segments in a part of the range."""
         if isinstance(self._memory, IpcBacking):
             return []
         return [

@@ -50,9 +50,8 @@ class DeviceStreams:
         self._current = driver.api.cuCtxGetCurrent
         self._memcpy = driver.api.cuMemcpyAsync
         self._write = driver.api.cuStreamWriteValue64
-        self._own: Any = (
-            None  # a stream for copies to and from the host, created by the first of them
-        )
+        self._own: Any = None
+        """A stream for copies to and from the host, created by the first of them."""
         self._lock = threading.Lock()
 
     def order(self) -> StreamOrder:
@@ -67,7 +66,6 @@ class DeviceStreams:
             return order
 
     def view(self, offset_bytes: int, spec: TensorSpec) -> torch.Tensor:
-        """Return a tensor over the slab's bytes."""
         storage = self.storage
         if storage is None:
             raise CacheClosed("this mapping of the slab is closed")

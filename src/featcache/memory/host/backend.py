@@ -20,7 +20,6 @@ class HostBackend:
     def make(
         self, plan: Plan, capacity_bytes: int, segment_bytes: int, *, huge_pages: bool
     ) -> HostSlab:
-        """Make an empty slab."""
         return HostSlab(capacity_bytes, huge_pages=huge_pages)
 
     def make_host(

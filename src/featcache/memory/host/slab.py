@@ -43,7 +43,6 @@ _memmove: Callable[[int, int, int], int] = ctypes.memmove  # drops the GIL, unli
 
 
 def _plain(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's memory is its value, in order, on the CPU."""
     return tensor.is_cpu and copies.is_plain(tensor)
 
 
@@ -68,16 +67,10 @@ def _advise(mapping: mmap.mmap, advice: int, start_bytes: int, size_bytes: int) 
 
 
 class _Target(NamedTuple):
-    """A writable mapping."""
+    """A writable mapping, which lives as long as its storage."""
 
     address: int
     storage: torch.UntypedStorage
-
-    @classmethod
-    def over(cls, mapping: mmap.mmap) -> "_Target":
-        """Return the target over a mapping, which lives as long as the target's storage."""
-        whole = torch.frombuffer(mapping, dtype=torch.uint8)
-        return cls(whole.data_ptr(), whole.untyped_storage())
 
 
 class HostMapping:
@@ -110,11 +103,7 @@ class HostMapping:
         return cls(mapping)
 
     deferred = False
-
-    @property
-    def device(self) -> torch.device:
-        """The CPU."""
-        return CPU
+    device = CPU
 
     @property
     def zero_copy(self) -> bool:
@@ -122,11 +111,14 @@ class HostMapping:
         return self.home is CPU
 
     def can_copy_to(self, device: torch.device | None) -> bool:
-        """Whether `read` can copy there: it always can."""
         return True
 
-    def enable_device(self, device: torch.device) -> None:
-        """Do nothing: `read` copies to every device."""
+    def _do_nothing(self, *_: object) -> None:
+        pass
+
+    # `read` copies to every device; the owner's holes appear in every mapping; no copy is in progress
+    # when its call has returned.
+    enable_device = cut = finish = _do_nothing
 
     def order(self, device: torch.device | None = None) -> Streams:
         """Return the caller's stream of the GPU that a read copies to, if it is one."""
@@ -147,13 +139,11 @@ class HostMapping:
         return view_of(storage, offset_bytes, spec, CPU)
 
     def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
-        """Return a new tensor to read into."""
         return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device or self.home)
 
     def fetch(
         self, offset_bytes: int, spec: TensorSpec, device: torch.device | None, order: Streams
     ) -> torch.Tensor:
-        """Return a new tensor with the slab's bytes."""
         out = self.empty(spec, device)
         self.read(offset_bytes, spec, out, order)
         return out
@@ -164,16 +154,13 @@ class HostMapping:
             with _on(order):
                 copies.copy(out, self.view(offset_bytes, spec))
             return
-        region = (
-            self._open()
-        )  # a reference for the length of the copy: `close` unmaps nothing under it
+        region = self._open()  # a reference for the copy's time: `close` unmaps nothing under it
         _memmove(out.data_ptr(), region[1] + offset_bytes + spec.offset_bytes, out.nbytes)
 
     # --- writing ----------------------------------------------------------------------------------
 
     @property
     def writable(self) -> bool:
-        """Whether `write` can be called."""
         return self._target is not None
 
     def open_for_writing(self, fds: Sequence[int]) -> None:
@@ -187,7 +174,8 @@ class HostMapping:
             mapping = mmap.mmap(fds[0], self.end_bytes, flags=mmap.MAP_SHARED)
         except OSError as error:
             raise AttachRefused(f"the slab can't be mapped for writing: {error}") from error
-        self._target = _Target.over(mapping)
+        whole = torch.frombuffer(mapping, dtype=torch.uint8)
+        self._target = _Target(whole.data_ptr(), whole.untyped_storage())
 
     def stage(self, parts: Parts) -> tuple[Parts, Streams]:
         """Return the parts, and the caller's streams of the GPUs that they are on."""
@@ -216,11 +204,8 @@ class HostMapping:
             raise BackendUnavailable("this mapping of the slab was not opened for writing")
         base = target.address
         for spec, tensor in parts:
-            if (  # _plain, inline
-                tensor.is_cpu
-                and tensor.is_contiguous()
-                and not (tensor.is_neg() or tensor.is_conj())
-            ):
+            plain = tensor.is_cpu and tensor.is_contiguous()  # _plain, inline
+            if plain and not (tensor.is_neg() or tensor.is_conj()):
                 at = base + offset_bytes + spec.offset_bytes
                 _memmove(at, tensor.data_ptr(), tensor.nbytes)
             else:
@@ -232,7 +217,6 @@ class HostMapping:
     # --- words ------------------------------------------------------------------------------------
 
     def adopt(self, block: Block, words: memoryview) -> memoryview:
-        """Return the words: the CPU writes them as they are."""
         return words
 
     def signal(self, words: memoryview, index: int, value: int, order: Streams) -> None:
@@ -249,21 +233,11 @@ class HostMapping:
         """Refuse: a host slab is one descriptor."""
         raise AttachRefused("the owner sent segments of a host slab, which has none")
 
-    def cut(self, end_bytes: int) -> None:
-        """Do nothing: the owner's holes appear in every mapping."""
-
-    def finish(self) -> None:
-        """Do nothing: no copy is in progress when its call has returned."""
-
     def forget(self) -> None:
-        """Drop the mapping in a forked child."""
         self.close()
 
     def close(self) -> None:
-        """Drop the mapping; live tensors over it keep it."""
-        self._region = None
-        self._storage = None
-        self._target = None
+        self._region = self._storage = self._target = None
 
     def _open(self) -> tuple[mmap.mmap, int]:
         if self._region is None:
@@ -318,27 +292,21 @@ class HostSlab(HostMapping):
 
     def decommit(self, start_bytes: int, stop_bytes: int) -> None:
         """Punch a hole: the system has the pages back at once, whoever maps them."""
-        size_bytes = stop_bytes - start_bytes
         libc = ctypes.CDLL(None, use_errno=True)
-        offset, length = ctypes.c_int64(start_bytes), ctypes.c_int64(size_bytes)
+        offset, length = ctypes.c_int64(start_bytes), ctypes.c_int64(stop_bytes - start_bytes)
         if libc.fallocate(self._fd, _FALLOC_PUNCH, offset, length) != 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
+            raise OSError(code := ctypes.get_errno(), os.strerror(code))
 
     def segments(self, start_bytes: int, stop_bytes: int) -> list[Segment]:
-        """Return none: one descriptor covers the whole range."""
-        return []
+        return []  # one descriptor covers the whole range
 
     def descriptors(self) -> list[int]:
-        """Return the read-only descriptor, which readers map."""
         return [self._reader_fd]
 
     def write_descriptors(self) -> list[int]:
-        """Return the descriptor that can be mapped for writing."""
         return [self._fd]
 
     def close(self) -> None:
-        """Drop the mapping and the descriptors."""
         super().close()
         for fd in (self._fd, self._reader_fd):
             if fd >= 0:
