@@ -63,7 +63,7 @@ class KeyNotFound(FeatcacheError, LookupError):
 
 
 class KeyTimeout(KeyNotFound, GetTimeout):
-    """A get or borrow waited its whole ``timeout`` for a key, and nothing came under it."""
+    """A get, borrow or get_or_put waited its whole ``timeout`` for a key, and nothing came under it."""
 
 
 class OwnerLost(FeatcacheError, ConnectionError):

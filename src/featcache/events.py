@@ -1,6 +1,6 @@
 """Events: frozen records handed to hooks; structlog is the first hook, metrics another.
 
-A record's `name` is its event (``featcache.pool.pool.pressure``, …), its `severity` a log level, its other
+A record's `name` is its event (``featcache.pool.pressure``, …), its `severity` a log level, its other
 fields are the facts. Hooks run in the thread that met the fact and must return at once; one that
 raises is reported and never harms the cache.
 """

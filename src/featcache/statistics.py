@@ -10,7 +10,8 @@ class Statistics:
     """Gauges are of now, counters since the start. Sizes are bytes.
 
     On a client the gauges are those of the pools it has attached, as their owners last published
-    them (once per `Settings.recycle_interval`), and the counters are the client's own.
+    them (once per `Settings.recycle_interval`), and of the counters only `puts`, `gets` and `spilled` are
+    counted, its own: the others are 0, and `evicted` is the pools'.
     """
 
     capacity_bytes: int = 0

@@ -1,16 +1,25 @@
 """One life for caches and clients, with and without a loop: NEW, OPENING, OPEN, CLOSED."""
 
 import asyncio
+import inspect
+import os
+import signal
+import socket
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import featcache
-from featcache import CacheClosed, FeatureCache, FeatureClient, OwnerUnreachable
+from featcache import CacheClosed, FeatureCache, FeatureClient, OwnerUnreachable, SettingsError
+from featcache.blocking.portal import Portal
+from featcache.owner.owner import Owner
+from featcache.owner.served_pool import ServedPool
 from support.caches import KIB, filled, small, tensor, until
+from support.leaks import endpoint_files, threads_ended
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -170,6 +179,180 @@ def test_threads_that_open_one_object_at_once(
         assert not is_open(one)
         with pytest.raises(CacheClosed):
             one.open()
+
+
+@KINDS
+async def test_an_open_that_is_cancelled_as_it_is_done_leaves_nothing(kind: str) -> None:
+    async with owned() as owner:
+        one = made(kind, owner)
+        opening = asyncio.ensure_future(one.open())
+        await asyncio.sleep(0)
+        making = one._life._making
+        assert making is not None
+        while not making.done():  # noqa: ASYNC110 - it is the turns of the loop that count
+            await asyncio.sleep(0)
+        opening.cancel()  # before its caller goes on, if this comes first in the loop's turn
+        (result,) = await asyncio.gather(opening, return_exceptions=True)
+        assert isinstance(result, asyncio.CancelledError) is not is_open(one)
+        await one.aclose()
+        await until(lambda: owner.statistics().sessions == 0)
+
+
+@KINDS
+async def test_closed_as_its_open_is_done_it_ends_closed(kind: str) -> None:
+    async with owned() as owner:
+        one = made(kind, owner)
+        opening = asyncio.ensure_future(one.open())
+        await asyncio.sleep(0)
+        making = one._life._making
+        assert making is not None
+        while not making.done():  # noqa: ASYNC110 - it is the turns of the loop that count
+            await asyncio.sleep(0)
+        await one.aclose()
+        (result,) = await asyncio.gather(opening, return_exceptions=True)
+        assert result is one or isinstance(result, CacheClosed)
+        assert not is_open(one)
+        await until(lambda: owner.statistics().sessions == 0)
+
+
+@pytest.mark.parametrize("ends", ["aclose", "cancel"])
+@pytest.mark.parametrize("turns", [*range(1, 40, 3), 60, 100])
+async def test_an_owner_with_a_spill_pool_that_ends_while_it_opens(ends: str, turns: int) -> None:
+    """The fixture sees descriptors and endpoints of the spill pool too."""
+    one = featcache.create(settings=small(), spill=64 * KIB)
+    opening = asyncio.ensure_future(one.open())
+    for _ in range(turns):
+        await asyncio.sleep(0 if turns < 60 else 0.0002)
+    if ends == "aclose":
+        await one.aclose()
+    else:
+        opening.cancel()
+    await asyncio.gather(opening, return_exceptions=True)
+    await one.aclose()
+    assert not is_open(one)
+
+
+async def test_a_spill_pool_that_is_there_when_its_owner_is_given_up_goes_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host_pool = Owner.host_pool
+
+    async def stuck(self: Owner) -> ServedPool:
+        await host_pool(self)
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    monkeypatch.setattr(Owner, "host_pool", stuck)
+    one = featcache.create(settings=small(), spill=64 * KIB)
+    opening = asyncio.ensure_future(one.open())
+    await until(lambda: len(endpoint_files(Path(os.environ["XDG_RUNTIME_DIR"]))) == 2)
+    await one.aclose()
+    with pytest.raises(CacheClosed):
+        await opening
+
+
+def test_of_threads_that_close_at_once_one_ends_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = threading.active_count()
+    cache = featcache.blocking.create(settings=small()).open()
+    begun, go_on = threading.Event(), threading.Event()
+    aclose = FeatureCache.aclose
+
+    async def slow(self: FeatureCache) -> None:
+        await aclose(self)
+        begun.set()
+        await asyncio.to_thread(go_on.wait)
+
+    monkeypatch.setattr(FeatureCache, "aclose", slow)
+    first = threading.Thread(target=cache.close)
+    first.start()
+    assert begun.wait(20)
+    cache.close()  # finds nothing left to do
+    go_on.set()
+    first.join(20)
+    assert not cache.is_open
+    threads_ended()
+    assert threading.active_count() == before
+
+
+def test_closed_before_its_loop_opens_it_it_ends_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with featcache.blocking.create(settings=small()) as owner:
+        client = featcache.blocking.connect(owner.endpoint, settings=small())
+        there, go_on = threading.Event(), threading.Event()
+        opens = Portal._open
+
+        async def late(self: Portal[FeatureClient]) -> None:
+            there.set()
+            await asyncio.to_thread(go_on.wait)
+            await opens(self)
+
+        monkeypatch.setattr(Portal, "_open", late)
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                client.open()
+            except CacheClosed as error:
+                errors.append(error)
+
+        opening, closing = threading.Thread(target=run), threading.Thread(target=client.close)
+        opening.start()
+        assert there.wait(20)
+        closing.start()
+        while client._portal._manager is not None:
+            closing.join(0.001)
+        go_on.set()
+        opening.join(20)
+        closing.join(20)
+        assert len(errors) == 1
+        assert not client.is_open
+        with pytest.raises(CacheClosed):
+            client.open()
+
+
+def test_an_interrupt_of_an_open_that_waits_ends_it(runtime_dir: Path) -> None:
+    before = threading.active_count()
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(runtime_dir / "silent"))
+        door.listen()
+        client = featcache.blocking.connect(str(runtime_dir / "silent"), settings=small())
+
+        def interrupt() -> None:
+            with door.accept()[0] as peer:
+                peer.recv(1)  # it has said hello, and waits
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                peer.recv(1 << 16)
+
+        guest = threading.Thread(target=interrupt)
+        guest.start()
+        with pytest.raises(KeyboardInterrupt):
+            client.open()
+        guest.join(20)
+        assert not client.is_open
+        with pytest.raises(CacheClosed):
+            client.statistics()
+    threads_ended()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("on_full", [[], {}, None, 3, "Wait"], ids=repr)
+def test_a_policy_that_is_none(on_full: Any) -> None:
+    with (
+        featcache.blocking.create(settings=small()) as owner,
+        featcache.blocking.connect(owner.endpoint, settings=small()) as client,
+    ):
+        client.put(filled(KIB))
+        for user in (owner, client):
+            with pytest.raises(SettingsError, match="on_full"):
+                user.put(filled(KIB), on_full=on_full)
+
+
+def test_what_help_says_of_the_blocking_functions() -> None:
+    for make, kind in (
+        (featcache.blocking.create, featcache.blocking.FeatureCache),
+        (featcache.blocking.connect, featcache.blocking.FeatureClient),
+    ):
+        assert inspect.signature(make).return_annotation is kind
+        assert "async with" not in (make.__doc__ or "")
 
 
 def test_the_public_objects_have_the_api_and_nothing_else() -> None:

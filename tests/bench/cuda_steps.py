@@ -50,7 +50,7 @@ PUT_STEPS = [
     *steps("core.store", "Store", "reserve", "publish"),
     *steps("core.allocator", "OffsetAllocator", "allocate"),
     *steps("memory.words", "OwnerWords", "make_live"),
-    *steps("memory.cuda.writing", "CudaWriting", "stage", "write"),
+    *steps("memory.cuda.mapping", "CudaMapping", "stage", "write"),
     *steps("memory.host.slab", "HostMapping", "stage", "write"),
 ]
 GET_STEPS = [
@@ -58,7 +58,7 @@ GET_STEPS = [
     *steps("session.reader", "Reader", "get_nowait"),
     *steps("session.borrow", "Borrow", "__enter__", "__exit__"),
     *steps("session.borrow", "", "invalidate"),
-    *steps("session.attachment", "Attachment", "begin", "end"),
+    *steps("session.attachment", "Attachment", "pin", "unpin"),
     *steps("client.registry", "ConnectionRegistry", "peek"),
 ]
 MAPPING = ("can_copy_to", "order", "empty", "read", "fetch", "view", "signal")

@@ -104,13 +104,15 @@ class CacheBase:
         If the call is cancelled the read is still owed: get it again, or release it.
 
         """
-        place = self._place if device is None and out is None else self._target(device, out)
-        timeout_s = None if timeout is None else parse_timeout(timeout)
         if type(ref) is not FeatureRef:
             if isinstance(ref, str | bytes):
-                return await self._get_key(key_bytes(ref), place, out, timeout_s)
+                place, key = self._target(device, out), key_bytes(ref)
+                return await self._get_key(key, place, out, parse_timeout(timeout))
             check_ref(ref)
-        return await self._opened().reader.get(ref, place, out, timeout_s)
+        reader = self._opened().reader
+        place = self._place if device is None and out is None else self._target(device, out)
+        timeout_s = None if timeout is None else parse_timeout(timeout)
+        return await reader.get(ref, place, out, timeout_s)
 
     async def _get_key(
         self, key: bytes, place: torch.device | None, out: Feature | None, timeout_s: float | None
@@ -161,11 +163,11 @@ class CacheBase:
             As `get` does.
 
         """
-        timeout_s = None if timeout is None else parse_timeout(timeout)
         if type(ref) is not FeatureRef:
             if isinstance(ref, str | bytes):
-                return self._borrow_key(key_bytes(ref), timeout_s)
+                return self._borrow_key(key_bytes(ref), parse_timeout(timeout))
             check_ref(ref)
+        timeout_s = None if timeout is None else parse_timeout(timeout)
         return Borrow(self._opened().reader, ref, timeout_s)
 
     def _borrow_key(self, key: bytes, timeout_s: float | None) -> Borrow:
@@ -176,10 +178,10 @@ class CacheBase:
 
     async def release(self, ref: FeatureRef, *, timeout: float | None = None) -> None:
         """Pay this session's read without reading. Raises as `get` does."""
+        reader = self._opened().reader
         if type(ref) is not FeatureRef:
             check_ref(ref)
-        timeout_s = None if timeout is None else parse_timeout(timeout)
-        await self._opened().reader.release(ref, timeout_s)
+        await reader.release(ref, None if timeout is None else parse_timeout(timeout))
 
     async def discard(self, ref: FeatureRef) -> None:
         """Take back a ref that was never sent, or whose request was cancelled.

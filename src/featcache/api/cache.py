@@ -16,13 +16,14 @@ from featcache.owner.owner import Owner
 from featcache.pool.limits import limits_of
 from featcache.pool.pressure import Pressure
 from featcache.ref import FeatureRef
+from featcache.session.arguments import check_on_full
 from featcache.settings import Settings, parse_bytes, parse_timeout
 
 OnFull = Literal["wait", "raise", "spill"]
 
 
 class FeatureCache(CacheBase):
-    """Owns a pool: a slab, its slots, and the socket that readers attach at. See `create`."""
+    """Owns a pool: a slab, its slots, and the socket that readers attach at. Made by `create`."""
 
     def __init__(
         self,
@@ -73,12 +74,12 @@ class FeatureCache(CacheBase):
 
     @property
     def endpoint(self) -> str:
-        """The path of the socket that `connect` takes."""
+        """The path of the socket, a str, that `connect` takes."""
         return self._opened().pool.endpoint
 
     @property
     def pressure(self) -> Pressure:
-        """The pool's pressure: its level now, and a way to await a lower one."""
+        """The pool's `Pressure`: its `level` now, and `below(level)` to await a lower one."""
         return self._pressure
 
     async def put(
@@ -125,11 +126,11 @@ class FeatureCache(CacheBase):
         """
         timeout_s = None if timeout is None else parse_timeout(timeout)
         owner = self._life.engine
-        if owner is None:  # as `_opened`, inline
-            raise self._life.closed()
-        if on_full == "wait":  # the most usual, by the shortest way
+        if on_full == "wait" and owner is not None:  # the most usual, by the shortest way
             writer = owner.main.writer
             return await writer.put(writer.stage(feature, readers, ttl, key), timeout_s, wait=True)
+        check_on_full(on_full, key)
+        owner = self._opened()
         staged = owner.writers_nowait(on_full, key).stage(feature, readers, ttl, key)
         return await staged.put(timeout_s, owner.spills, wait=on_full != "raise")
 

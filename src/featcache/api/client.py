@@ -48,14 +48,16 @@ class OpenClient:
             if endpoint is not None:
                 await registry.attach(endpoint)
         except BaseException:
-            await opened.aclose()  # with whatever a failed attach had mapped
+            await opened.registry.close()
+            await offload.drain()  # a slab that a thread was mapping is unmapped when it is mapped
+            await opened.aclose()
             raise
         return opened
 
     def writers_nowait(self, on_full: str, key: Any) -> Writers | None:  # noqa: ARG002 - see Engine
         """Return the writers of a put that does not spill, if the pool is attached and has one."""
         writer = self.puts.bound_writer()
-        return None if writer is None or on_full not in {"wait", "raise"} else Writers(writer)
+        return None if writer is None or on_full not in ("wait", "raise") else Writers(writer)
 
     async def writers(self, on_full: str, key: Any) -> Writers:
         """Return the writers of the pools that a put may go to, attaching first."""
@@ -91,7 +93,7 @@ class OpenClient:
 
 
 class FeatureClient(CacheBase):
-    """Reads the pools of other processes, and puts into the one that it is connected to. See `connect`."""
+    """Reads other processes' pools, and puts into the one it is connected to. Made by `connect`."""
 
     def __init__(
         self,

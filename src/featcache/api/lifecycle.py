@@ -14,7 +14,7 @@ from featcache.statistics import Statistics
 
 
 class Engine(Protocol):
-    """The open half of a `FeatureCache` (`owner.owner.Owner`) or `FeatureClient` (`client.client.Client`)."""
+    """The open half of a `FeatureCache` (`owner.owner.Owner`) or a client (`api.client.OpenClient`)."""
 
     @property
     def reader(self) -> Reader:
@@ -78,40 +78,48 @@ class Lifecycle(Generic[E]):
         self.state = LifeState.NEW
         self.engine: E | None = None
         self.hint = "not opened yet: use 'async with', or await open()"
-        self._opening: asyncio.Task[None] | None = None
+        self._making: asyncio.Task[E] | None = None
+        self._settled = asyncio.Event()
 
     async def open(self, make: Callable[[], Coroutine[Any, Any, E]]) -> None:
         """Make the engine. Raise CacheClosed if it is not NEW, or is closed meanwhile."""
         if self.state is not LifeState.NEW:
             raise CacheClosed(f"a {self._noun} opens once: {self._verb} another")
         self.state = LifeState.OPENING
+        self._settled.clear()
         # A task of its own, so that `aclose` can cancel the making and no more of the caller.
-        task = self._opening = asyncio.get_running_loop().create_task(self._make(make))
+        self._making = asyncio.get_running_loop().create_task(make())
         try:
-            await task
+            engine = await self._made(self._making)
+            if self.state is not LifeState.OPENING:  # closed, and its cancellation came too late
+                await engine.aclose()
+                raise self.closed()
+            # In the step in which this call returns: a caller that is cancelled never has an open
+            # object that it does not know of.
+            self.engine, self.state = engine, LifeState.OPEN
+        finally:
+            self._making = None
+            if self.state is LifeState.OPENING:
+                self.state = LifeState.NEW
+            self._settled.set()
+
+    async def _made(self, making: "asyncio.Task[E]") -> E:
+        try:
+            return await making
         except asyncio.CancelledError:
+            if making.done() and not making.cancelled() and making.exception() is None:
+                await making.result().aclose()  # the caller was cancelled as it was made
             caller = asyncio.current_task()
             if self.state is LifeState.CLOSED and not (caller is not None and caller.cancelling()):
                 raise self.closed() from None
             raise
-        finally:
-            self._opening = None
-            if self.state is LifeState.OPENING:
-                self.state = LifeState.NEW
-
-    async def _make(self, make: Callable[[], Coroutine[Any, Any, E]]) -> None:
-        engine = await make()
-        if self.state is not LifeState.OPENING:  # closed, and the cancellation came too late
-            await engine.aclose()
-            raise self.closed()
-        self.engine, self.state = engine, LifeState.OPEN
 
     async def aclose(self) -> None:
         """Close it, also while it opens. Idempotent."""
-        if self.state is LifeState.OPENING and self._opening is not None:
+        if self._making is not None:
             self._close(f"this {self._noun} was closed")
-            self._opening.cancel()
-            await asyncio.wait({self._opening})
+            self._making.cancel()
+            await self._settled.wait()  # until the making is undone
         engine = self.engine
         if engine is not None:
             # First, so that no call begins while the engine closes.

@@ -7,6 +7,7 @@ caller's thread.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from types import EllipsisType
 from typing import Any, Generic, Literal, NoReturn, ParamSpec, Self, TypeVar
@@ -93,12 +94,12 @@ class _BlockingBase(Generic[A]):
         timeout: float | None = None,
     ) -> Feature:
         """Return a copy and pay the read, as `featcache.FeatureClient.get`."""
-        portal, timeout_s = self._portal, None if timeout is None else parse_timeout(timeout)
-        reader, place = portal.engine.reader, portal.place(device, out)
+        portal = self._portal
         if type(ref) is not FeatureRef:
             if isinstance(ref, str | bytes):
-                return get_by_key(portal, key_bytes(ref), place, out, timeout_s)
+                return get_by_key(portal, key_bytes(ref), device, out, parse_timeout(timeout))
             check_ref(ref)
+        reader, place = portal.engine.reader, portal.place(device, out)
         if reader.pools.has(ref):
             try:
                 return reader.get_nowait(ref, place, out)
@@ -106,6 +107,7 @@ class _BlockingBase(Generic[A]):
                 pass  # on its way
         # Only waited for: on a GPU it is the stream of this thread whose order counts.
         _, target = targets_of(ref, place, out)
+        timeout_s = parse_timeout(timeout)
         if self._prepared(reader, ref, target, timeout_s, borrows=False):
             return reader.get_nowait(ref, place, out)
         if out is None:
@@ -173,7 +175,7 @@ class _BlockingBase(Generic[A]):
         on_full: OnFull = "wait",
     ) -> FeatureRef:
         """Copy a feature in, waiting for room, as `featcache.FeatureCache.put`."""
-        engine, timeout_s = self._portal.engine, parse_timeout(timeout)
+        timeout_s, engine = parse_timeout(timeout), self._portal.engine
         writers = engine.writers_nowait(on_full, key) or self._portal.call(
             lambda: engine.writers(on_full, key)
         )
@@ -193,9 +195,8 @@ class _BlockingBase(Generic[A]):
         """As `featcache.FeatureCache.get_or_put`; `make` runs in this thread."""
         check_make(make)
         wanted, timeout_s, portal = key_bytes(key), parse_timeout(timeout), self._portal
-        place = portal.place(device, None)
         return get_or_put(
-            portal, wanted, make, lambda made: self.put(made, key=wanted), place, timeout_s
+            portal, wanted, make, lambda made: self.put(made, key=wanted), device, timeout_s
         )
 
     def contains(self, key: str | bytes) -> bool:
@@ -234,11 +235,15 @@ class BlockingBorrow:
 
 
 class FeatureClient(_BlockingBase[AsyncClient]):
-    """`featcache.FeatureClient` for code with no loop."""
+    """`featcache.FeatureClient` for code with no loop. Made by `connect`."""
 
 
 class FeatureCache(_BlockingBase[AsyncCache]):
-    """`featcache.FeatureCache` for code with no loop."""
+    """`featcache.FeatureCache` for code with no loop. Made by `create`."""
+
+    def __init__(self, inner: AsyncCache) -> None:
+        super().__init__(inner)
+        self._pressure = Pressure(self._portal)
 
     @property
     def endpoint(self) -> str:
@@ -247,8 +252,8 @@ class FeatureCache(_BlockingBase[AsyncCache]):
 
     @property
     def pressure(self) -> "Pressure":
-        """The pool's pressure: its level now, and a way to wait for a lower one."""
-        return Pressure(self._portal)
+        """The pool's `Pressure`: its `level` now, and `below(level)` to wait for a lower one."""
+        return self._pressure
 
     def put_nowait(
         self,
@@ -296,7 +301,10 @@ def _blocking(make: Callable[P, A], wrap: Callable[[A], B]) -> Callable[P, B]:
         return wrap(make(*args, **kwargs))
 
     made.__module__ = __name__
+    made.__doc__ = (make.__doc__ or "").replace("``async with``", "plain ``with``")
     made.__annotations__ = make.__annotations__ | {"return": wrap}
+    signature = inspect.signature(make).replace(return_annotation=wrap)
+    made.__signature__ = signature  # type: ignore[attr-defined]  # read by inspect and help()
     return made
 
 

@@ -22,12 +22,12 @@ from featcache.session.waiting import wait_ready_blocking
 def get_by_key(
     portal: Portal[Any],
     key: bytes,
-    place: torch.device | None,
+    device: Any,
     out: Feature | None,
     timeout_s: float | None,
 ) -> Feature:
     """Return a copy of the feature under a key, as `featcache.FeatureClient.get`."""
-    keys = portal.engine.keys
+    keys, place = portal.engine.keys, portal.place(device, out)
     give_up_s = None if timeout_s is None else time.monotonic() + timeout_s
     while True:
         lease = portal.call(lambda: keys.find(key, timeout_s), _undo)  # noqa: B023 - called here
@@ -43,11 +43,11 @@ def get_or_put(
     key: bytes,
     make: Callable[[], Feature],
     put: Callable[[Feature], object],
-    place: torch.device | None,
+    device: Any,
     timeout_s: float | None,
 ) -> Feature:
     """As `featcache.FeatureCache.get_or_put`; `make` and `put` run in the caller's thread."""
-    keys = portal.engine.keys
+    keys, place = portal.engine.keys, portal.place(device, None)
     while True:
         found = portal.call(lambda: find_or_claim(keys, key, timeout_s), _undo)
         if isinstance(found, MakeClaim):

@@ -1,6 +1,7 @@
 """An object of the async API, its event loop in a thread, and calls into it from other threads."""
 
 import contextlib
+import os
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
@@ -31,43 +32,52 @@ class Portal(Generic[A]):
         self._life: Lifecycle[Any] = inner._life  # noqa: SLF001 - one object in two classes
         self._life.hint = "not opened yet: use 'with', or open()"
         self._lock = threading.Lock()
+        """Guards `_manager`: the thread that takes it from there ends the loop's thread."""
         self._portal: BlockingPortal | None = None
         self._manager: AbstractContextManager[BlockingPortal] | None = None
+        self._closing = False
+        self._pid = os.getpid()
 
     # --- life -------------------------------------------------------------------------------------
 
     def open(self) -> None:
         """Start the thread and open the object in it."""
         with self._lock:
-            if self._portal is not None or self._life.state is not LifeState.NEW:
+            if self._manager is not None or self._life.state is not LifeState.NEW or self._closing:
                 raise CacheClosed("it opens once: make another")
-            self._manager = start_blocking_portal("asyncio")
+            self._manager, self._pid = start_blocking_portal("asyncio"), os.getpid()
             portal = self._portal = self._manager.__enter__()
         try:
-            portal.call(self.inner.open)
+            portal.call(self._open)
         except BaseException:
-            self._stop()
+            self._end(portal)  # an interrupt leaves the loop at it: closing cancels that
             raise
+
+    async def _open(self) -> None:
+        if self._closing:  # before this step, when there was nothing to close yet
+            raise self._life.closed()
+        await self.inner.open()
 
     def close(self) -> None:
         """Close the object, also while it opens, and end the thread. Idempotent."""
         portal = self._portal
-        if portal is None:
-            return
-        if self._life.state in {LifeState.OPENING, LifeState.OPEN}:
-            try:
-                portal.call(self.inner.aclose)
-            finally:
-                self._stop()
-        elif self._life.state is LifeState.CLOSED:  # in a forked child, which has no such thread
-            manager, self._portal, self._manager = self._manager, None, None
-            if manager is not None:
-                _inherited.append(manager)
+        if portal is not None:
+            self._closing = True
+            self._end(portal)
 
-    def _stop(self) -> None:
+    def _end(self, portal: BlockingPortal) -> None:
         with self._lock:
-            manager, self._portal, self._manager = self._manager, None, None
-        if manager is not None:
+            manager, self._manager = self._manager, None
+        if manager is None:  # another thread is at it
+            return
+        if self._pid != os.getpid():  # a forked child has no such thread
+            _inherited.append(manager)
+            self._portal = None
+            return
+        try:
+            portal.call(self.inner.aclose)
+        finally:
+            self._portal = None
             manager.__exit__(None, None, None)
 
     # --- for the callers' threads -----------------------------------------------------------------
@@ -124,7 +134,9 @@ class Portal(Generic[A]):
                 returned.append(result)
             return result
 
-        async def settle() -> None:  # in the loop, so that it is before or after the end of `run`
+        async def undo_late() -> (
+            None
+        ):  # in the loop, so that it is before or after the end of `run`
             gone.set()
             while returned:
                 undo(returned.pop())
@@ -135,7 +147,7 @@ class Portal(Generic[A]):
             return future.result()
         except BaseException:
             with contextlib.suppress(CacheClosed):
-                self._start(portal, settle)
+                self._start(portal, undo_late)
             if future is not None:
                 future.cancel()
             raise

@@ -307,7 +307,7 @@ class ConnectionRegistry:
 
     @property
     def connections(self) -> list[PoolConnection]:
-        """The handles that are open now."""
+        """The connections that are open now."""
         return list(self._connections.values())
 
     async def close(self) -> None:

@@ -60,7 +60,7 @@ async def within(
 
 
 class ClientWriter:
-    """Puts into the pool of one handle."""
+    """Puts into the pool of one connection."""
 
     def __init__(self, connection: PoolConnection, settings: Settings, offload: Offload) -> None:
         self.connection = connection

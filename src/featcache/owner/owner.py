@@ -68,6 +68,7 @@ class Owner:
         """Open the pool, and the one that it spills to if there is to be one."""
         offload = Offload()
         main: ServedPool | None = None
+        opened: Owner | None = None
         try:
             plan = await offload.run(lambda: plan_for(device, settings.backend))
             limits = limits_of(settings, plan.granularity_bytes, plan.max_segments)
@@ -88,8 +89,11 @@ class Owner:
             if spill_bytes is not None:
                 await opened.host_pool()
         except BaseException:
-            if main is not None:
+            if opened is not None:
+                await opened._take_down()
+            elif main is not None:
                 await main.aclose()
+            await offload.drain()  # a slab that a thread was making is closed when it is made
             offload.close()
             raise
         opened._report(limits, device)
@@ -220,6 +224,11 @@ class Owner:
         """Close both pools."""
         pool = self.main.pool
         unpaid = len(pool.store.owing)
+        await self._take_down()
+        events.emit(events.PoolClosed(pool=pool.name, endpoint=pool.endpoint, unpaid_refs=unpaid))
+
+    async def _take_down(self) -> None:
+        # The threads last: a host pool that is still being opened needs them to close.
         try:
             await self.main.aclose()
             if self._opening_host_pool.task is not None:
@@ -228,7 +237,6 @@ class Owner:
                 await self.spill.aclose()
         finally:
             self.offload.close()
-        events.emit(events.PoolClosed(pool=pool.name, endpoint=pool.endpoint, unpaid_refs=unpaid))
 
     def forget(self) -> None:
         """Drop everything in a forked child."""

@@ -1,5 +1,6 @@
 """One served pool: its slab and words, its sessions at a socket, the owner's own session and puts."""
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable
@@ -68,6 +69,11 @@ class ServedPool:
                 await offload.run(
                     lambda: slab.commit(0, limits.initial_bytes, prefault=settings.prefault)
                 )
+            except asyncio.CancelledError:
+                await (
+                    offload.drain()
+                )  # first: a thread is still committing to the slab's descriptor
+                raise
             except MemoryError as error:
                 raise BackendUnavailable(f"the slab could not be made: {error}") from error
             sock, path = endpoints.listen(endpoint)

@@ -22,6 +22,7 @@ class Offload:
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="featcache")
         self._spawned: set[Future[object]] = set()
+        self._abandoned: set[asyncio.Future[Any]] = set()
 
     async def run(self, work: Callable[[], T], on_abandoned: OnAbandoned[T] | None = None) -> T:
         """Await `work` in a thread.
@@ -49,7 +50,9 @@ class Offload:
             if future.done():
                 _abandon(future, on_abandoned)
             else:
+                self._abandoned.add(future)
                 future.add_done_callback(lambda done: _abandon(done, on_abandoned))
+                future.add_done_callback(self._abandoned.discard)
             raise
 
     def spawn(self, work: Callable[[], object]) -> None:
@@ -63,9 +66,11 @@ class Offload:
         future.add_done_callback(self._spawned.discard)
 
     async def drain(self) -> None:
-        """Return when everything that was spawned is done."""
-        spawned = [asyncio.wrap_future(future) for future in list(self._spawned)]
-        await asyncio.gather(*spawned, return_exceptions=True)
+        """Return when all work that was spawned or abandoned is done, with its `on_abandoned`."""
+        while self._spawned or self._abandoned:
+            spawned = [asyncio.wrap_future(future) for future in list(self._spawned)]
+            await asyncio.gather(*spawned, *self._abandoned, return_exceptions=True)
+            await asyncio.sleep(0)  # they leave the sets in callbacks of the loop
 
     def close(self) -> None:
         """Let the threads end when their work is done."""
