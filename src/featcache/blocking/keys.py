@@ -76,7 +76,7 @@ def _copy(
         )
     finally:
         if not ready:
-            lease.give_back()
+            lease.return_lease()
     if not ready:
         raise GetTimeout(BYTES_LATE)
     reader = portal.engine.reader
@@ -101,4 +101,4 @@ def _undo(found: KeyLease | MakeClaim) -> None:
     if isinstance(found, MakeClaim):
         found.end()
     else:
-        found.give_back()
+        found.return_lease()

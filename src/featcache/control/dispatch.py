@@ -30,7 +30,7 @@ Wait = Coroutine[Any, Any, Answer]
 class RequestHandlers(Protocol):
     """The pool's handlers. What an answer hands over is the session's until `revoke`."""
 
-    def answer(self, session: int, ask: Request, /) -> Answer | Wait:
+    def answer(self, session: int, request: Request, /) -> Answer | Wait:
         """Return the answer, or the work that will return it. Raise FeatcacheError to refuse."""
 
     def note(self, session: int, note: messages.ReleaseClaim | messages.GiveUpReserved, /) -> None:

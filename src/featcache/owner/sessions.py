@@ -120,12 +120,12 @@ class Sessions:
                     )
                     paid += owed - slot.reads_left
             if page.name is not None:
-                forgiven, more = pool.store.waive_reads(page.name, now_s)
-                paid += forgiven
+                waived, more = pool.store.waive_reads(page.name, now_s)
+                paid += waived
                 effects += more
                 for other in self.siblings:
-                    forgiven, more_there = other.store.waive_reads(page.name, now_s)
-                    paid += forgiven
+                    waived, more_there = other.store.waive_reads(page.name, now_s)
+                    paid += waived
                     other.apply(more_there)
             self.readers_lost += 1
         page.close()

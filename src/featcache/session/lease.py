@@ -53,6 +53,6 @@ class KeyLease:
             return
         self.attachment.pay_lease(self._index, self._serial, order, self._behind)
 
-    def give_back(self) -> None:
+    def return_lease(self) -> None:
         """End the one use of a lease that reads nothing."""
         self.unpin(self.ref, pays=False)

@@ -136,7 +136,7 @@ class Reader:
         try:
             return targets_of(lease.ref, device, out)
         except BaseException:
-            lease.give_back()
+            lease.return_lease()
             raise
 
     async def _copy_relayed(
