@@ -106,8 +106,9 @@ class CacheBase:
         """
         if type(ref) is not FeatureRef:
             if isinstance(ref, str | bytes):
-                place, key = self._target(device, out), key_bytes(ref)
-                return await self._get_key(key, place, out, parse_timeout(timeout))
+                place = self._place if device is None and out is None else self._target(device, out)
+                key, timeout_s = key_bytes(ref), None if timeout is None else parse_timeout(timeout)
+                return await self._get_key(key, place, out, timeout_s)
             check_ref(ref)
         reader = self._opened().reader
         place = self._place if device is None and out is None else self._target(device, out)
