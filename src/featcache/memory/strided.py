@@ -15,7 +15,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor as integers of its width, which torch can copy for every dtype, strided or not."""
+    """Return the tensor as integers of its width: torch copies these for every dtype, strided or not."""
     integer = _INTEGERS.get(tensor.element_size())
     return tensor if integer is None or tensor.ndim == 0 else tensor.view(integer)
 

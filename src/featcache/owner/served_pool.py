@@ -70,9 +70,8 @@ class ServedPool:
                     lambda: slab.commit(0, limits.initial_bytes, prefault=settings.prefault)
                 )
             except asyncio.CancelledError:
-                await (
-                    offload.drain()
-                )  # first: a thread is still committing to the slab's descriptor
+                # First: a thread is still committing to the slab's descriptor.
+                await offload.drain()
                 raise
             except MemoryError as error:
                 raise BackendUnavailable(f"the slab could not be made: {error}") from error
