@@ -76,9 +76,8 @@ def anchors(path: Path) -> set[str]:
 
 
 def classes_of(module: Any, root: type) -> list[Any]:
-    return [
-        each for _, each in inspect.getmembers(module, inspect.isclass) if issubclass(each, root)
-    ]
+    found = inspect.getmembers(module, inspect.isclass)
+    return [each for _, each in found if issubclass(each, root)]
 
 
 def event_classes() -> list[type[events.Event]]:
@@ -196,10 +195,8 @@ def test_a_dotted_name_is_there(path: Path) -> None:
 def test_a_path_is_there(path: Path) -> None:
     """A file or folder in code, from the root or, of a room, from the package."""
     for name in names_in(prose(path)):
-        is_path = re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", name) and (
-            "/" in name or name.endswith((".py", ".md", ".toml"))
-        )
-        if is_path:
+        looks = "/" in name or name.endswith((".py", ".md", ".toml"))
+        if looks and re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", name):
             places = (ROOT / name, PACKAGE / name)
             assert any(place.exists() for place in places), f"{path.name} names {name}"
 
@@ -370,9 +367,8 @@ def test_a_snippet_names_what_featcache_has(source: str) -> None:
             and isinstance(node.value, ast.Name)
             and node.value.id in {"featcache", "events", "blocking"}
         ):
-            module = (
-                featcache if node.value.id == "featcache" else getattr(featcache, node.value.id)
-            )
+            name = node.value.id
+            module = featcache if name == "featcache" else getattr(featcache, name)
             assert hasattr(module, node.attr), node.attr
 
 
@@ -392,9 +388,8 @@ def test_the_readmes_figures_stand_in_the_results() -> None:
 
 
 def measured(result: str, *systems: str) -> Iterator[int]:
-    cells = json.loads((ROOT / "tests" / "bench" / "results" / f"{result}.json").read_text())[
-        "cells"
-    ]
+    path = ROOT / "tests" / "bench" / "results" / f"{result}.json"
+    cells = json.loads(path.read_text())["cells"]
     for system in systems:
         (cell,) = [
             cell
