@@ -75,20 +75,17 @@ def anchors(path: Path) -> set[str]:
 # --- the reference page -----------------------------------------------------------------------
 
 
+def classes_of(module: Any, root: type) -> list[Any]:
+    found = inspect.getmembers(module, inspect.isclass)
+    return [each for _, each in found if issubclass(each, root)]
+
+
 def event_classes() -> list[type[events.Event]]:
-    return [
-        value
-        for value in vars(events).values()
-        if inspect.isclass(value) and issubclass(value, events.Event) and value is not events.Event
-    ]
+    return [kind for kind in classes_of(events, events.Event) if kind is not events.Event]
 
 
 def error_classes() -> list[type[Exception]]:
-    return [
-        value
-        for value in vars(errors).values()
-        if inspect.isclass(value) and issubclass(value, Exception)
-    ]
+    return classes_of(errors, Exception)
 
 
 @pytest.mark.parametrize("field", attrs.fields(Settings), ids=lambda field: str(field.name))
@@ -198,10 +195,8 @@ def test_a_dotted_name_is_there(path: Path) -> None:
 def test_a_path_is_there(path: Path) -> None:
     """A file or folder in code, from the root or, of a room, from the package."""
     for name in names_in(prose(path)):
-        is_path = re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", name) and (
-            "/" in name or name.endswith((".py", ".md", ".toml"))
-        )
-        if is_path:
+        looks = "/" in name or name.endswith((".py", ".md", ".toml"))
+        if looks and re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", name):
             places = (ROOT / name, PACKAGE / name)
             assert any(place.exists() for place in places), f"{path.name} names {name}"
 
@@ -222,6 +217,95 @@ def test_a_class_that_is_named_is_there(name: str) -> None:
     assert camel <= known
     drawn = "".join(block for _, block in FENCE.findall((ROOT / name).read_text()))
     assert set(re.findall(r"\b[A-Z][a-z]+[A-Z]\w*", drawn)) <= known
+
+
+# --- the tables of CONTRIBUTING, and signatures ---------------------------------------------------
+
+
+def heading_of(heading: str) -> str:
+    """A third-level section of CONTRIBUTING."""
+    text = (ROOT / "CONTRIBUTING.md").read_text().split(f"\n### {heading}\n")[1]
+    return re.split(r"^##", text, flags=re.MULTILINE)[0]
+
+
+def definitions(body: list[ast.stmt]) -> Iterator[str]:
+    """The names that statements define, and the members of their classes as `Class.member`."""
+    for node in body:
+        if isinstance(node, ast.AnnAssign | ast.Assign):
+            targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
+            yield from map(ast.unparse, targets)
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name
+        if isinstance(node, ast.ClassDef):
+            yield from (f"{node.name}.{member}" for member in definitions(node.body))
+
+
+def defined_in(source: str) -> set[str]:
+    return set(definitions(ast.parse((PACKAGE / source).read_text()).body))
+
+
+CHANGES = [cells for cells in rows(heading_of("Where do I change …?")) if cells[0] != "to change"]
+PLACED = re.compile(r"`([A-Za-z_][\w.]*)`,? in `([\w/]+\.py)`")
+
+
+@pytest.mark.parametrize("cells", CHANGES, ids=lambda cells: cells[0].replace(" ", "-"))
+def test_what_is_to_be_changed_is_defined_in_the_files_of_its_row(cells: list[str]) -> None:
+    named = names_in(cells[1])
+    sources = [name.removeprefix("src/featcache/") for name in named if name.endswith(".py")]
+    known = {name for source in sources for name in defined_in(source)}
+    members = {name.rpartition(".")[2] for name in known}
+    words = [name for name in named if re.fullmatch(r"[A-Za-z_][\w.]*", name) and "." not in name]
+    dotted = [name for name in named if re.fullmatch(r"[A-Z]\w*\.\w+", name)]
+    assert words or dotted, "a row names what is changed, not files alone"
+    assert set(words) <= known | members
+    assert set(dotted) <= known
+
+
+@pytest.mark.parametrize(
+    ("name", "source"), sorted(set(PLACED.findall(prose(ROOT / "CONTRIBUTING.md"))))
+)
+def test_a_name_with_its_file_is_defined_there(name: str, source: str) -> None:
+    assert name in defined_in(source)
+
+
+def test_every_state_machine_stands_there() -> None:
+    """An enum whose docstring has transitions, as a table or as a picture."""
+    machines = {
+        (node.name, source.relative_to(PACKAGE).as_posix())
+        for source in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(source.read_text()))
+        if isinstance(node, ast.ClassDef)
+        and any(ast.unparse(base).endswith("Enum") for base in node.bases)
+        and re.search(r"──→|\| from", ast.get_docstring(node) or "")
+    }
+    first = [cells[0] for cells in rows(heading_of("State machines")) if cells[0] != "enum"]
+    assert {PLACED.findall(cell)[0] for cell in first} == machines
+
+
+def keywords(function: Any) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return sorted(each.name for each in parameters if each.kind is each.KEYWORD_ONLY)
+
+
+def test_the_calls_of_the_readme_have_their_keywords() -> None:
+    calls = [cells for cells in rows((ROOT / "README.md").read_text()) if len(cells) == 4]
+    for call, owner, client, _ in calls[1:]:
+        for name, given in re.findall(r"`(?:await )?(\w+)\(([^)`]*)\)`", call):
+            told = sorted(given.partition("*, ")[2].replace(",", "").split())
+            for kind, has in (("FeatureCache", owner), ("FeatureClient", client)):
+                if has == "yes":
+                    assert told == keywords(getattr(getattr(featcache, kind), name)), (kind, name)
+
+
+@pytest.mark.parametrize("name", ["create", "connect"])
+def test_the_guide_has_the_whole_signature(name: str) -> None:
+    text = (ROOT / "docs" / "guide.md").read_text()
+    told = re.search(rf"^`{name}\(([^`]*)\)`", text, re.MULTILINE)
+    assert told
+    given = [part.strip().partition("=") for part in told[1].split(",")]
+    defaults = {key: ast.literal_eval(value) for key, equal, value in given if equal}
+    actual = inspect.signature(getattr(featcache, name)).parameters
+    assert defaults == {key: each.default for key, each in actual.items()}
 
 
 # --- links --------------------------------------------------------------------------------------
@@ -283,9 +367,8 @@ def test_a_snippet_names_what_featcache_has(source: str) -> None:
             and isinstance(node.value, ast.Name)
             and node.value.id in {"featcache", "events", "blocking"}
         ):
-            module = (
-                featcache if node.value.id == "featcache" else getattr(featcache, node.value.id)
-            )
+            name = node.value.id
+            module = featcache if name == "featcache" else getattr(featcache, name)
             assert hasattr(module, node.attr), node.attr
 
 
@@ -305,9 +388,8 @@ def test_the_readmes_figures_stand_in_the_results() -> None:
 
 
 def measured(result: str, *systems: str) -> Iterator[int]:
-    cells = json.loads((ROOT / "tests" / "bench" / "results" / f"{result}.json").read_text())[
-        "cells"
-    ]
+    path = ROOT / "tests" / "bench" / "results" / f"{result}.json"
+    cells = json.loads(path.read_text())["cells"]
     for system in systems:
         (cell,) = [
             cell
