@@ -26,6 +26,7 @@ from featcache.errors import (
     SettingsError,
     StaleRef,
     UnknownPool,
+    WrongLoop,
 )
 from featcache.ref import FeatureRef
 from featcache.settings import Settings, split_budget
@@ -54,6 +55,7 @@ __all__ = [
     "StaleRef",
     "Statistics",
     "UnknownPool",
+    "WrongLoop",
     "blocking",
     "connect",
     "content_key",

@@ -298,7 +298,7 @@ def test_closed_before_its_loop_opens_it_it_ends_closed(monkeypatch: pytest.Monk
         opening.start()
         assert there.wait(20)
         closing.start()
-        while client._portal._manager is not None:
+        while not client._portal._ends:
             closing.join(0.001)
         go_on.set()
         opening.join(20)

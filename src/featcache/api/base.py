@@ -62,8 +62,12 @@ class CacheBase:
         no_pickle(self)
 
     def statistics(self) -> Statistics:
-        """Return counters and gauges as of now."""
-        return self._opened().statistics()
+        """Return counters and gauges as of now.
+
+        Safe in any thread; outside the object's loop its gauges are those that the owner last published.
+        """
+        engine, home = self._opened(), self._life.home
+        return engine.statistics(in_loop=home is not None and home.is_here())
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -110,7 +114,7 @@ class CacheBase:
                 key, timeout_s = key_bytes(ref), None if timeout is None else parse_timeout(timeout)
                 return await self._get_key(key, place, out, timeout_s)
             check_ref(ref)
-        reader = self._opened().reader
+        reader = self._life.here().reader
         place = self._place if device is None and out is None else self._target(device, out)
         timeout_s = None if timeout is None else parse_timeout(timeout)
         return await reader.get(ref, place, out, timeout_s)
@@ -118,7 +122,7 @@ class CacheBase:
     async def _get_key(
         self, key: bytes, place: torch.device | None, out: Feature | None, timeout_s: float | None
     ) -> Feature:
-        engine = self._opened()
+        engine = self._life.here()
         keys, reader = engine.keys, engine.reader
         since_s, left_s = 0.0 if timeout_s is None else time.monotonic(), timeout_s
         while True:
@@ -173,13 +177,13 @@ class CacheBase:
 
     def _borrow_key(self, key: bytes, timeout_s: float | None) -> Borrow:
         def find() -> Awaitable[KeyLease]:
-            return self._opened().keys.find(key, timeout_s)
+            return self._life.here().keys.find(key, timeout_s)
 
         return Borrow(self._opened().reader, None, timeout_s, find)
 
     async def release(self, ref: FeatureRef, *, timeout: float | None = None) -> None:
         """Pay this session's read without reading. Raises as `get` does."""
-        reader = self._opened().reader
+        reader = self._life.here().reader
         if type(ref) is not FeatureRef:
             check_ref(ref)
         await reader.release(ref, None if timeout is None else parse_timeout(timeout))
@@ -198,7 +202,7 @@ class CacheBase:
             OwnerLost: the owner died or closed the pool.
 
         """
-        await self._opened().discard(check_ref(ref))
+        await self._life.here().discard(check_ref(ref))
 
     def _target(self, device: Any, out: Feature | None) -> torch.device | None:
         """Return where a get puts its copy, None for the pool's own device or that of `out`."""
@@ -248,18 +252,18 @@ class CacheBase:
         wanted, timeout_s = key_bytes(key), parse_timeout(timeout)
         place = self._target(device, None)
         while True:
-            found = await find_or_claim(self._opened().keys, wanted, timeout_s)
+            found = await find_or_claim(self._life.here().keys, wanted, timeout_s)
             if isinstance(found, MakeClaim):
                 made = await make_and_put(found, make, lambda made: self.put(made, key=wanted))
                 return moved(made, place)
             try:
-                return await self._opened().reader.get_leased(found, place, None, None)
+                return await self._life.here().reader.get_leased(found, place, None, None)
             except StaleRef:
                 pass  # its maker died before its bytes came: one of the waiters makes it
 
     async def contains(self, key: str | bytes) -> bool:
         """Whether a feature is kept under a key now. It does not count as a use."""
-        return await self._opened().keys.command("contains", key_bytes(key))
+        return await self._life.here().keys.command("contains", key_bytes(key))
 
     async def evict(self, key: str | bytes) -> bool:
         """Drop a key, pinned or not; return whether it was there.
@@ -267,7 +271,7 @@ class CacheBase:
         Readers of its feature may finish, and reads that its ref owes stay owed; its bytes are
         recycled after that.
         """
-        return await self._opened().keys.command("evict", key_bytes(key))
+        return await self._life.here().keys.command("evict", key_bytes(key))
 
     async def pin(self, key: str | bytes) -> None:
         """Keep a feature from being evicted to make room.
@@ -278,7 +282,7 @@ class CacheBase:
             KeyNotFound: nothing is kept under the key.
 
         """
-        await self._opened().keys.command("pin", key_bytes(key))
+        await self._life.here().keys.command("pin", key_bytes(key))
 
     async def unpin(self, key: str | bytes) -> None:
         """Take back a pin: one of this session's, else the oldest of another's, if there is one.
@@ -287,4 +291,4 @@ class CacheBase:
             KeyNotFound: nothing is kept under the key.
 
         """
-        await self._opened().keys.command("unpin", key_bytes(key))
+        await self._life.here().keys.command("unpin", key_bytes(key))

@@ -1,12 +1,13 @@
 """`FeatureCache`: the owner of a pool, as users hold it; `create`."""
 
+import threading
 from collections.abc import Iterable
 from types import EllipsisType
 from typing import Any, Literal, Self
 
 import torch
 
-from featcache.api import forks
+from featcache.api import forks, serving
 from featcache.api.arguments import parse_device, parse_name, settings_with
 from featcache.api.base import CacheBase
 from featcache.api.lifecycle import Lifecycle
@@ -39,7 +40,9 @@ class FeatureCache(CacheBase):
         self._wanted_endpoint = endpoint
         self._name = name
         self._spill_bytes = spill_bytes
-        self._pressure = Pressure(lambda: self._opened().pool.pressure)
+        self._pressure = Pressure(
+            lambda: self._opened().pool.pressure, lambda: self._life.here().pool.pressure
+        )
 
     async def open(self) -> Self:
         """Make the slab and listen.
@@ -56,6 +59,7 @@ class FeatureCache(CacheBase):
             )
         )
         forks.watch(self)
+        serving.add(self)
         return self
 
     async def aclose(self) -> None:
@@ -71,6 +75,12 @@ class FeatureCache(CacheBase):
         if owner is None:
             raise self._life.closed()
         return owner
+
+    def _serves_here(self) -> list[str]:
+        owner, home = self._life.engine, self._life.home
+        if owner is None or home is None or not home.is_here():
+            return []
+        return [served.pool.endpoint for served in owner.served]
 
     @property
     def endpoint(self) -> str:
@@ -125,12 +135,18 @@ class FeatureCache(CacheBase):
 
         """
         timeout_s = None if timeout is None else parse_timeout(timeout)
-        owner = self._life.engine
-        if on_full == "wait" and owner is not None:  # the most usual, by the shortest way
+        life = self._life
+        owner = life.engine
+        # The most usual, by the shortest way: `here`, inline.
+        if (
+            on_full == "wait"
+            and owner is not None
+            and life.runs._thread_id == threading.get_ident()  # noqa: SLF001 - see `Runs`
+        ):
             writer = owner.main.writer
             return await writer.put(writer.stage(feature, readers, ttl, key), timeout_s, wait=True)
         check_on_full(on_full, key)
-        owner = self._opened()
+        owner = life.here()
         staged = owner.writers_nowait(on_full, key).stage(feature, readers, ttl, key)
         return await staged.put(timeout_s, owner.spills, wait=on_full != "raise")
 
@@ -147,7 +163,7 @@ class FeatureCache(CacheBase):
         The copy runs in the loop whatever its size, and so does the growth of the slab if it needs
         some. Call it in the loop's thread.
         """
-        writer = self._opened().main.writer
+        writer = self._life.here().main.writer
         return writer.put_nowait(writer.stage(feature, readers, ttl, key))
 
     def __repr__(self) -> str:

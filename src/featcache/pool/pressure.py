@@ -99,12 +99,19 @@ class Pressure:
     ``await cache.pressure.below("high")`` before taking on work is admission control.
     """
 
-    def __init__(self, monitor: Callable[[], PressureMonitor]) -> None:
+    def __init__(
+        self, monitor: Callable[[], PressureMonitor], in_loop: Callable[[], PressureMonitor]
+    ) -> None:
+        """`monitor` and `in_loop` return the monitor; the latter raises WrongLoop outside the loop."""
         self._monitor = monitor
+        self._in_loop = in_loop
 
     @property
     def level(self) -> PressureLevel:
-        """``normal``, ``elevated`` (75 % used), ``high`` (90 %) or ``exhausted`` (a put waits)."""
+        """``normal``, ``elevated`` (75 % used), ``high`` (90 %) or ``exhausted`` (a put waits).
+
+        Safe in any thread.
+        """
         return self._monitor().level
 
     async def below(self, level: PressureLevel | str, *, timeout: float | None = None) -> None:
@@ -118,6 +125,7 @@ class Pressure:
             SettingsError: no such level, or no such time.
             GetTimeout: the level did not fall in time.
             CacheClosed: the cache was closed meanwhile.
+            WrongLoop: called outside the cache's loop.
 
         """
         try:
@@ -129,9 +137,10 @@ class Pressure:
         timeout_s = parse_timeout(timeout)
         if wanted is PressureLevel.NORMAL:
             raise SettingsError("no level is below 'normal'")
+        monitor = self._in_loop()
         try:
             with anyio.fail_after(timeout_s):
-                await self._monitor().below(wanted)
+                await monitor.below(wanted)
         except TimeoutError:
             raise GetTimeout(f"pressure stayed at {self.level} for {timeout_s} s") from None
 
