@@ -33,8 +33,23 @@ Undo = Callable[[T], Awaitable[object] | None]
 
 _EXIT_S = 10.0
 """How long the end of the process waits for its loops: a stopped owner is given a second by itself."""
+_FIRST_LOOK_S = 0.05
+_LOOK_S = 0.5
 _LAST_CALLS_S = 1.0
 """How long a loop that ends waits for calls that its closing has failed."""
+
+
+def _wait(wait: Callable[[float], bool]) -> None:
+    """Call `wait` with seconds (-1: no limit) until it returns True; an interrupt ends it at any time.
+
+    A signal that comes just before the main thread sleeps does not wake it: Python has looked for
+    signals by then, and the system has none to deliver any more. So that thread looks again.
+    """
+    if wait(_FIRST_LOOK_S):
+        return
+    look_s = _LOOK_S if threading.current_thread() is threading.main_thread() else -1.0
+    while not wait(look_s):
+        pass
 
 
 class Call(Generic[T]):
@@ -106,7 +121,7 @@ class Call(Generic[T]):
 
     def result(self) -> T:
         """Wait for the end; return the result or raise the error. CancelledError if the loop ended."""
-        self._ended.acquire()
+        _wait(lambda slice_s: self._ended.acquire(timeout=slice_s))
         self.taken = True
         error, self._error = self._error, None
         if error is None:
@@ -205,8 +220,18 @@ class LoopThread:
 
     def join(self, timeout_s: float | None = None) -> None:
         """Wait until the thread has stopped."""
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
+        thread = self._thread
+        if thread.ident is None:
+            return
+        if timeout_s is not None:
+            thread.join(timeout_s)
+            return
+
+        def stopped(slice_s: float) -> bool:
+            thread.join(None if slice_s < 0 else slice_s)
+            return not thread.is_alive()
+
+        _wait(stopped)
 
     # --- in the thread ------------------------------------------------------------------------------
 

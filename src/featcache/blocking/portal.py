@@ -41,6 +41,8 @@ class Portal(Generic[A]):
         """Guards `_thread` and `_ends`: of the threads that end it, one does."""
         self._thread: LoopThread | None = None
         self._ends = False
+        self._closed = False
+        """Whether `close` has come, after which nothing opens it any more."""
         self._finalizer: weakref.finalize[[], Any] | None = None
         self._pid = os.getpid()
 
@@ -49,13 +51,16 @@ class Portal(Generic[A]):
     def open(self) -> None:
         """Start the thread and open the object in it."""
         self.check_thread()
+        inner, is_owner = self.inner, isinstance(self.inner, FeatureCache)
+
+        async def aclose() -> None:  # it knows the inner object only, so that this one can be dropped
+            await inner.aclose()
+
         with self._lock:
             if self._thread is not None or self._life.state is not LifeState.NEW or self._ends:
                 raise CacheClosed("it opens once: make another")
             # Owners last: at the exit of the process their readers are to have said goodbye.
-            thread = LoopThread(
-                self.inner.aclose, self._life.on_exit, last=isinstance(self.inner, FeatureCache)
-            )
+            thread = LoopThread(aclose, self._life.on_exit, last=is_owner)
             thread.start()
             self._thread, self._pid = thread, os.getpid()
             # An object that is dropped while it is open closes, with nobody waiting.
@@ -85,6 +90,7 @@ class Portal(Generic[A]):
         if thread is not None:
             if self._pid == os.getpid():
                 self.check_thread()
+            self._closed = True
             self._end(thread, None)
 
     def _end(self, thread: LoopThread, patience_s: float | None) -> None:
@@ -107,7 +113,7 @@ class Portal(Generic[A]):
         with self._lock:
             self._thread = None
             # One that could not be opened can be opened again.
-            self._ends = self._life.state is not LifeState.NEW or thread.is_alive()
+            self._ends = self._closed or thread.is_alive()
 
     # --- for the callers' threads -----------------------------------------------------------------
 
