@@ -504,7 +504,6 @@ def test_another_thread_closes_between_the_look_and_the_call(
 ) -> None:
     with featcache.blocking.create(settings=small()) as cache:
         with monkeypatch.context() as closing:
-
             closing.setattr(cache._portal._thread, "_accepts", False)
             with pytest.raises(CacheClosed):
                 call(cache)

@@ -14,7 +14,8 @@ from featcache.ref import FeatureRef
 from featcache.session.arguments import check_make, key_bytes
 from featcache.session.borrow import Borrow
 from featcache.session.lease import KeyLease, MakeClaim
-from featcache.session.single_flight import Make, find_or_claim, make_and_put, moved
+from featcache.session.reader import Reader
+from featcache.session.single_flight import Keys, Make, find_or_claim, make_and_put, moved
 from featcache.settings import Settings, parse_timeout
 from featcache.statistics import Statistics
 
@@ -114,7 +115,7 @@ class CacheBase:
                 key, timeout_s = key_bytes(ref), None if timeout is None else parse_timeout(timeout)
                 return await self._get_key(key, place, out, timeout_s)
             check_ref(ref)
-        reader = self._life.here().reader
+        reader: Reader = self._life.here().reader
         place = self._place if device is None and out is None else self._target(device, out)
         timeout_s = None if timeout is None else parse_timeout(timeout)
         return await reader.get(ref, place, out, timeout_s)
@@ -122,7 +123,7 @@ class CacheBase:
     async def _get_key(
         self, key: bytes, place: torch.device | None, out: Feature | None, timeout_s: float | None
     ) -> Feature:
-        engine = self._life.here()
+        engine: Engine = self._life.here()
         keys, reader = engine.keys, engine.reader
         since_s, left_s = 0.0 if timeout_s is None else time.monotonic(), timeout_s
         while True:
@@ -177,7 +178,8 @@ class CacheBase:
 
     def _borrow_key(self, key: bytes, timeout_s: float | None) -> Borrow:
         def find() -> Awaitable[KeyLease]:
-            return self._life.here().keys.find(key, timeout_s)
+            keys: Keys = self._life.here().keys
+            return keys.find(key, timeout_s)
 
         return Borrow(self._opened().reader, None, timeout_s, find)
 
@@ -252,18 +254,20 @@ class CacheBase:
         wanted, timeout_s = key_bytes(key), parse_timeout(timeout)
         place = self._target(device, None)
         while True:
-            found = await find_or_claim(self._life.here().keys, wanted, timeout_s)
+            engine: Engine = self._life.here()
+            found = await find_or_claim(engine.keys, wanted, timeout_s)
             if isinstance(found, MakeClaim):
                 made = await make_and_put(found, make, lambda made: self.put(made, key=wanted))
                 return moved(made, place)
             try:
-                return await self._life.here().reader.get_leased(found, place, None, None)
+                return await engine.reader.get_leased(found, place, None, None)
             except StaleRef:
                 pass  # its maker died before its bytes came: one of the waiters makes it
 
     async def contains(self, key: str | bytes) -> bool:
         """Whether a feature is kept under a key now. It does not count as a use."""
-        return await self._life.here().keys.command("contains", key_bytes(key))
+        keys: Keys = self._life.here().keys
+        return await keys.command("contains", key_bytes(key))
 
     async def evict(self, key: str | bytes) -> bool:
         """Drop a key, pinned or not; return whether it was there.
@@ -271,7 +275,8 @@ class CacheBase:
         Readers of its feature may finish, and reads that its ref owes stay owed; its bytes are
         recycled after that.
         """
-        return await self._life.here().keys.command("evict", key_bytes(key))
+        keys: Keys = self._life.here().keys
+        return await keys.command("evict", key_bytes(key))
 
     async def pin(self, key: str | bytes) -> None:
         """Keep a feature from being evicted to make room.

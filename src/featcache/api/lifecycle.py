@@ -149,7 +149,7 @@ class Lifecycle(Generic[E]):
 
     def on_exit(self) -> None:
         """Say in later errors that the end of the process closed it."""
-        self._closing_hint += " as the main thread of its process ended: have that wait for the others"
+        self._closing_hint += " as its process's main thread ended: have that wait for the others"
 
     def forget(self) -> None:
         """Close in a forked child, without a word to anybody."""

@@ -154,7 +154,9 @@ class LoopThread:
         self.ends = False
         """Whether it was told to end."""
         self.error: BaseException | None = None
-        """What closing raised."""
+        """What closing raised, or ended the loop before that."""
+        self._broke = False
+        """Whether the loop could not run, or something that it called ended it."""
         self._lock = threading.Lock()
         """Guards `_accepts`: a call comes before the loop's last turns, or is refused."""
         self._accepts = True
@@ -202,13 +204,13 @@ class LoopThread:
         """Have a call begun in the loop, or raise CacheClosed if that ends."""
         with self._lock:
             if not self._accepts:
-                raise CacheClosed("it was closed meanwhile")
+                raise self._ended()
             self._calls[call] = None
             self._loop.call_soon_threadsafe(call.begin, self._calls)
 
     def abandon(self, call: Call[Any]) -> None:
         """Have a call cancelled whose caller was interrupted."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and so is what the call was for
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and the work with it
             self._loop.call_soon_threadsafe(call.abandon)
 
     def end(self) -> None:
@@ -233,6 +235,13 @@ class LoopThread:
 
         _wait(stopped)
 
+    def _ended(self) -> FeatcacheError:
+        if not self._broke:
+            return CacheClosed("it was closed meanwhile")
+        ended = BackendUnavailable(f"the event loop of its thread ended: {self.error}")
+        ended.__cause__ = self.error
+        return ended
+
     # --- in the thread ------------------------------------------------------------------------------
 
     def _main(self) -> None:
@@ -240,13 +249,13 @@ class LoopThread:
             # The runner cancels what is left, and closes the loop.
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
                 runner.run(self._serve())
-        except BaseException as error:  # noqa: BLE001 - a loop that can't run, or that a callback ended
-            self.error = error
+        except BaseException as error:  # noqa: BLE001 - the callers'
+            self.error, self._broke = error, True
         finally:
             with self._lock:
                 self._accepts = False
             for call in self._calls.copy():  # none, unless the loop broke off
-                call.fail(BackendUnavailable(f"its event loop ended: {self.error!r}"))
+                call.fail(self._ended())
             running.discard(self)
 
     async def _serve(self) -> None:

@@ -15,7 +15,7 @@ from featcache.api.client import FeatureClient
 from featcache.api.lifecycle import Engine, Lifecycle, LifeState
 from featcache.api.serving import served_here
 from featcache.blocking.loopthread import Call, LoopThread, Undo
-from featcache.errors import CacheClosed, FeatcacheError, WrongLoop
+from featcache.errors import CacheClosed, WrongLoop
 from featcache.memory.pack import Feature
 from featcache.ref import FeatureRef
 
@@ -53,8 +53,8 @@ class Portal(Generic[A]):
         self.check_thread()
         inner, is_owner = self.inner, isinstance(self.inner, FeatureCache)
 
-        async def aclose() -> None:  # it knows the inner object only, so that this one can be dropped
-            await inner.aclose()
+        async def aclose() -> None:
+            await inner.aclose()  # not of `self`, which can then be dropped while the loop runs
 
         with self._lock:
             if self._thread is not None or self._life.state is not LifeState.NEW or self._ends:
@@ -72,7 +72,7 @@ class Portal(Generic[A]):
             opening.result()
         except BaseException as error:
             # Interrupted, it is at it still: closing cancels that.
-            with contextlib.suppress(FeatcacheError):
+            with contextlib.suppress(Exception):  # the error that counts is the first
                 self._end(thread, None if opening.taken else _INTERRUPTED_S)
             if isinstance(error, asyncio.CancelledError):
                 raise self._life.closed() from None

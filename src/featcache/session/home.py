@@ -61,7 +61,7 @@ class Home:
         if loop is None:
             raise no_loop()
         self.loop = loop
-        self.runs: Runs = loop if hasattr(loop, "_thread_id") else _Asks(loop)  # type: ignore[assignment]
+        self.runs: Runs = loop if hasattr(loop, "_thread_id") else _Asks(loop)
         self.thread = threading.current_thread().name
 
     def is_here(self) -> bool:
