@@ -242,21 +242,35 @@ class LoopThread:
         ended.__cause__ = self.error
         return ended
 
+    def raise_error(self) -> None:
+        """Raise what closing raised; BackendUnavailable if the loop broke off before."""
+        if self._broke:
+            raise self._ended()
+        if self.error is not None:
+            raise self.error
+
     # --- in the thread ------------------------------------------------------------------------------
 
     def _main(self) -> None:
         try:
             # The runner cancels what is left, and closes the loop.
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-                runner.run(self._serve())
-        except BaseException as error:  # noqa: BLE001 - the callers'
-            self.error, self._broke = error, True
+                try:
+                    runner.run(self._serve())
+                except BaseException as error:  # noqa: BLE001 - the callers'
+                    self.error, self._broke = error, True
+                    runner.run(self._give_up())
+        except RuntimeError as error:  # the loop can't run at all
+            self.error, self._broke = self.error or error, True
         finally:
             with self._lock:
                 self._accepts = False
             for call in self._calls.copy():  # none, unless the loop broke off
                 call.fail(self._ended())
             running.discard(self)
+
+    async def _give_up(self) -> None:
+        await self._close()
 
     async def _serve(self) -> None:
         await self._told.wait()

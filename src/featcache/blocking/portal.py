@@ -104,8 +104,7 @@ class Portal(Generic[A]):
         thread.end()
         thread.join(patience_s)
         self._forget(thread)
-        if thread.error is not None:
-            raise thread.error
+        thread.raise_error()
 
     def _forget(self, thread: LoopThread) -> None:
         if self._finalizer is not None:

@@ -1,0 +1,125 @@
+"""A process that ends with blocking objects open ends: with its own exit code, and in order."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import featcache
+from support.caches import KIB, filled, small
+from support.leaks import endpoint_files
+from support.processes import Pipe, Server, starting
+
+SCRIPT = Path(__file__).parent / "left_open.py"
+
+
+class Ended(NamedTuple):
+    code: int
+    lines: list[str]
+    errors: str
+
+
+@pytest.fixture(scope="module")
+def each() -> dict[str, Ended]:
+    """What became of the script in each way."""
+    ways = ["end", "exit", "exception", "threads", "fork", "atexit"]
+    with tempfile.TemporaryDirectory(prefix="fc-") as folder:
+        told = subprocess.check_output(
+            [sys.executable, SCRIPT, folder, *ways],
+            env=os.environ | {"XDG_RUNTIME_DIR": folder},
+            text=True,
+            timeout=50,
+        )
+        assert endpoint_files(Path(folder)) == {}, "each owner's socket went with it"
+    return {
+        way: Ended(code, quiet(output), "\n".join(quiet(errors)))
+        for way, (code, output, errors) in json.loads(told.splitlines()[-1]).items()
+    }
+
+
+def quiet(text: str) -> list[str]:
+    """Return the lines but for those of the log."""
+    return [line for line in text.splitlines() if "featcache." not in line]
+
+
+def test_at_the_end_of_the_script(each: dict[str, Ended]) -> None:
+    assert each["end"] == Ended(0, [], "")
+
+
+def test_by_sys_exit(each: dict[str, Ended]) -> None:
+    assert each["exit"] == Ended(3, [], "")
+
+
+def test_by_an_exception(each: dict[str, Ended]) -> None:
+    code, lines, errors = each["exception"]
+    assert (code, lines) == (1, [])
+    assert errors.count("Traceback") == 1
+    assert errors.endswith("ZeroDivisionError")
+
+
+def test_while_threads_wait_in_calls_without_limit(each: dict[str, Ended]) -> None:
+    code, lines, errors = each["threads"]
+    assert (code, errors) == (0, "")
+    assert len(lines) == 2
+    assert all(line.startswith("refused:") for line in lines)
+
+
+def test_a_forked_child_first(each: dict[str, Ended]) -> None:
+    code, lines, errors = each["fork"]
+    assert (code, errors) == (0, "")
+    assert lines[0].startswith("refused: this process was forked")
+    assert lines[1:] == ["child: 5"]
+
+
+def test_what_is_done_in_a_handler_of_atexit(each: dict[str, Ended]) -> None:
+    code, lines, errors = each["atexit"]
+    assert (code, errors) == (0, "")
+    assert "main thread ended" in lines[0]
+    assert "exiting" in lines[1]
+
+
+async def _own(pipe: Pipe) -> None:
+    async with featcache.create(settings=small()) as owner:
+        pipe.say(owner.endpoint)
+        await pipe.hear()
+
+
+def _leave_open(endpoint: str, attached: Any = None, go_on: Any = None) -> None:
+    client = featcache.blocking.connect(endpoint).open()
+    client.get(client.put(filled(KIB)))
+    if attached is not None:
+        attached.set()
+        go_on.wait()
+
+
+def test_in_a_child_of_multiprocessing() -> None:
+    """It runs no handlers of atexit."""
+    with featcache.blocking.create(settings=small()) as owner:
+        child = Server().Process(target=_leave_open, args=(owner.endpoint,))
+        child.start()
+        child.join(50)
+        assert child.exitcode == 0
+        now = owner.statistics()
+        assert (now.sessions, now.readers_lost) == (0, 0)
+        child.close()
+
+
+async def test_while_the_owner_is_stopped() -> None:
+    with starting() as start:
+        owner, server = start(_own), Server()
+        (endpoint,) = await owner.hear()
+        attached, go_on = server.Event(), server.Event()
+        child = server.Process(target=_leave_open, args=(endpoint, attached, go_on))
+        child.start()
+        assert attached.wait(50)
+        owner.signal(signal.SIGSTOP)
+        go_on.set()
+        child.join(50)
+        assert child.exitcode == 0
+        child.close()
