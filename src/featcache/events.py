@@ -331,13 +331,19 @@ _hooks: tuple[Hook, ...] = (log_to_structlog,)
 
 
 def add_hook(hook: Hook) -> None:
-    """Have `hook` called with every `Event` of this process from now on."""
+    """Have `hook` called with every `Event` of this process from now on. Safe in any thread.
+
+    It is called in the thread and the loop where the fact is met, and must not block.
+    """
     global _hooks  # noqa: PLW0603 - one process-wide tuple, replaced whole so that emit needs no lock
     _hooks = (*_hooks, hook)
 
 
 def remove_hook(hook: Hook) -> None:
-    """Undo one `add_hook`; `log_to_structlog` can be removed too. Unknown hooks are ignored."""
+    """Undo one `add_hook`; `log_to_structlog` can be removed too. Unknown hooks are ignored.
+
+    Safe in any thread.
+    """
     global _hooks  # noqa: PLW0603 - see add_hook
     _hooks = tuple(known for known in _hooks if known is not hook)
 

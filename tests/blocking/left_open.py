@@ -4,6 +4,7 @@ Each way is gone in a fork that has nothing open yet, and whose interpreter real
 once. What became of it is told in the last line, as JSON: its exit code, output and errors.
 """
 
+import asyncio
 import atexit
 import json
 import os
@@ -53,8 +54,19 @@ def forked(cache: blocking.FeatureCache) -> None:
     cache.get(cache.put(FEATURE))
 
 
+async def in_a_loop() -> str:
+    """Leave objects of the awaitable kind open as their loop ends; return the endpoint."""
+    cache = await featcache.create(settings=featcache.Settings(capacity=1 << 20)).open()
+    client = await featcache.connect(cache.endpoint).open()
+    await client.get(await client.put(FEATURE))
+    return cache.endpoint
+
+
 def main(how: str) -> None:
     """Open things, and return or exit."""
+    if how == "loop":
+        Path(asyncio.run(in_a_loop())).unlink()  # which nobody does
+        return
     cache = blocking.create(settings=featcache.Settings(capacity=1 << 20)).open()
     client = blocking.connect(cache.endpoint).open()
     client.get(cache.put(FEATURE))

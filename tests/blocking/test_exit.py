@@ -28,7 +28,7 @@ class Ended(NamedTuple):
 @pytest.fixture(scope="module")
 def each() -> dict[str, Ended]:
     """What became of the script in each way."""
-    ways = ["end", "exit", "exception", "threads", "fork", "atexit"]
+    ways = ["end", "exit", "exception", "threads", "fork", "atexit", "loop"]
     with tempfile.TemporaryDirectory(prefix="fc-") as folder:
         told = subprocess.check_output(
             [sys.executable, SCRIPT, folder, *ways],
@@ -61,6 +61,10 @@ def test_by_an_exception(each: dict[str, Ended]) -> None:
     assert (code, lines) == (1, [])
     assert errors.count("Traceback") == 1
     assert errors.endswith("ZeroDivisionError")
+
+
+def test_awaitable_objects_that_their_loop_left_open(each: dict[str, Ended]) -> None:
+    assert (each["loop"].code, each["loop"].lines) == (0, [])
 
 
 def test_while_threads_wait_in_calls_without_limit(each: dict[str, Ended]) -> None:

@@ -1,5 +1,6 @@
 """An interrupt (Ctrl-C) ends any wait of the main thread at once, and what it was for is undone."""
 
+import contextvars
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -240,6 +241,20 @@ def test_the_main_thread_looks_again_for_a_signal_that_came_just_before_it_slept
     other.start()
     other.join()
     assert limits[1:] == [-1, -1]  # to which no signal comes
+
+
+def test_the_work_has_the_context_of_its_caller() -> None:
+    """Such as what it bound for its log."""
+    request = contextvars.ContextVar("request", default="none")
+    seen: list[str] = []
+
+    async def work() -> None:
+        seen.append(request.get())
+
+    with featcache.blocking.create(settings=small()) as cache:
+        request.set("seven")
+        cache._portal.call(work)
+    assert seen == ["seven"]
 
 
 def test_a_loop_that_a_callback_ends_closes_and_says_so() -> None:

@@ -21,7 +21,11 @@ from featcache.statistics import Statistics
 
 
 class CacheBase:
-    """The API that `FeatureCache` and `FeatureClient` share, over the engine of whichever it is."""
+    """The API that `FeatureCache` and `FeatureClient` share, over the engine of whichever it is.
+
+    An object belongs to the event loop that opened it: WrongLoop elsewhere, but of the calls that say
+    that they are safe in any thread.
+    """
 
     _life: Lifecycle[Any]
     _settings: Settings
@@ -32,7 +36,7 @@ class CacheBase:
 
     @property
     def is_open(self) -> bool:
-        """Whether it was opened, and not closed, in this process."""
+        """Whether it was opened, and not closed, in this process. Safe in any thread."""
         return self._life.state is LifeState.OPEN
 
     def _opened(self) -> Engine:
@@ -104,6 +108,7 @@ class CacheBase:
             KeyNotFound: there is no feature under the key; KeyTimeout: nor came one in time.
             PoolFull: this session has `Settings.grants` reads by key out.
             CacheClosed: this object is not open.
+            WrongLoop: the call came from outside the loop that opened it.
             SettingsError: `out` or `device` does not fit.
 
         If the call is cancelled the read is still owed: get it again, or release it.
@@ -160,7 +165,8 @@ class CacheBase:
         """Return a context manager whose value is a view in the slab: no copy, whatever the size.
 
         ``async with`` waits for the bytes, plain ``with`` takes bytes that are there now (as `get_nowait`).
-        Leaving the block pays the read and empties the view. The view is for reading: in another
+        Leaving the block pays the read and empties the view. Plain ``with``, and leaving, are safe in any
+        thread; ``async with`` is entered in the object's loop. The view is for reading: in another
         process than the owner's its memory is mapped read-only, and a write to it ends the process.
 
         Of a key, `timeout` is as in `get`; it is looked up on entry, so it takes ``async with``.

@@ -24,7 +24,11 @@ OnFull = Literal["wait", "raise", "spill"]
 
 
 class FeatureCache(CacheBase):
-    """Owns a pool: a slab, its slots, and the socket that readers attach at. Made by `create`."""
+    """Owns a pool: a slab, its slots, and the socket that readers attach at. Made by `create`.
+
+    It belongs to the event loop that opens it; elsewhere its calls raise WrongLoop, but for those that say
+    that they are safe in any thread.
+    """
 
     def __init__(
         self,
@@ -51,6 +55,7 @@ class FeatureCache(CacheBase):
             BackendUnavailable: the memory or the kernel's help for it is not there.
             SettingsError: the endpoint can't be used.
             CacheClosed: it was opened before, or is closed meanwhile; make another.
+            WrongLoop: no asyncio loop runs here (trio's does, perhaps).
 
         """
         await self._life.open(
@@ -84,7 +89,7 @@ class FeatureCache(CacheBase):
 
     @property
     def endpoint(self) -> str:
-        """The path of the socket, a str, that `connect` takes."""
+        """The path of the socket, a str, that `connect` takes. Safe in any thread."""
         return self._opened().pool.endpoint
 
     @property
@@ -126,6 +131,7 @@ class FeatureCache(CacheBase):
             PoolFull: no room and ``on_full="raise"``, or `Settings.waiters` puts wait already.
             PutTimeout: no room in time.
             CacheClosed: closed, also while waiting.
+            WrongLoop: called outside the cache's loop.
             SettingsError: an argument is invalid.
 
         A feature on a GPU is copied in the order of the stream that is torch's current one at the
@@ -161,7 +167,7 @@ class FeatureCache(CacheBase):
         """`put` with no await: PoolFull at once if there is no room or others wait for it.
 
         The copy runs in the loop whatever its size, and so does the growth of the slab if it needs
-        some. Call it in the loop's thread.
+        some. WrongLoop outside the cache's loop.
         """
         writer = self._life.here().main.writer
         return writer.put_nowait(writer.stage(feature, readers, ttl, key))

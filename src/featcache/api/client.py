@@ -93,7 +93,10 @@ class OpenClient:
 
 
 class FeatureClient(CacheBase):
-    """Reads other processes' pools, and puts into the one it is connected to. Made by `connect`."""
+    """Reads other processes' pools, and puts into the one it is connected to. Made by `connect`.
+
+    It belongs to the event loop that opens it, as a `FeatureCache` does.
+    """
 
     def __init__(
         self,
@@ -115,6 +118,7 @@ class FeatureClient(CacheBase):
             AttachRefused: the owner refused, or does not speak this protocol.
             OwnerUnreachable: (also AttachRefused and OwnerLost) nobody listens there.
             CacheClosed: it was opened before, or is closed meanwhile; connect another.
+            WrongLoop: no asyncio loop runs here (trio's does, perhaps).
 
         """
         await self._life.open(

@@ -20,6 +20,7 @@ import asyncio
 import atexit
 import concurrent.futures.thread  # noqa: F401 - its hook first: the hooks run in reverse order
 import contextlib
+import contextvars
 import os
 import threading
 import time
@@ -59,7 +60,17 @@ class Call(Generic[T]):
     back. An interrupt then cancels it; a result that no caller has is given to `undo`, in the loop.
     """
 
-    __slots__ = ("_abandoned", "_ended", "_error", "_results", "_task", "_undo", "_work", "taken")
+    __slots__ = (
+        "_abandoned",
+        "_context",
+        "_ended",
+        "_error",
+        "_results",
+        "_task",
+        "_undo",
+        "_work",
+        "taken",
+    )
 
     def __init__(self, work: Callable[[], Awaitable[T]], undo: Undo[T] | None = None) -> None:
         self._work = work
@@ -68,6 +79,9 @@ class Call(Generic[T]):
         self._results: list[T] = []
         self._error: BaseException | None = None
         self._abandoned = False
+        self._context = (
+            contextvars.copy_context()
+        )  # what the caller bound for its log is the work's too
         self._ended = threading.Lock()
         self._ended.acquire()
         self.taken = False
@@ -77,7 +91,8 @@ class Call(Generic[T]):
 
     def begin(self, calls: "dict[Call[Any], asyncio.Task[None] | None]") -> None:
         """Start the work in a task."""
-        self._task = calls[self] = asyncio.get_running_loop().create_task(self._run(calls))
+        loop = asyncio.get_running_loop()
+        self._task = calls[self] = loop.create_task(self._run(calls), context=self._context)
 
     async def _run(self, calls: "dict[Call[Any], asyncio.Task[None] | None]") -> None:
         try:
@@ -92,14 +107,15 @@ class Call(Generic[T]):
             del calls[self]
             self._ended.release()
 
-    def abandon(self) -> None:
+    def abandon(self, calls: "dict[Call[Any], asyncio.Task[None] | None]") -> None:
         """Cancel the work: its caller was interrupted."""
         self._abandoned = True
         if self._task is None:
             return
         loop = asyncio.get_running_loop()
         if self._task.done():
-            self._task = loop.create_task(self._give_back())
+            self._task = calls[self] = loop.create_task(self._give_back())
+            self._task.add_done_callback(lambda _: calls.pop(self))
         else:
             # A turn later: its first step, which is in the queue by now, comes before.
             loop.call_soon(self._task.cancel)
@@ -107,7 +123,8 @@ class Call(Generic[T]):
     def fail(self, error: Exception) -> None:
         """End it, of which the loop will run no more."""
         self._error = error
-        self._ended.release()
+        if self._ended.locked():  # else its caller has gone
+            self._ended.release()
 
     async def _give_back(self) -> None:
         while self._results:
@@ -211,7 +228,7 @@ class LoopThread:
     def abandon(self, call: Call[Any]) -> None:
         """Have a call cancelled whose caller was interrupted."""
         with contextlib.suppress(RuntimeError):  # the loop is closed, and the work with it
-            self._loop.call_soon_threadsafe(call.abandon)
+            self._loop.call_soon_threadsafe(call.abandon, self._calls)
 
     def end(self) -> None:
         """Tell it to close and stop, without waiting. Idempotent, and safe wherever a finalizer runs."""
