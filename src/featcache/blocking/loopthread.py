@@ -183,7 +183,9 @@ class LoopThread:
         try:
             self._loop = asyncio.new_event_loop()
         except OSError as error:
-            raise BackendUnavailable(f"no event loop can be made: {error}") from error
+            raise BackendUnavailable(
+                f"no event loop can be made: {error}; raise the limit on descriptors (ulimit -n)"
+            ) from error
         self._thread = threading.Thread(target=self._main, name="featcache-loop", daemon=True)
 
     def start(self) -> None:
@@ -200,9 +202,12 @@ class LoopThread:
             raise CacheClosed("the interpreter is exiting: nothing opens any more")
         try:
             self._thread.start()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             self._never_ran()
-            raise BackendUnavailable(f"no thread for the event loop: {error}") from error
+            raise BackendUnavailable(
+                f"no thread can be started for the event loop: {error}; raise the limit on threads "
+                "(ulimit -u, pids.max) or on memory (ulimit -v)"
+            ) from error
 
     def _never_ran(self) -> None:
         running.discard(self)
