@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 import featcache
+from featcache.blocking import loopthread
 from support.caches import KIB, filled, small
 from support.leaks import endpoint_files
 from support.processes import Pipe, Server, starting
@@ -127,3 +129,58 @@ async def test_while_the_owner_is_stopped() -> None:
         child.join(50)
         assert child.exitcode == 0
         child.close()
+
+
+# --- the end of the process, by its parts ----------------------------------------------------------
+
+
+def test_readers_end_before_owners(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+
+    def made(name: str, *, last: bool) -> loopthread.LoopThread:
+        async def close() -> None:
+            ended.append(name)
+
+        thread = loopthread.LoopThread(close, lambda: ended.append(f"{name} told"), last=last)
+        thread.start()
+        return thread
+
+    monkeypatch.setattr(loopthread, "running", set())
+    made("owner", last=True)
+    made("reader", last=False)
+    loopthread._Exits().end_all()
+    assert ended == ["reader told", "reader", "owner told", "owner"]
+    assert not loopthread.running
+
+
+def test_the_wait_for_loops_that_do_not_end_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+
+    async def close() -> None:
+        go_on.wait(50)
+
+    monkeypatch.setattr(loopthread, "running", set())
+    monkeypatch.setattr(loopthread, "_EXIT_S", 0.01)
+    stuck = loopthread.LoopThread(close, int, last=False)
+    stuck.start()
+    loopthread._Exits().end_all()
+    assert stuck.is_alive()
+    go_on.set()
+    stuck.join()
+
+
+@pytest.mark.gpu
+def test_with_a_slab_on_a_gpu() -> None:
+    code = """
+import torch
+from featcache import blocking
+cache = blocking.create(device="cuda:0", capacity="128MiB").open()
+client = blocking.connect(cache.endpoint, device="cuda:0").open()
+x = torch.ones(1 << 20, device="cuda:0")
+assert torch.equal(client.get(cache.put(x)), x)
+raise SystemExit(3)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=55, check=False
+    )
+    assert (done.returncode, "\n".join(quiet(done.stderr))) == (3, "")

@@ -11,6 +11,7 @@ import pytest
 import featcache
 from featcache.blocking import FeatureCache, FeatureClient, loopthread
 from support.caches import KIB, filled, small
+from support.leaks import threads_ended
 from support.processes import Pipe, gone, starting, until, warm_up
 
 User = FeatureCache | FeatureClient
@@ -225,6 +226,28 @@ def test_a_close_that_a_stopped_owner_holds_up() -> None:
         owner.tell("go on")
         assert owner.hear_now() == (0,)
         gone(owner.pid)
+
+
+def test_an_open_whose_thread_has_just_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = loopthread.LoopThread.start
+
+    def started(self: loopthread.LoopThread) -> None:
+        start(self)
+        raise KeyboardInterrupt
+
+    before = loopthread.running.copy()
+    with monkeypatch.context() as patch:
+        patch.setattr(loopthread.LoopThread, "start", started)
+        with pytest.raises(KeyboardInterrupt):
+            featcache.blocking.create(settings=small()).open()
+    threads_ended()
+    assert loopthread.running == before
+
+
+def test_an_object_that_is_dropped_while_it_is_open_closes() -> None:
+    with featcache.blocking.create(settings=small()) as owner:
+        featcache.blocking.connect(owner.endpoint, settings=small()).open()
+        settles(owner, sessions=0, readers_lost=0)
 
 
 def test_the_main_thread_looks_again_for_a_signal_that_came_just_before_it_slept() -> None:

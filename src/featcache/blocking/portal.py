@@ -51,32 +51,36 @@ class Portal(Generic[A]):
     def open(self) -> None:
         """Start the thread and open the object in it."""
         self.check_thread()
-        inner, is_owner = self.inner, isinstance(self.inner, FeatureCache)
+        opening, thread = Call(self._open), None
+        try:  # from before the thread starts: an interrupt may come at any step
+            with self._lock:
+                if self._thread is not None or self._life.state is not LifeState.NEW or self._ends:
+                    raise CacheClosed("it opens once: make another")
+                thread, self._pid = self._loop_thread(), os.getpid()
+                self._thread = thread
+                thread.start()
+                # An object that is dropped while it is open closes, with nobody waiting.
+                self._finalizer = weakref.finalize(self, thread.end)
+                self._finalizer.atexit = False  # `exits` sees to that, and waits
+            thread.post(opening)
+            opening.result()
+        except BaseException as error:
+            if thread is not None:
+                # Interrupted, it is at it still: closing cancels that.
+                with contextlib.suppress(Exception):  # the error that counts is the first
+                    self._end(thread, None if opening.taken else _INTERRUPTED_S)
+            if isinstance(error, asyncio.CancelledError):
+                raise self._life.closed() from None
+            raise
+
+    def _loop_thread(self) -> LoopThread:
+        inner = self.inner
 
         async def aclose() -> None:
             await inner.aclose()  # not of `self`, which can then be dropped while the loop runs
 
-        with self._lock:
-            if self._thread is not None or self._life.state is not LifeState.NEW or self._ends:
-                raise CacheClosed("it opens once: make another")
-            # Owners last: at the exit of the process their readers are to have said goodbye.
-            thread = LoopThread(aclose, self._life.on_exit, last=is_owner)
-            thread.start()
-            self._thread, self._pid = thread, os.getpid()
-            # An object that is dropped while it is open closes, with nobody waiting.
-            self._finalizer = weakref.finalize(self, thread.end)
-            self._finalizer.atexit = False  # `exits` sees to that, and waits
-        opening = Call(self._open)
-        try:
-            thread.post(opening)
-            opening.result()
-        except BaseException as error:
-            # Interrupted, it is at it still: closing cancels that.
-            with contextlib.suppress(Exception):  # the error that counts is the first
-                self._end(thread, None if opening.taken else _INTERRUPTED_S)
-            if isinstance(error, asyncio.CancelledError):
-                raise self._life.closed() from None
-            raise
+        # Owners last: at the exit of the process their readers are to have said goodbye.
+        return LoopThread(aclose, self._life.on_exit, last=isinstance(inner, FeatureCache))
 
     async def _open(self) -> None:
         thread = self._thread
