@@ -193,10 +193,10 @@ async def test_pressure_is_reported_with_its_facts() -> None:
             await until(lambda: len(of(logs, "pool.pressure")) == 2)
             await client.discard(ref)
             await client.release(await task)
-            await until(lambda: of(logs, "pool.pressure")[-1]["level"] == "normal")
+            await until(lambda: of(logs, "pool.pressure")[-1]["pressure"] == "normal")
     reports = of(logs, "pool.pressure")
     elevated, exhausted, normal = reports[0], reports[1], reports[-1]
-    assert [(entry["previous"], entry["level"]) for entry in reports[:2]] == [
+    assert [(entry["previous"], entry["pressure"]) for entry in reports[:2]] == [
         ("normal", "elevated"),
         ("elevated", "exhausted"),
     ]
@@ -219,7 +219,7 @@ async def test_pressure_is_reported_at_a_bounded_rate() -> None:
                 before = owner.statistics().recycled
                 await client.release(ref)
                 await recycled(owner, before + 1)
-    assert [entry["level"] for entry in of(logs, "pool.pressure")] in (["high"], [])
+    assert [entry["pressure"] for entry in of(logs, "pool.pressure")] in (["high"], [])
 
 
 async def test_pressure_that_stays_high_is_repeated() -> None:
@@ -227,7 +227,7 @@ async def test_pressure_that_stays_high_is_repeated() -> None:
         async with pair(pressure_interval=0.02, **POOL) as (owner, _):
             await full(owner)
             await until(lambda: len(of(logs, "pool.pressure")) >= 3)
-    assert {entry["level"] for entry in of(logs, "pool.pressure")} == {"high"}
+    assert {entry["pressure"] for entry in of(logs, "pool.pressure")} == {"high"}
 
 
 async def test_a_wait_is_an_event() -> None:
