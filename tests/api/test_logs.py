@@ -36,14 +36,13 @@ RESERVED = STANDARD | {
 
 def made(kind: type[events.Event]) -> events.Event:
     """A record with a value of the right kind in each field."""
-    return kind(
-        **{
-            field.name: VALUES[
-                str(getattr(field.type, "__name__", field.type)).split("[")[0].split(" ")[0]
-            ]
-            for field in attrs.fields(kind)
-        }
-    )
+    types = {
+        field.name: str(getattr(field.type, "__name__", field.type)) for field in attrs.fields(kind)
+    }
+    values: dict[str, Any] = {
+        name: VALUES[kind.split("[")[0].split(" ")[0]] for name, kind in types.items()
+    }
+    return kind(**values)
 
 
 def pressure(**given: Any) -> events.PoolPressure:

@@ -46,6 +46,7 @@ class OwnSession:
                 pool.pool_id, pool.words, page, pool.slab, adopted, self._doorbell.ring
             )
             self._attachment.covered_bytes = pool.store.limits.capacity_bytes
+            self._attachment.why_stale = pool.store.why_stale
             # Its own mapping is never behind: nothing lies in memory that it has given back.
             self._attachment.shrink_epoch = None
         return self._attachment
