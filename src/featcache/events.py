@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final, Literal
 
 import attrs
 
-from featcache.hooks import Hook, add_hook, emit, log_event, remove_hook
+from featcache.hooks import Hook, add_hook, emit, is_emitting, log_event, remove_hook
 
 __all__ = [
     "BackendChosen",
@@ -37,6 +37,7 @@ __all__ = [
     "Throttle",
     "add_hook",
     "emit",
+    "is_emitting",
     "log_event",
     "log_to_structlog",
     "remove_hook",
@@ -101,6 +102,7 @@ class PoolClosed(Event):
     name: ClassVar[str] = "featcache.pool.closed"
     endpoint: str
     unpaid_refs: int
+    """Refs that still owed reads, spilled ones included."""
 
 
 @attrs.frozen(kw_only=True)

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import sys
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,7 +21,7 @@ from featcache.errors import SettingsError
 if TYPE_CHECKING:
     from featcache.events import Event
 
-__all__ = ["Hook", "add_hook", "emit", "log_event", "remove_hook"]
+__all__ = ["Hook", "add_hook", "emit", "is_emitting", "log_event", "remove_hook"]
 
 Hook = Callable[["Event"], object]
 
@@ -71,6 +72,7 @@ def _text(value: object) -> str:
 
 
 _hooks: tuple[Hook, ...] = (log_event,)
+_here = threading.local()
 
 
 def add_hook(hook: Hook) -> None:
@@ -97,10 +99,23 @@ def remove_hook(hook: Hook) -> None:
 
 def emit(event: "Event") -> None:
     """Hand one record to every hook."""
-    for hook in _hooks:
-        try:
-            hook(event)
-        except Exception as error:  # noqa: BLE001 - a hook's fault must not become the pool's
-            # Not through the log, which may be what failed; and stderr may be closed, or not there.
-            with contextlib.suppress(Exception):
-                sys.stderr.write(f"featcache: hook {hook!r} failed: {error!r}\n")
+    outer, _here.emitting = is_emitting(), True
+    try:
+        for hook in _hooks:
+            _call(hook, event)
+    finally:
+        _here.emitting = outer
+
+
+def is_emitting() -> bool:
+    """Whether this thread is in a hook: its pool may be in the midst of a decision."""
+    return getattr(_here, "emitting", False)
+
+
+def _call(hook: Hook, event: "Event") -> None:
+    try:
+        hook(event)
+    except Exception as error:  # noqa: BLE001 - a hook's fault must not become the pool's
+        # Not through the log, which may be what failed; and stderr may be closed, or not there.
+        with contextlib.suppress(Exception):
+            sys.stderr.write(f"featcache: hook {hook!r} failed: {error!r}\n")

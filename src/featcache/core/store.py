@@ -5,7 +5,7 @@ as effects for the caller to carry out. The state changes at the decision, not w
 carried out, so no other call can come between (httpcore's connection pool is built so).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
 from featcache.core.allocator import ALIGNMENT_BYTES, OffsetAllocator
@@ -55,7 +55,7 @@ class Store:
         """PUBLISHED slots that owe reads, by index, the oldest first."""
         self._retiring: dict[int, Slot] = {}
         self._aging: dict[float, dict[int, Slot]] = {}  # by ttl: within one ttl age is order
-        self.puts = self.recycled = self.expired = self.waited = 0
+        self.puts = self.recycled = self.expired = self.waited = self.reads_paid = 0
 
     # --- room -----------------------------------------------------------------------------------
 
@@ -198,22 +198,26 @@ class Store:
         return self.pay_all([(index, generation)], session, name, now_s)
 
     def pay_all(
-        self, reads: Iterable[tuple[int, int]], session: int, name: str | None, now_s: float
+        self, reads: Sequence[tuple[int, int]], session: int, name: str | None, now_s: float
     ) -> list[Effect]:
         """Count many reads as `pay` does, each by an index of the table and a generation."""
         slots = self.table.slots
         effects: list[Effect] = []
+        unowed = 0
         for index, generation in reads:
             slot = slots[index]
             if slot.generation != generation or slot.state is not _PUBLISHED or not slot.reads_left:
+                unowed += 1
                 continue
             if slot.owed_by_names is not None:
                 if name not in slot.owed_by_names:
+                    unowed += 1
                     continue
                 slot.owed_by_names.remove(name)
             elif slot.paid_by is None:
                 slot.paid_by = {session}
             elif session in slot.paid_by:
+                unowed += 1
                 continue
             else:
                 slot.paid_by.add(session)
@@ -225,6 +229,7 @@ class Store:
                 effects.append(self._retire(slot, now_s))
             else:
                 effects += self._settle(slot, now_s)
+        self.reads_paid += len(reads) - unowed
         return effects
 
     def waive_reads(self, name: str, now_s: float) -> tuple[int, list[Effect]]:

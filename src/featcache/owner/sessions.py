@@ -124,6 +124,7 @@ class Sessions:
                 paid += waived
                 effects += more
                 for other in self.siblings:
+                    other.collect()  # what it paid itself is not paid for it
                     waived, more_there = other.store.waive_reads(page.name, now_s)
                     paid += waived
                     other.apply(more_there)

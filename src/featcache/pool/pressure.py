@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
@@ -11,7 +11,11 @@ from featcache.core.keyed_store import KeyedStore
 from featcache.core.pressure import ALWAYS_NORMAL, PressureGauge, PressureLevel
 from featcache.errors import CacheClosed, GetTimeout, SettingsError
 from featcache.pool import gauges
+from featcache.pool.refresh import refresh
 from featcache.settings import Settings, parse_timeout
+
+if TYPE_CHECKING:
+    from featcache.pool.pool import Pool
 
 _NORMAL = PressureLevel.NORMAL
 _REPORTED = (
@@ -99,13 +103,19 @@ class Pressure:
     ``await cache.pressure.below("high")`` before taking on work is admission control.
     """
 
-    def __init__(self, monitor: Callable[[], PressureMonitor]) -> None:
-        self._monitor = monitor
+    def __init__(self, pool: Callable[[], "Pool"]) -> None:
+        self._pool = pool
 
     @property
     def level(self) -> PressureLevel:
         """``normal``, ``elevated`` (75 % used), ``high`` (90 %) or ``exhausted`` (a put waits)."""
         return self._monitor().level
+
+    def _monitor(self) -> PressureMonitor:
+        pool = self._pool()
+        if not pool.pressure.is_normal:
+            refresh(pool)  # what was released lowers it
+        return pool.pressure
 
     async def below(self, level: PressureLevel | str, *, timeout: float | None = None) -> None:
         """Return once the level is lower than `level`, at once if it is so now.
