@@ -254,6 +254,8 @@ class RefExpired(Event):
     nbytes: int
     age_s: float
     owed_by: tuple[str, ...] | int
+    never_attached: tuple[str, ...]
+    """Those of its debtors that no session was ever named."""
     unlogged: int
     """Expiries since the last such event that were not logged."""
 

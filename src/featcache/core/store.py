@@ -6,7 +6,7 @@ carried out, so no other call can come between (httpcore's connection pool is bu
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
+from itertools import islice, takewhile
 
 from featcache.core.allocator import ALIGNMENT_BYTES, OffsetAllocator
 from featcache.core.directory import Directory
@@ -280,6 +280,10 @@ class Store:
     def due(self, now_s: float) -> list[Slot]:
         """Return retiring slots whose grace has passed: the caller recycles those that are not held."""
         return [slot for slot in self._retiring.values() if slot.due_s <= now_s and not slot.grants]
+
+    def first_retiring(self, most: int) -> list[Slot]:
+        """Return the slots that have been RETIRING the longest."""
+        return list(islice(self._retiring.values(), most))
 
     def recycle(self, slots: Iterable[Slot], now_s: float) -> list[Effect]:
         """Free the extents of retired slots that no session holds, and serve the queue."""

@@ -39,7 +39,7 @@ class OwnSession:
         if self._attachment is None:
             pool = self._pool
             pool.check_open()
-            page = self._sessions.open_page(self._number, self._name).words
+            page = self._sessions.open_page(self._number, self._name, os.getpid()).words
             adopted = PageWords.adopted(pool.slab, page)
             self._doorbell = Doorbell(os.dup(pool.recycler.eventfd))
             self._attachment = Attachment(

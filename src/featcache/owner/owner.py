@@ -162,6 +162,8 @@ class Owner:
             self.main.pool.check_open()
         self.main.sessions.siblings.append(spill.pool)
         spill.sessions.siblings.append(self.main.pool)
+        self.main.pool.attendance.siblings.append(spill.pool.attendance)
+        spill.pool.attendance.siblings.append(self.main.pool.attendance)
         self._pools.add(spill.pool.pool_id, spill.own)
         self.spill = spill
         return spill

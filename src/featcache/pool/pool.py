@@ -27,6 +27,8 @@ from featcache.errors import BackendUnavailable, CacheClosed, MalformedRef
 from featcache.memory.slab import Order, Slab
 from featcache.memory.words import Header, OwnerWords, fence_full
 from featcache.pool import gauges
+from featcache.pool.attendance import Attendance
+from featcache.pool.debtors import Debtors
 from featcache.pool.growth import Growth
 from featcache.pool.page import SessionPage
 from featcache.pool.pending_writes import PendingWrites
@@ -72,7 +74,9 @@ class Pool:
         self.recycler = Recycler(
             self.collect, self._tick, settings.recycle_interval, deferred=slab.deferred
         )
-        self.pressure = PressureMonitor(self.name, self.store, settings)
+        self.attendance = Attendance(self.pages)
+        self.debtors = Debtors(self.store, self.attendance)
+        self.pressure = PressureMonitor(self.name, self.store, settings, self.debtors)
         self.put_bytes = 0
         """Bytes reserved since the last `collect`; a small put counts for more."""
         self._expiries = events.Throttle(settings.log_interval, burst=256)
@@ -220,6 +224,7 @@ class Pool:
                 nbytes=expired.nbytes,
                 age_s=expired.age_s,
                 owed_by=expired.owed_by,
+                never_attached=self.attendance.never_attached(expired.owed_by),
                 unlogged=unlogged,
             ),
         )

@@ -11,6 +11,7 @@ from featcache.core.keyed_store import KeyedStore
 from featcache.core.pressure import ALWAYS_NORMAL, PressureGauge, PressureLevel
 from featcache.errors import CacheClosed, GetTimeout, SettingsError
 from featcache.pool import gauges
+from featcache.pool.debtors import Debtors
 from featcache.pool.refresh import refresh
 from featcache.settings import Settings, parse_timeout
 
@@ -28,8 +29,11 @@ _REPORTED = (
 class PressureMonitor:
     """Keeps the level of one store, emits `PoolPressure`, wakes tasks that await a lower level."""
 
-    def __init__(self, pool_name: str, store: KeyedStore, settings: Settings) -> None:
+    def __init__(
+        self, pool_name: str, store: KeyedStore, settings: Settings, debtors: Debtors
+    ) -> None:
         self._pool_name = pool_name
+        self._debtors = debtors
         self._store = store
         self._gauge = PressureGauge(settings.log_interval, settings.pressure_interval)
         self.quiet_below_bytes = int(store.limits.capacity_bytes * ALWAYS_NORMAL)
@@ -87,13 +91,15 @@ class PressureMonitor:
     def _facts(self, now_s: float) -> dict[str, Any]:
         store = self._store
         oldest = next(iter(store.owing.values()), None)
-        values = gauges.of_store(store)
+        values, holders = gauges.of_store(store), self._debtors.holders()
         return {name: values[name] for name in _REPORTED} | {
             "pool": self._pool_name,
             "level": self._gauge.level.value,
             "oldest_ref": None if oldest is None else oldest.label,
             "oldest_age_s": 0.0 if oldest is None else now_s - oldest.born_s,
             "oldest_owed_by": 0 if oldest is None else oldest.owed_by,
+            "holders": holders.sentences,
+            "remedy": "" if self.is_normal else holders.remedy,
         }
 
 
