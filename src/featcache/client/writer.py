@@ -66,8 +66,9 @@ async def within(
     try:
         with anyio.fail_after(limit_s):
             return await work(wait and not at_once, deadline_s)
-    except PutTimeout:
-        raise
+    except PutTimeout as late:  # the owner's, which was told what was left of the time
+        why = str(late).partition(" s: ")[2] or str(late)
+        raise PutTimeout(f"no room for {nbytes} bytes within {timeout_s} s: {why}") from None
     except PoolFull as full:
         if not (at_once and wait):
             raise

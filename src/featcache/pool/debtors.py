@@ -17,7 +17,8 @@ _MOST: Final = 3
 """Entries of a kind that are named."""
 _MOST_NAMES: Final = 4
 _MOST_SCANNED: Final = 256
-_MOST_NAMES_SCANNED: Final = 2048
+_MOST_NAMES_SORTED: Final = 64
+_MOST_NAMES_SCANNED: Final = 1024
 _MOST_RETIRING: Final = 32
 _MOST_CHARS: Final = 800
 _KEPT_S: Final = 0.02
@@ -113,7 +114,12 @@ class Debtors:
             )
         others = len(self._store.owing) - _MOST
         if others > 0:
-            yield f"{_count(others, 'younger ref')} owed"
+            younger = islice(self._store.owing.values(), _MOST, _MOST_SCANNED)
+            largest = max(younger, key=lambda slot: slot.nbytes)
+            yield (
+                f"{_count(others, 'younger ref')}, such as {largest.label} of {largest.nbytes} bytes, "
+                f"owed by {self._debtors(largest, attached)}"
+            )
 
     def _debtors(self, slot: Slot, attached: dict[str, SessionPage]) -> str:
         names = slot.owed_by_names
@@ -121,7 +127,10 @@ class Debtors:
             paid = [self._attendance.named(number) for number in islice(slot.paid_by or (), _MOST)]
             by = f" (paid by {', '.join(paid)})" if paid else ""
             return f"anonymous: {_count(slot.reads_left, 'read')}{by}"
-        listed = sorted(islice(names, _MOST_SCANNED), key=lambda name: (name in attached, name))
+        # Those that are not attached first.
+        listed = sorted(
+            islice(names, _MOST_NAMES_SORTED), key=lambda name: (name in attached, name)
+        )
         labels = [self._attendance.label(name, attached) for name in listed[:_MOST_NAMES]]
         return _and_more(labels, len(names))
 

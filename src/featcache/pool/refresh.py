@@ -1,6 +1,7 @@
 """Figures of now: what was released is looked at before they are told."""
 
 import asyncio
+import time
 from typing import TYPE_CHECKING
 
 from featcache import events
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def refresh(pool: "Pool") -> None:
-    """Count the reads paid until now and recycle what they kept, in the pool's loop.
+    """Count the reads paid until now, recycle what they kept and follow the pressure, in the pool's loop.
 
     Not from another thread; nor in a hook, which may be called in the midst of a decision.
     """
@@ -22,3 +23,4 @@ def refresh(pool: "Pool") -> None:
         return
     if here:
         pool.collect()
+        pool.pressure.report(time.monotonic())
