@@ -149,7 +149,10 @@ class Pressure:
             with anyio.fail_after(timeout_s):
                 await self._monitor().below(wanted)
         except TimeoutError:
-            raise GetTimeout(f"pressure stayed at {self.level} for {timeout_s} s") from None
+            holders = self._pool().debtors.holders()
+            raise GetTimeout(
+                f"pressure stayed at {self.level} for {timeout_s} s: {holders}"
+            ) from None
 
     def __repr__(self) -> str:
         try:
