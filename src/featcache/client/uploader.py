@@ -43,10 +43,11 @@ class Uploader:
     async def _put(
         self, staged: Staged, timeout_s: float | None, deadline_s: float | None, *, wait: bool
     ) -> FeatureRef:
+        left_s = None if deadline_s is None else left(deadline_s)
         in_host = Request(staged.request.nbytes, 1, self._settings.relay_ttl)
         ref = await self.host_pool.put(
             msgspec.structs.replace(staged, request=in_host),
-            0.0 if timeout_s == 0 else left(deadline_s),
+            0.0 if timeout_s == 0 else left_s,
             wait=True,
         )
         try:
@@ -59,11 +60,9 @@ class Uploader:
     async def _upload(
         self, ref: FeatureRef, request: Request, deadline_s: float | None, *, wait: bool
     ) -> FeatureRef:
-        link = self.connection.link
+        link, left_s = self.connection.link, None if deadline_s is None else left(deadline_s)
         answer, _ = await link.request(
-            messages.Upload(
-                *(link.number(), *wire_form(request), wait, ref.to_bytes(), left(deadline_s))
-            )
+            messages.Upload(*(link.number(), *wire_form(request), wait, ref.to_bytes(), left_s))
         )
         if not isinstance(answer, messages.Reply):
             raise ProtocolError(f"the owner answered a put with {type(answer).__name__}")

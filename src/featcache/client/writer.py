@@ -80,9 +80,9 @@ async def within(
         ) from None
 
 
-def left(deadline_s: float | None) -> float | None:
+def left(deadline_s: float) -> float:
     """Return the time until a deadline as a message has it, more than 0."""
-    return None if deadline_s is None else max(0.001, deadline_s - time.monotonic())
+    return max(0.001, deadline_s - time.monotonic())
 
 
 class ClientWriter:
@@ -134,8 +134,9 @@ class ClientWriter:
             await self._opening.join()
             self.connection.attachment.check()  # it may have been closed meanwhile
         link = self.connection.link
+        left_s = None if deadline_s is None else left(deadline_s)
         answer, _ = await link.request(
-            messages.Reserve(link.number(), *wire_form(request), wait, left(deadline_s))
+            messages.Reserve(link.number(), *wire_form(request), wait, left_s)
         )
         if not isinstance(answer, Reserved):
             raise ProtocolError(f"the owner answered a put with {type(answer).__name__}")
