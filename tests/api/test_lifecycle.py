@@ -22,6 +22,7 @@ from featcache import (
     OwnerUnreachable,
     SettingsError,
 )
+from featcache.api.lifecycle import Lifecycle
 from featcache.blocking.portal import Portal
 from featcache.owner.owner import Owner
 from featcache.owner.served_pool import ServedPool
@@ -400,3 +401,12 @@ def test_the_public_objects_have_the_api_and_nothing_else() -> None:
         *("endpoint", "pressure", "put_nowait"),
     }
     assert public(featcache.blocking.FeatureClient) == blocking
+
+
+@pytest.mark.parametrize(("noun", "verb"), [("cache", "create"), ("client", "connect")])
+def test_a_fork_is_told_what_to_do(noun: str, verb: str) -> None:
+    life: Lifecycle[Any] = Lifecycle(noun, verb)
+    life.forget()
+    told = str(life.closed())
+    assert f"forked from the one that opened the {noun}" in told
+    assert f"{verb} another in this process, after the fork" in told

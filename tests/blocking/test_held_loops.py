@@ -31,7 +31,6 @@ CALLS: dict[str, Callable[[FeatureClient, FeatureRef], Any]] = {
     "evict": lambda client, _: client.evict("k"),
     "pin": lambda client, _: client.pin("k"),
     "unpin": lambda client, _: client.unpin("k"),
-    "statistics": lambda client, _: client.statistics(),
     "close": lambda client, _: client.close(),
 }
 
@@ -47,6 +46,7 @@ async def test_a_client_in_the_thread_of_its_owners_loop(call: str) -> None:
         with pytest.raises(WrongLoop, match=r"'MainThread'.*featcache\.connect"):
             CALLS[call](client, ref)
         client.get(ref)  # enters no loop
+        assert client.statistics().gets == 1  # only its own
         await asyncio.to_thread(client.put, filled(1))
         await asyncio.to_thread(client.close)
         assert owner.statistics().sessions == 0
@@ -95,7 +95,9 @@ def test_a_hook_that_calls_into_its_own_loop() -> None:
         def hook(event: events.Event) -> None:
             if not isinstance(event, events.ReaderAttached):
                 return
-            for call in (owner.statistics, lambda: owner.put(filled(1)), owner.close):
+            assert owner.statistics().puts == 0
+            assert owner.pressure.level == "normal"
+            for call in (lambda: owner.contains("k"), lambda: owner.put(filled(1)), owner.close):
                 try:
                     call()
                 except WrongLoop as error:

@@ -77,12 +77,7 @@ class _BlockingBase(Generic[A]):
 
     def statistics(self) -> Statistics:
         """Return counters and gauges, taken in the loop."""
-        inner = self._portal.inner
-
-        async def look() -> Statistics:
-            return inner.statistics()
-
-        return self._portal.call(look)
+        return self._portal.look(self._portal.inner.statistics)
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -287,7 +282,8 @@ class Pressure:
     @property
     def level(self) -> PressureLevel:
         """The level now."""
-        return self._portal.inner.pressure.level
+        pressure = self._portal.inner.pressure
+        return self._portal.look(lambda: pressure.level)
 
     def below(self, level: PressureLevel | str, *, timeout: float | None = None) -> None:
         """Return once the level is lower, as `below` of `featcache.FeatureCache.pressure`."""

@@ -174,10 +174,25 @@ class Portal(Generic[A]):
         it is about, whose pool may be yet to be attached.
         """
         _ = self.engine  # before a thread that a fork has left behind is waited for
+        self.check_thread(ref)
+        return self._call(work, undo)
+
+    def look(self, read: Callable[[], T]) -> T:
+        """Return what `read` returns in the loop, which needs no other: at once if this is its thread."""
+        _ = self.engine
+        thread = self._thread
+        if thread is not None and thread.ident == threading.get_ident():
+            return read()
+
+        async def look() -> T:
+            return read()
+
+        return self._call(look, None)
+
+    def _call(self, work: Callable[[], Awaitable[T]], undo: Undo[T] | None) -> T:
         thread = self._thread
         if thread is None:
             raise self._life.closed()
-        self.check_thread(ref)
         call = Call(work, undo)
         try:
             thread.post(call)
