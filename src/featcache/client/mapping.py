@@ -1,12 +1,11 @@
 """From an owner's welcome to a mapped pool in this process."""
 
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from featcache.control.channel import close_all
+from featcache.control.descriptors import close_all, duplicate_all
 from featcache.control.messages import Welcome
 from featcache.errors import AttachRefused
 from featcache.memory.backends import map_slab
@@ -51,16 +50,23 @@ async def map_pool(
     Raises:
         AttachRefused: the welcome is not one that an owner sends.
         BackendUnavailable: the slab can't be mapped, nor read through host memory.
+        OSError: the system refused a descriptor or a mapping.
 
     """
     if len(fds) < _CONTROL_DESCRIPTORS:
         raise AttachRefused("the owner's welcome came without its descriptors")
     words = OwnerWords.attach(fds[0], welcome.slots)
     page = SessionWords.attach(fds[1], welcome.slots, welcome.grants)
-    slab = await offload.run(
-        _mapper(welcome, fds[_CONTROL_DESCRIPTORS:], device, page, through_host=through_host),
-        lambda mapped: None if mapped is None else offload.spawn(mapped.mapping.close),
-    )
+    # The thread's: a cancelled attach closes the others meanwhile.
+    own = duplicate_all(fds[_CONTROL_DESCRIPTORS:])
+    try:
+        slab = await offload.run(
+            _mapper(welcome, own, device, page, through_host=through_host),
+            lambda mapped: None if mapped is None else offload.spawn(mapped.mapping.close),
+        )
+    except Exception:  # of the thread, which has closed them, or of one that never began
+        close_all(own)
+        raise
     doorbell = Doorbell(fds.pop(2))
     attachment = Attachment(welcome.pool_id, words, page, slab.mapping, slab.adopted, doorbell.ring)
     attachment.shrink_epoch = welcome.shrink_epoch
@@ -70,14 +76,16 @@ async def map_pool(
 
 def _mapper(
     welcome: Welcome,
-    fds: list[int],
+    own: list[int],
     device: torch.device | None,
     page: SessionWords,
     *,
     through_host: bool,
 ) -> Callable[[], _MappedSlab]:
-    """Return the work that maps a slab and readies the page for its streams, in a thread."""
-    own = [os.dup(fd) for fd in fds]  # the thread's: a cancelled attach closes the others meanwhile
+    """Return the work that maps a slab and readies the page for its streams, in a thread.
+
+    It closes the slab's descriptors, `own`, and empties the list.
+    """
 
     def mapped() -> tuple[Mapping, str | None]:
         try:
@@ -98,6 +106,7 @@ def _mapper(
             return UnreachableSlab(device or default_device(), str(error)), str(error)
         finally:
             close_all(own)
+            own.clear()
 
     def work() -> _MappedSlab:
         mapping, unreachable = mapped()

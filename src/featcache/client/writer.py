@@ -14,10 +14,16 @@ import anyio
 
 from featcache.client.connection import PoolConnection
 from featcache.control import messages
-from featcache.control.channel import close_all
+from featcache.control.descriptors import close_all
 from featcache.control.messages import ProtocolError, Reserved
 from featcache.core.put_queue import Request
-from featcache.errors import BackendUnavailable, FeatcacheError, PoolFull, PutTimeout
+from featcache.errors import (
+    BackendUnavailable,
+    FeatcacheError,
+    PoolFull,
+    PutTimeout,
+    system_errors,
+)
 from featcache.ref import FeatureRef
 from featcache.session.arguments import parse_put, rpc_timeout
 from featcache.session.offload import Offload, SharedTask
@@ -196,7 +202,12 @@ class ClientWriter:
             close_all(fds)
             raise
         # The descriptors are the thread's, which closes them even if the loop is gone by then.
-        await self._offload.run(lambda: _open_for_writing(mapping, fds))
+        try:
+            with system_errors(BackendUnavailable, "the slab can't be mapped for writing"):
+                await self._offload.run(lambda: _open_for_writing(mapping, fds))
+        except Exception:  # of the thread, which has closed them, or of one that never began
+            close_all(fds)
+            raise
 
 
 def _open_for_writing(mapping: Any, fds: list[int]) -> None:
@@ -204,3 +215,4 @@ def _open_for_writing(mapping: Any, fds: list[int]) -> None:
         mapping.open_for_writing(fds)
     finally:
         close_all(fds)
+        fds.clear()

@@ -11,14 +11,25 @@ from collections.abc import Callable
 import anyio
 
 from featcache.control import messages
-from featcache.control.channel import Channel, close_all
+from featcache.control.channel import Channel
 from featcache.control.credentials import PidWatch, check_uid, own_pidfd
+from featcache.control.descriptors import NO_DESCRIPTOR, close_all
 from featcache.control.messages import ProtocolError, Welcome, decode_from_owner, encode, is_answer
 from featcache.control.pending import PendingRequests
-from featcache.errors import AttachRefused, CacheClosed, FeatcacheError, OwnerLost, OwnerUnreachable
+from featcache.errors import (
+    OUT_OF_DESCRIPTORS,
+    AttachRefused,
+    CacheClosed,
+    FeatcacheError,
+    OwnerLost,
+    OwnerUnreachable,
+    explain,
+    system_errors,
+)
 from featcache.settings import Settings
 
 _CONNECT_RETRY_S = 0.005
+_AGAIN = frozenset((errno.EAGAIN, errno.EINTR))
 _FAREWELL_S = 1.0
 _MAX_UNTAKEN = 1024
 """Changes of the slab that may come before `take_slab_changes`."""
@@ -176,7 +187,10 @@ class Link:
     def _on_message(self, payload: bytes, fds: list[int]) -> None:
         try:
             message = decode_from_owner(payload)
-            if is_answer(message):
+            if fds and NO_DESCRIPTOR in fds:
+                lacking, fds = fds, []
+                self._take_without(message, lacking)
+            elif is_answer(message):
                 taken, fds = fds, []
                 self.requests.deliver(message, taken)
             elif isinstance(message, SlabChange) and self._state is not LinkState.GREETING:
@@ -199,6 +213,24 @@ class Link:
             if fds:  # no branch took them
                 close_all(fds)
 
+    def _take_without(self, message: messages.FromOwner, fds: list[int]) -> None:
+        """Take a message that came while this process had no room for its descriptors.
+
+        The session goes on, so that it can say goodbye, and can be asked again.
+        """
+        if isinstance(message, SlabChange) and self._state is not LinkState.GREETING:
+            self._change_slab(message, fds)  # which tells it when it is mapped
+            return
+        close_all(fds)
+        if is_answer(message):
+            refusal = messages.Reply(message.request, "BackendUnavailable", OUT_OF_DESCRIPTORS)
+            self.requests.deliver(refusal, [])
+        elif isinstance(message, Welcome) and self._state is LinkState.GREETING:
+            self._state = LinkState.GREETED
+            self._welcome.set_exception(AttachRefused(f"{self.endpoint}: {OUT_OF_DESCRIPTORS}"))
+        else:
+            raise ProtocolError(f"a {type(message).__name__} with descriptors")
+
     def _change_slab(self, change: SlabChange, fds: list[int]) -> None:
         if len(fds) != (len(change.sizes) if isinstance(change, messages.Segments) else 0):
             close_all(fds)
@@ -219,7 +251,10 @@ class Link:
         if isinstance(error, ProtocolError) and not self._welcome.done():
             self._welcome.set_exception(AttachRefused(f"{self.endpoint}: {error}"))
         # The reason before the end: it is what the requests that fail now raise.
-        self.lost = f"the owner at {self.endpoint} is gone: {reason}"
+        ended = (
+            "owner at {} is gone" if not isinstance(error, ProtocolError) else "session at {} ended"
+        )
+        self.lost = f"the {ended.format(self.endpoint)}: {reason}"
         self._state = LinkState.LOST
         self.close()
         if self.on_lost is not None:
@@ -250,10 +285,18 @@ async def dial(
 
     Raises:
         OwnerUnreachable: nothing listens there.
-        AttachRefused: another user's process, another protocol or version, no answer in time, or
-            no free session.
+        AttachRefused: another user's process, another protocol or version, no answer in time, no
+            free session, or nothing left of what the system gives (descriptors, memory).
+        BackendUnavailable: this process can have no pidfd.
 
     """
+    with system_errors(AttachRefused, f"can't attach to {endpoint}"):
+        return await _dial(endpoint, name, device, settings)
+
+
+async def _dial(
+    endpoint: str, name: str | None, device: str, settings: Settings
+) -> tuple[Link, Welcome, list[int]]:
     try:
         with anyio.fail_after(settings.attach_timeout):
             sock = await _connect(endpoint)
@@ -272,7 +315,8 @@ async def dial(
                 raise
     except TimeoutError:
         raise AttachRefused(
-            f"{endpoint} did not answer within {settings.attach_timeout} s"
+            f"{endpoint} did not answer within {settings.attach_timeout} s: its owner is busy, stopped "
+            "or out of file descriptors (its log says); or raise Settings.attach_timeout"
         ) from None
     except ProtocolError as error:
         raise AttachRefused(f"{endpoint}: {error}") from error
@@ -285,12 +329,14 @@ async def _connect(endpoint: str) -> socket.socket:
         sock.setblocking(False)
         # A Unix socket connects at once or, while the listener's backlog is full, fails with EAGAIN;
         # it never becomes writable, so it can only be polled.
-        while (code := sock.connect_ex(endpoint)) == errno.EAGAIN:  # noqa: ASYNC110 - no event for it
+        while (code := sock.connect_ex(endpoint)) in _AGAIN:  # noqa: ASYNC110 - no event for it
             await anyio.sleep(_CONNECT_RETRY_S)
         if code in {errno.ENOENT, errno.ECONNREFUSED}:
             raise OwnerUnreachable(f"no owner listens at {endpoint}: {os.strerror(code)}")
         if code != 0:
-            raise AttachRefused(f"can't reach {endpoint}: {os.strerror(code)}")
+            raise AttachRefused(
+                f"can't reach {endpoint}: {explain(OSError(code, os.strerror(code)))}"
+            )
     except BaseException:
         sock.close()
         raise

@@ -38,6 +38,10 @@ class ProtocolError(FeatcacheError):
     """The peer broke the protocol: it sent what no peer of this version sends."""
 
 
+class SocketFailed(ProtocolError):
+    """A call on this end's socket failed: frames or descriptors are lost, so the connection ends."""
+
+
 class Lane(enum.Enum):
     """The lanes in which requests wait while too many of their kind are unanswered.
 

@@ -11,7 +11,8 @@ from typing import Final, TypeAlias
 
 from featcache import errors
 from featcache.control import messages
-from featcache.control.channel import Channel, close_all
+from featcache.control.channel import Channel
+from featcache.control.descriptors import close_all
 from featcache.control.messages import Answer, Lane, ProtocolError, Request, encode
 from featcache.errors import CacheClosed, FeatcacheError, SettingsError
 

@@ -31,6 +31,12 @@ class Unreachable(BackendUnavailable):
     """This device can't access the slab's memory: its reads go through host memory."""
 
 
+def no_memory(spec: TensorSpec, error: RuntimeError) -> BackendUnavailable:
+    """Return the error of a read whose tensor torch could not allocate."""
+    first = str(error).partition("\n")[0]
+    return BackendUnavailable(f"torch made no tensor of {spec.nbytes} bytes for the copy: {first}")
+
+
 class Segment(NamedTuple):
     """A piece of a slab's range with a descriptor of its own, which is sent to readers."""
 

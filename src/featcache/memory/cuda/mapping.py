@@ -19,7 +19,7 @@ from featcache.memory.cuda.backing import Backing, SegmentBacking
 from featcache.memory.cuda.driver import Driver
 from featcache.memory.cuda.streams import DeviceStreams, StreamOrder
 from featcache.memory.pack import DTYPES, contiguous_strides
-from featcache.memory.slab import Parts, Unreachable, Word
+from featcache.memory.slab import Parts, Unreachable, Word, no_memory
 from featcache.memory.views import view_of
 from featcache.memory.words import Block, fence_stores
 from featcache.ref import TensorSpec
@@ -129,7 +129,12 @@ class CudaMapping:
 
     def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
         device = self.device if device is None else device
-        return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device)
+        try:
+            return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device)
+        except (
+            RuntimeError
+        ) as error:  # of torch: its OutOfMemoryError, or any other for host memory
+            raise no_memory(spec, error) from error
 
     def fetch(
         self,
@@ -147,9 +152,11 @@ class CudaMapping:
         if streams.storage is None:
             raise CacheClosed("this mapping of the slab is closed")
         shape = spec.shape
-        out = torch.empty_strided(  # with strides torch takes two thirds of the time of `empty`
-            shape, contiguous_strides(shape), dtype=DTYPES[spec.dtype], device=streams.device
-        )
+        strides, dtype = contiguous_strides(shape), DTYPES[spec.dtype]
+        try:  # with strides torch takes two thirds of the time of `empty`
+            out = torch.empty_strided(shape, strides, dtype=dtype, device=streams.device)
+        except RuntimeError as error:
+            raise no_memory(spec, error) from error
         if nbytes := out.nbytes:
             at = streams.address + offset_bytes + spec.offset_bytes
             streams.copy(out.data_ptr(), at, nbytes, order.stream)
