@@ -1,6 +1,6 @@
 """From an owner's welcome to a mapped pool in this process."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -61,7 +61,8 @@ async def map_pool(
     own = duplicate_all(fds[_CONTROL_DESCRIPTORS:])
     try:
         slab = await offload.run(
-            _mapper(welcome, own, device, page, through_host=through_host),
+            # No closure, which the traceback of an error would keep, and with it the page mapped.
+            partial(_map_and_adopt, welcome, own, device, page, through_host=through_host),
             lambda mapped: None if mapped is None else offload.spawn(mapped.mapping.close),
         )
     except Exception:  # of the thread, which has closed them, or of one that never began
@@ -74,46 +75,42 @@ async def map_pool(
     return MappedPool(attachment, doorbell, slab.unreachable)
 
 
-def _mapper(
+def _map_and_adopt(
     welcome: Welcome,
     own: list[int],
     device: torch.device | None,
     page: SessionWords,
     *,
     through_host: bool,
-) -> Callable[[], _MappedSlab]:
-    """Return the work that maps a slab and readies the page for its streams, in a thread.
+) -> _MappedSlab:
+    """Map a slab and ready the page for its streams, in a thread. Closes `own` and empties the list."""
+    mapping, unreachable = _map(welcome, own, device, through_host=through_host)
+    try:
+        return _MappedSlab(mapping, PageWords.adopted(mapping, page), unreachable)
+    except BaseException:
+        mapping.close()
+        raise
 
-    It closes the slab's descriptors, `own`, and empties the list.
-    """
 
-    def mapped() -> tuple[Mapping, str | None]:
-        try:
-            if through_host and welcome.relays:
-                raise Unreachable("Settings.through_host is set")
-            peer = PeerSlab(
-                welcome.kind,
-                welcome.device,
-                welcome.capacity_bytes,
-                welcome.committed_bytes,
-                welcome.handle,
-                own,
-            )
-            return map_slab(peer, device), None
-        except Unreachable as error:
-            if not welcome.relays:
-                raise
-            return UnreachableSlab(device or default_device(), str(error)), str(error)
-        finally:
-            close_all(own)
-            own.clear()
-
-    def work() -> _MappedSlab:
-        mapping, unreachable = mapped()
-        try:
-            return _MappedSlab(mapping, PageWords.adopted(mapping, page), unreachable)
-        except BaseException:
-            mapping.close()
+def _map(
+    welcome: Welcome, own: list[int], device: torch.device | None, *, through_host: bool
+) -> tuple[Mapping, str | None]:
+    try:
+        if through_host and welcome.relays:
+            raise Unreachable("Settings.through_host is set")
+        peer = PeerSlab(
+            welcome.kind,
+            welcome.device,
+            welcome.capacity_bytes,
+            welcome.committed_bytes,
+            welcome.handle,
+            own,
+        )
+        return map_slab(peer, device), None
+    except Unreachable as error:
+        if not welcome.relays:
             raise
-
-    return work
+        return UnreachableSlab(device or default_device(), str(error)), str(error)
+    finally:
+        close_all(own)
+        own.clear()

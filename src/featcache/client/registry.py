@@ -323,6 +323,7 @@ class ConnectionRegistry:
         self._connections.clear()
         for connection in connections:
             await connection.close()
+        self.on_gone = None  # it refers to the client's puts, which refer to this: no cycle is left
 
     def forget(self) -> None:
         """Drop everything in a forked child."""

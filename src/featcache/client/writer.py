@@ -8,6 +8,7 @@ copy, says that they have landed.
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import anyio
@@ -72,7 +73,7 @@ class ClientWriter:
         self.connection = connection
         self._settings = settings
         self._offload = offload
-        self._opening = SharedTask(self._open)
+        self._opening = SharedTask(partial(_open, connection, offload))
         self.puts = 0
 
     def stage(self, feature: Any, readers: Any, ttl: Any, key: Any = None) -> Staged:
@@ -189,25 +190,23 @@ class ClientWriter:
             messages.GiveUpReserved(reserved.slot, reserved.generation, landed)
         )
 
-    # --- the first time ---------------------------------------------------------------------------
 
-    async def _open(self) -> None:
-        """Map the slab for writing."""
-        link, mapping = self.connection.link, self.connection.attachment.mapping
-        answer, fds = await link.request(messages.OpenForWriting(link.number()))
-        try:
-            if not isinstance(answer, messages.WriteDescriptors):
-                raise ProtocolError(f"the owner answered a writer with {type(answer).__name__}")
-        except ProtocolError:
-            close_all(fds)
-            raise
+# --- the first time -------------------------------------------------------------------------------
+
+
+async def _open(connection: PoolConnection, offload: Offload) -> None:
+    """Map the slab for writing."""
+    link, mapping = connection.link, connection.attachment.mapping
+    answer, fds = await link.request(messages.OpenForWriting(link.number()))
+    try:
+        if not isinstance(answer, messages.WriteDescriptors):
+            raise ProtocolError(f"the owner answered a writer with {type(answer).__name__}")
         # The descriptors are the thread's, which closes them even if the loop is gone by then.
-        try:
-            with system_errors(BackendUnavailable, "the slab can't be mapped for writing"):
-                await self._offload.run(lambda: _open_for_writing(mapping, fds))
-        except Exception:  # of the thread, which has closed them, or of one that never began
-            close_all(fds)
-            raise
+        with system_errors(BackendUnavailable, "the slab can't be mapped for writing"):
+            await offload.run(partial(_open_for_writing, mapping, fds))
+    except Exception:  # no writer; or of the thread, which closed them, or of one that never began
+        close_all(fds)
+        raise
 
 
 def _open_for_writing(mapping: Any, fds: list[int]) -> None:
