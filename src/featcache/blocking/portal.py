@@ -14,7 +14,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from featcache.api.cache import FeatureCache
 from featcache.api.client import FeatureClient
 from featcache.api.lifecycle import Engine, Lifecycle, LifeState
-from featcache.errors import BackendUnavailable, CacheClosed, system_errors
+from featcache.errors import CacheClosed
 from featcache.memory.pack import Feature
 
 T = TypeVar("T")
@@ -22,14 +22,6 @@ A = TypeVar("A", FeatureCache, FeatureClient)
 
 _inherited: list[AbstractContextManager[BlockingPortal]] = []
 """Portals whose threads a fork has left behind: even dropping them would wait for those."""
-
-
-def _entered(manager: AbstractContextManager[BlockingPortal]) -> BlockingPortal:
-    with system_errors(BackendUnavailable, "no event loop for a blocking object"):
-        try:
-            return manager.__enter__()
-        except RuntimeError as error:  # of threading, or of the loop
-            raise BackendUnavailable(f"no thread for a blocking object: {error}") from error
 
 
 class Portal(Generic[A]):
@@ -53,9 +45,8 @@ class Portal(Generic[A]):
         with self._lock:
             if self._manager is not None or self._life.state is not LifeState.NEW or self._closing:
                 raise CacheClosed("it opens once: make another")
-            manager = start_blocking_portal("asyncio")
-            portal = self._portal = _entered(manager)
-            self._manager, self._pid = manager, os.getpid()
+            self._manager, self._pid = start_blocking_portal("asyncio"), os.getpid()
+            portal = self._portal = self._manager.__enter__()
         try:
             portal.call(self._open)
         except BaseException:
