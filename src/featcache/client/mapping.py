@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from featcache.control.descriptors import close_all, duplicate_all
+from featcache.control.descriptors import close_taken, duplicate_all
 from featcache.control.messages import Welcome
 from featcache.errors import AttachRefused
 from featcache.memory.backends import map_slab
@@ -65,8 +65,8 @@ async def map_pool(
             partial(_map_and_adopt, welcome, own, device, page, through_host=through_host),
             lambda mapped: None if mapped is None else offload.spawn(mapped.mapping.close),
         )
-    except Exception:  # of the thread, which has closed them, or of one that never began
-        close_all(own)
+    except Exception:
+        close_taken(own)  # the thread has not, if it was refused
         raise
     doorbell = Doorbell(fds.pop(2))
     attachment = Attachment(welcome.pool_id, words, page, slab.mapping, slab.adopted, doorbell.ring)
@@ -83,7 +83,7 @@ def _map_and_adopt(
     *,
     through_host: bool,
 ) -> _MappedSlab:
-    """Map a slab and ready the page for its streams, in a thread. Closes `own` and empties the list."""
+    """Map a slab and ready the page for its streams, in a thread. Closes `own`."""
     mapping, unreachable = _map(welcome, own, device, through_host=through_host)
     try:
         return _MappedSlab(mapping, PageWords.adopted(mapping, page), unreachable)
@@ -112,5 +112,4 @@ def _map(
             raise
         return UnreachableSlab(device or default_device(), str(error)), str(error)
     finally:
-        close_all(own)
-        own.clear()
+        close_taken(own)

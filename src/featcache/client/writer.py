@@ -15,7 +15,7 @@ import anyio
 
 from featcache.client.connection import PoolConnection
 from featcache.control import messages
-from featcache.control.descriptors import close_all
+from featcache.control.descriptors import close_taken
 from featcache.control.messages import ProtocolError, Reserved
 from featcache.core.put_queue import Request
 from featcache.errors import (
@@ -204,8 +204,8 @@ async def _open(connection: PoolConnection, offload: Offload) -> None:
         # The descriptors are the thread's, which closes them even if the loop is gone by then.
         with system_errors(BackendUnavailable, "the slab can't be mapped for writing"):
             await offload.run(partial(_open_for_writing, mapping, fds))
-    except Exception:  # no writer; or of the thread, which closed them, or of one that never began
-        close_all(fds)
+    except Exception:
+        close_taken(fds)  # the thread has not, if it was refused
         raise
 
 
@@ -213,5 +213,4 @@ def _open_for_writing(mapping: Any, fds: list[int]) -> None:
     try:
         mapping.open_for_writing(fds)
     finally:
-        close_all(fds)
-        fds.clear()
+        close_taken(fds)

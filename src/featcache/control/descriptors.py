@@ -27,6 +27,12 @@ def close_all(descriptors: Iterable[int]) -> None:
             os.close(fd)
 
 
+def close_taken(descriptors: list[int]) -> None:
+    """Close the descriptors of a list and empty it: of two that call this the second closes none."""
+    while descriptors:
+        close_all([descriptors.pop()])
+
+
 def duplicate_all(descriptors: Sequence[int]) -> list[int]:
     """Return duplicates of all of these, or raise OSError with none left open."""
     made: list[int] = []
