@@ -22,7 +22,6 @@ from featcache.control.descriptors import (
     duplicate_all,
 )
 from featcache.control.messages import VERSION, ProtocolError, SocketFailed
-from featcache.errors import explain
 
 _HEADER: Final = struct.Struct("<2sBBI")
 _HEADER_BYTES: Final = _HEADER.size
@@ -224,7 +223,7 @@ class Channel:
         try:  # duplicates: the caller may close its descriptors before the frame goes
             self._outgoing.append((frame, duplicate_all(descriptors)))
         except OSError as error:
-            self._lose(SocketFailed(f"a message with descriptors can't wait: {explain(error)}"))
+            self._lose(SocketFailed("a message with descriptors can't wait", error))
 
     def _send_some(self, data: bytes, descriptors: Sequence[int]) -> int:
         try:
@@ -237,7 +236,7 @@ class Channel:
         except OSError as error:
             # The next read meets the same end and reports it, once, outside the sender's call.
             if not isinstance(error, ConnectionError):  # not that of the peer
-                failed = SocketFailed(f"a message can't be sent: {explain(error)}")
+                failed = SocketFailed("a message can't be sent", error)
                 self._loop.call_soon(self._lose, failed)
             return len(data)
 
@@ -268,7 +267,7 @@ class Channel:
             self._lose(error)
             return
         except OSError as error:
-            self._lose(SocketFailed(f"messages can't be received: {explain(error)}"))
+            self._lose(SocketFailed("messages can't be received", error))
             return
         if ancillary or flags & _CUT:
             try:

@@ -56,13 +56,21 @@ class PidWatch:
     """Calls back, once, when the process behind a pidfd has died. Owns the descriptor."""
 
     def __init__(self, pidfd: int, on_death: Callable[[], None]) -> None:
+        """Begin to watch.
+
+        Raises:
+            ProtocolError: the peer's descriptor is none of a process.
+            BackendUnavailable: the system refuses to watch it. Closed either way.
+
+        """
         self._fd = pidfd
         self._on_death = on_death
         self._loop = asyncio.get_running_loop()
         try:
-            if not _is_pidfd(pidfd):
-                raise ProtocolError("the peer's first descriptor is not a pidfd")
-            self._loop.add_reader(pidfd, self._fire)
+            with system_errors(BackendUnavailable, "the peer's process can't be watched"):
+                if not _is_pidfd(pidfd):
+                    raise ProtocolError("the peer's first descriptor is not a pidfd")
+                self._loop.add_reader(pidfd, self._fire)
         except BaseException:
             self.forget()
             raise

@@ -23,7 +23,6 @@ from featcache.errors import (
     FeatcacheError,
     OwnerLost,
     OwnerUnreachable,
-    explain,
     system_errors,
 )
 from featcache.settings import Settings
@@ -69,6 +68,7 @@ class Link:
         self.on_lost: Callable[[str], None] | None = None
         self.lost: str | None = None
         """Why the owner is gone, once it is."""
+        self._cause: Exception | None = None
         self._state = LinkState.GREETING
         loop = asyncio.get_running_loop()
         self._welcome: asyncio.Future[Welcome] = loop.create_future()
@@ -249,12 +249,16 @@ class Link:
         if self._state in _OVER:
             return
         if isinstance(error, ProtocolError) and not self._welcome.done():
-            self._welcome.set_exception(AttachRefused(f"{self.endpoint}: {error}"))
+            refused = AttachRefused(f"{self.endpoint}: {error}")
+            refused.__cause__ = error
+            self._welcome.set_exception(refused)
         # The reason before the end: it is what the requests that fail now raise.
-        ended = (
-            "owner at {} is gone" if not isinstance(error, ProtocolError) else "session at {} ended"
-        )
+        if self._state is LinkState.GREETING and not isinstance(error, ProtocolError):
+            reason = f"{reason} before it answered; it ended, or could take no more (its log says)"
+        ended = "session at {} ended" if isinstance(error, ProtocolError) else "owner at {} is gone"
         self.lost = f"the {ended.format(self.endpoint)}: {reason}"
+        # Not its traceback, whose frames refer to the channel and so to this link.
+        self._cause = None if error is None else error.with_traceback(None)
         self._state = LinkState.LOST
         self.close()
         if self.on_lost is not None:
@@ -268,7 +272,9 @@ class Link:
             self._welcome.set_exception(refused(why))
             self._welcome.exception()  # counted as seen: nobody may be waiting
         self._on_farewell()
-        self.requests.end(CacheClosed(why) if self.lost is None else OwnerLost(why))
+        end = CacheClosed(why) if self.lost is None else OwnerLost(why)
+        end.__cause__ = self._cause
+        self.requests.end(end)
 
     def _on_farewell(self) -> None:
         if not self._farewell.done():
@@ -290,7 +296,7 @@ async def dial(
         BackendUnavailable: this process can have no pidfd.
 
     """
-    with system_errors(AttachRefused, f"can't attach to {endpoint}"):
+    with system_errors(AttachRefused, f"can't reach {endpoint}"):
         return await _dial(endpoint, name, device, settings)
 
 
@@ -334,9 +340,7 @@ async def _connect(endpoint: str) -> socket.socket:
         if code in {errno.ENOENT, errno.ECONNREFUSED}:
             raise OwnerUnreachable(f"no owner listens at {endpoint}: {os.strerror(code)}")
         if code != 0:
-            raise AttachRefused(
-                f"can't reach {endpoint}: {explain(OSError(code, os.strerror(code)))}"
-            )
+            raise OSError(code, os.strerror(code))
     except BaseException:
         sock.close()
         raise

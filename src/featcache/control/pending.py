@@ -179,7 +179,9 @@ class PendingRequests:
 
 def _copy(error: FeatcacheError) -> FeatcacheError:
     """Return an error of its own for each task: a raised one grows a traceback."""
-    return type(error)(*error.args)
+    copy = type(error)(*error.args)
+    copy.__cause__ = error.__cause__
+    return copy
 
 
 def _error_of(refusal: messages.Reply) -> FeatcacheError:

@@ -65,7 +65,7 @@ class Recycler:
         self._dues.add(handle)
 
     def _on_ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # read by an earlier turn, or by the next one
             os.eventfd_read(self.eventfd)
         self._collect()
 
