@@ -210,7 +210,11 @@ class Channel:
         if self.state is _CLOSED:
             return
         if not self._outgoing:
-            self._loop.add_writer(self._fd, self._writable)
+            try:
+                self._loop.add_writer(self._fd, self._writable)
+            except OSError as error:
+                self._lose(SocketFailed("the socket can't be watched", error))
+                return
         self._queue(frame, descriptors)
 
     def _queue(self, frame: bytes, descriptors: Sequence[int]) -> None:

@@ -125,12 +125,15 @@ def unlink(path: str) -> None:
 
 
 def _is_stale(path: Path) -> bool:
-    """Whether the path is a socket without a listener."""
+    """Whether the path is a socket without a listener, or raise OSError if that can't be told."""
     if not stat.S_ISSOCK(path.lstat().st_mode):
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
-        return probe.connect_ex(str(path)) == errno.ECONNREFUSED
+        code = probe.connect_ex(str(path))
+    if code not in {0, errno.EAGAIN, errno.ECONNREFUSED}:
+        raise OSError(code, os.strerror(code))
+    return code == errno.ECONNREFUSED
 
 
 def _sweep(folder: Path) -> None:
