@@ -224,7 +224,7 @@ async def live_in_little(pipe: Pipe, endpoint: str) -> None:
     async with featcache.connect(endpoint, name="rank0") as client:
         with (
             spare_addresses(32 * MIB),
-            pytest.raises(BackendUnavailable, match="tensor of 67108864"),
+            pytest.raises(BackendUnavailable, match="copy of 67108864"),
         ):
             await client.get("large")
         await client.get("large")

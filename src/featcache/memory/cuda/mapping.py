@@ -19,7 +19,7 @@ from featcache.memory.cuda.backing import Backing, SegmentBacking
 from featcache.memory.cuda.driver import Driver
 from featcache.memory.cuda.streams import DeviceStreams, StreamOrder
 from featcache.memory.pack import DTYPES, contiguous_strides
-from featcache.memory.slab import Parts, Unreachable, Word, no_memory
+from featcache.memory.slab import Parts, Unreachable, Word, torch_copies, uncopied
 from featcache.memory.views import view_of
 from featcache.memory.words import Block, fence_stores
 from featcache.ref import TensorSpec
@@ -134,7 +134,7 @@ class CudaMapping:
         except (
             RuntimeError
         ) as error:  # of torch: its OutOfMemoryError, or any other for host memory
-            raise no_memory(spec, error) from error
+            raise uncopied(spec.nbytes, error) from error
 
     def fetch(
         self,
@@ -156,7 +156,7 @@ class CudaMapping:
         try:  # with strides torch takes two thirds of the time of `empty`
             out = torch.empty_strided(shape, strides, dtype=dtype, device=streams.device)
         except RuntimeError as error:
-            raise no_memory(spec, error) from error
+            raise uncopied(spec.nbytes, error) from error
         if nbytes := out.nbytes:
             at = streams.address + offset_bytes + spec.offset_bytes
             streams.copy(out.data_ptr(), at, nbytes, order.stream)
@@ -188,7 +188,8 @@ class CudaMapping:
             raise SettingsError("the tensors of one get are all on one device")
         if self._home.storage is None:
             raise CacheClosed("this mapping of the slab is closed")
-        target = out if copies.is_plain(out) else torch.empty(out.shape, dtype=out.dtype)
+        with torch_copies(out.nbytes):
+            target = out if copies.is_plain(out) else torch.empty(out.shape, dtype=out.dtype)
         at = self._home.address + offset_bytes + spec.offset_bytes
         self._home.copy_now(target.data_ptr(), at, target.nbytes)
         if target is not out:
@@ -224,10 +225,11 @@ class CudaMapping:
                 # torch runs a copy between devices behind the current streams of both, and makes them
                 # wait for it: the order below, this device's stream, stands behind the copy.
                 device = self.device
-                parts = [
-                    (spec, part.to(device) if part.get_device() >= 0 else part)
-                    for spec, part in parts
-                ]
+                with torch_copies(sum(part.nbytes for _, part in parts)):
+                    parts = [
+                        (spec, part.to(device) if part.get_device() >= 0 else part)
+                        for spec, part in parts
+                    ]
                 on_device = True
                 break
         return parts, self._home.order() if on_device else None
@@ -372,6 +374,7 @@ def _address_of(words: memoryview) -> int:
 
 
 def _made_plain(tensor: torch.Tensor) -> torch.Tensor:
-    plain = torch.empty(tensor.shape, dtype=tensor.dtype)
-    copies.copy(plain, tensor)
+    with torch_copies(tensor.nbytes):
+        plain = torch.empty(tensor.shape, dtype=tensor.dtype)
+        copies.copy(plain, tensor)
     return plain

@@ -30,7 +30,7 @@ from featcache.memory import strided as copies
 from featcache.memory.devices import CPU
 from featcache.memory.host.available import available_bytes
 from featcache.memory.pack import DTYPES
-from featcache.memory.slab import Parts, Segment, Word, no_memory
+from featcache.memory.slab import Parts, Segment, Word, torch_copies, uncopied
 from featcache.memory.views import view_of
 from featcache.memory.words import TSO, Block, fence_stores, memfd
 from featcache.ref import TensorSpec
@@ -175,7 +175,7 @@ class HostMapping:
         try:
             return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device or self.home)
         except RuntimeError as error:  # of torch, which has no other for host memory
-            raise no_memory(spec, error) from error
+            raise uncopied(spec.nbytes, error) from error
 
     def fetch(
         self, offset_bytes: int, spec: TensorSpec, device: torch.device | None, order: Streams
@@ -187,7 +187,7 @@ class HostMapping:
     def read(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor, order: Streams) -> None:
         """Copy the slab's bytes into `out`; complete on return."""
         if not _plain(out):
-            with _on(order):
+            with torch_copies(spec.nbytes), _on(order):
                 copies.copy(out, self.view(offset_bytes, spec))
             return
         region = self._open()  # a reference for the copy's time: `close` unmaps nothing under it
@@ -246,7 +246,7 @@ class HostMapping:
                 at = base + offset_bytes + spec.offset_bytes
                 _memmove(at, tensor.data_ptr(), tensor.nbytes)
             else:
-                with _on(order):
+                with torch_copies(spec.nbytes), _on(order):
                     copies.copy(view_of(target.storage, offset_bytes, spec, CPU), tensor)
         if word is not None:
             self.signal(*word, order)
