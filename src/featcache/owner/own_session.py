@@ -44,7 +44,7 @@ class OwnSession:
 
     def _made(self) -> Attachment:
         pool = self._pool
-        page = self._sessions.open_page(self._number, self._name)
+        page = self._sessions.open_page(self._number, self._name, os.getpid())
         try:
             adopted = PageWords.adopted(pool.slab, page.words)
             self._doorbell = Doorbell(os.dup(pool.recycler.eventfd))
@@ -56,6 +56,7 @@ class OwnSession:
             pool.pool_id, pool.words, page.words, pool.slab, adopted, self._doorbell.ring
         )
         attachment.covered_bytes = pool.store.limits.capacity_bytes
+        attachment.why_stale = pool.store.why_stale
         # Its own mapping is never behind: nothing lies in memory that it has given back.
         attachment.shrink_epoch = None
         return attachment
