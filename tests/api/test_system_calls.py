@@ -270,48 +270,42 @@ _OF_PATHS: Final = frozenset(
 _PATHS: Final = ("path", "Path", "folder", "temporary", "proc", "group")
 _OF_LOOPS: Final = frozenset(("add_reader", "add_writer"))
 _HARMLESS: Final = frozenset(("close", "fileno", "setblocking"))
-_OF_CTYPES: Final = frozenset(("CDLL",))
+_ONLY: Final = {"ctypes": "CDLL", "threading": "Thread"}
+"""The one call of a module that is one of the system."""
 
 
 def system_calls(source: str) -> Iterator[str]:
     """Yield the calls in a source by the names of the table."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = (
-                [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else [alias.name for alias in node.names]
-            )
-            for name in names:
-                assert name.partition(".")[0] not in _UNUSED, f"{name}: add its calls to the table"
-        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
-            continue
-        of, name = ast.unparse(node.func.value), node.func.attr
-        last = of.rpartition(".")[2].lstrip("_")
-        if (
-            of.partition(".")[0] in _MODULES
-            and "(" not in of
-            and (of[:6] != "ctypes" or name == "CDLL")
-        ):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module or ""]
+        else:
+            modules = []
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                yield from system_call(ast.unparse(node.func.value), node.func.attr)
+        new = {name.partition(".")[0] for name in modules} & _UNUSED
+        assert not new, f"{new}: add its calls to the table"
+
+
+def system_call(of: str, name: str) -> Iterator[str]:
+    """Yield ``of.name()`` by its name in the table, if it looks like a system call."""
+    module, last = of.partition(".")[0], of.rpartition(".")[2].lstrip("_")
+    if module in _MODULES and "(" not in of:
+        if _ONLY.get(module, name) == name:
             yield f"{of}.{name}"
-        elif name in _OF_LOOPS:
-            yield f"loop.{name}"
-        elif last == "libc":
-            yield f"libc.{name}"
-        elif last in {"sock", "probe"} and name not in _HARMLESS:
-            yield f"socket.{name}"
-        elif name in _OF_PATHS and any(
-            word in of for word in ("path", "Path", "folder", "temporary", "proc", "group")
-        ):
-            yield f"Path.{name}"
+    elif name in _OF_LOOPS:
+        yield f"loop.{name}"
+    elif last == "libc":
+        yield f"libc.{name}"
+    elif last in {"sock", "probe"} and name not in _HARMLESS:
+        yield f"socket.{name}"
+    elif name in _OF_PATHS and any(word in of for word in _PATHS):
+        yield f"Path.{name}"
 
 
 def test_no_call_is_forgotten() -> None:
-    found = {
-        call
-        for path in SOURCE.rglob("*.py")
-        for call in system_calls(path.read_text())
-        if call != "socket.sock"
-    }
+    found = {call for path in SOURCE.rglob("*.py") for call in system_calls(path.read_text())}
     assert found - set(TABLE) - set(ELSEWHERE) == set()
     assert set(TABLE) | set(ELSEWHERE) == found

@@ -80,9 +80,6 @@ ELSEWHERE: Final[dict[str, str]] = {
     "select.poll": "`PidWatch.dead` takes any failure for: not yet",
     "socket.CMSG_SPACE": "no system call",
     "threading.Thread": "tests/faults/test_no_thread.py, tests/memory/test_cuda_backing.py",
-    "threading.Lock": "no system call",
-    "threading.RLock": "no system call",
-    "threading.Event": "no system call",
 }
 """What the package calls in the same modules and is not made to fail here, and why."""
 
