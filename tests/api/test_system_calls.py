@@ -193,6 +193,7 @@ def check(scene: Scene, call: str, code: int, story: Story) -> None:
     assert isinstance(error, FeatcacheError), repr(error)
     if isinstance(error, PutTimeout):  # a slab that can't grow is a full one
         assert any("CommitFailed" in line and explain(refused) in line for line in story.told)
+        assert explain(refused) in str(error)
     elif isinstance(error, OwnerUnreachable):
         assert "its log says" in str(error) or call.startswith("socket.")
         assert any(explain(refused) in line for line in story.told) or call.startswith("socket.")

@@ -9,7 +9,7 @@ import torch
 
 from featcache.errors import KeyNotFound, KeyTimeout
 from featcache.memory.pack import Feature
-from featcache.memory.slab import torch_copies
+from featcache.memory.slab import uncopied
 from featcache.session.arguments import rpc_timeout
 from featcache.session.lease import KeyLease, MakeClaim
 
@@ -74,5 +74,7 @@ def moved(feature: Feature, device: torch.device | None) -> Feature:
 
 
 def _moved(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
-    with torch_copies(tensor.nbytes):
+    try:
         return (tensor if device is None else tensor.to(device)).contiguous()
+    except RuntimeError as error:
+        raise uncopied(tensor.nbytes, error) from error

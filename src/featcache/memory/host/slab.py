@@ -30,7 +30,7 @@ from featcache.memory import strided as copies
 from featcache.memory.devices import CPU
 from featcache.memory.host.available import available_bytes
 from featcache.memory.pack import DTYPES
-from featcache.memory.slab import Parts, Segment, Word, torch_copies, uncopied
+from featcache.memory.slab import Parts, Segment, Word, uncopied
 from featcache.memory.views import view_of
 from featcache.memory.words import TSO, Block, fence_stores, memfd
 from featcache.ref import TensorSpec
@@ -187,8 +187,11 @@ class HostMapping:
     def read(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor, order: Streams) -> None:
         """Copy the slab's bytes into `out`; complete on return."""
         if not _plain(out):
-            with torch_copies(spec.nbytes), _on(order):
-                copies.copy(out, self.view(offset_bytes, spec))
+            try:
+                with _on(order):
+                    copies.copy(out, self.view(offset_bytes, spec))
+            except RuntimeError as error:  # of torch: no memory, or no working GPU
+                raise uncopied(spec.nbytes, error) from error
             return
         region = self._open()  # a reference for the copy's time: `close` unmaps nothing under it
         _memmove(out.data_ptr(), region[1] + offset_bytes + spec.offset_bytes, out.nbytes)
@@ -246,8 +249,11 @@ class HostMapping:
                 at = base + offset_bytes + spec.offset_bytes
                 _memmove(at, tensor.data_ptr(), tensor.nbytes)
             else:
-                with torch_copies(spec.nbytes), _on(order):
-                    copies.copy(view_of(target.storage, offset_bytes, spec, CPU), tensor)
+                try:
+                    with _on(order):
+                        copies.copy(view_of(target.storage, offset_bytes, spec, CPU), tensor)
+                except RuntimeError as error:
+                    raise uncopied(spec.nbytes, error) from error
         if word is not None:
             self.signal(*word, order)
 
