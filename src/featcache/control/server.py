@@ -7,17 +7,16 @@ closes while the process lives is neither: the process may still be reading the 
 
 import asyncio
 import errno
-import socket
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
 from featcache import events
-from featcache.control import endpoint as endpoints
 from featcache.control import messages
 from featcache.control.channel import Channel, close_all
 from featcache.control.credentials import PidWatch, check_uid, peer_pid
 from featcache.control.dispatch import Dispatcher, RequestHandlers
+from featcache.control.endpoint import Listener
 from featcache.control.messages import Hello, ProtocolError, decode_from_client, encode, is_request
 from featcache.control.peer import Peer, Segment, SessionHost, SessionState
 from featcache.errors import AttachRefused, FeatcacheError
@@ -32,15 +31,14 @@ class Server:
 
     def __init__(
         self,
-        sock: socket.socket,
-        path: str,
+        listener: Listener,
         settings: Settings,
         host: SessionHost,
         handlers: RequestHandlers,
     ) -> None:
-        self.endpoint = path
+        self._listener = listener
         self._dispatcher = Dispatcher(handlers)
-        self._sock = sock
+        self._sock = listener.sock
         self._settings = settings
         self._host = host
         self._loop = asyncio.get_running_loop()
@@ -52,7 +50,7 @@ class Server:
         """By shrink epoch: done once every session has unmapped the tail."""
         self._refusals = events.Throttle(settings.log_interval, burst=16)
         self._accept_retry: asyncio.TimerHandle | None = None
-        self._loop.add_reader(sock.fileno(), self._accept)
+        self._loop.add_reader(self._sock.fileno(), self._accept)
 
     # --- arrivals -------------------------------------------------------------------------------
 
@@ -281,8 +279,7 @@ class Server:
         for peer in [*self.sessions.values(), *self._greeting]:
             peer.channel.send(encode(messages.Closing()))
             self._end(peer)
-        self._sock.close()
-        endpoints.unlink(self.endpoint)
+        self._listener.close()
 
     def forget(self) -> None:
         """Drop descriptors in a forked child; the parent's sessions and socket file stay."""
@@ -290,4 +287,4 @@ class Server:
             peer.channel.forget()
             if peer.watch is not None:
                 peer.watch.forget()
-        self._sock.close()
+        self._listener.forget()

@@ -75,17 +75,16 @@ class ServedPool:
                 raise
             except MemoryError as error:
                 raise BackendUnavailable(f"the slab could not be made: {error}") from error
-            sock, path = endpoints.listen(endpoint)
-            undo.callback(endpoints.unlink, path)
-            undo.callback(sock.close)
+            listener = endpoints.listen(endpoint)
+            undo.callback(listener.close)
             pool = Pool(slab, limits, settings, offload)
             undo.callback(pool.close)
-            pool.endpoint = path
+            pool.endpoint = listener.path
             sessions = Sessions(pool, name)
             undo.callback(sessions.close)
             writer, lookups = OwnerWriter(pool), Lookups(pool)
             handlers = RequestHandlers(pool, writer, lookups, sessions)
-            server = pool.growth.server = Server(sock, path, settings, sessions, handlers)
+            server = pool.growth.server = Server(listener, settings, sessions, handlers)
             undo.pop_all()
         return cls(pool, sessions, server, writer, lookups, name)
 
