@@ -14,7 +14,7 @@ import anyio
 
 from featcache.client.connection import PoolConnection
 from featcache.control import messages
-from featcache.control.channel import close_all
+from featcache.control.channel import close_all, close_taken
 from featcache.control.messages import ProtocolError, Reserved
 from featcache.core.put_queue import Request
 from featcache.errors import BackendUnavailable, FeatcacheError, PoolFull, PutTimeout
@@ -196,11 +196,15 @@ class ClientWriter:
             close_all(fds)
             raise
         # The descriptors are the thread's, which closes them even if the loop is gone by then.
-        await self._offload.run(lambda: _open_for_writing(mapping, fds))
+        try:
+            await self._offload.run(lambda: _open_for_writing(mapping, fds))
+        except Exception:
+            close_taken(fds)  # the thread has not, if it was refused
+            raise
 
 
 def _open_for_writing(mapping: Any, fds: list[int]) -> None:
     try:
         mapping.open_for_writing(fds)
     finally:
-        close_all(fds)
+        close_taken(fds)

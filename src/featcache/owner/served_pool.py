@@ -102,14 +102,14 @@ class ServedPool:
             give_up_s = time.monotonic() + _SETTLE_S
             while slab.deferred and not (pool.settled and (own is None or own.settled)):
                 if time.monotonic() > give_up_s:
-                    await offload.run(slab.finish)
+                    await offload.finish(slab.finish)
                     break
                 await anyio.sleep(_POLL_S)
         finally:
             pool.close()
             self.sessions.close()
             # Giving a gigabyte back takes a tenth of a second: not in the loop.
-            await offload.run(slab.close, lambda _: slab.close())
+            await offload.finish(slab.close, lambda _: slab.close())
 
     def forget(self) -> None:
         """Drop everything in a forked child."""

@@ -162,7 +162,9 @@ class OwnerWriter:
         store = self._pool.store
         if store.queue or store.table.full:
             return None
-        end_bytes = store.size.growth_for(request.nbytes, _now())
+        # No more than the put needs: a segment of host memory would hold the loop for 20 ms.
+        step_bytes = self._pool.slab.quick_commit_bytes
+        end_bytes = store.size.growth_for(request.nbytes, _now(), step_bytes)
         if not end_bytes:
             return None
         start_bytes = store.committed_bytes
