@@ -9,7 +9,7 @@ import anyio
 import torch
 
 from featcache import events
-from featcache.client.connection import PoolConnection, return_unclaimed
+from featcache.client.connection import PoolConnection, abandon_the_loopless, return_unclaimed
 from featcache.client.mapping import map_pool
 from featcache.control.channel import close_all
 from featcache.control.link import Link, dial
@@ -185,6 +185,7 @@ class ConnectionRegistry:
 
     async def _attach_once(self, endpoint: str, *, sibling: bool) -> PoolConnection:
         await self._make_place(sibling=sibling)
+        abandon_the_loopless()
         link, welcome, fds = await dial(
             endpoint, self._name, str(self._device or "default"), self._settings
         )

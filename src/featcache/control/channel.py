@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from featcache.control.hangup import hang_up, has_hung_up
 from featcache.control.messages import VERSION, ProtocolError
 
 _HEADER: Final = struct.Struct("<2sBBI")
@@ -376,7 +377,13 @@ class Channel:
         self._loop.remove_reader(self._fd)
         self._loop.remove_writer(self._fd)
         self._drop_descriptors()
+        hang_up(self._sock)
         self._sock.close()
+
+    @property
+    def hung_up(self) -> bool:
+        """Whether the peer has, polled now."""
+        return self.state is _CLOSED or has_hung_up(self._fd)
 
     def _drop_descriptors(self) -> None:
         for _, descriptors in self._outgoing:
@@ -385,6 +392,12 @@ class Channel:
         if self._descriptors:
             close_all(self._descriptors)
             self._descriptors.clear()
+
+    def abandon(self) -> None:
+        """Close where the loop was closed."""
+        if self.state is not _CLOSED:
+            hang_up(self._sock)
+            self.forget()
 
     def forget(self) -> None:
         """Drop the socket in a forked child, whose copy of the loop must not be touched."""

@@ -129,12 +129,15 @@ class Server:
             raise ProtocolError("a Hello carries one descriptor, the sender's pidfd")
         peer.watch = PidWatch(fds[0], lambda: self._on_death(peer))
         peer.name = hello.name
+        self._end_those_left(peer)
         try:
-            self._check(hello)
+            before = self._check(peer, hello)
             welcome, descriptors = self._host.admit(peer)
         except (FeatcacheError, OSError) as error:
             self._refuse(peer, str(error))
             return
+        if before is not None:
+            before.name_passed_on = True
         self._stop_greeting(peer)
         peer.state = _ACTIVE
         # From `admit` to the segments is one turn of the loop, so no change of the slab's size comes
@@ -146,7 +149,11 @@ class Server:
         self._send_segments(peer, self._host.segments())
         self._emit(events.ReaderAttached, peer)
 
-    def _check(self, hello: Hello) -> None:
+    def _check(self, newcomer: Peer, hello: Hello) -> Peer | None:
+        """Return the session that passes its name on to this one, if one does.
+
+        It must be the same process's, and say by its page that it leaves; what it holds stays held.
+        """
         if hello.version != messages.VERSION:
             raise AttachRefused(
                 f"the client speaks version {hello.version}, the owner {messages.VERSION}"
@@ -154,9 +161,26 @@ class Server:
         if len(self.sessions) >= self._settings.sessions:
             taken = f"all {self._settings.sessions} sessions are taken"
             raise AttachRefused(f"{taken}: raise Settings.sessions")
-        names = {peer.name for peer in self.sessions.values()}
-        if hello.name is not None and hello.name in names:
-            raise AttachRefused(f"a session named {hello.name!r} is attached already")
+        if hello.name is None:
+            return None
+        for peer in self.sessions.values():
+            if peer.name == hello.name and not peer.name_passed_on:
+                if self._host.is_leaving(peer) and peer.is_process_of(newcomer):
+                    return peer
+                raise AttachRefused(f"a session named {hello.name!r} is attached already")
+        return None
+
+    def _end_those_left(self, newcomer: Peer) -> None:
+        """End the sessions that hold nothing and lost their socket, before a newcomer is counted.
+
+        What was abandoned ends with a word of its process, which the newcomer is; or as others need
+        its place. Until then a death would pay what its name owes.
+        """
+        full = len(self.sessions) >= self._settings.sessions
+        for peer in list(self.sessions.values()):
+            over = self._host.is_abandoned(peer) and peer.gone
+            if over and (self._host.has_left(peer) or full or peer.is_process_of(newcomer)):
+                self._goodbye(peer)
 
     def _refuse(self, peer: Peer, reason: str) -> None:
         self._report_refusal(peer, reason)
@@ -230,6 +254,11 @@ class Server:
             self._end(peer)
         elif peer.state is SessionState.ACTIVE:
             assert peer.watch is not None, "an active session has its watch"
+            if self._host.has_left(
+                peer
+            ):  # its goodbye was dropped with what its socket had no room for
+                self._goodbye(peer)
+                return
             if peer.watch.dead:
                 self._on_death(peer)
                 return
@@ -244,6 +273,9 @@ class Server:
     def _on_death(self, peer: Peer) -> None:
         if peer.state not in {_ACTIVE, SessionState.QUARANTINED}:
             self._end(peer)
+            return
+        if self._host.has_left(peer):
+            self._goodbye(peer)
             return
         paid = self._host.end(peer, died=True)
         self._end(peer)

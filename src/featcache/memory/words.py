@@ -55,6 +55,18 @@ class Header:
     KEYS, RESIDENT, PINNED, EVICTED = range(11, 15)
 
 
+class Parting:
+    """How far a session has ended, by its own word in its page's header; it only grows.
+
+    IN_USE: it may begin to read. LEAVING: it begins nothing more, what it still holds is in its words.
+    ABANDONED: it holds nothing and reads nothing more, though nobody closed it. LEFT: it was closed, as
+    its goodbye says, which a full socket drops.
+    """
+
+    WORD = 3
+    IN_USE, LEAVING, ABANDONED, LEFT = range(4)
+
+
 # --- order ---------------------------------------------------------------------------------------
 
 TSO: Final = platform.machine() in {"x86_64", "AMD64"}
