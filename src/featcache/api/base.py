@@ -248,12 +248,14 @@ class CacheBase:
         wanted, timeout_s = key_bytes(key), parse_timeout(timeout)
         place = self._target(device, None)
         while True:
-            found = await find_or_claim(self._opened().keys, wanted, timeout_s)
+            # Looked up once: a lease that comes as this object is closed is still to be ended.
+            engine = self._opened()
+            found = await find_or_claim(engine.keys, wanted, timeout_s)
             if isinstance(found, MakeClaim):
                 made = await make_and_put(found, make, lambda made: self.put(made, key=wanted))
                 return moved(made, place)
             try:
-                return await self._opened().reader.get_leased(found, place, None, None)
+                return await engine.reader.get_leased(found, place, None, None)
             except StaleRef:
                 pass  # its maker died before its bytes came: one of the waiters makes it
 
