@@ -134,8 +134,12 @@ class Lifecycle(Generic[E]):
             # First, so that no call begins while the engine closes.
             self._close(f"this {self._noun} was closed")
             self._closing = asyncio.get_running_loop().create_task(engine.aclose())
-        if self._closing is not None and not self._closing.done():
+            self._closing.add_done_callback(self._closed)
+        if self._closing is not None:
             await asyncio.shield(self._closing)
+
+    def _closed(self, _: "asyncio.Task[None]") -> None:
+        self._closing = None  # its error's traceback refers to all that was open
 
     def forget(self) -> None:
         """Close in a forked child, without a word to anybody."""

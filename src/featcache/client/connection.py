@@ -168,8 +168,10 @@ class PoolConnection:
             return
         await self._drain()
         self.attachment.part(Parting.LEFT)
-        await self.link.goodbye()
-        await self._leave()
+        try:
+            await self.link.goodbye()
+        finally:
+            await self._leave()
 
     def lose(self, reason: str) -> None:
         """Refuse new reads; pinned slots stay mapped until they are unpinned."""
