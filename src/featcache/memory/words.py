@@ -2,8 +2,9 @@
 
 Two kinds of block. The *owner's* block has a header and one `live`, `published`, `offset` and
 `nbytes` word per slot; it is sealed so that readers can map it only for reading. A *session's* page
-has one `held`, one `released` and one `written` word per slot, and one `granted` word per grant that
-it may have out; that session and the owner map it, nobody else.
+has one `held`, one `released` and one `written` word per slot, one `granted` word per grant that
+it may have out, and one that says how far it has ended (`Parting`); that session and the owner map it,
+nobody else.
 
 Aligned 8-byte stores through a memoryview are enough: CPython packs an item with one 8-byte move,
 which x86-64 and arm64 make single-copy atomic when aligned. `fence_stores` orders bytes before their
