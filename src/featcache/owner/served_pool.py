@@ -45,6 +45,8 @@ class ServedPool:
         self.lookups = lookups
         self.own = OwnSession(pool, sessions, name)
         self.relaying = OwnSession(pool, sessions, None, RELAY_SESSION)
+        self.unpaid_refs = 0
+        """Once it is closed: refs that owed reads at the end."""
 
     @classmethod
     async def open(
@@ -99,6 +101,7 @@ class ServedPool:
             pool.stop,
             pool.growth.drain,
             lambda: self._settle(own),
+            self._count_unpaid,
             pool.close,
             self.sessions.close,
             # Giving a gigabyte back takes a tenth of a second: not in the loop.
@@ -113,6 +116,12 @@ class ServedPool:
                 await pool.offload.finish(slab.finish)
                 return
             await anyio.sleep(_POLL_S)
+
+    def _count_unpaid(self) -> None:
+        try:
+            self.pool.collect()  # what was paid until now, streams included, is not owed
+        finally:
+            self.unpaid_refs = len(self.pool.store.owing)
 
     def forget(self) -> None:
         """Drop everything in a forked child."""
