@@ -393,14 +393,10 @@ class Channel:
             close_all(self._descriptors)
             self._descriptors.clear()
 
-    def abandon(self) -> None:
-        """Close where the loop was closed."""
-        if self.state is not _CLOSED:
+    def forget(self, *, hangs_up: bool = False) -> None:
+        """Drop the socket in a forked child, whose copy of the loop must not be touched; or hang up."""
+        if hangs_up:
             hang_up(self._sock)
-            self.forget()
-
-    def forget(self) -> None:
-        """Drop the socket in a forked child, whose copy of the loop must not be touched."""
         self.state = _CLOSED
         self._gathered.clear()
         self._drop_descriptors()

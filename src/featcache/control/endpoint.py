@@ -110,22 +110,25 @@ class EndpointLock:
     @classmethod
     def _try(cls, endpoint: Path, path: Path) -> "EndpointLock | None":
         """Return None if the file was removed meanwhile: then the lock is one of nothing."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(path, flags, 0o600)
+        fd, made = _open_or_make(path)
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(fd)
+            os.close(fd)
+            raise _in_use(endpoint, f"{holder} owns it") from None
+        except BaseException:
+            _drop(path, fd, remove=made)
+            raise
+        try:
             identity = _identity(os.fstat(fd))
             if _is_file(path, identity):
                 os.fchmod(fd, 0o600)  # whatever the umask: the next owner must open it
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, b"%d\n" % os.getpid(), 0)
                 return cls(path, fd, identity)
-        except BlockingIOError:
-            holder = _holder(fd)
-            os.close(fd)
-            raise _in_use(endpoint, f"{holder} owns it") from None
         except BaseException:
-            os.close(fd)
+            _drop(path, fd, remove=True)
             raise
         os.close(fd)
         return None
@@ -216,14 +219,35 @@ def _clear(path: Path) -> None:
     path.unlink()
 
 
+def _open_or_make(path: Path) -> tuple[int, bool]:
+    """Return a descriptor of a lock's file, and whether it was made."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    while True:
+        with contextlib.suppress(FileExistsError):
+            return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), True
+        with contextlib.suppress(FileNotFoundError):  # removed between the two
+            return os.open(path, flags), False
+
+
+def _drop(path: Path, fd: int, *, remove: bool) -> None:
+    """Close a lock's file that can't be used, and remove it."""
+    with contextlib.suppress(OSError):
+        if remove:
+            _unlink(path, _identity(os.fstat(fd)))
+    os.close(fd)
+
+
 def _in_use(path: Path, why: str) -> SettingsError:
     return SettingsError(f"endpoint {path} is in use: {why}; name another, or stop that one")
 
 
 def _holder(lock_fd: int) -> str:
     """Return what the file of a lock that is held says of its holder."""
-    pid = os.pread(lock_fd, 32, 0).strip()
-    return f"process {int(pid)}" if pid.isdigit() else "another process"
+    with contextlib.suppress(OSError):
+        pid = os.pread(lock_fd, 32, 0).strip()
+        if pid.isdigit():
+            return f"process {int(pid)}"
+    return "another process"
 
 
 def _identity(found: os.stat_result) -> tuple[int, int]:
@@ -232,7 +256,7 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
 
 def _is_file(path: Path, identity: tuple[int, int]) -> bool:
     """Whether this file is the one at a path now."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(FileNotFoundError):
         return _identity(path.lstat()) == identity
     return False
 

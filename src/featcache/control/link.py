@@ -168,7 +168,7 @@ class Link:
 
     def abandon(self) -> None:
         """Close in a process whose loop for this link was closed under it."""
-        self._channel.abandon()
+        self._channel.forget(hangs_up=True)
         self.forget()
 
     def _close_welcome(self) -> None:
