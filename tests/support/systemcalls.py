@@ -37,6 +37,9 @@ TABLE: Final[dict[str, frozenset[int]]] = {
         {errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EINTR, errno.EPERM}
     ),
     "mmap.mmap": frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EACCES}),
+    "os.fchmod": frozenset({errno.EPERM, errno.EROFS}),
+    "os.pwrite": frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG}),
+    "fcntl.lockf": frozenset({errno.ENOLCK, errno.ENOMEM, errno.EPERM}),
     "fcntl.fcntl": frozenset({errno.ENOMEM, errno.EPERM}),
     "libc.madvise": frozenset({errno.ENOMEM, errno.EINVAL, errno.EINTR, errno.EPERM}),
     "libc.fallocate": frozenset({errno.ENOMEM, errno.EINTR, errno.EPERM}),
@@ -54,10 +57,8 @@ TABLE: Final[dict[str, frozenset[int]]] = {
     "Path.mkdir": _PLACE | {errno.ENOMEM},
     "Path.chmod": frozenset({errno.EPERM, errno.EACCES, errno.EROFS}),
     "Path.lstat": frozenset({errno.EACCES, errno.ENOMEM}),
-    "Path.exists": frozenset({errno.EACCES, errno.ENOMEM}),
-    "Path.glob": frozenset({errno.EMFILE, errno.EACCES}),
+    "Path.iterdir": frozenset({errno.EMFILE, errno.EACCES}),
     "Path.readlink": frozenset({errno.EACCES, errno.ENOENT, errno.ENOMEM}),
-    "Path.rename": _PLACE | {errno.ENOMEM},
     "Path.unlink": frozenset({errno.EACCES, errno.EROFS, errno.EPERM}),
     "Path.read_text": frozenset({errno.EMFILE, errno.EACCES}),
     "tempfile.gettempdir": frozenset({errno.ENOENT}),
@@ -80,6 +81,8 @@ ELSEWHERE: Final[dict[str, str]] = {
     "ctypes.CDLL": "the C library, which the process has",
     "select.poll": "`PidWatch.dead` takes any failure for: not yet",
     "socket.CMSG_SPACE": "no system call",
+    "socket.shutdown": "the close that follows says as much",
+    "os.pread": "the refusal then names no process",
     "threading.Thread": "tests/faults/test_no_thread.py, tests/memory/test_cuda_backing.py",
 }
 """What the package calls in the same modules and is not made to fail here, and why."""

@@ -260,6 +260,7 @@ class CacheBase:
         wanted, timeout_s = key_bytes(key), parse_timeout(timeout)
         place = self._target(device, None)
         while True:
+            # Looked up once: a lease that comes as this object is closed is still to be ended.
             engine: Engine = self._life.here()
             found = await find_or_claim(engine.keys, wanted, timeout_s)
             if isinstance(found, MakeClaim):

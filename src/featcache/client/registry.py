@@ -9,7 +9,7 @@ import anyio
 import torch
 
 from featcache import events
-from featcache.client.connection import PoolConnection, return_unclaimed
+from featcache.client.connection import PoolConnection, abandon_the_loopless, return_unclaimed
 from featcache.client.mapping import map_pool
 from featcache.control.descriptors import close_all
 from featcache.control.link import Link, dial
@@ -188,6 +188,7 @@ class ConnectionRegistry:
 
     async def _attach_once(self, endpoint: str, *, sibling: bool) -> PoolConnection:
         await self._make_place(sibling=sibling)
+        abandon_the_loopless()
         link, welcome, fds = await dial(
             endpoint, self._name, str(self._device or "default"), self._settings
         )
@@ -321,9 +322,14 @@ class ConnectionRegistry:
                 opening.task.cancel()
         connections = self.connections
         self._connections.clear()
-        for connection in connections:
-            await connection.close()
+        # At once, and each whatever becomes of the others: an owner that stands still takes a second.
+        ends = await asyncio.gather(
+            *(connection.close() for connection in connections), return_exceptions=True
+        )
         self.on_gone = None  # it refers to the client's puts, which refer to this: no cycle is left
+        for end in ends:
+            if end is not None:
+                raise end
 
     def forget(self) -> None:
         """Drop everything in a forked child."""

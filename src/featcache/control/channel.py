@@ -21,6 +21,7 @@ from featcache.control.descriptors import (
     close_all,
     duplicate_all,
 )
+from featcache.control.hangup import hang_up, has_hung_up
 from featcache.control.messages import VERSION, ProtocolError, SocketFailed
 
 _HEADER: Final = struct.Struct("<2sBBI")
@@ -372,7 +373,13 @@ class Channel:
         self._loop.remove_reader(self._fd)
         self._loop.remove_writer(self._fd)
         self._drop_descriptors()
+        hang_up(self._sock)
         self._sock.close()
+
+    @property
+    def hung_up(self) -> bool:
+        """Whether the peer has, polled now."""
+        return self.state is _CLOSED or has_hung_up(self._fd)
 
     def _drop_descriptors(self) -> None:
         for _, descriptors in self._outgoing:
@@ -380,8 +387,10 @@ class Channel:
         self._outgoing.clear()
         self._descriptors.close()
 
-    def forget(self) -> None:
-        """Drop the socket in a forked child, whose copy of the loop must not be touched."""
+    def forget(self, *, hangs_up: bool = False) -> None:
+        """Drop the socket in a forked child, whose copy of the loop must not be touched; or hang up."""
+        if hangs_up:
+            hang_up(self._sock)
         self.state = _CLOSED
         self._gathered.clear()
         self._drop_descriptors()

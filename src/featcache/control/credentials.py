@@ -52,6 +52,24 @@ def _is_pidfd(fd: int) -> bool:
     return target == "anon_inode:[pidfd]" or target.startswith("pidfd:")  # the latter since 6.9
 
 
+def _process_of(pidfd: int) -> tuple[str, int] | None:
+    """Return what tells the living process of a pidfd from all others."""
+    try:
+        info = Path(f"/proc/self/fdinfo/{pidfd}").read_text()
+        pid = next(int(line[4:]) for line in info.splitlines() if line.startswith("Pid:"))
+        if pid > 0:
+            return "pid", pid
+        # Of a PID namespace that this one does not see. Since Linux 6.9 a pidfd has an inode of its
+        # process's own; before, all have one.
+        inode, own = os.fstat(pidfd).st_ino, own_pidfd()
+        try:
+            return None if os.fstat(own).st_ino == inode else ("inode", inode)
+        finally:
+            os.close(own)
+    except (OSError, StopIteration):
+        return None
+
+
 class PidWatch:
     """Calls back, once, when the process behind a pidfd has died. Owns the descriptor."""
 
@@ -85,6 +103,13 @@ class PidWatch:
         with contextlib.suppress(OSError):  # the loop will see it
             return bool(poll.poll(0))
         return False
+
+    def is_of(self, other: "PidWatch") -> bool:
+        """Whether both watch one process, and it lives. False where the system does not tell."""
+        if self.dead or other.dead:
+            return False
+        this = _process_of(self._fd)
+        return this is not None and this == _process_of(other._fd)  # noqa: SLF001 - of this class
 
     def _fire(self) -> None:
         self.close()  # first: a pidfd stays readable, and would fire in every turn of the loop

@@ -139,9 +139,11 @@ class Link:
         """End the session in order: when this returns the owner has folded its page, or is gone."""
         if self._state not in _OVER:
             self._channel.send(encode(messages.Goodbye()))
-            with contextlib.suppress(TimeoutError), anyio.fail_after(_FAREWELL_S):
-                await asyncio.shield(self._farewell)
-        self.close()
+            try:
+                with contextlib.suppress(TimeoutError), anyio.fail_after(_FAREWELL_S):
+                    await asyncio.shield(self._farewell)
+            finally:
+                self.close()  # also when this is cancelled
 
     def say_goodbye(self) -> None:
         """End the session in order, without waiting for the owner's answer."""
@@ -174,6 +176,11 @@ class Link:
         if self._watch is not None:
             self._watch.forget()
         self._close_welcome()
+
+    def abandon(self) -> None:
+        """Close in a process whose loop for this link was closed under it."""
+        self._channel.forget(hangs_up=True)
+        self.forget()
 
     def _close_welcome(self) -> None:
         close_all(self._welcome_fds)
@@ -252,6 +259,8 @@ class Link:
             refused = AttachRefused(f"{self.endpoint}: {error}")
             refused.__cause__ = error
             self._welcome.set_exception(refused)
+        if self._on_slab is None:  # nothing is mapped yet; no-op if the channel is closed already
+            self._channel.send(encode(messages.Goodbye()))
         # The reason before the end: it is what the requests that fail now raise.
         if self._state is LinkState.GREETING and not isinstance(error, ProtocolError):
             reason = f"{reason} before it answered; it ended, or could take no more (its log says)"

@@ -15,7 +15,14 @@ from featcache.core.endings import RECYCLED, UNKNOWN
 from featcache.errors import CacheClosed, FeatcacheError, MalformedRef, StaleRef
 from featcache.memory.slab import Mapping, Order, Words
 from featcache.memory.unreachable import UnreachableSlab
-from featcache.memory.words import Header, OwnerWords, SessionWords, fence_after_lock
+from featcache.memory.words import (
+    Header,
+    OwnerWords,
+    Parting,
+    SessionWords,
+    fence_after_lock,
+    fence_stores,
+)
 from featcache.ref import FeatureRef
 
 _WAITING, _SHRINK_EPOCH = Header.WAITING, Header.SHRINK_EPOCH
@@ -89,6 +96,7 @@ class Attachment:
         self._live, self._published = words.live, words.published
         self._offset, self._nbytes = words.offset, words.nbytes
         self._held, self._released = page.held, page.released
+        self._page_header = page.header
         self._plain = PageWords.plain(page)
         self._adopted = adopted
         self._paid = adopted.released
@@ -337,6 +345,11 @@ class Attachment:
         """Let no new read begin: each raises this. Reads that have begun may end."""
         self._gone = error
 
+    def part(self, how_far: int) -> None:
+        """Tell the owner in this session's page how far it has ended (`Parting`), in any thread."""
+        fence_stores()  # behind what was paid and written
+        self._page_header[Parting.WORD] = max(self._page_header[Parting.WORD], how_far)
+
     def when_idle(self, call: Callable[[], object]) -> None:
         """Call once nothing is pinned: now, or when the last use ends (maybe in another thread)."""
         with self._lock:
@@ -363,6 +376,7 @@ class Attachment:
         self.refuse(CacheClosed(_FORKED))
         self._lock = threading.Lock()  # another thread of the parent may have held it
         self.header = memoryview(bytes(8 * len(self.header))).cast("Q")
+        self._page_header = memoryview(bytearray(8 * len(self.header))).cast("Q")
         self._held, self._released = (
             memoryview(bytearray(8 * self._slots)).cast("Q") for _ in range(2)
         )
