@@ -174,7 +174,7 @@ class CudaMapping:
                 at = streams.address + offset_bytes + spec.offset_bytes
                 streams.copy(out.data_ptr() or _not_made(), at, nbytes, order.stream)
             return
-        with streams.at(order):
+        with streams.at(order), copies.outside_modes():
             copies.copy(out, self.view(offset_bytes, spec, streams.device))
 
     def _read_to_host(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor) -> None:
@@ -262,7 +262,7 @@ class CudaMapping:
                 or tensor.is_neg()
                 or (spec.dtype in copies.COMPLEX and tensor.is_conj())
             ):
-                with streams.at(order):
+                with streams.at(order), copies.outside_modes():
                     copies.copy(view_of(target[1], offset_bytes, spec, streams.device), tensor)
             elif word is None or spec.name is not None:
                 streams.copy(at, tensor.data_ptr(), nbytes, order.stream)

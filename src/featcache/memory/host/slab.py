@@ -152,7 +152,7 @@ class HostMapping:
     def read(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor, order: Streams) -> None:
         """Copy the slab's bytes into `out`; complete on return."""
         if not _plain(out):
-            with _on(order):
+            with _on(order), copies.outside_modes():
                 copies.copy(out, self.view(offset_bytes, spec))
             return
         region = self._open()  # a reference for the copy's time: `close` unmaps nothing under it
@@ -215,7 +215,7 @@ class HostMapping:
                 at = base + offset_bytes + spec.offset_bytes
                 _memmove(at, tensor.data_ptr(), tensor.nbytes)
             else:
-                with _on(order):
+                with _on(order), copies.outside_modes():
                     copies.copy(view_of(target.storage, offset_bytes, spec, CPU), tensor)
         if word is not None:
             self.signal(*word, order)
