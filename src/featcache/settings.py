@@ -211,7 +211,7 @@ def _check_environment() -> None:
             continue
         name = variable.removeprefix(_ENVIRONMENT_PREFIX)
         names = [known.removeprefix(_ENVIRONMENT_PREFIX) for known in _VARIABLES]
-        nearest = difflib.get_close_matches(name, names, 1, _MISSPELT)
+        nearest = difflib.get_close_matches(name.upper(), names, 1, _MISSPELT)
         if nearest:
             raise SettingsError(
                 f"{variable} in the environment is no setting: {_ENVIRONMENT_PREFIX}{nearest[0]} is"

@@ -48,6 +48,7 @@ class OwnSession:
             self._attachment.covered_bytes = pool.store.limits.capacity_bytes
             # Its own mapping is never behind: nothing lies in memory that it has given back.
             self._attachment.shrink_epoch = None
+            self._attachment.own_writes = pool.own_writes if pool.slab.deferred else None
         return self._attachment
 
     def page(self) -> SessionPage:

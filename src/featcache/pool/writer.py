@@ -96,6 +96,8 @@ class OwnerWriter:
         try:
             word = (pool.complete, slot.index, slot.generation)
             pool.slab.write(extent.offset_bytes, staged.parts, order, word)
+            if order:  # the owner's own reads need not wait for the word: they follow this stream
+                pool.own_writes[slot.index] = slot.generation, order
         except BaseException:
             pool.give_up_reserved(slot, order)
             raise
