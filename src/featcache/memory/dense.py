@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from featcache.errors import SettingsError
 from featcache.memory.ended import ENDED, EndedView
@@ -48,6 +49,8 @@ def has_memory(tensor: torch.Tensor) -> bool:
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - torch has no public name for it
             if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
                 return False
+            if is_lazy(tensor):
+                return False
             storage = tensor.untyped_storage()
             if not tensor.numel():
                 return True
@@ -76,7 +79,7 @@ def dense(tensor: torch.Tensor, what: str = "a feature") -> torch.Tensor:
 
 def check_target(tensor: torch.Tensor, what: str) -> None:
     """Raise SettingsError unless a tensor can be filled: with memory for each element, not a slab's."""
-    in_order = is_backed(tensor) and tensor.is_contiguous()
+    in_order = not tensor.is_nested and is_backed(tensor) and tensor.is_contiguous()
     if not in_order and (isinstance(tensor, EndedView) or not has_memory(tensor)):
         raise SettingsError(f"{what} {_why_not(tensor)}")
     storage = tensor.untyped_storage()
@@ -113,8 +116,10 @@ def _why_not(tensor: torch.Tensor) -> str:
         if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
             return f"is a {kind.__name__}, which has no memory of its own: {_plain_form(kind)}"
         try:
-            nbytes = tensor.untyped_storage().nbytes()
+            nbytes = -1 if is_lazy(tensor) else tensor.untyped_storage().nbytes()
         except Exception:  # noqa: BLE001 - as above
+            nbytes = -1
+        if nbytes < 0:
             return (
                 "has no memory: it belongs to a transform of torch.func (vmap, grad), or is a lazy "
                 "parameter without a shape; put or get outside"
