@@ -22,19 +22,20 @@ BASE = torch.arange(12.0).view(3, 4)
 class Wrapper(torch.Tensor):
     """As DTensor and torchao's are: made of another tensor, with no memory of its own."""
 
-    inner: torch.Tensor
-
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> "Wrapper":
         made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-        made.inner = inner
+        made.__dict__["whole"] = inner
         return made
 
     def dequantize(self) -> torch.Tensor:
-        return self.inner
+        whole: torch.Tensor = self.__dict__["whole"]
+        return whole
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own is a constant
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise NotImplementedError(f"{func} of a wrapper")
 
 
@@ -100,17 +101,17 @@ async def refused_puts(name: str) -> None:
     async with pair() as (owner, client):
         for form in (lambda x: x, lambda x: {"ok": BASE, "x": x}):
             value = form(NOTHING[name]())
-            calls: list[Callable[[], Awaitable[Any]]] = [
-                lambda value=value: owner.put(value),
-                lambda value=value: owner.put(value, key="k"),
-                lambda value=value: client.put(value),
-                lambda value=value: client.get_or_put("k", lambda: value),
-                lambda value=value: owner.get_or_put("k", lambda: value),
-                lambda value=value: asyncio.to_thread(content_key, value),
+            calls: list[Callable[[Any], Awaitable[Any]]] = [
+                owner.put,
+                client.put,
+                lambda x: owner.put(x, key="k"),
+                lambda x: client.get_or_put("k", lambda: x),
+                lambda x: owner.get_or_put("k", lambda: x),
+                lambda x: asyncio.to_thread(content_key, x),
             ]
             for call in calls:
                 with pytest.raises(SettingsError):
-                    await call()
+                    await call(value)
             with pytest.raises(SettingsError):
                 owner.put_nowait(value)
         await spent(owner)

@@ -68,11 +68,11 @@ async def test_others_and_the_cpu_still_wait_for_the_word() -> None:
         async with segmented(gpu) as (owner, client):
             ref = await owner.put(gpu.tensor(filled(NBYTES, 7)), readers=2)
             await client.put(filled(1))
-            for user, how in ((client, {}), (owner, {"device": "cpu"})):
+            for user, device in ((client, None), (owner, "cpu")):
                 with pytest.raises(GetTimeout):
-                    await user.get(ref, timeout=0, **how)
+                    await user.get(ref, timeout=0, device=device)
                 with pytest.raises(GetTimeout):
-                    user.get_nowait(ref, **how)
+                    user.get_nowait(ref, device=device)
             gpu.run()
             await client.get(ref, device="cpu")
             await owner.get(ref, device="cpu")

@@ -121,8 +121,9 @@ class Reader:
             return None
         pays, order = False, None
         try:
-            if not lease.attachment.follow_write(ref, device):
-                wait_ready_blocking(lease.attachment, ref, float("inf"))
+            attachment = lease.attachment
+            if not (attachment.is_ready(ref) or attachment.follow_write(ref, device)):
+                wait_ready_blocking(attachment, ref, float("inf"))
             order = mapping.order(device)
             feature = copy(lease, ref, device, targets, order)
             pays = True
