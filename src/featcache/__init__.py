@@ -4,6 +4,9 @@ One process, the owner, holds a slab and puts features into it; the small refs i
 back into tensors by readers in other processes. A feature whose reads are all paid is recycled.
 """
 
+import contextlib
+import importlib
+
 from featcache import blocking
 from featcache.api.cache import FeatureCache, create
 from featcache.api.client import FeatureClient, connect
@@ -26,6 +29,7 @@ from featcache.errors import (
     SettingsError,
     StaleRef,
     UnknownPool,
+    WrongLoop,
 )
 from featcache.ref import FeatureRef
 from featcache.settings import Settings, split_budget
@@ -54,11 +58,17 @@ __all__ = [
     "StaleRef",
     "Statistics",
     "UnknownPool",
+    "WrongLoop",
     "blocking",
     "connect",
     "content_key",
     "create",
     "split_budget",
 ]
+
+# The event loop's half of anyio is imported by its first timeout, which takes 20 to 40 ms: not in a turn
+# of the application's loop. The module's name is not public.
+with contextlib.suppress(ImportError):
+    importlib.import_module("anyio._backends._asyncio")
 
 __version__ = "0.1.0.dev0"

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 
@@ -27,6 +28,7 @@ from memory.cudaslabs import (
     to_host,
 )
 from memory.fakecuda import Code, FakeApi, driver_over
+from support.processes import no_threads
 
 NewApi = Callable[..., FakeApi]
 KINDS = pytest.mark.parametrize("kind", [VMM, IPC])
@@ -124,16 +126,36 @@ def test_a_lost_context_when_the_last_tensor_goes(
     api.end()
 
 
-def test_no_thread_can_start_any_more(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_thread_can_be_started_for_the_last_tensor(api: FakeApi) -> None:
     slab = make_slab(api, committed=SEGMENT)
     view = slab.view(0, put_one(slab, 0, torch.rand(5)))
     slab.close()
+    with no_threads():
+        del view
+    assert api.leftovers() == {}
 
-    def refuse(_thread: threading.Thread) -> None:
-        raise RuntimeError("can't create new thread at interpreter shutdown")
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    del view
+def test_the_last_tensor_goes_in_the_middle_of_a_change(api: FakeApi) -> None:
+    """As when the collector drops it in the thread that holds the lock of changes."""
+    slab = make_slab(api, committed=SEGMENT)
+    view = slab.view(0, put_one(slab, 0, torch.rand(5)))
+    slab.close()
+    with slab._memory._changing, no_threads():
+        del view
+        assert api.leftovers()
+    slab.close()
+    assert api.leftovers() == {}
+
+
+def test_the_last_tensor_goes_while_the_interpreter_ends(
+    api: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slab = make_slab(api, committed=SEGMENT)
+    view = slab.view(0, put_one(slab, 0, torch.rand(5)))
+    slab.close()
+    monkeypatch.setattr(sys, "is_finalizing", lambda: True)
+    with no_threads():
+        del view
     assert api.leftovers()
     slab.close()
     assert api.leftovers() == {}

@@ -1,20 +1,25 @@
 """The host slab: memory that comes and goes, and readers that can't write."""
 
+import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Iterator
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from featcache.errors import AttachRefused, CacheClosed
+from featcache.memory.host import slab as host
 from featcache.memory.host.slab import HostMapping, HostSlab
 from featcache.memory.pack import pack
 from featcache.ref import TensorSpec
 
-KIB = 1 << 10
+KIB, MIB = 1 << 10, 1 << 20
 CAPACITY = 1 << 20
 
 
@@ -165,3 +170,56 @@ def test_nothing_is_left_of_a_slab_that_could_not_be_made(
         patch.setattr(os, "open", refuse)
         with pytest.raises(RuntimeError, match="/proc"):
             HostSlab(CAPACITY)
+
+
+def turns_during(work: Callable[[], object]) -> int:
+    """Count how often this thread runs while another one does the work."""
+    states = list[str]()
+
+    def run() -> None:
+        states.append("begun")
+        work()
+        states.append("done")
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    turns = 0
+    while "done" not in states:
+        turns += states == ["begun"]
+        time.sleep(0)
+    thread.join()
+    return turns
+
+
+@pytest.mark.parametrize("side", ["owner", "client"])
+def test_taking_page_faults_in_a_thread_does_not_stop_the_others(side: str) -> None:
+    """Advice given by `mmap.madvise` keeps the GIL: this thread would run before it, or behind it."""
+    nbytes = 256 * MIB
+    slab = HostSlab(nbytes, huge_pages=False)
+    try:
+        if side == "owner":
+            turns = turns_during(lambda: slab.commit(0, nbytes, prefault=True))
+        else:
+            (fd,) = slab.descriptors()
+            attached = list[HostMapping]()
+            turns = turns_during(lambda: attached.append(HostMapping.attach(fd, nbytes, nbytes)))
+            attached.pop().close()
+        assert turns > 4
+    finally:
+        slab.close()
+
+
+def test_page_faults_are_taken_in_pieces(slab: HostSlab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel holds a lock of the address space for each, which an allocation of the loop needs."""
+    pieces, code = list[tuple[int, int]](), iter([errno.EINTR] + [0] * 8)
+
+    def madvise(address: int, nbytes: int, advice: int) -> int:
+        found = next(code)
+        ctypes.set_errno(found)
+        if not found:
+            pieces.append((address - slab._open()[1], nbytes))
+        return -1 if found else 0
+
+    monkeypatch.setattr(host, "_libc", types.SimpleNamespace(madvise=madvise))
+    slab.commit(MIB, 10 * MIB, prefault=True)
+    assert pieces == [(1 * MIB, 4 * MIB), (5 * MIB, 4 * MIB), (9 * MIB, 1 * MIB)]

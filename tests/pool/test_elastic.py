@@ -96,6 +96,27 @@ async def test_put_nowait_grows_the_slab_itself() -> None:
             assert torch.equal(tensor(await client.get(ref)), filled(3 * SEGMENT, n))
 
 
+async def test_put_nowait_commits_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds the loop: a segment of 64 MiB for a feature of 1 KiB takes it 20 ms."""
+    added, commit = list[int](), HostSlab.commit
+
+    def spied(slab: HostSlab, start_bytes: int, stop_bytes: int, *, prefault: bool) -> None:
+        added.append(stop_bytes - start_bytes)
+        commit(slab, start_bytes, stop_bytes, prefault=prefault)
+
+    async with pair(capacity=256 * MIB, segment=64 * MIB, initial=0) as (owner, client):
+        monkeypatch.setattr(HostSlab, "commit", spied)
+        values = [filled(size, size % 251) for size in (KIB, 3 * MIB, 5 * MIB, MIB)]
+        refs = [owner.put_nowait(value) for value in values]
+        assert added == [2 * MIB, 2 * MIB, 6 * MIB]
+        for ref, value in zip(refs, values, strict=True):
+            assert torch.equal(tensor(await client.get(ref)), value)
+        waited = await owner.put(filled(11 * MIB))
+        assert owner.statistics().committed_bytes == 64 * MIB  # a put that waits grows by segments
+        await client.release(waited)
+        await spent(owner)
+
+
 async def test_initial_is_there_from_the_beginning_and_stays() -> None:
     for initial, expected in ((0, 0), (1, SEGMENT), (3 * SEGMENT, 3 * SEGMENT), (MIB, MIB)):
         settings = small(capacity=MIB, segment=SEGMENT, initial=initial, idle=0.0)

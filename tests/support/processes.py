@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import select
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
@@ -22,6 +23,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 import anyio
+import pytest
 
 PATIENCE_S = 20.0
 """How long a test waits for what must come. Only a failing test waits so long."""
@@ -259,3 +261,18 @@ def starting() -> Iterator[Start]:
     finally:
         for child in children:
             child.close()
+
+
+@contextlib.contextmanager
+def no_threads() -> Iterator[None]:
+    """Refuse to start threads of featcache's, as the system does at RLIMIT_NPROC or RLIMIT_AS."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("featcache"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        yield

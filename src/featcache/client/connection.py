@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from featcache.control import messages
-from featcache.control.channel import close_all
+from featcache.control.channel import close_all, close_taken
 from featcache.control.link import Link, SlabChange
 from featcache.control.messages import UnmapTail
 from featcache.errors import BackendUnavailable, CacheClosed, FeatcacheError, OwnerLost
@@ -103,7 +103,7 @@ class PoolConnection:
             while self._changes:
                 change, fds = self._changes[0]
                 try:
-                    await self._offload.run(
+                    await self._offload.finish(
                         lambda: _change(self._mapping, change, fds)  # noqa: B023 - awaited here
                     )
                 except Unreachable as error:  # told by a hidden device only when it is to map
@@ -203,7 +203,7 @@ class PoolConnection:
 
     async def _in_thread(self, work: Callable[[], object]) -> None:
         try:
-            await self._offload.run(work)
+            await self._offload.finish(work)
         except CacheClosed:  # the client is closed, and its threads with it
             work()
 
@@ -255,5 +255,4 @@ def _change(mapping: Mapping, change: SlabChange, fds: list[int]) -> None:
                 mapping.extend(at, size_bytes, fd)
             at += size_bytes
     finally:
-        close_all(fds)
-        fds.clear()  # the change may still stand in the queue
+        close_taken(fds)  # the change may still stand in the queue

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from featcache.control.channel import close_all
+from featcache.control.channel import close_taken
 from featcache.control.messages import Welcome
 from featcache.errors import AttachRefused
 from featcache.memory.backends import map_slab
@@ -57,10 +57,15 @@ async def map_pool(
         raise AttachRefused("the owner's welcome came without its descriptors")
     words = OwnerWords.attach(fds[0], welcome.slots)
     page = SessionWords.attach(fds[1], welcome.slots, welcome.grants)
-    slab = await offload.run(
-        _mapper(welcome, fds[_CONTROL_DESCRIPTORS:], device, page, through_host=through_host),
-        lambda mapped: None if mapped is None else offload.spawn(mapped.mapping.close),
-    )
+    own = [os.dup(fd) for fd in fds[_CONTROL_DESCRIPTORS:]]  # the thread's: see `_mapper`
+    try:
+        slab = await offload.run(
+            _mapper(welcome, own, device, page, through_host=through_host),
+            lambda mapped: None if mapped is None else offload.spawn(mapped.mapping.close),
+        )
+    except Exception:
+        close_taken(own)  # the thread has not, if it was refused
+        raise
     doorbell = Doorbell(fds.pop(2))
     attachment = Attachment(welcome.pool_id, words, page, slab.mapping, slab.adopted, doorbell.ring)
     attachment.shrink_epoch = welcome.shrink_epoch
@@ -70,14 +75,16 @@ async def map_pool(
 
 def _mapper(
     welcome: Welcome,
-    fds: list[int],
+    own: list[int],
     device: torch.device | None,
     page: SessionWords,
     *,
     through_host: bool,
 ) -> Callable[[], _MappedSlab]:
-    """Return the work that maps a slab and readies the page for its streams, in a thread."""
-    own = [os.dup(fd) for fd in fds]  # the thread's: a cancelled attach closes the others meanwhile
+    """Return the work that maps a slab and readies the page for its streams, in a thread.
+
+    It closes the descriptors, which are its own: a cancelled attach closes the others meanwhile.
+    """
 
     def mapped() -> tuple[Mapping, str | None]:
         try:
@@ -97,7 +104,7 @@ def _mapper(
                 raise
             return UnreachableSlab(device or default_device(), str(error)), str(error)
         finally:
-            close_all(own)
+            close_taken(own)
 
     def work() -> _MappedSlab:
         mapping, unreachable = mapped()

@@ -50,6 +50,12 @@ def close_all(descriptors: Sequence[int]) -> None:
         os.close(fd)
 
 
+def close_taken(descriptors: list[int]) -> None:
+    """Close the descriptors of a list and empty it: of two that call this the second closes none."""
+    while descriptors:
+        os.close(descriptors.pop())
+
+
 class ChannelState(enum.Enum):
     """The life of a channel.
 

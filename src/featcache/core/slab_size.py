@@ -41,8 +41,11 @@ class SlabSize:
         self._window_max_bytes = 0
         """The highest end in use, of those seen in this idle window."""
 
-    def growth_for(self, nbytes: int, now_s: float) -> int:
-        """Return the end in bytes to commit up to so that `nbytes` fit, or 0 if that can't help."""
+    def growth_for(self, nbytes: int, now_s: float, step_bytes: int = 0) -> int:
+        """Return the end in bytes to commit up to so that `nbytes` fit, or 0 if that can't help.
+
+        The end is a multiple of a segment, or of `step_bytes` if that is not 0.
+        """
         if self.state is not _STEADY or now_s < self._grow_after_s:
             return 0
         limits, end = self.limits, self._allocator.end_bytes
@@ -50,7 +53,8 @@ class SlabSize:
         missing = size - self._allocator.tail_free_bytes
         if missing <= 0 or end + missing > limits.capacity_bytes:
             return 0
-        return min(round_up(end + missing, limits.segment_bytes), limits.capacity_bytes)
+        step_bytes = step_bytes or limits.segment_bytes
+        return min(round_up(end + missing, step_bytes), limits.capacity_bytes)
 
     def begin_growth(self) -> None:
         """Note that a commit is in progress outside; `grown` or `grow_failed` ends it."""

@@ -176,6 +176,8 @@ class Slab(Mapping, Protocol):
     """The handle by which a reader opens it where descriptors can't serve."""
     capacity_bytes: int
     """Bytes of the range."""
+    quick_commit_bytes: int
+    """Bytes that `commit` adds in a millisecond or two; 0 if a segment of any size is as quick."""
 
     def commit(self, start_bytes: int, stop_bytes: int, *, prefault: bool) -> None:
         """Commit memory to a range, or raise MemoryError with nothing changed. May block."""

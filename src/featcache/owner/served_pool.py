@@ -44,6 +44,8 @@ class ServedPool:
         self.lookups = lookups
         self.own = OwnSession(pool, sessions, name)
         self.relaying = OwnSession(pool, sessions, None, RELAY_SESSION)
+        self.unpaid_refs = 0
+        """Once it is closed: refs that owed reads at the end."""
 
     @classmethod
     async def open(
@@ -103,14 +105,16 @@ class ServedPool:
             give_up_s = time.monotonic() + _SETTLE_S
             while slab.deferred and not (pool.settled and (own is None or own.settled)):
                 if time.monotonic() > give_up_s:
-                    await offload.run(slab.finish)
+                    await offload.finish(slab.finish)
                     break
                 await anyio.sleep(_POLL_S)
+            pool.collect()  # what was paid until now, streams included, is not owed
         finally:
+            self.unpaid_refs = len(pool.store.owing)
             pool.close()
             self.sessions.close()
             # Giving a gigabyte back takes a tenth of a second: not in the loop.
-            await offload.run(slab.close, lambda _: slab.close())
+            await offload.finish(slab.close, lambda _: slab.close())
 
     def forget(self) -> None:
         """Drop everything in a forked child."""

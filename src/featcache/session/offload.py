@@ -5,11 +5,26 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
-from featcache.errors import CacheClosed
+from featcache.errors import BackendUnavailable, CacheClosed
 
 T = TypeVar("T")
 OnAbandoned = Callable[[T | None], object]
 _THREADS = 4
+
+
+class _Threads(ThreadPoolExecutor):
+    """An executor that goes on with the threads it has when the system refuses it another.
+
+    The hook is not public. Should a later Python call it no more, work is refused that could have
+    waited for a thread: `_hand_over` rests on nothing but `submit` and the future's own states.
+    """
+
+    def _adjust_thread_count(self) -> None:
+        try:
+            super()._adjust_thread_count()
+        except (RuntimeError, MemoryError):  # RLIMIT_AS, RLIMIT_NPROC or pids.max is reached
+            if not self._threads:  # they take the work from the queue as they come free
+                raise
 
 
 class Offload:
@@ -20,7 +35,8 @@ class Offload:
     """
 
     def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="featcache")
+        self._executor = _Threads(_THREADS, thread_name_prefix="featcache")
+        self._closed = False
         self._spawned: set[Future[object]] = set()
         self._abandoned: set[asyncio.Future[Any]] = set()
 
@@ -31,21 +47,21 @@ class Offload:
         end; then `on_abandoned` is called in the loop with its result, or with None if it failed.
 
         Raises:
-            CacheClosed: the threads are gone.
+            CacheClosed: the threads are gone, and the work will never run.
+            BackendUnavailable: no thread can be started, and the work will never run.
 
         """
-        loop = asyncio.get_running_loop()
+        handed_over: Future[T] = Future()
+        # Made first: once the work is handed over nothing may fail before it is awaited.
+        future = asyncio.wrap_future(handed_over)
+        result = asyncio.shield(future)
         # The objects that the work refers to (a large tensor, say) are released in the thread before
         # its end is told: the caller's next allocation can then have the same, warm memory.
         box = [work]
         del work
+        self._hand_over(handed_over, box)
         try:
-            # The rule that is switched off would empty the box here, into the executor's hands.
-            future = loop.run_in_executor(self._executor, lambda: box.pop()())  # noqa: PLW0108
-        except RuntimeError:  # the executor was shut down
-            raise CacheClosed("the cache was closed") from None
-        try:
-            return await asyncio.shield(future)
+            return await result
         except asyncio.CancelledError:
             if future.done():
                 _abandon(future, on_abandoned)
@@ -55,15 +71,46 @@ class Offload:
                 future.add_done_callback(self._abandoned.discard)
             raise
 
-    def spawn(self, work: Callable[[], object]) -> None:
-        """Have `work` done in a thread some time soon, or here if the threads are gone."""
+    async def finish(self, work: Callable[[], T], on_abandoned: OnAbandoned[T] | None = None) -> T:
+        """As `run`, of work that takes something down: it is done here if no thread can be had."""
         try:
-            future = self._executor.submit(work)
-        except RuntimeError:
+            return await self.run(work, on_abandoned)
+        except ThreadRefused:
+            return work()
+
+    def spawn(self, work: Callable[[], object]) -> None:
+        """Have `work` done in a thread some time soon, or here if none can be had."""
+        future: Future[object] = Future()
+        try:
+            self._hand_over(future, [work])
+        except (CacheClosed, ThreadRefused):
             work()
             return
         self._spawned.add(future)
         future.add_done_callback(self._spawned.discard)
+
+    def _hand_over(self, future: "Future[T]", box: list[Callable[[], T]]) -> None:
+        """Queue the work in the box; if that is refused, it provably never runs.
+
+        An executor queues work before it starts a thread for it, and what a refusal leaves in the
+        queue is run by the next thread that comes free. So the work is its future's: a thread runs
+        it only if it can mark the future as running, which one that is cancelled can't be.
+        """
+        try:
+            self._executor.submit(_run, future, box)
+        except (RuntimeError, MemoryError) as error:
+            if not future.cancel():
+                return  # a thread has taken it from the queue already
+            box.clear()
+            if self._closed or "shutdown" in str(error):  # of the executor, or of the interpreter
+                raise CacheClosed("the cache was closed") from None
+            # No thread is there to empty the queue: its cancelled entries go with the executor.
+            self._executor.shutdown(wait=False)
+            self._executor = _Threads(_THREADS, thread_name_prefix="featcache")
+            raise ThreadRefused(
+                f"no thread can be started for work that would hold the event loop up: {error}; "
+                "raise the limit on threads (ulimit -u, pids.max) or on memory (ulimit -v)"
+            ) from error
 
     async def drain(self) -> None:
         """Return when all work that was spawned or abandoned is done, with its `on_abandoned`."""
@@ -74,7 +121,27 @@ class Offload:
 
     def close(self) -> None:
         """Let the threads end when their work is done."""
+        self._closed = True
         self._executor.shutdown(wait=False)
+
+
+class ThreadRefused(BackendUnavailable):
+    """The system starts no thread for this process, and none is there."""
+
+
+def _run(future: "Future[T]", box: list[Callable[[], T]]) -> None:
+    """Do the work in the box, in a thread, unless it was refused."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = box.pop()()
+    except BaseException as error:  # noqa: BLE001 - told to the caller, as executors do
+        future.set_exception(error)
+        del (
+            future
+        )  # the exception's traceback refers to this frame, and the future to the exception
+    else:
+        future.set_result(result)
 
 
 def _abandon(future: "asyncio.Future[T]", on_abandoned: OnAbandoned[T] | None) -> None:

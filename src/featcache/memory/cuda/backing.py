@@ -5,6 +5,7 @@ forked child, where CUDA calls fail, nothing is taken down.
 """
 
 import os
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -110,9 +111,20 @@ class Backing(ABC):
             if self._storages or not self._closed:
                 return
         # The last read may still run, and the thread that dropped a tensor must not wait for it.
-        # RuntimeError: the interpreter shuts down, and the mapping ends with the process.
-        with suppress(RuntimeError):
+        try:
             threading.Thread(target=self._end_late, name="featcache-unmap", daemon=True).start()
+        except (RuntimeError, MemoryError):
+            self._end_here()
+
+    def _end_here(self) -> None:
+        """End it in this thread, since no other can be started.
+
+        Not while the interpreter shuts down: the mapping ends with the process. Nor if the collector
+        dropped the tensor in the middle of a change, whose lock this very thread may hold.
+        """
+        if not sys.is_finalizing() and self._changing.acquire(blocking=False):
+            self._changing.release()
+            self._end_late()
 
     def _end_late(self) -> None:
         with suppress(DriverError):  # a broken context: there is nothing left to take down

@@ -10,6 +10,7 @@ class CudaSlab(CudaMapping):
     """The owner's mapping, and the memory behind it."""
 
     handle = b""  # but for legacy IPC
+    quick_commit_bytes = 0
 
     def __init__(
         self, driver: Driver, kind: str, ordinal: int, capacity_bytes: int, segment_bytes: int

@@ -33,6 +33,7 @@ from featcache.ref import TensorSpec
 KIND: Final = "host"
 _MADV_POPULATE_READ: Final = 22  # Linux 5.14; Python does not name them
 _MADV_POPULATE_WRITE: Final = 23
+_ADVICE_BYTES: Final = 4 << 20  # 2 ms of page faults
 _FALLOC_PUNCH: Final = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
 _NEVER_HERE: Final = 1 << 62  # bytes: above any limit on copies in the event loop
@@ -40,6 +41,8 @@ _NEVER_HERE: Final = 1 << 62  # bytes: above any limit on copies in the event lo
 Streams = Sequence[Any]
 """The caller's streams of the GPUs that a copy touches. Copies are complete on return all the same, but
 they must come behind the caller's earlier work there, such as the kernel that computes a put's source."""
+Region = tuple[mmap.mmap, int]
+"""A mapping and its address. Whoever works on the address refers to it: `close` unmaps nothing under them."""
 _memmove: Callable[[int, int, int], int] = ctypes.memmove  # drops the GIL, unlike a buffer's slice
 
 
@@ -56,15 +59,35 @@ def _on(streams: Streams) -> Iterator[None]:
         yield
 
 
-def _advise(mapping: mmap.mmap, advice: int, start_bytes: int, size_bytes: int) -> bool:
-    """Give the kernel advice, and return whether it knows it: old kernels return EINVAL."""
-    try:
-        mapping.madvise(advice, start_bytes, size_bytes)
-    except OSError as error:
-        if error.errno in {errno.EINVAL, errno.ENOSYS}:
-            return False
-        raise
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+_libc.fallocate.argtypes = ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64
+
+
+def _advise(region: Region, advice: int, start_bytes: int, size_bytes: int) -> bool:
+    """Give the kernel advice, and return whether it knows it: old kernels return EINVAL.
+
+    By ctypes, which drops the GIL, as `mmap.madvise` does not: advice that fills 64 MiB from a thread
+    would stop the event loop for tens of milliseconds. It is given in pieces because the kernel holds
+    the lock of the address space for each, which an allocation in the loop needs.
+    """
+    end_bytes = start_bytes + size_bytes
+    while start_bytes < end_bytes:
+        piece_bytes = min(_ADVICE_BYTES, end_bytes - start_bytes)
+        if _libc.madvise(region[1] + start_bytes, piece_bytes, advice):
+            code = ctypes.get_errno()
+            if code in {errno.EINVAL, errno.ENOSYS}:
+                return False
+            if code != errno.EINTR:
+                raise OSError(code, os.strerror(code))
+        else:
+            start_bytes += piece_bytes
     return True
+
+
+def _advise_huge_pages(region: Region, size_bytes: int) -> None:
+    """Advise huge pages, in one piece: it marks the range and fills nothing. Refused, it is not needed."""
+    _libc.madvise(region[1], size_bytes, mmap.MADV_HUGEPAGE)
 
 
 class _Target(NamedTuple):
@@ -80,7 +103,7 @@ class HostMapping:
     def __init__(self, mapping: mmap.mmap) -> None:
         address = np.frombuffer(mapping, dtype=np.uint8).ctypes.data
         # One tuple: a copy in a thread keeps the mapping of its address while another thread closes.
-        self._region: tuple[mmap.mmap, int] | None = (mapping, address)
+        self._region: Region | None = (mapping, address)
         with warnings.catch_warnings():
             # torch warns once per process that the buffer is not writable, which is intended.
             warnings.simplefilter("ignore", UserWarning)
@@ -98,10 +121,11 @@ class HostMapping:
         if found_bytes != capacity_bytes:
             raise AttachRefused(f"the slab has {found_bytes} bytes where {capacity_bytes} belong")
         mapping = mmap.mmap(fd, capacity_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-        _advise(mapping, mmap.MADV_HUGEPAGE, 0, capacity_bytes)
-        if committed_bytes:
-            _advise(mapping, _MADV_POPULATE_READ, 0, committed_bytes)
-        return cls(mapping)
+        mapped = cls(mapping)
+        region = mapped._open()
+        _advise_huge_pages(region, capacity_bytes)
+        _advise(region, _MADV_POPULATE_READ, 0, committed_bytes)
+        return mapped
 
     deferred = False
     device = CPU
@@ -245,7 +269,7 @@ class HostMapping:
     def close(self) -> None:
         self._region = self._storage = self._target = None
 
-    def _open(self) -> tuple[mmap.mmap, int]:
+    def _open(self) -> Region:
         if self._region is None:
             raise CacheClosed("this mapping of the slab is closed")
         return self._region
@@ -270,13 +294,14 @@ class HostSlab(HostMapping):
         assert self._storage is not None, "a new mapping is open"
         self._target = _Target(self._open()[1], self._storage)
         if huge_pages:
-            _advise(self._open()[0], mmap.MADV_HUGEPAGE, 0, capacity_bytes)
+            _advise_huge_pages(self._open(), capacity_bytes)
 
     kind = KIND
     device_name = "cpu"
     """A GPU's UUID if this slab stands in for one on that GPU."""
     handle = b""
     granularity_bytes = mmap.PAGESIZE
+    quick_commit_bytes = 2 << 20
 
     def commit(self, start_bytes: int, stop_bytes: int, *, prefault: bool) -> None:
         """Reserve pages for a range, and map them into the owner if `prefault`."""
@@ -287,8 +312,7 @@ class HostSlab(HostMapping):
             raise MemoryError(f"{size_bytes} bytes, where the host has {left_bytes} left")
         try:
             # Populate first: touched pages may be huge ones, fallocate reserves small ones.
-            mapping = self._open()[0]
-            if prefault and _advise(mapping, _MADV_POPULATE_WRITE, start_bytes, size_bytes):
+            if prefault and _advise(self._open(), _MADV_POPULATE_WRITE, start_bytes, size_bytes):
                 return
             os.posix_fallocate(self._fd, start_bytes, size_bytes)
         except OSError as error:
@@ -298,9 +322,7 @@ class HostSlab(HostMapping):
 
     def decommit(self, start_bytes: int, stop_bytes: int) -> None:
         """Punch a hole: the system has the pages back at once, whoever maps them."""
-        libc = ctypes.CDLL(None, use_errno=True)
-        offset, length = ctypes.c_int64(start_bytes), ctypes.c_int64(stop_bytes - start_bytes)
-        if libc.fallocate(self._fd, _FALLOC_PUNCH, offset, length) != 0:
+        if _libc.fallocate(self._fd, _FALLOC_PUNCH, start_bytes, stop_bytes - start_bytes) != 0:
             raise OSError(code := ctypes.get_errno(), os.strerror(code))
 
     def segments(self, start_bytes: int, stop_bytes: int) -> list[Segment]:
