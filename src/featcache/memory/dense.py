@@ -79,7 +79,7 @@ def dense(tensor: torch.Tensor, what: str = "a feature") -> torch.Tensor:
 
 def check_target(tensor: torch.Tensor, what: str) -> None:
     """Raise SettingsError unless a tensor can be filled: with memory for each element, not a slab's."""
-    in_order = not tensor.is_nested and is_backed(tensor) and tensor.is_contiguous()
+    in_order = is_backed(tensor) and not tensor.is_nested and tensor.is_contiguous()
     if not in_order and (isinstance(tensor, EndedView) or not has_memory(tensor)):
         raise SettingsError(f"{what} {_why_not(tensor)}")
     storage = tensor.untyped_storage()
