@@ -60,6 +60,9 @@ class Pool:
         try:
             self.complete = slab.adopt(self.words, self.words.published)
             """The `published` words as the slab signals them."""
+            self.recycler = Recycler(
+                self.collect, self._tick, settings.recycle_interval, deferred=slab.deferred
+            )
         except BaseException:
             os.close(self.words_fd)
             raise
@@ -73,9 +76,6 @@ class Pool:
         self.own_writes: dict[int, tuple[int, Order]] = {}
         """By slot: the generation that this process wrote there last on a stream, and where on it."""
         self.pending_writes = PendingWrites(self.words.published, self._set_busy)
-        self.recycler = Recycler(
-            self.collect, self._tick, settings.recycle_interval, deferred=slab.deferred
-        )
         self.attendance = Attendance(self.pages)
         self.debtors = Debtors(self.store, self.attendance)
         self.pressure = PressureMonitor(self.name, self.store, settings, self.debtors)
