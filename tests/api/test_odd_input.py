@@ -101,6 +101,37 @@ async def test_times_that_are_none(both: Pair, timeout: Any) -> None:
         await both[0].pressure.below("high", timeout=timeout)
 
 
+async def test_keys_that_are_no_text(both: Pair) -> None:
+    calls: list[Callable[[User], Awaitable[Any]]] = [
+        lambda user: user.put(filled(1), key=LONE),
+        lambda user: user.get(LONE),
+        lambda user: user.get_or_put(LONE, lambda: filled(1)),
+        *(
+            lambda user, name=name: getattr(user, name)(LONE)
+            for name in ("contains", "evict", "pin", "unpin")
+        ),
+    ]
+    for user in both:
+        for call in calls:
+            with pytest.raises(SettingsError, match="lone surrogate"):
+                await call(user)
+        with pytest.raises(SettingsError, match="lone surrogate"):
+            user.borrow(LONE)
+
+
+async def test_another_cpu(both: Pair) -> None:
+    ref = await both[0].put(filled(1))
+    for user in both:
+        for device in ("cpu:1", torch.device("cpu", 1)):
+            with pytest.raises(SettingsError, match="one 'cpu'"):
+                await user.get(ref, device=device)
+            with pytest.raises(SettingsError, match="one 'cpu'"):
+                user.get_nowait(ref, device=device)
+            with pytest.raises(SettingsError, match="one 'cpu'"):
+                await user.get_or_put("k", lambda: filled(1), device=device)
+    await both[1].get(ref, device="cpu:0")
+
+
 async def test_a_long_key_is_cut_in_what_is_said_of_it(both: Pair) -> None:
     calls: list[Callable[[User], Awaitable[Any]]] = [
         lambda user: user.pin("k" * 1000),

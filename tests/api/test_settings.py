@@ -73,6 +73,43 @@ def test_a_field_defaults_to_its_environment_variable(
     assert blank == getattr(Settings(), name)
 
 
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [("CAPACITY", "lots"), ("SLOTS", "0"), ("PREFAULT", "maybe"), ("BACKEND", "x"), ("TTL", "0")],
+)
+def test_a_variable_that_is_invalid_is_named(
+    variable: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"FEATCACHE_{variable}", text)
+    with pytest.raises(SettingsError, match=f"FEATCACHE_{variable}.*{text}"):
+        Settings()
+    with pytest.raises(SettingsError, match=f"FEATCACHE_{variable}"):
+        featcache.create()
+
+
+@pytest.mark.parametrize("name", ["CAPACTY", "SLOT", "RECYCLE_INTERVALL", "capacity"])
+def test_a_misspelt_variable_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"FEATCACHE_{name}", "7")
+    meant = "FEATCACHE_(CAPACITY|SLOTS|RECYCLE_INTERVAL) is"
+    with pytest.raises(SettingsError, match=f"FEATCACHE_{name} .*{meant}"):
+        Settings()
+    with pytest.raises(SettingsError, match=meant):
+        featcache.connect()
+
+
+def test_a_variable_of_nobodys_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FEATCACHE_CAPACITY_OF_SLAB", "7")
+    monkeypatch.setenv("FEATCACHE_OF_ANOTHER_PROGRAM", "7")
+    Settings()
+    Settings()
+    found = sorted(record.getMessage() for record in caplog.records)
+    assert len(found) == 2
+    assert "FEATCACHE_CAPACITY_OF_SLAB" in found[0]
+    assert "did you mean FEATCACHE_CAPACITY?" in found[0]
+
+
 def test_an_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEATCACHE_SLOTS", "7")
     assert Settings(slots=9).slots == 9
@@ -160,6 +197,8 @@ BAD: list[dict[str, Any]] = [
     {"device": "no such"},
     {"device": "meta"},
     {"device": []},
+    {"device": "cpu:1"},
+    {"device": torch.device("cpu", 3)},
     {"name": ""},
     {"name": "n" * 257},
     {"name": 3},

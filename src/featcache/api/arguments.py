@@ -6,6 +6,7 @@ import attrs
 import torch
 
 from featcache.errors import BackendUnavailable, SettingsError
+from featcache.memory.devices import CPU
 from featcache.memory.pack import MAX_NAME, is_name
 from featcache.ref import FeatureRef
 from featcache.settings import Settings
@@ -29,6 +30,10 @@ def parse_device(value: Any) -> torch.device:
         raise SettingsError(f"device={value!r} is no device: 'cpu' or 'cuda:<n>'") from error
     if device.type not in {"cpu", "cuda"}:
         raise SettingsError(f"device={value!r} is not supported: 'cpu' or 'cuda:<n>'")
+    if device.type == "cpu":
+        if device.index:
+            raise SettingsError(f"device={value!r} is no device: there is one 'cpu'")
+        return CPU
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BackendUnavailable(
             f"device={value!r}, but torch sees {torch.cuda.device_count()} CUDA devices here"

@@ -59,6 +59,7 @@ class OwnSession:
         attachment.why_stale = pool.store.why_stale
         # Its own mapping is never behind: nothing lies in memory that it has given back.
         attachment.shrink_epoch = None
+        attachment.own_writes = pool.own_writes if pool.slab.deferred else None
         return attachment
 
     def page(self) -> SessionPage:

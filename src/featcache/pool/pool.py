@@ -73,6 +73,8 @@ class Pool:
         """The control words and grants of each session, by session number."""
         self.kept: dict[int, FeatureRef] = {}
         """Refs of the features under keys, by slot; a slot's old one stays until it has a new one."""
+        self.own_writes: dict[int, tuple[int, Order]] = {}
+        """By slot: the generation that this process wrote there last on a stream, and where on it."""
         self.pending_writes = PendingWrites(self.words.published, self._set_busy)
         self.attendance = Attendance(self.pages)
         self.debtors = Debtors(self.store, self.attendance)
@@ -118,6 +120,8 @@ class Pool:
         if self.closed:
             raise CacheClosed("the cache was closed while this put was copying")
         self.slab.signal(self.complete, slot.index, slot.generation, order)
+        if order:
+            self.own_writes[slot.index] = slot.generation, order
         return self.announce(slot, specs, _now())
 
     def publish_from(
@@ -370,6 +374,7 @@ class Pool:
         self.pages.clear()
         os.close(self.words_fd)
         self.pending_writes.close()
+        self.own_writes.clear()
         del self.words, self.complete  # unmapped now, not when the collector of cycles comes by
 
     def forget(self) -> None:

@@ -9,6 +9,7 @@ import anyio
 from featcache.core.put_queue import Request, WaiterState
 from featcache.core.slots import Slot
 from featcache.errors import BackendUnavailable, CacheClosed, PoolFull, PutTimeout
+from featcache.memory.pack import check_parts
 from featcache.pool.pool import Pool
 from featcache.pool.waits import PutWaits
 from featcache.ref import FeatureRef
@@ -59,15 +60,29 @@ class OwnerWriter:
 
     async def put(self, staged: Staged, timeout_s: float | None, *, wait: bool) -> FeatureRef:
         """Copy a feature in and return its ref, standing in the queue for room if `wait`."""
-        request = staged.request
+        request, waited = staged.request, False
         self._puts += 1
         if self._puts % _YIELD_EVERY == 0:
+            waited = True
             await asyncio.sleep(0)  # a loop of puts that never wait must not starve the sessions
-        slot = self.reserve(request) or await self.room(request, timeout_s, wait=wait)
+        slot = self.reserve(request)
+        if slot is None:
+            waited = True
+            slot = await self.room(request, timeout_s, wait=wait)
         pool = self._pool
+        if waited:
+            self._check_parts(slot, staged)
         if pool.slab.blocking_write_bytes(staged.parts) <= pool.settings.inline_bytes:
             return self._fill_now(slot, staged)
         return await self._fill_in_thread(slot, staged)
+
+    def _check_parts(self, slot: Slot, staged: Staged) -> None:
+        """Give the slot up if the caller freed or resized a tensor while its put waited."""
+        try:
+            check_parts(staged.parts)
+        except BaseException:
+            self._pool.give_up_reserved(slot, None)
+            raise
 
     def _fill_now(self, slot: Slot, staged: Staged) -> FeatureRef:
         """Copy a feature into a slot that was just reserved, with the word that publishes it behind.
@@ -81,6 +96,8 @@ class OwnerWriter:
         try:
             word = (pool.complete, slot.index, slot.generation)
             pool.slab.write(extent.offset_bytes, staged.parts, order, word)
+            if order:  # the owner's own reads need not wait for the word: they follow this stream
+                pool.own_writes[slot.index] = slot.generation, order
         except BaseException:
             pool.give_up_reserved(slot, order)
             raise

@@ -23,11 +23,17 @@ def key_bytes(key: Any) -> bytes:
     """Return a key as the directory has it: a str is its UTF-8.
 
     Raises:
-        SettingsError: neither str nor bytes, empty, or of more than `MAX_KEY_BYTES` bytes.
+        SettingsError: neither str nor bytes, not Unicode, empty, or of more than `MAX_KEY_BYTES` bytes.
 
     """
     if isinstance(key, str):
-        key = key.encode("utf-8", "surrogatepass")
+        try:
+            key = key.encode()
+        except UnicodeEncodeError:
+            raise SettingsError(
+                f"the key {key[:64]!r} has a lone surrogate, which UTF-8 has not: give bytes, such as "
+                "os.fsencode(path) or content_key(text)"
+            ) from None
     if not isinstance(key, bytes):
         raise SettingsError(f"a key is a str or bytes, not {type(key).__name__}")
     if not 1 <= len(key) <= MAX_KEY_BYTES:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from featcache.core.endings import RECYCLED, UNKNOWN
 from featcache.errors import CacheClosed, FeatcacheError, MalformedRef, StaleRef
@@ -92,6 +93,9 @@ class Attachment:
         """The last shrink that this process has heard of; None: never behind the owner's."""
         self.covered_bytes = 0
         """Bytes from the slab's start that can be read here."""
+        self.own_writes: dict[int, tuple[int, Order]] | None = None
+        """Of the owner's own session where words come late: by slot, the generation that this process
+        wrote there last and the order behind which its bytes are; None elsewhere."""
         self._gone: FeatcacheError | None = None
         self._live, self._published = words.live, words.published
         self._offset, self._nbytes = words.offset, words.nbytes
@@ -165,6 +169,21 @@ class Attachment:
         return self._published[ref.slot] == ref.generation and self.is_mapped(
             ref.offset_bytes, ref.nbytes
         )
+
+    def follow_write(self, ref: FeatureRef, device: torch.device | None) -> bool:
+        """Put the caller's place on a device's stream behind this process's own write of a pinned ref.
+
+        False where that can't be: the bytes are another's, or the CPU is to read them. The stream waits
+        by an event, or not at all if it is the stream of the write.
+        """
+        if self.own_writes is None or not self.is_mapped(ref.offset_bytes, ref.nbytes):
+            return False
+        generation, behind = self.own_writes.get(ref.slot, (0, None))
+        order = self.mapping.order(device)
+        if generation != ref.generation or behind is None or order is None:
+            return False
+        self.mapping.follow(order, [behind])
+        return True
 
     def unpin(self, ref: FeatureRef, *, pays: bool, order: Order = None) -> None:
         """End one use. The session's read is paid when its last use ends, if any of them `pays`.
@@ -383,6 +402,7 @@ class Attachment:
         self._live = self._published = self._offset = self._nbytes = self._held
         self._paid = self._released
         self._in_flight.clear()
+        self.own_writes = None
         words = max(self._slots, len(self._plain.granted))
         nowhere = memoryview(bytearray(8 * words)).cast("Q")
         self._plain = self._adopted = PageWords(nowhere, nowhere, nowhere)

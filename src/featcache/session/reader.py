@@ -69,7 +69,7 @@ class Reader:
         ready = attachment.pin(ref)
         pays, order = False, None
         try:
-            if not ready:
+            if not ready and not attachment.follow_write(ref, device):
                 raise GetTimeout("the bytes are still on their way: await get instead")
             order = mapping.order(device)
             specs = ref.specs
@@ -90,7 +90,7 @@ class Reader:
         targets, device = (None, device) if out is None else targets_of(ref, device, out)
         source: Readable | None = self.pools.peek(ref)
         reached = source is not None and source.mapping.can_copy_to(device)
-        if source is None or not reached or not source.pin(ref):
+        if source is None or not reached or not (source.pin(ref) or _follows(source, ref, device)):
             pinned, since_s = source if reached else None, time.monotonic()
             source, reached = await self._await_ready(pinned, ref, device, timeout_s)
             timeout_s = _left(timeout_s, since_s)
@@ -107,7 +107,7 @@ class Reader:
         """As `get`, of a read granted by key, which is paid however this ends."""
         ref, (targets, device) = lease.ref, self._leased_targets(lease, device, out)
         reached = lease.mapping.can_copy_to(device)
-        if not reached or not lease.attachment.is_ready(ref):
+        if not reached or not (lease.attachment.is_ready(ref) or _follows(lease, ref, device)):
             _, reached = await self._await_ready(lease, ref, device, timeout_s)
         if reached:
             feature = await self._copier.copy(lease, ref, device, targets)
@@ -126,7 +126,9 @@ class Reader:
             return None
         pays, order = False, None
         try:
-            wait_ready_blocking(lease.attachment, ref, float("inf"))
+            attachment = lease.attachment
+            if not (attachment.is_ready(ref) or attachment.follow_write(ref, device)):
+                wait_ready_blocking(attachment, ref, float("inf"))
             order = mapping.order(device)
             feature = copy(lease, ref, device, targets, order)
             pays = True
@@ -188,7 +190,7 @@ class Reader:
         attachment = self.pools.peek(ref) or self._attached(ref)
         if not attachment.mapping.zero_copy:
             raise GetTimeout("the bytes must come another way: use 'async with' instead")
-        if not attachment.pin(ref):
+        if not attachment.pin(ref) and not _follows(attachment, ref, None):
             attachment.unpin(ref, pays=False)
             raise GetTimeout("the bytes are still on their way: use 'async with' instead")
         return attachment
@@ -205,7 +207,7 @@ class Reader:
             raise self._home.refusal("borrow")
         source: Readable | None = self.pools.peek(ref)
         reached = source is not None and source.mapping.can_copy_to(None)
-        if source is None or not reached or not source.pin(ref):
+        if source is None or not reached or not (source.pin(ref) or _follows(source, ref, None)):
             pinned, since_s = source if reached else None, time.monotonic()
             source, reached = await self._await_ready(pinned, ref, None, timeout_s)
             timeout_s = _left(timeout_s, since_s)
@@ -218,7 +220,7 @@ class Reader:
     ) -> tuple[Readable, Feature | None]:
         """As `hold`, of a read granted by key."""
         ref, reached = lease.ref, lease.mapping.can_copy_to(None)
-        if not reached or not lease.attachment.is_ready(ref):
+        if not reached or not (lease.attachment.is_ready(ref) or _follows(lease, ref, None)):
             _, reached = await self._await_ready(lease, ref, None, timeout_s)
         if reached and lease.mapping.zero_copy:
             return lease, None
@@ -334,6 +336,16 @@ class Reader:
                 late = GetTimeout(BYTES_LATE) if isinstance(pinned, KeyLease) else _late(timeout_s)
                 raise late from None
             raise
+
+
+def _follows(source: Readable, ref: FeatureRef, device: Device) -> bool:
+    """Whether the caller's stream now comes behind this process's own write of a pinned ref."""
+    attachment = source.attachment if isinstance(source, KeyLease) else source
+    try:
+        return attachment.follow_write(ref, device)
+    except BaseException:
+        source.unpin(ref, pays=False)
+        raise
 
 
 def _late(timeout_s: float | None) -> GetTimeout:

@@ -23,13 +23,15 @@ from featcache.errors import (
     AttachRefused,
     BackendUnavailable,
     CacheClosed,
+    SettingsError,
     explain,
     system_errors,
 )
 from featcache.memory import strided as copies
+from featcache.memory.dense import NOT_MADE, lend
 from featcache.memory.devices import CPU
 from featcache.memory.host.available import available_bytes
-from featcache.memory.pack import DTYPES
+from featcache.memory.pack import DTYPES, check_parts
 from featcache.memory.slab import Parts, Segment, Word, uncopied
 from featcache.memory.views import view_of
 from featcache.memory.words import TSO, Block, fence_stores, memfd
@@ -116,7 +118,7 @@ class HostMapping:
             # torch warns once per process that the buffer is not writable, which is intended.
             warnings.simplefilter("ignore", UserWarning)
             whole = torch.frombuffer(mapping, dtype=torch.uint8)
-        self._storage: torch.UntypedStorage | None = whole.untyped_storage()
+        self._storage: torch.UntypedStorage | None = lend(whole.untyped_storage())
         self.end_bytes = whole.nbytes
         self._target: _Target | None = None
         self.home = CPU
@@ -188,13 +190,16 @@ class HostMapping:
         """Copy the slab's bytes into `out`; complete on return."""
         if not _plain(out):
             try:
-                with _on(order):
+                with _on(order), copies.outside_modes():
                     copies.copy(out, self.view(offset_bytes, spec))
             except RuntimeError as error:  # of torch: no memory, or no working GPU
                 raise uncopied(spec.nbytes, error) from error
             return
         region = self._open()  # a reference for the copy's time: `close` unmaps nothing under it
-        _memmove(out.data_ptr(), region[1] + offset_bytes + spec.offset_bytes, out.nbytes)
+        nbytes, to = out.nbytes, out.data_ptr()
+        if not to and nbytes:
+            raise SettingsError(NOT_MADE)
+        _memmove(to, region[1] + offset_bytes + spec.offset_bytes, nbytes)
 
     # --- writing ----------------------------------------------------------------------------------
 
@@ -224,7 +229,7 @@ class HostMapping:
                 break
         else:
             return parts, ()
-        devices = {tensor.device for _, tensor in parts if not tensor.is_cpu}
+        devices = {tensor.device for _, tensor in parts if tensor.is_cuda}
         return parts, [torch.cuda.current_stream(device) for device in devices]
 
     def blocking_write_bytes(self, parts: Parts) -> int:
@@ -242,6 +247,8 @@ class HostMapping:
         if target is None:
             self._open()
             raise BackendUnavailable("this mapping of the slab was not opened for writing")
+        if word is None:
+            check_parts(parts)  # a wait lies between their `stage` and this
         base = target.address
         for spec, tensor in parts:
             plain = tensor.is_cpu and tensor.is_contiguous()  # _plain, inline
@@ -250,7 +257,7 @@ class HostMapping:
                 _memmove(at, tensor.data_ptr(), tensor.nbytes)
             else:
                 try:
-                    with _on(order):
+                    with _on(order), copies.outside_modes():
                         copies.copy(view_of(target.storage, offset_bytes, spec, CPU), tensor)
                 except RuntimeError as error:
                     raise uncopied(spec.nbytes, error) from error
