@@ -34,38 +34,33 @@ class Step(enum.IntEnum):
 
 
 class Word(enum.IntEnum):
-    """The columns. Of the conductor are the first three."""
+    """The columns."""
 
-    PID = 0
-    KILLED_NS = 1
-    """When the process was killed."""
-    LIMITED_NS = 2
-    """Until when errors may come of a limit that was set on the process."""
-    BEAT_NS = 3
+    LIMITED_NS = 0
+    """Until when errors may come of a limit that was set on the process; of the conductor."""
+    BEAT_NS = 1
     """When the process last made progress."""
-    AT = 4
+    AT = 2
     """A `Step`."""
-    BEGUN = 5
+    BEGUN = 3
     """Operations of this process alone."""
-    PUTS = 6
-    GETS = 7
-    BORROWS = 8
-    RELEASES = 9
-    KEYED = 10
-    MADE = 11
-    ATTACHES = 12
-    CANCELLED = 13
-    FORGED_REFS = 14
-    FORGED_FRAMES = 15
-    WRONG = 16
-    OUTSIDE = 17
+    PUTS = 4
+    GETS = 5
+    BORROWS = 6
+    RELEASES = 7
+    KEYED = 8
+    MADE = 9
+    ATTACHES = 10
+    CANCELLED = 11
+    FORGED_REFS = 12
+    FORGED_FRAMES = 13
+    WRONG = 14
+    OUTSIDE = 15
     """Errors that are none of featcache's tree."""
-    OUTSIDE_LIMITED = 18
+    OUTSIDE_LIMITED = 16
     """The same while a limit was on."""
-    FDS_FIRST = 19
-    """Descriptors of a process that is never killed, between two clients: at first."""
-    FDS_LAST = 20
-    """The same, at last."""
+    FDS_LEFT = 17
+    """Descriptors that a process which is never killed has between two clients, more than at first."""
 
 
 OPERATIONS: Final = (
@@ -81,6 +76,8 @@ OPERATIONS: Final = (
 )
 ERRORS: Final = {name: len(Word) + at for at, name in enumerate(errors.__all__)}
 """The column of each error of the tree."""
+_DEATHS: Final = 256
+"""The last deaths, whose times are kept."""
 _COLUMNS: Final = len(Word) + len(ERRORS)
 
 
@@ -110,11 +107,10 @@ class Row:
         at = next((ERRORS[name] for name in names if name in ERRORS), ERRORS["FeatcacheError"])
         self.count(at)
 
-    def begin(self, pid: int) -> None:
+    def begin(self) -> None:
         """A new process has the place."""
-        for word in (Word.KILLED_NS, Word.LIMITED_NS, Word.AT, Word.BEGUN):
+        for word in (Word.LIMITED_NS, Word.AT, Word.BEGUN):
             self[word] = 0
-        self[Word.PID] = pid
         self.beat()
 
 
@@ -122,10 +118,12 @@ class Board:
     """The rows, one more word for the phase of the soak, and a file for what went wrong."""
 
     def __init__(self, places: int, faults: str) -> None:
-        self._memory = mmap.mmap(-1, (places * _COLUMNS + 8) * 8)
+        common, deaths = 8, 2 * _DEATHS
+        self._memory = mmap.mmap(-1, (common + deaths + places * _COLUMNS) * 8)
         words = np.frombuffer(self._memory, np.int64)
-        self._words = words[8:].reshape(places, _COLUMNS)
-        self._common = words[:8]
+        self._common = words[:common]
+        self._deaths = words[common : common + deaths].reshape(_DEATHS, 2)
+        self._words = words[common + deaths :].reshape(places, _COLUMNS)
         self.rows = [Row(row) for row in self._words]
         self._faults = os.open(faults, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
@@ -151,6 +149,16 @@ class Board:
     def faults_fd(self) -> int:
         """The file of faults, for tracebacks of processes that hang."""
         return self._faults
+
+    def died(self, pid: int, at_ns: int) -> None:
+        """Note when a process is killed; by the conductor, before it kills."""
+        killed = int(self._common[2])
+        self._deaths[killed % _DEATHS] = (pid, at_ns)
+        self._common[2] = killed + 1
+
+    def death_of(self, pid: int) -> int:
+        """When a process was killed; 0 of one that was not, or that died long ago."""
+        return max((int(at_ns) for dead, at_ns in self._deaths if dead == pid), default=0)
 
     def fault(self, text: str) -> None:
         """Write down what went wrong."""

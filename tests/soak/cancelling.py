@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 import featcache
 from featcache import FeatcacheError, FeatureCache, FeatureClient, Settings
 from soak.board import Step, Word
+from soak.content import Feature
 from soak.plan import TTL_S
 from soak.process import Fumble, Process
 
@@ -82,7 +83,7 @@ async def _discard(me: Process, cache: Cache, ref: featcache.FeatureRef) -> None
 async def _by_key(me: Process, cache: Cache) -> None:
     key, content = me.key()
 
-    async def make() -> featcache.api.base.Feature:
+    async def make() -> Feature:
         await asyncio.sleep(me.chance.random() * 0.004)
         if me.chance.random() < 0.1:
             raise Fumble

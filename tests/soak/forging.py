@@ -9,6 +9,7 @@ import random
 import socket
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -147,50 +148,45 @@ def _frame(payload: bytes, count: int = 0, length: int | None = None) -> bytes:
 def forged_frame(chance: random.Random) -> tuple[bytes, list[int]]:
     """A frame that is wrong in some way, or right and out of place; with its descriptors."""
     payload = encode(_message(chance))
-    way = chance.random()
-    if way < 0.35:
-        return _frame(payload), []
-    if way < 0.6:
-        mutated = bytearray(payload)
-        for _ in range(chance.randint(1, 4)):
-            mutated[chance.randrange(len(mutated))] = chance.randrange(256)
-        return _frame(bytes(mutated)), []
-    if way < 0.7:
-        return _frame(chance.randbytes(chance.randrange(200))), []
-    if way < 0.75:
-        return chance.randbytes(chance.randrange(1, 200)), []
-    if way < 0.8:
-        return _frame(b"", 0, chance.randrange(1 << 32)), []
-    if way < 0.85:
-        return _frame(chance.randbytes(64 << 10)), []
-    if way < 0.9:
-        return _frame(payload)[: chance.randrange(1, 8 + len(payload))], []
     count = chance.choice((1, 3, 64, 65, 200))
-    return _frame(payload, min(255, chance.choice((0, count)))), [1] * min(count, 250)
+    mutated = bytearray(payload)
+    for _ in range(chance.randint(1, 4)):
+        mutated[chance.randrange(len(mutated))] = chance.randrange(256)
+    plain = [
+        (35, _frame(payload)),
+        (25, _frame(bytes(mutated))),
+        (10, _frame(chance.randbytes(chance.randrange(200)))),
+        (5, chance.randbytes(chance.randrange(1, 200))),
+        (5, _frame(b"", 0, chance.randrange(1 << 32))),
+        (5, _frame(chance.randbytes(64 << 10))),
+        (5, _frame(payload)[: chance.randrange(1, 8 + len(payload))]),
+        (10, _frame(payload, chance.choice((0, count)))),
+    ]
+    (at,) = chance.choices(range(len(plain)), [weight for weight, _ in plain])
+    return plain[at][1], [1] * count if at == len(plain) - 1 else []
 
 
 def _message(chance: random.Random) -> Any:
     """A message of a client; none that publishes, so that a vandal leaves nothing that lasts."""
     number, word = chance.randrange(64), chance.randrange(1 << 63)
     key = chance.choice((b"key-0", b"key-1", chance.randbytes(8)))
-    return chance.choice(
-        [
-            lambda: Hello(VERSION, "again", "cpu"),
-            lambda: messages.Discard(number, chance.randrange(1024), word),
-            lambda: messages.Relay(number, chance.randbytes(60)),
-            lambda: messages.Find(number, key, waits=chance.random() < 0.5, makes=True),
-            lambda: messages.Cancel(number),
-            lambda: messages.ReleaseClaim(key, word),
-            lambda: messages.KeyCommand(number, key, "pin"),
-            lambda: messages.KeyCommand(number, key, "contains"),
-            lambda: messages.Reserve(number, 1 << chance.randrange(24), 1, TTL_S, None, True),
-            lambda: messages.Reserve(number, 256, ["nobody"] * 3, TTL_S, key, False),
-            lambda: messages.Upload(number, 256, 1, TTL_S, None, False, chance.randbytes(60)),
-            lambda: messages.HostPool(number),
-            lambda: messages.OpenForWriting(number),
-            lambda: messages.GiveUpReserved(chance.randrange(1024), word, True),
-            lambda: messages.TailUnmapped(chance.randrange(100)),
-            lambda: messages.Farewell(),
-            lambda: messages.Closing(),
-        ]
-    )()
+    kinds: list[Callable[[], Any]] = [
+        lambda: Hello(VERSION, "again", "cpu"),
+        lambda: messages.Discard(number, chance.randrange(1024), word),
+        lambda: messages.Relay(number, chance.randbytes(60)),
+        lambda: messages.Find(number, key, waits=chance.random() < 0.5, makes=True),
+        lambda: messages.Cancel(number),
+        lambda: messages.ReleaseClaim(key, word),
+        lambda: messages.KeyCommand(number, key, "pin"),
+        lambda: messages.KeyCommand(number, key, "contains"),
+        lambda: messages.Reserve(number, 1 << chance.randrange(24), 1, TTL_S, None, True),
+        lambda: messages.Reserve(number, 256, ["nobody"] * 3, TTL_S, key, False),
+        lambda: messages.Upload(number, 256, 1, TTL_S, None, False, chance.randbytes(60)),
+        lambda: messages.HostPool(number),
+        lambda: messages.OpenForWriting(number),
+        lambda: messages.GiveUpReserved(chance.randrange(1024), word, True),
+        lambda: messages.TailUnmapped(chance.randrange(100)),
+        messages.Farewell,
+        messages.Closing,
+    ]
+    return chance.choice(kinds)()

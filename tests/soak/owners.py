@@ -10,6 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import attrs
+import torch
+
 import featcache
 from featcache import FeatureCache, events
 from featcache.errors import FeatcacheError
@@ -48,14 +51,13 @@ class OwnerScript:
 
     def _time_death(self, pid: int) -> None:
         board = self.me.world.board
-        for row in board.rows:
-            killed_ns = row[Word.KILLED_NS]
-            if row[Word.PID] != pid or not killed_ns:
-                continue
-            if killed_ns < board.owner_stopped_ns:  # the storm held this owner back
-                self.late += 1
-            else:
-                self.reads_back_s.append((time.monotonic_ns() - killed_ns) / 1e9)
+        killed_ns = board.death_of(pid)
+        if not killed_ns:  # it ended by itself
+            return
+        if killed_ns < board.owner_stopped_ns:  # the storm held this owner back
+            self.late += 1
+        else:
+            self.reads_back_s.append((time.monotonic_ns() - killed_ns) / 1e9)
 
     # --- load ------------------------------------------------------------------------------------
 
@@ -115,7 +117,9 @@ class OwnerScript:
         async with featcache.create(
             device=device, endpoint=me.endpoint, spill=spill_bytes, settings=settings
         ) as cache:
-            await self._warm_up(cache)
+            if not me.place.mortal:  # before anybody else comes: see `Storm._await_start`
+                await self._warm_up(cache)
+            me.row.count(Word.BEGUN)
             first = figures()
             self.selector.reset()
             pumps = [self.pump(cache), self.pump(cache), cancel_in_owner(me, cache)]
@@ -130,12 +134,27 @@ class OwnerScript:
 
     async def _warm_up(self, cache: FeatureCache) -> None:
         """Use everything once, so that what comes later and stays is a leak."""
+        me = self.me
         for _ in range(40):
-            ref = await cache.put(self.me.content().make(self.me.made_on), on_full="spill")
-            await cache.get(ref)
-        key, content = of_key(0, self.me.world.sizes.key_words)
-        await cache.get_or_put(key, lambda: content.make(self.me.made_on))
+            await cache.get(await cache.put(me.content().make(me.made_on)))
+        key, content = of_key(0, me.world.sizes.key_words)
+        await cache.get_or_put(key, lambda: content.make(me.made_on))
         await cache.evict(key)
+        far = attrs.evolve(me.world.sizes.settings(), through_host=True)
+        async with featcache.connect(me.endpoint, device=me.device, settings=far) as client:
+            await client.get(await cache.put(content.make(me.made_on)))
+        await self._spill_once(cache)
+        await until(lambda: not any(_left(cache).values()), DRAIN_S)
+
+    async def _spill_once(self, cache: FeatureCache) -> None:
+        """Fill the slab, so that the next put spills, and read both."""
+        now = cache.statistics()
+        whole = torch.zeros(now.largest_free_bytes, dtype=torch.uint8, device=self.me.made_on)
+        refs = [await cache.put(whole)]
+        refs.append(await cache.put(whole[:4096], on_full="spill"))
+        assert cache.statistics().spilled, "the slab was full"
+        for ref in refs:
+            await cache.release(ref)
 
     def _load(self) -> dict[str, Any]:
         selector = self.selector

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import random
 import time
 import traceback
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 
 import torch
@@ -17,6 +19,7 @@ from featcache.errors import AttachRefused, CacheClosed
 from soak.board import Step, Word
 from soak.content import Content, Feature, of_key, pack, unpack
 from soak.plan import Place, World
+from support.leaks import difference, open_descriptors
 
 _TAKE_S = 0.05
 
@@ -36,6 +39,8 @@ class Process:
         self.chance = random.Random(f"{world.seed}:{place.number}:{number}")
         self.inbox = world.mail.inbox(place)
         self.endpoint = world.endpoint(place.pool)
+        self.open_first: Counter[str] = Counter()
+        self.open_since: dict[str, int] = {}
         self._made = 0
 
     @property
@@ -161,15 +166,18 @@ async def served(
         if not me.place.mortal:
             note_descriptors(me)
         await me.pause(0.04)
+    if me.open_since:
+        me.world.board.fault(f"LEFT OPEN at {me.place}: {me.open_since}")
 
 
 def note_descriptors(me: Process) -> None:
-    """Of a process that lasts: what it has open between two clients, at first and at last."""
-    from support.leaks import open_descriptors
-
+    """Of a process that lasts: what it has open between two clients, more than at first."""
+    gc.collect()
     try:
-        count = open_descriptors().total()
+        now = open_descriptors()
     except OSError:  # a limit
         return
-    me.row[Word.FDS_LAST] = count
-    me.row[Word.FDS_FIRST] = me.row[Word.FDS_FIRST] or count
+    me.open_first = me.open_first or now
+    grown = {name: n for name, n in difference(me.open_first, now).items() if n > 0}
+    me.row[Word.FDS_LEFT] = sum(grown.values())
+    me.open_since = grown

@@ -52,7 +52,7 @@ def summary(storm: Storm, seconds: float, argv: list[str]) -> dict[str, Any]:
         },
         "lost": account["left"] if account else None,
         "endpoints_left": [name for name in files if not name.startswith(own[:2])],
-        "descriptors_left_in_clients": _left_in_clients(storm),
+        "descriptors_left_in_clients": totals["fds_left"],
         "reads_back_ms": {
             "deaths": len(times),
             "median": _at(times, 0.5),
@@ -72,14 +72,6 @@ def summary(storm: Storm, seconds: float, argv: list[str]) -> dict[str, Any]:
 
 def _machine(device: str) -> dict[str, Any]:
     return machine.machine() | ({} if device == "cpu" else {"gpus": machine.gpus()})
-
-
-def _left_in_clients(storm: Storm) -> int:
-    """How many descriptors the processes that were never killed have more than at first."""
-    rows = [storm.world.board.rows[place.number] for place in storm.world.places]
-    from soak.board import Word
-
-    return sum(max(0, row[Word.FDS_LAST] - row[Word.FDS_FIRST]) for row in rows)
 
 
 def _at(times: list[float], share: float) -> float | None:

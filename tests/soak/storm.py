@@ -57,10 +57,8 @@ class Storm:
         """Start a process at a place."""
         self.started[place.number] += 1
         number = self.started[place.number]
-        row = self._row(place)
-        row.begin(0)
+        self._row(place).begin()
         pid = fork(self.world, place, number)
-        row[Word.PID] = pid
         self.children[pid] = Child(place, number, pid, time.monotonic())
 
     def _row(self, place: Place) -> Row:
@@ -95,8 +93,8 @@ class Storm:
         row = self._row(child.place)
         if not is_owner(child.place):
             self.killed_at[Step(row[Word.AT]).name.lower()] += 1
-        row[Word.KILLED_NS] = time.monotonic_ns()
         child.killed = True
+        self.world.board.died(child.pid, time.monotonic_ns())
         child.signal(signal.SIGKILL)
 
     # --- the storm -------------------------------------------------------------------------------
@@ -106,7 +104,7 @@ class Storm:
         for place in self.world.places:
             self.start(place)
             if is_owner(place):
-                self._await_endpoint(place)
+                self._await_start(place)
         ends_s = time.monotonic() + seconds
         while (now_s := time.monotonic()) < ends_s:
             self.reap(again=True)
@@ -115,9 +113,9 @@ class Storm:
             self._act(now_s)
             time.sleep(0.002)
 
-    def _await_endpoint(self, place: Place) -> None:
+    def _await_start(self, place: Place) -> None:
         give_up_s = time.monotonic() + 60
-        while not Path(self.world.endpoint(place.pool)).exists():
+        while not self._row(place)[Word.BEGUN]:
             if time.monotonic() > give_up_s or os.waitpid(-1, os.WNOHANG)[0]:
                 raise SystemExit(f"the owner at {place} did not start")
             time.sleep(0.01)

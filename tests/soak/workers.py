@@ -6,6 +6,7 @@ import asyncio
 import select
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import attrs
 
@@ -18,7 +19,7 @@ from soak.forging import forge_frames, forge_refs
 from soak.plan import TTL_S, Role
 from soak.process import Fumble, Process, served
 
-_PATIENCE_S = 8.0
+_PATIENCE_S = 4.0
 _HELD_S = 0.15
 
 # --- reading -------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ async def put_one(me: Process, cache: FeatureClient) -> None:
     names = [place.name for place in to if place.name]
     readers = names if len(names) == len(to) else len(to)
     content = me.content()
-    on_full = me.chance.choice(("wait", "wait", "raise", "spill"))
+    on_full: Any = me.chance.choice(("wait", "wait", "raise", "spill"))
     with me.at(Step.PUT, Word.PUTS):
         ref = await cache.put(
             content.make(me.made_on),
