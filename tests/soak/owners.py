@@ -182,7 +182,35 @@ async def drained(cache: FeatureCache) -> dict[str, Any]:
     began_s = time.monotonic()
     with contextlib.suppress(NotSo):
         await until(lambda: not any(_left(cache).values()), DRAIN_S)
-    return {"left": _left(cache), "drain_s": round(time.monotonic() - began_s, 2)}
+    left = _left(cache)
+    return {
+        "left": left,
+        "drain_s": round(time.monotonic() - began_s, 2),
+        "left_slots": _left_slots(cache) if any(left.values()) else None,
+    }
+
+
+def _left_slots(cache: FeatureCache) -> list[str]:
+    """What the first of the slots in use are, for whoever is to find out why."""
+    engine = cache._life.engine
+    assert engine is not None, "open"
+    names = (
+        "index",
+        "generation",
+        "state",
+        "nbytes",
+        "ttl_s",
+        "owed_by",
+        "grants",
+        "key",
+        "paid_by",
+    )
+    slots = [slot for served in engine.served for slot in served.pool.store.table.in_use()]
+    now_s = time.monotonic()
+    return [
+        f"{now_s - slot.born_s:.1f} s old: { ({name: getattr(slot, name) for name in names}) }"
+        for slot in slots[:10]
+    ]
 
 
 def _left(cache: FeatureCache) -> dict[str, int]:

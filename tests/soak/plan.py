@@ -118,6 +118,7 @@ class Sizes:
             segment=self.segment_bytes,
             idle=1.0,
             ttl=TTL_S,
+            relay_ttl=TTL_S,
             slots=1024,
             sessions=512,
             log_interval=3600.0,
