@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
         show(result, wrong)
         if True:
             faults = (folder / "faults.txt").read_text()
-            print(f"--- faults\n{faults[:20000]}", file=sys.stderr)
+            print(f"--- faults\n{faults}", file=sys.stderr)
         resultfile.write(options.out, result)
     finally:
         storm.abandon()

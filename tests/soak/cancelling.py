@@ -65,8 +65,8 @@ async def _put_and_get(me: Process, cache: Cache) -> None:
     with me.at(Step.PUT, Word.PUTS):
         try:
             ref = await cache.put(content.make(me.made_on), ttl=ttl, timeout=5)
-        except FeatcacheError as error:
-            if not me.place.mortal: me.world.board.fault(f"DBG put {me.place} {content} {error!r}")
+        except BaseException as error:
+            if not me.place.mortal: me.world.board.fault(f"DBG put {asyncio.get_running_loop().time():.1f} {me.place} {content} {error!r}")
             raise
     try:
         with me.at(Step.GET, Word.GETS):

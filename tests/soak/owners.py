@@ -208,7 +208,7 @@ def _left_slots(cache: FeatureCache) -> list[str]:
     slots = [slot for served in engine.served for slot in served.pool.store.table.in_use()]
     now_s = time.monotonic()
     return [
-        f"{now_s - slot.born_s:.1f} s old: { ({name: getattr(slot, name) for name in names}) }"
+        f"{slot.born_s:.1f} {now_s - slot.born_s:.1f} s old: { ({name: getattr(slot, name) for name in names}) }"
         for slot in slots[:10]
     ]
 
