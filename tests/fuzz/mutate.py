@@ -51,9 +51,7 @@ def _mutated(value: Any, chance: random.Random) -> Any:
 
 
 def _other(value: Any, chance: random.Random) -> Any:
-    if chance.random() < 0.1:
-        return chance.choice(_OTHERS)
-    if isinstance(value, bool):
+    if isinstance(value, bool) and chance.random() < 0.9:
         return not value
     if isinstance(value, int):
         near = value + chance.choice((-1, 1, 256, -256))

@@ -70,9 +70,9 @@ def main(argv: list[str]) -> int:
         result = summary(storm, seconds, argv)
         wrong = failures(result)
         show(result, wrong)
-        if True:
+        if wrong:
             faults = (folder / "faults.txt").read_text()
-            print(f"--- faults\n{faults}", file=sys.stderr)
+            print(f"--- faults\n{faults[:20000]}", file=sys.stderr)
         resultfile.write(options.out, result)
     finally:
         storm.abandon()

@@ -63,11 +63,7 @@ async def _put_and_get(me: Process, cache: Cache) -> None:
     content = me.content()
     ttl = TTL_S if me.place.mortal else None
     with me.at(Step.PUT, Word.PUTS):
-        try:
-            ref = await cache.put(content.make(me.made_on), ttl=ttl, timeout=5)
-        except BaseException as error:
-            if not me.place.mortal: me.world.board.fault(f"DBG put {asyncio.get_running_loop().time():.1f} {me.place} {content} {error!r}")
-            raise
+        ref = await cache.put(content.make(me.made_on), ttl=ttl, timeout=5)
     try:
         with me.at(Step.GET, Word.GETS):
             found = await cache.get(ref)
@@ -82,7 +78,6 @@ async def _discard(me: Process, cache: Cache, ref: featcache.FeatureRef) -> None
         await cache.discard(ref)
     except FeatcacheError as error:
         me.row.error(error)
-        if not me.place.mortal and not isinstance(error, featcache.StaleRef): me.world.board.fault(f"DBG discard {me.place} {ref} {error!r}")
 
 
 async def _by_key(me: Process, cache: Cache) -> None:

@@ -206,26 +206,7 @@ def _left_slots(cache: FeatureCache) -> list[str]:
         "paid_by",
     )
     slots = [slot for served in engine.served for slot in served.pool.store.table.in_use()]
-    now_s = time.monotonic()
-    return [
-        f"{slot.born_s:.1f} {now_s - slot.born_s:.1f} s old: { ({name: getattr(slot, name) for name in names}) }"
-        for slot in slots[:10]
-    ]
-
-
-def _left(cache: FeatureCache) -> dict[str, int]:
-    """What is not free, of either pool. Beside the figures of the API those of the spill pool."""
-    now, engine = cache.statistics(), cache._life.engine
-    assert engine is not None, "open"
-    assert engine.spill is not None, "made at the start"
-    host = engine.spill.pool.store
-    return {
-        "bytes": now.used_bytes + host.allocator.used_bytes,
-        "slots": now.slots_used + host.table.used,
-        "waiters": now.waiters + len(host.queue),
-        "keys": now.keys,
-        "sessions": now.sessions,
-    }
+    return [str({name: getattr(slot, name) for name in names}) for slot in slots[:10]]
 
 
 def figures() -> dict[str, int]:
