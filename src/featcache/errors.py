@@ -31,7 +31,10 @@ class FeatcacheError(Exception):
 
 
 class PoolFull(FeatcacheError):
-    """There is no room now, and the call was not allowed to wait. Wait, shed load, or add capacity."""
+    """There is no room now, and the call was not allowed to wait. Wait, shed load, or add capacity.
+
+    The message names who holds the room: the oldest refs, their age, and who owes them.
+    """
 
 
 class FeatureTooLarge(FeatcacheError, ValueError):
@@ -39,7 +42,10 @@ class FeatureTooLarge(FeatcacheError, ValueError):
 
 
 class PutTimeout(FeatcacheError, TimeoutError):
-    """A put waited its whole ``timeout`` for room. Its place in the queue is given up."""
+    """A put waited its whole ``timeout`` for room. Its place in the queue is given up.
+
+    The message names who holds the room, as that of `PoolFull`.
+    """
 
 
 class GetTimeout(FeatcacheError, TimeoutError):
@@ -47,7 +53,10 @@ class GetTimeout(FeatcacheError, TimeoutError):
 
 
 class StaleRef(FeatcacheError):
-    """The ref names bytes that are gone: recycled, expired, discarded, or already paid by this session."""
+    """The ref names bytes that are gone: recycled, expired, discarded, or already paid by this session.
+
+    The message says which where it is known, as it is in the owner, and what to do.
+    """
 
 
 class MalformedRef(FeatcacheError, ValueError):

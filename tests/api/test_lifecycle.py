@@ -15,6 +15,7 @@ import pytest
 
 import featcache
 from featcache import CacheClosed, FeatureCache, FeatureClient, OwnerUnreachable, SettingsError
+from featcache.api.lifecycle import Lifecycle
 from featcache.blocking.portal import Portal
 from featcache.owner.owner import Owner
 from featcache.owner.served_pool import ServedPool
@@ -371,3 +372,12 @@ def test_the_public_objects_have_the_api_and_nothing_else() -> None:
         *("endpoint", "pressure", "put_nowait"),
     }
     assert public(featcache.blocking.FeatureClient) == blocking
+
+
+@pytest.mark.parametrize(("noun", "verb"), [("cache", "create"), ("client", "connect")])
+def test_a_fork_is_told_what_to_do(noun: str, verb: str) -> None:
+    life: Lifecycle[Any] = Lifecycle(noun, verb)
+    life.forget()
+    told = str(life.closed())
+    assert f"forked from the one that opened the {noun}" in told
+    assert f"{verb} another in this process, after the fork" in told

@@ -39,7 +39,7 @@ class FeatureCache(CacheBase):
         self._wanted_endpoint = endpoint
         self._name = name
         self._spill_bytes = spill_bytes
-        self._pressure = Pressure(lambda: self._opened().pool.pressure)
+        self._pressure = Pressure(lambda: self._opened().pool)
 
     async def open(self) -> Self:
         """Make the slab and listen.

@@ -129,7 +129,10 @@ class Lifecycle(Generic[E]):
     def forget(self) -> None:
         """Close in a forked child, without a word to anybody."""
         engine = self.engine
-        self._close(f"this process was forked from the one that opened the {self._noun}")
+        self._close(
+            f"this process was forked from the one that opened the {self._noun}: {self._verb} another "
+            "in this process, after the fork (a client connects to the parent's endpoint again)"
+        )
         if engine is not None:
             engine.forget()
 

@@ -18,6 +18,7 @@ from featcache.owner.served_pool import ServedPool
 from featcache.pool import gauges
 from featcache.pool.limits import limits_of
 from featcache.pool.pool import Pool
+from featcache.pool.refresh import refresh
 from featcache.ref import FeatureRef
 from featcache.session.arguments import check_on_full
 from featcache.session.offload import Offload, SharedTask
@@ -163,6 +164,8 @@ class Owner:
             self.main.pool.check_open()
         self.main.sessions.siblings.append(spill.pool)
         spill.sessions.siblings.append(self.main.pool)
+        self.main.pool.attendance.siblings.append(spill.pool.attendance)
+        spill.pool.attendance.siblings.append(self.main.pool.attendance)
         self._pools.add(spill.pool.pool_id, spill.own)
         self.spill = spill
         return spill
@@ -201,14 +204,19 @@ class Owner:
         raise UnknownPool(f"the ref is of pool {ref.pool_id.hex()}, not of this cache")
 
     def statistics(self) -> Statistics:
-        """Return the pool's gauges, and its counters with those of the spill pool that belong to it."""
+        """Return the pool's gauges, and its counters with those of the spill pool that belong to it.
+
+        What was released until now is counted; a word that is still on a GPU's stream is not.
+        """
+        for each in self.served:
+            refresh(each.pool)
         main, store, spilled = self.main, self.main.pool.store, self.spills.count
         return Statistics(
             **gauges.of_store(store),
             sessions=len(main.server.sessions),
             puts=store.puts + spilled,
             gets=self.reader.gets,
-            reads_paid=main.pool.reads_paid,
+            reads_paid=store.reads_paid,
             recycled=store.recycled,
             waited=store.waited,
             expired=sum(each.pool.store.expired for each in self.served),
@@ -225,8 +233,8 @@ class Owner:
     async def aclose(self) -> None:
         """Close both pools."""
         pool = self.main.pool
-        unpaid = len(pool.store.owing)
         await self._take_down()
+        unpaid = sum(each.unpaid_refs for each in self.served)
         events.emit(events.PoolClosed(pool=pool.name, endpoint=pool.endpoint, unpaid_refs=unpaid))
 
     async def _take_down(self) -> None:
