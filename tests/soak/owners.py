@@ -209,6 +209,21 @@ def _left_slots(cache: FeatureCache) -> list[str]:
     return [str({name: getattr(slot, name) for name in names}) for slot in slots[:10]]
 
 
+def _left(cache: FeatureCache) -> dict[str, int]:
+    """What is not free, of either pool. Beside the figures of the API those of the spill pool."""
+    now, engine = cache.statistics(), cache._life.engine
+    assert engine is not None, "open"
+    assert engine.spill is not None, "made at the start"
+    host = engine.spill.pool.store
+    return {
+        "bytes": now.used_bytes + host.allocator.used_bytes,
+        "slots": now.slots_used + host.table.used,
+        "waiters": now.waiters + len(host.queue),
+        "keys": now.keys,
+        "sessions": now.sessions,
+    }
+
+
 def figures() -> dict[str, int]:
     """Memory and descriptors of this process, in KiB and numbers."""
     gc.collect()
