@@ -85,8 +85,8 @@ def _of_fields(body: bytes) -> FeatureRef | None:
         return None
     if not isinstance(fields, list) or len(fields) != len(FeatureRef.__struct_fields__):
         return None
-    if any(isinstance(field, bool) for field in fields):
-        return None  # a number to Python, and to a ref of known specs; no decoder makes one
+    # A ref that equals a known one is not looked at again, and to Python True equals 1.
+    featcache.ref._sound.clear()
     if isinstance(fields[-1], list):
         fields[-1] = tuple(_spec(spec) for spec in fields[-1])
     return FeatureRef(*fields)
