@@ -6,6 +6,7 @@ import zlib
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -281,10 +282,10 @@ def test_what_was_found_sound_is_kept_within_bounds() -> None:
 # --- made by hand --------------------------------------------------------------------------------
 
 NONSENSE: dict[str, list[Any]] = {
-    "slot": [-1, 1 << 32, 1 << 70, "a", 1.0, None, []],
-    "generation": [-1, 0, 1 << 63, 1 << 70, "a", 1.0, None],
-    "offset_bytes": [-1, (1 << 48) + 1, 1 << 70, "a", 1.0, None],
-    "nbytes": [-1, (1 << 48) + 1, 1 << 70, "a", 4704.0, None, []],
+    "slot": [-1, 1 << 32, 1 << 70, "a", 1.0, None, [], True, np.int64(1)],
+    "generation": [-1, 0, 1 << 63, 1 << 70, "a", 1.0, None, True, np.int64(1)],
+    "offset_bytes": [-1, (1 << 48) + 1, 1 << 70, "a", 1.0, None, True, np.int64(1)],
+    "nbytes": [-1, (1 << 48) + 1, 1 << 70, "a", 4704.0, None, [], True, np.int64(4704)],
     "pool_id": [b"", b"x", bytes(17), bytearray(16), "x" * 16, None],
     "endpoint": [3, None, b"/run", "\ud800", "x" * 108, "é" * 54],
     "specs": [
