@@ -310,7 +310,9 @@ BY_HAND += [("specs", (TensorSpec(*wrong),)) for wrong in SPEC_NONSENSE]
 @pytest.mark.parametrize(("field", "value"), BY_HAND, ids=lambda value: ascii(value)[:40])
 def test_no_ref_is_made_of_nonsense(field: str, value: Any) -> None:
     for _ in range(2):
-        FeatureRef(**msgspec.structs.asdict(REF))  # so what it is made of has been found sound before
+        FeatureRef(
+            **msgspec.structs.asdict(REF)
+        )  # so what it is made of has been found sound before
         with pytest.raises(MalformedRef):
             msgspec.structs.replace(REF, **{field: value})
         made = msgspec.structs.asdict(REF) | {field: value}

@@ -33,7 +33,9 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--kills", type=float, default=8.0, help="per second, at most (%(default)s)"
     )
-    parser.add_argument("--limits", type=float, default=1.0, help="per second (%(default)s)")
+    parser.add_argument(
+        "--limits", type=float, default=None, help="per second; 1 on the CPU, else 0"
+    )
     parser.add_argument("--no-memory-limits", action="store_true", help="no RLIMIT_AS")
     parser.add_argument("--out", type=Path, default=None, help="a result file to write")
     return parser.parse_args(argv)
@@ -61,7 +63,10 @@ def main(argv: list[str]) -> int:
     content.warm()
     gc.collect()
     gc.freeze()  # what all processes share is looked through by none, so its pages stay shared
-    rates = Rates(options.kills, 0.3, 2.0, options.limits, not options.no_memory_limits)
+    # A CUDA context that could not be made, or met a limit, is broken for the rest of its process.
+    usual = 1.0 if options.device == "cpu" else 0.0
+    limits = usual if options.limits is None else options.limits
+    rates = Rates(options.kills, 0.3, 2.0, limits, not options.no_memory_limits)
     storm, began_s = Storm(world, rates), time.monotonic()
     try:
         storm.blow(options.minutes * 60)

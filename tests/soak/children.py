@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import traceback
+from typing import Any
 
 import attrs
 import torch
@@ -22,6 +23,7 @@ from soak.turns import TimedSelector, timed_runner
 from soak.workers import SCRIPTS, without_loop
 
 _PR_SET_PDEATHSIG = 1
+_cuda: Any = torch.cuda  # half of its functions have no types
 
 
 @attrs.define
@@ -62,6 +64,9 @@ class Child:
 
 def fork(world: World, place: Place, number: int) -> int:
     """Start a process at a place; return its pid."""
+    # CUDA does not survive a fork, but a fork of a process that has only imported torch may begin to
+    # use it: nothing in the conductor does, not even to count the GPUs.
+    assert not _cuda.is_initialized(), "the conductor uses no GPU"
     parent = os.getpid()
     pid = os.fork()
     if pid:
@@ -89,6 +94,10 @@ def _prepare(world: World, parent: int) -> None:
 
 def _run(world: World, place: Place, number: int) -> int:
     me = Process(world, place, number)
+    if me.device is not None:
+        torch.cuda.set_device(
+            me.device
+        )  # the first use of CUDA; it fails if the fork came after one
     selector = TimedSelector()
     if is_owner(place):
         with timed_runner(selector) as runner:

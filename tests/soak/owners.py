@@ -20,13 +20,14 @@ from soak.board import Step, Word
 from soak.cancelling import cancel_in_owner
 from soak.content import KEYS, of_key
 from soak.plan import TTL_S, Place, Role, World
-from soak.process import Process
+from soak.process import GPU_FILES, Process
 from soak.turns import TimedSelector
 from soak.workers import make
 from support.leaks import mapped_memfds, open_descriptors, threads_ended
 from support.processes import NotSo, until
 
 DRAIN_S = 30.0
+_cuda: Any = torch.cuda  # half of its functions have no types
 
 
 class OwnerScript:
@@ -112,10 +113,9 @@ class OwnerScript:
         events.remove_hook(events.log_to_structlog)
         events.add_hook(self.note)
         settings, spill_bytes = me.world.sizes.settings(), me.world.sizes.spill_bytes
-        device = me.world.device if me.world.device == "cpu" else "cuda:0"
         me.row[Word.AT] = Step.ATTACH
         async with featcache.create(
-            device=device, endpoint=me.endpoint, spill=spill_bytes, settings=settings
+            device=me.made_on, endpoint=me.endpoint, spill=spill_bytes, settings=settings
         ) as cache:
             if not me.place.mortal:  # before anybody else comes: see `Storm._await_start`
                 await self._warm_up(cache)
@@ -145,6 +145,7 @@ class OwnerScript:
             await client.get(await cache.put(content.make(me.made_on)))
         await self._spill_once(cache)
         await until(lambda: not any(_left(cache).values()), DRAIN_S)
+        await _shrunk(cache)
 
     async def _spill_once(self, cache: FeatureCache) -> None:
         """Fill the slab, so that the next put spills, and read both."""
@@ -182,12 +183,20 @@ async def drained(cache: FeatureCache) -> dict[str, Any]:
     began_s = time.monotonic()
     with contextlib.suppress(NotSo):
         await until(lambda: not any(_left(cache).values()), DRAIN_S)
+    await _shrunk(cache)
     left = _left(cache)
     return {
         "left": left,
         "drain_s": round(time.monotonic() - began_s, 2),
         "left_slots": _left_slots(cache) if any(left.values()) else None,
     }
+
+
+async def _shrunk(cache: FeatureCache) -> None:
+    """Wait until the slab has given back what it grew by: on a GPU each segment has its descriptor."""
+    initial_bytes = cache._settings.segment
+    with contextlib.suppress(NotSo):
+        await until(lambda: cache.statistics().committed_bytes <= initial_bytes, DRAIN_S / 3)
 
 
 def _left_slots(cache: FeatureCache) -> list[str]:
@@ -230,11 +239,16 @@ def figures() -> dict[str, int]:
     threads_ended(0.01)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     kib = {name: int(status[name].split()[0]) for name in ("VmRSS", "RssAnon", "RssShmem")}
+    opened = open_descriptors()
+    of_gpu = sum(n for name, n in opened.items() if name.startswith(GPU_FILES))
+    free, total = _cuda.mem_get_info(0) if _cuda.is_initialized() else (0, 0)
     return {
         "rss_kib": kib["VmRSS"],
         "anon_kib": kib["RssAnon"],
         "shmem_kib": kib["RssShmem"],
-        "descriptors": open_descriptors().total(),
+        "descriptors": opened.total() - of_gpu,
+        "gpu_descriptors": of_gpu,
+        "gpu_used_kib": (total - free) >> 10,
         "mapped_memfds": mapped_memfds().total(),
         "threads": int(status["Threads"]),
     }

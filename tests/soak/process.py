@@ -18,10 +18,12 @@ from featcache import FeatcacheError, FeatureClient, FeatureRef, OwnerLost, Sett
 from featcache.errors import AttachRefused, CacheClosed
 from soak.board import Step, Word
 from soak.content import Content, Feature, of_key, pack, unpack
-from soak.plan import Place, World
+from soak.plan import Place, Role, World
 from support.leaks import difference, open_descriptors
 
 _TAKE_S = 0.05
+GPU_FILES = "/dev/nvidia"
+"""What a CUDA context has open; it opens more as it pleases."""
 
 
 class Fumble(Exception):
@@ -53,6 +55,8 @@ class Process:
         """Where this process reads: on GPUs, by turns. CUDA is first used here, after the fork."""
         if self.world.device == "cpu":
             return None
+        if self.place.role is Role.OWNER:
+            return "cuda:0"
         return f"cuda:{self.place.number % torch.cuda.device_count()}"
 
     @property
@@ -178,6 +182,10 @@ def note_descriptors(me: Process) -> None:
     except OSError:  # a limit
         return
     me.open_first = me.open_first or now
-    grown = {name: n for name, n in difference(me.open_first, now).items() if n > 0}
+    grown = {
+        name: n
+        for name, n in difference(me.open_first, now).items()
+        if n > 0 and not name.startswith(GPU_FILES)
+    }
     me.row[Word.FDS_LEFT] = sum(grown.values())
     me.open_since = grown
