@@ -23,6 +23,7 @@ __all__ = [
     "SettingsError",
     "StaleRef",
     "UnknownPool",
+    "WrongLoop",
 ]
 
 
@@ -89,6 +90,10 @@ class OwnerUnreachable(AttachRefused, OwnerLost):
 
 class CacheClosed(FeatcacheError):
     """This cache or client is not open in this process: never opened, closed, or inherited by a fork."""
+
+
+class WrongLoop(FeatcacheError, RuntimeError):
+    """The call came from another event loop or thread than the object's own; the message names both."""
 
 
 class BackendUnavailable(FeatcacheError, RuntimeError):

@@ -76,7 +76,9 @@ _here = threading.local()
 
 
 def add_hook(hook: Hook) -> None:
-    """Have `hook` called with every `Event` of this process from now on.
+    """Have `hook` called with every `Event` of this process from now on. Safe in any thread.
+
+    It is called in the thread and the loop where the fact is met, and must not block.
 
     Raises:
         SettingsError: it can't be called, or it is a coroutine function, which nobody would await.
@@ -91,7 +93,10 @@ def add_hook(hook: Hook) -> None:
 
 
 def remove_hook(hook: Hook) -> None:
-    """Undo `add_hook`; the first hook, `log_event`, can be removed too. Unknown hooks are ignored."""
+    """Undo `add_hook`; the first hook, `log_event`, can be removed too. Unknown hooks are ignored.
+
+    Safe in any thread.
+    """
     global _hooks  # noqa: PLW0603 - see add_hook
     # By equality: a bound method is another object each time that it is named.
     _hooks = tuple(known for known in _hooks if known != hook)

@@ -7,7 +7,7 @@ import torch
 
 from featcache import events
 from featcache.core.effects import Limits
-from featcache.errors import SettingsError, UnknownPool
+from featcache.errors import CacheClosed, SettingsError, UnknownPool
 from featcache.memory.backends import make_host_slab, make_slab, plan_for
 from featcache.memory.host import slab as host
 from featcache.memory.slab import Plan
@@ -203,16 +203,18 @@ class Owner:
                 return
         raise UnknownPool(f"the ref is of pool {ref.pool_id.hex()}, not of this cache")
 
-    def statistics(self) -> Statistics:
+    def statistics(self, *, in_loop: bool) -> Statistics:
         """Return the pool's gauges, and its counters with those of the spill pool that belong to it.
 
-        What was released until now is counted; a word that is still on a GPU's stream is not.
+        What was released until now is counted; a word that is still on a GPU's stream is not. Outside
+        the loop, where the store changes while it is read, the gauges are those last published.
         """
-        for each in self.served:
-            refresh(each.pool)
+        if in_loop:
+            for each in self.served:
+                refresh(each.pool)
         main, store, spilled = self.main, self.main.pool.store, self.spills.count
         return Statistics(
-            **gauges.of_store(store),
+            **(gauges.of_store(store) if in_loop else _published(main.pool)),
             sessions=len(main.server.sessions),
             puts=store.puts + spilled,
             gets=self.reader.gets,
@@ -252,3 +254,12 @@ class Owner:
         """Drop everything in a forked child."""
         for served in self.served:
             served.forget()
+
+
+def _published(pool: Pool) -> dict[str, int]:
+    """Return a pool's gauges as sessions see them, in any thread: another may be closing it."""
+    try:
+        header = pool.words.header
+    except AttributeError:
+        raise CacheClosed("the cache was closed") from None
+    return gauges.of_headers([header])

@@ -9,7 +9,7 @@ import anyio
 from featcache import events
 from featcache.core.keyed_store import KeyedStore
 from featcache.core.pressure import ALWAYS_NORMAL, PressureGauge, PressureLevel
-from featcache.errors import CacheClosed, GetTimeout, SettingsError
+from featcache.errors import CacheClosed, GetTimeout, SettingsError, WrongLoop
 from featcache.pool import gauges
 from featcache.pool.debtors import Debtors
 from featcache.pool.refresh import refresh
@@ -109,16 +109,24 @@ class Pressure:
     ``await cache.pressure.below("high")`` before taking on work is admission control.
     """
 
-    def __init__(self, pool: Callable[[], "Pool"]) -> None:
+    def __init__(self, pool: Callable[[], "Pool"], in_loop: Callable[[], "Pool"]) -> None:
+        """`pool` and `in_loop` return the pool; the latter raises WrongLoop outside the loop."""
         self._pool = pool
+        self._in_loop = in_loop
 
     @property
     def level(self) -> PressureLevel:
-        """``normal``, ``elevated`` (75 % used), ``high`` (90 %) or ``exhausted`` (a put waits)."""
+        """``normal``, ``elevated`` (75 % used), ``high`` (90 %) or ``exhausted`` (a put waits).
+
+        Safe in any thread; outside the cache's loop it is the level as it was last looked at.
+        """
         return self._monitor().level
 
     def _monitor(self) -> PressureMonitor:
-        pool = self._pool()
+        try:
+            pool = self._in_loop()
+        except WrongLoop:
+            return self._pool().pressure  # as it was last looked at
         if not pool.pressure.is_normal:
             refresh(pool)  # what was released lowers it
         return pool.pressure
@@ -134,6 +142,7 @@ class Pressure:
             SettingsError: no such level, or no such time.
             GetTimeout: the level did not fall in time.
             CacheClosed: the cache was closed meanwhile.
+            WrongLoop: called outside the cache's loop.
 
         """
         try:
@@ -145,6 +154,7 @@ class Pressure:
         timeout_s = parse_timeout(timeout)
         if wanted is PressureLevel.NORMAL:
             raise SettingsError("no level is below 'normal'")
+        self._in_loop()
         try:
             with anyio.fail_after(timeout_s):
                 await self._monitor().below(wanted)
