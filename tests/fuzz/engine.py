@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 import atheris
@@ -46,8 +47,14 @@ def main(argv: list[str]) -> None:
     target = argv.pop(1)
     run = targets.TARGETS[target]
 
+    corpus, known = Path(argv[1]), 0
+
     def one(data: bytes) -> None:
+        nonlocal known
         run(data)
+        if len(targets.outcomes) > known:  # libFuzzer can't see this: the parent minimises it
+            known = len(targets.outcomes)
+            (corpus / f"outcome-{known:04}").write_bytes(data)
 
     atheris.Setup(argv, one, custom_mutator=mutator(target))
     atheris.Fuzz()

@@ -45,9 +45,10 @@ def features(target: str, data: bytes) -> set[object]:
         return trace
 
     targets.TARGETS[target](data)  # what is done once is no feature of this input
+    targets.outcomes.clear()
     sys.settrace(trace)
     try:
         targets.TARGETS[target](data)
     finally:
         sys.settrace(None)
-    return found
+    return found | targets.outcomes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import re
 import socket
 import struct
 import zlib
@@ -31,6 +32,8 @@ from featcache.control.messages import (
 )
 from featcache.ref import MAX_REF_BYTES
 
+outcomes: Final[set[object]] = set()
+"""What messages were found to be, or why none: their decoder is in C, where coverage sees nothing."""
 _LIMIT_BYTES: Final = 4096
 _HEADER: Final = struct.Struct("<2sBBI")
 _SPEC_FIELDS: Final = 4
@@ -111,8 +114,10 @@ def message(data: bytes) -> bool:
     ]
     try:
         found = decode(data[1:])
-    except ProtocolError:
+    except ProtocolError as error:
+        outcomes.add(re.sub(r"\d+|'[^']*'|`[^`]*`", "", str(error)))
         return False
+    outcomes.add(type(found).__name__)
     _expect(decode(encode(found)) == found, "a message that comes back as another")
     return True
 
