@@ -19,6 +19,7 @@ import structlog  # noqa: F401
 import torch  # noqa: F401
 
 with atheris.instrument_imports(include=["featcache"]):
+    from featcache import events
     from fuzz import targets
     from fuzz.mutate import mutate_body
 
@@ -47,6 +48,7 @@ def main(argv: list[str]) -> None:
     target = argv.pop(1)
     run = targets.TARGETS[target]
 
+    events.remove_hook(events.log_to_structlog)
     corpus, known = Path(argv[1]), 0
 
     def one(data: bytes) -> None:

@@ -21,7 +21,7 @@ import msgspec
 import torch
 
 import featcache
-from featcache import FeatcacheError, FeatureCache, FeatureRef, MalformedRef, events
+from featcache import FeatcacheError, FeatureCache, FeatureRef, MalformedRef
 from featcache.control.channel import MAX_DESCRIPTORS, Channel, ChannelState, close_all
 from featcache.control.messages import (
     VERSION,
@@ -227,7 +227,6 @@ class LiveOwner:
     """An owner with a few features, of which one is read by refs that are forged."""
 
     def __init__(self) -> None:
-        events.remove_hook(events.log_to_structlog)
         self.cache: FeatureCache = featcache.create(capacity="1MiB", segment="1MiB")
         _LOOP.run_until_complete(self.cache.open())
         self._put()
