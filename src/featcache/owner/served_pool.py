@@ -10,7 +10,7 @@ import anyio
 from featcache.control import endpoint as endpoints
 from featcache.control.server import Server
 from featcache.core.effects import Limits
-from featcache.errors import BackendUnavailable
+from featcache.errors import BackendUnavailable, system_errors
 from featcache.memory.slab import Slab
 from featcache.owner.keys import Lookups
 from featcache.owner.own_session import OwnSession
@@ -64,7 +64,8 @@ class ServedPool:
             SettingsError: the endpoint can't be used.
 
         """
-        with contextlib.ExitStack() as undo:
+        unopened = system_errors(BackendUnavailable, "the pool can't be opened")
+        with unopened, contextlib.ExitStack() as undo:
             slab = await offload.run(make, _close_made)
             undo.callback(slab.close)
             try:

@@ -9,7 +9,7 @@ from featcache.control.credentials import own_pidfd
 from featcache.control.messages import VERSION, Welcome
 from featcache.control.peer import Peer
 from featcache.core.effects import Effect
-from featcache.errors import AttachRefused, BackendUnavailable, MalformedRef
+from featcache.errors import AttachRefused, BackendUnavailable, MalformedRef, system_errors
 from featcache.memory.slab import Segment
 from featcache.memory.words import SessionWords
 from featcache.pool.page import SessionPage
@@ -52,7 +52,8 @@ class Sessions:
         pool = self._pool
         if session.name is not None and session.name == self._own_name:
             raise AttachRefused(f"the owner itself is named {session.name!r}")
-        page = self.open_page(session.number, session.name, session.pid)
+        with system_errors(AttachRefused, "the owner can't make this session's page"):
+            page = self.open_page(session.number, session.name, session.pid)
         limits = pool.store.limits
         welcome = Welcome(
             version=VERSION,

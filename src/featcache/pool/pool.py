@@ -60,6 +60,9 @@ class Pool:
         try:
             self.complete = slab.adopt(self.words, self.words.published)
             """The `published` words as the slab signals them."""
+            self.recycler = Recycler(
+                self.collect, self._tick, settings.recycle_interval, deferred=slab.deferred
+            )
         except BaseException:
             os.close(self.words_fd)
             raise
@@ -71,9 +74,6 @@ class Pool:
         self.kept: dict[int, FeatureRef] = {}
         """Refs of the features under keys, by slot; a slot's old one stays until it has a new one."""
         self.pending_writes = PendingWrites(self.words.published, self._set_busy)
-        self.recycler = Recycler(
-            self.collect, self._tick, settings.recycle_interval, deferred=slab.deferred
-        )
         self.attendance = Attendance(self.pages)
         self.debtors = Debtors(self.store, self.attendance)
         self.pressure = PressureMonitor(self.name, self.store, settings, self.debtors)

@@ -220,10 +220,11 @@ class OwnerWriter:
 
     def _room(self, *, besides: bool = False) -> str:
         """Describe the room there is, and who holds the rest; `besides` the waiter that is told."""
-        store = self._pool.store
+        store, refused = self._pool.store, self._pool.growth.refused
+        grows = f"; the slab can't grow: {refused}" if refused else ""
         return (
             f"{store.free_bytes} of {store.limits.capacity_bytes} bytes are free, at most "
             f"{store.largest_free_bytes} in one piece, {store.table.count - store.table.used} of "
             f"{store.table.count} slots, and {len(store.queue) - besides} puts wait; "
-            f"{self._pool.debtors.holders()}"
+            f"{self._pool.debtors.holders()}{grows}"
         )

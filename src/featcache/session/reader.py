@@ -10,6 +10,7 @@ import torch
 
 from featcache.errors import GetTimeout, UnknownPool
 from featcache.memory.pack import DTYPES, Feature, unpack
+from featcache.memory.slab import uncopied
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
 from featcache.session.copier import Copier, Device, Readable, Targets, copy, targets_of
@@ -280,9 +281,13 @@ class Reader:
 
     def empty_on(self, ref: FeatureRef, device: torch.device) -> Feature:
         """Return new tensors for a feature on a device."""
-        made = [
-            torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device) for spec in ref.specs
-        ]
+        try:
+            made = [
+                torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device)
+                for spec in ref.specs
+            ]
+        except RuntimeError as error:
+            raise uncopied(ref.nbytes, error) from error
         return unpack(ref.specs, made)
 
     # --- getting there ------------------------------------------------------------------------------
