@@ -14,6 +14,7 @@ from featcache.client.keys import ClientKeys
 from featcache.client.puts import ClientPuts
 from featcache.client.registry import ConnectionRegistry
 from featcache.control import endpoint as endpoints
+from featcache.control.turns import CALL_UNITS
 from featcache.pool import gauges
 from featcache.ref import FeatureRef
 from featcache.session.offload import Offload
@@ -65,6 +66,12 @@ class OpenClient:
 
     async def discard(self, ref: FeatureRef) -> None:
         """Have the owner cancel the reads that a ref still owes."""
+        turn = self.reader.turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            await (
+                turn.wait()
+            )  # before anything is done: a cancellation that comes here loses nothing
         link = (await self.registry.connection(ref)).link
         await link.discard(ref.slot, ref.generation)
 

@@ -6,9 +6,9 @@ carried out, so no other call can come between (httpcore's connection pool is bu
 """
 
 from collections.abc import Iterable
-from itertools import takewhile
+from itertools import islice, takewhile
 
-from featcache.core.allocator import ALIGNMENT_BYTES, OffsetAllocator
+from featcache.core.allocator import ALIGNMENT_BYTES, OffsetAllocator, aligned_size
 from featcache.core.directory import Directory
 from featcache.core.effects import (
     Effect,
@@ -115,13 +115,35 @@ class Store:
             slot.reads_left, slot.owed_by_names = len(readers), set(readers)
         return slot
 
-    def wait(self, request: Request, now_s: float, tag: object) -> tuple[Waiter, list[Effect]]:
+    def comes_by_growth(self, request: Request, now_s: float) -> bool:
+        """Whether growth alone has room for a request behind all that wait for room now."""
+        queue, allocator = self.queue, self.allocator
+        if queue.growing < queue.count or not self.size.can_grow(now_s):
+            return False
+        room_bytes = allocator.tail_free_bytes + self.limits.capacity_bytes - allocator.end_bytes
+        wanted_bytes = queue.growing_bytes + aligned_size(request.nbytes)
+        return wanted_bytes <= room_bytes and queue.count < len(self.table.free_slots)
+
+    def wait(
+        self, request: Request, now_s: float, tag: object, *, bounded: bool = True
+    ) -> tuple[Waiter, list[Effect]]:
+        """Join the queue.
+
+        `Limits.waiters` bounds those that wait for others' features. Room that the slab can still grow
+        by is not full: who will have some of that waits beyond the bound. There is never more of those
+        than there are slots. Nor does it bound (`bounded`) one whose room is being made in pieces.
+        """
         self.check_size(request.nbytes)
-        if len(self.queue) >= self.limits.waiters:
-            raise PoolFull(
-                f"{len(self.queue)} puts wait already, the bound: shed load, or raise Settings.waiters"
-            )
-        waiter = self.queue.join(request, tag)
+        queue = self.queue
+        by_growth = self.comes_by_growth(request, now_s)
+        if bounded and not by_growth:
+            growing = queue.growing if self.size.can_grow(now_s) else 0
+            if queue.count - growing >= self.limits.waiters:
+                raise PoolFull(
+                    f"{queue.count - growing} puts wait already, the bound: shed load, or raise "
+                    "Settings.waiters"
+                )
+        waiter = queue.join(request, tag, by_growth=by_growth)
         self.waited += 1
         return waiter, self.serve(now_s)
 
@@ -132,10 +154,13 @@ class Store:
     def leave(self, waiter: Waiter, now_s: float) -> list[Effect]:
         """Give up waiting (timeout, cancellation, death), whatever was granted meanwhile."""
         # A grant that was not accepted comes back here, or its bytes would be lost. Even where
-        # there was none the queue is served: the waiter may have been the head that did not fit.
+        # there was none the queue is served if the waiter was the head that did not fit.
+        was_head = waiter is self.queue.head
         slot = self.queue.drop(waiter)
         if slot is not None:
             self._free(slot)
+        elif not was_head:
+            return []  # the head did not fit before, and does not now
         return self.serve(now_s)
 
     def free_reserved(self, slot: Slot, now_s: float) -> list[Effect]:
@@ -221,16 +246,38 @@ class Store:
     def waive_reads(self, name: str, now_s: float) -> tuple[int, list[Effect]]:
         """Pay all reads that a dead named reader still owes; return their number."""
         paid, effects = 0, list[Effect]()
-        for slot in self.table.in_use():
-            names = slot.owed_by_names
-            if names is None or name not in names or slot.state is _RETIRING:
-                continue
-            names.remove(name)
-            slot.reads_left -= 1
-            paid += 1
-            if slot.reads_left == 0 and slot.state is _PUBLISHED:
-                effects += self._settle(slot, now_s)
+        for index, generation in self.owed_by(name):
+            more = self.waive_read(index, generation, name, now_s)
+            if more is not None:
+                paid += 1
+                effects += more
         return paid, effects
+
+    def owed_by(self, name: str) -> list[tuple[int, int]]:
+        """Return the slots and generations of which a named reader owes a read."""
+        return [
+            (slot.index, slot.generation)
+            for slot in self.table.in_use()
+            if slot.owed_by_names is not None
+            and name in slot.owed_by_names
+            and slot.state is not _RETIRING
+        ]
+
+    def waive_read(
+        self, index: int, generation: int, name: str, now_s: float
+    ) -> list[Effect] | None:
+        """Pay the read that a dead named reader owes of a slot; None if it owes none any more."""
+        slot = self.table.slots[index]
+        names = slot.owed_by_names
+        if slot.generation != generation or names is None or name not in names:
+            return None
+        if slot.state is _RETIRING:
+            return None
+        names.remove(name)
+        slot.reads_left -= 1
+        if slot.reads_left == 0 and slot.state is _PUBLISHED:
+            return self._settle(slot, now_s)
+        return []
 
     def revoke(self, index: int, generation: int, now_s: float) -> list[Effect]:
         """Cancel every read still owed (discard). Raise StaleRef if the ref is no more.
@@ -246,13 +293,16 @@ class Store:
         # `live` is cleared may still be on its way: the holds are looked at only after the grace.
         return self._settle(slot, now_s, self.limits.grace_s)
 
-    def expire(self, now_s: float) -> list[Effect]:
-        """Revoke the refs that have outlived their ttl."""
+    def expire(self, now_s: float, most: int | None = None) -> list[Effect]:
+        """Revoke the refs that have outlived their ttl, or `most` of them."""
         effects: list[Effect] = []
+        left = len(self.owing) if most is None else most
         for ttl_s, slots in list(self._aging.items()):
             # Collected before any is deleted: a dict steps over every entry deleted from its front.
-            ripe = list(takewhile(lambda slot: slot.born_s + ttl_s <= now_s, slots.values()))  # noqa: B023 - used here
-            for slot in ripe:
+            ripe = takewhile(lambda slot: slot.born_s + ttl_s <= now_s, slots.values())  # noqa: B023 - used here
+            going = list(islice(ripe, left))
+            left -= len(going)
+            for slot in going:
                 age_s = now_s - slot.born_s
                 effects.append(Expired(slot.label, slot.nbytes, age_s, slot.owed_by))
                 effects += self._cancel(slot, now_s)
@@ -328,19 +378,19 @@ class Store:
         replaced = self.directory.keep(key, slot, now_s)
         grace_s = self.limits.grace_s
         effects = [] if replaced is None else self._unkept(replaced, now_s, grace_s)
-        for waiter in self.key_waiters.found(key, slot):
-            # Granted before it is told: until it takes the slot, only this grant keeps the bytes.
-            self._grant(slot, now_s)
-            effects.append(Found(waiter))
+        if found := self.key_waiters.found(key, slot):
+            # Granted before they are told: until they take the slot, only these grants keep the bytes.
+            self._grant(slot, now_s, len(found))
+            effects += [Found(waiter) for waiter in found]
         return effects
 
     def _unkept(self, slot: Slot, now_s: float, grace_s: float) -> list[Effect]:
         """Retire a slot whose key was dropped, unless reads are owed or granted."""
         return [] if slot.reads_left or slot.grants else [self._retire(slot, now_s, grace_s)]
 
-    def _grant(self, slot: Slot, now_s: float) -> None:
-        """Give out one read by key, which counts as a use."""
-        slot.grants += 1
+    def _grant(self, slot: Slot, now_s: float, count: int = 1) -> None:
+        """Give out reads by key, which count as a use."""
+        slot.grants += count
         self.recency.touch(slot, now_s)
         if slot.idle:
             self.directory.refresh(slot)

@@ -98,6 +98,7 @@ class ServedPool:
         pool, slab, offload = self.pool, self.pool.slab, self.pool.offload
         pool.stop()
         try:
+            await pool.wakes.told()
             await pool.growth.drain()
             # Unmapping under a stream's work would fault the context: first it all must land.
             give_up_s = time.monotonic() + _SETTLE_S

@@ -5,6 +5,7 @@ from typing import Final
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from featcache.core.slots import Slot
 from featcache.errors import PoolFull
@@ -34,6 +35,7 @@ class SessionPage:
         self.words = words
         self._held, self._released, self._written = words.held, words.released, words.written
         self._now = words.released_array()
+        self._held_now = np.frombuffer(words.held, dtype=np.uint64)
         self._bytes = words.released.cast("B")
         self._seen = np.zeros_like(self._now)
         self._seen_bytes = b""
@@ -49,11 +51,14 @@ class SessionPage:
         self.reserved: dict[int, Slot] = {}
         """Slots that it may write and has not published yet, by index (`WriteState.RESERVED`)."""
 
-    def newly_released(self, high: int) -> list[tuple[int, int]]:
-        """Return (slot, generation) for each `released` word that changed since the last call."""
+    def newly_released(self, high: int, most: int | None = None) -> list[tuple[int, int]]:
+        """Return (slot, generation) for each `released` word that changed since the last call.
+
+        If there are more than `most`, the others are for the next calls.
+        """
         if self._bytes[: high * _WORD_BYTES].tobytes() == self._seen_bytes:
             return []  # most sessions at most polls: a compare of words takes several times as long
-        changed = (self._now[:high] != self._seen[:high]).nonzero()[0]
+        changed = (self._now[:high] != self._seen[:high]).nonzero()[0][:most]
         values = self._now[changed]
         self._seen[changed] = values
         self._seen_bytes = self._seen[:high].tobytes()
@@ -62,6 +67,12 @@ class SessionPage:
     def holds(self, index: int, generation: int) -> bool:
         """Whether the session may be reading these bytes now."""
         return self._held[index] == generation and self._released[index] != generation
+
+    def holds_of(self, live: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Return what `holds` says of each slot, from the first on, with its generation in `live`."""
+        high = len(live)
+        held: NDArray[np.bool_] = (self._held_now[:high] == live) & (self._now[:high] != live)
+        return held
 
     def not_held(self, slots: list[Slot]) -> list[Slot]:
         """Return those of the slots that it does not hold, as `holds` says of each."""
@@ -100,12 +111,12 @@ class SessionPage:
         self._highest = max(self._highest, grant.index + 1)
         return grant
 
-    def paid_grants(self) -> list[Grant]:
-        """Return the grants that were paid since the last call; they are out no more."""
+    def paid_grants(self, most: int | None = None) -> list[Grant]:
+        """Return the grants that were paid since the last call, up to `most`; they are out no more."""
         if not self.grants:
             return []
         high = self._highest
-        changed = (self._paid[:high] != self._paid_seen[:high]).nonzero()[0]
+        changed = (self._paid[:high] != self._paid_seen[:high]).nonzero()[0][:most]
         if not changed.size:
             return []
         values = self._paid[changed]

@@ -7,6 +7,7 @@ from typing import Any
 import anyio
 
 from featcache import events
+from featcache.control.turns import CALL_UNITS, turn_of
 from featcache.core.keyed_store import KeyedStore
 from featcache.core.pressure import ALWAYS_NORMAL, PressureGauge, PressureLevel
 from featcache.errors import CacheClosed, GetTimeout, SettingsError
@@ -33,6 +34,7 @@ class PressureMonitor:
         self.is_normal = True
         """Cached `level is NORMAL`."""
         self._awaiting: dict[asyncio.Future[None], PressureLevel] = {}
+        self._turn = turn_of(asyncio.get_running_loop())
 
     @property
     def level(self) -> PressureLevel:
@@ -61,6 +63,12 @@ class PressureMonitor:
 
     async def below(self, level: PressureLevel) -> None:
         """Return once the level is lower than `level`."""
+        turn = self._turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            await (
+                turn.wait()
+            )  # before anything is done: a cancellation that comes here loses nothing
         while self._gauge.level.rank >= level.rank:
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._awaiting[future] = level

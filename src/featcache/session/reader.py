@@ -1,5 +1,6 @@
 """Reading: get, borrow and release over the attachments of pools."""
 
+import asyncio
 import time
 from collections.abc import Awaitable
 from typing import Protocol
@@ -7,6 +8,7 @@ from typing import Protocol
 import anyio
 import torch
 
+from featcache.control.turns import CALL_UNITS, turn_of
 from featcache.errors import GetTimeout, UnknownPool
 from featcache.memory.pack import DTYPES, Feature, unpack
 from featcache.ref import FeatureRef
@@ -47,7 +49,8 @@ class Reader:
 
     def __init__(self, pools: Pools, offload: Offload, inline_bytes: int) -> None:
         self.pools = pools
-        self._copier = Copier(offload, inline_bytes)
+        self.turn = turn_of(asyncio.get_running_loop())
+        self._copier = Copier(offload, inline_bytes, self.turn)
         self.gets = 0
 
     # --- get --------------------------------------------------------------------------------------
@@ -82,6 +85,12 @@ class Reader:
         self, ref: FeatureRef, device: Device, out: Feature | None, timeout_s: float | None
     ) -> Feature:
         """Copy; a copy that would hold up the loop runs in a thread. If cancelled, the read is owed."""
+        turn = self.turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            await (
+                turn.wait()
+            )  # before anything is done: a cancellation that comes here loses nothing
         targets, device = (None, device) if out is None else targets_of(ref, device, out)
         source: Readable | None = self.pools.peek(ref)
         reached = source is not None and source.mapping.can_copy_to(device)
@@ -167,6 +176,12 @@ class Reader:
 
     async def release(self, ref: FeatureRef, timeout_s: float | None) -> None:
         """Pay without reading."""
+        turn = self.turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            await (
+                turn.wait()
+            )  # before anything is done: a cancellation that comes here loses nothing
         attachment = self.pools.peek(ref)
         if attachment is None:
             try:
@@ -195,6 +210,12 @@ class Reader:
 
         Where the slab itself can't be lent, a copy comes with it.
         """
+        turn = self.turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            await (
+                turn.wait()
+            )  # before anything is done: a cancellation that comes here loses nothing
         source: Readable | None = self.pools.peek(ref)
         reached = source is not None and source.mapping.can_copy_to(None)
         if source is None or not reached or not source.pin(ref):
