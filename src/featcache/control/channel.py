@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from featcache.control.messages import VERSION, ProtocolError
+from featcache.control.turns import FRAME_UNITS, QUANTUM_UNITS, turn_of
 
 _HEADER: Final = struct.Struct("<2sBBI")
 _HEADER_BYTES: Final = _HEADER.size
@@ -112,6 +113,10 @@ class Channel:
     `close`; with a `ProtocolError` it is called before the channel closes. Both run in the loop and
     must not block.
 
+    Frames that came are handled as far as the loop's turn has units for them, and the others in later
+    turns; until then nothing more is read. So many channels with many frames have their turns one after
+    the other (`control.turns`).
+
     Frames that are sent while those of one read are handled go with one system call, so a peer with many
     requests wakes once for their answers; a `requester` also batches what it sends by `send_next`
     (`Batching`).
@@ -135,6 +140,9 @@ class Channel:
         self._on_message = on_message
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
+        self._turn = turn_of(self._loop)
+        self._paused = False
+        """Whether frames that came wait for a later turn."""
         self._incoming = bytearray()
         """The beginning of a frame whose rest is still to come."""
         self._descriptors: deque[int] = deque()
@@ -262,7 +270,28 @@ class Channel:
 
     # --- receiving ------------------------------------------------------------------------------
 
+    def _pause(self) -> None:
+        """Go on in a later turn, and read nothing more until then."""
+        self._paused = True
+        self._loop.remove_reader(self._fd)
+        self._turn.later(self._go_on)
+
+    def _go_on(self) -> bool:
+        """Handle frames that have waited; return whether there are more."""
+        if self.state is not _OPEN:
+            return False
+        until = max(0, self._turn.left - QUANTUM_UNITS)
+        if self._incoming and self._take(b"", until) and self.state is _OPEN:
+            return True
+        if self.state is _OPEN:
+            self._paused = False
+            self._loop.add_reader(self._fd, self._readable)
+        return False
+
     def _readable(self) -> None:
+        if self._turn.left <= 0:
+            self._pause()
+            return
         try:
             data, ancillary, flags, _ = self._sock.recvmsg(
                 _RECEIVE_BYTES, _ANCILLARY_BYTES, _CLOSE_ON_EXEC
@@ -279,8 +308,8 @@ class Channel:
         elif not data:
             cut = ProtocolError("the peer hung up in the middle of a message")
             self._lose(cut if self._incoming else None)
-        else:
-            self._take(data)
+        elif self._take(data, 0) and self.state is _OPEN:
+            self._pause()
 
     def _take_descriptors(self, ancillary: list[tuple[int, int, bytes]]) -> None:
         for level, kind, content in ancillary:
@@ -289,9 +318,12 @@ class Channel:
                 rights.frombytes(content[: len(content) - len(content) % _INT_BYTES])
                 self._descriptors.extend(rights)
 
-    def _take(self, data: bytes) -> None:
-        """Handle the frames that are whole, and keep the beginning of the next."""
-        incoming = self._incoming
+    def _take(self, data: bytes, until: int) -> bool:
+        """Handle the frames that are whole, and keep the beginning of the next.
+
+        Returns whether some are kept that are whole: the turn has `until` units left by then.
+        """
+        incoming, turn, is_more = self._incoming, self._turn, False
         if incoming:
             incoming += data
         whole = incoming or data  # nearly always just the frames of this read: no copy
@@ -300,6 +332,10 @@ class Channel:
             while (
                 done < len(whole) and self.state is _OPEN and (end := self._frame_end(whole, done))
             ):
+                if turn.left <= until:
+                    is_more = True
+                    break
+                turn.left -= FRAME_UNITS
                 payload, count = bytes(whole[done + _HEADER_BYTES : end]), whole[done + _COUNT_AT]
                 fds = [self._descriptors.popleft() for _ in range(count)] if count else []
                 done = end
@@ -309,18 +345,23 @@ class Channel:
         except ProtocolError as error:
             self._lose(error)
         finally:
-            if self._batching is _READ:
-                self._batching = found
-                if found is _NONE and self._requester:
-                    self._batching = _TURN
-                    # Behind the wake-ups of all tasks that these frames answered, which are scheduled.
-                    self._loop.call_soon(self._end_turn)
             if incoming:
                 del incoming[:done]
             elif done < len(data):
                 incoming += data[done:]
-            if self._gathered:
-                self._flush()
+            self._end_read(found)
+        return is_more
+
+    def _end_read(self, found: Batching) -> None:
+        """Send what was gathered; go on in the state that the read found."""
+        if self._batching is _READ:
+            self._batching = found
+            if found is _NONE and self._requester:
+                self._batching = _TURN
+                # Behind the wake-ups of all tasks that these frames answered, which are scheduled.
+                self._loop.call_soon(self._end_turn)
+        if self._gathered:
+            self._flush()
 
     def _end_turn(self) -> None:
         self._batching = _NONE

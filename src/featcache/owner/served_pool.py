@@ -99,6 +99,8 @@ class ServedPool:
         pool.stop()
         try:
             await pool.wakes.told()
+            await self.server.ended()
+            await self.sessions.settled()
             await pool.growth.drain()
             # Unmapping under a stream's work would fault the context: first it all must land.
             give_up_s = time.monotonic() + _SETTLE_S

@@ -1,13 +1,15 @@
 """Session admission and teardown; settles the reads of dead peers."""
 
+import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from featcache.control.credentials import own_pidfd
 from featcache.control.messages import VERSION, Welcome
 from featcache.control.peer import Peer
+from featcache.control.turns import LEAVE_UNITS
 from featcache.core.effects import Effect
 from featcache.errors import AttachRefused, BackendUnavailable, MalformedRef
 from featcache.memory.slab import Segment
@@ -41,6 +43,8 @@ class Sessions:
         """Whether puts may go to the other pool."""
         self.readers_lost = 0
         self.discarded = 0
+        self.settling = 0
+        """Sessions whose end is not done yet."""
 
     @property
     def pool_name(self) -> str:
@@ -95,43 +99,81 @@ class Sessions:
 
     def quarantine(self, session: Peer) -> None:
         """Release the claims of a session without its socket: it could not publish what it makes."""
-        store = self._pool.store
-        for key, claim in store.key_waiters.claims_of(session.number):
-            self._pool.apply(store.release_claim(key, claim))
+        self._pool.turn.do_all(self._unclaiming(session.number))
 
-    def end(self, session: Peer, *, died: bool) -> int:
-        """Fold a session's page; if its process died, pay the reads it had begun and those its name owed."""
-        pool, now_s = self._pool, time.monotonic()
+    def _unclaiming(self, session: int) -> Iterator[None]:
+        store = self._pool.store
+        for key, claim in store.key_waiters.claims_of(session):
+            if self._pool.closed:
+                return
+            yield from self._step(store.release_claim(key, claim))
+
+    async def settled(self) -> None:
+        """Return when every session that ended is settled."""
+        while self.settling:  # noqa: ASYNC110 - a turn of the loop is what it takes
+            await asyncio.sleep(0)
+
+    def end(self, session: Peer, ended: Callable[[int], object], *, died: bool) -> None:
+        """Fold a session's page; if its process died, pay the reads it had begun and those its name owed.
+
+        In pieces, if there is much to do; then `ended` is called with the reads that were paid so.
+        """
+        self.settling += 1
+        self._pool.turn.do_all(self._ending(session, ended, died=died))
+
+    def _ending(
+        self, session: Peer, ended: Callable[[int], object], *, died: bool
+    ) -> Iterator[None]:
+        pool, turn, now_s = self._pool, self._pool.turn, time.monotonic()
+        page = pool.pages[session.number]
+        turn.left -= LEAVE_UNITS
         # First, so that nothing is evicted for its own waiting puts.
-        pool.apply(pool.store.end_session(session.number, now_s))
-        pool.collect()
-        page = pool.pages.pop(session.number)
-        paid, effects = 0, list[Effect]()
+        for effects in pool.store.end_session_by_steps(session.number, now_s):
+            yield from self._step(effects)
+        # Their tasks are gone before its page is: none is given a slot that nobody would free.
+        yield from session.end_tasks(turn)
+        while pool.collector.counts_more(page):
+            yield
+        paid = 0
         for grant in list(page.grants.values()):
-            effects += pool.store.pay_grant(page.revoke(grant).slot, now_s)
-            paid += died
-        effects += pool.abandon_writes(page)
+            if page.grants.get(grant.index) is grant:
+                paid += died
+                yield from self._step(pool.store.pay_grant(page.revoke(grant).slot, now_s))
+        for effects in pool.abandon_writes(page):
+            yield from self._step(effects)
         if died:
-            for slot in pool.store.table.in_use():
-                if page.holds(slot.index, slot.generation):
-                    owed = slot.reads_left
-                    effects += pool.store.pay(
-                        slot.index, slot.generation, page.session, page.name, now_s
-                    )
-                    paid += owed - slot.reads_left
-            if page.name is not None:
-                waived, more = pool.store.waive_reads(page.name, now_s)
-                paid += waived
-                effects += more
-                for other in self.siblings:
-                    waived, more_there = other.store.waive_reads(page.name, now_s)
-                    paid += waived
-                    other.apply(more_there)
+            paid += yield from self._paying_for(page, now_s)
             self.readers_lost += 1
+        del pool.pages[session.number]
         page.close()
-        pool.apply(effects)
-        pool.collect()  # the slots that the session had pinned can go now
+        if not pool.closed:
+            pool.collect()  # the slots that the session had pinned can go now
+        self.settling -= 1
+        ended(paid)
+
+    def _paying_for(self, page: SessionPage, now_s: float) -> Generator[None, None, int]:
+        """Pay the reads that a dead session had begun, and those that its name owed; return how many."""
+        paid, pool = 0, self._pool
+        for index, generation in page.held_of(pool.store.table.in_use()):
+            owed = pool.store.table.slots[index].reads_left
+            effects = pool.store.pay(index, generation, page.session, page.name, now_s)
+            paid += owed - pool.store.table.slots[index].reads_left
+            yield from self._step(effects)
+        if page.name is not None:
+            for each in [pool, *self.siblings]:
+                for index, generation in each.store.owed_by(page.name):
+                    waived = each.store.waive_read(index, generation, page.name, now_s)
+                    paid += waived is not None
+                    yield from self._step(waived or [], each)
         return paid
+
+    def _step(self, effects: list[Effect], pool: Pool | None = None) -> Iterator[None]:
+        """Carry out one step of an end, after which it can be interrupted."""
+        pool = pool or self._pool
+        pool.turn.left -= 1
+        if effects:
+            pool.apply(effects)
+        yield
 
     def discard(self, index: int, generation: int) -> None:
         """Cancel the reads that a ref still owes, or raise StaleRef."""

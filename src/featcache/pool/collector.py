@@ -7,6 +7,7 @@ from featcache.control.turns import EVICT_UNITS, LEAST, QUANTUM_UNITS
 from featcache.core.effects import Effect, Evicted
 from featcache.core.put_queue import Request
 from featcache.memory.words import fence_full
+from featcache.pool.page import SessionPage
 
 if TYPE_CHECKING:
     from featcache.pool.pool import Pool
@@ -75,6 +76,11 @@ class Collector:
                 break
             most -= gone * EVICT_UNITS
         return more
+
+    def counts_more(self, page: SessionPage) -> bool:
+        """Collect; return whether there are payments of this session that are not counted yet."""
+        self._pool.collect()
+        return page.has_more(self._pool.store.table.high)
 
     def _count_payments(self, most: int, high: int, now_s: float) -> int:
         """Count so many reads as paid; return how many more it might have been."""

@@ -64,6 +64,20 @@ class SessionPage:
         self._seen_bytes = self._seen[:high].tobytes()
         return list(zip(changed.tolist(), values.tolist(), strict=True))
 
+    def has_more(self, high: int) -> bool:
+        """Whether payments have come that `newly_released` and `paid_grants` have not told yet."""
+        released = self._now[:high] != self._seen[:high]
+        paid = self._paid[: self._highest] != self._paid_seen[: self._highest]
+        return bool(released.any()) or (bool(self.grants) and bool(paid.any()))
+
+    def held_of(self, slots: list[Slot]) -> list[tuple[int, int]]:
+        """Return those of the slots that it holds, each with its generation."""
+        return [
+            (slot.index, slot.generation)
+            for slot in slots
+            if self.holds(slot.index, slot.generation)
+        ]
+
     def holds(self, index: int, generation: int) -> bool:
         """Whether the session may be reading these bytes now."""
         return self._held[index] == generation and self._released[index] != generation

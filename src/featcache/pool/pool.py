@@ -5,7 +5,7 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from featcache.control.turns import EVICT_UNITS, EXPIRE_UNITS, LEAST, QUANTUM_UNITS, turn_of
@@ -227,18 +227,16 @@ class Pool:
             return 1
         return max(1, min(_MAX_UNRUNG, len(self.store.owing) // 4))
 
-    def abandon_writes(self, page: SessionPage) -> list[Effect]:
-        """Give up the reservations and unfinished writes of a session that ended."""
-        effects: list[Effect] = []
+    def abandon_writes(self, page: SessionPage) -> Iterator[list[Effect]]:
+        """Give up the reservations and unfinished writes of a session that ended, one at each step."""
         now_s = _now()
         for index, generation in self.pending_writes.abandon(page):
             slot = self.store.table.find(index, generation)
             if slot is not None and slot.state is SlotState.PUBLISHED:
-                effects += self.store.fail_write(slot, now_s)
-        for slot in page.reserved.values():
-            effects += self.store.free_reserved(slot, now_s)
-        page.reserved.clear()
-        return effects
+                yield self.store.fail_write(slot, now_s)
+        while page.reserved:
+            _, slot = page.reserved.popitem()
+            yield self.store.free_reserved(slot, now_s)
 
     def _tick(self) -> bool:
         """Expire, trim, shrink, compact and report; return whether releases stream in."""
