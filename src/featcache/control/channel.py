@@ -1,8 +1,7 @@
 """Frames and file descriptors over a Unix stream socket, driven by the event loop's readiness.
 
-A frame is ``fc``, a version byte, the number of descriptors that belong to it, the payload's length in
-four bytes (little-endian), then the payload. Both directions are bounded: a frame longer than the limit,
-or a peer that leaves too much unread, ends the channel.
+Both directions are bounded: a frame longer than the limit, or a peer that leaves too much unread, ends
+the channel.
 """
 
 import array
@@ -10,25 +9,18 @@ import asyncio
 import enum
 import os
 import socket
-import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from featcache.control.frames import COUNT_AT, HEADER_BYTES, MAGIC, frame_end, pack_header
+from featcache.control.frames import MAX_DESCRIPTORS as MAX_DESCRIPTORS  # noqa: PLC0414 - known from here
 from featcache.control.messages import VERSION, ProtocolError
 from featcache.control.turns import FRAME_UNITS, QUANTUM_UNITS, turn_of
 
-_HEADER: Final = struct.Struct("<2sBBI")
-_HEADER_BYTES: Final = _HEADER.size
-_pack_header, _unpack_header = _HEADER.pack, _HEADER.unpack_from
-_COUNT_AT: Final = 3  # the offset of the number of descriptors in the header
-_MAGIC: Final = b"fc"
-_WRONG_MAGIC: Final = "the peer does not speak featcache's protocol"
 _RECEIVE_BYTES: Final = 64 << 10
 _GATHER_BYTES: Final = 16 << 10
 """Flush threshold of the write batch: the peer can begin to read while the rest is gathered."""
-MAX_DESCRIPTORS: Final = 64
-"""Descriptors that one frame can carry (SCM_MAX_FD is 253)."""
 _MAX_QUEUED: Final = 1 << 14
 """Frames that may wait for the peer to read: more than the requests that a peer which does read can
 have unanswered (`PendingRequests`), and their answers."""
@@ -166,7 +158,7 @@ class Channel:
             return
         if len(payload) > self.send_bytes or len(descriptors) > MAX_DESCRIPTORS:
             raise ValueError(f"a frame of {len(payload)} bytes is over the limit")
-        frame = _pack_header(_MAGIC, VERSION, len(descriptors), len(payload)) + payload
+        frame = pack_header(MAGIC, VERSION, len(descriptors), len(payload)) + payload
         # Frames arrive in the order of these calls, on which peers rely: segments come before the refs
         # that lie there, a publish before the answers to those that waited for it. So nothing overtakes
         # frames that are queued or gathered.
@@ -329,14 +321,14 @@ class Channel:
         whole = incoming or data  # nearly always just the frames of this read: no copy
         done, found = 0, self._batching
         try:
-            while (
-                done < len(whole) and self.state is _OPEN and (end := self._frame_end(whole, done))
-            ):
+            while done < len(whole) and self.state is _OPEN:
+                if not (end := frame_end(whole, done, self._limit_bytes, len(self._descriptors))):
+                    break
                 if turn.left <= until:
                     is_more = True
                     break
                 turn.left -= FRAME_UNITS
-                payload, count = bytes(whole[done + _HEADER_BYTES : end]), whole[done + _COUNT_AT]
+                payload, count = bytes(whole[done + HEADER_BYTES : end]), whole[done + COUNT_AT]
                 fds = [self._descriptors.popleft() for _ in range(count)] if count else []
                 done = end
                 if done < len(whole):  # the answer to a frame that came alone need not wait
@@ -367,30 +359,6 @@ class Channel:
         self._batching = _NONE
         if self._gathered and self.state is not _CLOSED:
             self._flush()
-
-    def _frame_end(self, data: bytes | bytearray, start: int) -> int:
-        """Return the end of the frame at `start`; 0 while it is not whole.
-
-        A header is checked before its payload comes, and its magic before the header is whole: a peer
-        of another kind or version is refused at its first bytes.
-        """
-        left = len(data) - start
-        if left < _HEADER_BYTES:
-            if data[start : start + 2] != _MAGIC[:left]:
-                raise ProtocolError(_WRONG_MAGIC)
-            return 0
-        magic, version, count, length_bytes = _unpack_header(data, start)
-        if magic != _MAGIC:
-            raise ProtocolError(_WRONG_MAGIC)
-        if version != VERSION:
-            raise ProtocolError(f"the peer speaks version {version}, this is version {VERSION}")
-        if length_bytes > self._limit_bytes or count > MAX_DESCRIPTORS:
-            raise ProtocolError(f"a frame of {length_bytes} bytes is over {self._limit_bytes}")
-        if left < _HEADER_BYTES + length_bytes:
-            return 0
-        if count > len(self._descriptors):
-            raise ProtocolError("a message came without its descriptors")
-        return start + _HEADER_BYTES + int(length_bytes)
 
     # --- the end --------------------------------------------------------------------------------
 

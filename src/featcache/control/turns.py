@@ -15,8 +15,8 @@ from weakref import WeakValueDictionary
 
 T = TypeVar("T")
 
-TURN_UNITS: Final = 256
-QUANTUM_UNITS: Final = 64
+TURN_UNITS: Final = 128
+QUANTUM_UNITS: Final = 32
 CALL_UNITS: Final = 2
 """Of a call of the public API, whose bytes count besides (`BYTES_SHIFT`)."""
 FRAME_UNITS: Final = 2
@@ -24,9 +24,10 @@ WAKE_UNITS: Final = 3
 """Of a task that is woken, or cancelled."""
 ATTACH_UNITS: Final = 48
 LEAVE_UNITS: Final = 16
+LEAVE_QUEUE_UNITS: Final = 2
 EVICT_UNITS: Final = 4
 EXPIRE_UNITS: Final = 3
-LEAST: Final = 64
+LEAST: Final = 32
 """Units that a call may use though the turn has none left: it came while there were some."""
 BYTES_SHIFT: Final = 16
 """A copy in the loop takes a unit for each 64 KiB."""

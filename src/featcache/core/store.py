@@ -6,7 +6,6 @@ carried out, so no other call can come between (httpcore's connection pool is bu
 """
 
 from collections.abc import Iterable
-from itertools import islice, takewhile
 
 from featcache.core.allocator import ALIGNMENT_BYTES, OffsetAllocator, aligned_size
 from featcache.core.directory import Directory
@@ -23,6 +22,7 @@ from featcache.core.effects import (
 from featcache.core.key_queue import KeyQueue
 from featcache.core.put_queue import Request, Waiter, WaitQueue
 from featcache.core.recency import Recency
+from featcache.core.ripening import Ripening
 from featcache.core.slab_size import SizeState, SlabSize
 from featcache.core.slots import Slot, SlotState, SlotTable
 from featcache.errors import FeatureTooLarge, PoolFull, StaleRef
@@ -53,6 +53,7 @@ class Store:
         """PUBLISHED slots that owe reads, by index, the oldest first."""
         self._retiring: dict[int, Slot] = {}
         self._aging: dict[float, dict[int, Slot]] = {}  # by ttl: within one ttl age is order
+        self._ripening = Ripening(self._aging)
         self.puts = self.recycled = self.expired = self.waited = 0
 
     # --- room -----------------------------------------------------------------------------------
@@ -153,15 +154,19 @@ class Store:
 
     def leave(self, waiter: Waiter, now_s: float) -> list[Effect]:
         """Give up waiting (timeout, cancellation, death), whatever was granted meanwhile."""
-        # A grant that was not accepted comes back here, or its bytes would be lost. Even where
-        # there was none the queue is served if the waiter was the head that did not fit.
         was_head = waiter is self.queue.head
-        slot = self.queue.drop(waiter)
-        if slot is not None:
-            self._free(slot)
-        elif not was_head:
+        if not self.abandon(waiter) and not was_head:
             return []  # the head did not fit before, and does not now
         return self.serve(now_s)
+
+    def abandon(self, waiter: Waiter) -> bool:
+        """As `leave`, but `serve` is the caller's to call; return whether a slot came free."""
+        # A grant that was not accepted comes back here, or its bytes would be lost.
+        slot = self.queue.drop(waiter)
+        if slot is None:
+            return False
+        self._free(slot)
+        return True
 
     def free_reserved(self, slot: Slot, now_s: float) -> list[Effect]:
         """Free a RESERVED slot that will not be published. No reader can have seen it."""
@@ -188,6 +193,7 @@ class Store:
             if slot.ttl_s is not None:
                 if slot.ttl_s not in self._aging:
                     self._aging[slot.ttl_s] = {}
+                    self._ripening.learn(slot.ttl_s, now_s)
                 self._aging[slot.ttl_s][slot.index] = slot
             if slot.wanted_key is None:
                 return []
@@ -243,42 +249,6 @@ class Store:
                 effects += self._settle(slot, now_s)
         return effects
 
-    def waive_reads(self, name: str, now_s: float) -> tuple[int, list[Effect]]:
-        """Pay all reads that a dead named reader still owes; return their number."""
-        paid, effects = 0, list[Effect]()
-        for index, generation in self.owed_by(name):
-            more = self.waive_read(index, generation, name, now_s)
-            if more is not None:
-                paid += 1
-                effects += more
-        return paid, effects
-
-    def owed_by(self, name: str) -> list[tuple[int, int]]:
-        """Return the slots and generations of which a named reader owes a read."""
-        return [
-            (slot.index, slot.generation)
-            for slot in self.table.in_use()
-            if slot.owed_by_names is not None
-            and name in slot.owed_by_names
-            and slot.state is not _RETIRING
-        ]
-
-    def waive_read(
-        self, index: int, generation: int, name: str, now_s: float
-    ) -> list[Effect] | None:
-        """Pay the read that a dead named reader owes of a slot; None if it owes none any more."""
-        slot = self.table.slots[index]
-        names = slot.owed_by_names
-        if slot.generation != generation or names is None or name not in names:
-            return None
-        if slot.state is _RETIRING:
-            return None
-        names.remove(name)
-        slot.reads_left -= 1
-        if slot.reads_left == 0 and slot.state is _PUBLISHED:
-            return self._settle(slot, now_s)
-        return []
-
     def revoke(self, index: int, generation: int, now_s: float) -> list[Effect]:
         """Cancel every read still owed (discard). Raise StaleRef if the ref is no more.
 
@@ -296,17 +266,10 @@ class Store:
     def expire(self, now_s: float, most: int | None = None) -> list[Effect]:
         """Revoke the refs that have outlived their ttl, or `most` of them."""
         effects: list[Effect] = []
-        left = len(self.owing) if most is None else most
-        for ttl_s, slots in list(self._aging.items()):
-            # Collected before any is deleted: a dict steps over every entry deleted from its front.
-            ripe = takewhile(lambda slot: slot.born_s + ttl_s <= now_s, slots.values())  # noqa: B023 - used here
-            going = list(islice(ripe, left))
-            left -= len(going)
-            for slot in going:
-                age_s = now_s - slot.born_s
-                effects.append(Expired(slot.label, slot.nbytes, age_s, slot.owed_by))
-                effects += self._cancel(slot, now_s)
-                self.expired += 1
+        for slot in self._ripening.ripe(now_s, len(self.owing) if most is None else most):
+            effects.append(Expired(slot.label, slot.nbytes, now_s - slot.born_s, slot.owed_by))
+            effects += self._cancel(slot, now_s)
+            self.expired += 1
         return effects
 
     # --- recycling ------------------------------------------------------------------------------

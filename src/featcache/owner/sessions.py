@@ -4,13 +4,14 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from featcache.control.credentials import own_pidfd
 from featcache.control.messages import VERSION, Welcome
 from featcache.control.peer import Peer
 from featcache.control.turns import LEAVE_UNITS
 from featcache.core.effects import Effect
+from featcache.core.keyed_store import KeyedStore
 from featcache.errors import AttachRefused, BackendUnavailable, MalformedRef
 from featcache.memory.slab import Segment
 from featcache.memory.words import SessionWords
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 OWN_SESSION = 0
 """The number of the owner's own session, which reads through the owner's mapping."""
+_STEPS: Final = 32
+"""Steps of a session's end whose effects are carried out together."""
 RELAY_SESSION = -1
 """The number of the session that pins features while they are copied for others: the owner's own session
 may have paid its read of them."""
@@ -103,10 +106,10 @@ class Sessions:
 
     def _unclaiming(self, session: int) -> Iterator[None]:
         store = self._pool.store
-        for key, claim in store.key_waiters.claims_of(session):
-            if self._pool.closed:
-                return
-            yield from self._step(store.release_claim(key, claim))
+        claims = store.key_waiters.claims_of(session)
+        yield from self._carry_out(
+            self._pool, (store.release_claim(key, claim) for key, claim in claims)
+        )
 
     async def settled(self) -> None:
         """Return when every session that ended is settled."""
@@ -128,19 +131,14 @@ class Sessions:
         page = pool.pages[session.number]
         turn.left -= LEAVE_UNITS
         # First, so that nothing is evicted for its own waiting puts.
-        for effects in pool.store.end_session_by_steps(session.number, now_s):
-            yield from self._step(effects)
+        yield from self._carry_out(pool, pool.store.end_session_by_steps(session.number, now_s))
         # Their tasks are gone before its page is: none is given a slot that nobody would free.
         yield from session.end_tasks(turn)
         while pool.collector.counts_more(page):
             yield
-        paid = 0
-        for grant in list(page.grants.values()):
-            if page.grants.get(grant.index) is grant:
-                paid += died
-                yield from self._step(pool.store.pay_grant(page.revoke(grant).slot, now_s))
-        for effects in pool.abandon_writes(page):
-            yield from self._step(effects)
+        paid = len(page.grants) if died else 0
+        yield from self._carry_out(pool, self._grants_paid(page, now_s))
+        yield from self._carry_out(pool, pool.abandon_writes(page))
         if died:
             paid += yield from self._paying_for(page, now_s)
             self.readers_lost += 1
@@ -151,29 +149,45 @@ class Sessions:
         self.settling -= 1
         ended(paid)
 
+    def _grants_paid(self, page: SessionPage, now_s: float) -> Iterator[list[Effect]]:
+        while page.grants:
+            grant = next(iter(page.grants.values()))
+            yield self._pool.store.pay_grant(page.revoke(grant).slot, now_s)
+
     def _paying_for(self, page: SessionPage, now_s: float) -> Generator[None, None, int]:
         """Pay the reads that a dead session had begun, and those that its name owed; return how many."""
-        paid, pool = 0, self._pool
-        for index, generation in page.held_of(pool.store.table.in_use()):
-            owed = pool.store.table.slots[index].reads_left
-            effects = pool.store.pay(index, generation, page.session, page.name, now_s)
-            paid += owed - pool.store.table.slots[index].reads_left
-            yield from self._step(effects)
+        pool, paid = self._pool, [0]
+
+        def begun() -> Iterator[list[Effect]]:
+            for index, generation in page.held_of(pool.store.table.in_use()):
+                owed = pool.store.table.slots[index].reads_left
+                yield pool.store.pay(index, generation, page.session, page.name, now_s)
+                paid[0] += max(0, owed - pool.store.table.slots[index].reads_left)
+
+        def owed_in(store: KeyedStore, name: str) -> Iterator[list[Effect]]:
+            for index, generation in store.owed_by(name):
+                waived = store.waive_read(index, generation, name, now_s)
+                paid[0] += waived is not None
+                yield waived or []
+
+        yield from self._carry_out(pool, begun())
         if page.name is not None:
             for each in [pool, *self.siblings]:
-                for index, generation in each.store.owed_by(page.name):
-                    waived = each.store.waive_read(index, generation, page.name, now_s)
-                    paid += waived is not None
-                    yield from self._step(waived or [], each)
-        return paid
+                yield from self._carry_out(each, owed_in(each.store, page.name))
+        return paid[0]
 
-    def _step(self, effects: list[Effect], pool: Pool | None = None) -> Iterator[None]:
-        """Carry out one step of an end, after which it can be interrupted."""
-        pool = pool or self._pool
-        pool.turn.left -= 1
-        if effects:
-            pool.apply(effects)
-        yield
+    @staticmethod
+    def _carry_out(pool: Pool, steps: Iterator[list[Effect]]) -> Iterator[None]:
+        """Carry out the effects of steps, many at once; it can be interrupted after each of these."""
+        effects: list[Effect] = []
+        for count, step in enumerate(steps, 1):
+            effects += step
+            if count % _STEPS == 0:
+                pool.turn.left -= _STEPS
+                pool.apply(effects)
+                effects = []
+                yield
+        pool.apply(effects)
 
     def discard(self, index: int, generation: int) -> None:
         """Cancel the reads that a ref still owes, or raise StaleRef."""

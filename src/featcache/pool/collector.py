@@ -52,9 +52,12 @@ class Collector:
             self._turn.later(self._collect_more)
 
     def _collect_more(self) -> bool:
-        self.behind = not self._pool.closed and self._collect(
-            min(QUANTUM_UNITS, max(self._turn.left, LEAST))
-        )
+        pool = self._pool
+        self.behind = False
+        if not pool.closed:
+            if pool.store.queue.count:
+                pool.apply(pool.store.serve(_now()))
+            self.behind = self._collect(min(QUANTUM_UNITS, max(self._turn.left, LEAST)))
         return self.behind
 
     def _collect(self, most: int) -> bool:

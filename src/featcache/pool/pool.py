@@ -183,13 +183,13 @@ class Pool:
 
     def apply(self, effects: Sequence[Effect]) -> None:
         """Carry out the store's decisions."""
-        due_now = 0
+        due_now, grace_s = 0, 0.0
         for effect in effects:
             if type(effect) is SlotRetired:
                 slot = effect.slot
                 self.words.live[slot.index] = 0
                 if slot.due_s > slot.retired_s:
-                    self.recycler.poll_after(slot.due_s - slot.retired_s)
+                    grace_s = slot.due_s - slot.retired_s  # the same for all
                 else:
                     due_now += 1
             elif type(effect) is Woken or type(effect) is Found or type(effect) is ClaimPassed:
@@ -200,6 +200,8 @@ class Pool:
                 self._reports.evicted(effect)
             elif type(effect) is Grow:
                 self.growth.grow(effect.end_bytes)
+        if grace_s:
+            self.recycler.poll_after(grace_s)
         if due_now and self.collector.reclaim(_now(), max(self.turn.left, due_now)):
             self.collector.go_on()
         self._observe()

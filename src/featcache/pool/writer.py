@@ -8,7 +8,7 @@ from typing import Any, Final, TypeAlias
 import anyio
 
 from featcache import events
-from featcache.control.turns import BYTES_SHIFT
+from featcache.control.turns import BYTES_SHIFT, LEAVE_QUEUE_UNITS
 from featcache.core.put_queue import Request, Waiter, WaiterState
 from featcache.core.slots import Slot
 from featcache.errors import BackendUnavailable, CacheClosed, PoolFull, PutTimeout
@@ -219,10 +219,11 @@ class OwnerWriter:
         if slot is None:
             pool.collect()
             slot = pool.store.reserve(request, _now())
-            while (
-                slot is None and not pool.store.queue.count and pool.collector.evict_some(request)
-            ):
-                slot = pool.store.reserve(request, _now())
+            if slot is None and not pool.store.queue.count:
+                while pool.collector.evict_some(request):
+                    slot = pool.store.reserve(request, _now())
+                    if slot is not None or self._turn.left <= 0:
+                        break
         return slot
 
     def _reserve_now(self, request: Request) -> Slot | None:
@@ -316,11 +317,19 @@ class OwnerWriter:
         """Give a place in the queue up, and the slot that was granted meanwhile."""
         # The accept handshake: a slot granted to a waiter whose task was cancelled meanwhile
         # was never accepted, and goes to the next waiter.
-        pool, queue = self._pool, self._pool.store.queue
-        passes_on = waiter is queue.head or waiter.state is WaiterState.GRANTED
-        pool.apply(pool.store.leave(waiter, _now()))
-        if passes_on and queue.count:
-            pool.collect()
+        pool, store = self._pool, self._pool.store
+        passes_on = waiter is store.queue.head or waiter.state is WaiterState.GRANTED
+        if self._turn.left <= 0:  # of many that leave at once: the next is served in the next turn
+            store.abandon(waiter)
+            if passes_on:
+                pool.collector.go_on()
+            return
+        self._turn.left -= LEAVE_QUEUE_UNITS
+        effects = store.leave(waiter, _now())
+        if passes_on or not store.queue.count:
+            pool.apply(effects)
+            if store.queue.count:
+                pool.collect()
 
     def _report_wait(self, request: Request, waited_s: float, *, granted: bool) -> None:
         self._waits.emit(
