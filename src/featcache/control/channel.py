@@ -105,9 +105,8 @@ class Channel:
     `close`; with a `ProtocolError` it is called before the channel closes. Both run in the loop and
     must not block.
 
-    Frames that came are handled as far as the loop's turn has units for them, and the others in later
-    turns; until then nothing more is read. So many channels with many frames have their turns one after
-    the other (`control.turns`).
+    Frames that the loop's turn has no units for (`control.turns`) wait for a later one, and nothing more is
+    read until then.
 
     Frames that are sent while those of one read are handled go with one system call, so a peer with many
     requests wakes once for their answers; a `requester` also batches what it sends by `send_next`
@@ -133,8 +132,6 @@ class Channel:
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._turn = turn_of(self._loop)
-        self._paused = False
-        """Whether frames that came wait for a later turn."""
         self._incoming = bytearray()
         """The beginning of a frame whose rest is still to come."""
         self._descriptors: deque[int] = deque()
@@ -264,7 +261,6 @@ class Channel:
 
     def _pause(self) -> None:
         """Go on in a later turn, and read nothing more until then."""
-        self._paused = True
         self._loop.remove_reader(self._fd)
         self._turn.later(self._go_on)
 
@@ -276,7 +272,6 @@ class Channel:
         if self._incoming and self._take(b"", until) and self.state is _OPEN:
             return True
         if self.state is _OPEN:
-            self._paused = False
             self._loop.add_reader(self._fd, self._readable)
         return False
 

@@ -20,6 +20,7 @@ from featcache.core.effects import (
     Woken,
 )
 from featcache.core.key_queue import KeyQueue
+from featcache.core.named_reads import NamedReads
 from featcache.core.put_queue import Request, Waiter, WaitQueue
 from featcache.core.recency import Recency
 from featcache.core.ripening import Ripening
@@ -32,7 +33,7 @@ _RESERVED, _PUBLISHED, _RETIRING = SlotState.RESERVED, SlotState.PUBLISHED, Slot
 _STEADY = SizeState.STEADY
 
 
-class Store:
+class Store(NamedReads):
     """Slots of one pool, and what keeps each: its writer, reads owed, its key, grants.
 
     `KeyedStore` adds the calls that name a key.

@@ -138,7 +138,7 @@ class Sessions:
             yield
         paid = len(page.grants) if died else 0
         yield from self._carry_out(pool, self._grants_paid(page, now_s))
-        yield from self._carry_out(pool, pool.abandon_writes(page))
+        yield from self._carry_out(pool, pool.abandon_writes_by_steps(page))
         if died:
             paid += yield from self._paying_for(page, now_s)
             self.readers_lost += 1

@@ -229,8 +229,12 @@ class Pool:
             return 1
         return max(1, min(_MAX_UNRUNG, len(self.store.owing) // 4))
 
-    def abandon_writes(self, page: SessionPage) -> Iterator[list[Effect]]:
-        """Give up the reservations and unfinished writes of a session that ended, one at each step."""
+    def abandon_writes(self, page: SessionPage) -> list[Effect]:
+        """Give up the reservations and unfinished writes of a session that ended."""
+        return [effect for step in self.abandon_writes_by_steps(page) for effect in step]
+
+    def abandon_writes_by_steps(self, page: SessionPage) -> Iterator[list[Effect]]:
+        """As `abandon_writes`, one of them at each step."""
         now_s = _now()
         for index, generation in self.pending_writes.abandon(page):
             slot = self.store.table.find(index, generation)
