@@ -87,8 +87,12 @@ async def test_an_activity_that_fails_stops_no_other(no_loop_errors: list[object
     def fails() -> bool:
         raise ZeroDivisionError
 
+    def succeeds() -> bool:
+        done.set()
+        return False
+
     turn.later(fails)
-    turn.later(lambda: bool(done.set()))
+    turn.later(succeeds)
     await done.wait()
     assert len(no_loop_errors) == 1
 

@@ -219,6 +219,7 @@ async def test_hits_in_a_loop_let_the_loop_turn(call: str) -> None:
                 await HITS[call](owner)
                 calls[0] += 1
         assert made.most <= TURN_UNITS // CALL_UNITS + 1
+        assert made.turns >= MANY * CALL_UNITS // TURN_UNITS - 1
 
 
 @pytest.mark.parametrize("who", ["owner", "client"])
@@ -238,6 +239,7 @@ async def test_reads_by_ref_in_a_loop_let_the_loop_turn(who: str, how: str) -> N
                     await (reader.get(ref) if how == "get" else reader.release(ref))
                 calls[0] += 1
         assert made.most <= TURN_UNITS // CALL_UNITS + 1
+        assert made.turns >= MANY * CALL_UNITS // TURN_UNITS - 1
 
 
 async def test_copies_in_the_loop_count_by_their_bytes() -> None:
@@ -250,6 +252,7 @@ async def test_copies_in_the_loop_count_by_their_bytes() -> None:
                 await client.get(ref)
                 calls[0] += 1
         assert made.most <= TURN_UNITS // 16 + 1
+        assert made.turns > 1
 
 
 @pytest.mark.parametrize("how", ["get", "borrow", "release", "put", "get by key"])

@@ -35,6 +35,8 @@ class OpenClient:
         self.reader = Reader(registry, offload, settings.inline_bytes)
         self.keys = ClientKeys(registry)
         self.puts = ClientPuts(registry, settings, offload)
+        self.entering = 0
+        """Puts that wait for their turn of the loop, or were let in and have not gone on yet."""
         self.spills = SpillCounter(registry.bound_name, settings.log_interval)
 
     @classmethod
@@ -54,6 +56,14 @@ class OpenClient:
             await opened.aclose()
             raise
         return opened
+
+    async def enter(self) -> None:
+        """Return at a put's turn; no later put overtakes it meanwhile."""
+        self.entering += 1
+        try:
+            await self.reader.turn.wait()
+        finally:
+            self.entering -= 1
 
     def writers_nowait(self, on_full: str, key: Any) -> Writers | None:  # noqa: ARG002 - see Engine
         """Return the writers of a put that does not spill, if the pool is attached and has one."""
@@ -167,6 +177,16 @@ class FeatureClient(CacheBase):
         """
         timeout_s = None if timeout is None else parse_timeout(timeout)
         client = self._opened()
+        turn = client.reader.turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0 or client.entering:
+            writer = client.puts.bound_writer() if on_full == "wait" else None
+            if writer is not None and writer.connection.attachment.mapping.deferred:
+                # At the call: the feature is ready on the stream that is current now.
+                staged_now = writer.stage(feature, readers, ttl, key)
+                await client.enter()
+                return await writer.put(staged_now, timeout_s, wait=True)
+            await client.enter()
         if on_full == "wait" and (writer := client.puts.bound_writer()) is not None:
             return await writer.put(writer.stage(feature, readers, ttl, key), timeout_s, wait=True)
         staged = (await client.writers(on_full, key)).stage(feature, readers, ttl, key)

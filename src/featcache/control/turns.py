@@ -20,7 +20,7 @@ QUANTUM_UNITS: Final = 32
 CALL_UNITS: Final = 2
 """Of a call of the public API, whose bytes count besides (`BYTES_SHIFT`)."""
 FRAME_UNITS: Final = 2
-WAKE_UNITS: Final = 3
+WAKE_UNITS: Final = 4
 """Of a task that is woken, or cancelled."""
 ATTACH_UNITS: Final = 48
 LEAVE_UNITS: Final = 16

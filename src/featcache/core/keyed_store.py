@@ -169,6 +169,11 @@ class KeyedStore(Store):
         """Whether some victims of a request are still to go."""
         return bool(self._plan)
 
+    @property
+    def to_evict(self) -> int:
+        """Victims of a request that are still to go."""
+        return len(self._plan)
+
     def _next_of_plan(self, held: Held, most: int | None) -> list[Slot]:
         """Take the next victims of the plan; none if one of them can't go any more."""
         plan = self._plan

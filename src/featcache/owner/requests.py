@@ -7,6 +7,7 @@ from typing import Any
 from featcache.control import messages
 from featcache.control.dispatch import Begun, Wait
 from featcache.control.messages import Answer
+from featcache.control.turns import WAKE_UNITS
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot
 from featcache.errors import SettingsError, StaleRef
@@ -112,6 +113,7 @@ class RequestHandlers:
         if slot is not None:
             self._writer.look_ahead()
             return self._reserved(session, message.request, slot)
+        turn.left -= WAKE_UNITS  # a task of its own
         place = self._writer.ask(request, wait=message.waits)
         return Begun(self._room(session, message, place), lambda: self._writer.withdraw(place))
 

@@ -126,7 +126,7 @@ class Collector:
         if not effects:
             return 0
         gone = sum(type(effect) is Evicted for effect in effects)
-        self._turn.left -= gone * EVICT_UNITS
+        self._turn.left -= gone * EVICT_UNITS + self._pool.store.to_evict // 32  # to look for them
         self._pool.apply(effects)
         return gone
 
