@@ -294,3 +294,21 @@ async def test_a_put_that_waits_for_its_turn_as_the_cache_closes() -> None:
         await owner.aclose()
         with pytest.raises(CacheClosed):
             await task
+
+
+async def test_puts_that_wait_get_room_in_pieces_and_in_order() -> None:
+    async with pair(capacity=256 * KIB, segment=256 * KIB, slots=1024) as (owner, client):
+        ref = await owner.put(filled(256 * KIB), ttl=None)
+        served = list[int]()
+
+        async def put(number: int) -> None:
+            await owner.put(filled(16))
+            served.append(number)
+
+        tasks = [asyncio.create_task(put(number)) for number in range(MANY)]
+        await until(lambda: owner.statistics().waiters == MANY)
+        async with sampled(lambda: owner.statistics().waiters) as waiters:
+            await client.release(ref)
+            await asyncio.gather(*tasks)
+        assert served == list(range(MANY))
+        assert waiters.most <= TURN_UNITS

@@ -119,6 +119,15 @@ class WaitQueue:
         waiter.state = WaiterState.GONE
         return waiter.slot
 
+    def clear(self) -> list[Waiter]:
+        """Take all waiters out; return them."""
+        waiters = list(self._queue.values())
+        for waiter in waiters:
+            waiter.state = WaiterState.GONE
+        self._queue.clear()
+        self.count = self.waiting_bytes = self.growing = self.growing_bytes = 0
+        return waiters
+
     def _leave(self, waiter: Waiter) -> None:
         del self._queue[waiter.ticket]
         self.count -= 1

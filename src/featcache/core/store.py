@@ -53,6 +53,9 @@ class Store(NamedReads):
         self.owing: dict[int, Slot] = {}
         """PUBLISHED slots that owe reads, by index, the oldest first."""
         self._retiring: dict[int, Slot] = {}
+        self.serve_most: int | None = None
+        """Waiters that are granted at one call; `serving` says that there may be more."""
+        self.serving = False
         self._aging: dict[float, dict[int, Slot]] = {}  # by ttl: within one ttl age is order
         self._ripening = Ripening(self._aging)
         self.puts = self.recycled = self.expired = self.waited = 0
@@ -367,7 +370,13 @@ class Store(NamedReads):
     def serve(self, now_s: float) -> list[Effect]:
         """Grant the queue from its head, for as long as the head fits: no waiter is overtaken."""
         effects: list[Effect] = []
+        self.serving = False
         while (waiter := self.queue.head) is not None:
+            if len(effects) == self.serve_most:
+                self.serving = (
+                    True  # the rest is for the next call; meanwhile nobody overtakes them
+                )
+                break
             slot = self.reserve(waiter.request, now_s, first=True)
             if slot is None:
                 end = self.size.growth_for(waiter.request.nbytes, now_s)

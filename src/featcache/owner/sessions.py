@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from featcache.control.credentials import own_pidfd
 from featcache.control.messages import VERSION, Welcome
 from featcache.control.peer import Peer
-from featcache.control.turns import LEAVE_UNITS
+from featcache.control.turns import LEAVE_UNITS, QUANTUM_UNITS
 from featcache.core.effects import Effect
 from featcache.core.keyed_store import KeyedStore
 from featcache.errors import AttachRefused, BackendUnavailable, MalformedRef
@@ -170,9 +170,13 @@ class Sessions:
                 paid[0] += waived is not None
                 yield waived or []
 
+        pool.turn.left -= QUANTUM_UNITS  # all slots are gone over
+        yield
         yield from self._carry_out(pool, begun())
         if page.name is not None:
             for each in [pool, *self.siblings]:
+                pool.turn.left -= QUANTUM_UNITS
+                yield
                 yield from self._carry_out(each, owed_in(each.store, page.name))
         return paid[0]
 

@@ -72,7 +72,9 @@ class Collector:
         more = self.reclaim(now_s, most) or not left
         queue = self._pool.store.queue
         while queue.count and (head := queue.head):
-            if most <= 0 or self._reclaimed_from:  # what went may not be free yet
+            if (
+                most <= 0 or self._reclaimed_from or self._pool.store.serving
+            ):  # what went may not be free yet
                 return True
             gone = self.make_room(head.request, max(1, most // EVICT_UNITS))
             if not gone:

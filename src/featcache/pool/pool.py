@@ -58,6 +58,7 @@ class Pool:
         self.wakes = Wakes(self.turn)
         self._upkeep = False
         self.store = KeyedStore(limits)
+        self.store.serve_most = LEAST
         self.store.allocator.grow(limits.initial_bytes)
         self.words, self.words_fd = OwnerWords.create(limits.slots)
         try:
@@ -202,9 +203,16 @@ class Pool:
                 self.growth.grow(effect.end_bytes)
         if grace_s:
             self.recycler.poll_after(grace_s)
+        self._go_on(due_now)
+        self._observe()
+
+    def _go_on(self, due_now: int) -> None:
+        """See to what effects leave to do: slots that may be free, waiters that may have room."""
+        if self.store.serving:
+            self.turn.left -= LEAST
+            self.collector.go_on()
         if due_now and self.collector.reclaim(_now(), max(self.turn.left, due_now)):
             self.collector.go_on()
-        self._observe()
 
     def _observe(self) -> None:
         """Tell readers whether to ring, and follow the pressure."""
@@ -286,9 +294,7 @@ class Pool:
         if not self.closed:
             self.closed = self.growth.closed = True
             self.pressure.close(CacheClosed("the cache was closed"))
-            queue = self.store.queue
-            while (waiter := queue.head) is not None:
-                queue.drop(waiter)
+            for waiter in self.store.queue.clear():
                 self.wakes.fail(waiter.tag)
             for key_waiter in self.store.key_waiters.waiting():
                 self.wakes.fail(key_waiter.tag)
