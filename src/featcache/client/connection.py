@@ -8,10 +8,17 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from featcache.control import messages
-from featcache.control.channel import close_all, close_taken
+from featcache.control.descriptors import NO_DESCRIPTOR, close_all, close_taken
 from featcache.control.link import Link, SlabChange
 from featcache.control.messages import UnmapTail
-from featcache.errors import BackendUnavailable, CacheClosed, FeatcacheError, OwnerLost
+from featcache.errors import (
+    OUT_OF_DESCRIPTORS,
+    BackendUnavailable,
+    CacheClosed,
+    FeatcacheError,
+    OwnerLost,
+    explain,
+)
 from featcache.memory.slab import Mapping, Unreachable
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
@@ -115,7 +122,7 @@ class PoolConnection:
                 self._changed.set()
         except (FeatcacheError, OSError, MemoryError, ValueError) as error:
             if self._follows:
-                self._stall(str(error))  # no later change can be mapped either
+                self._stall(explain(error))  # no later change can be mapped either
             self._changed.set()
         finally:
             self._change_in_progress = False
@@ -249,6 +256,8 @@ def _change(mapping: Mapping, change: SlabChange, fds: list[int]) -> None:
         if isinstance(change, UnmapTail):
             mapping.cut(change.end_bytes)
             return
+        if NO_DESCRIPTOR in fds:
+            raise BackendUnavailable(OUT_OF_DESCRIPTORS)
         at = change.start_bytes
         for size_bytes, fd in zip(change.sizes, fds, strict=True):
             if at >= mapping.end_bytes:  # segments of before this session began may be sent twice

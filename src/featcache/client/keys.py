@@ -52,9 +52,8 @@ class ClientKeys:
         turn = self._turn
         turn.left -= CALL_UNITS
         if turn.left < 0:
-            await (
-                turn.wait()
-            )  # before anything is done: a cancellation that comes here loses nothing
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
         connection = self._registry.peek_bound() or await self._registry.bound()
         answer, _ = await connection.link.request(Find(connection.link.number(), key, waits, makes))
         if isinstance(answer, messages.ClaimGranted):
@@ -89,9 +88,8 @@ class ClientKeys:
         turn = self._turn
         turn.left -= CALL_UNITS
         if turn.left < 0:
-            await (
-                turn.wait()
-            )  # before anything is done: a cancellation that comes here loses nothing
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
         link = (self._registry.peek_bound() or await self._registry.bound()).link
         answer, _ = await link.request(KeyCommand(link.number(), key, command))
         if not isinstance(answer, messages.Reply):

@@ -11,16 +11,18 @@ import torch
 from featcache import events
 from featcache.client.connection import PoolConnection, return_unclaimed
 from featcache.client.mapping import map_pool
-from featcache.control.channel import close_all
+from featcache.control.descriptors import close_all
 from featcache.control.link import Link, dial
 from featcache.control.messages import Welcome
 from featcache.errors import (
     AttachRefused,
+    BackendUnavailable,
     CacheClosed,
     OwnerLost,
     PoolFull,
     SettingsError,
     UnknownPool,
+    system_errors,
 )
 from featcache.memory.slab import Unreachable
 from featcache.memory.unreachable import UnreachableSlab
@@ -179,7 +181,8 @@ class ConnectionRegistry:
 
     async def _attach(self, endpoint: str, *, sibling: bool) -> PoolConnection:
         try:
-            return await self._attach_once(endpoint, sibling=sibling)
+            with system_errors(BackendUnavailable, f"can't map the pool at {endpoint}"):
+                return await self._attach_once(endpoint, sibling=sibling)
         finally:
             self._opening.pop(endpoint, None)
 
@@ -320,6 +323,7 @@ class ConnectionRegistry:
         self._connections.clear()
         for connection in connections:
             await connection.close()
+        self.on_gone = None  # it refers to the client's puts, which refer to this: no cycle is left
 
     def forget(self) -> None:
         """Drop everything in a forked child."""

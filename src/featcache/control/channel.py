@@ -7,15 +7,26 @@ the channel.
 import array
 import asyncio
 import enum
-import os
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from featcache.control.frames import COUNT_AT, HEADER_BYTES, MAGIC, frame_end, pack_header
-from featcache.control.frames import MAX_DESCRIPTORS as MAX_DESCRIPTORS  # noqa: PLC0414 - known from here
-from featcache.control.messages import VERSION, ProtocolError
+from featcache.control.descriptors import (
+    ANCILLARY_BYTES,
+    MAX_DESCRIPTORS,
+    Received,
+    close_all,
+    duplicate_all,
+)
+from featcache.control.frames import (
+    COUNT_AT,
+    HEADER_BYTES,
+    MAGIC,
+    frame_end,
+    pack_header,
+)
+from featcache.control.messages import VERSION, ProtocolError, SocketFailed
 from featcache.control.turns import FRAME_UNITS, QUANTUM_UNITS, turn_of
 
 _RECEIVE_BYTES: Final = 64 << 10
@@ -26,8 +37,6 @@ _MAX_QUEUED: Final = 1 << 14
 have unanswered (`PendingRequests`), and their answers."""
 _MAX_QUEUED_FULL: Final = 1 << 12
 """Frames of the greatest length that may wait: the same bound in bytes."""
-_INT_BYTES: Final = array.array("i").itemsize
-_ANCILLARY_BYTES: Final = socket.CMSG_SPACE(MAX_DESCRIPTORS * _INT_BYTES)
 # As plain integers: the enum's own operators take longer than the rest of a short read.
 _NO_SIGNAL: Final = int(socket.MSG_NOSIGNAL)
 _CLOSE_ON_EXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
@@ -35,18 +44,6 @@ _CUT: Final = int(socket.MSG_CTRUNC)
 
 OnMessage = Callable[[bytes, list[int]], None]
 OnLost = Callable[[Exception | None], None]
-
-
-def close_all(descriptors: Sequence[int]) -> None:
-    """Close descriptors that have no owner."""
-    for fd in descriptors:
-        os.close(fd)
-
-
-def close_taken(descriptors: list[int]) -> None:
-    """Close the descriptors of a list and empty it: of two that call this the second closes none."""
-    while descriptors:
-        os.close(descriptors.pop())
 
 
 class ChannelState(enum.Enum):
@@ -100,10 +97,10 @@ _TURN_BEGUN = Batching.TURN_BEGUN
 class Channel:
     """One end of a control connection.
 
-    `on_message` is called for each frame with its payload and its descriptors, which it then owns.
-    `on_lost` is called once, when the peer is gone (None) or misbehaved (the error), never after
-    `close`; with a `ProtocolError` it is called before the channel closes. Both run in the loop and
-    must not block.
+    `on_message` is called for each frame with its payload and its descriptors, which it then owns; one
+    that this process had no room for is `NO_DESCRIPTOR`. `on_lost` is called once, when the peer is gone
+    (None) or misbehaved (the error), never after `close`; with a `ProtocolError` it is called before the
+    channel closes. Both run in the loop and must not block.
 
     Frames that the loop's turn has no units for (`control.turns`) wait for a later one, and nothing more is
     read until then.
@@ -134,8 +131,7 @@ class Channel:
         self._turn = turn_of(self._loop)
         self._incoming = bytearray()
         """The beginning of a frame whose rest is still to come."""
-        self._descriptors: deque[int] = deque()
-        """Descriptors received whose frames are not handled yet."""
+        self._descriptors = Received()
         self._requester = requester
         self._batching = _NONE
         self._gathered: list[bytes] = []
@@ -218,7 +214,11 @@ class Channel:
         if self.state is _CLOSED:
             return
         if not self._outgoing:
-            self._loop.add_writer(self._fd, self._writable)
+            try:
+                self._loop.add_writer(self._fd, self._writable)
+            except OSError as error:
+                self._lose(SocketFailed("the socket can't be watched", error))
+                return
         self._queue(frame, descriptors)
 
     def _queue(self, frame: bytes, descriptors: Sequence[int]) -> None:
@@ -228,8 +228,10 @@ class Channel:
             unread = f"{len(self._outgoing)} messages of {self._outgoing_bytes} bytes"
             self._lose(ProtocolError(f"the peer left {unread} unread"))
             return
-        # Duplicates: the caller may close its descriptors before the frame goes.
-        self._outgoing.append((frame, [os.dup(fd) for fd in descriptors]))
+        try:  # duplicates: the caller may close its descriptors before the frame goes
+            self._outgoing.append((frame, duplicate_all(descriptors)))
+        except OSError as error:
+            self._lose(SocketFailed("a message with descriptors can't wait", error))
 
     def _send_some(self, data: bytes, descriptors: Sequence[int]) -> int:
         try:
@@ -239,8 +241,11 @@ class Channel:
             return self._sock.sendmsg([data], [rights], _NO_SIGNAL)
         except (BlockingIOError, InterruptedError):
             return 0
-        except OSError:
+        except OSError as error:
             # The next read meets the same end and reports it, once, outside the sender's call.
+            if not isinstance(error, ConnectionError):  # not that of the peer
+                failed = SocketFailed("a message can't be sent", error)
+                self._loop.call_soon(self._lose, failed)
             return len(data)
 
     def _writable(self) -> None:
@@ -281,29 +286,27 @@ class Channel:
             return
         try:
             data, ancillary, flags, _ = self._sock.recvmsg(
-                _RECEIVE_BYTES, _ANCILLARY_BYTES, _CLOSE_ON_EXEC
+                _RECEIVE_BYTES, ANCILLARY_BYTES, _CLOSE_ON_EXEC
             )
         except (BlockingIOError, InterruptedError):
             return
-        except OSError as error:
+        except ConnectionError as error:
             self._lose(error)
             return
-        if ancillary:  # first: whatever ends the channel from here on closes them
-            self._take_descriptors(ancillary)
-        if flags & _CUT or len(self._descriptors) > 2 * MAX_DESCRIPTORS:
-            self._lose(ProtocolError("more descriptors than a message may carry"))
-        elif not data:
+        except OSError as error:
+            self._lose(SocketFailed("messages can't be received", error))
+            return
+        if ancillary or flags & _CUT:
+            try:
+                self._descriptors.add(ancillary, cut=bool(flags & _CUT))
+            except ProtocolError as error:
+                self._lose(error)
+                return
+        if not data:
             cut = ProtocolError("the peer hung up in the middle of a message")
             self._lose(cut if self._incoming else None)
         elif self._take(data, 0) and self.state is _OPEN:
             self._pause()
-
-    def _take_descriptors(self, ancillary: list[tuple[int, int, bytes]]) -> None:
-        for level, kind, content in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                rights = array.array("i")
-                rights.frombytes(content[: len(content) - len(content) % _INT_BYTES])
-                self._descriptors.extend(rights)
 
     def _take(self, data: bytes, until: int) -> bool:
         """Handle the frames that are whole, and keep the beginning of the next.
@@ -317,14 +320,14 @@ class Channel:
         done, found = 0, self._batching
         try:
             while done < len(whole) and self.state is _OPEN:
-                if not (end := frame_end(whole, done, self._limit_bytes, len(self._descriptors))):
+                if not (end := frame_end(whole, done, self._limit_bytes, self._descriptors)):
                     break
                 if turn.left <= until:
                     is_more = True
                     break
                 turn.left -= FRAME_UNITS
                 payload, count = bytes(whole[done + HEADER_BYTES : end]), whole[done + COUNT_AT]
-                fds = [self._descriptors.popleft() for _ in range(count)] if count else []
+                fds = self._descriptors.take(count) if count else []
                 done = end
                 if done < len(whole):  # the answer to a frame that came alone need not wait
                     self._batching = _READ
@@ -386,9 +389,7 @@ class Channel:
         for _, descriptors in self._outgoing:
             close_all(descriptors)
         self._outgoing.clear()
-        if self._descriptors:
-            close_all(self._descriptors)
-            self._descriptors.clear()
+        self._descriptors.close()
 
     def forget(self) -> None:
         """Drop the socket in a forked child, whose copy of the loop must not be touched."""

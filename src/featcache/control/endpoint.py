@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from featcache.errors import SettingsError
+from featcache.errors import BackendUnavailable, SettingsError, explain
 
 _MAX_PATH_BYTES: Final = 107  # sun_path, less its final zero
 _BACKLOG: Final = 128
@@ -41,21 +41,29 @@ def check_endpoint(endpoint: object) -> str:
 def default_directory() -> Path:
     """Return ``$XDG_RUNTIME_DIR/featcache``, else ``featcache-<uid>`` under the temporary directory.
 
-    It is made with mode 0700 if it is not there.
+    It is made with mode 0700, whatever the umask, if it is not there.
 
     Raises:
-        SettingsError: it exists and belongs to another user, or is open to others.
+        SettingsError: it exists and belongs to another user, or is open to others, or can't be made.
 
     """
     runtime, uid = os.environ.get("XDG_RUNTIME_DIR"), os.geteuid()
     name = "featcache" if runtime else f"featcache-{uid}"
-    folder = Path(runtime or tempfile.gettempdir(), name)
+    parent = runtime or "the temporary directory"
     try:
+        parent = runtime or tempfile.gettempdir()
+        folder = Path(parent, name)
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
+        ours = stat.S_ISDIR(found.st_mode) and found.st_uid == uid
+        if (
+            ours and ~found.st_mode & stat.S_IRWXU
+        ):  # made under a umask that takes from its own user
+            folder.chmod(stat.S_IRWXU)
+            found = folder.lstat()
     except OSError as error:
-        raise SettingsError(
-            f"no directory for sockets at {folder}: {error.strerror}; set XDG_RUNTIME_DIR or endpoint"
+        raise _refused(
+            f"no directory for sockets in {parent} (set XDG_RUNTIME_DIR or endpoint)", error
         ) from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != uid or found.st_mode & 0o077:
         raise SettingsError(f"{folder} must be a directory of uid {uid} with mode 0700")
@@ -67,6 +75,7 @@ def listen(endpoint: str | None) -> tuple[socket.socket, str]:
 
     Raises:
         SettingsError: the path can't be used, or a live owner listens there.
+        BackendUnavailable: the system has no descriptor or memory for a socket.
 
     """
     if endpoint is None:
@@ -75,7 +84,11 @@ def listen(endpoint: str | None) -> tuple[socket.socket, str]:
         path = folder / f"{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"
     else:
         path = Path(endpoint)
-        if path.exists() and not _is_stale(path):
+        try:
+            in_use = path.exists() and not _is_stale(path)
+        except OSError as error:
+            raise _refused(f"can't listen at {path}", error) from error
+        if in_use:
             why = "another owner listens there, or it is no socket"
             raise SettingsError(f"{path} is in use: {why}")
     check_endpoint(path)
@@ -83,42 +96,59 @@ def listen(endpoint: str | None) -> tuple[socket.socket, str]:
     # connections, and another owner would take it for stale and remove it.
     temporary = path.with_name(f".{secrets.token_hex(4)}{_TEMPORARY}")
     check_endpoint(temporary)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    sock: socket.socket | None = None
     try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         sock.setblocking(False)
         sock.bind(str(temporary))
         temporary.chmod(0o600)
         sock.listen(_BACKLOG)
         temporary.rename(path)
     except OSError as error:
-        sock.close()
+        if sock is not None:
+            sock.close()
         unlink(str(temporary))
-        raise SettingsError(f"can't listen at {path}: {error.strerror}") from error
+        raise _refused(f"can't listen at {path}", error) from error
     return sock, str(path)
 
 
+def _refused(doing: str, error: OSError) -> SettingsError | BackendUnavailable:
+    """Return the error of a path that can't serve, or of a system that has nothing left to give."""
+    lacks = error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
+    return (BackendUnavailable if lacks else SettingsError)(f"{doing}: {explain(error)}")
+
+
 def unlink(path: str) -> None:
-    """Remove a socket file if it is still there."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    """Remove a socket file if it is still there, and can be: the next owner there replaces a stale one."""
+    with contextlib.suppress(OSError):
         Path(path).unlink()
 
 
 def _is_stale(path: Path) -> bool:
-    """Whether the path is a socket without a listener."""
+    """Whether the path is a socket without a listener, or raise OSError if that can't be told."""
     if not stat.S_ISSOCK(path.lstat().st_mode):
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
-        return probe.connect_ex(str(path)) == errno.ECONNREFUSED
+        code = probe.connect_ex(str(path))
+    if code not in {0, errno.EAGAIN, errno.ECONNREFUSED}:
+        raise OSError(code, os.strerror(code))
+    return code == errno.ECONNREFUSED
 
 
 def _sweep(folder: Path) -> None:
     """Remove the sockets of owners that were killed."""
-    for path in folder.glob(f"*{_SUFFIX}"):
+    for path in _found(folder, f"*{_SUFFIX}"):
         with contextlib.suppress(OSError):
             if _is_stale(path):
                 path.unlink()
-    for path in folder.glob(f".*{_TEMPORARY}"):  # killed between bind and rename
+    for path in _found(folder, f".*{_TEMPORARY}"):  # killed between bind and rename
         with contextlib.suppress(OSError):
             if time.time() - path.lstat().st_mtime > _TEMPORARY_AGE_S:
                 path.unlink()
+
+
+def _found(folder: Path, pattern: str) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return list(folder.glob(pattern))
+    return []

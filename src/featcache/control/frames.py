@@ -6,6 +6,7 @@ The length has four bytes, little-endian.
 import struct
 from typing import Final
 
+from featcache.control.descriptors import MAX_DESCRIPTORS, Received
 from featcache.control.messages import VERSION, ProtocolError
 
 _HEADER: Final = struct.Struct("<2sBBI")
@@ -15,12 +16,10 @@ COUNT_AT: Final = 3
 """The offset of the number of descriptors in the header."""
 MAGIC: Final = b"fc"
 _WRONG_MAGIC: Final = "the peer does not speak featcache's protocol"
-MAX_DESCRIPTORS: Final = 64
-"""Descriptors that one frame can carry (SCM_MAX_FD is 253)."""
 
 
-def frame_end(data: bytes | bytearray, start: int, limit_bytes: int, descriptors: int) -> int:
-    """Return the end of the frame at `start`; 0 while it is not whole. So many descriptors have come.
+def frame_end(data: bytes | bytearray, start: int, limit_bytes: int, received: Received) -> int:
+    """Return the end of the frame at `start`; 0 while it is not whole. `received` has the descriptors.
 
     A header is checked before its payload comes, and its magic before the header is whole: a peer
     of another kind or version is refused at its first bytes.
@@ -39,6 +38,6 @@ def frame_end(data: bytes | bytearray, start: int, limit_bytes: int, descriptors
         raise ProtocolError(f"a frame of {length_bytes} bytes is over {limit_bytes}")
     if left < HEADER_BYTES + length_bytes:
         return 0
-    if count > descriptors:
+    if count and not received.has(count):
         raise ProtocolError("a message came without its descriptors")
     return start + HEADER_BYTES + int(length_bytes)

@@ -6,7 +6,6 @@ closes while the process lives is neither: the process may still be reading the 
 """
 
 import asyncio
-import errno
 import socket
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
@@ -15,17 +14,19 @@ from typing import Any
 from featcache import events
 from featcache.control import endpoint as endpoints
 from featcache.control import messages
-from featcache.control.channel import Channel, close_all
+from featcache.control.channel import Channel
 from featcache.control.credentials import PidWatch, check_uid, peer_pid
+from featcache.control.descriptors import NO_DESCRIPTOR, close_all
 from featcache.control.dispatch import Dispatcher, RequestHandlers
 from featcache.control.messages import Hello, ProtocolError, decode_from_client, encode, is_request
 from featcache.control.peer import Peer, Segment, SessionHost, SessionState
 from featcache.control.turns import ATTACH_UNITS, QUANTUM_UNITS, turn_of
-from featcache.errors import AttachRefused, FeatcacheError
+from featcache.errors import OUT_OF_DESCRIPTORS, AttachRefused, FeatcacheError, explain
 from featcache.settings import Settings
 
 _ACTIVE = SessionState.ACTIVE  # members of an enum are slow to look up
 _QUARANTINE_EVENT_S = 0.1
+_ACCEPT_AGAIN_S = 1.0
 
 
 class Server:
@@ -66,8 +67,6 @@ class Server:
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return
         except OSError as error:
-            if error.errno not in {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}:
-                raise
             self._pause_accepting(error)
             return
         self._numbers += 1
@@ -75,16 +74,18 @@ class Server:
         try:
             peer.pid = peer_pid(sock)
             check_uid(sock)
-            if len(self._greeting) >= self._settings.sessions:
-                raise AttachRefused("too many handshakes in progress")
+            # Partials: a lambda would be a frame more for each message.
+            calls = partial(self._on_message, peer), partial(self._on_lost, peer)
+            peer.channel = Channel(sock, self._settings.message_bytes, *calls)
         except (AttachRefused, OSError) as error:
             # Not answered: another user's process is sent nothing.
             sock.close()
-            self._report_refusal(peer, str(error))
+            self._report_refusal(peer, explain(error))
             return
-        # Partials: a lambda would be a frame more for each message.
-        calls = partial(self._on_message, peer), partial(self._on_lost, peer)
-        peer.channel = Channel(sock, self._settings.message_bytes, *calls)
+        if len(self._greeting) >= (most := self._settings.sessions):
+            crowd = f"{most} others are attaching, as many as Settings.sessions: try again"
+            self._refuse(peer, crowd)
+            return
         self._greeting.add(peer)
         peer.deadline = self._loop.call_later(
             self._settings.attach_timeout, self._refuse, peer, "no Hello within attach_timeout"
@@ -93,12 +94,15 @@ class Server:
     def _pause_accepting(self, error: OSError) -> None:
         """Stop accepting for a second: out of descriptors, accept would fail in every turn of the loop."""
         self._loop.remove_reader(self._sock.fileno())
-        self._accept_retry = self._loop.call_later(1.0, self._resume_accepting)
-        self._report_refusal(Peer(0, 0), f"can't accept: {error.strerror}")
+        self._accept_retry = self._loop.call_later(_ACCEPT_AGAIN_S, self._resume_accepting)
+        self._report_refusal(Peer(0, 0), f"can't accept: {explain(error)}")
 
     def _resume_accepting(self) -> None:
         self._accept_retry = None
-        self._loop.add_reader(self._sock.fileno(), self._accept)
+        try:
+            self._loop.add_reader(self._sock.fileno(), self._accept)
+        except OSError as error:
+            self._pause_accepting(error)
 
     def _on_message(self, peer: Peer, payload: bytes, fds: list[int]) -> None:
         try:
@@ -135,8 +139,14 @@ class Server:
         if len(fds) != 1:
             close_all(fds)
             raise ProtocolError("a Hello carries one descriptor, the sender's pidfd")
-        peer.watch = PidWatch(fds[0], lambda: self._on_death(peer))
         peer.name = hello.name
+        try:
+            if fds[0] == NO_DESCRIPTOR:
+                raise AttachRefused(f"the owner is {OUT_OF_DESCRIPTORS} of its process")
+            peer.watch = PidWatch(fds[0], lambda: self._on_death(peer))
+        except (FeatcacheError, OSError) as error:
+            self._refuse(peer, explain(error))
+            return
         if self._settles(hello.name):  # the session that had the name before is at its end
             self._turn.later(partial(self._greet_again, peer, hello))
         else:
@@ -164,7 +174,7 @@ class Server:
             self._check(hello)
             welcome, descriptors = self._host.admit(peer)
         except (FeatcacheError, OSError) as error:
-            self._refuse(peer, str(error))
+            self._refuse(peer, explain(error))
             return
         self._stop_greeting(peer)
         peer.state = _ACTIVE

@@ -3,6 +3,7 @@
 from typing import Final
 
 from featcache.core.effects import Effect
+from featcache.core.endings import Ending, Endings
 from featcache.core.slots import Slot, SlotState, SlotTable
 
 _PUBLISHED: Final = SlotState.PUBLISHED
@@ -13,6 +14,7 @@ class NamedReads:
     """The part of a `Store` that pays for dead readers."""
 
     table: SlotTable
+    endings: Endings
 
     def _settle(self, slot: Slot, now_s: float, grace_s: float = 0.0) -> list[Effect]:
         raise NotImplementedError
@@ -50,5 +52,6 @@ class NamedReads:
         names.remove(name)
         slot.reads_left -= 1
         if slot.reads_left == 0 and slot.state is _PUBLISHED:
+            self.endings.note(slot, Ending.READER_LOST)
             return self._settle(slot, now_s)
         return []

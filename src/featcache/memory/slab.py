@@ -9,12 +9,13 @@ for a GPU, torch's current stream. It is opaque outside its slab, and is passed 
 for the caller.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 
-from featcache.errors import BackendUnavailable
+from featcache.errors import BackendUnavailable, FeatcacheError
 from featcache.memory.words import Block
 from featcache.ref import TensorSpec
 
@@ -29,6 +30,23 @@ Word: TypeAlias = tuple[Words, int, int]
 
 class Unreachable(BackendUnavailable):
     """This device can't access the slab's memory: its reads go through host memory."""
+
+
+def uncopied(nbytes: int, error: RuntimeError) -> BackendUnavailable:
+    """Return the error of a copy that torch could not make: mostly, there is no memory for it."""
+    first = str(error).partition("\n")[0]
+    return BackendUnavailable(f"torch could not make a copy of {nbytes} bytes: {first}")
+
+
+@contextlib.contextmanager
+def torch_copies(nbytes: int) -> Iterator[None]:
+    """Raise torch's bare RuntimeError as `uncopied`; away from the hot paths, which do it inline."""
+    try:
+        yield
+    except FeatcacheError:
+        raise
+    except RuntimeError as error:
+        raise uncopied(nbytes, error) from error
 
 
 class Segment(NamedTuple):

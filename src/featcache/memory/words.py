@@ -23,7 +23,7 @@ from typing import Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.errors import AttachRefused, BackendUnavailable
+from featcache.errors import AttachRefused, BackendUnavailable, explain
 from featcache.settings import round_up
 
 _B = TypeVar("_B")
@@ -130,7 +130,9 @@ def _map(fd: int, size_bytes: int, *, write: bool) -> mmap.mmap:
     try:
         return mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED, prot=prot)
     except PermissionError as error:
-        raise AttachRefused(f"a control block can't be mapped as it should: {error}") from error
+        raise AttachRefused(
+            f"a control block can't be mapped as it should: {explain(error)}"
+        ) from error
 
 
 def owner_block_bytes(slots: int) -> int:

@@ -155,9 +155,8 @@ class OwnerKeys:
         turn = self._turn
         turn.left -= CALL_UNITS
         if turn.left < 0:
-            await (
-                turn.wait()
-            )  # before anything is done: a cancellation that comes here loses nothing
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
         page = self._own.page()
         granted = self._lookups.find(key, page)
         if granted is not None:
@@ -177,9 +176,8 @@ class OwnerKeys:
         turn = self._turn
         turn.left -= CALL_UNITS
         if turn.left < 0:
-            await (
-                turn.wait()
-            )  # before anything is done: a cancellation that comes here loses nothing
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
         page = self._own.page()
         found: Granted | Claim | None = self._lookups.find(key, page)
         if found is None:
@@ -196,7 +194,6 @@ class OwnerKeys:
         turn = self._turn
         turn.left -= CALL_UNITS
         if turn.left < 0:
-            await (
-                turn.wait()
-            )  # before anything is done: a cancellation that comes here loses nothing
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
         return self._lookups.command(command, key, OWN_SESSION)

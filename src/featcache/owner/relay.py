@@ -48,7 +48,9 @@ class Relay:
         request = Request(ref.nbytes, 1, source.settings.relay_ttl)
         there = attachment.pin(ref)
         try:
-            slot = await self._slot(target, request, attachment, None if there else ref, wait=True)
+            slot = await self._slot(
+                target, request, attachment, None if there else ref, None, wait=True
+            )
             return await self._fill(target, slot, ref)
         finally:
             attachment.unpin(ref, pays=False)
@@ -59,6 +61,7 @@ class Relay:
         request: Request,
         attachment: Attachment,
         late: FeatureRef | None,
+        timeout_s: float | None,
         *,
         wait: bool,
     ) -> Slot:
@@ -76,20 +79,22 @@ class Relay:
             except BaseException:
                 writer.withdraw(place)
                 raise
-        return await writer.slot_of(place, None, wait=wait)
+        return await writer.slot_of(place, timeout_s, wait=wait)
 
     async def endpoint(self) -> str:
         """Return the endpoint of the host pool, for sessions that stage their puts there."""
         return (await self._target()).pool.endpoint
 
-    async def upload(self, data: bytes, request: Request, *, wait: bool) -> bytes:
+    async def upload(
+        self, data: bytes, request: Request, timeout_s: float | None, *, wait: bool
+    ) -> bytes:
         """Put the feature of a host pool's ref into the slab, pay it, and return the new ref's bytes.
 
         For sessions whose device can't access the slab.
 
         Raises:
             StaleRef, MalformedRef, UnknownPool: as a get does.
-            PoolFull: no room, and `wait` is false.
+            PoolFull: no room, and `wait` is false; PutTimeout: not in time.
 
         """
         ref = FeatureRef.from_bytes(data)
@@ -104,7 +109,7 @@ class Relay:
         there, done = attachment.pin(ref), False
         try:
             late = None if there else ref
-            slot = await self._slot(self._source, request, attachment, late, wait=wait)
+            slot = await self._slot(self._source, request, attachment, late, timeout_s, wait=wait)
             uploaded = await self._upload_into(slot, host, ref)
             done = True
         finally:

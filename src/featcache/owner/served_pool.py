@@ -10,7 +10,7 @@ import anyio
 from featcache.control import endpoint as endpoints
 from featcache.control.server import Server
 from featcache.core.effects import Limits
-from featcache.errors import BackendUnavailable
+from featcache.errors import BackendUnavailable, system_errors
 from featcache.memory.slab import Slab
 from featcache.owner.keys import Lookups
 from featcache.owner.own_session import OwnSession
@@ -44,6 +44,8 @@ class ServedPool:
         self.lookups = lookups
         self.own = OwnSession(pool, sessions, name)
         self.relaying = OwnSession(pool, sessions, None, RELAY_SESSION)
+        self.unpaid_refs = 0
+        """Once it is closed: refs that owed reads at the end."""
 
     @classmethod
     async def open(
@@ -62,7 +64,8 @@ class ServedPool:
             SettingsError: the endpoint can't be used.
 
         """
-        with contextlib.ExitStack() as undo:
+        unopened = system_errors(BackendUnavailable, "the pool can't be opened")
+        with unopened, contextlib.ExitStack() as undo:
             slab = await offload.run(make, _close_made)
             undo.callback(slab.close)
             try:
@@ -109,7 +112,9 @@ class ServedPool:
                     await offload.finish(slab.finish)
                     break
                 await anyio.sleep(_POLL_S)
+            pool.collect()  # what was paid until now, streams included, is not owed
         finally:
+            self.unpaid_refs = len(pool.store.owing)
             pool.close()
             self.sessions.close()
             # Giving a gigabyte back takes a tenth of a second: not in the loop.

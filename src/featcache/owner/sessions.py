@@ -12,7 +12,7 @@ from featcache.control.peer import Peer
 from featcache.control.turns import LEAVE_UNITS, QUANTUM_UNITS
 from featcache.core.effects import Effect
 from featcache.core.keyed_store import KeyedStore
-from featcache.errors import AttachRefused, BackendUnavailable, MalformedRef
+from featcache.errors import AttachRefused, BackendUnavailable, MalformedRef, system_errors
 from featcache.memory.slab import Segment
 from featcache.memory.words import SessionWords
 from featcache.pool.page import SessionPage
@@ -36,7 +36,7 @@ class Sessions:
 
     def __init__(self, pool: Pool, own_name: str | None) -> None:
         self._pool = pool
-        self._own_name = own_name
+        self._own_name = pool.attendance.own_name = own_name
         self._pidfd = own_pidfd()
         self.through_host: Relay | None = None
         """Copies for sessions that can't reach the slab; a pool in host memory has none."""
@@ -59,7 +59,8 @@ class Sessions:
         pool = self._pool
         if session.name is not None and session.name == self._own_name:
             raise AttachRefused(f"the owner itself is named {session.name!r}")
-        page = self.open_page(session.number, session.name)
+        with system_errors(AttachRefused, "the owner can't make this session's page"):
+            page = self.open_page(session.number, session.name, session.pid)
         limits = pool.store.limits
         welcome = Welcome(
             version=VERSION,
@@ -93,11 +94,11 @@ class Sessions:
             raise BackendUnavailable("this pool is in host memory already: read it, and put, there")
         return self.through_host
 
-    def open_page(self, number: int, name: str | None) -> SessionPage:
+    def open_page(self, number: int, name: str | None, pid: int) -> SessionPage:
         """Make the page of a session and begin to poll it."""
         slots, grants = self._pool.store.limits.slots, self._pool.settings.grants
         words, fd = SessionWords.create(slots, grants)
-        page = self._pool.pages[number] = SessionPage(number, name, words, fd)
+        page = self._pool.pages[number] = SessionPage(number, name, words, fd, pid)
         return page
 
     def quarantine(self, session: Peer) -> None:
@@ -136,6 +137,7 @@ class Sessions:
         yield from session.end_tasks(turn)
         while pool.collector.counts_more(page):
             yield
+        pool.attendance.ended(page, died=died)
         paid = len(page.grants) if died else 0
         yield from self._carry_out(pool, self._grants_paid(page, now_s))
         yield from self._carry_out(pool, pool.abandon_writes_by_steps(page))
@@ -177,6 +179,7 @@ class Sessions:
             for each in [pool, *self.siblings]:
                 pool.turn.left -= QUANTUM_UNITS
                 yield
+                each.collect()  # what it paid itself is not paid for it
                 yield from self._carry_out(each, owed_in(each.store, page.name))
         return paid[0]
 

@@ -26,7 +26,6 @@ class Collector:
         """Whether `collect` goes on in the next turns: there may be more room than is known."""
         self.busy_until_s = float("-inf")
         """Until then releases stream in, as far as is known."""
-        self.reads_paid = 0
         self._reclaimed_from = 0
         """Of the slots that are due, the first that `reclaim` has not looked at in this round."""
         self._reclaims_again = False
@@ -93,12 +92,11 @@ class Collector:
         for page in self._pool.pages.values():
             if newly_released := page.newly_released(high, left):
                 self.busy_until_s = now_s + _BUSY_S
-                self.reads_paid += len(newly_released)
                 left -= len(newly_released)
                 effects += store.pay_all(newly_released, page.session, page.name, now_s)
             if page.grants and left:
                 for grant in page.paid_grants(left):
-                    self.reads_paid += 1
+                    store.reads_paid += 1
                     left -= 1
                     effects += store.pay_grant(grant.slot, now_s)
             if not left:

@@ -26,7 +26,9 @@ from featcache.errors import BackendUnavailable, CacheClosed, MalformedRef
 from featcache.memory.slab import Order, Slab
 from featcache.memory.words import Header, OwnerWords
 from featcache.pool import gauges
+from featcache.pool.attendance import Attendance
 from featcache.pool.collector import Collector
+from featcache.pool.debtors import Debtors
 from featcache.pool.growth import Growth
 from featcache.pool.holds import Holds
 from featcache.pool.page import SessionPage
@@ -60,10 +62,15 @@ class Pool:
         self.store = KeyedStore(limits)
         self.store.serve_most = LEAST
         self.store.allocator.grow(limits.initial_bytes)
+        self.collector = Collector(self)
+        self.collect = self.collector.collect
         self.words, self.words_fd = OwnerWords.create(limits.slots)
         try:
             self.complete = slab.adopt(self.words, self.words.published)
             """The `published` words as the slab signals them."""
+            self.recycler = Recycler(
+                self.collect, self._tick, settings.recycle_interval, deferred=slab.deferred
+            )
         except BaseException:
             os.close(self.words_fd)
             raise
@@ -76,15 +83,12 @@ class Pool:
         """Refs of the features under keys, by slot; a slot's old one stays until it has a new one."""
         self.is_held = Holds(self.words, self.store.table, self.pages)
         self.pending_writes = PendingWrites(self.words.published, self._set_busy)
-        self.collector = Collector(self)
-        self.collect = self.collector.collect
-        self.recycler = Recycler(
-            self.collect, self._tick, settings.recycle_interval, deferred=slab.deferred
-        )
-        self.pressure = PressureMonitor(self.name, self.store, settings)
+        self.attendance = Attendance(self.pages)
+        self._reports = Reports(self.name, settings, self.turn, self.attendance)
+        self.debtors = Debtors(self.store, self.attendance)
+        self.pressure = PressureMonitor(self.name, self.store, settings, self.debtors)
         self.put_bytes = 0
         """Bytes reserved since the last `collect`; a small put counts for more."""
-        self._reports = Reports(self.name, settings, self.turn)
         self._ring_at_now = 0
         gauges.publish(self.store, self.words.header)
 
@@ -255,10 +259,10 @@ class Pool:
     def _tick(self) -> bool:
         """Expire, trim, shrink, compact and report; return whether releases stream in."""
         now_s = _now()
+        self.collect()  # first: what was paid in time does not expire
         if not self._upkeep:
             self._upkeep = True
             self.turn.do(self._keep_up)
-        self.collect()
         if self.store.queue:
             self.apply(self.store.serve(now_s))  # a growth that failed may be tried again
             if self._ring_at_now == 1:

@@ -7,6 +7,7 @@ from featcache import events
 from featcache.control.turns import Turn
 from featcache.core.effects import Evicted, Expired
 from featcache.core.keyed_store import key_label
+from featcache.pool.attendance import Attendance
 from featcache.settings import Settings
 
 _EVENT_UNITS: Final = 8
@@ -16,9 +17,12 @@ _now = time.monotonic
 class Reports:
     """The events of one pool that come in numbers. Each that is told counts in the loop's turn."""
 
-    def __init__(self, pool_name: str, settings: Settings, turn: Turn) -> None:
+    def __init__(
+        self, pool_name: str, settings: Settings, turn: Turn, attendance: Attendance
+    ) -> None:
         self._pool_name = pool_name
         self._turn = turn
+        self._attendance = attendance
         self._expiries = events.Throttle(settings.log_interval, burst=256)
         self._evictions = events.Throttle(settings.log_interval, burst=16)
 
@@ -50,6 +54,7 @@ class Reports:
                 nbytes=expired.nbytes,
                 age_s=expired.age_s,
                 owed_by=expired.owed_by,
+                never_attached=self._attendance.never_attached(expired.owed_by),
                 unlogged=unlogged,
             )
         )

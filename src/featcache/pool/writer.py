@@ -7,12 +7,12 @@ from typing import Any, Final, TypeAlias
 
 import anyio
 
-from featcache import events
 from featcache.control.turns import BYTES_SHIFT, LEAVE_QUEUE_UNITS
 from featcache.core.put_queue import Request, Waiter, WaiterState
 from featcache.core.slots import Slot
 from featcache.errors import BackendUnavailable, CacheClosed, PoolFull, PutTimeout
 from featcache.pool.pool import Pool
+from featcache.pool.waits import PutWaits
 from featcache.ref import FeatureRef
 from featcache.session.arguments import parse_put
 from featcache.session.staging import Staged
@@ -40,7 +40,7 @@ class OwnerWriter:
         self._least_bytes = 3 * self._collect_bytes
         self._put_bytes = self._collect_bytes // _MAX_UNCOLLECTED
         self._turn = pool.turn
-        self._waits = events.Throttle(pool.settings.log_interval)
+        self._waits = PutWaits(pool)
 
     @property
     def has_callers(self) -> bool:
@@ -278,7 +278,12 @@ class OwnerWriter:
         pool, store = self._pool, self._pool.store
         # Room that is being made for it alone is no others': there the bound does not hold.
         bounded = store.queue.count > 0 or not pool.collector.makes_room
-        waiter, effects = store.wait(request, _now(), pool.loop.create_future(), bounded=bounded)
+        try:
+            waiter, effects = store.wait(
+                request, _now(), pool.loop.create_future(), bounded=bounded
+            )
+        except PoolFull as full:
+            raise PoolFull(f"{full}; {pool.debtors.holders()}") from None
         try:
             pool.apply(effects)
             if waiter is store.queue.head:
@@ -295,6 +300,7 @@ class OwnerWriter:
         future, request, since_s = waiter.tag, waiter.request, _now()
         assert isinstance(future, asyncio.Future), "a waiter is tagged with its future"
         granted = False
+        self._waits.begin(waiter, since_s)
         try:
             if timeout_s is None:  # a scope takes longer than the wait itself may
                 await future
@@ -304,14 +310,19 @@ class OwnerWriter:
             granted = True
             return self._pool.store.accept(waiter)
         except TimeoutError:
-            raise PutTimeout(
-                f"no room for {request.nbytes} bytes within {timeout_s} s: "
-                + self._room(besides=waiter.state is WaiterState.WAITING)
-            ) from None
+            if not self._pool.closed:
+                self._pool.collect()  # what was released by now is not held, and may be enough
+            if waiter.state is not WaiterState.GRANTED:
+                raise PutTimeout(
+                    f"no room for {request.nbytes} bytes within {timeout_s} s: "
+                    + self._room(besides=waiter.state is WaiterState.WAITING)
+                ) from None
+            granted = True
+            return self._pool.store.accept(waiter)
         finally:
             if not granted and not self._pool.closed:
                 self._leave(waiter)
-            self._report_wait(request, _now() - since_s, granted=granted)
+            self._waits.end(waiter, since_s, granted=granted)
 
     def _leave(self, waiter: Waiter) -> None:
         """Give a place in the queue up, and the slot that was granted meanwhile."""
@@ -331,27 +342,17 @@ class OwnerWriter:
             if store.queue.count:
                 pool.collect()
 
-    def _report_wait(self, request: Request, waited_s: float, *, granted: bool) -> None:
-        self._waits.emit(
-            _now(),
-            lambda unlogged: events.PutWaited(
-                pool=self._pool.name,
-                nbytes=request.nbytes,
-                waited_s=waited_s,
-                granted=granted,
-                unlogged=unlogged,
-            ),
-        )
-
     def full(self, request: Request) -> PoolFull:
         """Return the PoolFull of a put that does not wait."""
         return PoolFull(f"no room for {request.nbytes} bytes now: {self._room()}")
 
     def _room(self, *, besides: bool = False) -> str:
-        """Describe the room there is; `besides` the waiter that is told."""
-        store = self._pool.store
+        """Describe the room there is, and who holds the rest; `besides` the waiter that is told."""
+        store, refused = self._pool.store, self._pool.growth.refused
+        grows = f"; the slab can't grow: {refused}" if refused else ""
         return (
             f"{store.free_bytes} of {store.limits.capacity_bytes} bytes are free, at most "
             f"{store.largest_free_bytes} in one piece, {store.table.count - store.table.used} of "
-            f"{store.table.count} slots, and {len(store.queue) - besides} puts wait"
+            f"{store.table.count} slots, and {len(store.queue) - besides} puts wait; "
+            f"{self._pool.debtors.holders()}{grows}"
         )

@@ -22,6 +22,9 @@ class Borrow:
     Leaving the block pays the read, behind the work that the GPU was given on the stream that is then
     current, and empties the view (its ``numel()`` is then 0), so that it can't be read by mistake when
     the bytes are another feature's. Slices made of it are not emptied.
+
+    ``async with`` enters it in the loop of the object that it is of; plain ``with``, and the end of the
+    block, are safe in any thread.
     """
 
     __slots__ = ("_copied", "_find", "_reader", "_source", "_tensors", "ref", "timeout_s")
@@ -61,8 +64,8 @@ class Borrow:
         self._reader.gets += 1
         return copied
 
-    def close(self) -> None:
-        """Empty the view and pay the read; leaving the block does."""
+    def close(self, *, pays: bool = True) -> None:
+        """Empty the view and pay the read; leaving the block does. In any thread."""
         source, self._source = self._source, None
         if source is None or self.ref is None:
             return
@@ -71,7 +74,7 @@ class Borrow:
             invalidate(tensor)
         self._tensors = []
         order = None if self._copied else source.mapping.order()
-        source.unpin(self.ref, pays=True, order=order)
+        source.unpin(self.ref, pays=pays, order=order)
 
     def _check_unused(self) -> None:
         if self._source is not None:

@@ -1,6 +1,7 @@
 """Reading: get, borrow and release over the attachments of pools."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable
 from typing import Protocol
@@ -11,9 +12,11 @@ import torch
 from featcache.control.turns import CALL_UNITS, turn_of
 from featcache.errors import GetTimeout, UnknownPool
 from featcache.memory.pack import DTYPES, Feature, unpack
+from featcache.memory.slab import uncopied
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
 from featcache.session.copier import Copier, Device, Readable, Targets, copy, targets_of
+from featcache.session.home import Home
 from featcache.session.lease import KeyLease
 from featcache.session.offload import Offload
 from featcache.session.waiting import wait_ready, wait_ready_blocking
@@ -52,6 +55,8 @@ class Reader:
         self.turn = turn_of(asyncio.get_running_loop())
         self._copier = Copier(offload, inline_bytes, self.turn)
         self.gets = 0
+        self._home = Home()
+        self._runs = self._home.runs
 
     # --- get --------------------------------------------------------------------------------------
 
@@ -88,9 +93,8 @@ class Reader:
         turn = self.turn
         turn.left -= CALL_UNITS
         if turn.left < 0:
-            await (
-                turn.wait()
-            )  # before anything is done: a cancellation that comes here loses nothing
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
         targets, device = (None, device) if out is None else targets_of(ref, device, out)
         source: Readable | None = self.pools.peek(ref)
         reached = source is not None and source.mapping.can_copy_to(device)
@@ -179,9 +183,8 @@ class Reader:
         turn = self.turn
         turn.left -= CALL_UNITS
         if turn.left < 0:
-            await (
-                turn.wait()
-            )  # before anything is done: a cancellation that comes here loses nothing
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
         attachment = self.pools.peek(ref)
         if attachment is None:
             try:
@@ -208,14 +211,16 @@ class Reader:
     ) -> tuple[Readable, Feature | None]:
         """Pin a ref for a borrow, attaching and waiting for its bytes as need be.
 
-        Where the slab itself can't be lent, a copy comes with it.
+        Where the slab itself can't be lent, a copy comes with it. WrongLoop outside the loop: a
+        borrow is made in any thread, so it is asked as it is entered.
         """
+        if self._runs._thread_id != threading.get_ident():  # noqa: SLF001 - see `Runs`
+            raise self._home.refusal("borrow")
         turn = self.turn
         turn.left -= CALL_UNITS
         if turn.left < 0:
-            await (
-                turn.wait()
-            )  # before anything is done: a cancellation that comes here loses nothing
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
         source: Readable | None = self.pools.peek(ref)
         reached = source is not None and source.mapping.can_copy_to(None)
         if source is None or not reached or not source.pin(ref):
@@ -294,9 +299,13 @@ class Reader:
 
     def empty_on(self, ref: FeatureRef, device: torch.device) -> Feature:
         """Return new tensors for a feature on a device."""
-        made = [
-            torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device) for spec in ref.specs
-        ]
+        try:
+            made = [
+                torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device)
+                for spec in ref.specs
+            ]
+        except RuntimeError as error:
+            raise uncopied(ref.nbytes, error) from error
         return unpack(ref.specs, made)
 
     # --- getting there ------------------------------------------------------------------------------

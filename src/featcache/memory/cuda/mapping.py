@@ -19,7 +19,7 @@ from featcache.memory.cuda.backing import Backing, SegmentBacking
 from featcache.memory.cuda.driver import Driver
 from featcache.memory.cuda.streams import DeviceStreams, StreamOrder
 from featcache.memory.pack import DTYPES, contiguous_strides
-from featcache.memory.slab import Parts, Unreachable, Word
+from featcache.memory.slab import Parts, Unreachable, Word, torch_copies, uncopied
 from featcache.memory.views import view_of
 from featcache.memory.words import Block, fence_stores
 from featcache.ref import TensorSpec
@@ -129,7 +129,12 @@ class CudaMapping:
 
     def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
         device = self.device if device is None else device
-        return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device)
+        try:
+            return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device)
+        except (
+            RuntimeError
+        ) as error:  # of torch: its OutOfMemoryError, or any other for host memory
+            raise uncopied(spec.nbytes, error) from error
 
     def fetch(
         self,
@@ -147,9 +152,11 @@ class CudaMapping:
         if streams.storage is None:
             raise CacheClosed("this mapping of the slab is closed")
         shape = spec.shape
-        out = torch.empty_strided(  # with strides torch takes two thirds of the time of `empty`
-            shape, contiguous_strides(shape), dtype=DTYPES[spec.dtype], device=streams.device
-        )
+        strides, dtype = contiguous_strides(shape), DTYPES[spec.dtype]
+        try:  # with strides torch takes two thirds of the time of `empty`
+            out = torch.empty_strided(shape, strides, dtype=dtype, device=streams.device)
+        except RuntimeError as error:
+            raise uncopied(spec.nbytes, error) from error
         if nbytes := out.nbytes:
             at = streams.address + offset_bytes + spec.offset_bytes
             streams.copy(out.data_ptr(), at, nbytes, order.stream)
@@ -181,7 +188,8 @@ class CudaMapping:
             raise SettingsError("the tensors of one get are all on one device")
         if self._home.storage is None:
             raise CacheClosed("this mapping of the slab is closed")
-        target = out if copies.is_plain(out) else torch.empty(out.shape, dtype=out.dtype)
+        with torch_copies(out.nbytes):
+            target = out if copies.is_plain(out) else torch.empty(out.shape, dtype=out.dtype)
         at = self._home.address + offset_bytes + spec.offset_bytes
         self._home.copy_now(target.data_ptr(), at, target.nbytes)
         if target is not out:
@@ -217,10 +225,11 @@ class CudaMapping:
                 # torch runs a copy between devices behind the current streams of both, and makes them
                 # wait for it: the order below, this device's stream, stands behind the copy.
                 device = self.device
-                parts = [
-                    (spec, part.to(device) if part.get_device() >= 0 else part)
-                    for spec, part in parts
-                ]
+                with torch_copies(sum(part.nbytes for _, part in parts)):
+                    parts = [
+                        (spec, part.to(device) if part.get_device() >= 0 else part)
+                        for spec, part in parts
+                    ]
                 on_device = True
                 break
         return parts, self._home.order() if on_device else None
@@ -365,6 +374,7 @@ def _address_of(words: memoryview) -> int:
 
 
 def _made_plain(tensor: torch.Tensor) -> torch.Tensor:
-    plain = torch.empty(tensor.shape, dtype=tensor.dtype)
-    copies.copy(plain, tensor)
+    with torch_copies(tensor.nbytes):
+        plain = torch.empty(tensor.shape, dtype=tensor.dtype)
+        copies.copy(plain, tensor)
     return plain
