@@ -33,6 +33,7 @@ from featcache.errors import FeatureTooLarge, PoolFull, StaleRef
 # Members of an enum are slow to look up, and these are looked up at every put and payment.
 _RESERVED, _PUBLISHED, _RETIRING = SlotState.RESERVED, SlotState.PUBLISHED, SlotState.RETIRING
 _STEADY = SizeState.STEADY
+_BOUND = "{} puts wait already, the bound: shed load, or raise Settings.waiters"
 
 
 class Store(NamedReads):
@@ -77,8 +78,7 @@ class Store(NamedReads):
     @property
     def largest_free_bytes(self) -> int:
         """The largest feature that would fit now, counting what the slab may still grow by."""
-        growth = self.limits.capacity_bytes - self.allocator.end_bytes
-        return max(self.allocator.largest_free_bytes, self.allocator.tail_free_bytes + growth)
+        return max(self.allocator.largest_free_bytes, self.size.tail_room_bytes)
 
     @property
     def retiring_bytes(self) -> int:
@@ -125,21 +125,21 @@ class Store(NamedReads):
 
     def comes_by_growth(self, request: Request, now_s: float) -> bool:
         """Whether growth alone has room for a request behind all that wait for room now."""
-        queue, allocator = self.queue, self.allocator
+        queue = self.queue
         if queue.growing < queue.count or not self.size.can_grow(now_s):
             return False
-        room_bytes = allocator.tail_free_bytes + self.limits.capacity_bytes - allocator.end_bytes
         wanted_bytes = queue.growing_bytes + aligned_size(request.nbytes)
-        return wanted_bytes <= room_bytes and queue.count < len(self.table.free_slots)
+        return wanted_bytes <= self.size.tail_room_bytes and queue.count < len(
+            self.table.free_slots
+        )
 
     def wait(
         self, request: Request, now_s: float, tag: object, *, bounded: bool = True
     ) -> tuple[Waiter, list[Effect]]:
-        """Join the queue.
+        """Join the queue. `Limits.waiters` bounds those that wait for others' features.
 
-        `Limits.waiters` bounds those that wait for others' features. Room that the slab can still grow
-        by is not full: who will have some of that waits beyond the bound. There is never more of those
-        than there are slots. Nor does it bound (`bounded`) one whose room is being made in pieces.
+        Not those whose room the slab can still grow by (never more than slots), nor one whose room is
+        being made in pieces (not `bounded`).
         """
         self.check_size(request.nbytes)
         queue = self.queue
@@ -147,10 +147,7 @@ class Store(NamedReads):
         if bounded and not by_growth:
             growing = queue.growing if self.size.can_grow(now_s) else 0
             if queue.count - growing >= self.limits.waiters:
-                raise PoolFull(
-                    f"{queue.count - growing} puts wait already, the bound: shed load, or raise "
-                    "Settings.waiters"
-                )
+                raise PoolFull(_BOUND.format(queue.count - growing))
         waiter = queue.join(request, tag, by_growth=by_growth)
         self.waited += 1
         return waiter, self.serve(now_s)
