@@ -135,7 +135,7 @@ def feature(seed: int, nbytes: int) -> torch.Tensor:
 
 def is_right(found: Any, seed: int) -> bool:
     """Whether these are the bytes of the feature `seed`, all of them."""
-    return bool(torch.equal(found.cpu(), feature(seed, found.numel()))) and found.numel() > 0
+    return found.numel() > 0 and bool(torch.equal(found.cpu(), feature(seed, found.numel())))
 
 
 def kinds_of_descriptors() -> list[str]:

@@ -74,7 +74,8 @@ async def attach_with_few(pipe: Pipe, endpoint: str) -> None:
                 pipe.say("refused", spare, type(error).__name__, str(error))
         if client.is_open:
             break
-        assert open_descriptors() == before, f"{spare} to spare"
+        left = open_descriptors()
+        assert left == before, f"{spare} to spare: {left - before}"
     assert await client.contains("k")
     await client.aclose()
     pipe.say("attached")
@@ -127,7 +128,8 @@ async def own_with_few(pipe: Pipe) -> None:
                 assert told == (BackendUnavailable, True)
             else:
                 break
-        assert open_descriptors() == before, f"{spare} to spare"
+        left = open_descriptors()
+        assert left == before, f"{spare} to spare: {left - before}"
     ref = await cache.put(filled(KIB))
     with spare_descriptors(1), pytest.raises(BackendUnavailable, match=SHORT):
         await cache.get(ref)

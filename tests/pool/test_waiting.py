@@ -368,6 +368,8 @@ async def test_closing_between_a_grant_and_its_copy(inline_bytes: int) -> None:
         await client.release(first)
         while owner.statistics().waiters:  # noqa: ASYNC110 - to the very turn, and no further
             await asyncio.sleep(0)
+        assert owner._life.engine is not None
+        owner._life.engine.main.pool.stop()  # as `aclose` does, in the turn after this one
         await owner.aclose()  # the put was granted its room, and has not run since
         await put.wait()
         kind, put.error = type(put.error), None

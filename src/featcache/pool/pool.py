@@ -73,6 +73,8 @@ class Pool:
             )
         except BaseException:
             os.close(self.words_fd)
+            del self.words  # unmapped now: the pool is in a cycle with its collector
+            vars(self).pop("complete", None)
             raise
         self.growth = Growth(
             *(self.name, slab, self.store, self.words.header, settings, offload, self.apply)
