@@ -1,8 +1,14 @@
 """Views that are made from nothing and emptied again."""
 
+import copy
+import pickle
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 
+from featcache.errors import StaleRef
 from featcache.memory.views import invalidate, view_over
 
 CPU = torch.device("cpu")
@@ -26,7 +32,7 @@ def test_an_emptied_view_has_nothing_and_cannot_grow() -> None:
     assert made.numel() == 0
     assert made.dtype is torch.int32
     assert row.tolist() == [4, 5, 6]
-    with pytest.raises(RuntimeError, match="resizable"):
+    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(RuntimeError, match="resizable"):
         made.resize_(1)
     assert other.numel() == 6
 
@@ -51,3 +57,54 @@ def test_views_are_made_and_emptied_inside_inference_mode_and_out() -> None:
     with torch.inference_mode():
         invalidate(outside)
     assert inside.numel() == outside.numel() == 0
+
+
+USES: dict[str, Callable[[torch.Tensor], object]] = {
+    "a method": lambda ended: ended.sum(),
+    "a function": torch.mean,
+    "an operator": lambda ended: ended + 1,
+    "the other operand": lambda ended: torch.ones(2, 3) * ended,
+    "one of a list": lambda ended: torch.cat([torch.ones(2), ended]),
+    "an index": lambda ended: ended[0],
+    "a source": lambda ended: torch.zeros(0).copy_(ended),
+    "a target": lambda ended: torch.add(torch.ones(0), 1, out=ended),
+    "in place": lambda ended: ended.zero_(),
+    "a shape": lambda ended: ended.view(-1),
+    "a device": lambda ended: ended.to("cpu"),
+    "a storage": lambda ended: ended.untyped_storage(),
+    "a list": lambda ended: ended.tolist(),
+    "a number": float,
+    "a truth": bool,
+    "a loop": list,
+    "a layer": lambda ended: torch.nn.functional.linear(torch.ones(3), ended),
+    "NumPy": np.asarray,
+    "DLPack": torch.from_dlpack,
+    "a pickle": pickle.dumps,
+    "a deep copy": copy.deepcopy,
+    "a comparison": lambda ended: torch.equal(ended, torch.ones(0)),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_what_computes_with_an_ended_view_is_refused(name: str) -> None:
+    ended = view()
+    invalidate(ended)
+    with pytest.raises(StaleRef, match="end of its block"):
+        USES[name](ended)
+
+
+def test_an_ended_view_still_says_what_it_is() -> None:
+    ended = view()
+    invalidate(ended)
+    assert (ended.numel(), len(ended), ended.nbytes, tuple(ended.shape)) == (0, 0, 0, (0,))
+    assert (ended.dtype, ended.device, ended.is_cpu) == (torch.int32, CPU, True)
+    assert "after its block" in repr(ended)
+    assert "after its block" in f"{ended}"
+
+
+def test_past_torchs_dispatch_an_ended_view_has_nothing() -> None:
+    ended = view()
+    invalidate(ended)
+    assert ended.as_subclass(torch.Tensor).tolist() == []
+    with torch._C.DisableTorchFunctionSubclass():
+        assert ended.data_ptr() == 0

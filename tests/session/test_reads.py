@@ -138,6 +138,12 @@ async def test_a_borrow_is_empty_after_its_block() -> None:
                 assert torch.equal(view, filled(KIB, 4))
                 assert owner.statistics().slots_used == 1
             assert view.numel() == 0
+            with pytest.raises(StaleRef, match="end of its block"):
+                view.sum()
+            with pytest.raises(SettingsError, match="end of its block"):
+                await reader.put(view)
+            with pytest.raises(SettingsError, match="end of its block"):
+                await reader.get(ref, out=view)
             await spent(owner)
 
 

@@ -169,6 +169,8 @@ async def test_the_forms_without_await(place: Place) -> None:
             with reader.borrow(other) as view:
                 assert same(view, BASE)
             assert tensor(view).numel() == 0
+            with pytest.raises(StaleRef, match="end of its block"):
+                tensor(view).sum()
             await owner.discard(ref)
         await all_spent(owner)
 

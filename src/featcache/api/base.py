@@ -155,7 +155,9 @@ class CacheBase:
         """Return a context manager whose value is a view in the slab: no copy, whatever the size.
 
         ``async with`` waits for the bytes, plain ``with`` takes bytes that are there now (as `get_nowait`).
-        Leaving the block pays the read and empties the view. The view is for reading: in another
+        Leaving the block pays the read and empties the view: its ``numel()`` is then 0, and whatever would
+        compute with it raises StaleRef. Slices of it, and arrays over its memory, must not outlive
+        the block: they are not emptied. The view is for reading: in another
         process than the owner's its memory is mapped read-only, and a write to it ends the process.
 
         Of a key, `timeout` is as in `get`; it is looked up on entry, so it takes ``async with``.

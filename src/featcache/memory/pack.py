@@ -2,12 +2,13 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import torch
 
 from featcache.errors import FeatureTooLarge, SettingsError
+from featcache.memory.dense import check_target, dense, has_memory, is_backed
 from featcache.ref import DTYPE_BYTES, MAX_BYTES, MAX_DIMS, MAX_REF_BYTES, TensorSpec, ref_bytes
 
 Feature = torch.Tensor | dict[str, torch.Tensor]
@@ -35,21 +36,21 @@ def is_name(value: Any, minimum: int = 1, *, travels: bool = True) -> bool:
     return True
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_nested
-
-
-def _spec(name: str | None, tensor: Any, offset_bytes: int) -> TensorSpec:
+def _part(name: str, tensor: Any) -> torch.Tensor:
+    """Return a member of a dict, as a tensor that has memory."""
     if not isinstance(tensor, torch.Tensor):
-        where = "a feature" if name is None else f"feature[{name!r}]"
-        raise SettingsError(f"{where} must be a torch.Tensor, not {type(tensor).__name__}")
+        raise SettingsError(
+            f"feature[{name!r}] must be a torch.Tensor, not {type(tensor).__name__}"
+        )
+    return tensor if is_backed(tensor) else dense(tensor, f"feature[{name!r}]")
+
+
+def _spec(name: str | None, tensor: torch.Tensor, offset_bytes: int) -> TensorSpec:
     dtype = _NAMES.get(tensor.dtype)
     if dtype is None:
         raise SettingsError(f"tensors of {tensor.dtype} can't be shared: put their integers")
-    if not _is_dense(tensor):
-        raise SettingsError(
-            "only dense tensors with bytes can be shared, not sparse, nested or meta ones"
-        )
+    if tensor.is_nested:
+        dense(tensor)  # raises, with the reason
     shape = tuple(tensor.shape)
     _check_shape(shape, tensor.nbytes)
     return TensorSpec(name, dtype, shape, offset_bytes)
@@ -91,20 +92,30 @@ def pack(
 
     """
     if isinstance(feature, torch.Tensor):
+        try:  # as `is_backed`, inline
+            nbytes, storage = feature.nbytes, feature.untyped_storage()
+            start, at = storage.data_ptr(), feature.data_ptr()
+            backed = 0 < start <= at and at + nbytes <= start + storage.nbytes()
+        except Exception:  # noqa: BLE001 - as there
+            backed = False
+        if not backed:
+            feature = dense(feature)
+            nbytes = feature.nbytes
         # Servers put the same few shapes again and again.
-        if feature.layout is not torch.strided or feature.is_meta or feature.is_nested:
-            _spec(None, feature, 0)  # raises, with the reason
         try:
             specs = _bare_specs[feature.dtype, feature.shape]
-        except KeyError:
+        except (KeyError, RuntimeError):  # the latter of a nested tensor, which has no shape
             specs = _new_bare_specs(feature)
-        return specs, ((specs[0], feature),), feature.nbytes
+        return specs, ((specs[0], feature),), nbytes
     if not isinstance(feature, Mapping):
         raise SettingsError(
             f"a feature is a torch.Tensor or a dict of them, not {type(feature).__name__}"
         )
     if not 1 <= len(feature) <= max_tensors:
-        raise SettingsError(f"a feature packs 1 to {max_tensors} tensors, not {len(feature)}")
+        raise SettingsError(
+            f"a feature packs 1 to {max_tensors} tensors, not {len(feature)}: Settings.tensors "
+            "(FEATCACHE_TENSORS) is the limit"
+        )
     parts: list[tuple[TensorSpec, torch.Tensor]] = []
     end_bytes = 0
     for name, tensor in feature.items():
@@ -113,8 +124,9 @@ def pack(
                 f"a tensor's name is a str of at most {MAX_NAME} characters that UTF-8 has"
             )
         offset_bytes = -(-end_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        parts.append((_spec(name, tensor, offset_bytes), tensor))
-        end_bytes = offset_bytes + tensor.nbytes
+        part = _part(name, tensor)
+        parts.append((_spec(name, part, offset_bytes), part))
+        end_bytes = offset_bytes + part.nbytes
     specs = tuple(spec for spec, _ in parts)
     if travels and len(specs) > _ALWAYS_FIT:
         _check_length(specs)
@@ -153,7 +165,8 @@ def same_layout(specs: tuple[TensorSpec, ...], out: Any) -> list[torch.Tensor]:
     """Return the tensors of `out` in the order of `specs`.
 
     Raises:
-        SettingsError: `out` differs from the feature in form, names, shapes or dtypes.
+        SettingsError: `out` differs from the feature in form, names, shapes or dtypes, or lacks
+            memory of its own for each element.
 
     """
     if specs[0].name is None:
@@ -162,11 +175,37 @@ def same_layout(specs: tuple[TensorSpec, ...], out: Any) -> list[torch.Tensor]:
         tensors = [out[spec.name] for spec in specs]
     else:
         raise SettingsError(f"out must be a dict with the names {[spec.name for spec in specs]}")
-    for spec, tensor in zip(specs, tensors, strict=True):
-        fits = isinstance(tensor, torch.Tensor) and tensor.dtype is DTYPES.get(spec.dtype)
-        if not fits or not _is_dense(tensor) or tuple(tensor.shape) != spec.shape:
-            raise SettingsError(f"out must be a tensor of {spec.dtype} and shape {spec.shape}")
-        steps = zip(tensor.stride(), tensor.shape, strict=True)
-        if any(stride == 0 and size > 1 for stride, size in steps):
-            raise SettingsError("out must have memory for each element: it is an expanded view")
+    check_fit(specs, tensors)
+    if len(tensors) > 1:
+        places = [tensor.data_ptr() for tensor in tensors if tensor.numel()]
+        if len(set(places)) < len(places):
+            raise SettingsError("out must have memory for each tensor: two begin at one address")
     return tensors
+
+
+def check_fit(specs: tuple[TensorSpec, ...], targets: list[Any]) -> None:
+    """Raise SettingsError unless tensors can be filled as the specs say, now.
+
+    Asked again before they are filled: a caller may have freed or resized them while it waited.
+    """
+    for spec, tensor in zip(specs, targets, strict=True):
+        what = "out" if spec.name is None else f"out[{spec.name!r}]"
+        fits = isinstance(tensor, torch.Tensor) and tensor.dtype is DTYPES.get(spec.dtype)
+        if fits:
+            check_target(tensor, what)
+        if not fits or tensor.shape != spec.shape:
+            where = "" if spec.name is None else f" under {spec.name!r}"
+            raise SettingsError(
+                f"out must be a tensor of {spec.dtype} and shape {spec.shape}{where}"
+            )
+
+
+def check_parts(parts: Iterable[tuple[TensorSpec, torch.Tensor]]) -> None:
+    """Raise SettingsError unless tensors that were packed a while ago are still what their specs say.
+
+    A caller may have freed or resized them meanwhile: their put waited, or a thread has yet to copy.
+    """
+    for spec, tensor in parts:
+        same = tensor.shape == spec.shape and tensor.dtype is DTYPES[spec.dtype]
+        if not (same and (is_backed(tensor) or has_memory(tensor))):
+            raise SettingsError("a tensor lost its memory, or its shape, while its put was waiting")

@@ -4,6 +4,8 @@ from typing import Final
 
 import torch
 
+from featcache.memory.dense import dense, has_memory
+
 COMPLEX: Final = frozenset({"complex32", "complex64", "complex128"})
 """The dtypes, by torch's names, that a conjugated tensor may have."""
 _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -21,9 +23,27 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy between tensors of one dtype and shape."""
+    """Copy between tensors of one dtype and shape, whatever mode of torch's the caller is in.
+
+    Raises:
+        SettingsError: one of them has not the memory that it speaks of.
+
+    """
+    for tensor in (target, source):
+        if not has_memory(tensor):
+            dense(tensor, "a tensor")  # raises, with the reason
+    # Under FakeTensorMode torch would copy nothing, silently; inference mode lets both be any tensors,
+    # those that autograd or inference mode guards too. The bytes are no business of theirs.
+    plain = torch._C._DisableTorchDispatch()  # noqa: SLF001 - for as long as it lives; no public name
+    try:
+        with torch.inference_mode():
+            _copy(target.detach(), source.detach())
+    finally:
+        del plain
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     if target.is_conj() or target.is_neg():
-        target.detach().copy_(source)  # torch can copy the dtypes that can be conjugated or negated
+        target.copy_(source)  # torch can copy the dtypes that can be conjugated or negated
         return
-    source = source.detach().resolve_conj().resolve_neg()
-    _bits(target).copy_(_bits(source))
+    _bits(target).copy_(_bits(source.resolve_conj().resolve_neg()))

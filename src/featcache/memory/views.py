@@ -2,13 +2,14 @@
 
 `tensor.data` of a tensor without elements is the cheapest new tensor there is, with a version counter
 of its own for autograd; `set_` gives it memory and a shape. Invalidation is the reverse: the view's
-memory is exchanged for none, and autograd is told of a change.
+memory is exchanged for none, autograd is told of a change, and the class is one that refuses to compute.
 """
 
 import torch
 from torch.autograd.graph import increment_version
 
 from featcache.memory.dlpack import storage_over
+from featcache.memory.ended import EndedView
 from featcache.memory.pack import DTYPES, contiguous_strides
 from featcache.ref import TensorSpec
 
@@ -53,10 +54,11 @@ def view_of(
 
 
 def invalidate(view: torch.Tensor) -> None:
-    """Detach a view from its memory; its `numel()` is then 0."""
+    """Detach a view from its memory: its `numel()` is then 0, and what computes with it raises StaleRef."""
     dtype, device = view.dtype, view.device
     try:
         view.data = _blanks[dtype, device]
     except KeyError:
         view.data = _blank(dtype, device)
     increment_version(view)  # a backward that saved the view fails rather than read other bytes
+    view.__class__ = EndedView  # a sum over nothing is 0, which looks like a value

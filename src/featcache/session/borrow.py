@@ -20,8 +20,11 @@ class Borrow:
     """One borrow: ``async with`` waits for the bytes, plain ``with`` takes those that are there now.
 
     Leaving the block pays the read, behind the work that the GPU was given on the stream that is then
-    current, and empties the view (its ``numel()`` is then 0), so that it can't be read by mistake when
-    the bytes are another feature's. Slices made of it are not emptied.
+    current, and empties the view: its ``numel()`` is then 0, and whatever would compute with it raises
+    StaleRef, so that it can't be read by mistake when the bytes are another feature's. What was made of
+    it is beyond reach: slices, other tensors over its memory, NumPy arrays and DLPack exports still
+    point into the slab. Each view would need a storage of its own to end those, at half the price of a
+    borrow again.
     """
 
     __slots__ = ("_copied", "_find", "_reader", "_source", "_tensors", "ref", "timeout_s")

@@ -1,9 +1,10 @@
 """Copying pinned bytes: in the caller's thread, or in a thread of the pool if it would hold up the loop."""
 
 import torch
+from torch.autograd.graph import increment_version
 
 from featcache.errors import SettingsError
-from featcache.memory.pack import Feature, same_layout, unpack
+from featcache.memory.pack import Feature, check_fit, same_layout, unpack
 from featcache.memory.slab import Order
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
@@ -33,6 +34,8 @@ def targets_of(ref: FeatureRef, device: Device, out: Feature | None) -> tuple[Ta
 def place(targets: list[torch.Tensor]) -> torch.device:
     """Return the device that they are all on: a read is paid in the order of one device."""
     device = targets[0].device
+    if device.type not in {"cpu", "cuda"}:
+        raise SettingsError(f"out is on {device}: a get fills tensors on 'cpu' or 'cuda:<n>'")
     if any(target.device != device for target in targets):
         raise SettingsError("the tensors of one get's out are all on one device")
     return device
@@ -47,10 +50,12 @@ def copy(
 ) -> Feature:
     """Copy in the caller's thread."""
     specs, mapping = ref.specs, source.mapping
-    if targets is None and specs[0].name is None:  # one bare tensor, as most features are
+    if targets is not None:
+        _fill_given(source, ref, targets, order)
+        return unpack(specs, targets)
+    if specs[0].name is None:  # one bare tensor, as most features are
         return mapping.fetch(ref.offset_bytes, specs[0], device, order)
-    if targets is None:
-        targets = [mapping.empty(spec, device) for spec in specs]
+    targets = [mapping.empty(spec, device) for spec in specs]
     _fill(source, ref, targets, order)
     return unpack(specs, targets)
 
@@ -59,6 +64,16 @@ def _fill(source: Readable, ref: FeatureRef, targets: list[torch.Tensor], order:
     read, offset_bytes = source.mapping.read, ref.offset_bytes
     for spec, target in zip(ref.specs, targets, strict=True):
         read(offset_bytes, spec, target, order)
+
+
+def _fill_given(
+    source: Readable, ref: FeatureRef, targets: list[torch.Tensor], order: Order
+) -> None:
+    """Fill tensors of the caller's, which autograd is told of: it may have saved what they held."""
+    check_fit(ref.specs, targets)
+    _fill(source, ref, targets, order)
+    for target in targets:
+        increment_version(target)
 
 
 class Copier:
@@ -91,8 +106,9 @@ class Copier:
                 into = targets or [mapping.empty(spec, device) for spec in ref.specs]
                 # From here the thread has the pin; if this call is cancelled, the pin ends with it.
                 handed_over = True
+                fill = _fill if targets is None else _fill_given
                 await self._offload.run(
-                    lambda: _fill(source, ref, into, order),
+                    lambda: fill(source, ref, into, order),
                     lambda _: source.unpin(ref, pays=False),
                 )
                 handed_over = False

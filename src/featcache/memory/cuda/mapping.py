@@ -8,7 +8,7 @@ private stream: it may block, and belongs in a thread.
 import ctypes
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from featcache.memory import strided as copies
 from featcache.memory.cuda.backing import Backing, SegmentBacking
 from featcache.memory.cuda.driver import Driver
 from featcache.memory.cuda.streams import DeviceStreams, StreamOrder
-from featcache.memory.pack import DTYPES, contiguous_strides
+from featcache.memory.dense import NOT_MADE, dense, lend
+from featcache.memory.pack import DTYPES, check_parts, contiguous_strides
 from featcache.memory.slab import Parts, Unreachable, Word
 from featcache.memory.views import view_of
 from featcache.memory.words import Block, fence_stores
@@ -89,7 +90,7 @@ class CudaMapping:
     def _open_device(self, ordinal: int) -> DeviceStreams:
         streams = DeviceStreams(self._driver, ordinal, self._driver.device(ordinal))
         streams.address = self._backing.enable_device(ordinal)
-        streams.storage = self._backing.storage(streams.address, streams.device)
+        streams.storage = lend(self._backing.storage(streams.address, streams.device))
         self._by_ordinal[ordinal] = streams
         if streams.device.type != "cpu":
             self._by_device[streams.device] = streams
@@ -152,7 +153,7 @@ class CudaMapping:
         )
         if nbytes := out.nbytes:
             at = streams.address + offset_bytes + spec.offset_bytes
-            streams.copy(out.data_ptr(), at, nbytes, order.stream)
+            streams.copy(out.data_ptr() or _not_made(), at, nbytes, order.stream)
         return out
 
     def read(
@@ -171,7 +172,7 @@ class CudaMapping:
         if out.is_contiguous() and not (out.is_neg() or out.is_conj()):
             if nbytes := out.nbytes:
                 at = streams.address + offset_bytes + spec.offset_bytes
-                streams.copy(out.data_ptr(), at, nbytes, order.stream)
+                streams.copy(out.data_ptr() or _not_made(), at, nbytes, order.stream)
             return
         with streams.at(order):
             copies.copy(out, self.view(offset_bytes, spec, streams.device))
@@ -183,7 +184,8 @@ class CudaMapping:
             raise CacheClosed("this mapping of the slab is closed")
         target = out if copies.is_plain(out) else torch.empty(out.shape, dtype=out.dtype)
         at = self._home.address + offset_bytes + spec.offset_bytes
-        self._home.copy_now(target.data_ptr(), at, target.nbytes)
+        if nbytes := target.nbytes:
+            self._home.copy_now(target.data_ptr() or _not_made(), at, nbytes)
         if target is not out:
             copies.copy(out, target)
 
@@ -218,7 +220,7 @@ class CudaMapping:
                 # wait for it: the order below, this device's stream, stands behind the copy.
                 device = self.device
                 parts = [
-                    (spec, part.to(device) if part.get_device() >= 0 else part)
+                    (spec, dense(part).to(device) if part.get_device() >= 0 else part)
                     for spec, part in parts
                 ]
                 on_device = True
@@ -240,10 +242,10 @@ class CudaMapping:
         The word of one bare tensor, the common feature, goes in one call with its copy.
         """
         streams, target = self._home, self._target
-        if streams.storage is None:
-            raise CacheClosed("this mapping of the slab is closed")
-        if target is None:
-            raise BackendUnavailable("this mapping of the slab was not opened for writing")
+        if streams.storage is None or target is None:
+            raise self._not_writable()
+        if word is None:
+            check_parts(parts)  # a wait lies between their `stage` and this
         for spec, tensor in parts:
             nbytes = tensor.nbytes
             if not nbytes:
@@ -269,6 +271,11 @@ class CudaMapping:
                 return
         if word is not None:  # last: it vouches for all the bytes before it
             self.signal(*word, order)
+
+    def _not_writable(self) -> Exception:
+        if self._home.storage is None:
+            return CacheClosed("this mapping of the slab is closed")
+        return BackendUnavailable("this mapping of the slab was not opened for writing")
 
     # --- words ------------------------------------------------------------------------------------
 
@@ -362,6 +369,10 @@ def _address_of(words: memoryview) -> int:
     if not words.readonly:
         return ctypes.addressof(ctypes.c_char.from_buffer(words))
     return int(np.frombuffer(words, dtype=np.uint8).ctypes.data)
+
+
+def _not_made() -> NoReturn:
+    raise SettingsError(NOT_MADE)
 
 
 def _made_plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,11 +19,12 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 
-from featcache.errors import AttachRefused, BackendUnavailable, CacheClosed
+from featcache.errors import AttachRefused, BackendUnavailable, CacheClosed, SettingsError
 from featcache.memory import strided as copies
+from featcache.memory.dense import NOT_MADE, lend
 from featcache.memory.devices import CPU
 from featcache.memory.host.available import available_bytes
-from featcache.memory.pack import DTYPES
+from featcache.memory.pack import DTYPES, check_parts
 from featcache.memory.slab import Parts, Segment, Word
 from featcache.memory.views import view_of
 from featcache.memory.words import TSO, Block, fence_stores, memfd
@@ -107,7 +108,7 @@ class HostMapping:
             # torch warns once per process that the buffer is not writable, which is intended.
             warnings.simplefilter("ignore", UserWarning)
             whole = torch.frombuffer(mapping, dtype=torch.uint8)
-        self._storage: torch.UntypedStorage | None = whole.untyped_storage()
+        self._storage: torch.UntypedStorage | None = lend(whole.untyped_storage())
         self.end_bytes = whole.nbytes
         self._target: _Target | None = None
         self.home = CPU
@@ -179,7 +180,10 @@ class HostMapping:
                 copies.copy(out, self.view(offset_bytes, spec))
             return
         region = self._open()  # a reference for the copy's time: `close` unmaps nothing under it
-        _memmove(out.data_ptr(), region[1] + offset_bytes + spec.offset_bytes, out.nbytes)
+        nbytes, to = out.nbytes, out.data_ptr()
+        if not to and nbytes:
+            raise SettingsError(NOT_MADE)
+        _memmove(to, region[1] + offset_bytes + spec.offset_bytes, nbytes)
 
     # --- writing ----------------------------------------------------------------------------------
 
@@ -208,7 +212,7 @@ class HostMapping:
                 break
         else:
             return parts, ()
-        devices = {tensor.device for _, tensor in parts if not tensor.is_cpu}
+        devices = {tensor.device for _, tensor in parts if tensor.is_cuda}
         return parts, [torch.cuda.current_stream(device) for device in devices]
 
     def blocking_write_bytes(self, parts: Parts) -> int:
@@ -226,6 +230,8 @@ class HostMapping:
         if target is None:
             self._open()
             raise BackendUnavailable("this mapping of the slab was not opened for writing")
+        if word is None:
+            check_parts(parts)  # a wait lies between their `stage` and this
         base = target.address
         for spec, tensor in parts:
             plain = tensor.is_cpu and tensor.is_contiguous()  # _plain, inline
