@@ -78,7 +78,7 @@ USES: dict[str, Callable[[torch.Tensor], object]] = {
     "a loop": list,
     "a layer": lambda ended: torch.nn.functional.linear(torch.ones(3), ended),
     "NumPy": np.asarray,
-    "DLPack": torch.from_dlpack,
+    "DLPack": torch.utils.dlpack.from_dlpack,
     "a pickle": pickle.dumps,
     "a deep copy": copy.deepcopy,
     "a comparison": lambda ended: torch.equal(ended, torch.ones(0)),

@@ -103,6 +103,8 @@ def _why_not(tensor: torch.Tensor) -> str:
         return f"is no tensor any more: {ENDED}"
     kind = type(tensor)
     with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as above
+        if tensor.is_quantized:
+            return f"is of {tensor.dtype}, which can't be shared: put its integers (int_repr())"
         if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
             return (
                 "has no bytes in order: only dense tensors with bytes can be shared, not sparse, nested "
