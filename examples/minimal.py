@@ -3,7 +3,10 @@
 python examples/minimal.py
 """
 
+import asyncio
 import multiprocessing
+import signal
+from contextlib import suppress
 from multiprocessing.connection import Connection
 
 import anyio
@@ -13,7 +16,15 @@ from anyio import to_thread
 import featcache
 
 
+def stop_on_sigterm() -> None:
+    """Have SIGTERM, which ends a process on the spot, cancel this task instead: it leaves its blocks."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+
+
 async def own(pipe: Connection) -> None:
+    stop_on_sigterm()
     async with featcache.create(capacity="64MiB") as cache:
         ref = await cache.put(torch.arange(1_000_000.0), readers=1)
         data = ref.to_bytes()
@@ -45,7 +56,8 @@ def main() -> None:
     process = spawn.Process(target=reader, args=(theirs,))
     process.start()
     theirs.close()  # so that ours ends, should the reader die
-    anyio.run(own, ours)
+    with suppress(asyncio.CancelledError):
+        anyio.run(own, ours)
     process.join()
 
 

@@ -3,7 +3,10 @@
 python examples/shared_cache.py
 """
 
+import asyncio
 import multiprocessing
+import signal
+import sys
 from collections import Counter
 from multiprocessing.connection import Connection
 
@@ -46,7 +49,15 @@ def worker(endpoint: str, pipe: Connection) -> None:
     anyio.run(work, endpoint, pipe)
 
 
+def stop_on_sigterm() -> None:
+    """Have SIGTERM, which ends a process on the spot, cancel this task instead: it leaves its blocks."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+
+
 async def own() -> Counter[str]:
+    stop_on_sigterm()
     spawn = multiprocessing.get_context("spawn")
     counts: Counter[str] = Counter()
     async with featcache.create(capacity="64MiB") as cache:
@@ -64,7 +75,10 @@ async def own() -> Counter[str]:
 
 
 def main() -> None:
-    counts = anyio.run(own)
+    try:
+        counts = anyio.run(own)
+    except asyncio.CancelledError:
+        sys.exit(128 + signal.SIGTERM)
     print(
         f"{WORKERS} workers asked {WORKERS * 3 * len(PICTURES)} times for {len(PICTURES)} pictures"
     )

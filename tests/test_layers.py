@@ -29,7 +29,12 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("featcache.session", "featcache.session.*"),),
     (("featcache.memory", "featcache.memory.*"), ("featcache.control", "featcache.control.*")),
     (("featcache.core", "featcache.core.*"),),
-    (tuple(f"featcache.{name}" for name in ("errors", "events", "ref", "settings", "statistics")),),
+    (
+        tuple(
+            f"featcache.{name}"
+            for name in ("errors", "events", "hooks", "ref", "settings", "statistics")
+        ),
+    ),
 )
 
 ROOMS = tuple((floor, names) for floor, rooms in enumerate(FLOORS) for names in rooms)

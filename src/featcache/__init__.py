@@ -29,6 +29,7 @@ from featcache.errors import (
     SettingsError,
     StaleRef,
     UnknownPool,
+    WrongLoop,
 )
 from featcache.ref import FeatureRef
 from featcache.settings import Settings, split_budget
@@ -57,6 +58,7 @@ __all__ = [
     "StaleRef",
     "Statistics",
     "UnknownPool",
+    "WrongLoop",
     "blocking",
     "connect",
     "content_key",

@@ -23,6 +23,7 @@ __all__ = [
     "SettingsError",
     "StaleRef",
     "UnknownPool",
+    "WrongLoop",
 ]
 
 
@@ -31,7 +32,10 @@ class FeatcacheError(Exception):
 
 
 class PoolFull(FeatcacheError):
-    """There is no room now, and the call was not allowed to wait. Wait, shed load, or add capacity."""
+    """There is no room now, and the call was not allowed to wait. Wait, shed load, or add capacity.
+
+    The message names who holds the room: the oldest refs, their age, and who owes them.
+    """
 
 
 class FeatureTooLarge(FeatcacheError, ValueError):
@@ -39,7 +43,10 @@ class FeatureTooLarge(FeatcacheError, ValueError):
 
 
 class PutTimeout(FeatcacheError, TimeoutError):
-    """A put waited its whole ``timeout`` for room. Its place in the queue is given up."""
+    """A put waited its whole ``timeout`` for room. Its place in the queue is given up.
+
+    The message names who holds the room, as that of `PoolFull`.
+    """
 
 
 class GetTimeout(FeatcacheError, TimeoutError):
@@ -47,7 +54,10 @@ class GetTimeout(FeatcacheError, TimeoutError):
 
 
 class StaleRef(FeatcacheError):
-    """The ref names bytes that are gone: recycled, expired, discarded, or already paid by this session."""
+    """The ref names bytes that are gone: recycled, expired, discarded, or already paid by this session.
+
+    The message says which where it is known, as it is in the owner, and what to do.
+    """
 
 
 class MalformedRef(FeatcacheError, ValueError):
@@ -80,6 +90,10 @@ class OwnerUnreachable(AttachRefused, OwnerLost):
 
 class CacheClosed(FeatcacheError):
     """This cache or client is not open in this process: never opened, closed, or inherited by a fork."""
+
+
+class WrongLoop(FeatcacheError, RuntimeError):
+    """The call came from another event loop or thread than the object's own; the message names both."""
 
 
 class BackendUnavailable(FeatcacheError, RuntimeError):

@@ -1,21 +1,21 @@
-"""Events: frozen records handed to hooks; structlog is the first hook, metrics another.
+"""Events: frozen records handed to hooks; the log is the first hook, metrics another.
 
 A record's `name` is its event (``featcache.pool.pressure``, …), its `severity` a log level, its other
-fields are the facts. Hooks run in the thread that met the fact and must return at once; one that
-raises is reported and never harms the cache.
+fields are the facts. `featcache.hooks` hands them on.
 """
 
-import sys
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import attrs
-import structlog
+
+from featcache.hooks import Hook, add_hook, emit, is_emitting, log_event, remove_hook
 
 __all__ = [
     "BackendChosen",
     "CommitFailed",
     "Event",
+    "Hook",
     "KeyEvicted",
     "OwnerGone",
     "PeerRefused",
@@ -25,6 +25,7 @@ __all__ = [
     "PoolPressure",
     "PutSpilled",
     "PutWaited",
+    "PutWaiting",
     "ReaderAttached",
     "ReaderLeft",
     "ReaderLost",
@@ -36,11 +37,16 @@ __all__ = [
     "Throttle",
     "add_hook",
     "emit",
+    "is_emitting",
+    "log_event",
     "log_to_structlog",
     "remove_hook",
 ]
 
 Severity = Literal["debug", "info", "warning", "error"]
+
+log_to_structlog: Final = log_event
+"""The older name of `log_event`."""
 
 
 @attrs.frozen(kw_only=True)
@@ -53,9 +59,18 @@ class Event:
     pool: str
     """The pool's id, in hex."""
 
+    @property
+    def urgency(self) -> Severity:
+        """The level at which this record is logged: its class's `severity`, unless it has a reason."""
+        return self.severity
+
     def facts(self) -> dict[str, Any]:
         """Return the record's fields by name."""
         return {field.name: getattr(self, field.name) for field in attrs.fields(type(self))}
+
+    def logged(self) -> dict[str, Any]:
+        """Return `facts` under the names that a log has them by: none is a logging system's own."""
+        return self.facts()
 
 
 @attrs.frozen(kw_only=True)
@@ -87,6 +102,7 @@ class PoolClosed(Event):
     name: ClassVar[str] = "featcache.pool.closed"
     endpoint: str
     unpaid_refs: int
+    """Refs that still owed reads, spilled ones included."""
 
 
 @attrs.frozen(kw_only=True)
@@ -95,6 +111,7 @@ class PoolPressure(Event):
 
     name: ClassVar[str] = "featcache.pool.pressure"
     level: str
+    """In a log it is ``pressure``: ``level`` is the log's own there."""
     previous: str
     capacity_bytes: int
     committed_bytes: int
@@ -112,6 +129,18 @@ class PoolPressure(Event):
     oldest_age_s: float
     oldest_owed_by: tuple[str, ...] | int
     """The names that owe, or how many anonymous reads are owed."""
+    holders: tuple[str, ...] = ()
+    """Who holds the room, a sentence each: the oldest refs with their age and debtors first."""
+    remedy: str = ""
+
+    @property
+    def urgency(self) -> Severity:
+        """``info``; ``warning`` if puts have waited without a break since the last report."""
+        return "warning" if self.level == self.previous == "exhausted" else self.severity
+
+    def logged(self) -> dict[str, Any]:
+        """Return `facts`, with the level as ``pressure``."""
+        return {"pressure" if name == "level" else name: v for name, v in self.facts().items()}
 
 
 @attrs.frozen(kw_only=True)
@@ -125,6 +154,27 @@ class PutWaited(Event):
     """False when it gave up (timeout or cancellation)."""
     unlogged: int
     """Waits since the last such event that were not logged."""
+
+
+@attrs.frozen(kw_only=True)
+class PutWaiting(Event):
+    """A put has waited for `Settings.wait_warning` and goes on waiting. Told once of each put."""
+
+    name: ClassVar[str] = "featcache.put.waiting"
+    severity: ClassVar[Severity] = "warning"
+    session: int
+    """The session whose put it is; 0 is the owner itself."""
+    nbytes: int
+    waited_s: float
+    waiters: int
+    waiting_bytes: int
+    free_bytes: int
+    largest_free_bytes: int
+    holders: tuple[str, ...]
+    """Who holds the room, a sentence each: the oldest refs with their age and debtors first."""
+    remedy: str
+    unlogged: int
+    """Puts that waited as long since the last such event, and were not logged."""
 
 
 @attrs.frozen(kw_only=True)
@@ -204,6 +254,8 @@ class RefExpired(Event):
     nbytes: int
     age_s: float
     owed_by: tuple[str, ...] | int
+    never_attached: tuple[str, ...]
+    """Those of its debtors that no session was ever named."""
     unlogged: int
     """Expiries since the last such event that were not logged."""
 
@@ -315,37 +367,3 @@ class Throttle:
         held_back = self.pass_(now_s)
         if held_back is not None:
             emit(make(held_back))
-
-
-Hook = Callable[[Event], object]
-
-
-def log_to_structlog(event: Event) -> None:
-    """Write the record through structlog: the event's name, then its facts as key-values."""
-    # The logger is fetched anew so that a later structlog.configure (or a test's capture) holds.
-    log = structlog.get_logger("featcache")
-    getattr(log, event.severity)(event.name, **event.facts())
-
-
-_hooks: tuple[Hook, ...] = (log_to_structlog,)
-
-
-def add_hook(hook: Hook) -> None:
-    """Have `hook` called with every `Event` of this process from now on."""
-    global _hooks  # noqa: PLW0603 - one process-wide tuple, replaced whole so that emit needs no lock
-    _hooks = (*_hooks, hook)
-
-
-def remove_hook(hook: Hook) -> None:
-    """Undo one `add_hook`; `log_to_structlog` can be removed too. Unknown hooks are ignored."""
-    global _hooks  # noqa: PLW0603 - see add_hook
-    _hooks = tuple(known for known in _hooks if known is not hook)
-
-
-def emit(event: Event) -> None:
-    """Hand one record to every hook."""
-    for hook in _hooks:
-        try:
-            hook(event)
-        except Exception as error:  # noqa: BLE001 - a hook's fault must not become the pool's
-            print(f"featcache: hook {hook!r} failed: {error!r}", file=sys.stderr)  # noqa: T201 - the log itself may have failed

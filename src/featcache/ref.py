@@ -84,7 +84,8 @@ _Specs = Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length
 class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Names one feature in one pool, for as long as reads of it are owed.
 
-    Immutable, hashable and picklable; `to_bytes` is about 100 bytes and goes over any transport.
+    Immutable, hashable, picklable, and safe in any thread; `to_bytes` is about 100 bytes and goes over
+    any transport.
     A ref grants nothing by itself: a reader checks it against the owner's slot table.
     """
 

@@ -221,6 +221,10 @@ class Settings:
     """Seconds between pressure events while the level stays high."""
     log_interval: float = attrs.field(default=1.0, converter=_SECONDS)
     """Least seconds between two events of one busy kind (``put.waited``, level changes)."""
+    wait_warning: float | None = attrs.field(
+        default=5.0, converter=_OPTIONAL_SECONDS, validator=_positive
+    )
+    """Seconds that a put waits for room until ``put.waiting`` warns of it, once; None is never."""
     attach_timeout: float = attrs.field(default=10.0, converter=_SECONDS, validator=_positive)
     """Seconds for a handshake, on both sides."""
     message_bytes: int = attrs.field(default=64 << 10, converter=_SIZE, validator=_within(1024))

@@ -9,6 +9,9 @@ __all__ = ["Statistics"]
 class Statistics:
     """Gauges are of now, counters since the start. Sizes are bytes.
 
+    The owner counts what was released until the call; on a GPU a release whose word is still on its
+    reader's stream comes when that stream has got there.
+
     On a client the gauges are those of the pools it has attached, as their owners last published
     them (once per `Settings.recycle_interval`), and of the counters only `puts`, `gets` and `spilled` are
     counted, its own: the others are 0, and `evicted` is the pools'.
@@ -41,7 +44,7 @@ class Statistics:
     gets: int = 0
     """Gets and borrows begun through this object."""
     reads_paid: int = 0
-    """Reads that the recycler saw paid, by whomever."""
+    """Reads that were owed, or lent by key, and paid by a reader; one that owed nothing pays none."""
     recycled: int = 0
     """Extents taken back after they had been published."""
     waited: int = 0

@@ -20,6 +20,7 @@ from featcache import (
     events,
 )
 from support.caches import KIB, filled, full, pair, small, spent, until
+from support.keyed import pool_of
 
 Logs = list[MutableMapping[str, Any]]
 CAPACITY = 100 * 4 * KIB
@@ -97,6 +98,51 @@ async def test_statistics_of_a_client() -> None:
         assert client.statistics().gets == 1
 
 
+async def test_the_owner_counts_what_was_released_until_the_call() -> None:
+    async with pair(recycle_interval=60.0, **POOL) as (owner, client):
+        ref = await owner.put(filled(PERCENT))
+        keyed = await owner.put(filled(PERCENT), key="k", readers=1)
+        await client.get(ref)
+        now = owner.statistics()
+        assert (now.reads_paid, now.recycled, now.slots_used) == (1, 1, 1)
+        await client.get("k")
+        await owner.get(keyed)
+        await owner.evict("k")
+        now = owner.statistics()
+        assert (now.reads_paid, now.recycled, now.used_bytes) == (3, 2, 0)
+
+
+async def test_the_level_counts_what_was_released_until_it_is_asked_for() -> None:
+    async with pair(recycle_interval=60.0, **POOL) as (owner, client):
+        ref = await full(owner)
+        assert str(owner.pressure.level) == "high"
+        await client.get(ref)
+        assert str(owner.pressure.level) == "normal"
+        ref = await full(owner)
+        await client.get(ref)
+        await owner.pressure.below("elevated", timeout=0)
+
+
+async def test_a_hook_that_asks_for_statistics_frees_nothing_that_may_still_be_read() -> None:
+    """It is called in the midst of an eviction: the slots are retired, their words not yet cleared."""
+    async with pair(recycle_interval=60.0, **POOL) as (owner, client):
+        pool, exposed = pool_of(owner), list[int]()
+
+        def ask(_: events.Event) -> None:
+            owner.statistics()
+            free = [slot.index for slot in pool.store.table.free_slots]
+            exposed.extend(index for index in free if pool.words.live[index])
+
+        await client.get(await owner.put(filled(40 * PERCENT)))
+        for key in "abcd":
+            await owner.put(filled(20 * PERCENT), key=key)
+        with hooked(ask):
+            ref = await owner.put(filled(80 * PERCENT, 7))
+        assert owner.statistics().evicted == 3
+        assert exposed == []
+        assert (await client.get(ref)).eq(7).all()  # type: ignore[union-attr]  # one tensor
+
+
 # --- pressure ------------------------------------------------------------------------------------
 
 
@@ -126,7 +172,7 @@ async def test_awaiting_a_lower_level() -> None:
         await owner.pressure.below("elevated")
         refs = [await owner.put(filled(PERCENT)) for _ in range(80)]
         await owner.pressure.below("high", timeout=0)
-        with pytest.raises(GetTimeout):
+        with pytest.raises(GetTimeout, match=r"elevated for 0\.01 s: ref .* owed by anonymous"):
             await owner.pressure.below("elevated", timeout=0.01)
         task = asyncio.create_task(owner.pressure.below(PressureLevel.ELEVATED))
         gone = asyncio.create_task(owner.pressure.below("elevated"))
@@ -163,6 +209,51 @@ async def test_closing_ends_the_wait_for_a_level() -> None:
         assert "closed" in repr(owner.pressure)
 
 
+@pytest.mark.parametrize("how", ["get", "release", "borrow", "owner"])
+async def test_what_was_paid_is_not_unpaid_at_close(how: str) -> None:
+    closed: list[events.Event] = []
+    with hooked(closed.append):
+        async with pair(recycle_interval=60.0) as (owner, client):
+            ref = await owner.put(filled(KIB))
+            if how == "borrow":
+                async with client.borrow(ref):
+                    pass
+            elif how == "owner":
+                await owner.get(ref)
+            else:
+                await getattr(client, how)(ref)
+            await owner.aclose()
+    assert [event.unpaid_refs for event in closed if isinstance(event, events.PoolClosed)] == [0]
+
+
+@pytest.mark.parametrize("read", [False, True])
+async def test_spilled_refs_count_at_close(read: bool) -> None:
+    closed: list[events.Event] = []
+    chosen = small(recycle_interval=60.0, spill_always=True)
+    with hooked(closed.append):
+        async with (
+            featcache.create(settings=chosen, spill="1MiB") as owner,
+            featcache.connect(settings=chosen) as client,
+        ):
+            ref = await owner.put(filled(KIB), on_full="spill")
+            if read:
+                await client.get(ref)
+            await owner.aclose()
+    (last,) = [event.unpaid_refs for event in closed if isinstance(event, events.PoolClosed)]
+    assert last == (not read)
+
+
+async def test_what_was_paid_in_time_does_not_expire() -> None:
+    with capture_logs() as logs:
+        async with pair(recycle_interval=0.05) as (owner, client):
+            refs = [await owner.put(filled(KIB), ttl=0.01) for _ in range(3)]
+            for ref in refs:
+                await client.get(ref)
+            await until(lambda: pool_of(owner).store.recycled == 3)  # by the timer
+            assert owner.statistics().expired == 0
+    assert not of(logs, "ref.expired")
+
+
 # --- events --------------------------------------------------------------------------------------
 
 
@@ -193,10 +284,10 @@ async def test_pressure_is_reported_with_its_facts() -> None:
             await until(lambda: len(of(logs, "pool.pressure")) == 2)
             await client.discard(ref)
             await client.release(await task)
-            await until(lambda: of(logs, "pool.pressure")[-1]["level"] == "normal")
+            await until(lambda: of(logs, "pool.pressure")[-1]["pressure"] == "normal")
     reports = of(logs, "pool.pressure")
     elevated, exhausted, normal = reports[0], reports[1], reports[-1]
-    assert [(entry["previous"], entry["level"]) for entry in reports[:2]] == [
+    assert [(entry["previous"], entry["pressure"]) for entry in reports[:2]] == [
         ("normal", "elevated"),
         ("elevated", "exhausted"),
     ]
@@ -219,7 +310,7 @@ async def test_pressure_is_reported_at_a_bounded_rate() -> None:
                 before = owner.statistics().recycled
                 await client.release(ref)
                 await recycled(owner, before + 1)
-    assert [entry["level"] for entry in of(logs, "pool.pressure")] in (["high"], [])
+    assert [entry["pressure"] for entry in of(logs, "pool.pressure")] in (["high"], [])
 
 
 async def test_pressure_that_stays_high_is_repeated() -> None:
@@ -227,7 +318,7 @@ async def test_pressure_that_stays_high_is_repeated() -> None:
         async with pair(pressure_interval=0.02, **POOL) as (owner, _):
             await full(owner)
             await until(lambda: len(of(logs, "pool.pressure")) >= 3)
-    assert {entry["level"] for entry in of(logs, "pool.pressure")} == {"high"}
+    assert {entry["pressure"] for entry in of(logs, "pool.pressure")} == {"high"}
 
 
 async def test_a_wait_is_an_event() -> None:

@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 
 import featcache
-from featcache import CacheClosed, FeatureCache, FeatureClient, OwnerUnreachable, SettingsError
+from featcache import (
+    BackendUnavailable,
+    CacheClosed,
+    FeatureCache,
+    FeatureClient,
+    OwnerUnreachable,
+    SettingsError,
+)
+from featcache.api.lifecycle import Lifecycle
 from featcache.blocking.portal import Portal
 from featcache.owner.owner import Owner
 from featcache.owner.served_pool import ServedPool
@@ -298,7 +306,7 @@ def test_closed_before_its_loop_opens_it_it_ends_closed(monkeypatch: pytest.Monk
         opening.start()
         assert there.wait(20)
         closing.start()
-        while client._portal._manager is not None:
+        while not client._portal._ends:
             closing.join(0.001)
         go_on.set()
         opening.join(20)
@@ -332,6 +340,28 @@ def test_an_interrupt_of_an_open_that_waits_ends_it(runtime_dir: Path) -> None:
             client.statistics()
     threads_ended()
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("what", ["thread", "loop"])
+def test_a_blocking_object_for_which_there_is_no_loop(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = featcache.blocking.create(settings=small())
+
+    def refused(*_: object) -> None:
+        raise (
+            RuntimeError("can't start new thread") if what == "thread" else OSError(24, "too many")
+        )
+
+    with monkeypatch.context() as patch:
+        if what == "thread":
+            patch.setattr(threading.Thread, "start", refused)
+        else:
+            patch.setattr(asyncio, "new_event_loop", refused)
+        with pytest.raises(BackendUnavailable, match="ulimit"):
+            cache.open()
+    with cache:  # nothing is left of it
+        cache.put(filled(1))
 
 
 @pytest.mark.parametrize("on_full", [[], {}, None, 3, "Wait"], ids=repr)
@@ -371,3 +401,12 @@ def test_the_public_objects_have_the_api_and_nothing_else() -> None:
         *("endpoint", "pressure", "put_nowait"),
     }
     assert public(featcache.blocking.FeatureClient) == blocking
+
+
+@pytest.mark.parametrize(("noun", "verb"), [("cache", "create"), ("client", "connect")])
+def test_a_fork_is_told_what_to_do(noun: str, verb: str) -> None:
+    life: Lifecycle[Any] = Lifecycle(noun, verb)
+    life.forget()
+    told = str(life.closed())
+    assert f"forked from the one that opened the {noun}" in told
+    assert f"{verb} another in this process, after the fork" in told

@@ -322,8 +322,8 @@ def release(pair: Pair, _: int) -> Found:
 async def _ticks(pair: Pair, ref: featcache.FeatureRef) -> None:
     """Have a ref paid, and trace the owner until it is recycled and some idle ticks have been."""
     asyncio.run_coroutine_threadsafe(pair.client.release(ref), pair.far.loop)
-    await pair.near.trace.until(lambda: pair.owner.statistics().used_bytes == 0)
-    await asyncio.sleep(3 * TICK_S)
+    pair.near.trace.on()
+    await asyncio.sleep(8 * TICK_S)  # not by `statistics`, which would look itself
     off()
 
 

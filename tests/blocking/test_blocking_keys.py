@@ -459,11 +459,10 @@ def test_the_timeout_is_of_the_bytes_too() -> None:
 def test_a_writer_that_is_lost_takes_its_key_along() -> None:
     """Its bytes never came: who waits for them looks for the key anew, or makes what it stands for."""
     with blocking() as (owner, client), threads() as run:
-        pool, portal = owner._portal.inner._opened().pool, owner._portal._portal
-        assert portal is not None
+        pool, portal = owner._portal.inner._opened().pool, owner._portal
         specs = client.put(filled(8), key="b").specs
 
-        def promise() -> None:
+        async def promise() -> None:
             slot = pool.store.reserve(Request(8, 0, None, b"a"), 0.0)
             assert slot is not None
             pool.publish_from(slot, specs, pool.pages[1])
@@ -473,7 +472,11 @@ def test_a_writer_that_is_lost_takes_its_key_along() -> None:
         patient = run(client.get, "a", timeout=20)
         making = run(owner.get_or_put, "a", lambda: filled(8, 4))
         holds(owner, lambda now: now.hits == 3)
-        portal.call(lambda: pool.apply(pool.abandon_writes(pool.pages[1])))
+
+        async def lose() -> None:
+            pool.apply(pool.abandon_writes(pool.pages[1]))
+
+        portal.call(lose)
         for each in (patient, making):
             assert same(each.result(20), filled(8, 4))
         error = hasty.exception(20)  # there may be something again by the time it looks
@@ -501,12 +504,7 @@ def test_another_thread_closes_between_the_look_and_the_call(
 ) -> None:
     with featcache.blocking.create(settings=small()) as cache:
         with monkeypatch.context() as closing:
-
-            def stopped(*_: object) -> None:
-                closing.setattr(cache._portal, "_portal", None)
-                raise RuntimeError("This portal is not running")
-
-            closing.setattr(cache._portal._portal, "start_task_soon", stopped)
+            closing.setattr(cache._portal._thread, "_accepts", False)
             with pytest.raises(CacheClosed):
                 call(cache)
         assert cache.statistics().slots_used == 0

@@ -339,7 +339,7 @@ def test_a_ref_is_found_from_publish_to_the_last_payment() -> None:
     store.publish(slot, 0.0)
     assert store.find(slot.index, slot.generation) is slot
     pay(store, slot)
-    with pytest.raises(StaleRef, match="ref 0:1 was recycled, expired or discarded"):
+    with pytest.raises(StaleRef, match="ref 0:1 was recycled, as every read that it owed was paid"):
         store.find(slot.index, slot.generation)
 
 

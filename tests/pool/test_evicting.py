@@ -548,7 +548,7 @@ async def test_pressure_events_tell_resident_and_pinned_bytes() -> None:
                         entry
                         for entry in logs
                         if entry["event"] == "featcache.pool.pressure"
-                        and entry["level"] == "exhausted"
+                        and entry["pressure"] == "exhausted"
                     ]
                     return bool(pressed)
 

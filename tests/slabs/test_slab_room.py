@@ -119,6 +119,33 @@ def returned(logs: Sequence[MutableMapping[str, Any]]) -> list[MutableMapping[st
     return [entry for entry in logs if entry["event"] == "featcache.slab.returned"]
 
 
+@pytest.mark.parametrize("reads", ["the owner's, on its stream", "a client's, landed"])
+async def test_what_was_paid_is_counted_and_not_unpaid_at_close(slab: Slab, reads: str) -> None:
+    with capture_logs() as logs:
+        async with slab.pair(recycle_interval=60.0) as (owner, client):
+            ref = await owner.put(there(slab, FULL, 1))
+            if reads == "a client's, landed":
+                await client.get(ref)
+                if slab.kind != "host":
+                    torch.cuda.synchronize(HOME)
+                now = owner.statistics()
+                assert (now.reads_paid, now.recycled, now.used_bytes) == (1, 1, 0)
+            else:
+                await owner.get(ref)  # nobody awaits its stream: closing does
+            await owner.aclose()
+    (closed,) = [entry for entry in logs if entry["event"] == "featcache.pool.closed"]
+    assert closed["unpaid_refs"] == 0
+
+
+async def test_a_full_slab_says_who_holds_it(slab: Slab) -> None:
+    async with slab.pair() as (owner, client):
+        ref = await owner.put(there(slab, FULL, 1), readers=["ghost"])
+        for each in (owner, client):
+            for timeout in (0.02, 0):
+                with pytest.raises(PutTimeout, match=rf"ghost \(never.*ref {ref.slot}:.*to do: "):
+                    await each.put(there(slab, 1, 2), timeout=timeout)
+
+
 ELASTIC = slab_params("host", "vmm")
 
 

@@ -68,7 +68,7 @@ class Program:
     """A script that runs, until it is closed."""
 
     def __init__(self, script: Path, *arguments: object, runtime: Path) -> None:
-        self._runtime = runtime
+        self._runtime = self.runtime = runtime
         for name in (_ERRORS, _SPAWNED):
             (runtime / name).touch()
         ours, theirs = multiprocessing.Pipe(duplex=False)

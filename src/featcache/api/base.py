@@ -14,13 +14,18 @@ from featcache.ref import FeatureRef
 from featcache.session.arguments import check_make, key_bytes
 from featcache.session.borrow import Borrow
 from featcache.session.lease import KeyLease, MakeClaim
-from featcache.session.single_flight import Make, find_or_claim, make_and_put, moved
+from featcache.session.reader import Reader
+from featcache.session.single_flight import Keys, Make, find_or_claim, make_and_put, moved
 from featcache.settings import Settings, parse_timeout
 from featcache.statistics import Statistics
 
 
 class CacheBase:
-    """The API that `FeatureCache` and `FeatureClient` share, over the engine of whichever it is."""
+    """The API that `FeatureCache` and `FeatureClient` share, over the engine of whichever it is.
+
+    An object belongs to the event loop that opened it: WrongLoop elsewhere, but of the calls that say
+    that they are safe in any thread.
+    """
 
     _life: Lifecycle[Any]
     _settings: Settings
@@ -31,7 +36,7 @@ class CacheBase:
 
     @property
     def is_open(self) -> bool:
-        """Whether it was opened, and not closed, in this process."""
+        """Whether it was opened, and not closed, in this process. Safe in any thread."""
         return self._life.state is LifeState.OPEN
 
     def _opened(self) -> Engine:
@@ -62,8 +67,12 @@ class CacheBase:
         no_pickle(self)
 
     def statistics(self) -> Statistics:
-        """Return counters and gauges as of now."""
-        return self._opened().statistics()
+        """Return counters and gauges as of now.
+
+        Safe in any thread; outside the object's loop its gauges are those that the owner last published.
+        """
+        engine, home = self._opened(), self._life.home
+        return engine.statistics(in_loop=home is not None and home.is_here())
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -99,6 +108,7 @@ class CacheBase:
             KeyNotFound: there is no feature under the key; KeyTimeout: nor came one in time.
             PoolFull: this session has `Settings.grants` reads by key out.
             CacheClosed: this object is not open.
+            WrongLoop: the call came from outside the loop that opened it.
             SettingsError: `out` or `device` does not fit.
 
         If the call is cancelled the read is still owed: get it again, or release it.
@@ -110,7 +120,7 @@ class CacheBase:
                 key, timeout_s = key_bytes(ref), None if timeout is None else parse_timeout(timeout)
                 return await self._get_key(key, place, out, timeout_s)
             check_ref(ref)
-        reader = self._opened().reader
+        reader: Reader = self._life.here().reader
         place = self._place if device is None and out is None else self._target(device, out)
         timeout_s = None if timeout is None else parse_timeout(timeout)
         return await reader.get(ref, place, out, timeout_s)
@@ -118,7 +128,7 @@ class CacheBase:
     async def _get_key(
         self, key: bytes, place: torch.device | None, out: Feature | None, timeout_s: float | None
     ) -> Feature:
-        engine = self._opened()
+        engine: Engine = self._life.here()
         keys, reader = engine.keys, engine.reader
         since_s, left_s = 0.0 if timeout_s is None else time.monotonic(), timeout_s
         while True:
@@ -157,7 +167,8 @@ class CacheBase:
         ``async with`` waits for the bytes, plain ``with`` takes bytes that are there now (as `get_nowait`).
         Leaving the block pays the read and empties the view: its ``numel()`` is then 0, and whatever would
         compute with it raises StaleRef. Slices of it, and arrays over its memory, must not outlive
-        the block: they are not emptied. The view is for reading: in another
+        the block: they are not emptied. Plain ``with``, and leaving, are safe in any thread;
+        ``async with`` is entered in the object's loop. The view is for reading: in another
         process than the owner's its memory is mapped read-only, and a write to it ends the process.
 
         Of a key, `timeout` is as in `get`; it is looked up on entry, so it takes ``async with``.
@@ -175,13 +186,14 @@ class CacheBase:
 
     def _borrow_key(self, key: bytes, timeout_s: float | None) -> Borrow:
         def find() -> Awaitable[KeyLease]:
-            return self._opened().keys.find(key, timeout_s)
+            keys: Keys = self._life.here().keys
+            return keys.find(key, timeout_s)
 
         return Borrow(self._opened().reader, None, timeout_s, find)
 
     async def release(self, ref: FeatureRef, *, timeout: float | None = None) -> None:
         """Pay this session's read without reading. Raises as `get` does."""
-        reader = self._opened().reader
+        reader = self._life.here().reader
         if type(ref) is not FeatureRef:
             check_ref(ref)
         await reader.release(ref, None if timeout is None else parse_timeout(timeout))
@@ -200,7 +212,7 @@ class CacheBase:
             OwnerLost: the owner died or closed the pool.
 
         """
-        await self._opened().discard(check_ref(ref))
+        await self._life.here().discard(check_ref(ref))
 
     def _target(self, device: Any, out: Feature | None) -> torch.device | None:
         """Return where a get puts its copy, None for the pool's own device or that of `out`."""
@@ -250,18 +262,20 @@ class CacheBase:
         wanted, timeout_s = key_bytes(key), parse_timeout(timeout)
         place = self._target(device, None)
         while True:
-            found = await find_or_claim(self._opened().keys, wanted, timeout_s)
+            engine: Engine = self._life.here()
+            found = await find_or_claim(engine.keys, wanted, timeout_s)
             if isinstance(found, MakeClaim):
                 made = await make_and_put(found, make, lambda made: self.put(made, key=wanted))
                 return moved(made, place)
             try:
-                return await self._opened().reader.get_leased(found, place, None, None)
+                return await engine.reader.get_leased(found, place, None, None)
             except StaleRef:
                 pass  # its maker died before its bytes came: one of the waiters makes it
 
     async def contains(self, key: str | bytes) -> bool:
         """Whether a feature is kept under a key now. It does not count as a use."""
-        return await self._opened().keys.command("contains", key_bytes(key))
+        keys: Keys = self._life.here().keys
+        return await keys.command("contains", key_bytes(key))
 
     async def evict(self, key: str | bytes) -> bool:
         """Drop a key, pinned or not; return whether it was there.
@@ -269,7 +283,8 @@ class CacheBase:
         Readers of its feature may finish, and reads that its ref owes stay owed; its bytes are
         recycled after that.
         """
-        return await self._opened().keys.command("evict", key_bytes(key))
+        keys: Keys = self._life.here().keys
+        return await keys.command("evict", key_bytes(key))
 
     async def pin(self, key: str | bytes) -> None:
         """Keep a feature from being evicted to make room.
@@ -280,7 +295,7 @@ class CacheBase:
             KeyNotFound: nothing is kept under the key.
 
         """
-        await self._opened().keys.command("pin", key_bytes(key))
+        await self._life.here().keys.command("pin", key_bytes(key))
 
     async def unpin(self, key: str | bytes) -> None:
         """Take back a pin: one of this session's, else the oldest of another's, if there is one.
@@ -289,4 +304,4 @@ class CacheBase:
             KeyNotFound: nothing is kept under the key.
 
         """
-        await self._opened().keys.command("unpin", key_bytes(key))
+        await self._life.here().keys.command("unpin", key_bytes(key))

@@ -1,12 +1,13 @@
 """`FeatureCache`: the owner of a pool, as users hold it; `create`."""
 
+import threading
 from collections.abc import Iterable
 from types import EllipsisType
 from typing import Any, Literal, Self
 
 import torch
 
-from featcache.api import forks
+from featcache.api import forks, serving
 from featcache.api.arguments import parse_device, parse_name, settings_with
 from featcache.api.base import CacheBase
 from featcache.api.lifecycle import Lifecycle
@@ -23,7 +24,11 @@ OnFull = Literal["wait", "raise", "spill"]
 
 
 class FeatureCache(CacheBase):
-    """Owns a pool: a slab, its slots, and the socket that readers attach at. Made by `create`."""
+    """Owns a pool: a slab, its slots, and the socket that readers attach at. Made by `create`.
+
+    It belongs to the event loop that opens it; elsewhere its calls raise WrongLoop, but for those that say
+    that they are safe in any thread.
+    """
 
     def __init__(
         self,
@@ -39,7 +44,7 @@ class FeatureCache(CacheBase):
         self._wanted_endpoint = endpoint
         self._name = name
         self._spill_bytes = spill_bytes
-        self._pressure = Pressure(lambda: self._opened().pool.pressure)
+        self._pressure = Pressure(lambda: self._opened().pool, lambda: self._life.here().pool)
 
     async def open(self) -> Self:
         """Make the slab and listen.
@@ -48,6 +53,7 @@ class FeatureCache(CacheBase):
             BackendUnavailable: the memory or the kernel's help for it is not there.
             SettingsError: the endpoint can't be used.
             CacheClosed: it was opened before, or is closed meanwhile; make another.
+            WrongLoop: no asyncio loop runs here (trio's does, perhaps).
 
         """
         await self._life.open(
@@ -56,6 +62,7 @@ class FeatureCache(CacheBase):
             )
         )
         forks.watch(self)
+        serving.add(self)
         return self
 
     async def aclose(self) -> None:
@@ -72,9 +79,15 @@ class FeatureCache(CacheBase):
             raise self._life.closed()
         return owner
 
+    def _serves_here(self) -> list[str]:
+        owner, home = self._life.engine, self._life.home
+        if owner is None or home is None or not home.is_here():
+            return []
+        return [served.pool.endpoint for served in owner.served]
+
     @property
     def endpoint(self) -> str:
-        """The path of the socket, a str, that `connect` takes."""
+        """The path of the socket, a str, that `connect` takes. Safe in any thread."""
         return self._opened().pool.endpoint
 
     @property
@@ -116,6 +129,7 @@ class FeatureCache(CacheBase):
             PoolFull: no room and ``on_full="raise"``, or `Settings.waiters` puts wait already.
             PutTimeout: no room in time.
             CacheClosed: closed, also while waiting.
+            WrongLoop: called outside the cache's loop.
             SettingsError: an argument is invalid.
 
         A feature on a GPU is copied in the order of the stream that is torch's current one at the
@@ -125,12 +139,18 @@ class FeatureCache(CacheBase):
 
         """
         timeout_s = None if timeout is None else parse_timeout(timeout)
-        owner = self._life.engine
-        if on_full == "wait" and owner is not None:  # the most usual, by the shortest way
+        life = self._life
+        owner = life.engine
+        # The most usual, by the shortest way: `here`, inline.
+        if (
+            on_full == "wait"
+            and owner is not None
+            and life.runs._thread_id == threading.get_ident()  # noqa: SLF001 - see `Runs`
+        ):
             writer = owner.main.writer
             return await writer.put(writer.stage(feature, readers, ttl, key), timeout_s, wait=True)
         check_on_full(on_full, key)
-        owner = self._opened()
+        owner = life.here()
         staged = owner.writers_nowait(on_full, key).stage(feature, readers, ttl, key)
         return await staged.put(timeout_s, owner.spills, wait=on_full != "raise")
 
@@ -145,9 +165,9 @@ class FeatureCache(CacheBase):
         """`put` with no await: PoolFull at once if there is no room or others wait for it.
 
         The copy runs in the loop whatever its size, and so does the growth of the slab if it needs
-        some. Call it in the loop's thread.
+        some. WrongLoop outside the cache's loop.
         """
-        writer = self._opened().main.writer
+        writer = self._life.here().main.writer
         return writer.put_nowait(writer.stage(feature, readers, ttl, key))
 
     def __repr__(self) -> str:

@@ -68,7 +68,7 @@ class OpenClient:
         link = (await self.registry.connection(ref)).link
         await link.discard(ref.slot, ref.generation)
 
-    def statistics(self) -> Statistics:
+    def statistics(self, *, in_loop: bool) -> Statistics:  # noqa: ARG002 - see Engine
         """Return this client's counters, and the gauges of the pools that it has attached."""
         headers = [one.attachment.header for one in self.registry.connections]
         return Statistics(
@@ -93,7 +93,10 @@ class OpenClient:
 
 
 class FeatureClient(CacheBase):
-    """Reads other processes' pools, and puts into the one it is connected to. Made by `connect`."""
+    """Reads other processes' pools, and puts into the one it is connected to. Made by `connect`.
+
+    It belongs to the event loop that opens it, as a `FeatureCache` does.
+    """
 
     def __init__(
         self,
@@ -115,6 +118,7 @@ class FeatureClient(CacheBase):
             AttachRefused: the owner refused, or does not speak this protocol.
             OwnerUnreachable: (also AttachRefused and OwnerLost) nobody listens there.
             CacheClosed: it was opened before, or is closed meanwhile; connect another.
+            WrongLoop: no asyncio loop runs here (trio's does, perhaps).
 
         """
         await self._life.open(
@@ -135,6 +139,12 @@ class FeatureClient(CacheBase):
         if client is None:
             raise self._life.closed()
         return client
+
+    def _endpoints(self) -> set[str]:
+        """Return the endpoints of the owners that it is, or is to be, attached to."""
+        client = self._life.engine
+        found = set() if client is None else {c.link.endpoint for c in client.registry.connections}
+        return found if self._endpoint is None else found | {self._endpoint}
 
     async def put(
         self,
@@ -159,7 +169,7 @@ class FeatureClient(CacheBase):
 
         """
         timeout_s = None if timeout is None else parse_timeout(timeout)
-        client = self._opened()
+        client = self._life.here()
         if on_full == "wait" and (writer := client.puts.bound_writer()) is not None:
             return await writer.put(writer.stage(feature, readers, ttl, key), timeout_s, wait=True)
         staged = (await client.writers(on_full, key)).stage(feature, readers, ttl, key)

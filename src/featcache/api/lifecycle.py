@@ -2,11 +2,13 @@
 
 import asyncio
 import enum
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, Protocol, TypeVar
 
-from featcache.errors import CacheClosed
+from featcache.errors import CacheClosed, FeatcacheError, WrongLoop
 from featcache.ref import FeatureRef
+from featcache.session.home import NOWHERE, Home, Runs, is_foreign, no_loop
 from featcache.session.reader import Reader
 from featcache.session.single_flight import Keys
 from featcache.session.staging import SpillCounter, Writers
@@ -37,8 +39,8 @@ class Engine(Protocol):
     async def discard(self, ref: FeatureRef) -> None:
         """Cancel the reads that a ref still owes."""
 
-    def statistics(self) -> Statistics:
-        """Return gauges and counters."""
+    def statistics(self, *, in_loop: bool) -> Statistics:
+        """Return gauges and counters; outside the loop, gauges as last published."""
 
     async def aclose(self) -> None:
         """Close it."""
@@ -69,6 +71,9 @@ class LifeState(enum.Enum):
     CLOSED = "closed"
 
 
+_LIVE = frozenset((LifeState.OPENING, LifeState.OPEN))
+
+
 class Lifecycle(Generic[E]):
     """One object's state; the engine exists exactly while that is OPEN."""
 
@@ -80,13 +85,24 @@ class Lifecycle(Generic[E]):
         self.hint = "not opened yet: use 'async with', or await open()"
         self._making: asyncio.Task[E] | None = None
         self._settled = asyncio.Event()
+        self._closing_hint = f"this {noun} was closed"
+        self.runs: Runs = NOWHERE
+        self.home: Home | None = None
+        """The loop that opens or opened it."""
 
     async def open(self, make: Callable[[], Coroutine[Any, Any, E]]) -> None:
-        """Make the engine. Raise CacheClosed if it is not NEW, or is closed meanwhile."""
+        """Make the engine, in the loop that it then belongs to.
+
+        Raises:
+            CacheClosed: it is not NEW, or is closed meanwhile.
+            WrongLoop: no asyncio loop runs here.
+
+        """
         if self.state is not LifeState.NEW:
             raise CacheClosed(f"a {self._noun} opens once: {self._verb} another")
-        self.state = LifeState.OPENING
-        self._settled.clear()
+        home = Home()
+        self.state, self.home, self.runs = LifeState.OPENING, home, home.runs
+        self._settled = asyncio.Event()
         # A task of its own, so that `aclose` can cancel the making and no more of the caller.
         self._making = asyncio.get_running_loop().create_task(make())
         try:
@@ -115,27 +131,60 @@ class Lifecycle(Generic[E]):
             raise
 
     async def aclose(self) -> None:
-        """Close it, also while it opens. Idempotent."""
+        """Close it, also while it opens. Idempotent. Raise WrongLoop in another loop than its own."""
+        home = self.home
+        if self.state in _LIVE and home is not None and not home.is_here():
+            raise home.refusal(self._noun)
+        if is_foreign():
+            raise no_loop()
         if self._making is not None:
-            self._close(f"this {self._noun} was closed")
+            self._close(self._closing_hint)
             self._making.cancel()
             await self._settled.wait()  # until the making is undone
         engine = self.engine
         if engine is not None:
             # First, so that no call begins while the engine closes.
-            self._close(f"this {self._noun} was closed")
+            self._close(self._closing_hint)
             await engine.aclose()
+
+    def on_exit(self) -> None:
+        """Say in later errors that the end of the process closed it."""
+        self._closing_hint += " as its process's main thread ended: have that wait for the others"
 
     def forget(self) -> None:
         """Close in a forked child, without a word to anybody."""
         engine = self.engine
-        self._close(f"this process was forked from the one that opened the {self._noun}")
+        self._close(
+            f"this process was forked from the one that opened the {self._noun}: {self._verb} another "
+            "in this process, after the fork (a client connects to the parent's endpoint again)"
+        )
         if engine is not None:
             engine.forget()
 
     def _close(self, hint: str) -> None:
         self.state, self.engine, self.hint = LifeState.CLOSED, None, hint
 
-    def closed(self) -> CacheClosed:
+    def here(self) -> E:
+        """Return the engine, for a call that must come in the loop.
+
+        Raises:
+            WrongLoop: it came from elsewhere.
+            CacheClosed: it is not open.
+
+        """
+        engine = self.engine
+        if engine is None or self.runs._thread_id != threading.get_ident():  # noqa: SLF001 - see `Runs`
+            raise self.refusal()
+        return engine
+
+    def refusal(self) -> FeatcacheError:
+        """Return the error of a call that `here` refused."""
+        if self.engine is None or self.home is None:
+            return self.closed()
+        return self.home.refusal(self._noun)
+
+    def closed(self) -> CacheClosed | WrongLoop:
         """Return the error of a call while it is not open."""
+        if self.state is LifeState.NEW and is_foreign():
+            return no_loop()  # the first call says what opening would
         return CacheClosed(self.hint)

@@ -3,7 +3,8 @@
 ``featcache.blocking.create`` and ``connect`` take the arguments of `featcache.create` and
 `featcache.connect` and are opened with plain ``with``. An event loop in a thread of its own keeps
 sessions and the recycler going; reads of a pool that is attached never enter it, they run in the
-caller's thread.
+caller's thread. These objects are safe in any thread; they are closed when the main thread ends. A call
+that would wait for the loop of its own thread raises WrongLoop.
 """
 
 import functools
@@ -66,7 +67,7 @@ class _BlockingBase(Generic[A]):
         no_pickle(self)
 
     def __repr__(self) -> str:
-        return f"<blocking.{repr(self._portal.inner)[1:]}"
+        return repr(self._portal)
 
     def __enter__(self) -> Self:
         return self.open()
@@ -76,12 +77,7 @@ class _BlockingBase(Generic[A]):
 
     def statistics(self) -> Statistics:
         """Return counters and gauges, taken in the loop."""
-        inner = self._portal.inner
-
-        async def look() -> Statistics:
-            return inner.statistics()
-
-        return self._portal.call(look)
+        return self._portal.look(self._portal.inner.statistics)
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -112,7 +108,7 @@ class _BlockingBase(Generic[A]):
             return reader.get_nowait(ref, place, out)
         if out is None:
             out = reader.empty(ref, place)
-        return portal.call(lambda: reader.get(ref, None, out, timeout_s))
+        return portal.call(lambda: reader.get(ref, None, out, timeout_s), ref=ref)
 
     def get_nowait(
         self, ref: FeatureRef, *, device: Any = None, out: Feature | None = None
@@ -130,7 +126,7 @@ class _BlockingBase(Generic[A]):
         """Enter a borrow, waiting for its bytes."""
         ref, portal = borrow.ref, self._portal
         if ref is None:  # a key's, to be looked up
-            return portal.call(borrow.__aenter__)
+            return portal.call(borrow.__aenter__, lambda _: borrow.close(pays=False))
         reader = portal.engine.reader
         if reader.pools.has(ref):
             try:
@@ -139,7 +135,7 @@ class _BlockingBase(Generic[A]):
                 pass  # on its way
         if self._prepared(reader, ref, None, borrow.timeout_s, borrows=True):
             return borrow.__enter__()
-        return portal.call(borrow.__aenter__)
+        return portal.call(borrow.__aenter__, lambda _: borrow.close(pays=False), ref)
 
     def _prepared(
         self,
@@ -150,17 +146,19 @@ class _BlockingBase(Generic[A]):
         *,
         borrows: bool,
     ) -> bool:
-        return reader.prepare_blocking(ref, place, timeout_s, borrows=borrows) or self._portal.call(
-            lambda: reader.prepare(ref, place, timeout_s, borrows=borrows)
+        portal = self._portal
+        portal.check_thread(ref)  # before a wait for bytes that its own loop would have to bring
+        return reader.prepare_blocking(ref, place, timeout_s, borrows=borrows) or portal.call(
+            lambda: reader.prepare(ref, place, timeout_s, borrows=borrows), ref=ref
         )
 
     def release(self, ref: FeatureRef, *, timeout: float | None = None) -> None:
         """Pay the read without reading."""
-        self._portal.call(lambda: self._portal.inner.release(ref, timeout=timeout))
+        self._portal.call(lambda: self._portal.inner.release(ref, timeout=timeout), ref=_of(ref))
 
     def discard(self, ref: FeatureRef) -> None:
         """Take a ref back, as `featcache.FeatureClient.discard`."""
-        self._portal.call(lambda: self._portal.inner.discard(ref))
+        self._portal.call(lambda: self._portal.inner.discard(ref), ref=_of(ref))
 
     # --- putting, and the directory -----------------------------------------------------------------
 
@@ -181,7 +179,8 @@ class _BlockingBase(Generic[A]):
         )
         staged = writers.stage(feature, readers, ttl, key)
         return self._portal.call(
-            lambda: staged.put(timeout_s, engine.spills, wait=on_full != "raise")
+            lambda: staged.put(timeout_s, engine.spills, wait=on_full != "raise"),
+            self._portal.inner.discard,
         )
 
     def get_or_put(
@@ -209,7 +208,8 @@ class _BlockingBase(Generic[A]):
 
     def pin(self, key: str | bytes) -> None:
         """Keep a feature from being evicted, as `featcache.FeatureCache.pin`."""
-        self._portal.call(lambda: self._portal.inner.pin(key))
+        inner = self._portal.inner
+        self._portal.call(lambda: inner.pin(key), lambda _: inner.unpin(key))
 
     def unpin(self, key: str | bytes) -> None:
         """Take back a pin, as `featcache.FeatureCache.unpin`."""
@@ -270,7 +270,7 @@ class FeatureCache(_BlockingBase[AsyncCache]):
         async def put() -> FeatureRef:
             return writer.put_nowait(staged)
 
-        return self._portal.call(put)
+        return self._portal.call(put, self._portal.inner.discard)
 
 
 class Pressure:
@@ -282,7 +282,8 @@ class Pressure:
     @property
     def level(self) -> PressureLevel:
         """The level now."""
-        return self._portal.inner.pressure.level
+        pressure = self._portal.inner.pressure
+        return self._portal.look(lambda: pressure.level)
 
     def below(self, level: PressureLevel | str, *, timeout: float | None = None) -> None:
         """Return once the level is lower, as `below` of `featcache.FeatureCache.pressure`."""
@@ -291,6 +292,11 @@ class Pressure:
 
     def __repr__(self) -> str:
         return repr(self._portal.inner.pressure)
+
+
+def _of(ref: Any) -> FeatureRef | None:
+    """Return the ref, or None of what is none, which is refused in the loop."""
+    return ref if isinstance(ref, FeatureRef) else None
 
 
 def _blocking(make: Callable[P, A], wrap: Callable[[A], B]) -> Callable[P, B]:

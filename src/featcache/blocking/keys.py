@@ -49,17 +49,19 @@ def get_or_put(
     """As `featcache.FeatureCache.get_or_put`; `make` and `put` run in the caller's thread."""
     keys, place = portal.engine.keys, portal.place(device, None)
     while True:
-        found = portal.call(lambda: find_or_claim(keys, key, timeout_s), _undo)
+        found: KeyLease | MakeClaim | None = None
+        try:  # around the call too: an interrupt may come as it returns
+            found = portal.call(lambda: find_or_claim(keys, key, timeout_s), _undo)
+            if isinstance(found, MakeClaim):
+                feature = make()
+                put(feature)
+        finally:
+            if isinstance(found, MakeClaim):
+                _release(portal, found)
         if isinstance(found, MakeClaim):
-            break
+            return moved(feature, place)
         with contextlib.suppress(StaleRef):  # as above
             return _copy(portal, found, place, None, None)
-    try:
-        feature = make()
-        put(feature)
-    finally:
-        _release(portal, found)
-    return moved(feature, place)
 
 
 def _copy(

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 
 from featcache.client.connection import PoolConnection
-from featcache.client.writer import ClientWriter, wire_form, within
+from featcache.client.writer import ClientWriter, left, wire_form, within
 from featcache.control import messages
 from featcache.control.messages import ProtocolError
 from featcache.core.put_queue import Request
@@ -32,32 +32,37 @@ class Uploader:
     async def put(self, staged: Staged, timeout_s: float | None, *, wait: bool) -> FeatureRef:
         """Copy a feature in and return its ref, as `ClientWriter.put`."""
         if timeout_s is None:
-            return await self._put(staged, timeout_s, wait=wait)
+            return await self._put(staged, timeout_s, None, wait=wait)
         return await within(
             timeout_s,
             wait,
             staged.request.nbytes,
-            lambda waits: self._put(staged, timeout_s, wait=waits),
+            lambda waits, deadline_s: self._put(staged, timeout_s, deadline_s, wait=waits),
         )
 
-    async def _put(self, staged: Staged, timeout_s: float | None, *, wait: bool) -> FeatureRef:
+    async def _put(
+        self, staged: Staged, timeout_s: float | None, deadline_s: float | None, *, wait: bool
+    ) -> FeatureRef:
+        left_s = None if deadline_s is None else left(deadline_s)
         in_host = Request(staged.request.nbytes, 1, self._settings.relay_ttl)
         ref = await self.host_pool.put(
             msgspec.structs.replace(staged, request=in_host),
-            0.0 if timeout_s == 0 else None,
+            0.0 if timeout_s == 0 else left_s,
             wait=True,
         )
         try:
-            return await self._upload(ref, staged.request, wait=wait)
+            return await self._upload(ref, staged.request, deadline_s, wait=wait)
         except BaseException:
             # The owner's copy pins it for as long as that goes on.
             self.host_pool.connection.link.discard_soon(ref.slot, ref.generation)
             raise
 
-    async def _upload(self, ref: FeatureRef, request: Request, *, wait: bool) -> FeatureRef:
-        link = self.connection.link
+    async def _upload(
+        self, ref: FeatureRef, request: Request, deadline_s: float | None, *, wait: bool
+    ) -> FeatureRef:
+        link, left_s = self.connection.link, None if deadline_s is None else left(deadline_s)
         answer, _ = await link.request(
-            messages.Upload(link.number(), *wire_form(request), wait, ref.to_bytes())
+            messages.Upload(*(link.number(), *wire_form(request), wait, ref.to_bytes(), left_s))
         )
         if not isinstance(answer, messages.Reply):
             raise ProtocolError(f"the owner answered a put with {type(answer).__name__}")

@@ -7,8 +7,9 @@ copy, says that they have landed.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import anyio
 
@@ -38,25 +39,50 @@ def wire_form(
 T = TypeVar("T")
 
 
+_ANSWER_S: Final = 0.25
+"""How much longer than its `timeout` a put waits for the owner to say who holds the room."""
+
+
 async def within(
-    timeout_s: float, wait: bool, nbytes: int, work: Callable[[bool], Awaitable[T]]
+    timeout_s: float,
+    wait: bool,
+    nbytes: int,
+    work: Callable[[bool, float | None], Awaitable[T]],
 ) -> T:
-    """Await ``work(waits)`` for at most `timeout_s`, which 0 makes a call that does not wait.
+    """Await ``work(waits, deadline_s)`` for `timeout_s`, which 0 makes a call that does not wait.
+
+    The owner is asked to give up at the deadline (of `time.monotonic`), and its error says why; only
+    an owner that does not is given up here.
 
     Raises:
         PutTimeout: not in time; PoolFull if it is not to `wait` at all.
 
     """
     at_once = timeout_s == 0
+    limit_s, deadline_s = rpc_timeout(timeout_s), None
+    if limit_s is not None and not at_once:
+        deadline_s = time.monotonic() + timeout_s
+        limit_s += _ANSWER_S
     try:
-        with anyio.fail_after(rpc_timeout(timeout_s)):
-            return await work(wait and not at_once)
+        with anyio.fail_after(limit_s):
+            return await work(wait and not at_once, deadline_s)
+    except PutTimeout as late:  # the owner's, which was told what was left of the time
+        why = str(late).partition(" s: ")[2] or str(late)
+        raise PutTimeout(f"no room for {nbytes} bytes within {timeout_s} s: {why}") from None
     except PoolFull as full:
         if not (at_once and wait):
             raise
-        raise PutTimeout(f"{full}, within {timeout_s} s") from None
+        raise PutTimeout(f"within {timeout_s} s: {full}") from None
     except TimeoutError:
-        raise PutTimeout(f"no room for {nbytes} bytes within {timeout_s} s") from None
+        raise PutTimeout(
+            f"no room for {nbytes} bytes within {timeout_s} s, and the owner did not say who holds "
+            "it: it is busy, or stopped"
+        ) from None
+
+
+def left(deadline_s: float) -> float:
+    """Return the time until a deadline as a message has it, more than 0."""
+    return max(0.001, deadline_s - time.monotonic())
 
 
 class ClientWriter:
@@ -94,16 +120,24 @@ class ClientWriter:
             reserved = await self._reserve(request, wait=wait)
         else:
             reserved = await within(
-                timeout_s, wait, request.nbytes, lambda waits: self._reserve(request, wait=waits)
+                timeout_s,
+                wait,
+                request.nbytes,
+                lambda waits, deadline_s: self._reserve(request, deadline_s, wait=waits),
             )
         return await self._fill(reserved, staged)
 
-    async def _reserve(self, request: Request, *, wait: bool) -> Reserved:
+    async def _reserve(
+        self, request: Request, deadline_s: float | None = None, *, wait: bool
+    ) -> Reserved:
         if not self.connection.attachment.mapping.writable:
             await self._opening.join()
             self.connection.attachment.check()  # it may have been closed meanwhile
         link = self.connection.link
-        answer, _ = await link.request(messages.Reserve(link.number(), *wire_form(request), wait))
+        left_s = None if deadline_s is None else left(deadline_s)
+        answer, _ = await link.request(
+            messages.Reserve(link.number(), *wire_form(request), wait, left_s)
+        )
         if not isinstance(answer, Reserved):
             raise ProtocolError(f"the owner answered a put with {type(answer).__name__}")
         return answer

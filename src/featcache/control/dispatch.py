@@ -19,6 +19,8 @@ _MAX_COPIES: Final = 8192
 """Unanswered requests of one session for which the owner copies through host memory."""
 
 _COPIES: Final = frozenset(kind for kind in messages.REQUESTS if kind.copies)
+_REFUSAL_BYTES: Final = 256
+"""Bytes of a refusal besides its text."""
 _ACTIVE: Final = SessionState.ACTIVE  # members of an enum are slow to look up
 _CLOSED: Final = ChannelState.CLOSED
 _WriteDescriptors: Final = messages.WriteDescriptors
@@ -110,8 +112,13 @@ class Dispatcher:
         payload = encode(answer)
         if len(payload) > channel.send_bytes:
             self._handlers.revoke(peer.number, answer)
-            why = "the ref is too long for a message: raise Settings.message_bytes"
-            payload = encode(_refusal(answer.request, SettingsError(why)))
+            if isinstance(answer, messages.Reply) and answer.error is not None:
+                fits = (channel.send_bytes - _REFUSAL_BYTES) // 4  # of UTF-8 a character
+                answer = messages.Reply(answer.request, answer.error, answer.text[:fits])
+                payload = encode(answer)
+            else:
+                why = "the ref is too long for a message: raise Settings.message_bytes"
+                payload = encode(_refusal(answer.request, SettingsError(why)))
         fds = self._handlers.writable() if type(answer) is _WriteDescriptors else ()
         channel.send(payload, fds)
 
@@ -121,4 +128,4 @@ def _fault(number: int) -> messages.Reply:
 
 
 def _refusal(number: int, error: FeatcacheError) -> messages.Reply:
-    return messages.Reply(number, type(error).__name__, str(error)[:1000])
+    return messages.Reply(number, type(error).__name__, str(error)[:2000])

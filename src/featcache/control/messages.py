@@ -136,6 +136,9 @@ class PutSpec(Numbered, frozen=True):
 class Reserve(PutSpec, tag="reserve", frozen=True):
     """Client: reserve a slot that the client writes. Answered by `Reserved` or `Reply`."""
 
+    timeout_s: _Seconds | None = None
+    """How long the owner is to wait for room; its answer says who holds the room."""
+
 
 class HostPool(Numbered, tag="host_pool", frozen=True):
     """Client: the endpoint of the owner's pool in host memory. Answered by `Reply` with it as `text`."""
@@ -147,6 +150,8 @@ class Upload(PutSpec, tag="upload", frozen=True):
     """Client: copy this ref of the host pool into the slab. Answered by `Reply` with the new ref."""
 
     ref: _Ref
+    timeout_s: _Seconds | None = None
+    """As of `Reserve`."""
     copies = True
 
 

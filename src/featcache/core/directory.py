@@ -3,7 +3,7 @@
 In which order evictable slots go is not decided here but in `core.recency`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from featcache.core.recency import Recency
 from featcache.core.slots import Slot, SlotState
@@ -126,6 +126,11 @@ class Directory:
             slot = self._slots[key]
             self.pinned_bytes -= _extent_bytes(slot)
             self.refresh(slot)
+
+    @property
+    def pins(self) -> Mapping[bytes, Mapping[int, int]]:
+        """How often each session pinned a key, by key."""
+        return self._pins
 
     def is_pinned(self, key: bytes) -> bool:
         return key in self._pins

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from featcache.core.allocator import ALIGNMENT_BYTES
 from featcache.core.effects import ClaimPassed, Effect, Evicted, Limits
+from featcache.core.endings import Ending
 from featcache.core.eviction import FEW, victims
 from featcache.core.key_queue import KeyWaiter, KeyWaiterState
 from featcache.core.put_queue import Request
@@ -99,6 +100,8 @@ class KeyedStore(Store):
         key = slot.key
         assert key is not None, "it is kept under a key"
         self.directory.drop(slot)
+        if not slot.reads_left:
+            self.endings.note(slot, Ending.EVICTED)
         self.evicted += 1
         return Evicted(key, slot.nbytes, now_s - slot.used_s, cause)
 
@@ -221,6 +224,7 @@ class KeyedStore(Store):
     def fail_write(self, slot: Slot, now_s: float) -> list[Effect]:
         """Revoke a PUBLISHED slot whose bytes will never be complete: its writer died."""
         slot.reads_left, slot.owed_by_names = 0, None
+        self.endings.note(slot, Ending.WRITER_LOST)
         self._leave_owing(slot)
         evicted = [] if slot.key is None else [self._drop_key(slot, now_s, "writer lost")]
         # Retired though grants may be out: `due` passes it over until they are paid.

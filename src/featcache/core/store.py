@@ -5,8 +5,8 @@ as effects for the caller to carry out. The state changes at the decision, not w
 carried out, so no other call can come between (httpcore's connection pool is built so).
 """
 
-from collections.abc import Iterable
-from itertools import takewhile
+from collections.abc import Iterable, Sequence
+from itertools import islice, takewhile
 
 from featcache.core.allocator import ALIGNMENT_BYTES, OffsetAllocator
 from featcache.core.directory import Directory
@@ -20,6 +20,7 @@ from featcache.core.effects import (
     SlotRetired,
     Woken,
 )
+from featcache.core.endings import Ending, Endings
 from featcache.core.key_queue import KeyQueue
 from featcache.core.put_queue import Request, Waiter, WaitQueue
 from featcache.core.recency import Recency
@@ -49,11 +50,12 @@ class Store:
         self.recency = Recency()
         self.directory = Directory(self.recency)
         self.key_waiters = KeyQueue()
+        self.endings = Endings(limits.slots)
         self.owing: dict[int, Slot] = {}
         """PUBLISHED slots that owe reads, by index, the oldest first."""
         self._retiring: dict[int, Slot] = {}
         self._aging: dict[float, dict[int, Slot]] = {}  # by ttl: within one ttl age is order
-        self.puts = self.recycled = self.expired = self.waited = 0
+        self.puts = self.recycled = self.expired = self.waited = self.reads_paid = 0
 
     # --- room -----------------------------------------------------------------------------------
 
@@ -142,6 +144,7 @@ class Store:
         """Free a RESERVED slot that will not be published. No reader can have seen it."""
         if slot.state is not _RESERVED:
             raise ValueError(f"slot {slot.label} is {slot.state.name}, not RESERVED")
+        self.endings.note(slot, Ending.WRITER_LOST)
         self._free(slot)
         return self.serve(now_s)
 
@@ -149,6 +152,7 @@ class Store:
         """Give up a RESERVED slot into which a copy may still be running: `recycle` frees it."""
         if slot.state is not _RESERVED:
             raise ValueError(f"slot {slot.label} is {slot.state.name}, not RESERVED")
+        self.endings.note(slot, Ending.WRITER_LOST)
         return [self._retire(slot, now_s)]
 
     def publish(self, slot: Slot, now_s: float) -> list[Effect]:
@@ -169,6 +173,7 @@ class Store:
         if slot.wanted_key is not None:
             return self._keep(slot, slot.wanted_key, now_s)
         # All named readers died while the bytes were being copied.
+        self.endings.note(slot, Ending.READER_LOST)
         return [self._retire(slot, now_s)]
 
     # --- reads ----------------------------------------------------------------------------------
@@ -177,8 +182,12 @@ class Store:
         """Return the PUBLISHED slot that a ref names, or raise StaleRef."""
         slot = self.table.find(index, generation)
         if slot is None or slot.state is not _PUBLISHED:
-            raise StaleRef(f"ref {index}:{generation} was recycled, expired or discarded")
+            raise StaleRef(self.why_stale(index, generation))
         return slot
+
+    def why_stale(self, index: int, generation: int) -> str:
+        """Say why a ref can't be read (`Endings`)."""
+        return self.endings.why_stale(self.table, index, generation)
 
     def pay(
         self, index: int, generation: int, session: int, name: str | None, now_s: float
@@ -189,22 +198,26 @@ class Store:
         return self.pay_all([(index, generation)], session, name, now_s)
 
     def pay_all(
-        self, reads: Iterable[tuple[int, int]], session: int, name: str | None, now_s: float
+        self, reads: Sequence[tuple[int, int]], session: int, name: str | None, now_s: float
     ) -> list[Effect]:
         """Count many reads as `pay` does, each by an index of the table and a generation."""
         slots = self.table.slots
         effects: list[Effect] = []
+        unowed = 0
         for index, generation in reads:
             slot = slots[index]
             if slot.generation != generation or slot.state is not _PUBLISHED or not slot.reads_left:
+                unowed += 1
                 continue
             if slot.owed_by_names is not None:
                 if name not in slot.owed_by_names:
+                    unowed += 1
                     continue
                 slot.owed_by_names.remove(name)
             elif slot.paid_by is None:
                 slot.paid_by = {session}
             elif session in slot.paid_by:
+                unowed += 1
                 continue
             else:
                 slot.paid_by.add(session)
@@ -216,6 +229,7 @@ class Store:
                 effects.append(self._retire(slot, now_s))
             else:
                 effects += self._settle(slot, now_s)
+        self.reads_paid += len(reads) - unowed
         return effects
 
     def waive_reads(self, name: str, now_s: float) -> tuple[int, list[Effect]]:
@@ -229,6 +243,7 @@ class Store:
             slot.reads_left -= 1
             paid += 1
             if slot.reads_left == 0 and slot.state is _PUBLISHED:
+                self.endings.note(slot, Ending.READER_LOST)
                 effects += self._settle(slot, now_s)
         return paid, effects
 
@@ -237,9 +252,10 @@ class Store:
 
         A slot that is kept under a key, or granted, stays readable by key.
         """
-        return self._cancel(self.find(index, generation), now_s)
+        return self._cancel(self.find(index, generation), now_s, Ending.DISCARDED)
 
-    def _cancel(self, slot: Slot, now_s: float) -> list[Effect]:
+    def _cancel(self, slot: Slot, now_s: float, ending: Ending) -> list[Effect]:
+        self.endings.note(slot, ending)
         if slot.key is not None or slot.grants:
             slot.reads_left, slot.owed_by_names = 0, None  # it stays, for readers that owe none
         # A reader writes `held` before it looks at `live`. The hold of one that looked just before
@@ -255,7 +271,7 @@ class Store:
             for slot in ripe:
                 age_s = now_s - slot.born_s
                 effects.append(Expired(slot.label, slot.nbytes, age_s, slot.owed_by))
-                effects += self._cancel(slot, now_s)
+                effects += self._cancel(slot, now_s, Ending.EXPIRED)
                 self.expired += 1
         return effects
 
@@ -264,6 +280,10 @@ class Store:
     def due(self, now_s: float) -> list[Slot]:
         """Return retiring slots whose grace has passed: the caller recycles those that are not held."""
         return [slot for slot in self._retiring.values() if slot.due_s <= now_s and not slot.grants]
+
+    def first_retiring(self, most: int) -> list[Slot]:
+        """Return the slots that have been RETIRING the longest."""
+        return list(islice(self._retiring.values(), most))
 
     def recycle(self, slots: Iterable[Slot], now_s: float) -> list[Effect]:
         """Free the extents of retired slots that no session holds, and serve the queue."""
@@ -327,6 +347,8 @@ class Store:
         slot.wanted_key = None
         replaced = self.directory.keep(key, slot, now_s)
         grace_s = self.limits.grace_s
+        if replaced is not None and not replaced.reads_left:
+            self.endings.note(replaced, Ending.REPLACED)
         effects = [] if replaced is None else self._unkept(replaced, now_s, grace_s)
         for waiter in self.key_waiters.found(key, slot):
             # Granted before it is told: until it takes the slot, only this grant keeps the bytes.

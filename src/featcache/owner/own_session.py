@@ -39,13 +39,14 @@ class OwnSession:
         if self._attachment is None:
             pool = self._pool
             pool.check_open()
-            page = self._sessions.open_page(self._number, self._name).words
+            page = self._sessions.open_page(self._number, self._name, os.getpid()).words
             adopted = PageWords.adopted(pool.slab, page)
             self._doorbell = Doorbell(os.dup(pool.recycler.eventfd))
             self._attachment = Attachment(
                 pool.pool_id, pool.words, page, pool.slab, adopted, self._doorbell.ring
             )
             self._attachment.covered_bytes = pool.store.limits.capacity_bytes
+            self._attachment.why_stale = pool.store.why_stale
             # Its own mapping is never behind: nothing lies in memory that it has given back.
             self._attachment.shrink_epoch = None
         return self._attachment

@@ -7,7 +7,7 @@ import torch
 
 from featcache import events
 from featcache.core.effects import Limits
-from featcache.errors import SettingsError, UnknownPool
+from featcache.errors import CacheClosed, SettingsError, UnknownPool
 from featcache.memory.backends import make_host_slab, make_slab, plan_for
 from featcache.memory.host import slab as host
 from featcache.memory.slab import Plan
@@ -18,6 +18,7 @@ from featcache.owner.served_pool import ServedPool
 from featcache.pool import gauges
 from featcache.pool.limits import limits_of
 from featcache.pool.pool import Pool
+from featcache.pool.refresh import refresh
 from featcache.ref import FeatureRef
 from featcache.session.arguments import check_on_full
 from featcache.session.offload import Offload, SharedTask
@@ -161,6 +162,8 @@ class Owner:
             self.main.pool.check_open()
         self.main.sessions.siblings.append(spill.pool)
         spill.sessions.siblings.append(self.main.pool)
+        self.main.pool.attendance.siblings.append(spill.pool.attendance)
+        spill.pool.attendance.siblings.append(self.main.pool.attendance)
         self._pools.add(spill.pool.pool_id, spill.own)
         self.spill = spill
         return spill
@@ -198,15 +201,22 @@ class Owner:
                 return
         raise UnknownPool(f"the ref is of pool {ref.pool_id.hex()}, not of this cache")
 
-    def statistics(self) -> Statistics:
-        """Return the pool's gauges, and its counters with those of the spill pool that belong to it."""
+    def statistics(self, *, in_loop: bool) -> Statistics:
+        """Return the pool's gauges, and its counters with those of the spill pool that belong to it.
+
+        What was released until now is counted; a word that is still on a GPU's stream is not. Outside
+        the loop, where the store changes while it is read, the gauges are those last published.
+        """
+        if in_loop:
+            for each in self.served:
+                refresh(each.pool)
         main, store, spilled = self.main, self.main.pool.store, self.spills.count
         return Statistics(
-            **gauges.of_store(store),
+            **(gauges.of_store(store) if in_loop else _published(main.pool)),
             sessions=len(main.server.sessions),
             puts=store.puts + spilled,
             gets=self.reader.gets,
-            reads_paid=main.pool.reads_paid,
+            reads_paid=store.reads_paid,
             recycled=store.recycled,
             waited=store.waited,
             expired=sum(each.pool.store.expired for each in self.served),
@@ -223,8 +233,8 @@ class Owner:
     async def aclose(self) -> None:
         """Close both pools."""
         pool = self.main.pool
-        unpaid = len(pool.store.owing)
         await self._take_down()
+        unpaid = sum(each.unpaid_refs for each in self.served)
         events.emit(events.PoolClosed(pool=pool.name, endpoint=pool.endpoint, unpaid_refs=unpaid))
 
     async def _take_down(self) -> None:
@@ -242,3 +252,12 @@ class Owner:
         """Drop everything in a forked child."""
         for served in self.served:
             served.forget()
+
+
+def _published(pool: Pool) -> dict[str, int]:
+    """Return a pool's gauges as sessions see them, in any thread: another may be closing it."""
+    try:
+        header = pool.words.header
+    except AttributeError:
+        raise CacheClosed("the cache was closed") from None
+    return gauges.of_headers([header])

@@ -58,14 +58,16 @@ class Relay:
         """Return the endpoint of the host pool, for sessions that stage their puts there."""
         return (await self._target()).pool.endpoint
 
-    async def upload(self, data: bytes, request: Request, *, wait: bool) -> bytes:
+    async def upload(
+        self, data: bytes, request: Request, timeout_s: float | None, *, wait: bool
+    ) -> bytes:
         """Put the feature of a host pool's ref into the slab, pay it, and return the new ref's bytes.
 
         For sessions whose device can't access the slab.
 
         Raises:
             StaleRef, MalformedRef, UnknownPool: as a get does.
-            PoolFull: no room, and `wait` is false.
+            PoolFull: no room, and `wait` is false; PutTimeout: not in time.
 
         """
         ref = FeatureRef.from_bytes(data)
@@ -81,7 +83,7 @@ class Relay:
         try:
             if not there:
                 await wait_ready(attachment, ref)
-            slot = writer.reserve(request) or await writer.room(request, None, wait=wait)
+            slot = writer.reserve(request) or await writer.room(request, timeout_s, wait=wait)
             uploaded = await self._upload_into(slot, host, ref)
             done = True
         finally:

@@ -71,7 +71,9 @@ class RequestHandlers:
         return messages.Reply(message.request, text=await self._sessions.relays.endpoint())
 
     async def _upload(self, message: messages.Upload, request: Request) -> Answer:
-        ref = await self._sessions.relays.upload(message.ref, request, wait=message.waits)
+        ref = await self._sessions.relays.upload(
+            message.ref, request, message.timeout_s, wait=message.waits
+        )
         return messages.Reply(message.request, ref=ref)
 
     # --- keys -------------------------------------------------------------------------------------
@@ -115,7 +117,7 @@ class RequestHandlers:
 
     async def _room(self, session: int, message: messages.Reserve, request: Request) -> Answer:
         """Wait for room; the owner's puts and the sessions' are served first come, first served."""
-        slot = await self._writer.room(request, None, wait=message.waits)
+        slot = await self._writer.room(request, message.timeout_s, wait=message.waits)
         return self._reserved(session, message.request, slot)
 
     def _request(self, session: int, message: messages.PutSpec) -> Request:

@@ -44,6 +44,8 @@ class ServedPool:
         self.lookups = lookups
         self.own = OwnSession(pool, sessions, name)
         self.relaying = OwnSession(pool, sessions, None, RELAY_SESSION)
+        self.unpaid_refs = 0
+        """Once it is closed: refs that owed reads at the end."""
 
     @classmethod
     async def open(
@@ -106,7 +108,9 @@ class ServedPool:
                     await offload.finish(slab.finish)
                     break
                 await anyio.sleep(_POLL_S)
+            pool.collect()  # what was paid until now, streams included, is not owed
         finally:
+            self.unpaid_refs = len(pool.store.owing)
             pool.close()
             self.sessions.close()
             # Giving a gigabyte back takes a tenth of a second: not in the loop.

@@ -31,7 +31,7 @@ class Sessions:
 
     def __init__(self, pool: Pool, own_name: str | None) -> None:
         self._pool = pool
-        self._own_name = own_name
+        self._own_name = pool.attendance.own_name = own_name
         self._pidfd = own_pidfd()
         self.through_host: Relay | None = None
         """Copies for sessions that can't reach the slab; a pool in host memory has none."""
@@ -52,7 +52,7 @@ class Sessions:
         pool = self._pool
         if session.name is not None and session.name == self._own_name:
             raise AttachRefused(f"the owner itself is named {session.name!r}")
-        page = self.open_page(session.number, session.name)
+        page = self.open_page(session.number, session.name, session.pid)
         limits = pool.store.limits
         welcome = Welcome(
             version=VERSION,
@@ -86,11 +86,11 @@ class Sessions:
             raise BackendUnavailable("this pool is in host memory already: read it, and put, there")
         return self.through_host
 
-    def open_page(self, number: int, name: str | None) -> SessionPage:
+    def open_page(self, number: int, name: str | None, pid: int) -> SessionPage:
         """Make the page of a session and begin to poll it."""
         slots, grants = self._pool.store.limits.slots, self._pool.settings.grants
         words, fd = SessionWords.create(slots, grants)
-        page = self._pool.pages[number] = SessionPage(number, name, words, fd)
+        page = self._pool.pages[number] = SessionPage(number, name, words, fd, pid)
         return page
 
     def quarantine(self, session: Peer) -> None:
@@ -106,6 +106,7 @@ class Sessions:
         pool.apply(pool.store.end_session(session.number, now_s))
         pool.collect()
         page = pool.pages.pop(session.number)
+        pool.attendance.ended(page, died=died)
         paid, effects = 0, list[Effect]()
         for grant in list(page.grants.values()):
             effects += pool.store.pay_grant(page.revoke(grant).slot, now_s)
@@ -124,6 +125,7 @@ class Sessions:
                 paid += waived
                 effects += more
                 for other in self.siblings:
+                    other.collect()  # what it paid itself is not paid for it
                     waived, more_there = other.store.waive_reads(page.name, now_s)
                     paid += waived
                     other.apply(more_there)

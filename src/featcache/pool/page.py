@@ -27,9 +27,12 @@ class SessionPage:
     The values of its words are a peer's: they are compared, not trusted.
     """
 
-    def __init__(self, session: int, name: str | None, words: SessionWords, fd: int) -> None:
+    def __init__(
+        self, session: int, name: str | None, words: SessionWords, fd: int, pid: int = 0
+    ) -> None:
         self.session = session
         self.name = name
+        self.pid = pid
         self.fd = fd
         self.words = words
         self._held, self._released, self._written = words.held, words.released, words.written

@@ -27,6 +27,8 @@ from featcache.errors import BackendUnavailable, CacheClosed, MalformedRef
 from featcache.memory.slab import Order, Slab
 from featcache.memory.words import Header, OwnerWords, fence_full
 from featcache.pool import gauges
+from featcache.pool.attendance import Attendance
+from featcache.pool.debtors import Debtors
 from featcache.pool.growth import Growth
 from featcache.pool.page import SessionPage
 from featcache.pool.pending_writes import PendingWrites
@@ -72,8 +74,9 @@ class Pool:
         self.recycler = Recycler(
             self.collect, self._tick, settings.recycle_interval, deferred=slab.deferred
         )
-        self.pressure = PressureMonitor(self.name, self.store, settings)
-        self.reads_paid = 0
+        self.attendance = Attendance(self.pages)
+        self.debtors = Debtors(self.store, self.attendance)
+        self.pressure = PressureMonitor(self.name, self.store, settings, self.debtors)
         self.put_bytes = 0
         """Bytes reserved since the last `collect`; a small put counts for more."""
         self._expiries = events.Throttle(settings.log_interval, burst=256)
@@ -221,6 +224,7 @@ class Pool:
                 nbytes=expired.nbytes,
                 age_s=expired.age_s,
                 owed_by=expired.owed_by,
+                never_attached=self.attendance.never_attached(expired.owed_by),
                 unlogged=unlogged,
             ),
         )
@@ -264,11 +268,10 @@ class Pool:
         for page in self.pages.values():
             if newly_released := page.newly_released(high):
                 self._busy_until_s = now_s + _BUSY_S
-                self.reads_paid += len(newly_released)
                 effects += self.store.pay_all(newly_released, page.session, page.name, now_s)
             if page.grants:
                 for grant in page.paid_grants():
-                    self.reads_paid += 1
+                    self.store.reads_paid += 1
                     effects += self.store.pay_grant(grant.slot, now_s)
         if effects:
             self.apply(effects)
@@ -328,9 +331,9 @@ class Pool:
     def _tick(self) -> bool:
         """Expire, trim, shrink, compact and report; return whether releases stream in."""
         now_s = _now()
+        self.collect()  # first: what was paid in time does not expire
         if expired := self.store.expire(now_s):
             self.apply(expired)
-        self.collect()
         self.apply(self.store.trim(self.is_held, now_s))
         if self.store.queue:
             self.apply(self.store.serve(now_s))  # a growth that failed may be tried again

@@ -2,16 +2,21 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from featcache import events
 from featcache.core.keyed_store import KeyedStore
 from featcache.core.pressure import ALWAYS_NORMAL, PressureGauge, PressureLevel
-from featcache.errors import CacheClosed, GetTimeout, SettingsError
+from featcache.errors import CacheClosed, GetTimeout, SettingsError, WrongLoop
 from featcache.pool import gauges
+from featcache.pool.debtors import Debtors
+from featcache.pool.refresh import refresh
 from featcache.settings import Settings, parse_timeout
+
+if TYPE_CHECKING:
+    from featcache.pool.pool import Pool
 
 _NORMAL = PressureLevel.NORMAL
 _REPORTED = (
@@ -24,8 +29,11 @@ _REPORTED = (
 class PressureMonitor:
     """Keeps the level of one store, emits `PoolPressure`, wakes tasks that await a lower level."""
 
-    def __init__(self, pool_name: str, store: KeyedStore, settings: Settings) -> None:
+    def __init__(
+        self, pool_name: str, store: KeyedStore, settings: Settings, debtors: Debtors
+    ) -> None:
         self._pool_name = pool_name
+        self._debtors = debtors
         self._store = store
         self._gauge = PressureGauge(settings.log_interval, settings.pressure_interval)
         self.quiet_below_bytes = int(store.limits.capacity_bytes * ALWAYS_NORMAL)
@@ -83,13 +91,15 @@ class PressureMonitor:
     def _facts(self, now_s: float) -> dict[str, Any]:
         store = self._store
         oldest = next(iter(store.owing.values()), None)
-        values = gauges.of_store(store)
+        values, holders = gauges.of_store(store), self._debtors.holders()
         return {name: values[name] for name in _REPORTED} | {
             "pool": self._pool_name,
             "level": self._gauge.level.value,
             "oldest_ref": None if oldest is None else oldest.label,
             "oldest_age_s": 0.0 if oldest is None else now_s - oldest.born_s,
             "oldest_owed_by": 0 if oldest is None else oldest.owed_by,
+            "holders": holders.sentences,
+            "remedy": "" if self.is_normal else holders.remedy,
         }
 
 
@@ -99,13 +109,27 @@ class Pressure:
     ``await cache.pressure.below("high")`` before taking on work is admission control.
     """
 
-    def __init__(self, monitor: Callable[[], PressureMonitor]) -> None:
-        self._monitor = monitor
+    def __init__(self, pool: Callable[[], "Pool"], in_loop: Callable[[], "Pool"]) -> None:
+        """`pool` and `in_loop` return the pool; the latter raises WrongLoop outside the loop."""
+        self._pool = pool
+        self._in_loop = in_loop
 
     @property
     def level(self) -> PressureLevel:
-        """``normal``, ``elevated`` (75 % used), ``high`` (90 %) or ``exhausted`` (a put waits)."""
+        """``normal``, ``elevated`` (75 % used), ``high`` (90 %) or ``exhausted`` (a put waits).
+
+        Safe in any thread; outside the cache's loop it is the level as it was last looked at.
+        """
         return self._monitor().level
+
+    def _monitor(self) -> PressureMonitor:
+        try:
+            pool = self._in_loop()
+        except WrongLoop:
+            return self._pool().pressure  # as it was last looked at
+        if not pool.pressure.is_normal:
+            refresh(pool)  # what was released lowers it
+        return pool.pressure
 
     async def below(self, level: PressureLevel | str, *, timeout: float | None = None) -> None:
         """Return once the level is lower than `level`, at once if it is so now.
@@ -118,6 +142,7 @@ class Pressure:
             SettingsError: no such level, or no such time.
             GetTimeout: the level did not fall in time.
             CacheClosed: the cache was closed meanwhile.
+            WrongLoop: called outside the cache's loop.
 
         """
         try:
@@ -129,11 +154,15 @@ class Pressure:
         timeout_s = parse_timeout(timeout)
         if wanted is PressureLevel.NORMAL:
             raise SettingsError("no level is below 'normal'")
+        self._in_loop()
         try:
             with anyio.fail_after(timeout_s):
                 await self._monitor().below(wanted)
         except TimeoutError:
-            raise GetTimeout(f"pressure stayed at {self.level} for {timeout_s} s") from None
+            holders = self._pool().debtors.holders()
+            raise GetTimeout(
+                f"pressure stayed at {self.level} for {timeout_s} s: {holders}"
+            ) from None
 
     def __repr__(self) -> str:
         try:

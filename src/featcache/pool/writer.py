@@ -6,11 +6,11 @@ from typing import Any, Final
 
 import anyio
 
-from featcache import events
 from featcache.core.put_queue import Request, WaiterState
 from featcache.core.slots import Slot
 from featcache.errors import BackendUnavailable, CacheClosed, PoolFull, PutTimeout
 from featcache.pool.pool import Pool
+from featcache.pool.waits import PutWaits
 from featcache.ref import FeatureRef
 from featcache.session.arguments import parse_put
 from featcache.session.staging import Staged
@@ -35,7 +35,7 @@ class OwnerWriter:
         self._least_bytes = 3 * self._collect_bytes
         self._put_bytes = self._collect_bytes // _MAX_UNCOLLECTED
         self._puts = 0
-        self._waits = events.Throttle(pool.settings.log_interval)
+        self._waits = PutWaits(pool)
 
     def stage(self, feature: Any, readers: Any, ttl: Any, key: Any = None) -> Staged:
         """Validate a put, or raise SettingsError or FeatureTooLarge.
@@ -180,8 +180,12 @@ class OwnerWriter:
         """Reserve a slot, standing in the queue for it."""
         future: asyncio.Future[None] = self._pool.loop.create_future()
         since_s = _now()
-        waiter, effects = self._pool.store.wait(request, since_s, future)
+        try:
+            waiter, effects = self._pool.store.wait(request, since_s, future)
+        except PoolFull as full:
+            raise PoolFull(f"{full}; {self._pool.debtors.holders()}") from None
         granted = False
+        self._waits.begin(waiter, since_s)
         try:
             self._pool.apply(effects)
             # `apply` has told readers to ring. Only then are their earlier releases collected:
@@ -192,10 +196,15 @@ class OwnerWriter:
             granted = True
             return self._pool.store.accept(waiter)
         except TimeoutError:
-            raise PutTimeout(
-                f"no room for {request.nbytes} bytes within {timeout_s} s: "
-                + self._room(besides=waiter.state is WaiterState.WAITING)
-            ) from None
+            if not self._pool.closed:
+                self._pool.collect()  # what was released by now is not held, and may be enough
+            if waiter.state is not WaiterState.GRANTED:
+                raise PutTimeout(
+                    f"no room for {request.nbytes} bytes within {timeout_s} s: "
+                    + self._room(besides=waiter.state is WaiterState.WAITING)
+                ) from None
+            granted = True
+            return self._pool.store.accept(waiter)
         finally:
             if not granted and not self._pool.closed:
                 # The accept handshake: a slot granted to a waiter whose task was cancelled meanwhile
@@ -203,29 +212,18 @@ class OwnerWriter:
                 self._pool.apply(self._pool.store.leave(waiter, _now()))
                 if self._pool.store.queue:
                     self._pool.collect()
-            self._report_wait(request, _now() - since_s, granted=granted)
-
-    def _report_wait(self, request: Request, waited_s: float, *, granted: bool) -> None:
-        self._waits.emit(
-            _now(),
-            lambda unlogged: events.PutWaited(
-                pool=self._pool.name,
-                nbytes=request.nbytes,
-                waited_s=waited_s,
-                granted=granted,
-                unlogged=unlogged,
-            ),
-        )
+            self._waits.end(waiter, since_s, granted=granted)
 
     def full(self, request: Request) -> PoolFull:
         """Return the PoolFull of a put that does not wait."""
         return PoolFull(f"no room for {request.nbytes} bytes now: {self._room()}")
 
     def _room(self, *, besides: bool = False) -> str:
-        """Describe the room there is; `besides` the waiter that is told."""
+        """Describe the room there is, and who holds the rest; `besides` the waiter that is told."""
         store = self._pool.store
         return (
             f"{store.free_bytes} of {store.limits.capacity_bytes} bytes are free, at most "
             f"{store.largest_free_bytes} in one piece, {store.table.count - store.table.used} of "
-            f"{store.table.count} slots, and {len(store.queue) - besides} puts wait"
+            f"{store.table.count} slots, and {len(store.queue) - besides} puts wait; "
+            f"{self._pool.debtors.holders()}"
         )

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from featcache.core.endings import RECYCLED, UNKNOWN
 from featcache.errors import CacheClosed, FeatcacheError, MalformedRef, StaleRef
 from featcache.memory.slab import Mapping, Order, Words
 from featcache.memory.unreachable import UnreachableSlab
@@ -19,6 +20,13 @@ from featcache.ref import FeatureRef
 
 _WAITING, _SHRINK_EPOCH = Header.WAITING, Header.SHRINK_EPOCH
 _GRANTED, _WRITTEN = 1, 2  # indices into PageWords
+_PAID_HERE = (
+    "was paid by this session already, and each session reads a ref once: keep what was read, or keep "
+    "the feature under a key"
+)
+_FORKED = (
+    "this process was forked from the one that attached the pool: connect again, after the fork"
+)
 _WRITES = 1 << 40  # beyond any slot: pins for writing and for reading never share a key
 
 
@@ -93,6 +101,8 @@ class Attachment:
         self._pins: dict[tuple[int, int], _Uses] = {}
         """By slot and generation; leases by -1 - index and serial."""
         self._on_idle: Callable[[], object] | None = None
+        self.why_stale: Callable[[int, int], str] | None = None
+        """In the owner: says why a ref is stale, as its store knows."""
 
     # --- reads by ref ---------------------------------------------------------------------------
 
@@ -117,9 +127,9 @@ class Attachment:
             # are the next tenant's as soon as the owner sees it.
             paid = uses is None and self._held[index] == generation
             if paid or self._released[index] == generation:
-                raise StaleRef(f"ref {index}:{generation} was paid by this session already")
+                raise StaleRef(f"ref {index}:{generation} {_PAID_HERE}")
             if self._live[index] != generation:  # never overwrite the pin of the slot's next tenant
-                raise StaleRef(f"ref {index}:{generation} was recycled, expired or discarded")
+                raise StaleRef(self._why_stale(index, generation))
             if uses is None:
                 self._held[index] = generation
                 self._pins[key] = _ONE_USE
@@ -132,7 +142,7 @@ class Attachment:
         fence_after_lock()
         if self._live[index] != generation:
             self.unpin(ref, pays=False)
-            raise StaleRef(f"ref {index}:{generation} was recycled, expired or discarded")
+            raise StaleRef(self._why_stale(index, generation))
         if self._offset[index] != ref.offset_bytes or self._nbytes[index] != ref.nbytes:
             self.unpin(ref, pays=False)
             raise MalformedRef("the ref's extent is not its slot's: it was forged or damaged")
@@ -314,7 +324,14 @@ class Attachment:
         """Raise StaleRef if a pinned ref was revoked before its bytes came; as `check` besides."""
         self.check()
         if self._live[ref.slot] != ref.generation:
-            raise StaleRef(f"ref {ref.slot}:{ref.generation} was discarded before it came")
+            raise StaleRef(self._why_stale(ref.slot, ref.generation))
+
+    def _why_stale(self, index: int, generation: int) -> str:
+        """Say what is known of a ref that can't be read: a session sees no more than the slot's word."""
+        if self.why_stale is not None:
+            return self.why_stale(index, generation)
+        recycled = self._live[index] > generation
+        return f"ref {index}:{generation} {RECYCLED if recycled else UNKNOWN}"
 
     def refuse(self, error: FeatcacheError) -> None:
         """Let no new read begin: each raises this. Reads that have begun may end."""
@@ -343,7 +360,7 @@ class Attachment:
 
     def forget(self) -> None:
         """Cut a forked child off: a use that still ends there changes no word of its parent's."""
-        self.refuse(CacheClosed("this process was forked from the one that attached the pool"))
+        self.refuse(CacheClosed(_FORKED))
         self._lock = threading.Lock()  # another thread of the parent may have held it
         self.header = memoryview(bytes(8 * len(self.header))).cast("Q")
         self._held, self._released = (

@@ -25,6 +25,9 @@ class Borrow:
     it is beyond reach: slices, other tensors over its memory, NumPy arrays and DLPack exports still
     point into the slab. Each view would need a storage of its own to end those, at half the price of a
     borrow again.
+
+    ``async with`` enters it in the loop of the object that it is of; plain ``with``, and the end of the
+    block, are safe in any thread.
     """
 
     __slots__ = ("_copied", "_find", "_reader", "_source", "_tensors", "ref", "timeout_s")
@@ -64,8 +67,8 @@ class Borrow:
         self._reader.gets += 1
         return copied
 
-    def close(self) -> None:
-        """Empty the view and pay the read; leaving the block does."""
+    def close(self, *, pays: bool = True) -> None:
+        """Empty the view and pay the read; leaving the block does. In any thread."""
         source, self._source = self._source, None
         if source is None or self.ref is None:
             return
@@ -74,7 +77,7 @@ class Borrow:
             invalidate(tensor)
         self._tensors = []
         order = None if self._copied else source.mapping.order()
-        source.unpin(self.ref, pays=True, order=order)
+        source.unpin(self.ref, pays=pays, order=order)
 
     def _check_unused(self) -> None:
         if self._source is not None:

@@ -1,5 +1,6 @@
 """Reading: get, borrow and release over the attachments of pools."""
 
+import threading
 import time
 from collections.abc import Awaitable
 from typing import Protocol
@@ -12,6 +13,7 @@ from featcache.memory.pack import DTYPES, Feature, unpack
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
 from featcache.session.copier import Copier, Device, Readable, Targets, copy, targets_of
+from featcache.session.home import Home
 from featcache.session.lease import KeyLease
 from featcache.session.offload import Offload
 from featcache.session.waiting import wait_ready, wait_ready_blocking
@@ -49,6 +51,8 @@ class Reader:
         self.pools = pools
         self._copier = Copier(offload, inline_bytes)
         self.gets = 0
+        self._home = Home()
+        self._runs = self._home.runs
 
     # --- get --------------------------------------------------------------------------------------
 
@@ -193,8 +197,11 @@ class Reader:
     ) -> tuple[Readable, Feature | None]:
         """Pin a ref for a borrow, attaching and waiting for its bytes as need be.
 
-        Where the slab itself can't be lent, a copy comes with it.
+        Where the slab itself can't be lent, a copy comes with it. WrongLoop outside the loop: a
+        borrow is made in any thread, so it is asked as it is entered.
         """
+        if self._runs._thread_id != threading.get_ident():  # noqa: SLF001 - see `Runs`
+            raise self._home.refusal("borrow")
         source: Readable | None = self.pools.peek(ref)
         reached = source is not None and source.mapping.can_copy_to(None)
         if source is None or not reached or not source.pin(ref):

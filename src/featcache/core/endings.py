@@ -1,0 +1,69 @@
+"""Why a ref is stale: a bounded memory of the refs that ended otherwise than by being paid."""
+
+import enum
+from collections import OrderedDict
+from typing import Final
+
+from featcache.core.slots import Slot, SlotState, SlotTable
+
+_AGAIN: Final = "put the feature again"
+
+
+class Ending(enum.Enum):
+    """How a ref ended, other than by having all its reads paid, and what to do about it."""
+
+    EXPIRED = f"expired with reads unpaid: {_AGAIN}, with a longer ttl or with ttl=None"
+    DISCARDED = f"was discarded: {_AGAIN} if it is still wanted"
+    EVICTED = f"was evicted with its key: {_AGAIN}, and pin the key of one that must stay"
+    REPLACED = "was replaced, as its key was given to another feature: get it by key"
+    READER_LOST = f"was given up, as the readers that owed it died: {_AGAIN} for those that live"
+    WRITER_LOST = f"never came, as its writer died or gave it up: {_AGAIN}"
+
+
+_PAID: Final = (
+    "was recycled, as every read that it owed was paid: put it with as many readers as read it, or "
+    "keep it under a key"
+)
+_FORGOTTEN: Final = (
+    f"was recycled, and its slot has had other features since: {_AGAIN}. It was paid, or it expired "
+    "or was discarded too long ago to tell"
+)
+_NEVER: Final = "was never given out by this pool: it was forged or damaged"
+RECYCLED: Final = f"was recycled, and its slot has another feature now: {_AGAIN}"
+UNKNOWN: Final = (
+    "was recycled (every read that it owed was paid), expired or discarded: put the feature again, "
+    "with more readers or a longer ttl if need be"
+)
+"""These two are what a session can say, which sees no more than a slot's word."""
+
+
+class Endings:
+    """The last so many refs that ended otherwise than by being paid."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._known: OrderedDict[tuple[int, int], Ending] = OrderedDict()
+        self._forgot = False
+
+    def note(self, slot: Slot, ending: Ending) -> None:
+        """Remember how a slot's ref ended; what it was told first counts."""
+        known = self._known
+        known.setdefault((slot.index, slot.generation), ending)
+        if len(known) > self._most:
+            known.popitem(last=False)
+            self._forgot = True
+
+    def why_stale(self, table: SlotTable, index: int, generation: int) -> str:
+        """Say why a ref, of which no number is trusted, can't be read, and what to do."""
+        return f"ref {index}:{generation} {self._why(table, index, generation)}"
+
+    def _why(self, table: SlotTable, index: int, generation: int) -> str:
+        if not 0 <= index < table.count or not 0 < generation <= table.slots[index].generation:
+            return _NEVER
+        known = self._known.get((index, generation))
+        if known is not None:
+            return known.value
+        slot = table.slots[index]
+        if slot.generation == generation and slot.state is SlotState.RESERVED:
+            return _NEVER
+        return _FORGOTTEN if self._forgot else _PAID
