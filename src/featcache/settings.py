@@ -1,5 +1,6 @@
 """`Settings`: every bound and interval in one frozen record, with defaults from the environment."""
 
+import difflib
 import math
 import os
 import re
@@ -18,6 +19,7 @@ __all__ = [
     "parse_timeout",
     "round_up",
     "split_budget",
+    "unknown_variables",
 ]
 
 _UNITS = {"": 1, "b": 1}
@@ -28,6 +30,8 @@ MAX_KEY_BYTES = 1024
 """Bytes of the longest key."""
 _MAX_BYTES = 1 << 47  # a user address space: no machine that we know maps more
 _ENVIRONMENT_PREFIX = "FEATCACHE_"
+_RESERVED = ("CLUSTER_", "BENCH_")
+"""How the names of other parts begin, after the prefix: those are no settings."""
 
 
 def round_up(size_bytes: int, unit_bytes: int) -> int:
@@ -163,16 +167,30 @@ def _positive(_: object, field: "attrs.Attribute[Any]", value: float | None) -> 
         raise SettingsError(f"{field.name}={value} must be more than 0 s")
 
 
-def _or_environment(name: str, default: Any) -> Any:
-    variable = _ENVIRONMENT_PREFIX + name.upper()
-    return attrs.Factory(lambda: os.environ.get(variable) or default)
+def _or_environment(field: "attrs.Attribute[Any]") -> Any:
+    variable = _ENVIRONMENT_PREFIX + field.name.upper()
+    converter: Any = field.converter
+
+    def read() -> Any:
+        text = os.environ.get(variable)
+        if not text:
+            return field.default
+        try:
+            value = text if converter is None else converter.converter(text, field)
+            if field.validator is not None:
+                field.validator(None, field, value)
+        except SettingsError as error:  # says where the value came from
+            raise SettingsError(f"{variable}: {error}") from None
+        return value
+
+    return attrs.Factory(read)
 
 
 def _read_environment(
     _: type, fields: "list[attrs.Attribute[Any]]"
 ) -> "list[attrs.Attribute[Any]]":
     """Default each field to ``FEATCACHE_<NAME>``, read when a record is made, then to its own value."""
-    return [field.evolve(default=_or_environment(field.name, field.default)) for field in fields]
+    return [field.evolve(default=_or_environment(field)) for field in fields]
 
 
 @attrs.frozen(kw_only=True, field_transformer=_read_environment)
@@ -253,6 +271,18 @@ class Settings:
     seconds, so that it can be released; 0 is never."""
     relay_ttl: float = attrs.field(default=30.0, converter=_SECONDS, validator=_positive)
     """Seconds that a copy made for a read through host memory is kept for its reader."""
+
+
+def unknown_variables() -> dict[str, str | None]:
+    """Return the ``FEATCACHE_…`` variables that no setting has, each with the nearest that one has."""
+    known = {_ENVIRONMENT_PREFIX + field.name.upper() for field in attrs.fields(Settings)}
+    return {
+        variable: next(iter(difflib.get_close_matches(variable, known, 1, 0.8)), None)
+        for variable in os.environ
+        if variable.startswith(_ENVIRONMENT_PREFIX)
+        and variable not in known
+        and not variable.removeprefix(_ENVIRONMENT_PREFIX).startswith(_RESERVED)
+    }
 
 
 def split_budget(total: int | str, workers: int, floor: int | str = "128MiB") -> int:

@@ -9,6 +9,7 @@ import anyio
 from featcache.core.put_queue import Request, WaiterState
 from featcache.core.slots import Slot
 from featcache.errors import BackendUnavailable, CacheClosed, PoolFull, PutTimeout
+from featcache.memory.pack import check_parts
 from featcache.pool.pool import Pool
 from featcache.pool.waits import PutWaits
 from featcache.ref import FeatureRef
@@ -61,15 +62,18 @@ class OwnerWriter:
         """Copy a feature in and return its ref, standing in the queue for room if `wait`."""
         request = staged.request
         self._puts += 1
-        if self._puts % _YIELD_EVERY == 0:
+        waited = self._puts % _YIELD_EVERY == 0
+        if waited:
             await asyncio.sleep(0)  # a loop of puts that never wait must not starve the sessions
-        slot = self.reserve(request) or await self.room(request, timeout_s, wait=wait)
+        slot = self.reserve(request)
+        if slot is None:
+            slot, waited = await self.room(request, timeout_s, wait=wait), True
         pool = self._pool
         if pool.slab.blocking_write_bytes(staged.parts) <= pool.settings.inline_bytes:
-            return self._fill_now(slot, staged)
+            return self._fill_now(slot, staged, waited=waited)
         return await self._fill_in_thread(slot, staged)
 
-    def _fill_now(self, slot: Slot, staged: Staged) -> FeatureRef:
+    def _fill_now(self, slot: Slot, staged: Staged, *, waited: bool = False) -> FeatureRef:
         """Copy a feature into a slot that was just reserved, with the word that publishes it behind.
 
         Its age counts from when it got its room: one look at the clock is enough for a put.
@@ -79,6 +83,8 @@ class OwnerWriter:
         if pool.closed:
             raise CacheClosed("the cache was closed while this put was on its way")
         try:
+            if waited:
+                check_parts(staged.parts)  # their owner may have freed them meanwhile
             word = (pool.complete, slot.index, slot.generation)
             pool.slab.write(extent.offset_bytes, staged.parts, order, word)
         except BaseException:

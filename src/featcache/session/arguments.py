@@ -23,11 +23,18 @@ def key_bytes(key: Any) -> bytes:
     """Return a key as the directory has it: a str is its UTF-8.
 
     Raises:
-        SettingsError: neither str nor bytes, empty, or of more than `MAX_KEY_BYTES` bytes.
+        SettingsError: neither str nor bytes, empty, of more than `MAX_KEY_BYTES` bytes, or text that
+            UTF-8 does not have.
 
     """
     if isinstance(key, str):
-        key = key.encode("utf-8", "surrogatepass")
+        try:
+            key = key.encode()
+        except UnicodeEncodeError:
+            raise SettingsError(
+                f"key={key[:64]!r} has lone surrogates, which UTF-8 does not have: give its bytes "
+                "(os.fsencode of a path)"
+            ) from None
     if not isinstance(key, bytes):
         raise SettingsError(f"a key is a str or bytes, not {type(key).__name__}")
     if not 1 <= len(key) <= MAX_KEY_BYTES:
