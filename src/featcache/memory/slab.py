@@ -149,6 +149,9 @@ class Mapping(Protocol):
     def follow(self, order: Order, others: Sequence[Order]) -> Order:
         """Return an order that is behind all of these."""
 
+    def stand_behind(self, order: Order, other: Order) -> bool:
+        """Make later work of an order wait for all work of another so far; False if it can't be known."""
+
     def extend(self, start_bytes: int, size_bytes: int, fd: int) -> None:
         """Map a segment of the owner's. May block. The descriptor stays the caller's."""
 

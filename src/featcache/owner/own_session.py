@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 import torch
 
 from featcache.errors import CacheClosed, UnknownPool
-from featcache.memory.slab import Unreachable
+from featcache.memory.slab import Order, Unreachable
 from featcache.owner.sessions import OWN_SESSION, Sessions
 from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
@@ -47,9 +47,16 @@ class OwnSession:
             )
             self._attachment.covered_bytes = pool.store.limits.capacity_bytes
             self._attachment.why_stale = pool.store.why_stale
+            if pool.slab.deferred:
+                self._attachment.put_order = self._put_order
             # Its own mapping is never behind: nothing lies in memory that it has given back.
             self._attachment.shrink_epoch = None
         return self._attachment
+
+    def _put_order(self, index: int, generation: int) -> Order:
+        """Return the order in which the owner put a slot itself; None of a slot that others wrote."""
+        written, order = self._pool.put_orders.get(index, (0, None))
+        return order if written == generation else None
 
     def page(self) -> SessionPage:
         """Return the page of the owner's own session."""

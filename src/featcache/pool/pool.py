@@ -70,6 +70,8 @@ class Pool:
         """The control words and grants of each session, by session number."""
         self.kept: dict[int, FeatureRef] = {}
         """Refs of the features under keys, by slot; a slot's old one stays until it has a new one."""
+        self.put_orders: dict[int, tuple[int, Order]] = {}
+        """By slot, of the last put of the owner's own into it: generation, and the order of its copy."""
         self.pending_writes = PendingWrites(self.words.published, self._set_busy)
         self.recycler = Recycler(
             self.collect, self._tick, settings.recycle_interval, deferred=slab.deferred
@@ -118,6 +120,8 @@ class Pool:
         if self.closed:
             raise CacheClosed("the cache was closed while this put was copying")
         self.slab.signal(self.complete, slot.index, slot.generation, order)
+        if order:
+            self.put_orders[slot.index] = slot.generation, order
         return self.announce(slot, specs, _now())
 
     def publish_from(

@@ -90,6 +90,8 @@ class OwnerWriter:
         except BaseException:
             pool.give_up_reserved(slot, order)
             raise
+        if order:
+            pool.put_orders[slot.index] = slot.generation, order
         return pool.announce(slot, staged.specs, slot.born_s)
 
     async def _fill_in_thread(self, slot: Slot, staged: Staged) -> FeatureRef:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from featcache.core.endings import RECYCLED, UNKNOWN
 from featcache.errors import CacheClosed, FeatcacheError, MalformedRef, StaleRef
@@ -103,6 +104,8 @@ class Attachment:
         self._on_idle: Callable[[], object] | None = None
         self.why_stale: Callable[[int, int], str] | None = None
         """In the owner: says why a ref is stale, as its store knows."""
+        self.put_order: Callable[[int, int], Order] | None = None
+        """In an owner on a GPU: the order that its own put wrote a slot in; None of others' slots."""
 
     # --- reads by ref ---------------------------------------------------------------------------
 
@@ -157,6 +160,17 @@ class Attachment:
         return self._published[ref.slot] == ref.generation and self.is_mapped(
             ref.offset_bytes, ref.nbytes
         )
+
+    def follow_put(self, ref: FeatureRef, device: torch.device | None) -> bool:
+        """Have the caller's order on a device stand behind the put of a pinned ref, if it can.
+
+        True for what this process put itself, from its own streams: a read on that device, enqueued
+        from now on, finds the bytes, which need not be there yet. A read to the host has no order.
+        """
+        if self.put_order is None or not self.is_mapped(ref.offset_bytes, ref.nbytes):
+            return False
+        put, order = self.put_order(ref.slot, ref.generation), self.mapping.order(device)
+        return put is not None and order is not None and self.mapping.stand_behind(order, put)
 
     def unpin(self, ref: FeatureRef, *, pays: bool, order: Order = None) -> None:
         """End one use. The session's read is paid when its last use ends, if any of them `pays`.

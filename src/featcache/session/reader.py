@@ -68,7 +68,7 @@ class Reader:
         ready = attachment.pin(ref)
         pays, order = False, None
         try:
-            if not ready:
+            if not ready and not attachment.follow_put(ref, device):
                 raise GetTimeout("the bytes are still on their way: await get instead")
             order = mapping.order(device)
             specs = ref.specs
@@ -125,7 +125,9 @@ class Reader:
             return None
         pays, order = False, None
         try:
-            wait_ready_blocking(lease.attachment, ref, float("inf"))
+            attachment = lease.attachment
+            if not attachment.is_ready(ref) and not attachment.follow_put(ref, device):
+                wait_ready_blocking(attachment, ref, float("inf"))
             order = mapping.order(device)
             feature = copy(lease, ref, device, targets, order)
             pays = True
@@ -188,8 +190,14 @@ class Reader:
         if not attachment.mapping.zero_copy:
             raise GetTimeout("the bytes must come another way: use 'async with' instead")
         if not attachment.pin(ref):
-            attachment.unpin(ref, pays=False)
-            raise GetTimeout("the bytes are still on their way: use 'async with' instead")
+            follows = False
+            try:
+                follows = attachment.follow_put(ref, None)
+            finally:
+                if not follows:
+                    attachment.unpin(ref, pays=False)
+            if not follows:
+                raise GetTimeout("the bytes are still on their way: use 'async with' instead")
         return attachment
 
     async def hold(
@@ -254,7 +262,7 @@ class Reader:
 
         For a caller whose own thread is to read, in the order of its own stream.
         """
-        source, reached = await self._await_ready(None, ref, device, timeout_s)
+        source, reached = await self._await_ready(None, ref, device, timeout_s, follows=False)
         source.unpin(ref, pays=False)
         return reached and (source.mapping.zero_copy or not borrows)
 
@@ -268,7 +276,11 @@ class Reader:
         give_up_s = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         attachment.pin(ref)
         try:
-            if not wait_ready_blocking(attachment, ref, give_up_s):
+            if (
+                not attachment.is_ready(ref)
+                and not attachment.follow_put(ref, device)
+                and not wait_ready_blocking(attachment, ref, give_up_s)
+            ):
                 raise _late(timeout_s)
         finally:
             attachment.unpin(ref, pays=False)
@@ -297,9 +309,18 @@ class Reader:
         return attachment
 
     async def _await_ready(
-        self, pinned: Readable | None, ref: FeatureRef, device: Device, timeout_s: float | None
+        self,
+        pinned: Readable | None,
+        ref: FeatureRef,
+        device: Device,
+        timeout_s: float | None,
+        *,
+        follows: bool = True,
     ) -> tuple[Readable, bool]:
         """Attach, pin, enable a device and wait for the bytes, as need be.
+
+        If it `follows`, the caller's own order may stand in for them (`Attachment.follow_put`): then
+        nothing suspends until the read is enqueued.
 
         `pinned` is the source if the ref is pinned already. Returns the source and whether the
         device reaches the bytes; if this fails the ref is not pinned any more.
@@ -320,7 +341,8 @@ class Reader:
                     pinned = attachment
                     if ready:
                         return pinned, reached
-                await wait_ready(attachment, ref)
+                if not (follows and reached and attachment.follow_put(ref, device)):
+                    await wait_ready(attachment, ref)
                 return pinned, reached
         except BaseException as error:
             if pinned is not None:

@@ -310,14 +310,26 @@ class CudaMapping:
             return order
         last = order if order is not None else behind.pop()
         for other in behind:
-            with self._driver.on(other.streams.ordinal):
-                event = self._driver.mark(other.stream)
-            try:
-                with self._driver.on(last.streams.ordinal):  # stream 0 is this context's default
-                    self._driver.follow(last.stream, event)
-            finally:
-                self._driver.drop(event)
+            self._wait_for(last, other)
         return last
+
+    def stand_behind(self, order: StreamOrder, other: StreamOrder) -> bool:
+        """As `Mapping.stand_behind`. A stream that torch did not make may be gone by now."""
+        if order.raw == other.raw and order.streams is other.streams:
+            return True  # one stream is in order by itself
+        if not other.lasts:
+            return False
+        self._wait_for(order, other)
+        return True
+
+    def _wait_for(self, order: StreamOrder, other: StreamOrder) -> None:
+        with self._driver.on(other.streams.ordinal):
+            event = self._driver.mark(other.stream)
+        try:
+            with self._driver.on(order.streams.ordinal):  # stream 0 is this context's default
+                self._driver.follow(order.stream, event)
+        finally:
+            self._driver.drop(event)
 
     # --- size and end -----------------------------------------------------------------------------
 

@@ -259,6 +259,10 @@ class HostMapping:
         """Return the order: the CPU has only one."""
         return order
 
+    def stand_behind(self, order: Streams, other: Streams) -> bool:
+        """Refuse: the bytes of a host slab come by the CPU, in no stream's order."""
+        return False
+
     def extend(self, start_bytes: int, size_bytes: int, fd: int) -> None:
         """Refuse: a host slab is one descriptor."""
         raise AttachRefused("the owner sent segments of a host slab, which has none")
