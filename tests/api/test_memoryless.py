@@ -216,7 +216,6 @@ def two_halves() -> dict[str, torch.Tensor]:
 
 
 OUTS: dict[str, tuple[Callable[[], Any], str]] = {
-    "zeros": (ODD["zeros"], "no memory"),
     "expanded": (lambda: torch.zeros(1).expand(COUNT), "share some"),
     "overlapping": (lambda: torch.zeros(2 * COUNT).as_strided((2, 4), (1, 1)), "share some"),
     "a view of one shape": (lambda: torch.zeros(COUNT + 1), "shape"),
@@ -238,6 +237,21 @@ async def test_an_out_that_cannot_be_filled_is_refused(name: str) -> None:
                 reader.get_nowait(ref, out=make())
         await client.get(ref)
         await spent(owner)
+
+
+async def fill_zeros(pipe: Pipe) -> None:
+    async with pair() as (owner, client):
+        ref = await owner.put(torch.ones(COUNT))
+        for reader in (owner, client):
+            with pytest.raises(SettingsError, match="no memory"):
+                await reader.get(ref, out=ODD["zeros"]())
+            with pytest.raises(SettingsError, match="no memory"):
+                reader.get_nowait(ref, out=ODD["zeros"]())
+    pipe.say("refused")
+
+
+async def test_a_zero_tensor_cannot_be_filled(start: Start) -> None:
+    await says(start(fill_zeros), "refused")
 
 
 async def test_one_tensor_cannot_be_two_of_a_dict() -> None:

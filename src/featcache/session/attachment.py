@@ -169,8 +169,11 @@ class Attachment:
         """
         if self.put_order is None or not self.is_mapped(ref.offset_bytes, ref.nbytes):
             return False
-        put, order = self.put_order(ref.slot, ref.generation), self.mapping.order(device)
-        return put is not None and order is not None and self.mapping.stand_behind(order, put)
+        put = self.put_order(ref.slot, ref.generation)
+        if put is None:
+            return False
+        order = self.mapping.order(device)
+        return order is not None and self.mapping.stand_behind(order, put)
 
     def unpin(self, ref: FeatureRef, *, pays: bool, order: Order = None) -> None:
         """End one use. The session's read is paid when its last use ends, if any of them `pays`.
