@@ -4,7 +4,17 @@ Every error that featcache raises on purpose is a `FeatcacheError`. Two families
 apart: *closed* is what this process did (`CacheClosed`), *lost* is what the peer did (`OwnerLost`).
 Each class also derives from the built-in error that plain code would expect, so that
 ``except TimeoutError`` or ``except ValueError`` keep working.
+
+What the system refuses (`OSError`, `MemoryError`) becomes one of these at the few boundaries that use
+`system_errors`: the slab, the pool, the attach, the endpoint.
 """
+
+import contextlib
+import errno
+import os
+import traceback
+from collections.abc import Iterator
+from typing import Final
 
 __all__ = [
     "AttachRefused",
@@ -102,3 +112,55 @@ class BackendUnavailable(FeatcacheError, RuntimeError):
 
 class SettingsError(FeatcacheError, ValueError):
     """An argument or a setting is invalid; the message names it and its constraint."""
+
+
+# --- what the system refuses ---------------------------------------------------------------------
+
+OUT_OF_DESCRIPTORS: Final = "out of file descriptors: raise ulimit -n"
+
+_ADVICE: Final = {
+    errno.EMFILE: OUT_OF_DESCRIPTORS,
+    errno.ENFILE: "the whole system is out of file descriptors: raise fs.file-max",
+    errno.ETOOMANYREFS: "too many file descriptors are on their way to others: raise ulimit -n",
+    errno.ENOMEM: "lower capacity, or raise the memory limit, ulimit -v or vm.max_map_count",
+    errno.ENOBUFS: "the system is out of memory for sockets: free some, then try again",
+    errno.EAGAIN: "the system is short of something for the moment: try again",
+    errno.ENOSPC: "free some space and inodes there, or name another place",
+    errno.EDQUOT: "over this user's quota: free some space there, or name another place",
+    errno.EFBIG: "over the limit on file sizes: raise ulimit -f, or lower capacity",
+    errno.EACCES: "make it accessible to this user, or name another place",
+    errno.EPERM: "a seccomp profile or security policy forbids the call: allow it",
+    errno.ENOSYS: "featcache needs Linux 5.3, and a seccomp profile that allows the call",
+    errno.EROFS: "the file system is read-only: name another place",
+    errno.ENOENT: "make it, or name another place",
+    errno.EINTR: "a signal interrupted the call: try again",
+}
+_ODD: Final = "the system refused the call"
+
+
+def explain(error: BaseException) -> str:
+    """Return what went wrong, and what to do about it where the system refused something."""
+    if isinstance(error, MemoryError):
+        return f"{str(error) or os.strerror(errno.ENOMEM)}: {_ADVICE[errno.ENOMEM]}"
+    if isinstance(error, FeatcacheError) or not isinstance(error, OSError):
+        return str(error)
+    said = error.strerror or str(error) or type(error).__name__
+    where = f" ({error.filename})" if error.filename is not None else ""
+    return f"{said}{where}: {_ADVICE.get(error.errno or 0, _ODD)}"
+
+
+@contextlib.contextmanager
+def system_errors(kind: type[FeatcacheError], doing: str) -> Iterator[None]:
+    """Raise what the system refuses as `kind`, saying what was to be done; other errors pass.
+
+    The frames that the error went through drop their locals: an error may be kept for long, in a cycle
+    with its task even until the next collection, and its traceback would keep their mappings.
+    """
+    try:
+        yield
+    except FeatcacheError as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
+    except (OSError, MemoryError) as error:
+        traceback.clear_frames(error.__traceback__)
+        raise kind(f"{doing}: {explain(error)}") from error

@@ -35,7 +35,6 @@ __all__ = [
     "SegmentsCommitted",
     "SegmentsReturned",
     "Throttle",
-    "VariableUnknown",
     "add_hook",
     "emit",
     "is_emitting",
@@ -339,17 +338,6 @@ class OwnerGone(Event):
     severity: ClassVar[Severity] = "warning"
     endpoint: str
     reason: str
-
-
-@attrs.frozen(kw_only=True)
-class VariableUnknown(Event):
-    """The environment has a ``FEATCACHE_…`` variable that no setting has: misspelt, or of another version."""
-
-    name: ClassVar[str] = "featcache.settings.unknown_variable"
-    severity: ClassVar[Severity] = "warning"
-    variable: str
-    nearest: str | None
-    """The variable that was meant, perhaps."""
 
 
 class Throttle:

@@ -1,11 +1,12 @@
 """`Settings`: every bound and interval in one frozen record, with defaults from the environment."""
 
 import difflib
+import logging
 import math
 import os
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
@@ -19,7 +20,6 @@ __all__ = [
     "parse_timeout",
     "round_up",
     "split_budget",
-    "unknown_variables",
 ]
 
 _UNITS = {"": 1, "b": 1}
@@ -30,8 +30,7 @@ MAX_KEY_BYTES = 1024
 """Bytes of the longest key."""
 _MAX_BYTES = 1 << 47  # a user address space: no machine that we know maps more
 _ENVIRONMENT_PREFIX = "FEATCACHE_"
-_RESERVED = ("CLUSTER_", "BENCH_")
-"""How the names of other parts begin, after the prefix: those are no settings."""
+_log = logging.getLogger("featcache")
 
 
 def round_up(size_bytes: int, unit_bytes: int) -> int:
@@ -168,6 +167,7 @@ def _positive(_: object, field: "attrs.Attribute[Any]", value: float | None) -> 
 
 
 def _or_environment(field: "attrs.Attribute[Any]") -> Any:
+    """Return a default that is the field's variable where it is set, parsed so that an error names it."""
     variable = _ENVIRONMENT_PREFIX + field.name.upper()
     converter: Any = field.converter
 
@@ -179,8 +179,8 @@ def _or_environment(field: "attrs.Attribute[Any]") -> Any:
             value = text if converter is None else converter.converter(text, field)
             if field.validator is not None:
                 field.validator(None, field, value)
-        except SettingsError as error:  # says where the value came from
-            raise SettingsError(f"{variable}: {error}") from None
+        except SettingsError as error:
+            raise SettingsError(f"{variable} in the environment: {error}") from None
         return value
 
     return attrs.Factory(read)
@@ -190,7 +190,37 @@ def _read_environment(
     _: type, fields: "list[attrs.Attribute[Any]]"
 ) -> "list[attrs.Attribute[Any]]":
     """Default each field to ``FEATCACHE_<NAME>``, read when a record is made, then to its own value."""
+    _VARIABLES.extend(_ENVIRONMENT_PREFIX + field.name.upper() for field in fields)
     return [field.evolve(default=_or_environment(field)) for field in fields]
+
+
+_VARIABLES: list[str] = []
+"""Of all the fields."""
+_warned: set[str] = set()
+_MISSPELT: Final = 0.8
+"""Likeness of a variable's name to a setting's from which it is taken for a slip of the hand."""
+
+
+def _check_environment() -> None:
+    """Refuse a misspelt variable; warn, once, of one that is no setting's.
+
+    A name that is like none may be a later version's, or a program's own, and stops nothing.
+    """
+    for variable in os.environ:
+        if not variable.startswith(_ENVIRONMENT_PREFIX) or variable in _VARIABLES:
+            continue
+        name = variable.removeprefix(_ENVIRONMENT_PREFIX)
+        names = [known.removeprefix(_ENVIRONMENT_PREFIX) for known in _VARIABLES]
+        nearest = difflib.get_close_matches(name.upper(), names, 1, _MISSPELT)
+        if nearest:
+            raise SettingsError(
+                f"{variable} in the environment is no setting: {_ENVIRONMENT_PREFIX}{nearest[0]} is"
+            )
+        if variable not in _warned:
+            _warned.add(variable)
+            guess = difflib.get_close_matches(name, names, 1)
+            hint = f": did you mean {_ENVIRONMENT_PREFIX}{guess[0]}?" if guess else ""
+            _log.warning("%s in the environment is no setting of this version%s", variable, hint)
 
 
 @attrs.frozen(kw_only=True, field_transformer=_read_environment)
@@ -201,9 +231,14 @@ class Settings:
     or ``FEATCACHE_TTL=none``; without that it has the default.
 
     Raises:
-        SettingsError: a value is out of range or not of its kind.
+        SettingsError: a value is out of range or not of its kind, or a ``FEATCACHE_…`` variable is
+            misspelt.
 
     """
+
+    def __attrs_pre_init__(self) -> None:
+        """Look at the environment for names that would be read by nobody."""
+        _check_environment()
 
     capacity: int = attrs.field(default=1 << 30, converter=_SIZE, validator=_within(1))
     """Bytes that the slab may grow to."""
@@ -271,18 +306,6 @@ class Settings:
     seconds, so that it can be released; 0 is never."""
     relay_ttl: float = attrs.field(default=30.0, converter=_SECONDS, validator=_positive)
     """Seconds that a copy made for a read through host memory is kept for its reader."""
-
-
-def unknown_variables() -> dict[str, str | None]:
-    """Return the ``FEATCACHE_…`` variables that no setting has, each with the nearest that one has."""
-    known = {_ENVIRONMENT_PREFIX + field.name.upper() for field in attrs.fields(Settings)}
-    return {
-        variable: next(iter(difflib.get_close_matches(variable, known, 1, 0.8)), None)
-        for variable in os.environ
-        if variable.startswith(_ENVIRONMENT_PREFIX)
-        and variable not in known
-        and not variable.removeprefix(_ENVIRONMENT_PREFIX).startswith(_RESERVED)
-    }
 
 
 def split_budget(total: int | str, workers: int, floor: int | str = "128MiB") -> int:

@@ -229,7 +229,7 @@ async def test_the_socket_is_this_users_alone(runtime_dir: Path) -> None:
     async with featcache.create(settings=small()) as owner:
         path = Path(owner.endpoint)
         assert path.parent == folder
-        assert modes(folder) == {"": 0o700, path.name: 0o600}
+        assert modes(folder) == {"": 0o700, path.name: 0o600, f"{path.name}.lock": 0o600}
     assert modes(folder) == {"": 0o700}
 
 
@@ -272,7 +272,7 @@ async def test_stale_sockets_of_the_default_folder_are_swept(runtime_dir: Path) 
     (folder / "notes.txt").write_text("kept")
     (folder / "odd.sock").write_text("kept: no socket")
     async with featcache.create(settings=small()) as one, featcache.create(settings=small()) as two:
-        found = {path.name for path in folder.iterdir()}
+        found = {path.name for path in folder.iterdir() if path.suffix != ".lock"}
         expected = {Path(one.endpoint).name, Path(two.endpoint).name, "notes.txt", "odd.sock"}
         assert found == expected
 

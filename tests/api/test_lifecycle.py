@@ -253,7 +253,7 @@ async def test_a_spill_pool_that_is_there_when_its_owner_is_given_up_goes_too(
     monkeypatch.setattr(Owner, "host_pool", stuck)
     one = featcache.create(settings=small(), spill=64 * KIB)
     opening = asyncio.ensure_future(one.open())
-    await until(lambda: len(endpoint_files(Path(os.environ["XDG_RUNTIME_DIR"]))) == 2)
+    await until(lambda: len(endpoint_files(Path(os.environ["XDG_RUNTIME_DIR"]))) == 4)  # two locks
     await one.aclose()
     with pytest.raises(CacheClosed):
         await opening

@@ -101,6 +101,37 @@ async def test_times_that_are_none(both: Pair, timeout: Any) -> None:
         await both[0].pressure.below("high", timeout=timeout)
 
 
+async def test_keys_that_are_no_text(both: Pair) -> None:
+    calls: list[Callable[[User], Awaitable[Any]]] = [
+        lambda user: user.put(filled(1), key=LONE),
+        lambda user: user.get(LONE),
+        lambda user: user.get_or_put(LONE, lambda: filled(1)),
+        *(
+            lambda user, name=name: getattr(user, name)(LONE)
+            for name in ("contains", "evict", "pin", "unpin")
+        ),
+    ]
+    for user in both:
+        for call in calls:
+            with pytest.raises(SettingsError, match="lone surrogate"):
+                await call(user)
+        with pytest.raises(SettingsError, match="lone surrogate"):
+            user.borrow(LONE)
+
+
+async def test_another_cpu(both: Pair) -> None:
+    ref = await both[0].put(filled(1))
+    for user in both:
+        for device in ("cpu:1", torch.device("cpu", 1)):
+            with pytest.raises(SettingsError, match="one 'cpu'"):
+                await user.get(ref, device=device)
+            with pytest.raises(SettingsError, match="one 'cpu'"):
+                user.get_nowait(ref, device=device)
+            with pytest.raises(SettingsError, match="one 'cpu'"):
+                await user.get_or_put("k", lambda: filled(1), device=device)
+    await both[1].get(ref, device="cpu:0")
+
+
 async def test_a_long_key_is_cut_in_what_is_said_of_it(both: Pair) -> None:
     calls: list[Callable[[User], Awaitable[Any]]] = [
         lambda user: user.pin("k" * 1000),
@@ -145,73 +176,6 @@ async def test_what_is_one_processs_is_not_pickled(both: Pair) -> None:
         for way in (pickle.dumps, copy.copy, copy.deepcopy):
             with pytest.raises(TypeError, match=r"connect\(endpoint\)"):
                 way(whole)
-
-
-KEYED: dict[str, Callable[[User], Any]] = {
-    "get": lambda user: user.get(LONE),
-    "get with a time": lambda user: user.get(LONE, timeout=1),
-    "borrow": lambda user: user.borrow(LONE).__aenter__(),
-    "put": lambda user: user.put(filled(1), key=LONE),
-    "get_or_put": lambda user: user.get_or_put(LONE, lambda: filled(1)),
-    "contains": lambda user: user.contains(LONE),
-    "evict": lambda user: user.evict(LONE),
-    "pin": lambda user: user.pin(LONE),
-    "unpin": lambda user: user.unpin(LONE),
-}
-
-
-@pytest.mark.parametrize("name", KEYED)
-async def test_a_key_that_is_no_text(both: Pair, name: str) -> None:
-    for user in both:
-        with pytest.raises(SettingsError, match="surrogates"):
-            await KEYED[name](user)
-    assert both[0].statistics().keys == 0
-
-
-async def test_a_key_that_is_no_text_without_await(both: Pair) -> None:
-    with pytest.raises(SettingsError, match="surrogates"):
-        both[0].put_nowait(filled(1), key=LONE)
-
-
-BLOCKING_KEYED: dict[str, Callable[[Any], Any]] = {
-    "get": lambda user: user.get(LONE),
-    "borrow": lambda user: user.borrow(LONE).__enter__(),
-    "put": lambda user: user.put(filled(1), key=LONE),
-    "get_or_put": lambda user: user.get_or_put(LONE, lambda: filled(1)),
-    "contains": lambda user: user.contains(LONE),
-    "evict": lambda user: user.evict(LONE),
-    "pin": lambda user: user.pin(LONE),
-    "unpin": lambda user: user.unpin(LONE),
-}
-
-
-def test_a_key_that_is_no_text_where_there_is_no_loop() -> None:
-    with (
-        featcache.blocking.create(settings=small()) as owner,
-        featcache.blocking.connect(owner.endpoint, settings=small()) as client,
-    ):
-        for user in (owner, client):
-            for call in BLOCKING_KEYED.values():
-                with pytest.raises(SettingsError, match="surrogates"):
-                    call(user)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [featcache.create, featcache.connect, featcache.blocking.create, featcache.blocking.connect],
-)
-def test_a_name_or_endpoint_that_is_no_text(make: Callable[..., Any]) -> None:
-    for how in ({"name": LONE}, {"endpoint": LONE}):
-        with pytest.raises(SettingsError, match="UTF-8"):
-            make(**how)
-
-
-async def test_a_dict_over_the_limit_names_the_setting() -> None:
-    feature = {f"{n}": filled(1) for n in range(3)}
-    async with pair(tensors=2) as (owner, client):
-        for writer in (owner, client):
-            with pytest.raises(SettingsError, match=r"Settings.tensors .FEATCACHE_TENSORS"):
-                await writer.put(feature)
 
 
 # --- with no loop --------------------------------------------------------------------------------

@@ -174,6 +174,7 @@ def test_another_loop_once_its_own_has_ended() -> None:
         asyncio.run(use())
     owner = made.pop()
     Path(owner.endpoint).unlink()  # nothing of that loop will
+    Path(f"{owner.endpoint}.lock").unlink()
     owner._forget()
 
 

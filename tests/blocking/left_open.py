@@ -65,7 +65,9 @@ async def in_a_loop() -> str:
 def main(how: str) -> None:
     """Open things, and return or exit."""
     if how == "loop":
-        Path(asyncio.run(in_a_loop())).unlink()  # which nobody does
+        left = Path(asyncio.run(in_a_loop()))
+        for path in (left, left.with_name(f"{left.name}.lock")):
+            path.unlink()  # which nobody does
         return
     cache = blocking.create(settings=featcache.Settings(capacity=1 << 20)).open()
     client = blocking.connect(cache.endpoint).open()

@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 import featcache
 from control.peers import Peer, frame, hello, own_pidfd
 from featcache import AttachRefused, FeatureCache
-from featcache.control.channel import MAX_DESCRIPTORS
+from featcache.control.descriptors import MAX_DESCRIPTORS
 from featcache.control.messages import VERSION, Closing, Discard, Goodbye, Hello, encode
 from support.caches import KIB, filled, pair, small, spent, until
 

@@ -60,9 +60,7 @@ def _start_on(
         gc.collect()
         time.sleep(0.005)  # the loop is gone, the thread that unmaps may not be
     assert ours() == before
-    sock, path = endpoints.listen(None)
-    sock.close()
-    endpoints.unlink(path)
+    endpoints.listen(None).close()
     if slab.kind != "host":
         torch.cuda.synchronize(HOME)  # this process's context is sound
 

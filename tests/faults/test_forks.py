@@ -137,6 +137,10 @@ async def test_owner_dies_and_its_fork_lives(
             assert events(log, "owner.lost")[0]["reason"] == "its process died"
         assert is_right(view, 1)
         await lost_at_once(client.get(ref))
+    async with featcache.create(endpoint=endpoint, settings=SETTINGS) as next_owner:
+        assert all(alive(pid) for pid in leash.pids)
+        async with featcache.connect(endpoint) as client:
+            assert is_right(await client.get(await next_owner.put(feature(2, SIZE))), 2)
     leash.let_go()
 
 

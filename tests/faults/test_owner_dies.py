@@ -36,9 +36,7 @@ def start(no_leaks: None) -> Iterator[Start]:
     give_up_s = time.monotonic() + AT_ONCE_S
     while slabs() and time.monotonic() < give_up_s:
         time.sleep(0.005)  # the loop is gone, the thread that unmaps may not be
-    sock, path = endpoints.listen(None)
-    sock.close()
-    endpoints.unlink(path)
+    endpoints.listen(None).close()
 
 
 async def opened(start: Start, **given: Any) -> tuple[Child, str]:

@@ -8,12 +8,12 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
-from featcache.errors import AttachRefused, CacheClosed
+from featcache.errors import AttachRefused, BackendUnavailable, CacheClosed
 from featcache.memory.host import slab as host
 from featcache.memory.host.slab import HostMapping, HostSlab
 from featcache.memory.pack import pack
@@ -223,3 +223,23 @@ def test_page_faults_are_taken_in_pieces(slab: HostSlab, monkeypatch: pytest.Mon
     monkeypatch.setattr(host, "_libc", types.SimpleNamespace(madvise=madvise))
     slab.commit(MIB, 10 * MIB, prefault=True)
     assert pieces == [(1 * MIB, 4 * MIB), (5 * MIB, 4 * MIB), (9 * MIB, 1 * MIB)]
+
+
+def test_memory_that_torch_can_not_have_is_told_and_its_other_errors_too(
+    slab: HostSlab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError("can't allocate memory\nException raised from alloc_cpu at …")
+
+    slab.commit(0, CAPACITY, prefault=False)
+    spec = write(slab, 0, torch.arange(1000))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", refuse)
+        with pytest.raises(BackendUnavailable, match=r"copy of 8000 bytes: can't allocate memory$"):
+            slab.fetch(0, spec, None, ())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", refuse)
+        with pytest.raises(BackendUnavailable, match="copy of 8000 bytes"):
+            slab.read(0, spec, torch.zeros(1000, 2, dtype=torch.int64)[:, 0], ())
+        with pytest.raises(BackendUnavailable, match="copy of 8000 bytes"):
+            write(slab, 0, torch.zeros(1000, 2, dtype=torch.int64)[:, 0])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from featcache.errors import StaleRef
 from featcache.memory.views import invalidate, view_over
@@ -78,7 +79,7 @@ USES: dict[str, Callable[[torch.Tensor], object]] = {
     "a loop": list,
     "a layer": lambda ended: torch.nn.functional.linear(torch.ones(3), ended),
     "NumPy": np.asarray,
-    "DLPack": torch.utils.dlpack.from_dlpack,
+    "DLPack": from_dlpack,
     "a pickle": pickle.dumps,
     "a deep copy": copy.deepcopy,
     "a comparison": lambda ended: torch.equal(ended, torch.ones(0)),

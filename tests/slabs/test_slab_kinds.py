@@ -9,6 +9,7 @@ import torch
 import featcache
 from api.test_put_get import COMPLEX, PLAIN, SHAPES, pattern
 from featcache import (
+    BackendUnavailable,
     CacheClosed,
     FeatureTooLarge,
     GetTimeout,
@@ -281,3 +282,24 @@ async def test_one_process_with_several_pools(slab: Slab) -> None:
                 assert same(await reader.get(await owner.put(feature)), filled(KIB, value))
         await spent(one)
         await spent(two)
+
+
+async def test_a_copy_that_torch_has_no_memory_for_is_still_owed(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    async with place.open() as (owner, reader):
+        value = pattern(torch.int32, 1000)
+        for feature in (value, {"one": value, "other": value}):
+            ref = await owner.put(feature)
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "empty", refuse)
+                patch.setattr(torch, "empty_strided", refuse)
+                with pytest.raises(BackendUnavailable, match="out of memory") as refused:
+                    await reader.get(ref)
+            assert isinstance(refused.value.__cause__, RuntimeError)
+            found = await reader.get(ref)
+            assert same(found["other"] if isinstance(found, dict) else found, value)
+        await all_spent(owner)

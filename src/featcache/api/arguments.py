@@ -5,20 +5,15 @@ from typing import Any, NoReturn
 import attrs
 import torch
 
-from featcache import events
 from featcache.errors import BackendUnavailable, SettingsError
 from featcache.memory.devices import CPU
 from featcache.memory.pack import MAX_NAME, is_name
 from featcache.ref import FeatureRef
-from featcache.settings import Settings, unknown_variables
-
-_warned: set[str] = set()
-"""Variables that this process was warned of."""
+from featcache.settings import Settings
 
 
 def settings_with(given: Settings | None, **overrides: Any) -> Settings:
     """Return settings, the given ones or the environment's, changed by a call's own arguments."""
-    _warn_of_unknown_variables()
     changed = {name: value for name, value in overrides.items() if value is not None}
     if given is None:
         return Settings(**changed)
@@ -27,26 +22,19 @@ def settings_with(given: Settings | None, **overrides: Any) -> Settings:
     return attrs.evolve(given, **changed)
 
 
-def _warn_of_unknown_variables() -> None:
-    for variable, nearest in unknown_variables().items():
-        if variable not in _warned:
-            _warned.add(variable)
-            events.emit(events.VariableUnknown(pool="", variable=variable, nearest=nearest))
-
-
 def parse_device(value: Any) -> torch.device:
     """Return a device that exists here, or raise SettingsError or BackendUnavailable."""
     try:
         device = torch.device(value)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError) as error:
         raise SettingsError(f"device={value!r} is no device: 'cpu' or 'cuda:<n>'") from error
     if device.type not in {"cpu", "cuda"}:
         raise SettingsError(f"device={value!r} is not supported: 'cpu' or 'cuda:<n>'")
     if device.type == "cpu":
         if device.index:
-            raise SettingsError(f"device={value!r}: the host is one device, 'cpu'")
+            raise SettingsError(f"device={value!r} is no device: there is one 'cpu'")
         return CPU
-    if (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BackendUnavailable(
             f"device={value!r}, but torch sees {torch.cuda.device_count()} CUDA devices here"
         )

@@ -167,8 +167,9 @@ class CacheBase:
         ``async with`` waits for the bytes, plain ``with`` takes bytes that are there now (as `get_nowait`).
         Leaving the block pays the read and empties the view: its ``numel()`` is then 0, and whatever would
         compute with it raises StaleRef. Slices of it, and arrays over its memory, must not outlive
-        the block: they are not emptied. Plain ``with``, and leaving, are safe in any thread;
-        ``async with`` is entered in the object's loop. The view is for reading: in another
+        the block: they are not emptied. Plain ``with``,
+        and leaving, are safe in any thread; ``async with`` is entered in the object's loop. The view is
+        for reading: in another
         process than the owner's its memory is mapped read-only, and a write to it ends the process.
 
         Of a key, `timeout` is as in `get`; it is looked up on entry, so it takes ``async with``.
@@ -262,6 +263,7 @@ class CacheBase:
         wanted, timeout_s = key_bytes(key), parse_timeout(timeout)
         place = self._target(device, None)
         while True:
+            # Looked up once: a lease that comes as this object is closed is still to be ended.
             engine: Engine = self._life.here()
             found = await find_or_claim(engine.keys, wanted, timeout_s)
             if isinstance(found, MakeClaim):

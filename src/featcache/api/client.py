@@ -1,5 +1,9 @@
 """`FeatureClient`: a reader and writer of other processes' pools, as users hold it; `connect`."""
 
+import asyncio
+import contextlib
+import os
+import weakref
 from collections.abc import Iterable
 from types import EllipsisType
 from typing import Any, Literal, Self
@@ -125,6 +129,8 @@ class FeatureClient(CacheBase):
             lambda: OpenClient.open(self._endpoint, self._device, self._name, self._settings)
         )
         forks.watch(self)
+        loop = asyncio.get_running_loop()
+        weakref.finalize(self, _close_forgotten, self._life, loop, os.getpid()).atexit = False
         return self
 
     async def aclose(self) -> None:
@@ -178,6 +184,22 @@ class FeatureClient(CacheBase):
     def __repr__(self) -> str:
         where = self._endpoint or "any endpoint"
         return f"<FeatureClient {self._name or 'unnamed'} of {where}>"
+
+
+_closing: set[asyncio.Task[None]] = set()
+
+
+def _close_forgotten(life: Lifecycle[Any], loop: asyncio.AbstractEventLoop, pid: int) -> None:
+    """Close what a client that was collected has open: its loop would keep the session for ever."""
+
+    def close() -> None:
+        task = loop.create_task(life.aclose())
+        _closing.add(task)
+        task.add_done_callback(_closing.discard)
+
+    if life.engine is not None and os.getpid() == pid:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: see PoolConnection.abandon
+            loop.call_soon_threadsafe(close)
 
 
 def connect(

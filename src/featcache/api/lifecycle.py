@@ -1,10 +1,13 @@
 """The life cycle of a cache or client object, and the engine that it has while it is open."""
 
 import asyncio
+import contextlib
 import enum
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, Protocol, TypeVar
+
+import anyio
 
 from featcache.errors import CacheClosed, FeatcacheError, WrongLoop
 from featcache.ref import FeatureRef
@@ -85,6 +88,7 @@ class Lifecycle(Generic[E]):
         self.hint = "not opened yet: use 'async with', or await open()"
         self._making: asyncio.Task[E] | None = None
         self._settled = asyncio.Event()
+        self._closing: asyncio.Task[None] | None = None
         self._closing_hint = f"this {noun} was closed"
         self.runs: Runs = NOWHERE
         self.home: Home | None = None
@@ -108,7 +112,7 @@ class Lifecycle(Generic[E]):
         try:
             engine = await self._made(self._making)
             if self.state is not LifeState.OPENING:  # closed, and its cancellation came too late
-                await engine.aclose()
+                await _to_its_end(asyncio.ensure_future(engine.aclose()))
                 raise self.closed()
             # In the step in which this call returns: a caller that is cancelled never has an open
             # object that it does not know of.
@@ -121,17 +125,23 @@ class Lifecycle(Generic[E]):
 
     async def _made(self, making: "asyncio.Task[E]") -> E:
         try:
-            return await making
+            return await asyncio.shield(making)
         except asyncio.CancelledError:
-            if making.done() and not making.cancelled() and making.exception() is None:
-                await making.result().aclose()  # the caller was cancelled as it was made
+            _cancel_once(making)
+            await _to_its_end(making)
+            if not making.cancelled() and making.exception() is None:  # cancelled as it was made
+                await _to_its_end(asyncio.ensure_future(making.result().aclose()))
             caller = asyncio.current_task()
             if self.state is LifeState.CLOSED and not (caller is not None and caller.cancelling()):
                 raise self.closed() from None
             raise
 
     async def aclose(self) -> None:
-        """Close it, also while it opens. Idempotent. Raise WrongLoop in another loop than its own."""
+        """Close it, also while it opens. Idempotent: whoever comes meanwhile waits for the same end.
+
+        If the caller is cancelled it goes on at once, and so does the closing. Raise WrongLoop in another
+        loop than its own.
+        """
         home = self.home
         if self.state in _LIVE and home is not None and not home.is_here():
             raise home.refusal(self._noun)
@@ -139,13 +149,19 @@ class Lifecycle(Generic[E]):
             raise no_loop()
         if self._making is not None:
             self._close(self._closing_hint)
-            self._making.cancel()
+            _cancel_once(self._making)
             await self._settled.wait()  # until the making is undone
         engine = self.engine
         if engine is not None:
             # First, so that no call begins while the engine closes.
             self._close(self._closing_hint)
-            await engine.aclose()
+            self._closing = asyncio.get_running_loop().create_task(engine.aclose())
+            self._closing.add_done_callback(self._closed)
+        if self._closing is not None and home is not None and home.is_here():
+            await asyncio.shield(self._closing)
+
+    def _closed(self, _: "asyncio.Task[None]") -> None:
+        self._closing = None  # its error's traceback refers to all that was open
 
     def on_exit(self) -> None:
         """Say in later errors that the end of the process closed it."""
@@ -188,3 +204,17 @@ class Lifecycle(Generic[E]):
         if self.state is LifeState.NEW and is_foreign():
             return no_loop()  # the first call says what opening would
         return CacheClosed(self.hint)
+
+
+def _cancel_once(task: "asyncio.Task[Any]") -> None:
+    """Cancel a task, unless it is cancelled already: a second time would cut its undo short."""
+    if not task.cancelling():
+        task.cancel()
+
+
+async def _to_its_end(task: "asyncio.Future[Any]") -> None:
+    """Wait until an undo is done, however often the caller is cancelled meanwhile."""
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([task])

@@ -3,16 +3,27 @@
 import asyncio
 import contextlib
 import enum
+import os
+import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from featcache.control import messages
-from featcache.control.channel import close_all, close_taken
+from featcache.control.descriptors import NO_DESCRIPTOR, close_all, close_taken
 from featcache.control.link import Link, SlabChange
 from featcache.control.messages import UnmapTail
-from featcache.errors import BackendUnavailable, CacheClosed, FeatcacheError, OwnerLost
+from featcache.errors import (
+    OUT_OF_DESCRIPTORS,
+    BackendUnavailable,
+    CacheClosed,
+    FeatcacheError,
+    OwnerLost,
+    explain,
+)
 from featcache.memory.slab import Mapping, Unreachable
+from featcache.memory.words import Parting
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
 from featcache.session.offload import Offload
@@ -33,6 +44,7 @@ class ConnectionState(enum.Enum):
     | OPEN, CLOSING | `lose`: the owner is gone; the same                   | LOST    |
     | CLOSING       | the last unpin: goodbye is said, then `_leave` unmaps | LEFT    |
     | LOST          | the last unpin: `_leave` unmaps                       | LEFT    |
+    | any           | `abandon`, the last unpin: the loop was closed        | LEFT    |
     """
 
     OPEN = "open"
@@ -55,6 +67,7 @@ class PoolConnection:
         on_unreachable: Callable[[str], object],
     ) -> None:
         """Begin with the bytes mapped now; `on_unreachable` is told why, if more can't be mapped."""
+        self._pid = os.getpid()
         self.attachment = attachment
         self.link = link
         self.endpoint = endpoint
@@ -75,6 +88,7 @@ class PoolConnection:
         self._changed = asyncio.Event()
         attachment.covered_bytes = self._mapping.end_bytes
         link.take_slab_changes(self._take_change)
+        _living.add(self)
 
     # --- the slab's size --------------------------------------------------------------------------
 
@@ -115,7 +129,7 @@ class PoolConnection:
                 self._changed.set()
         except (FeatcacheError, OSError, MemoryError, ValueError) as error:
             if self._follows:
-                self._stall(str(error))  # no later change can be mapped either
+                self._stall(explain(error))  # no later change can be mapped either
             self._changed.set()
         finally:
             self._change_in_progress = False
@@ -156,16 +170,21 @@ class PoolConnection:
         self.attachment.refuse(closed)
         self.link.fail_all(closed)
         if self.attachment.holds:
+            self.attachment.part(Parting.LEAVING)
             self.attachment.when_idle(lambda: self._soon(self._say_goodbye_and_leave))
             return
         await self._drain()
-        await self.link.goodbye()
-        await self._leave()
+        self.attachment.part(Parting.LEFT)
+        try:
+            await self.link.goodbye()
+        finally:
+            await self._leave()
 
     def lose(self, reason: str) -> None:
         """Refuse new reads; pinned slots stay mapped until they are unpinned."""
         self.state = ConnectionState.LOST
         self.attachment.refuse(OwnerLost(reason))
+        self.attachment.part(Parting.LEAVING)  # its owner may live, and only the socket be gone
         self._changed.set()
         self.attachment.when_idle(lambda: self._soon(self._leave))
 
@@ -180,6 +199,7 @@ class PoolConnection:
 
     async def _say_goodbye_and_leave(self) -> None:
         await self._drain()
+        self.attachment.part(Parting.LEFT)
         self.link.say_goodbye()
         await self._leave()
 
@@ -196,10 +216,44 @@ class PoolConnection:
         self.state, self._follows = ConnectionState.LEFT, False
         # First: unmapping under a stream's work would fault this process's context.
         await self._drain()
+        self.attachment.part(Parting.ABANDONED)
         self._doorbell.close()
         if self._changes:
             self._drop_changes()
         await self._in_thread(self._mapping.close)
+
+    def abandon_if_loopless(self) -> None:
+        """Abandon it if its loop was closed under it."""
+        if self._loop.is_closed():
+            self.abandon()
+
+    def abandon(self) -> None:
+        """End a connection whose loop was closed under it; the process's next session tells its owner."""
+        if self.state is ConnectionState.LEFT or self._pid != os.getpid():  # a fork's copy
+            return
+        self.state, self._follows = ConnectionState.LOST, False
+        self.attachment.refuse(CacheClosed("the event loop of this client was closed"))
+        self.attachment.part(Parting.LEAVING)
+        self.link.abandon()
+        deferred, spawn = self._mapping.deferred, self._offload.spawn
+        self.attachment.when_idle(lambda: spawn(self._abandoned) if deferred else self._abandoned())
+
+    def _abandoned(self) -> None:
+        if self.state is ConnectionState.LEFT:
+            return
+        self.state = ConnectionState.LEFT
+        if not self.attachment.settled:
+            with contextlib.suppress(BackendUnavailable):
+                self._mapping.finish()
+        self.attachment.part(Parting.ABANDONED)
+        self._doorbell.close()
+        self._drop_changes()
+        self._mapping.close()
+
+    def __del__(self) -> None:
+        """Abandon what nobody closed: its loop is gone, or it would not be collected."""
+        if sys is not None and not sys.is_finalizing():
+            self.abandon()
 
     async def _in_thread(self, work: Callable[[], object]) -> None:
         try:
@@ -216,12 +270,22 @@ class PoolConnection:
 
     def forget(self) -> None:
         """Drop descriptors and mappings in a forked child."""
+        self.state = ConnectionState.LEFT
         self.link.forget()
         self.attachment.forget()
         self._doorbell.close()
         for _, fds in self._changes:
             close_all(fds)
         self._changes.clear()
+
+
+_living: "weakref.WeakSet[PoolConnection]" = weakref.WeakSet()
+
+
+def abandon_the_loopless() -> None:
+    """Abandon the connections of this process whose loop was closed, before it attaches anew."""
+    for connection in list(_living):
+        connection.abandon_if_loopless()
 
 
 def return_unclaimed(
@@ -249,6 +313,8 @@ def _change(mapping: Mapping, change: SlabChange, fds: list[int]) -> None:
         if isinstance(change, UnmapTail):
             mapping.cut(change.end_bytes)
             return
+        if NO_DESCRIPTOR in fds:
+            raise BackendUnavailable(OUT_OF_DESCRIPTORS)
         at = change.start_bytes
         for size_bytes, fd in zip(change.sizes, fds, strict=True):
             if at >= mapping.end_bytes:  # segments of before this session began may be sent twice

@@ -1,12 +1,11 @@
 """From an owner's welcome to a mapped pool in this process."""
 
-import os
-from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from featcache.control.channel import close_taken
+from featcache.control.descriptors import close_taken, duplicate_all
 from featcache.control.messages import Welcome
 from featcache.errors import AttachRefused
 from featcache.memory.backends import map_slab
@@ -51,16 +50,19 @@ async def map_pool(
     Raises:
         AttachRefused: the welcome is not one that an owner sends.
         BackendUnavailable: the slab can't be mapped, nor read through host memory.
+        OSError: the system refused a descriptor or a mapping.
 
     """
     if len(fds) < _CONTROL_DESCRIPTORS:
         raise AttachRefused("the owner's welcome came without its descriptors")
     words = OwnerWords.attach(fds[0], welcome.slots)
     page = SessionWords.attach(fds[1], welcome.slots, welcome.grants)
-    own = [os.dup(fd) for fd in fds[_CONTROL_DESCRIPTORS:]]  # the thread's: see `_mapper`
+    # The thread's: a cancelled attach closes the others meanwhile.
+    own = duplicate_all(fds[_CONTROL_DESCRIPTORS:])
     try:
         slab = await offload.run(
-            _mapper(welcome, own, device, page, through_host=through_host),
+            # No closure, which the traceback of an error would keep, and with it the page mapped.
+            partial(_map_and_adopt, welcome, own, device, page, through_host=through_host),
             lambda mapped: None if mapped is None else offload.spawn(mapped.mapping.close),
         )
     except Exception:
@@ -73,45 +75,41 @@ async def map_pool(
     return MappedPool(attachment, doorbell, slab.unreachable)
 
 
-def _mapper(
+def _map_and_adopt(
     welcome: Welcome,
     own: list[int],
     device: torch.device | None,
     page: SessionWords,
     *,
     through_host: bool,
-) -> Callable[[], _MappedSlab]:
-    """Return the work that maps a slab and readies the page for its streams, in a thread.
+) -> _MappedSlab:
+    """Map a slab and ready the page for its streams, in a thread. Closes `own`."""
+    mapping, unreachable = _map(welcome, own, device, through_host=through_host)
+    try:
+        return _MappedSlab(mapping, PageWords.adopted(mapping, page), unreachable)
+    except BaseException:
+        mapping.close()
+        raise
 
-    It closes the descriptors, which are its own: a cancelled attach closes the others meanwhile.
-    """
 
-    def mapped() -> tuple[Mapping, str | None]:
-        try:
-            if through_host and welcome.relays:
-                raise Unreachable("Settings.through_host is set")
-            peer = PeerSlab(
-                welcome.kind,
-                welcome.device,
-                welcome.capacity_bytes,
-                welcome.committed_bytes,
-                welcome.handle,
-                own,
-            )
-            return map_slab(peer, device), None
-        except Unreachable as error:
-            if not welcome.relays:
-                raise
-            return UnreachableSlab(device or default_device(), str(error)), str(error)
-        finally:
-            close_taken(own)
-
-    def work() -> _MappedSlab:
-        mapping, unreachable = mapped()
-        try:
-            return _MappedSlab(mapping, PageWords.adopted(mapping, page), unreachable)
-        except BaseException:
-            mapping.close()
+def _map(
+    welcome: Welcome, own: list[int], device: torch.device | None, *, through_host: bool
+) -> tuple[Mapping, str | None]:
+    try:
+        if through_host and welcome.relays:
+            raise Unreachable("Settings.through_host is set")
+        peer = PeerSlab(
+            welcome.kind,
+            welcome.device,
+            welcome.capacity_bytes,
+            welcome.committed_bytes,
+            welcome.handle,
+            own,
+        )
+        return map_slab(peer, device), None
+    except Unreachable as error:
+        if not welcome.relays:
             raise
-
-    return work
+        return UnreachableSlab(device or default_device(), str(error)), str(error)
+    finally:
+        close_taken(own)

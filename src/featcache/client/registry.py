@@ -9,18 +9,20 @@ import anyio
 import torch
 
 from featcache import events
-from featcache.client.connection import PoolConnection, return_unclaimed
+from featcache.client.connection import PoolConnection, abandon_the_loopless, return_unclaimed
 from featcache.client.mapping import map_pool
-from featcache.control.channel import close_all
+from featcache.control.descriptors import close_all
 from featcache.control.link import Link, dial
 from featcache.control.messages import Welcome
 from featcache.errors import (
     AttachRefused,
+    BackendUnavailable,
     CacheClosed,
     OwnerLost,
     PoolFull,
     SettingsError,
     UnknownPool,
+    system_errors,
 )
 from featcache.memory.slab import Unreachable
 from featcache.memory.unreachable import UnreachableSlab
@@ -179,12 +181,14 @@ class ConnectionRegistry:
 
     async def _attach(self, endpoint: str, *, sibling: bool) -> PoolConnection:
         try:
-            return await self._attach_once(endpoint, sibling=sibling)
+            with system_errors(BackendUnavailable, f"can't map the pool at {endpoint}"):
+                return await self._attach_once(endpoint, sibling=sibling)
         finally:
             self._opening.pop(endpoint, None)
 
     async def _attach_once(self, endpoint: str, *, sibling: bool) -> PoolConnection:
         await self._make_place(sibling=sibling)
+        abandon_the_loopless()
         link, welcome, fds = await dial(
             endpoint, self._name, str(self._device or "default"), self._settings
         )
@@ -318,8 +322,14 @@ class ConnectionRegistry:
                 opening.task.cancel()
         connections = self.connections
         self._connections.clear()
-        for connection in connections:
-            await connection.close()
+        # At once, and each whatever becomes of the others: an owner that stands still takes a second.
+        ends = await asyncio.gather(
+            *(connection.close() for connection in connections), return_exceptions=True
+        )
+        self.on_gone = None  # it refers to the client's puts, which refer to this: no cycle is left
+        for end in ends:
+            if end is not None:
+                raise end
 
     def forget(self) -> None:
         """Drop everything in a forked child."""

@@ -9,16 +9,23 @@ copy, says that they have landed.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import anyio
 
 from featcache.client.connection import PoolConnection
 from featcache.control import messages
-from featcache.control.channel import close_all, close_taken
+from featcache.control.descriptors import close_taken
 from featcache.control.messages import ProtocolError, Reserved
 from featcache.core.put_queue import Request
-from featcache.errors import BackendUnavailable, FeatcacheError, PoolFull, PutTimeout
+from featcache.errors import (
+    BackendUnavailable,
+    FeatcacheError,
+    PoolFull,
+    PutTimeout,
+    system_errors,
+)
 from featcache.ref import FeatureRef
 from featcache.session.arguments import parse_put, rpc_timeout
 from featcache.session.offload import Offload, SharedTask
@@ -92,7 +99,7 @@ class ClientWriter:
         self.connection = connection
         self._settings = settings
         self._offload = offload
-        self._opening = SharedTask(self._open)
+        self._opening = SharedTask(partial(_open, connection, offload))
         self.puts = 0
 
     def stage(self, feature: Any, readers: Any, ttl: Any, key: Any = None) -> Staged:
@@ -217,24 +224,23 @@ class ClientWriter:
             messages.GiveUpReserved(reserved.slot, reserved.generation, landed)
         )
 
-    # --- the first time ---------------------------------------------------------------------------
 
-    async def _open(self) -> None:
-        """Map the slab for writing."""
-        link, mapping = self.connection.link, self.connection.attachment.mapping
-        answer, fds = await link.request(messages.OpenForWriting(link.number()))
-        try:
-            if not isinstance(answer, messages.WriteDescriptors):
-                raise ProtocolError(f"the owner answered a writer with {type(answer).__name__}")
-        except ProtocolError:
-            close_all(fds)
-            raise
+# --- the first time -------------------------------------------------------------------------------
+
+
+async def _open(connection: PoolConnection, offload: Offload) -> None:
+    """Map the slab for writing."""
+    link, mapping = connection.link, connection.attachment.mapping
+    answer, fds = await link.request(messages.OpenForWriting(link.number()))
+    try:
+        if not isinstance(answer, messages.WriteDescriptors):
+            raise ProtocolError(f"the owner answered a writer with {type(answer).__name__}")
         # The descriptors are the thread's, which closes them even if the loop is gone by then.
-        try:
-            await self._offload.run(lambda: _open_for_writing(mapping, fds))
-        except Exception:
-            close_taken(fds)  # the thread has not, if it was refused
-            raise
+        with system_errors(BackendUnavailable, "the slab can't be mapped for writing"):
+            await offload.run(partial(_open_for_writing, mapping, fds))
+    except Exception:
+        close_taken(fds)  # the thread has not, if it was refused
+        raise
 
 
 def _open_for_writing(mapping: Any, fds: list[int]) -> None:

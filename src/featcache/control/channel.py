@@ -8,14 +8,21 @@ or a peer that leaves too much unread, ends the channel.
 import array
 import asyncio
 import enum
-import os
 import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from featcache.control.messages import VERSION, ProtocolError
+from featcache.control.descriptors import (
+    ANCILLARY_BYTES,
+    MAX_DESCRIPTORS,
+    Received,
+    close_all,
+    duplicate_all,
+)
+from featcache.control.hangup import hang_up, has_hung_up
+from featcache.control.messages import VERSION, ProtocolError, SocketFailed
 
 _HEADER: Final = struct.Struct("<2sBBI")
 _HEADER_BYTES: Final = _HEADER.size
@@ -26,15 +33,11 @@ _WRONG_MAGIC: Final = "the peer does not speak featcache's protocol"
 _RECEIVE_BYTES: Final = 64 << 10
 _GATHER_BYTES: Final = 16 << 10
 """Flush threshold of the write batch: the peer can begin to read while the rest is gathered."""
-MAX_DESCRIPTORS: Final = 64
-"""Descriptors that one frame can carry (SCM_MAX_FD is 253)."""
 _MAX_QUEUED: Final = 1 << 14
 """Frames that may wait for the peer to read: more than the requests that a peer which does read can
 have unanswered (`PendingRequests`), and their answers."""
 _MAX_QUEUED_FULL: Final = 1 << 12
 """Frames of the greatest length that may wait: the same bound in bytes."""
-_INT_BYTES: Final = array.array("i").itemsize
-_ANCILLARY_BYTES: Final = socket.CMSG_SPACE(MAX_DESCRIPTORS * _INT_BYTES)
 # As plain integers: the enum's own operators take longer than the rest of a short read.
 _NO_SIGNAL: Final = int(socket.MSG_NOSIGNAL)
 _CLOSE_ON_EXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
@@ -42,18 +45,6 @@ _CUT: Final = int(socket.MSG_CTRUNC)
 
 OnMessage = Callable[[bytes, list[int]], None]
 OnLost = Callable[[Exception | None], None]
-
-
-def close_all(descriptors: Sequence[int]) -> None:
-    """Close descriptors that have no owner."""
-    for fd in descriptors:
-        os.close(fd)
-
-
-def close_taken(descriptors: list[int]) -> None:
-    """Close the descriptors of a list and empty it: of two that call this the second closes none."""
-    while descriptors:
-        os.close(descriptors.pop())
 
 
 class ChannelState(enum.Enum):
@@ -107,10 +98,10 @@ _TURN_BEGUN = Batching.TURN_BEGUN
 class Channel:
     """One end of a control connection.
 
-    `on_message` is called for each frame with its payload and its descriptors, which it then owns.
-    `on_lost` is called once, when the peer is gone (None) or misbehaved (the error), never after
-    `close`; with a `ProtocolError` it is called before the channel closes. Both run in the loop and
-    must not block.
+    `on_message` is called for each frame with its payload and its descriptors, which it then owns; one
+    that this process had no room for is `NO_DESCRIPTOR`. `on_lost` is called once, when the peer is gone
+    (None) or misbehaved (the error), never after `close`; with a `ProtocolError` it is called before the
+    channel closes. Both run in the loop and must not block.
 
     Frames that are sent while those of one read are handled go with one system call, so a peer with many
     requests wakes once for their answers; a `requester` also batches what it sends by `send_next`
@@ -137,8 +128,7 @@ class Channel:
         self._loop = asyncio.get_running_loop()
         self._incoming = bytearray()
         """The beginning of a frame whose rest is still to come."""
-        self._descriptors: deque[int] = deque()
-        """Descriptors received whose frames are not handled yet."""
+        self._descriptors = Received()
         self._requester = requester
         self._batching = _NONE
         self._gathered: list[bytes] = []
@@ -221,7 +211,11 @@ class Channel:
         if self.state is _CLOSED:
             return
         if not self._outgoing:
-            self._loop.add_writer(self._fd, self._writable)
+            try:
+                self._loop.add_writer(self._fd, self._writable)
+            except OSError as error:
+                self._lose(SocketFailed("the socket can't be watched", error))
+                return
         self._queue(frame, descriptors)
 
     def _queue(self, frame: bytes, descriptors: Sequence[int]) -> None:
@@ -231,8 +225,10 @@ class Channel:
             unread = f"{len(self._outgoing)} messages of {self._outgoing_bytes} bytes"
             self._lose(ProtocolError(f"the peer left {unread} unread"))
             return
-        # Duplicates: the caller may close its descriptors before the frame goes.
-        self._outgoing.append((frame, [os.dup(fd) for fd in descriptors]))
+        try:  # duplicates: the caller may close its descriptors before the frame goes
+            self._outgoing.append((frame, duplicate_all(descriptors)))
+        except OSError as error:
+            self._lose(SocketFailed("a message with descriptors can't wait", error))
 
     def _send_some(self, data: bytes, descriptors: Sequence[int]) -> int:
         try:
@@ -242,8 +238,11 @@ class Channel:
             return self._sock.sendmsg([data], [rights], _NO_SIGNAL)
         except (BlockingIOError, InterruptedError):
             return 0
-        except OSError:
+        except OSError as error:
             # The next read meets the same end and reports it, once, outside the sender's call.
+            if not isinstance(error, ConnectionError):  # not that of the peer
+                failed = SocketFailed("a message can't be sent", error)
+                self._loop.call_soon(self._lose, failed)
             return len(data)
 
     def _writable(self) -> None:
@@ -265,29 +264,27 @@ class Channel:
     def _readable(self) -> None:
         try:
             data, ancillary, flags, _ = self._sock.recvmsg(
-                _RECEIVE_BYTES, _ANCILLARY_BYTES, _CLOSE_ON_EXEC
+                _RECEIVE_BYTES, ANCILLARY_BYTES, _CLOSE_ON_EXEC
             )
         except (BlockingIOError, InterruptedError):
             return
-        except OSError as error:
+        except ConnectionError as error:
             self._lose(error)
             return
-        if ancillary:  # first: whatever ends the channel from here on closes them
-            self._take_descriptors(ancillary)
-        if flags & _CUT or len(self._descriptors) > 2 * MAX_DESCRIPTORS:
-            self._lose(ProtocolError("more descriptors than a message may carry"))
-        elif not data:
+        except OSError as error:
+            self._lose(SocketFailed("messages can't be received", error))
+            return
+        if ancillary or flags & _CUT:
+            try:
+                self._descriptors.add(ancillary, cut=bool(flags & _CUT))
+            except ProtocolError as error:
+                self._lose(error)
+                return
+        if not data:
             cut = ProtocolError("the peer hung up in the middle of a message")
             self._lose(cut if self._incoming else None)
         else:
             self._take(data)
-
-    def _take_descriptors(self, ancillary: list[tuple[int, int, bytes]]) -> None:
-        for level, kind, content in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                rights = array.array("i")
-                rights.frombytes(content[: len(content) - len(content) % _INT_BYTES])
-                self._descriptors.extend(rights)
 
     def _take(self, data: bytes) -> None:
         """Handle the frames that are whole, and keep the beginning of the next."""
@@ -301,7 +298,7 @@ class Channel:
                 done < len(whole) and self.state is _OPEN and (end := self._frame_end(whole, done))
             ):
                 payload, count = bytes(whole[done + _HEADER_BYTES : end]), whole[done + _COUNT_AT]
-                fds = [self._descriptors.popleft() for _ in range(count)] if count else []
+                fds = self._descriptors.take(count) if count else []
                 done = end
                 if done < len(whole):  # the answer to a frame that came alone need not wait
                     self._batching = _READ
@@ -347,7 +344,7 @@ class Channel:
             raise ProtocolError(f"a frame of {length_bytes} bytes is over {self._limit_bytes}")
         if left < _HEADER_BYTES + length_bytes:
             return 0
-        if count > len(self._descriptors):
+        if count and not self._descriptors.has(count):
             raise ProtocolError("a message came without its descriptors")
         return start + _HEADER_BYTES + int(length_bytes)
 
@@ -376,18 +373,24 @@ class Channel:
         self._loop.remove_reader(self._fd)
         self._loop.remove_writer(self._fd)
         self._drop_descriptors()
+        hang_up(self._sock)
         self._sock.close()
+
+    @property
+    def hung_up(self) -> bool:
+        """Whether the peer has, polled now."""
+        return self.state is _CLOSED or has_hung_up(self._fd)
 
     def _drop_descriptors(self) -> None:
         for _, descriptors in self._outgoing:
             close_all(descriptors)
         self._outgoing.clear()
-        if self._descriptors:
-            close_all(self._descriptors)
-            self._descriptors.clear()
+        self._descriptors.close()
 
-    def forget(self) -> None:
-        """Drop the socket in a forked child, whose copy of the loop must not be touched."""
+    def forget(self, *, hangs_up: bool = False) -> None:
+        """Drop the socket in a forked child, whose copy of the loop must not be touched; or hang up."""
+        if hangs_up:
+            hang_up(self._sock)
         self.state = _CLOSED
         self._gathered.clear()
         self._drop_descriptors()

@@ -1,6 +1,7 @@
 """Peer credentials and pidfd liveness."""
 
 import asyncio
+import contextlib
 import os
 import select
 import socket
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from featcache.control.messages import ProtocolError
-from featcache.errors import AttachRefused
+from featcache.errors import AttachRefused, BackendUnavailable, system_errors
 
 _UCRED: Final = struct.Struct("3i")
 
@@ -37,8 +38,13 @@ def own_pidfd() -> int:
     """Return a pidfd of this process, to be sent to a peer.
 
     Each side sends its own: a descriptor is valid across PID namespaces, a pid is not.
+
+    Raises:
+        BackendUnavailable: the system refuses it, as the seccomp profile of a container may.
+
     """
-    return os.pidfd_open(os.getpid())
+    with system_errors(BackendUnavailable, "no pidfd of this process (pidfd_open)"):
+        return os.pidfd_open(os.getpid())
 
 
 def _is_pidfd(fd: int) -> bool:
@@ -46,18 +52,46 @@ def _is_pidfd(fd: int) -> bool:
     return target == "anon_inode:[pidfd]" or target.startswith("pidfd:")  # the latter since 6.9
 
 
+def _process_of(pidfd: int) -> tuple[str, int] | None:
+    """Return what tells the living process of a pidfd from all others."""
+    try:
+        info = Path(f"/proc/self/fdinfo/{pidfd}").read_text()
+        pid = next(int(line[4:]) for line in info.splitlines() if line.startswith("Pid:"))
+        if pid > 0:
+            return "pid", pid
+        # Of a PID namespace that this one does not see. Since Linux 6.9 a pidfd has an inode of its
+        # process's own; before, all have one.
+        inode, own = os.fstat(pidfd).st_ino, own_pidfd()
+        try:
+            return None if os.fstat(own).st_ino == inode else ("inode", inode)
+        finally:
+            os.close(own)
+    except (OSError, StopIteration):
+        return None
+
+
 class PidWatch:
     """Calls back, once, when the process behind a pidfd has died. Owns the descriptor."""
 
     def __init__(self, pidfd: int, on_death: Callable[[], None]) -> None:
+        """Begin to watch.
+
+        Raises:
+            ProtocolError: the peer's descriptor is none of a process.
+            BackendUnavailable: the system refuses to watch it. Closed either way.
+
+        """
         self._fd = pidfd
         self._on_death = on_death
-        if not _is_pidfd(pidfd):
-            os.close(pidfd)
-            self._fd = -1
-            raise ProtocolError("the peer's first descriptor is not a pidfd")
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(pidfd, self._fire)
+        try:
+            with system_errors(BackendUnavailable, "the peer's process can't be watched"):
+                if not _is_pidfd(pidfd):
+                    raise ProtocolError("the peer's first descriptor is not a pidfd")
+                self._loop.add_reader(pidfd, self._fire)
+        except BaseException:
+            self.forget()
+            raise
 
     @property
     def dead(self) -> bool:
@@ -66,7 +100,16 @@ class PidWatch:
             return True
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
-        return bool(poll.poll(0))
+        with contextlib.suppress(OSError):  # the loop will see it
+            return bool(poll.poll(0))
+        return False
+
+    def is_of(self, other: "PidWatch") -> bool:
+        """Whether both watch one process, and it lives. False where the system does not tell."""
+        if self.dead or other.dead:
+            return False
+        this = _process_of(self._fd)
+        return this is not None and this == _process_of(other._fd)  # noqa: SLF001 - of this class
 
     def _fire(self) -> None:
         self.close()  # first: a pidfd stays readable, and would fire in every turn of the loop

@@ -1,23 +1,33 @@
-"""An owner's endpoint: a Unix socket in a directory that only this user can enter."""
+"""An owner's endpoint: a Unix socket in a directory that only this user can enter.
+
+Who owns an endpoint is decided by a lock on a file beside the socket (`EndpointLock`), held for life: only
+its holder binds the socket there, and only its holder removes it.
+"""
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import secrets
+import select
 import socket
 import stat
 import tempfile
-import time
+import threading
+import weakref
 from pathlib import Path
 from typing import Final
 
-from featcache.errors import SettingsError
+from featcache.control.credentials import peer_pid
+from featcache.errors import BackendUnavailable, SettingsError, explain
 
 _MAX_PATH_BYTES: Final = 107  # sun_path, less its final zero
 _BACKLOG: Final = 128
 _SUFFIX: Final = ".sock"
-_TEMPORARY: Final = ".new"
-_TEMPORARY_AGE_S: Final = 60.0
+_LOCK_SUFFIX: Final = ".lock"
+_OURS: Final = re.compile(r"[0-9]+-[0-9a-f]+\.sock")
+"""Names that `listen` makes: nobody else will ever listen there."""
 
 
 def check_endpoint(endpoint: object) -> str:
@@ -41,32 +51,141 @@ def check_endpoint(endpoint: object) -> str:
 def default_directory() -> Path:
     """Return ``$XDG_RUNTIME_DIR/featcache``, else ``featcache-<uid>`` under the temporary directory.
 
-    It is made with mode 0700 if it is not there.
+    It is made with mode 0700, whatever the umask, if it is not there.
 
     Raises:
-        SettingsError: it exists and belongs to another user, or is open to others.
+        SettingsError: it exists and belongs to another user, or is open to others, or can't be made.
 
     """
     runtime, uid = os.environ.get("XDG_RUNTIME_DIR"), os.geteuid()
     name = "featcache" if runtime else f"featcache-{uid}"
-    folder = Path(runtime or tempfile.gettempdir(), name)
+    parent = runtime or "the temporary directory"
     try:
+        parent = runtime or tempfile.gettempdir()
+        folder = Path(parent, name)
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
+        ours = stat.S_ISDIR(found.st_mode) and found.st_uid == uid
+        if (
+            ours and ~found.st_mode & stat.S_IRWXU
+        ):  # made under a umask that takes from its own user
+            folder.chmod(stat.S_IRWXU)
+            found = folder.lstat()
     except OSError as error:
-        raise SettingsError(
-            f"no directory for sockets at {folder}: {error.strerror}; set XDG_RUNTIME_DIR or endpoint"
+        raise _refused(
+            f"no directory for sockets in {parent} (set XDG_RUNTIME_DIR or endpoint)", error
         ) from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != uid or found.st_mode & 0o077:
         raise SettingsError(f"{folder} must be a directory of uid {uid} with mode 0700")
     return folder
 
 
-def listen(endpoint: str | None) -> tuple[socket.socket, str]:
-    """Return a listening socket and its path; a stale socket in the way is replaced.
+class EndpointLock:
+    """The right to an endpoint's path: a locked file beside it, which names the holder's process.
+
+    It is a POSIX record lock, which belongs to the process: it ends with that, however that ends and
+    whatever forks of it live on (one of `flock` would be theirs too, also of a fork that runs no hook of
+    Python's). Its price is that the process loses it by closing any descriptor of the file: so none is
+    opened while the lock is held here, and `_locks` tells. Who has lost it still has the socket, at
+    which `_clear` looks.
+    """
+
+    def __init__(self, path: Path, fd: int, identity: tuple[int, int]) -> None:
+        self._path = path
+        self._fd = fd
+        self._identity = identity
+        _locks[identity] = self
+
+    @classmethod
+    def take(cls, endpoint: Path) -> "EndpointLock":
+        """Take the lock of an endpoint.
+
+        Raises:
+            SettingsError: another owner holds it.
+            OSError: its file can't be made.
+
+        """
+        path = endpoint.with_name(endpoint.name + _LOCK_SUFFIX)
+        with _taking:
+            while True:
+                with contextlib.suppress(FileNotFoundError):
+                    if _identity(path.lstat()) in _locks:
+                        raise _in_use(endpoint, "this process owns it")
+                taken = cls._try(endpoint, path)
+                if taken is not None:
+                    return taken
+
+    @classmethod
+    def _try(cls, endpoint: Path, path: Path) -> "EndpointLock | None":
+        """Return None if the file was removed meanwhile: then the lock is one of nothing."""
+        fd, made = _open_or_make(path)
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(fd)
+            os.close(fd)
+            raise _in_use(endpoint, f"{holder} owns it") from None
+        except BaseException:
+            _drop(path, fd, remove=made)
+            raise
+        try:
+            identity = _identity(os.fstat(fd))
+            if _is_file(path, identity):
+                os.fchmod(fd, 0o600)  # whatever the umask: the next owner must open it
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+                return cls(path, fd, identity)
+        except BaseException:
+            _drop(path, fd, remove=True)
+            raise
+        os.close(fd)
+        return None
+
+    def release(self) -> None:
+        """Remove the file and let go of the lock, in this order. Idempotent."""
+        if self._fd >= 0:
+            _unlink(self._path, self._identity)
+            self.forget()
+
+    def forget(self) -> None:
+        """Close the descriptor; in a forked child, which has no lock, that does nothing to its parent's."""
+        if self._fd >= 0:
+            _locks.pop(self._identity, None)
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Listener:
+    """A listening socket, its path and the lock of that path."""
+
+    def __init__(self, sock: socket.socket, path: str, lock: EndpointLock) -> None:
+        self.sock = sock
+        self.path = path
+        self._lock = lock
+        self._file = _identity(Path(path).lstat())
+        _listeners.add(self)
+
+    def close(self) -> None:
+        """Stop listening, and remove the socket's file if it is still this one. Idempotent."""
+        if self.sock.fileno() < 0:
+            return
+        self.sock.close()
+        # Under the lock, and compared: whoever removed the folder may have let another owner in.
+        _unlink(Path(self.path), self._file)
+        self._lock.release()
+
+    def forget(self) -> None:
+        """Close a forked child's copies; the parent's file and lock stay."""
+        self.sock.close()
+        self._lock.forget()
+
+
+def listen(endpoint: str | None) -> Listener:
+    """Listen at a path, or at one of its own; a stale socket in the way is replaced.
 
     Raises:
-        SettingsError: the path can't be used, or a live owner listens there.
+        SettingsError: the path can't be used, or another owner has it.
+        BackendUnavailable: the system has no descriptor or memory for a socket.
 
     """
     if endpoint is None:
@@ -75,50 +194,157 @@ def listen(endpoint: str | None) -> tuple[socket.socket, str]:
         path = folder / f"{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"
     else:
         path = Path(endpoint)
-        if path.exists() and not _is_stale(path):
-            why = "another owner listens there, or it is no socket"
-            raise SettingsError(f"{path} is in use: {why}")
     check_endpoint(path)
-    # Bound under a temporary name and renamed once it listens: between bind and listen a socket refuses
-    # connections, and another owner would take it for stale and remove it.
-    temporary = path.with_name(f".{secrets.token_hex(4)}{_TEMPORARY}")
-    check_endpoint(temporary)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    with contextlib.ExitStack() as undo:
+        try:
+            lock = EndpointLock.take(path)
+            undo.callback(lock.release)
+            _clear(path)
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            undo.callback(sock.close)
+            sock.setblocking(False)
+            sock.bind(str(path))
+            undo.callback(_unlink, path, _identity(path.lstat()))
+            path.chmod(0o600)
+            sock.listen(_BACKLOG)
+            listener = Listener(sock, str(path), lock)
+        except OSError as error:
+            raise _refused(f"can't listen at {path}", error) from error
+        undo.pop_all()
+    return listener
+
+
+def _refused(doing: str, error: OSError) -> SettingsError | BackendUnavailable:
+    """Return the error of a path that can't serve, or of a system that has nothing left to give."""
+    lacks = error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
+    return (BackendUnavailable if lacks else SettingsError)(f"{doing}: {explain(error)}")
+
+
+def _clear(path: Path) -> None:
+    """Remove a stale socket from a path whose lock is held; raise SettingsError for what is none."""
     try:
-        sock.setblocking(False)
-        sock.bind(str(temporary))
-        temporary.chmod(0o600)
-        sock.listen(_BACKLOG)
-        temporary.rename(path)
-    except OSError as error:
-        sock.close()
-        unlink(str(temporary))
-        raise SettingsError(f"can't listen at {path}: {error.strerror}") from error
-    return sock, str(path)
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise _in_use(path, "it is no socket")
+    # The lock was free, but an owner whose lock file somebody removed still listens.
+    if not _is_stale(path):
+        raise _in_use(path, "another owner listens there")
+    path.unlink()
 
 
-def unlink(path: str) -> None:
-    """Remove a socket file if it is still there."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        Path(path).unlink()
+def _open_or_make(path: Path) -> tuple[int, bool]:
+    """Return a descriptor of a lock's file, and whether it was made."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    while True:
+        with contextlib.suppress(FileExistsError):
+            return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), True
+        with contextlib.suppress(FileNotFoundError):  # removed between the two
+            return os.open(path, flags), False
+
+
+def _drop(path: Path, fd: int, *, remove: bool) -> None:
+    """Close a lock's file that can't be used, and remove it."""
+    with contextlib.suppress(OSError):
+        if remove:
+            _unlink(path, _identity(os.fstat(fd)))
+    os.close(fd)
+
+
+def _in_use(path: Path, why: str) -> SettingsError:
+    return SettingsError(f"endpoint {path} is in use: {why}; name another, or stop that one")
+
+
+def _holder(lock_fd: int) -> str:
+    """Return what the file of a lock that is held says of its holder."""
+    with contextlib.suppress(OSError):
+        pid = os.pread(lock_fd, 32, 0).strip()
+        if pid.isdigit():
+            return f"process {int(pid)}"
+    return "another process"
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
+def _is_file(path: Path, identity: tuple[int, int]) -> bool:
+    """Whether this file is the one at a path now."""
+    with contextlib.suppress(FileNotFoundError):
+        return _identity(path.lstat()) == identity
+    return False
+
+
+def _unlink(path: Path, identity: tuple[int, int]) -> None:
+    """Remove a file from its path, if it is still the one there, and can be."""
+    with contextlib.suppress(OSError):
+        if _is_file(path, identity):
+            path.unlink()
 
 
 def _is_stale(path: Path) -> bool:
-    """Whether the path is a socket without a listener."""
-    if not stat.S_ISSOCK(path.lstat().st_mode):
-        return False
+    """Whether a socket has no listener, or one whose process is dead and only a fork of it lives.
+
+    Raise OSError if that can't be told.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
-        return probe.connect_ex(str(path)) == errno.ECONNREFUSED
+        code = probe.connect_ex(str(path))
+        if code not in {0, errno.EAGAIN, errno.ECONNREFUSED}:
+            raise OSError(code, os.strerror(code))
+        return code == errno.ECONNREFUSED or (code == 0 and _is_dead(peer_pid(probe)))
+
+
+def _is_dead(pid: int) -> bool:
+    """Whether a process is known to be dead; one that this PID namespace does not see is not."""
+    try:
+        pidfd = os.pidfd_open(pid) if pid > 0 else -1
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    if pidfd < 0:
+        return False
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(0))  # a zombie, too
+    finally:
+        os.close(pidfd)
 
 
 def _sweep(folder: Path) -> None:
-    """Remove the sockets of owners that were killed."""
-    for path in folder.glob(f"*{_SUFFIX}"):
-        with contextlib.suppress(OSError):
-            if _is_stale(path):
-                path.unlink()
-    for path in folder.glob(f".*{_TEMPORARY}"):  # killed between bind and rename
-        with contextlib.suppress(OSError):
-            if time.time() - path.lstat().st_mtime > _TEMPORARY_AGE_S:
-                path.unlink()
+    """Remove the sockets of owners that were killed, of those that no owner will ever take over."""
+    with contextlib.suppress(OSError):
+        names = {path.name.removesuffix(_LOCK_SUFFIX) for path in folder.iterdir()}
+        for name in filter(_OURS.fullmatch, names):
+            _sweep_one(folder / name)
+
+
+def _sweep_one(path: Path) -> None:
+    with contextlib.suppress(OSError, SettingsError):  # a live owner's
+        lock = EndpointLock.take(path)
+        try:
+            _clear(path)
+        finally:
+            lock.release()
+
+
+_taking = threading.Lock()
+_locks: dict[tuple[int, int], EndpointLock] = {}
+"""Those that this process holds, by their files."""
+_listeners: "weakref.WeakSet[Listener]" = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # Here, since `api.forks` knows nothing of an owner that is just opening.
+    global _taking  # noqa: PLW0603 - another thread may have held it as this process forked
+    _taking = threading.Lock()
+    for listener in list(_listeners):
+        listener.forget()
+    for lock in list(_locks.values()):
+        lock.forget()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

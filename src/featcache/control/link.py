@@ -11,14 +11,24 @@ from collections.abc import Callable
 import anyio
 
 from featcache.control import messages
-from featcache.control.channel import Channel, close_all
+from featcache.control.channel import Channel
 from featcache.control.credentials import PidWatch, check_uid, own_pidfd
+from featcache.control.descriptors import NO_DESCRIPTOR, close_all
 from featcache.control.messages import ProtocolError, Welcome, decode_from_owner, encode, is_answer
 from featcache.control.pending import PendingRequests
-from featcache.errors import AttachRefused, CacheClosed, FeatcacheError, OwnerLost, OwnerUnreachable
+from featcache.errors import (
+    OUT_OF_DESCRIPTORS,
+    AttachRefused,
+    CacheClosed,
+    FeatcacheError,
+    OwnerLost,
+    OwnerUnreachable,
+    system_errors,
+)
 from featcache.settings import Settings
 
 _CONNECT_RETRY_S = 0.005
+_AGAIN = frozenset((errno.EAGAIN, errno.EINTR))
 _FAREWELL_S = 1.0
 _MAX_UNTAKEN = 1024
 """Changes of the slab that may come before `take_slab_changes`."""
@@ -58,6 +68,7 @@ class Link:
         self.on_lost: Callable[[str], None] | None = None
         self.lost: str | None = None
         """Why the owner is gone, once it is."""
+        self._cause: Exception | None = None
         self._state = LinkState.GREETING
         loop = asyncio.get_running_loop()
         self._welcome: asyncio.Future[Welcome] = loop.create_future()
@@ -128,9 +139,11 @@ class Link:
         """End the session in order: when this returns the owner has folded its page, or is gone."""
         if self._state not in _OVER:
             self._channel.send(encode(messages.Goodbye()))
-            with contextlib.suppress(TimeoutError), anyio.fail_after(_FAREWELL_S):
-                await asyncio.shield(self._farewell)
-        self.close()
+            try:
+                with contextlib.suppress(TimeoutError), anyio.fail_after(_FAREWELL_S):
+                    await asyncio.shield(self._farewell)
+            finally:
+                self.close()  # also when this is cancelled
 
     def say_goodbye(self) -> None:
         """End the session in order, without waiting for the owner's answer."""
@@ -164,6 +177,11 @@ class Link:
             self._watch.forget()
         self._close_welcome()
 
+    def abandon(self) -> None:
+        """Close in a process whose loop for this link was closed under it."""
+        self._channel.forget(hangs_up=True)
+        self.forget()
+
     def _close_welcome(self) -> None:
         close_all(self._welcome_fds)
         self._welcome_fds = []
@@ -176,7 +194,10 @@ class Link:
     def _on_message(self, payload: bytes, fds: list[int]) -> None:
         try:
             message = decode_from_owner(payload)
-            if is_answer(message):
+            if fds and NO_DESCRIPTOR in fds:
+                lacking, fds = fds, []
+                self._take_without(message, lacking)
+            elif is_answer(message):
                 taken, fds = fds, []
                 self.requests.deliver(message, taken)
             elif isinstance(message, SlabChange) and self._state is not LinkState.GREETING:
@@ -199,6 +220,24 @@ class Link:
             if fds:  # no branch took them
                 close_all(fds)
 
+    def _take_without(self, message: messages.FromOwner, fds: list[int]) -> None:
+        """Take a message that came while this process had no room for its descriptors.
+
+        The session goes on, so that it can say goodbye, and can be asked again.
+        """
+        if isinstance(message, SlabChange) and self._state is not LinkState.GREETING:
+            self._change_slab(message, fds)  # which tells it when it is mapped
+            return
+        close_all(fds)
+        if is_answer(message):
+            refusal = messages.Reply(message.request, "BackendUnavailable", OUT_OF_DESCRIPTORS)
+            self.requests.deliver(refusal, [])
+        elif isinstance(message, Welcome) and self._state is LinkState.GREETING:
+            self._state = LinkState.GREETED
+            self._welcome.set_exception(AttachRefused(f"{self.endpoint}: {OUT_OF_DESCRIPTORS}"))
+        else:
+            raise ProtocolError(f"a {type(message).__name__} with descriptors")
+
     def _change_slab(self, change: SlabChange, fds: list[int]) -> None:
         if len(fds) != (len(change.sizes) if isinstance(change, messages.Segments) else 0):
             close_all(fds)
@@ -217,9 +256,18 @@ class Link:
         if self._state in _OVER:
             return
         if isinstance(error, ProtocolError) and not self._welcome.done():
-            self._welcome.set_exception(AttachRefused(f"{self.endpoint}: {error}"))
+            refused = AttachRefused(f"{self.endpoint}: {error}")
+            refused.__cause__ = error
+            self._welcome.set_exception(refused)
+        if self._on_slab is None:  # nothing is mapped yet; no-op if the channel is closed already
+            self._channel.send(encode(messages.Goodbye()))
         # The reason before the end: it is what the requests that fail now raise.
-        self.lost = f"the owner at {self.endpoint} is gone: {reason}"
+        if self._state is LinkState.GREETING and not isinstance(error, ProtocolError):
+            reason = f"{reason} before it answered; it ended, or could take no more (its log says)"
+        ended = "session at {} ended" if isinstance(error, ProtocolError) else "owner at {} is gone"
+        self.lost = f"the {ended.format(self.endpoint)}: {reason}"
+        # Not its traceback, whose frames refer to the channel and so to this link.
+        self._cause = None if error is None else error.with_traceback(None)
         self._state = LinkState.LOST
         self.close()
         if self.on_lost is not None:
@@ -233,7 +281,9 @@ class Link:
             self._welcome.set_exception(refused(why))
             self._welcome.exception()  # counted as seen: nobody may be waiting
         self._on_farewell()
-        self.requests.end(CacheClosed(why) if self.lost is None else OwnerLost(why))
+        end = CacheClosed(why) if self.lost is None else OwnerLost(why)
+        end.__cause__ = self._cause
+        self.requests.end(end)
 
     def _on_farewell(self) -> None:
         if not self._farewell.done():
@@ -250,10 +300,18 @@ async def dial(
 
     Raises:
         OwnerUnreachable: nothing listens there.
-        AttachRefused: another user's process, another protocol or version, no answer in time, or
-            no free session.
+        AttachRefused: another user's process, another protocol or version, no answer in time, no
+            free session, or nothing left of what the system gives (descriptors, memory).
+        BackendUnavailable: this process can have no pidfd.
 
     """
+    with system_errors(AttachRefused, f"can't reach {endpoint}"):
+        return await _dial(endpoint, name, device, settings)
+
+
+async def _dial(
+    endpoint: str, name: str | None, device: str, settings: Settings
+) -> tuple[Link, Welcome, list[int]]:
     try:
         with anyio.fail_after(settings.attach_timeout):
             sock = await _connect(endpoint)
@@ -272,7 +330,8 @@ async def dial(
                 raise
     except TimeoutError:
         raise AttachRefused(
-            f"{endpoint} did not answer within {settings.attach_timeout} s"
+            f"{endpoint} did not answer within {settings.attach_timeout} s: its owner is busy, stopped "
+            "or out of file descriptors (its log says); or raise Settings.attach_timeout"
         ) from None
     except ProtocolError as error:
         raise AttachRefused(f"{endpoint}: {error}") from error
@@ -285,12 +344,12 @@ async def _connect(endpoint: str) -> socket.socket:
         sock.setblocking(False)
         # A Unix socket connects at once or, while the listener's backlog is full, fails with EAGAIN;
         # it never becomes writable, so it can only be polled.
-        while (code := sock.connect_ex(endpoint)) == errno.EAGAIN:  # noqa: ASYNC110 - no event for it
+        while (code := sock.connect_ex(endpoint)) in _AGAIN:  # noqa: ASYNC110 - no event for it
             await anyio.sleep(_CONNECT_RETRY_S)
         if code in {errno.ENOENT, errno.ECONNREFUSED}:
             raise OwnerUnreachable(f"no owner listens at {endpoint}: {os.strerror(code)}")
         if code != 0:
-            raise AttachRefused(f"can't reach {endpoint}: {os.strerror(code)}")
+            raise OSError(code, os.strerror(code))
     except BaseException:
         sock.close()
         raise

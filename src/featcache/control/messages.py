@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Final, Literal, TypeGuard, TypeVar, get_
 
 import msgspec
 
-from featcache.errors import FeatcacheError
+from featcache.errors import FeatcacheError, explain
 from featcache.ref import TensorSpec
 from featcache.settings import MAX_KEY_BYTES
 
@@ -36,6 +36,15 @@ MAX_SEGMENTS: Final = 32
 
 class ProtocolError(FeatcacheError):
     """The peer broke the protocol: it sent what no peer of this version sends."""
+
+
+class SocketFailed(ProtocolError):
+    """A call on this end's socket failed: frames or descriptors are lost, so the connection ends."""
+
+    def __init__(self, doing: str, cause: OSError | None = None) -> None:
+        super().__init__(doing if cause is None else f"{doing}: {explain(cause)}")
+        # Not its traceback, whose frames refer to the channel.
+        self.__cause__ = None if cause is None else cause.with_traceback(None)
 
 
 class Lane(enum.Enum):

@@ -15,13 +15,15 @@ class SessionState(enum.Enum):
 
     ::
 
-        GREETING ──welcome──→ ACTIVE ──goodbye, or its process died──→ ENDED
-            │                    │ its socket closed                    ↑
-            │                    ↓                                      │
-            │               QUARANTINED ──its process died──────────────┤
-            └──refused, late, or gone───────────────────────────────────┘
+        GREETING ──welcome──→ ACTIVE ──goodbye, or its process died──────→ ENDED
+            │                    │ its socket closed                        ↑
+            │                    ↓                                          │
+            │               QUARANTINED ──its process died, or its page─────┤
+            │                             says that it holds nothing        │
+            └──refused, late, or gone───────────────────────────────────────┘
 
-    QUARANTINED: the process lives and may be reading the slab, so its holds stand until its pidfd fires.
+    QUARANTINED: the process lives and may be reading the slab, so its holds stand until its pidfd fires,
+    or until it says by its page (`is_abandoned`) that there are none, and attaches anew.
     """
 
     GREETING = "greeting"
@@ -50,6 +52,19 @@ class Peer:
         """Requests in progress, by number."""
         self.copies: set[int] = set()
         """Those of them that copy through host memory."""
+        self.name_passed_on = False
+        """Whether a later session of the same process has its name, and what that owes when it dies."""
+
+    @property
+    def gone(self) -> bool:
+        """Whether its socket has closed, at least at its end."""
+        return self.state is SessionState.QUARANTINED or self.channel.hung_up
+
+    def is_process_of(self, other: "Peer") -> bool:
+        """Whether both are of one process, as the system says, not they."""
+        if self.pid != other.pid or self.watch is None or other.watch is None:
+            return False
+        return self.watch.is_of(other.watch)
 
     def cancel_tasks(self) -> None:
         """Cancel every request in progress: no answer can reach the session."""
@@ -79,6 +94,15 @@ class SessionHost(Protocol):
 
     def quarantine(self, peer: Peer, /) -> None:
         """Revoke the claims of a session that lost its socket: it could publish nothing."""
+
+    def is_leaving(self, peer: Peer, /) -> bool:
+        """Whether the session says in its page that it begins nothing more."""
+
+    def is_abandoned(self, peer: Peer, /) -> bool:
+        """Whether it says besides that it holds nothing."""
+
+    def has_left(self, peer: Peer, /) -> bool:
+        """Whether it says besides that it was closed: a goodbye that no socket can drop."""
 
     def end(self, peer: Peer, /, *, died: bool) -> int:
         """Fold what the session paid; if its process died, pay for it. Return the reads paid so."""

@@ -11,7 +11,8 @@ from typing import Final, TypeAlias
 
 from featcache import errors
 from featcache.control import messages
-from featcache.control.channel import Channel, close_all
+from featcache.control.channel import Channel
+from featcache.control.descriptors import close_all
 from featcache.control.messages import Answer, Lane, ProtocolError, Request, encode
 from featcache.errors import CacheClosed, FeatcacheError, SettingsError
 
@@ -178,7 +179,9 @@ class PendingRequests:
 
 def _copy(error: FeatcacheError) -> FeatcacheError:
     """Return an error of its own for each task: a raised one grows a traceback."""
-    return type(error)(*error.args)
+    copy = type(error)(*error.args)
+    copy.__cause__ = error.__cause__
+    return copy
 
 
 def _error_of(refusal: messages.Reply) -> FeatcacheError:

@@ -6,25 +6,25 @@ closes while the process lives is neither: the process may still be reading the 
 """
 
 import asyncio
-import errno
-import socket
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
 from featcache import events
-from featcache.control import endpoint as endpoints
 from featcache.control import messages
-from featcache.control.channel import Channel, close_all
+from featcache.control.channel import Channel
 from featcache.control.credentials import PidWatch, check_uid, peer_pid
+from featcache.control.descriptors import NO_DESCRIPTOR, close_all
 from featcache.control.dispatch import Dispatcher, RequestHandlers
+from featcache.control.endpoint import Listener
 from featcache.control.messages import Hello, ProtocolError, decode_from_client, encode, is_request
 from featcache.control.peer import Peer, Segment, SessionHost, SessionState
-from featcache.errors import AttachRefused, FeatcacheError
+from featcache.errors import OUT_OF_DESCRIPTORS, AttachRefused, FeatcacheError, explain
 from featcache.settings import Settings
 
 _ACTIVE = SessionState.ACTIVE  # members of an enum are slow to look up
 _QUARANTINE_EVENT_S = 0.1
+_ACCEPT_AGAIN_S = 1.0
 
 
 class Server:
@@ -32,15 +32,14 @@ class Server:
 
     def __init__(
         self,
-        sock: socket.socket,
-        path: str,
+        listener: Listener,
         settings: Settings,
         host: SessionHost,
         handlers: RequestHandlers,
     ) -> None:
-        self.endpoint = path
+        self._listener = listener
         self._dispatcher = Dispatcher(handlers)
-        self._sock = sock
+        self._sock = listener.sock
         self._settings = settings
         self._host = host
         self._loop = asyncio.get_running_loop()
@@ -52,7 +51,7 @@ class Server:
         """By shrink epoch: done once every session has unmapped the tail."""
         self._refusals = events.Throttle(settings.log_interval, burst=16)
         self._accept_retry: asyncio.TimerHandle | None = None
-        self._loop.add_reader(sock.fileno(), self._accept)
+        self._loop.add_reader(self._sock.fileno(), self._accept)
 
     # --- arrivals -------------------------------------------------------------------------------
 
@@ -62,8 +61,6 @@ class Server:
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return
         except OSError as error:
-            if error.errno not in {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}:
-                raise
             self._pause_accepting(error)
             return
         self._numbers += 1
@@ -71,16 +68,18 @@ class Server:
         try:
             peer.pid = peer_pid(sock)
             check_uid(sock)
-            if len(self._greeting) >= self._settings.sessions:
-                raise AttachRefused("too many handshakes in progress")
+            # Partials: a lambda would be a frame more for each message.
+            calls = partial(self._on_message, peer), partial(self._on_lost, peer)
+            peer.channel = Channel(sock, self._settings.message_bytes, *calls)
         except (AttachRefused, OSError) as error:
             # Not answered: another user's process is sent nothing.
             sock.close()
-            self._report_refusal(peer, str(error))
+            self._report_refusal(peer, explain(error))
             return
-        # Partials: a lambda would be a frame more for each message.
-        calls = partial(self._on_message, peer), partial(self._on_lost, peer)
-        peer.channel = Channel(sock, self._settings.message_bytes, *calls)
+        if len(self._greeting) >= (most := self._settings.sessions):
+            crowd = f"{most} others are attaching, as many as Settings.sessions: try again"
+            self._refuse(peer, crowd)
+            return
         self._greeting.add(peer)
         peer.deadline = self._loop.call_later(
             self._settings.attach_timeout, self._refuse, peer, "no Hello within attach_timeout"
@@ -89,12 +88,15 @@ class Server:
     def _pause_accepting(self, error: OSError) -> None:
         """Stop accepting for a second: out of descriptors, accept would fail in every turn of the loop."""
         self._loop.remove_reader(self._sock.fileno())
-        self._accept_retry = self._loop.call_later(1.0, self._resume_accepting)
-        self._report_refusal(Peer(0, 0), f"can't accept: {error.strerror}")
+        self._accept_retry = self._loop.call_later(_ACCEPT_AGAIN_S, self._resume_accepting)
+        self._report_refusal(Peer(0, 0), f"can't accept: {explain(error)}")
 
     def _resume_accepting(self) -> None:
         self._accept_retry = None
-        self._loop.add_reader(self._sock.fileno(), self._accept)
+        try:
+            self._loop.add_reader(self._sock.fileno(), self._accept)
+        except OSError as error:
+            self._pause_accepting(error)
 
     def _on_message(self, peer: Peer, payload: bytes, fds: list[int]) -> None:
         try:
@@ -129,14 +131,19 @@ class Server:
         if len(fds) != 1:
             close_all(fds)
             raise ProtocolError("a Hello carries one descriptor, the sender's pidfd")
-        peer.watch = PidWatch(fds[0], lambda: self._on_death(peer))
         peer.name = hello.name
         try:
-            self._check(hello)
+            if fds[0] == NO_DESCRIPTOR:
+                raise AttachRefused(f"the owner is {OUT_OF_DESCRIPTORS} of its process")
+            peer.watch = PidWatch(fds[0], lambda: self._on_death(peer))
+            self._end_those_left(peer)
+            before = self._check(peer, hello)
             welcome, descriptors = self._host.admit(peer)
         except (FeatcacheError, OSError) as error:
-            self._refuse(peer, str(error))
+            self._refuse(peer, explain(error))
             return
+        if before is not None:
+            before.name_passed_on = True
         self._stop_greeting(peer)
         peer.state = _ACTIVE
         # From `admit` to the segments is one turn of the loop, so no change of the slab's size comes
@@ -148,7 +155,11 @@ class Server:
         self._send_segments(peer, self._host.segments())
         self._emit(events.ReaderAttached, peer)
 
-    def _check(self, hello: Hello) -> None:
+    def _check(self, newcomer: Peer, hello: Hello) -> Peer | None:
+        """Return the session that passes its name on to this one, if one does.
+
+        It must be the same process's, and say by its page that it leaves; what it holds stays held.
+        """
         if hello.version != messages.VERSION:
             raise AttachRefused(
                 f"the client speaks version {hello.version}, the owner {messages.VERSION}"
@@ -156,9 +167,26 @@ class Server:
         if len(self.sessions) >= self._settings.sessions:
             taken = f"all {self._settings.sessions} sessions are taken"
             raise AttachRefused(f"{taken}: raise Settings.sessions")
-        names = {peer.name for peer in self.sessions.values()}
-        if hello.name is not None and hello.name in names:
-            raise AttachRefused(f"a session named {hello.name!r} is attached already")
+        if hello.name is None:
+            return None
+        for peer in self.sessions.values():
+            if peer.name == hello.name and not peer.name_passed_on:
+                if self._host.is_leaving(peer) and peer.is_process_of(newcomer):
+                    return peer
+                raise AttachRefused(f"a session named {hello.name!r} is attached already")
+        return None
+
+    def _end_those_left(self, newcomer: Peer) -> None:
+        """End the sessions that hold nothing and lost their socket, before a newcomer is counted.
+
+        What was abandoned ends with a word of its process, which the newcomer is; or as others need
+        its place. Until then a death would pay what its name owes.
+        """
+        full = len(self.sessions) >= self._settings.sessions
+        for peer in list(self.sessions.values()):
+            over = self._host.is_abandoned(peer) and peer.gone
+            if over and (self._host.has_left(peer) or full or peer.is_process_of(newcomer)):
+                self._goodbye(peer)
 
     def _refuse(self, peer: Peer, reason: str) -> None:
         self._report_refusal(peer, reason)
@@ -232,6 +260,11 @@ class Server:
             self._end(peer)
         elif peer.state is SessionState.ACTIVE:
             assert peer.watch is not None, "an active session has its watch"
+            if self._host.has_left(
+                peer
+            ):  # its goodbye was dropped with what its socket had no room for
+                self._goodbye(peer)
+                return
             if peer.watch.dead:
                 self._on_death(peer)
                 return
@@ -246,6 +279,9 @@ class Server:
     def _on_death(self, peer: Peer) -> None:
         if peer.state not in {_ACTIVE, SessionState.QUARANTINED}:
             self._end(peer)
+            return
+        if self._host.has_left(peer):
+            self._goodbye(peer)
             return
         paid = self._host.end(peer, died=True)
         self._end(peer)
@@ -281,8 +317,7 @@ class Server:
         for peer in [*self.sessions.values(), *self._greeting]:
             peer.channel.send(encode(messages.Closing()))
             self._end(peer)
-        self._sock.close()
-        endpoints.unlink(self.endpoint)
+        self._listener.close()
 
     def forget(self) -> None:
         """Drop descriptors in a forked child; the parent's sessions and socket file stay."""
@@ -290,4 +325,4 @@ class Server:
             peer.channel.forget()
             if peer.watch is not None:
                 peer.watch.forget()
-        self._sock.close()
+        self._listener.forget()

@@ -50,7 +50,7 @@ def has_memory(tensor: torch.Tensor) -> bool:
             if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
                 return False
             if is_lazy(tensor):
-                return False  # a parameter that has no shape yet
+                return False
             storage = tensor.untyped_storage()
             if not tensor.numel():
                 return True
@@ -104,53 +104,31 @@ def _why_not(tensor: torch.Tensor) -> str:
     """Say what a tensor without memory is, and what to do."""
     if isinstance(tensor, EndedView):
         return f"is no tensor any more: {ENDED}"
-    with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as above
-        return _kind(tensor) or _fault(tensor)
-
-
-def _kind(tensor: torch.Tensor) -> str | None:
-    """Say which kind of tensor it is, if none of that kind has memory."""
     kind = type(tensor)
-    if tensor.is_quantized:
-        return f"is of {tensor.dtype}, which can't be shared: put its integers (int_repr())"
-    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
-        return (
-            "has no bytes in order: only dense tensors with bytes can be shared, not sparse, nested "
-            "or meta ones (x.to_dense() makes a dense one)"
-        )
-    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        return f"is a {kind.__name__}, which has no memory of its own: {_plain_form(kind)}"
+    with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as above
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+            return (
+                "has no bytes in order: only dense tensors with bytes can be shared, not sparse, nested "
+                "or meta ones (x.to_dense() makes a dense one)"
+            )
+        if tensor.is_quantized:  # those of less than a byte each speak of more than they have
+            return f"is of {tensor.dtype}, which can't be shared: put its integers"
+        if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            return f"is a {kind.__name__}, which has no memory of its own: {_plain_form(kind)}"
+        try:
+            nbytes = -1 if is_lazy(tensor) else tensor.untyped_storage().nbytes()
+        except Exception:  # noqa: BLE001 - as above
+            nbytes = -1
+        if nbytes < 0:
+            return (
+                "has no memory: it belongs to a transform of torch.func (vmap, grad), or is a lazy "
+                "parameter without a shape; put or get outside"
+            )
     return (
-        "is a lazy parameter without a shape: run its module once first"
-        if is_lazy(tensor)
-        else None
+        f"speaks of memory that it does not have: its storage has {nbytes} bytes at "
+        "that address. It was freed or resized (resize_, FSDP), or a mode of torch's (FakeTensorMode) "
+        "makes tensors without memory"
     )
-
-
-def _fault(tensor: torch.Tensor) -> str:
-    try:
-        storage = tensor.untyped_storage()
-        nbytes = storage.nbytes()
-    except Exception:  # noqa: BLE001 - as above
-        return (
-            "has no memory: it is in a transform of torch.func (vmap, grad), so put or get outside"
-        )
-    if nbytes and _is_null(storage):
-        return (
-            "has no memory at its address: a mode of torch's makes such tensors (FakeTensorMode, a "
-            "zero tensor, functionalization)"
-        )
-    return (
-        f"speaks of memory that it does not have: its storage has {nbytes} bytes. It was freed or "
-        "resized (resize_, FSDP)"
-    )
-
-
-def _is_null(storage: torch.UntypedStorage) -> bool:
-    try:
-        return storage.data_ptr() == 0
-    except Exception:  # noqa: BLE001 - as above
-        return True
 
 
 def _plain_form(kind: type) -> str:

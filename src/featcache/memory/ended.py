@@ -44,7 +44,7 @@ class EndedView(torch.Tensor):
             return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         raise StaleRef(ENDED)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # untyped there
         """Say what it is; debuggers print it."""
         return "<a borrowed view after its block: no elements>"
 

@@ -9,12 +9,13 @@ for a GPU, torch's current stream. It is opaque outside its slab, and is passed 
 for the caller.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 
-from featcache.errors import BackendUnavailable
+from featcache.errors import BackendUnavailable, FeatcacheError
 from featcache.memory.words import Block
 from featcache.ref import TensorSpec
 
@@ -29,6 +30,23 @@ Word: TypeAlias = tuple[Words, int, int]
 
 class Unreachable(BackendUnavailable):
     """This device can't access the slab's memory: its reads go through host memory."""
+
+
+def uncopied(nbytes: int, error: RuntimeError) -> BackendUnavailable:
+    """Return the error of a copy that torch could not make: mostly, there is no memory for it."""
+    first = str(error).partition("\n")[0]
+    return BackendUnavailable(f"torch could not make a copy of {nbytes} bytes: {first}")
+
+
+@contextlib.contextmanager
+def torch_copies(nbytes: int) -> Iterator[None]:
+    """Raise torch's bare RuntimeError as `uncopied`; away from the hot paths, which do it inline."""
+    try:
+        yield
+    except FeatcacheError:
+        raise
+    except RuntimeError as error:
+        raise uncopied(nbytes, error) from error
 
 
 class Segment(NamedTuple):
@@ -148,9 +166,6 @@ class Mapping(Protocol):
 
     def follow(self, order: Order, others: Sequence[Order]) -> Order:
         """Return an order that is behind all of these."""
-
-    def stand_behind(self, order: Order, other: Order) -> bool:
-        """Make later work of an order wait for all work of another so far; False if it can't be known."""
 
     def extend(self, start_bytes: int, size_bytes: int, fd: int) -> None:
         """Map a segment of the owner's. May block. The descriptor stays the caller's."""

@@ -1,5 +1,7 @@
 """Copies between tensors of which one is not plain memory: strided, conjugated, on another device."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Final
 
 import torch
@@ -32,14 +34,23 @@ def copy(target: torch.Tensor, source: torch.Tensor) -> None:
     for tensor in (target, source):
         if not has_memory(tensor):
             dense(tensor, "a tensor")  # raises, with the reason
-    # Under FakeTensorMode torch would copy nothing, silently; inference mode lets both be any tensors,
-    # those that autograd or inference mode guards too. The bytes are no business of theirs.
-    plain = torch._C._DisableTorchDispatch()  # noqa: SLF001 - for as long as it lives; no public name
+    with outside_modes():
+        _copy(target.detach(), source.detach())
+
+
+@contextlib.contextmanager
+def outside_modes() -> Iterator[None]:
+    """Have torch act on the memory itself: under FakeTensorMode it would copy nothing, silently.
+
+    In inference mode both may be any tensors, those that autograd or inference mode guards too: the
+    bytes are no business of theirs.
+    """
+    guard = torch._C._DisableTorchDispatch()  # noqa: SLF001 - for as long as it lives; no public name
     try:
         with torch.inference_mode():
-            _copy(target.detach(), source.detach())
+            yield
     finally:
-        del plain
+        del guard
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

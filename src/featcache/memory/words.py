@@ -2,8 +2,9 @@
 
 Two kinds of block. The *owner's* block has a header and one `live`, `published`, `offset` and
 `nbytes` word per slot; it is sealed so that readers can map it only for reading. A *session's* page
-has one `held`, one `released` and one `written` word per slot, and one `granted` word per grant that
-it may have out; that session and the owner map it, nobody else.
+has one `held`, one `released` and one `written` word per slot, one `granted` word per grant that
+it may have out, and one that says how far it has ended (`Parting`); that session and the owner map it,
+nobody else.
 
 Aligned 8-byte stores through a memoryview are enough: CPython packs an item with one 8-byte move,
 which x86-64 and arm64 make single-copy atomic when aligned. `fence_stores` orders bytes before their
@@ -23,7 +24,7 @@ from typing import Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.errors import AttachRefused, BackendUnavailable
+from featcache.errors import AttachRefused, BackendUnavailable, explain
 from featcache.settings import round_up
 
 _B = TypeVar("_B")
@@ -53,6 +54,18 @@ class Header:
     segments are, and reads nothing until it has unmapped that.
     """
     KEYS, RESIDENT, PINNED, EVICTED = range(11, 15)
+
+
+class Parting:
+    """How far a session has ended, by its own word in its page's header; it only grows.
+
+    IN_USE: it may begin to read. LEAVING: it begins nothing more, what it still holds is in its words.
+    ABANDONED: it holds nothing and reads nothing more, though nobody closed it. LEFT: it was closed, as
+    its goodbye says, which a full socket drops.
+    """
+
+    WORD = 3
+    IN_USE, LEAVING, ABANDONED, LEFT = range(4)
 
 
 # --- order ---------------------------------------------------------------------------------------
@@ -130,7 +143,9 @@ def _map(fd: int, size_bytes: int, *, write: bool) -> mmap.mmap:
     try:
         return mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED, prot=prot)
     except PermissionError as error:
-        raise AttachRefused(f"a control block can't be mapped as it should: {error}") from error
+        raise AttachRefused(
+            f"a control block can't be mapped as it should: {explain(error)}"
+        ) from error
 
 
 def owner_block_bytes(slots: int) -> int:

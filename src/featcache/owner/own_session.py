@@ -5,8 +5,8 @@ from collections.abc import Awaitable, Callable
 
 import torch
 
-from featcache.errors import CacheClosed, UnknownPool
-from featcache.memory.slab import Order, Unreachable
+from featcache.errors import BackendUnavailable, CacheClosed, UnknownPool, system_errors
+from featcache.memory.slab import Unreachable
 from featcache.owner.sessions import OWN_SESSION, Sessions
 from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
@@ -37,26 +37,30 @@ class OwnSession:
     def attach(self) -> Attachment:
         """Return the owner's attachment."""
         if self._attachment is None:
-            pool = self._pool
-            pool.check_open()
-            page = self._sessions.open_page(self._number, self._name, os.getpid()).words
-            adopted = PageWords.adopted(pool.slab, page)
-            self._doorbell = Doorbell(os.dup(pool.recycler.eventfd))
-            self._attachment = Attachment(
-                pool.pool_id, pool.words, page, pool.slab, adopted, self._doorbell.ring
-            )
-            self._attachment.covered_bytes = pool.store.limits.capacity_bytes
-            self._attachment.why_stale = pool.store.why_stale
-            if pool.slab.deferred:
-                self._attachment.put_order = self._put_order
-            # Its own mapping is never behind: nothing lies in memory that it has given back.
-            self._attachment.shrink_epoch = None
+            self._pool.check_open()
+            with system_errors(BackendUnavailable, "the owner can't read its own pool"):
+                self._attachment = self._made()
         return self._attachment
 
-    def _put_order(self, index: int, generation: int) -> Order:
-        """Return the order in which the owner put a slot itself; None of a slot that others wrote."""
-        written, order = self._pool.put_orders.get(index, (0, None))
-        return order if written == generation else None
+    def _made(self) -> Attachment:
+        pool = self._pool
+        page = self._sessions.open_page(self._number, self._name, os.getpid())
+        try:
+            adopted = PageWords.adopted(pool.slab, page.words)
+            self._doorbell = Doorbell(os.dup(pool.recycler.eventfd))
+        except BaseException:  # the next read tries again
+            del pool.pages[self._number]
+            page.close()
+            raise
+        attachment = Attachment(
+            pool.pool_id, pool.words, page.words, pool.slab, adopted, self._doorbell.ring
+        )
+        attachment.covered_bytes = pool.store.limits.capacity_bytes
+        attachment.why_stale = pool.store.why_stale
+        # Its own mapping is never behind: nothing lies in memory that it has given back.
+        attachment.shrink_epoch = None
+        attachment.own_writes = pool.own_writes if pool.slab.deferred else None
+        return attachment
 
     def page(self) -> SessionPage:
         """Return the page of the owner's own session."""

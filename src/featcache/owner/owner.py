@@ -14,7 +14,7 @@ from featcache.memory.slab import Plan
 from featcache.owner.keys import OwnerKeys
 from featcache.owner.own_session import OwnPools
 from featcache.owner.relay import Relay
-from featcache.owner.served_pool import ServedPool
+from featcache.owner.served_pool import ServedPool, take_each
 from featcache.pool import gauges
 from featcache.pool.limits import limits_of
 from featcache.pool.pool import Pool
@@ -239,14 +239,13 @@ class Owner:
 
     async def _take_down(self) -> None:
         # The threads last: a host pool that is still being opened needs them to close.
-        try:
-            await self.main.aclose()
-            if self._opening_host_pool.task is not None:
-                await asyncio.gather(self._opening_host_pool.task, return_exceptions=True)
-            if self.spill is not None:
-                await self.spill.aclose()
-        finally:
-            self.offload.close()
+        await take_each(self.main.aclose, self._close_host_pool, self.offload.close)
+
+    async def _close_host_pool(self) -> None:
+        if self._opening_host_pool.task is not None:
+            await asyncio.gather(self._opening_host_pool.task, return_exceptions=True)
+        if self.spill is not None:
+            await self.spill.aclose()
 
     def forget(self) -> None:
         """Drop everything in a forked child."""

@@ -3,14 +3,14 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import anyio
 
 from featcache.control import endpoint as endpoints
 from featcache.control.server import Server
 from featcache.core.effects import Limits
-from featcache.errors import BackendUnavailable
+from featcache.errors import BackendUnavailable, system_errors
 from featcache.memory.slab import Slab
 from featcache.owner.keys import Lookups
 from featcache.owner.own_session import OwnSession
@@ -18,6 +18,7 @@ from featcache.owner.requests import RequestHandlers
 from featcache.owner.sessions import RELAY_SESSION, Sessions
 from featcache.pool.pool import Pool
 from featcache.pool.writer import OwnerWriter
+from featcache.session.attachment import Attachment
 from featcache.session.offload import Offload
 from featcache.settings import Settings
 
@@ -64,7 +65,8 @@ class ServedPool:
             SettingsError: the endpoint can't be used.
 
         """
-        with contextlib.ExitStack() as undo:
+        unopened = system_errors(BackendUnavailable, "the pool can't be opened")
+        with unopened, contextlib.ExitStack() as undo:
             slab = await offload.run(make, _close_made)
             undo.callback(slab.close)
             try:
@@ -77,44 +79,50 @@ class ServedPool:
                 raise
             except MemoryError as error:
                 raise BackendUnavailable(f"the slab could not be made: {error}") from error
-            sock, path = endpoints.listen(endpoint)
-            undo.callback(endpoints.unlink, path)
-            undo.callback(sock.close)
+            listener = endpoints.listen(endpoint)
+            undo.callback(listener.close)
             pool = Pool(slab, limits, settings, offload)
             undo.callback(pool.close)
-            pool.endpoint = path
+            pool.endpoint = listener.path
             sessions = Sessions(pool, name)
             undo.callback(sessions.close)
             writer, lookups = OwnerWriter(pool), Lookups(pool)
             handlers = RequestHandlers(pool, writer, lookups, sessions)
-            server = pool.growth.server = Server(sock, path, settings, sessions, handlers)
+            server = pool.growth.server = Server(listener, settings, sessions, handlers)
             undo.pop_all()
         return cls(pool, sessions, server, writer, lookups, name)
 
     async def aclose(self) -> None:
         """Close: waiting puts raise CacheClosed, sessions are told, the socket's file goes."""
-        self.server.close()
-        own = self.own.attached
-        self.own.close()
-        self.relaying.close()
-        pool, slab, offload = self.pool, self.pool.slab, self.pool.offload
-        pool.stop()
-        try:
-            await pool.growth.drain()
-            # Unmapping under a stream's work would fault the context: first it all must land.
-            give_up_s = time.monotonic() + _SETTLE_S
-            while slab.deferred and not (pool.settled and (own is None or own.settled)):
-                if time.monotonic() > give_up_s:
-                    await offload.finish(slab.finish)
-                    break
-                await anyio.sleep(_POLL_S)
-            pool.collect()  # what was paid until now, streams included, is not owed
-        finally:
-            self.unpaid_refs = len(pool.store.owing)
-            pool.close()
-            self.sessions.close()
+        own, pool, slab = self.own.attached, self.pool, self.pool.slab
+        await take_each(
+            self.server.close,
+            self.own.close,
+            self.relaying.close,
+            pool.stop,
+            pool.growth.drain,
+            lambda: self._settle(own),
+            self._count_unpaid,
+            pool.close,
+            self.sessions.close,
             # Giving a gigabyte back takes a tenth of a second: not in the loop.
-            await offload.finish(slab.close, lambda _: slab.close())
+            lambda: pool.offload.finish(slab.close, lambda _: slab.close()),
+        )
+
+    async def _settle(self, own: Attachment | None) -> None:
+        """Wait until all work of streams has landed: unmapping under it would fault the context."""
+        pool, slab, give_up_s = self.pool, self.pool.slab, time.monotonic() + _SETTLE_S
+        while slab.deferred and not (pool.settled and (own is None or own.settled)):
+            if time.monotonic() > give_up_s:
+                await pool.offload.finish(slab.finish)
+                return
+            await anyio.sleep(_POLL_S)
+
+    def _count_unpaid(self) -> None:
+        try:
+            self.pool.collect()  # what was paid until now, streams included, is not owed
+        finally:
+            self.unpaid_refs = len(self.pool.store.owing)
 
     def forget(self) -> None:
         """Drop everything in a forked child."""
@@ -123,6 +131,23 @@ class ServedPool:
         self.relaying.forget()
         self.pool.forget()
         self.sessions.close()
+
+
+async def take_each(*steps: Callable[[], Awaitable[object] | object]) -> None:
+    """Take every step of an end, also after one that failed; then raise the first error."""
+    first: BaseException | None = None
+    for step in steps:
+        try:
+            taken = step()
+            if isinstance(taken, Awaitable):
+                await taken
+        except BaseException as error:  # noqa: BLE001 - raised below
+            first = first or error
+    try:
+        if first is not None:
+            raise first
+    finally:
+        first = None  # its traceback refers to this frame
 
 
 def _close_made(slab: Slab | None) -> None:

@@ -9,9 +9,9 @@ from featcache.control.credentials import own_pidfd
 from featcache.control.messages import VERSION, Welcome
 from featcache.control.peer import Peer
 from featcache.core.effects import Effect
-from featcache.errors import AttachRefused, BackendUnavailable, MalformedRef
+from featcache.errors import AttachRefused, BackendUnavailable, MalformedRef, system_errors
 from featcache.memory.slab import Segment
-from featcache.memory.words import SessionWords
+from featcache.memory.words import Parting, SessionWords
 from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
 from featcache.ref import FeatureRef
@@ -52,7 +52,8 @@ class Sessions:
         pool = self._pool
         if session.name is not None and session.name == self._own_name:
             raise AttachRefused(f"the owner itself is named {session.name!r}")
-        page = self.open_page(session.number, session.name, session.pid)
+        with system_errors(AttachRefused, "the owner can't make this session's page"):
+            page = self.open_page(session.number, session.name, session.pid)
         limits = pool.store.limits
         welcome = Welcome(
             version=VERSION,
@@ -99,6 +100,22 @@ class Sessions:
         for key, claim in store.key_waiters.claims_of(session.number):
             self._pool.apply(store.release_claim(key, claim))
 
+    def is_leaving(self, session: Peer) -> bool:
+        """Whether a session says in its page that it begins nothing more."""
+        return self._parting(session) >= Parting.LEAVING
+
+    def is_abandoned(self, session: Peer) -> bool:
+        """Whether it says besides that it holds nothing."""
+        return self._parting(session) >= Parting.ABANDONED
+
+    def has_left(self, session: Peer) -> bool:
+        """Whether it says besides that it was closed."""
+        return self._parting(session) >= Parting.LEFT
+
+    def _parting(self, session: Peer) -> int:
+        page = self._pool.pages.get(session.number)
+        return Parting.IN_USE if page is None else page.words.header[Parting.WORD]
+
     def end(self, session: Peer, *, died: bool) -> int:
         """Fold a session's page; if its process died, pay the reads it had begun and those its name owed."""
         pool, now_s = self._pool, time.monotonic()
@@ -120,7 +137,7 @@ class Sessions:
                         slot.index, slot.generation, page.session, page.name, now_s
                     )
                     paid += owed - slot.reads_left
-            if page.name is not None:
+            if page.name is not None and not session.name_passed_on:
                 waived, more = pool.store.waive_reads(page.name, now_s)
                 paid += waived
                 effects += more

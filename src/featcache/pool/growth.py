@@ -43,6 +43,8 @@ class Growth:
         self.closed = False
         self.in_progress: asyncio.Task[None] | None = None
         """A growth, until it is done."""
+        self.refused = ""
+        """Why the slab could not grow when it was to last; empty if it could."""
 
     def grow(self, end_bytes: int) -> None:
         """Commit memory up to `end_bytes`, in a thread."""
@@ -79,6 +81,7 @@ class Growth:
         """Give out the memory that was committed up to `end_bytes`."""
         if self.closed:
             return
+        self.refused = ""
         start_bytes = self._store.committed_bytes
         added_bytes = end_bytes - start_bytes
         self._header[Header.COMMITTED] = end_bytes
@@ -94,6 +97,7 @@ class Growth:
 
     def grow_failed(self, wanted_bytes: int, error: Exception) -> None:
         """Go on at the present size; waiting puts go on waiting."""
+        self.refused = str(error)
         self._store.size.grow_failed(time.monotonic())
         events.emit(
             events.CommitFailed(

@@ -60,6 +60,9 @@ class Pool:
         try:
             self.complete = slab.adopt(self.words, self.words.published)
             """The `published` words as the slab signals them."""
+            self.recycler = Recycler(
+                self.collect, self._tick, settings.recycle_interval, deferred=slab.deferred
+            )
         except BaseException:
             os.close(self.words_fd)
             raise
@@ -70,12 +73,9 @@ class Pool:
         """The control words and grants of each session, by session number."""
         self.kept: dict[int, FeatureRef] = {}
         """Refs of the features under keys, by slot; a slot's old one stays until it has a new one."""
-        self.put_orders: dict[int, tuple[int, Order]] = {}
-        """By slot, of the last put of the owner's own into it: generation, and the order of its copy."""
+        self.own_writes: dict[int, tuple[int, Order]] = {}
+        """By slot: the generation that this process wrote there last on a stream, and where on it."""
         self.pending_writes = PendingWrites(self.words.published, self._set_busy)
-        self.recycler = Recycler(
-            self.collect, self._tick, settings.recycle_interval, deferred=slab.deferred
-        )
         self.attendance = Attendance(self.pages)
         self.debtors = Debtors(self.store, self.attendance)
         self.pressure = PressureMonitor(self.name, self.store, settings, self.debtors)
@@ -121,7 +121,7 @@ class Pool:
             raise CacheClosed("the cache was closed while this put was copying")
         self.slab.signal(self.complete, slot.index, slot.generation, order)
         if order:
-            self.put_orders[slot.index] = slot.generation, order
+            self.own_writes[slot.index] = slot.generation, order
         return self.announce(slot, specs, _now())
 
     def publish_from(
@@ -374,6 +374,7 @@ class Pool:
         self.pages.clear()
         os.close(self.words_fd)
         self.pending_writes.close()
+        self.own_writes.clear()
         del self.words, self.complete  # unmapped now, not when the collector of cycles comes by
 
     def forget(self) -> None:

@@ -34,9 +34,13 @@ class Recycler:
         self._busy = True
         self._loop = asyncio.get_running_loop()
         self.eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self._loop.add_reader(self.eventfd, self._on_ring)
+        except BaseException:
+            os.close(self.eventfd)
+            raise
         self._timer = self._loop.call_later(interval_s, self._on_timer)
         self._dues: set[asyncio.TimerHandle] = set()
-        self._loop.add_reader(self.eventfd, self._on_ring)
 
     def set_busy(self, waiting: bool) -> None:
         """Poll soon while a put waits; fall back to the interval when none does."""
@@ -61,7 +65,7 @@ class Recycler:
         self._dues.add(handle)
 
     def _on_ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # read by an earlier turn, or by the next one
             os.eventfd_read(self.eventfd)
         self._collect()
 

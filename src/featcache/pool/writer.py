@@ -60,20 +60,31 @@ class OwnerWriter:
 
     async def put(self, staged: Staged, timeout_s: float | None, *, wait: bool) -> FeatureRef:
         """Copy a feature in and return its ref, standing in the queue for room if `wait`."""
-        request = staged.request
+        request, waited = staged.request, False
         self._puts += 1
-        waited = self._puts % _YIELD_EVERY == 0
-        if waited:
+        if self._puts % _YIELD_EVERY == 0:
+            waited = True
             await asyncio.sleep(0)  # a loop of puts that never wait must not starve the sessions
         slot = self.reserve(request)
         if slot is None:
-            slot, waited = await self.room(request, timeout_s, wait=wait), True
+            waited = True
+            slot = await self.room(request, timeout_s, wait=wait)
         pool = self._pool
+        if waited:
+            self._check_parts(slot, staged)
         if pool.slab.blocking_write_bytes(staged.parts) <= pool.settings.inline_bytes:
-            return self._fill_now(slot, staged, waited=waited)
+            return self._fill_now(slot, staged)
         return await self._fill_in_thread(slot, staged)
 
-    def _fill_now(self, slot: Slot, staged: Staged, *, waited: bool = False) -> FeatureRef:
+    def _check_parts(self, slot: Slot, staged: Staged) -> None:
+        """Give the slot up if the caller freed or resized a tensor while its put waited."""
+        try:
+            check_parts(staged.parts)
+        except BaseException:
+            self._pool.give_up_reserved(slot, None)
+            raise
+
+    def _fill_now(self, slot: Slot, staged: Staged) -> FeatureRef:
         """Copy a feature into a slot that was just reserved, with the word that publishes it behind.
 
         Its age counts from when it got its room: one look at the clock is enough for a put.
@@ -83,15 +94,13 @@ class OwnerWriter:
         if pool.closed:
             raise CacheClosed("the cache was closed while this put was on its way")
         try:
-            if waited:
-                check_parts(staged.parts)  # their owner may have freed them meanwhile
             word = (pool.complete, slot.index, slot.generation)
             pool.slab.write(extent.offset_bytes, staged.parts, order, word)
+            if order:  # the owner's own reads need not wait for the word: they follow this stream
+                pool.own_writes[slot.index] = slot.generation, order
         except BaseException:
             pool.give_up_reserved(slot, order)
             raise
-        if order:
-            pool.put_orders[slot.index] = slot.generation, order
         return pool.announce(slot, staged.specs, slot.born_s)
 
     async def _fill_in_thread(self, slot: Slot, staged: Staged) -> FeatureRef:
@@ -228,10 +237,11 @@ class OwnerWriter:
 
     def _room(self, *, besides: bool = False) -> str:
         """Describe the room there is, and who holds the rest; `besides` the waiter that is told."""
-        store = self._pool.store
+        store, refused = self._pool.store, self._pool.growth.refused
+        grows = f"; the slab can't grow: {refused}" if refused else ""
         return (
             f"{store.free_bytes} of {store.limits.capacity_bytes} bytes are free, at most "
             f"{store.largest_free_bytes} in one piece, {store.table.count - store.table.used} of "
             f"{store.table.count} slots, and {len(store.queue) - besides} puts wait; "
-            f"{self._pool.debtors.holders()}"
+            f"{self._pool.debtors.holders()}{grows}"
         )

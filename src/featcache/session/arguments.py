@@ -23,8 +23,7 @@ def key_bytes(key: Any) -> bytes:
     """Return a key as the directory has it: a str is its UTF-8.
 
     Raises:
-        SettingsError: neither str nor bytes, empty, of more than `MAX_KEY_BYTES` bytes, or text that
-            UTF-8 does not have.
+        SettingsError: neither str nor bytes, not Unicode, empty, or of more than `MAX_KEY_BYTES` bytes.
 
     """
     if isinstance(key, str):
@@ -32,8 +31,8 @@ def key_bytes(key: Any) -> bytes:
             key = key.encode()
         except UnicodeEncodeError:
             raise SettingsError(
-                f"key={key[:64]!r} has lone surrogates, which UTF-8 does not have: give its bytes "
-                "(os.fsencode of a path)"
+                f"the key {key[:64]!r} has a lone surrogate, which UTF-8 has not: give bytes, such as "
+                "os.fsencode(path) or content_key(text)"
             ) from None
     if not isinstance(key, bytes):
         raise SettingsError(f"a key is a str or bytes, not {type(key).__name__}")

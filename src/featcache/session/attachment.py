@@ -16,7 +16,14 @@ from featcache.core.endings import RECYCLED, UNKNOWN
 from featcache.errors import CacheClosed, FeatcacheError, MalformedRef, StaleRef
 from featcache.memory.slab import Mapping, Order, Words
 from featcache.memory.unreachable import UnreachableSlab
-from featcache.memory.words import Header, OwnerWords, SessionWords, fence_after_lock
+from featcache.memory.words import (
+    Header,
+    OwnerWords,
+    Parting,
+    SessionWords,
+    fence_after_lock,
+    fence_stores,
+)
 from featcache.ref import FeatureRef
 
 _WAITING, _SHRINK_EPOCH = Header.WAITING, Header.SHRINK_EPOCH
@@ -86,10 +93,14 @@ class Attachment:
         """The last shrink that this process has heard of; None: never behind the owner's."""
         self.covered_bytes = 0
         """Bytes from the slab's start that can be read here."""
+        self.own_writes: dict[int, tuple[int, Order]] | None = None
+        """Of the owner's own session where words come late: by slot, the generation that this process
+        wrote there last and the order behind which its bytes are; None elsewhere."""
         self._gone: FeatcacheError | None = None
         self._live, self._published = words.live, words.published
         self._offset, self._nbytes = words.offset, words.nbytes
         self._held, self._released = page.held, page.released
+        self._page_header = page.header
         self._plain = PageWords.plain(page)
         self._adopted = adopted
         self._paid = adopted.released
@@ -104,8 +115,6 @@ class Attachment:
         self._on_idle: Callable[[], object] | None = None
         self.why_stale: Callable[[int, int], str] | None = None
         """In the owner: says why a ref is stale, as its store knows."""
-        self.put_order: Callable[[int, int], Order] | None = None
-        """In an owner on a GPU: the order that its own put wrote a slot in; None of others' slots."""
 
     # --- reads by ref ---------------------------------------------------------------------------
 
@@ -161,19 +170,20 @@ class Attachment:
             ref.offset_bytes, ref.nbytes
         )
 
-    def follow_put(self, ref: FeatureRef, device: torch.device | None) -> bool:
-        """Have the caller's order on a device stand behind the put of a pinned ref, if it can.
+    def follow_write(self, ref: FeatureRef, device: torch.device | None) -> bool:
+        """Put the caller's place on a device's stream behind this process's own write of a pinned ref.
 
-        True for what this process put itself, from its own streams: a read on that device, enqueued
-        from now on, finds the bytes, which need not be there yet. A read to the host has no order.
+        False where that can't be: the bytes are another's, or the CPU is to read them. The stream waits
+        by an event, or not at all if it is the stream of the write.
         """
-        if self.put_order is None or not self.is_mapped(ref.offset_bytes, ref.nbytes):
+        if self.own_writes is None or not self.is_mapped(ref.offset_bytes, ref.nbytes):
             return False
-        put = self.put_order(ref.slot, ref.generation)
-        if put is None:
-            return False
+        generation, behind = self.own_writes.get(ref.slot, (0, None))
         order = self.mapping.order(device)
-        return order is not None and self.mapping.stand_behind(order, put)
+        if generation != ref.generation or behind is None or order is None:
+            return False
+        self.mapping.follow(order, [behind])
+        return True
 
     def unpin(self, ref: FeatureRef, *, pays: bool, order: Order = None) -> None:
         """End one use. The session's read is paid when its last use ends, if any of them `pays`.
@@ -354,6 +364,11 @@ class Attachment:
         """Let no new read begin: each raises this. Reads that have begun may end."""
         self._gone = error
 
+    def part(self, how_far: int) -> None:
+        """Tell the owner in this session's page how far it has ended (`Parting`), in any thread."""
+        fence_stores()  # behind what was paid and written
+        self._page_header[Parting.WORD] = max(self._page_header[Parting.WORD], how_far)
+
     def when_idle(self, call: Callable[[], object]) -> None:
         """Call once nothing is pinned: now, or when the last use ends (maybe in another thread)."""
         with self._lock:
@@ -380,12 +395,14 @@ class Attachment:
         self.refuse(CacheClosed(_FORKED))
         self._lock = threading.Lock()  # another thread of the parent may have held it
         self.header = memoryview(bytes(8 * len(self.header))).cast("Q")
+        self._page_header = memoryview(bytearray(8 * len(self.header))).cast("Q")
         self._held, self._released = (
             memoryview(bytearray(8 * self._slots)).cast("Q") for _ in range(2)
         )
         self._live = self._published = self._offset = self._nbytes = self._held
         self._paid = self._released
         self._in_flight.clear()
+        self.own_writes = None
         words = max(self._slots, len(self._plain.granted))
         nowhere = memoryview(bytearray(8 * words)).cast("Q")
         self._plain = self._adopted = PageWords(nowhere, nowhere, nowhere)

@@ -10,6 +10,7 @@ import torch
 
 from featcache.errors import GetTimeout, UnknownPool
 from featcache.memory.pack import DTYPES, Feature, unpack
+from featcache.memory.slab import uncopied
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
 from featcache.session.copier import Copier, Device, Readable, Targets, copy, targets_of
@@ -68,7 +69,7 @@ class Reader:
         ready = attachment.pin(ref)
         pays, order = False, None
         try:
-            if not ready and not attachment.follow_put(ref, device):
+            if not ready and not attachment.follow_write(ref, device):
                 raise GetTimeout("the bytes are still on their way: await get instead")
             order = mapping.order(device)
             specs = ref.specs
@@ -89,7 +90,7 @@ class Reader:
         targets, device = (None, device) if out is None else targets_of(ref, device, out)
         source: Readable | None = self.pools.peek(ref)
         reached = source is not None and source.mapping.can_copy_to(device)
-        if source is None or not reached or not source.pin(ref):
+        if source is None or not reached or not (source.pin(ref) or _follows(source, ref, device)):
             pinned, since_s = source if reached else None, time.monotonic()
             source, reached = await self._await_ready(pinned, ref, device, timeout_s)
             timeout_s = _left(timeout_s, since_s)
@@ -106,7 +107,7 @@ class Reader:
         """As `get`, of a read granted by key, which is paid however this ends."""
         ref, (targets, device) = lease.ref, self._leased_targets(lease, device, out)
         reached = lease.mapping.can_copy_to(device)
-        if not reached or not lease.attachment.is_ready(ref):
+        if not reached or not (lease.attachment.is_ready(ref) or _follows(lease, ref, device)):
             _, reached = await self._await_ready(lease, ref, device, timeout_s)
         if reached:
             feature = await self._copier.copy(lease, ref, device, targets)
@@ -126,7 +127,7 @@ class Reader:
         pays, order = False, None
         try:
             attachment = lease.attachment
-            if not attachment.is_ready(ref) and not attachment.follow_put(ref, device):
+            if not (attachment.is_ready(ref) or attachment.follow_write(ref, device)):
                 wait_ready_blocking(attachment, ref, float("inf"))
             order = mapping.order(device)
             feature = copy(lease, ref, device, targets, order)
@@ -189,15 +190,9 @@ class Reader:
         attachment = self.pools.peek(ref) or self._attached(ref)
         if not attachment.mapping.zero_copy:
             raise GetTimeout("the bytes must come another way: use 'async with' instead")
-        if not attachment.pin(ref):
-            follows = False
-            try:
-                follows = attachment.follow_put(ref, None)
-            finally:
-                if not follows:
-                    attachment.unpin(ref, pays=False)
-            if not follows:
-                raise GetTimeout("the bytes are still on their way: use 'async with' instead")
+        if not attachment.pin(ref) and not _follows(attachment, ref, None):
+            attachment.unpin(ref, pays=False)
+            raise GetTimeout("the bytes are still on their way: use 'async with' instead")
         return attachment
 
     async def hold(
@@ -212,7 +207,7 @@ class Reader:
             raise self._home.refusal("borrow")
         source: Readable | None = self.pools.peek(ref)
         reached = source is not None and source.mapping.can_copy_to(None)
-        if source is None or not reached or not source.pin(ref):
+        if source is None or not reached or not (source.pin(ref) or _follows(source, ref, None)):
             pinned, since_s = source if reached else None, time.monotonic()
             source, reached = await self._await_ready(pinned, ref, None, timeout_s)
             timeout_s = _left(timeout_s, since_s)
@@ -225,7 +220,7 @@ class Reader:
     ) -> tuple[Readable, Feature | None]:
         """As `hold`, of a read granted by key."""
         ref, reached = lease.ref, lease.mapping.can_copy_to(None)
-        if not reached or not lease.attachment.is_ready(ref):
+        if not reached or not (lease.attachment.is_ready(ref) or _follows(lease, ref, None)):
             _, reached = await self._await_ready(lease, ref, None, timeout_s)
         if reached and lease.mapping.zero_copy:
             return lease, None
@@ -262,7 +257,7 @@ class Reader:
 
         For a caller whose own thread is to read, in the order of its own stream.
         """
-        source, reached = await self._await_ready(None, ref, device, timeout_s, follows=False)
+        source, reached = await self._await_ready(None, ref, device, timeout_s)
         source.unpin(ref, pays=False)
         return reached and (source.mapping.zero_copy or not borrows)
 
@@ -276,11 +271,7 @@ class Reader:
         give_up_s = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         attachment.pin(ref)
         try:
-            if (
-                not attachment.is_ready(ref)
-                and not attachment.follow_put(ref, device)
-                and not wait_ready_blocking(attachment, ref, give_up_s)
-            ):
+            if not wait_ready_blocking(attachment, ref, give_up_s):
                 raise _late(timeout_s)
         finally:
             attachment.unpin(ref, pays=False)
@@ -292,9 +283,13 @@ class Reader:
 
     def empty_on(self, ref: FeatureRef, device: torch.device) -> Feature:
         """Return new tensors for a feature on a device."""
-        made = [
-            torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device) for spec in ref.specs
-        ]
+        try:
+            made = [
+                torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device)
+                for spec in ref.specs
+            ]
+        except RuntimeError as error:
+            raise uncopied(ref.nbytes, error) from error
         return unpack(ref.specs, made)
 
     # --- getting there ------------------------------------------------------------------------------
@@ -309,18 +304,9 @@ class Reader:
         return attachment
 
     async def _await_ready(
-        self,
-        pinned: Readable | None,
-        ref: FeatureRef,
-        device: Device,
-        timeout_s: float | None,
-        *,
-        follows: bool = True,
+        self, pinned: Readable | None, ref: FeatureRef, device: Device, timeout_s: float | None
     ) -> tuple[Readable, bool]:
         """Attach, pin, enable a device and wait for the bytes, as need be.
-
-        If it `follows`, the caller's own order may stand in for them (`Attachment.follow_put`): then
-        nothing suspends until the read is enqueued.
 
         `pinned` is the source if the ref is pinned already. Returns the source and whether the
         device reaches the bytes; if this fails the ref is not pinned any more.
@@ -341,8 +327,7 @@ class Reader:
                     pinned = attachment
                     if ready:
                         return pinned, reached
-                if not (follows and reached and attachment.follow_put(ref, device)):
-                    await wait_ready(attachment, ref)
+                await wait_ready(attachment, ref)
                 return pinned, reached
         except BaseException as error:
             if pinned is not None:
@@ -351,6 +336,16 @@ class Reader:
                 late = GetTimeout(BYTES_LATE) if isinstance(pinned, KeyLease) else _late(timeout_s)
                 raise late from None
             raise
+
+
+def _follows(source: Readable, ref: FeatureRef, device: Device) -> bool:
+    """Whether the caller's stream now comes behind this process's own write of a pinned ref."""
+    attachment = source.attachment if isinstance(source, KeyLease) else source
+    try:
+        return attachment.follow_write(ref, device)
+    except BaseException:
+        source.unpin(ref, pays=False)
+        raise
 
 
 def _late(timeout_s: float | None) -> GetTimeout:

@@ -9,6 +9,7 @@ import torch
 
 from featcache.errors import KeyNotFound, KeyTimeout
 from featcache.memory.pack import Feature
+from featcache.memory.slab import uncopied
 from featcache.session.arguments import rpc_timeout
 from featcache.session.lease import KeyLease, MakeClaim
 
@@ -73,4 +74,7 @@ def moved(feature: Feature, device: torch.device | None) -> Feature:
 
 
 def _moved(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
-    return (tensor if device is None else tensor.to(device)).contiguous()
+    try:
+        return (tensor if device is None else tensor.to(device)).contiguous()
+    except RuntimeError as error:
+        raise uncopied(tensor.nbytes, error) from error

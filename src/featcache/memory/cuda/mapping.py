@@ -20,7 +20,7 @@ from featcache.memory.cuda.driver import Driver
 from featcache.memory.cuda.streams import DeviceStreams, StreamOrder
 from featcache.memory.dense import NOT_MADE, dense, lend
 from featcache.memory.pack import DTYPES, check_parts, contiguous_strides
-from featcache.memory.slab import Parts, Unreachable, Word
+from featcache.memory.slab import Parts, Unreachable, Word, torch_copies, uncopied
 from featcache.memory.views import view_of
 from featcache.memory.words import Block, fence_stores
 from featcache.ref import TensorSpec
@@ -130,7 +130,12 @@ class CudaMapping:
 
     def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
         device = self.device if device is None else device
-        return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device)
+        try:
+            return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device)
+        except (
+            RuntimeError
+        ) as error:  # of torch: its OutOfMemoryError, or any other for host memory
+            raise uncopied(spec.nbytes, error) from error
 
     def fetch(
         self,
@@ -148,9 +153,11 @@ class CudaMapping:
         if streams.storage is None:
             raise CacheClosed("this mapping of the slab is closed")
         shape = spec.shape
-        out = torch.empty_strided(  # with strides torch takes two thirds of the time of `empty`
-            shape, contiguous_strides(shape), dtype=DTYPES[spec.dtype], device=streams.device
-        )
+        strides, dtype = contiguous_strides(shape), DTYPES[spec.dtype]
+        try:  # with strides torch takes two thirds of the time of `empty`
+            out = torch.empty_strided(shape, strides, dtype=dtype, device=streams.device)
+        except RuntimeError as error:
+            raise uncopied(spec.nbytes, error) from error
         if nbytes := out.nbytes:
             at = streams.address + offset_bytes + spec.offset_bytes
             streams.copy(out.data_ptr() or _not_made(), at, nbytes, order.stream)
@@ -174,7 +181,7 @@ class CudaMapping:
                 at = streams.address + offset_bytes + spec.offset_bytes
                 streams.copy(out.data_ptr() or _not_made(), at, nbytes, order.stream)
             return
-        with streams.at(order):
+        with streams.at(order), copies.outside_modes():
             copies.copy(out, self.view(offset_bytes, spec, streams.device))
 
     def _read_to_host(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor) -> None:
@@ -182,7 +189,8 @@ class CudaMapping:
             raise SettingsError("the tensors of one get are all on one device")
         if self._home.storage is None:
             raise CacheClosed("this mapping of the slab is closed")
-        target = out if copies.is_plain(out) else torch.empty(out.shape, dtype=out.dtype)
+        with torch_copies(out.nbytes):
+            target = out if copies.is_plain(out) else torch.empty(out.shape, dtype=out.dtype)
         at = self._home.address + offset_bytes + spec.offset_bytes
         if nbytes := target.nbytes:
             self._home.copy_now(target.data_ptr() or _not_made(), at, nbytes)
@@ -219,10 +227,11 @@ class CudaMapping:
                 # torch runs a copy between devices behind the current streams of both, and makes them
                 # wait for it: the order below, this device's stream, stands behind the copy.
                 device = self.device
-                parts = [
-                    (spec, dense(part).to(device) if part.get_device() >= 0 else part)
-                    for spec, part in parts
-                ]
+                with torch_copies(sum(part.nbytes for _, part in parts)):
+                    parts = [
+                        (spec, dense(part).to(device) if part.get_device() >= 0 else part)
+                        for spec, part in parts
+                    ]
                 on_device = True
                 break
         return parts, self._home.order() if on_device else None
@@ -262,7 +271,7 @@ class CudaMapping:
                 or tensor.is_neg()
                 or (spec.dtype in copies.COMPLEX and tensor.is_conj())
             ):
-                with streams.at(order):
+                with streams.at(order), copies.outside_modes():
                     copies.copy(view_of(target[1], offset_bytes, spec, streams.device), tensor)
             elif word is None or spec.name is not None:
                 streams.copy(at, tensor.data_ptr(), nbytes, order.stream)
@@ -310,26 +319,14 @@ class CudaMapping:
             return order
         last = order if order is not None else behind.pop()
         for other in behind:
-            self._wait_for(last, other)
+            with self._driver.on(other.streams.ordinal):
+                event = self._driver.mark(other.stream)
+            try:
+                with self._driver.on(last.streams.ordinal):  # stream 0 is this context's default
+                    self._driver.follow(last.stream, event)
+            finally:
+                self._driver.drop(event)
         return last
-
-    def stand_behind(self, order: StreamOrder, other: StreamOrder) -> bool:
-        """As `Mapping.stand_behind`. A stream that torch did not make may be gone by now."""
-        if order.raw == other.raw and order.streams is other.streams:
-            return True  # one stream is in order by itself
-        if not other.lasts:
-            return False
-        self._wait_for(order, other)
-        return True
-
-    def _wait_for(self, order: StreamOrder, other: StreamOrder) -> None:
-        with self._driver.on(other.streams.ordinal):
-            event = self._driver.mark(other.stream)
-        try:
-            with self._driver.on(order.streams.ordinal):  # stream 0 is this context's default
-                self._driver.follow(order.stream, event)
-        finally:
-            self._driver.drop(event)
 
     # --- size and end -----------------------------------------------------------------------------
 
@@ -388,6 +385,7 @@ def _not_made() -> NoReturn:
 
 
 def _made_plain(tensor: torch.Tensor) -> torch.Tensor:
-    plain = torch.empty(tensor.shape, dtype=tensor.dtype)
-    copies.copy(plain, tensor)
+    with torch_copies(tensor.nbytes):
+        plain = torch.empty(tensor.shape, dtype=tensor.dtype)
+        copies.copy(plain, tensor)
     return plain

@@ -25,14 +25,12 @@ _MAX_ORDERS: Final = 256  # torch has 32 streams to a device and priority; other
 class StreamOrder:
     """One of a device's streams, as the driver takes it."""
 
-    __slots__ = ("lasts", "raw", "stream", "streams")
+    __slots__ = ("raw", "stream", "streams")
 
-    def __init__(self, streams: "DeviceStreams", raw: int, *, lasts: bool) -> None:
+    def __init__(self, streams: "DeviceStreams", raw: int) -> None:
         self.streams = streams
         self.raw = raw
         self.stream = streams.driver.api.CUstream(raw)
-        self.lasts = lasts
-        """Whether the stream lives as long as the process, so that it can be named at any time."""
 
 
 class DeviceStreams:
@@ -64,9 +62,7 @@ class DeviceStreams:
         except KeyError:
             if len(self._orders) >= _MAX_ORDERS:
                 self._orders.clear()
-            order = self._orders[raw] = StreamOrder(
-                self, raw, lasts=self.driver.lasts(self.ordinal)
-            )
+            order = self._orders[raw] = StreamOrder(self, raw)
             return order
 
     def view(self, offset_bytes: int, spec: TensorSpec) -> torch.Tensor:

@@ -15,12 +15,13 @@ class PinnedSlab(HostSlab):
     def __init__(
         self, driver: Driver, ordinal: int, capacity_bytes: int, *, huge_pages: bool
     ) -> None:
-        super().__init__(capacity_bytes, huge_pages=huge_pages)
         self._driver = driver
         self._ordinal = ordinal
         self.pinned_bytes = 0
-        self.home = driver.device(ordinal)
-        self.device_name = driver.uuid_of(ordinal)
+        # Before there is anything to close, should the driver fail.
+        home, self.device_name = driver.device(ordinal), driver.uuid_of(ordinal)
+        super().__init__(capacity_bytes, huge_pages=huge_pages)
+        self.home = home
 
     def commit(self, start_bytes: int, stop_bytes: int, *, prefault: bool) -> None:
         """Reserve pages, and pin them if they are the first."""

@@ -19,13 +19,20 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 
-from featcache.errors import AttachRefused, BackendUnavailable, CacheClosed, SettingsError
+from featcache.errors import (
+    AttachRefused,
+    BackendUnavailable,
+    CacheClosed,
+    SettingsError,
+    explain,
+    system_errors,
+)
 from featcache.memory import strided as copies
 from featcache.memory.dense import NOT_MADE, lend
 from featcache.memory.devices import CPU
 from featcache.memory.host.available import available_bytes
 from featcache.memory.pack import DTYPES, check_parts
-from featcache.memory.slab import Parts, Segment, Word
+from featcache.memory.slab import Parts, Segment, Word, uncopied
 from featcache.memory.views import view_of
 from featcache.memory.words import TSO, Block, fence_stores, memfd
 from featcache.ref import TensorSpec
@@ -35,6 +42,9 @@ _MADV_POPULATE_READ: Final = 22  # Linux 5.14; Python does not name them
 _MADV_POPULATE_WRITE: Final = 23
 _ADVICE_BYTES: Final = 4 << 20  # 2 ms of page faults
 _FALLOC_PUNCH: Final = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+
+_SPARE_BYTES: Final = 64 << 20
+"""Bytes that a commit leaves to the process, or as many as it takes if these are fewer."""
 
 _NEVER_HERE: Final = 1 << 62  # bytes: above any limit on copies in the event loop
 
@@ -164,7 +174,10 @@ class HostMapping:
         return view_of(storage, offset_bytes, spec, CPU)
 
     def empty(self, spec: TensorSpec, device: torch.device | None) -> torch.Tensor:
-        return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device or self.home)
+        try:
+            return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device or self.home)
+        except RuntimeError as error:  # of torch, which has no other for host memory
+            raise uncopied(spec.nbytes, error) from error
 
     def fetch(
         self, offset_bytes: int, spec: TensorSpec, device: torch.device | None, order: Streams
@@ -176,8 +189,11 @@ class HostMapping:
     def read(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor, order: Streams) -> None:
         """Copy the slab's bytes into `out`; complete on return."""
         if not _plain(out):
-            with _on(order):
-                copies.copy(out, self.view(offset_bytes, spec))
+            try:
+                with _on(order), copies.outside_modes():
+                    copies.copy(out, self.view(offset_bytes, spec))
+            except RuntimeError as error:  # of torch: no memory, or no working GPU
+                raise uncopied(spec.nbytes, error) from error
             return
         region = self._open()  # a reference for the copy's time: `close` unmaps nothing under it
         nbytes, to = out.nbytes, out.data_ptr()
@@ -201,7 +217,8 @@ class HostMapping:
         try:
             mapping = mmap.mmap(fds[0], self.end_bytes, flags=mmap.MAP_SHARED)
         except OSError as error:
-            raise AttachRefused(f"the slab can't be mapped for writing: {error}") from error
+            why = explain(error)
+            raise AttachRefused(f"the slab can't be mapped for writing: {why}") from error
         whole = torch.frombuffer(mapping, dtype=torch.uint8)
         self._target = _Target(whole.data_ptr(), whole.untyped_storage())
 
@@ -239,8 +256,11 @@ class HostMapping:
                 at = base + offset_bytes + spec.offset_bytes
                 _memmove(at, tensor.data_ptr(), tensor.nbytes)
             else:
-                with _on(order):
-                    copies.copy(view_of(target.storage, offset_bytes, spec, CPU), tensor)
+                try:
+                    with _on(order), copies.outside_modes():
+                        copies.copy(view_of(target.storage, offset_bytes, spec, CPU), tensor)
+                except RuntimeError as error:
+                    raise uncopied(spec.nbytes, error) from error
         if word is not None:
             self.signal(*word, order)
 
@@ -258,10 +278,6 @@ class HostMapping:
     def follow(self, order: Streams, others: Sequence[Streams]) -> Streams:
         """Return the order: the CPU has only one."""
         return order
-
-    def stand_behind(self, order: Streams, other: Streams) -> bool:
-        """Refuse: the bytes of a host slab come by the CPU, in no stream's order."""
-        return False
 
     def extend(self, start_bytes: int, size_bytes: int, fd: int) -> None:
         """Refuse: a host slab is one descriptor."""
@@ -284,21 +300,29 @@ class HostSlab(HostMapping):
 
     def __init__(self, capacity_bytes: int, *, huge_pages: bool = True) -> None:
         self.capacity_bytes = capacity_bytes
-        self._fd = memfd("slab", capacity_bytes)
+        self._fd = self._reader_fd = -1
+        try:
+            with system_errors(BackendUnavailable, f"no host slab of {capacity_bytes} bytes"):
+                self._make(huge_pages=huge_pages)
+        except BaseException:
+            self.close()
+            raise
+
+    def _make(self, *, huge_pages: bool) -> None:
+        self._fd = memfd("slab", self.capacity_bytes)
         # Sealed before a writer can get this descriptor: a file truncated under the owner's mapping
         # would be a SIGBUS there.
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
         fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, seals)
         try:
             self._reader_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            os.close(self._fd)
-            raise BackendUnavailable(f"a host slab needs /proc to be mounted: {error}") from error
-        super().__init__(mmap.mmap(self._fd, capacity_bytes, flags=mmap.MAP_SHARED))
+        except FileNotFoundError as error:
+            raise BackendUnavailable("a host slab needs /proc to be mounted") from error
+        super().__init__(mmap.mmap(self._fd, self.capacity_bytes, flags=mmap.MAP_SHARED))
         assert self._storage is not None, "a new mapping is open"
         self._target = _Target(self._open()[1], self._storage)
         if huge_pages:
-            _advise_huge_pages(self._open(), capacity_bytes)
+            _advise_huge_pages(self._open(), self.capacity_bytes)
 
     kind = KIND
     device_name = "cpu"
@@ -310,10 +334,14 @@ class HostSlab(HostMapping):
     def commit(self, start_bytes: int, stop_bytes: int, *, prefault: bool) -> None:
         """Reserve pages for a range, and map them into the owner if `prefault`."""
         size_bytes = stop_bytes - start_bytes
-        left_bytes = available_bytes()
-        # Checked first: a kernel that overcommits does not refuse, it kills.
-        if left_bytes is not None and size_bytes > left_bytes:
-            raise MemoryError(f"{size_bytes} bytes, where the host has {left_bytes} left")
+        left_bytes, spare_bytes = available_bytes(), min(size_bytes, _SPARE_BYTES)
+        # Checked first: a kernel that overcommits does not refuse, it kills. And not to the last byte:
+        # the tensors that are put and read lie under the same limit.
+        if left_bytes is not None and size_bytes + spare_bytes > left_bytes:
+            raise MemoryError(
+                f"{size_bytes} bytes, where the host has {left_bytes} left, of which {spare_bytes} are "
+                "kept for this process's own tensors: raise the memory limit or ask for less"
+            )
         try:
             # Populate first: touched pages may be huge ones, fallocate reserves small ones.
             if prefault and _advise(self._open(), _MADV_POPULATE_WRITE, start_bytes, size_bytes):
@@ -322,12 +350,13 @@ class HostSlab(HostMapping):
         except OSError as error:
             with contextlib.suppress(OSError):
                 self.decommit(start_bytes, stop_bytes)
-            raise MemoryError(f"the host gave no {size_bytes} bytes: {error}") from error
+            raise MemoryError(f"the host gave no {size_bytes} bytes: {explain(error)}") from error
 
     def decommit(self, start_bytes: int, stop_bytes: int) -> None:
         """Punch a hole: the system has the pages back at once, whoever maps them."""
-        if _libc.fallocate(self._fd, _FALLOC_PUNCH, start_bytes, stop_bytes - start_bytes) != 0:
-            raise OSError(code := ctypes.get_errno(), os.strerror(code))
+        while _libc.fallocate(self._fd, _FALLOC_PUNCH, start_bytes, stop_bytes - start_bytes) != 0:
+            if (code := ctypes.get_errno()) != errno.EINTR:
+                raise OSError(code, os.strerror(code))
 
     def segments(self, start_bytes: int, stop_bytes: int) -> list[Segment]:
         return []  # one descriptor covers the whole range
