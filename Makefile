@@ -20,7 +20,7 @@ PYTHON ?= $(shell for python in $(PYTHONS); do \
 # is tried on every call, so that an environment that lost something is repaired.
 CHECK = $(BIN)/python -c 'import re, importlib.metadata as metadata; \
 	[metadata.version(re.match(r"[\w.-]+", line)[0]) for line in metadata.requires("featcache") \
-	if not re.search("extra == .cuda", line)]'
+	if not re.search("extra == .(cuda|fuzz)", line)]'
 ifneq ($(wildcard $(STAMP)),)
 ifneq ($(shell $(CHECK) >/dev/null 2>&1 && echo whole),whole)
 $(shell rm -f $(STAMP))
@@ -31,7 +31,7 @@ endif
 EXAMPLES := $(sort $(dir $(wildcard examples/*/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench clean
+.PHONY: help venv demo test lint format bench soak fuzz clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
@@ -65,6 +65,15 @@ format: $(STAMP) ## put the sources in format and mend what ruff can
 
 bench: $(STAMP) ## measure on host memory
 	$(BIN)/python tests/bench/host.py $(ARGS)
+
+MINUTES ?= 1
+
+soak: $(STAMP) ## a storm of kills, stops and limits: make soak MINUTES=30
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(ARGS)
+
+fuzz: $(STAMP) ## fuzz what decodes refs, messages and frames: make fuzz MINUTES=30
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(ARGS)
 
 clean: ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -105,15 +105,19 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
         """
         try:
-            nbytes, generation, offset_bytes = self.nbytes, self.generation, self.offset_bytes
-            # Hot path: one call checks that these are whole numbers, each within its word's width.
-            _pack_numbers(self.slot, generation, offset_bytes, nbytes)
+            slot, nbytes = self.slot, self.nbytes
+            generation, offset_bytes = self.generation, self.offset_bytes
+            # Hot path. By type: a bool, or numpy's integer, would pass as a number and is none on the
+            # wire. A size that is known was found to be within its range. (Written out, the bounds are
+            # constants of the code.)
             known = (
-                _sound[nbytes, self.pool_id, self.endpoint] == self.specs
-                and generation > 0
-                and offset_bytes <= MAX_BYTES
+                type(slot) is type(generation) is type(offset_bytes) is type(nbytes) is int
+                and 0 <= slot < 1 << 32
+                and 0 < generation < 1 << 63
+                and 0 <= offset_bytes <= 1 << 48
+                and _sound[nbytes, self.pool_id, self.endpoint] == self.specs
             )
-        except (KeyError, TypeError, struct.error):
+        except (KeyError, TypeError):
             known = False
         if not known:
             _check(self)
@@ -154,7 +158,6 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
         return _unpickle, (self.to_bytes(),)
 
 
-_pack_numbers: Final = struct.Struct("<IqQQ").pack
 _sound: dict[tuple[int, bytes, str], tuple[TensorSpec, ...]] = {}
 """The specs last validated for a size in bytes, a pool and its endpoint."""
 _MAX_SOUND: Final = 256

@@ -6,6 +6,7 @@ import zlib
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -281,10 +282,10 @@ def test_what_was_found_sound_is_kept_within_bounds() -> None:
 # --- made by hand --------------------------------------------------------------------------------
 
 NONSENSE: dict[str, list[Any]] = {
-    "slot": [-1, 1 << 32, 1 << 70, "a", 1.0, None, []],
-    "generation": [-1, 0, 1 << 63, 1 << 70, "a", 1.0, None],
-    "offset_bytes": [-1, (1 << 48) + 1, 1 << 70, "a", 1.0, None],
-    "nbytes": [-1, (1 << 48) + 1, 1 << 70, "a", 4704.0, None, []],
+    "slot": [-1, 1 << 32, 1 << 70, "a", 1.0, None, [], True, np.int64(1)],
+    "generation": [-1, 0, 1 << 63, 1 << 70, "a", 1.0, None, True, np.int64(1)],
+    "offset_bytes": [-1, (1 << 48) + 1, 1 << 70, "a", 1.0, None, True, np.int64(1)],
+    "nbytes": [-1, (1 << 48) + 1, 1 << 70, "a", 4704.0, None, [], True, np.int64(4704)],
     "pool_id": [b"", b"x", bytes(17), bytearray(16), "x" * 16, None],
     "endpoint": [3, None, b"/run", "\ud800", "x" * 108, "é" * 54],
     "specs": [
@@ -308,7 +309,10 @@ BY_HAND += [("specs", (TensorSpec(*wrong),)) for wrong in SPEC_NONSENSE]
 
 @pytest.mark.parametrize(("field", "value"), BY_HAND, ids=lambda value: ascii(value)[:40])
 def test_no_ref_is_made_of_nonsense(field: str, value: Any) -> None:
-    for _ in range(2):  # what it is made of has been found sound before
+    for _ in range(2):
+        FeatureRef(
+            **msgspec.structs.asdict(REF)
+        )  # so what it is made of has been found sound before
         with pytest.raises(MalformedRef):
             msgspec.structs.replace(REF, **{field: value})
         made = msgspec.structs.asdict(REF) | {field: value}

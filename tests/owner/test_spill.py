@@ -1,6 +1,8 @@
 """Puts that go to the host slab when the slab is full: their refs are refs like others."""
 
 import asyncio
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from featcache import (
     SettingsError,
     StaleRef,
 )
+from featcache.owner.served_pool import ServedPool
 from support.caches import KIB, MIB, filled, full, small, tensor, tensors, until
 from support.hosted import all_spent, serving, spilling, store
 
@@ -323,3 +326,36 @@ def test_with_no_loop(no_leaks: None) -> None:
         owner.put(filled(2 * CAPACITY), on_full="spill")  # and is not paid
         with pytest.raises(PutTimeout):
             owner.put(filled(MIB), on_full="spill", timeout=0.0)
+
+
+async def test_who_attaches_while_the_host_slab_is_made_is_told_of_it(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, no_leaks: None
+) -> None:
+    """The slab listens before its host slab is there; whoever comes that early waits for both."""
+    endpoint = str(runtime_dir / "early.sock")
+    made, listening = asyncio.Event(), asyncio.Event()
+    open_pool = ServedPool.open
+
+    async def open_late(*arguments: Any) -> ServedPool:
+        if listening.is_set():
+            await made.wait()
+        served = await open_pool(*arguments)
+        listening.set()
+        return served
+
+    monkeypatch.setattr(ServedPool, "open", open_late)
+    owner = featcache.create(endpoint=endpoint, spill=CAPACITY, settings=small(**ONE))
+    opening = asyncio.ensure_future(owner.open())
+    await listening.wait()
+    client = featcache.connect(endpoint, settings=small())
+    attaching = asyncio.ensure_future(client.open())
+    for _ in range(20):  # turns of the loop, in which it could be greeted too early
+        await asyncio.sleep(0)
+    made.set()
+    await asyncio.gather(opening, attaching)
+    async with contextlib.AsyncExitStack() as opened:
+        opened.push_async_callback(owner.aclose)
+        opened.push_async_callback(client.aclose)
+        room = await owner.put(filled(CAPACITY))
+        ref = await client.put(filled(KIB, 3), on_full="spill")
+        assert ref.pool_id != room.pool_id

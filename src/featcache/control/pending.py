@@ -105,6 +105,11 @@ class PendingRequests:
             self._orphan(request)
 
     def _orphan(self, request: Request) -> None:
+        if type(request) is messages.Publish:
+            # Nobody has its ref. At once, behind it and before any goodbye: its answer may come when the
+            # session has ended and no discard is heard any more.
+            self.tell(messages.Discard(self.number(), request.slot, request.generation))
+            return
         # Listed before the owner is told: sending may end the channel, which clears the orphans.
         self._orphans[request.request] = request
         self.tell(messages.Cancel(request.request))

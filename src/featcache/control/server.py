@@ -85,18 +85,23 @@ class Server:
             self._settings.attach_timeout, self._refuse, peer, "no Hello within attach_timeout"
         )
 
-    def _pause_accepting(self, error: OSError) -> None:
-        """Stop accepting for a second: out of descriptors, accept would fail in every turn of the loop."""
+    def hold(self) -> None:
+        """Accept nobody until `resume`: those who connect meanwhile wait in the socket's backlog."""
         self._loop.remove_reader(self._sock.fileno())
-        self._accept_retry = self._loop.call_later(_ACCEPT_AGAIN_S, self._resume_accepting)
-        self._report_refusal(Peer(0, 0), f"can't accept: {explain(error)}")
 
-    def _resume_accepting(self) -> None:
+    def resume(self) -> None:
+        """Accept again."""
         self._accept_retry = None
         try:
             self._loop.add_reader(self._sock.fileno(), self._accept)
         except OSError as error:
             self._pause_accepting(error)
+
+    def _pause_accepting(self, error: OSError) -> None:
+        """Stop accepting for a second: out of descriptors, accept would fail in every turn of the loop."""
+        self._loop.remove_reader(self._sock.fileno())
+        self._accept_retry = self._loop.call_later(_ACCEPT_AGAIN_S, self.resume)
+        self._report_refusal(Peer(0, 0), f"can't accept: {explain(error)}")
 
     def _on_message(self, peer: Peer, payload: bytes, fds: list[int]) -> None:
         try:

@@ -88,7 +88,9 @@ class Owner:
             )
             opened = cls(main, plan, settings, spill_bytes, name)
             if spill_bytes is not None:
+                main.server.hold()  # a session is told of the spill pool when it is admitted
                 await opened.host_pool()
+                main.server.resume()
         except BaseException:
             if opened is not None:
                 await opened._take_down()

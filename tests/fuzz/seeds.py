@@ -1,0 +1,87 @@
+"""The inputs that fuzzing starts from: one valid form of each thing that is decoded."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Final, get_args
+
+import msgspec
+
+from featcache import FeatureRef
+from featcache.control import messages
+from featcache.ref import TensorSpec
+
+_BARE: Final = FeatureRef(
+    bytes(range(16)), "/e.sock", 7, 3, 512, 48, (TensorSpec(None, "bfloat16", (2, 12), 0),)
+)
+_PACKED: Final = FeatureRef(
+    *(bytes(16), "/e.sock", 1, (1 << 63) - 1, 1 << 40, 1024),
+    (TensorSpec("pixel", "float32", (4, 8), 0), TensorSpec("ü", "int64", (), 256)),
+)
+_SPEC: Final = (TensorSpec(None, "uint8", (8,), 0),)
+_PUT: Final[tuple[Any, ...]] = (1, 256, ["tp0"], 2.5, b"key", True)
+
+
+def all_messages() -> list[tuple[int, msgspec.Struct]]:
+    """A message of each kind, and who sends it: 0 a client, 1 an owner."""
+    client: list[msgspec.Struct] = [
+        messages.Hello(messages.VERSION, "tp0", "cpu"),
+        messages.Goodbye(),
+        messages.Discard(1, 2, 3),
+        messages.Relay(1, _BARE.to_bytes()),
+        messages.Find(1, b"key", True, True),
+        messages.Cancel(1),
+        messages.ReleaseClaim(b"key", 2),
+        messages.KeyCommand(1, b"key", "pin"),
+        messages.Reserve(*_PUT),
+        messages.HostPool(1),
+        messages.Upload(1, 256, 2, None, None, False, _BARE.to_bytes()),
+        messages.Publish(1, 2, 3, _PACKED.specs),
+        messages.GiveUpReserved(1, 2, landed=True),
+        messages.OpenForWriting(1),
+        messages.TailUnmapped(1),
+    ]
+    owner: list[msgspec.Struct] = [
+        messages.Welcome(messages.VERSION, bytes(16), 1, 64, "host", "cpu", 1 << 20, 1 << 20),
+        messages.Refused("why"),
+        messages.Reply(1, "PoolFull", "why"),
+        messages.Granted(1, 2, 3, _BARE.to_bytes()),
+        messages.ClaimGranted(1, 2),
+        messages.Reserved(1, 2, 3, 256),
+        messages.WriteDescriptors(1),
+        messages.Segments(0, [1 << 20]),
+        messages.UnmapTail(1, 4096),
+        messages.Farewell(),
+        messages.Closing(),
+    ]
+    return [(0, message) for message in client] + [(1, message) for message in owner]
+
+
+def missing() -> set[str]:
+    """The kinds of message that have no seed."""
+    kinds = {*get_args(messages.FromClient), *get_args(messages.FromOwner)}
+    return {kind.__name__ for kind in kinds - {type(message) for _, message in all_messages()}}
+
+
+def _frame(payload: bytes, count: int = 0) -> bytes:
+    frame = struct.pack("<2sBBI", b"fc", messages.VERSION, count, len(payload)) + payload
+    return bytes([len(frame), count]) + frame
+
+
+def seeds() -> dict[str, list[bytes]]:
+    """The seeds of each target."""
+    wire = [ref.to_bytes() for ref in (_BARE, _PACKED)]
+    hello, goodbye = messages.encode(all_messages()[0][1]), messages.encode(messages.Goodbye())
+    fields = struct.Struct("<BiiQQ")
+    return {
+        "ref": [b"\0" + data for data in wire]
+        + [bytes([way]) + data[7:] for way in (1, 2, 3) for data in wire],
+        "message": [bytes([who]) + messages.encode(message) for who, message in all_messages()],
+        "frames": [_frame(hello, 1), _frame(hello, 1) + _frame(goodbye) * 2, _frame(b"")],
+        "live": [
+            fields.pack(0, 0, 0, 0, 0),
+            fields.pack(3, 1, 1, 0, 0),
+            fields.pack(12, 0, 0, 1024, 256),
+            fields.pack(0, 0, 0, 0, 0) + msgspec.msgpack.encode(_SPEC),
+        ],
+    }
