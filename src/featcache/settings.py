@@ -257,7 +257,8 @@ class Settings:
     sessions: int = attrs.field(default=64, converter=_COUNT, validator=_within(1, 4096))
     """Readers and writers that can be attached at once."""
     waiters: int = attrs.field(default=4096, converter=_COUNT, validator=_within(0, 1 << 20))
-    """Puts that may wait for room; one more is `PoolFull`."""
+    """Puts that may wait for others' features to be recycled; one more is `PoolFull`. Those whose room
+    comes as the slab grows are not counted."""
     readers: int = attrs.field(default=1024, converter=_COUNT, validator=_within(1, 1 << 20))
     """Reads that one ref may owe."""
     tensors: int = attrs.field(default=256, converter=_COUNT, validator=_within(1, 4096))

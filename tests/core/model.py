@@ -217,7 +217,7 @@ class RoomMachine(RuleBasedStateMachine):
         self.retiring.append(feature)
         return [SlotRetired(feature.slot)]
 
-    def follow(self, effects: Iterable[Effect]) -> None:
+    def follow(self, effects: Iterable[Effect], *, served: bool = True) -> None:
         """Take over what a call that serves the queue decided; see that it went far enough."""
         for effect in effects:
             match effect:
@@ -240,7 +240,7 @@ class RoomMachine(RuleBasedStateMachine):
                     self.growing = end_bytes
                 case _:
                     pytest.fail(f"{effect} has no place here")
-        if self.waiting and not self.full:
+        if served and self.waiting and not self.full:
             grows = self.may_grow_for(self.waiting[0].request.nbytes)
             assert not grows, "nobody grows for the head"
 
@@ -252,10 +252,30 @@ class RoomMachine(RuleBasedStateMachine):
 
     # --- the queue ------------------------------------------------------------------------------
 
+    @property
+    def can_grow(self) -> bool:
+        return self.end < self.limits.capacity_bytes and (self.busy or self.now >= self.grow_after)
+
+    def comes_by_growth(self, request: Request) -> bool:
+        """Whether all that wait, and one more, would have room at the end of a slab that can grow."""
+        sizes = [aligned(waiter.request.nbytes) for waiter in self.waiting]
+        return (
+            self.can_grow
+            and all(waiter.by_growth for waiter in self.waiting)
+            and len(self.live) + len(sizes) < self.limits.slots
+            and self.in_use_end + sum(sizes) + aligned(request.nbytes) <= self.limits.capacity_bytes
+        )
+
+    def is_over_the_bound(self, request: Request) -> bool:
+        growing = [waiter for waiter in self.waiting if waiter.by_growth and self.can_grow]
+        blocked = len(self.waiting) - len(growing)
+        return not self.comes_by_growth(request) and blocked >= self.limits.waiters
+
     def join(self, request: Request) -> None:
-        tag = object()
+        tag, by_growth = object(), self.comes_by_growth(request)
         waiter, effects = self.store.wait(request, self.now, tag)
         assert waiter.tag is tag
+        assert waiter.by_growth == by_growth
         self.waiting.append(waiter)
         self.waited += 1
         self.follow(effects)
@@ -280,6 +300,7 @@ class RoomMachine(RuleBasedStateMachine):
         self.leave_one(data.draw(st.sampled_from(self.waiting + self.granted)))
 
     def leave_one(self, waiter: Waiter) -> None:
+        served = waiter in self.granted or waiter is self.waiting[0]
         if waiter in self.granted:
             self.granted.remove(waiter)
             assert waiter.slot is not None
@@ -287,7 +308,7 @@ class RoomMachine(RuleBasedStateMachine):
         else:
             self.waiting.remove(waiter)
         self.finished.append(waiter)
-        self.follow(self.store.leave(waiter, self.now))
+        self.follow(self.store.leave(waiter, self.now), served=served)
 
     def free_reserved(self, feature: Feature) -> None:
         del self.live[feature.index]

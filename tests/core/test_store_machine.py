@@ -92,7 +92,7 @@ class StoreMachine(RoomMachine):
         if aligned(request.nbytes) > self.limits.capacity_bytes:
             with pytest.raises(FeatureTooLarge):
                 self.store.wait(request, self.now, None)
-        elif len(self.waiting) >= self.limits.waiters:
+        elif self.is_over_the_bound(request):
             with pytest.raises(PoolFull):
                 self.store.wait(request, self.now, None)
         else:
@@ -114,7 +114,7 @@ class StoreMachine(RoomMachine):
     def leave_again(self, data: st.DataObject) -> None:
         """The slot of an accepted waiter may be anybody's by now."""
         waiter = data.draw(st.sampled_from(self.finished))
-        self.follow(self.store.leave(waiter, self.now))
+        self.follow(self.store.leave(waiter, self.now), served=False)
 
     @precondition(lambda self: self.finished or self.waiting)
     @rule(data=st.data())

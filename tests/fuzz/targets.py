@@ -22,7 +22,8 @@ import torch
 
 import featcache
 from featcache import FeatcacheError, FeatureCache, FeatureRef, MalformedRef
-from featcache.control.channel import Channel, ChannelState, close_all
+from featcache.control.channel import Channel, ChannelState
+from featcache.control.descriptors import MAX_DESCRIPTORS, close_all
 from featcache.control.messages import (
     VERSION,
     ProtocolError,

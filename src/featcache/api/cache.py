@@ -12,6 +12,7 @@ from featcache.api.arguments import parse_device, parse_name, settings_with
 from featcache.api.base import CacheBase
 from featcache.api.lifecycle import Lifecycle
 from featcache.control import endpoint as endpoints
+from featcache.control.turns import CALL_UNITS
 from featcache.memory.host.slab import HostSlab
 from featcache.owner.owner import Owner
 from featcache.pool.limits import limits_of
@@ -147,10 +148,16 @@ class FeatureCache(CacheBase):
             and owner is not None
             and life.runs._thread_id == threading.get_ident()  # noqa: SLF001 - see `Runs`
         ):
-            writer = owner.main.writer
+            writer, turn = owner.main.writer, owner.turn
+            turn.left -= CALL_UNITS
+            if turn.left < 0 and not owner.stages_at_call:
+                return await writer.put_in_line(
+                    lambda: writer.stage(feature, readers, ttl, key), timeout_s
+                )
             return await writer.put(writer.stage(feature, readers, ttl, key), timeout_s, wait=True)
         check_on_full(on_full, key)
         owner = life.here()
+        owner.turn.left -= CALL_UNITS
         staged = owner.writers_nowait(on_full, key).stage(feature, readers, ttl, key)
         return await staged.put(timeout_s, owner.spills, wait=on_full != "raise")
 
@@ -164,8 +171,10 @@ class FeatureCache(CacheBase):
     ) -> FeatureRef:
         """`put` with no await: PoolFull at once if there is no room or others wait for it.
 
-        The copy runs in the loop whatever its size, and so does the growth of the slab if it needs
-        some. WrongLoop outside the cache's loop.
+        The copy runs in the loop whatever its size, and so does all else that it needs: the growth of
+        the slab, and the recycling and evicting of however many features are in its way (some
+        microseconds each), which `put` does in pieces. WrongLoop outside the cache's
+        loop.
         """
         writer = self._life.here().main.writer
         return writer.put_nowait(writer.stage(feature, readers, ttl, key))

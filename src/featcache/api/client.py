@@ -18,6 +18,7 @@ from featcache.client.keys import ClientKeys
 from featcache.client.puts import ClientPuts
 from featcache.client.registry import ConnectionRegistry
 from featcache.control import endpoint as endpoints
+from featcache.control.turns import CALL_UNITS
 from featcache.pool import gauges
 from featcache.ref import FeatureRef
 from featcache.session.offload import Offload
@@ -38,6 +39,8 @@ class OpenClient:
         self.reader = Reader(registry, offload, settings.inline_bytes)
         self.keys = ClientKeys(registry)
         self.puts = ClientPuts(registry, settings, offload)
+        self.entering = 0
+        """Puts that wait for their turn of the loop, or were let in and have not gone on yet."""
         self.spills = SpillCounter(registry.bound_name, settings.log_interval)
 
     @classmethod
@@ -58,6 +61,14 @@ class OpenClient:
             raise
         return opened
 
+    async def enter(self) -> None:
+        """Return at a put's turn; no later put overtakes it meanwhile."""
+        self.entering += 1
+        try:
+            await self.reader.turn.wait()
+        finally:
+            self.entering -= 1
+
     def writers_nowait(self, on_full: str, key: Any) -> Writers | None:  # noqa: ARG002 - see Engine
         """Return the writers of a put that does not spill, if the pool is attached and has one."""
         writer = self.puts.bound_writer()
@@ -69,6 +80,11 @@ class OpenClient:
 
     async def discard(self, ref: FeatureRef) -> None:
         """Have the owner cancel the reads that a ref still owes."""
+        turn = self.reader.turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
         link = (await self.registry.connection(ref)).link
         await link.discard(ref.slot, ref.generation)
 
@@ -176,6 +192,16 @@ class FeatureClient(CacheBase):
         """
         timeout_s = None if timeout is None else parse_timeout(timeout)
         client = self._life.here()
+        turn = client.reader.turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0 or client.entering:
+            writer = client.puts.bound_writer() if on_full == "wait" else None
+            if writer is not None and writer.connection.attachment.mapping.deferred:
+                # At the call: the feature is ready on the stream that is current now.
+                staged_now = writer.stage(feature, readers, ttl, key)
+                await client.enter()
+                return await writer.put(staged_now, timeout_s, wait=True)
+            await client.enter()
         if on_full == "wait" and (writer := client.puts.bound_writer()) is not None:
             return await writer.put(writer.stage(feature, readers, ttl, key), timeout_s, wait=True)
         staged = (await client.writers(on_full, key)).stage(feature, readers, ttl, key)

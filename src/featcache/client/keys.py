@@ -1,5 +1,6 @@
 """The directory as a client uses it: one round trip to its owner for a lookup, a word to end a read."""
 
+import asyncio
 from typing import Final
 
 import anyio
@@ -7,6 +8,7 @@ import anyio
 from featcache.client.registry import ConnectionRegistry
 from featcache.control import messages
 from featcache.control.messages import Find, KeyCommand, ProtocolError
+from featcache.control.turns import CALL_UNITS, turn_of
 from featcache.core.keyed_store import key_label
 from featcache.errors import KeyNotFound
 from featcache.ref import FeatureRef
@@ -24,6 +26,7 @@ class ClientKeys:
 
     def __init__(self, registry: ConnectionRegistry) -> None:
         self._registry = registry
+        self._turn = turn_of(asyncio.get_running_loop())
         self._known: dict[bytes, FeatureRef] = {}
         """Refs by the bytes that they were decoded from, and found sound."""
 
@@ -46,6 +49,11 @@ class ClientKeys:
         return await self._find(key, waits=waits, makes=True)
 
     async def _find(self, key: bytes, *, waits: bool, makes: bool) -> KeyLease | MakeClaim:
+        turn = self._turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
         connection = self._registry.peek_bound() or await self._registry.bound()
         answer, _ = await connection.link.request(Find(connection.link.number(), key, waits, makes))
         if isinstance(answer, messages.ClaimGranted):
@@ -77,6 +85,11 @@ class ClientKeys:
 
     async def command(self, command: Command, key: bytes) -> bool:
         """Do this to a key; return whether it was there. KeyNotFound of pin and unpin if it was not."""
+        turn = self._turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
         link = (self._registry.peek_bound() or await self._registry.bound()).link
         answer, _ = await link.request(KeyCommand(link.number(), key, command))
         if not isinstance(answer, messages.Reply):

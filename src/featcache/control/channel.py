@@ -1,15 +1,13 @@
 """Frames and file descriptors over a Unix stream socket, driven by the event loop's readiness.
 
-A frame is ``fc``, a version byte, the number of descriptors that belong to it, the payload's length in
-four bytes (little-endian), then the payload. Both directions are bounded: a frame longer than the limit,
-or a peer that leaves too much unread, ends the channel.
+Both directions are bounded: a frame longer than the limit, or a peer that leaves too much unread, ends
+the channel.
 """
 
 import array
 import asyncio
 import enum
 import socket
-import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -21,15 +19,17 @@ from featcache.control.descriptors import (
     close_all,
     duplicate_all,
 )
+from featcache.control.frames import (
+    COUNT_AT,
+    HEADER_BYTES,
+    MAGIC,
+    frame_end,
+    pack_header,
+)
 from featcache.control.hangup import hang_up, has_hung_up
 from featcache.control.messages import VERSION, ProtocolError, SocketFailed
+from featcache.control.turns import FRAME_UNITS, QUANTUM_UNITS, turn_of
 
-_HEADER: Final = struct.Struct("<2sBBI")
-_HEADER_BYTES: Final = _HEADER.size
-_pack_header, _unpack_header = _HEADER.pack, _HEADER.unpack_from
-_COUNT_AT: Final = 3  # the offset of the number of descriptors in the header
-_MAGIC: Final = b"fc"
-_WRONG_MAGIC: Final = "the peer does not speak featcache's protocol"
 _RECEIVE_BYTES: Final = 64 << 10
 _GATHER_BYTES: Final = 16 << 10
 """Flush threshold of the write batch: the peer can begin to read while the rest is gathered."""
@@ -103,6 +103,9 @@ class Channel:
     (None) or misbehaved (the error), never after `close`; with a `ProtocolError` it is called before the
     channel closes. Both run in the loop and must not block.
 
+    Frames that the loop's turn has no units for (`control.turns`) wait for a later one, and nothing more is
+    read until then.
+
     Frames that are sent while those of one read are handled go with one system call, so a peer with many
     requests wakes once for their answers; a `requester` also batches what it sends by `send_next`
     (`Batching`).
@@ -126,6 +129,7 @@ class Channel:
         self._on_message = on_message
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
+        self._turn = turn_of(self._loop)
         self._incoming = bytearray()
         """The beginning of a frame whose rest is still to come."""
         self._descriptors = Received()
@@ -148,7 +152,7 @@ class Channel:
             return
         if len(payload) > self.send_bytes or len(descriptors) > MAX_DESCRIPTORS:
             raise ValueError(f"a frame of {len(payload)} bytes is over the limit")
-        frame = _pack_header(_MAGIC, VERSION, len(descriptors), len(payload)) + payload
+        frame = pack_header(MAGIC, VERSION, len(descriptors), len(payload)) + payload
         # Frames arrive in the order of these calls, on which peers rely: segments come before the refs
         # that lie there, a publish before the answers to those that waited for it. So nothing overtakes
         # frames that are queued or gathered.
@@ -261,7 +265,26 @@ class Channel:
 
     # --- receiving ------------------------------------------------------------------------------
 
+    def _pause(self) -> None:
+        """Go on in a later turn, and read nothing more until then."""
+        self._loop.remove_reader(self._fd)
+        self._turn.later(self._go_on)
+
+    def _go_on(self) -> bool:
+        """Handle frames that have waited; return whether there are more."""
+        if self.state is not _OPEN:
+            return False
+        until = max(0, self._turn.left - QUANTUM_UNITS)
+        if self._incoming and self._take(b"", until) and self.state is _OPEN:
+            return True
+        if self.state is _OPEN:
+            self._loop.add_reader(self._fd, self._readable)
+        return False
+
     def _readable(self) -> None:
+        if self._turn.left <= 0:
+            self._pause()
+            return
         try:
             data, ancillary, flags, _ = self._sock.recvmsg(
                 _RECEIVE_BYTES, ANCILLARY_BYTES, _CLOSE_ON_EXEC
@@ -283,21 +306,28 @@ class Channel:
         if not data:
             cut = ProtocolError("the peer hung up in the middle of a message")
             self._lose(cut if self._incoming else None)
-        else:
-            self._take(data)
+        elif self._take(data, 0) and self.state is _OPEN:
+            self._pause()
 
-    def _take(self, data: bytes) -> None:
-        """Handle the frames that are whole, and keep the beginning of the next."""
-        incoming = self._incoming
+    def _take(self, data: bytes, until: int) -> bool:
+        """Handle the frames that are whole, and keep the beginning of the next.
+
+        Returns whether some are kept that are whole: the turn has `until` units left by then.
+        """
+        incoming, turn, is_more = self._incoming, self._turn, False
         if incoming:
             incoming += data
         whole = incoming or data  # nearly always just the frames of this read: no copy
         done, found = 0, self._batching
         try:
-            while (
-                done < len(whole) and self.state is _OPEN and (end := self._frame_end(whole, done))
-            ):
-                payload, count = bytes(whole[done + _HEADER_BYTES : end]), whole[done + _COUNT_AT]
+            while done < len(whole) and self.state is _OPEN:
+                if not (end := frame_end(whole, done, self._limit_bytes, self._descriptors)):
+                    break
+                if turn.left <= until:
+                    is_more = True
+                    break
+                turn.left -= FRAME_UNITS
+                payload, count = bytes(whole[done + HEADER_BYTES : end]), whole[done + COUNT_AT]
                 fds = self._descriptors.take(count) if count else []
                 done = end
                 if done < len(whole):  # the answer to a frame that came alone need not wait
@@ -306,47 +336,28 @@ class Channel:
         except ProtocolError as error:
             self._lose(error)
         finally:
-            if self._batching is _READ:
-                self._batching = found
-                if found is _NONE and self._requester:
-                    self._batching = _TURN
-                    # Behind the wake-ups of all tasks that these frames answered, which are scheduled.
-                    self._loop.call_soon(self._end_turn)
             if incoming:
                 del incoming[:done]
             elif done < len(data):
                 incoming += data[done:]
-            if self._gathered:
-                self._flush()
+            self._end_read(found)
+        return is_more
+
+    def _end_read(self, found: Batching) -> None:
+        """Send what was gathered; go on in the state that the read found."""
+        if self._batching is _READ:
+            self._batching = found
+            if found is _NONE and self._requester:
+                self._batching = _TURN
+                # Behind the wake-ups of all tasks that these frames answered, which are scheduled.
+                self._loop.call_soon(self._end_turn)
+        if self._gathered:
+            self._flush()
 
     def _end_turn(self) -> None:
         self._batching = _NONE
         if self._gathered and self.state is not _CLOSED:
             self._flush()
-
-    def _frame_end(self, data: bytes | bytearray, start: int) -> int:
-        """Return the end of the frame at `start`; 0 while it is not whole.
-
-        A header is checked before its payload comes, and its magic before the header is whole: a peer
-        of another kind or version is refused at its first bytes.
-        """
-        left = len(data) - start
-        if left < _HEADER_BYTES:
-            if data[start : start + 2] != _MAGIC[:left]:
-                raise ProtocolError(_WRONG_MAGIC)
-            return 0
-        magic, version, count, length_bytes = _unpack_header(data, start)
-        if magic != _MAGIC:
-            raise ProtocolError(_WRONG_MAGIC)
-        if version != VERSION:
-            raise ProtocolError(f"the peer speaks version {version}, this is version {VERSION}")
-        if length_bytes > self._limit_bytes or count > MAX_DESCRIPTORS:
-            raise ProtocolError(f"a frame of {length_bytes} bytes is over {self._limit_bytes}")
-        if left < _HEADER_BYTES + length_bytes:
-            return 0
-        if count and not self._descriptors.has(count):
-            raise ProtocolError("a message came without its descriptors")
-        return start + _HEADER_BYTES + int(length_bytes)
 
     # --- the end --------------------------------------------------------------------------------
 

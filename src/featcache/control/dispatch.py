@@ -6,7 +6,7 @@ An answer that can't be sent is revoked.
 """
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from typing import Any, Final, Protocol
 
 from featcache.control import messages
@@ -27,6 +27,44 @@ _WriteDescriptors: Final = messages.WriteDescriptors
 
 Wait = Coroutine[Any, Any, Answer]
 """A request's work that may wait; it returns the answer."""
+
+
+class Begun(Coroutine[Any, Any, Answer]):
+    """A request's work that has taken something, a place in a queue, before its task runs.
+
+    A task that is cancelled before its first step never runs: then `undo` gives it back.
+    """
+
+    __slots__ = ("_undo", "_work")
+
+    def __init__(self, work: Wait, undo: Callable[[], object]) -> None:
+        self._work = work
+        self._undo: Callable[[], object] | None = undo
+
+    def __await__(self) -> Generator[Any, Any, Answer]:
+        """Go on with the work."""
+        self._undo = None
+        return self._work.__await__()
+
+    def send(self, value: Any) -> Any:
+        """Do a step of the work."""
+        self._undo = None
+        return self._work.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """Raise in the work, or undo what was taken before it began."""
+        self._undone()
+        return self._work.throw(*error)
+
+    def close(self) -> None:
+        """End the work."""
+        self._undone()
+        self._work.close()
+
+    def _undone(self) -> None:
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()
 
 
 class RequestHandlers(Protocol):

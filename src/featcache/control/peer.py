@@ -2,12 +2,13 @@
 
 import asyncio
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeAlias
 
 from featcache.control.channel import Channel
 from featcache.control.credentials import PidWatch
 from featcache.control.messages import Answer, Welcome
+from featcache.control.turns import QUANTUM_UNITS, WAKE_UNITS, Turn
 
 
 class SessionState(enum.Enum):
@@ -15,20 +16,23 @@ class SessionState(enum.Enum):
 
     ::
 
-        GREETING ──welcome──→ ACTIVE ──goodbye, or its process died──────→ ENDED
-            │                    │ its socket closed                        ↑
-            │                    ↓                                          │
-            │               QUARANTINED ──its process died, or its page─────┤
-            │                             says that it holds nothing        │
-            └──refused, late, or gone───────────────────────────────────────┘
+        GREETING ──welcome──→ ACTIVE ──goodbye, or its process died──→ SETTLING ──→ ENDED
+            │                    │ its socket closed                      ↑           ↑
+            │                    ↓                                        │           │
+            │               QUARANTINED ──its process died, or its page───┘           │
+            │                             says that it holds nothing                  │
+            └──refused, late, or gone─────────────────────────────────────────────────┘
 
     QUARANTINED: the process lives and may be reading the slab, so its holds stand until its pidfd fires,
     or until it says by its page (`is_abandoned`) that there are none, and attaches anew.
+    SETTLING: what it held and owed is settled, which may take several turns of the loop; it still has its
+    name and its number, and nothing of what it asks for is done.
     """
 
     GREETING = "greeting"
     ACTIVE = "active"
     QUARANTINED = "quarantined"
+    SETTLING = "settling"
     ENDED = "ended"
 
 
@@ -66,10 +70,19 @@ class Peer:
             return False
         return self.watch.is_of(other.watch)
 
-    def cancel_tasks(self) -> None:
-        """Cancel every request in progress: no answer can reach the session."""
+    def cancel_tasks(self, turn: Turn) -> Iterator[None]:
+        """Cancel every request in progress, one at each step: no answer can reach the session."""
         for task in list(self.tasks.values()):
+            turn.left -= WAKE_UNITS
             task.cancel()
+            yield
+
+    def end_tasks(self, turn: Turn) -> Iterator[None]:
+        """As `cancel_tasks`, and then wait, a turn of the loop at each step, until they have ended."""
+        yield from self.cancel_tasks(turn)
+        while self.tasks:
+            turn.left -= QUANTUM_UNITS
+            yield
 
 
 Segment: TypeAlias = tuple[int, int, int]
@@ -104,5 +117,8 @@ class SessionHost(Protocol):
     def has_left(self, peer: Peer, /) -> bool:
         """Whether it says besides that it was closed: a goodbye that no socket can drop."""
 
-    def end(self, peer: Peer, /, *, died: bool) -> int:
-        """Fold what the session paid; if its process died, pay for it. Return the reads paid so."""
+    def end(self, peer: Peer, ended: Callable[[int], object], /, *, died: bool) -> None:
+        """Fold what the session paid; if its process died, pay for it.
+
+        In pieces: once it is done, `ended` is called with the reads paid so, perhaps before this returns.
+        """

@@ -6,7 +6,7 @@ resources that it hands over (a grant, a claim, a slot) go to `on_orphan`, which
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, TypeAlias
 
 from featcache import errors
@@ -14,6 +14,7 @@ from featcache.control import messages
 from featcache.control.channel import Channel
 from featcache.control.descriptors import close_all
 from featcache.control.messages import Answer, Lane, ProtocolError, Request, encode
+from featcache.control.turns import WAKE_UNITS, turn_of
 from featcache.errors import CacheClosed, FeatcacheError, SettingsError
 
 MAX_IN_FLIGHT: Final = 2048
@@ -33,6 +34,7 @@ class PendingRequests:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._loop = asyncio.get_running_loop()
+        self._turn = turn_of(self._loop)
         self._last_number = 0
         self._unanswered: dict[int, tuple[Request, Answered]] = {}
         self._orphans: dict[int, Request] = {}
@@ -118,12 +120,18 @@ class PendingRequests:
         """Fail every request but `Publish` with this error, and refuse new ones."""
         # First: sending a Cancel may end the channel, and what that wakes finds this error.
         self._closing = error
+        self._turn.do_all(self._failing(error))
+
+    def _failing(self, error: FeatcacheError) -> Iterator[None]:
         for request, answer in list(self._unanswered.values()):
             # The bytes of a publish are in the slab: whoever awaits the ref still gets it.
-            if type(request) is not messages.Publish and not answer.done():
+            if type(request) is messages.Publish or answer.done():
+                continue
+            if self._unanswered.pop(request.request, None) is not None:
+                self._turn.left -= WAKE_UNITS
                 answer.set_exception(_copy(error))
-                del self._unanswered[request.request]
                 self._orphan(request)
+                yield
 
     def deliver(self, answer: Answer, fds: list[int]) -> None:
         """Hand an answer and its descriptors to the task that awaits it.
@@ -168,14 +176,22 @@ class PendingRequests:
         """Fail every request with this error and refuse new ones: the channel is closed."""
         self._ended = error
         self.on_orphan = None  # it refers to the connection that holds this link: no cycle is left
-        for _, answer in self._unanswered.values():
-            if not answer.done():
-                answer.set_exception(_copy(error))
+        self._turn.do_all(self._ending(list(self._unanswered.values()), error))
         self._unanswered.clear()
         self._orphans.clear()
         # Last: the waiter that each wakes must find the end, and passes the place on.
         for lane in set(self._lanes.values()):
             lane.release()
+
+    def _ending(
+        self, unanswered: "list[tuple[Request, Answered]]", error: FeatcacheError
+    ) -> Iterator[None]:
+        """Fail the answers that can't come, one at each step."""
+        for _, answer in unanswered:
+            if not answer.done():
+                self._turn.left -= WAKE_UNITS
+                answer.set_exception(_copy(error))
+                yield
 
     def forget(self) -> None:
         """Refuse new requests in a forked child, whose copy of the loop must not be touched."""

@@ -19,6 +19,7 @@ from featcache.control.dispatch import Dispatcher, RequestHandlers
 from featcache.control.endpoint import Listener
 from featcache.control.messages import Hello, ProtocolError, decode_from_client, encode, is_request
 from featcache.control.peer import Peer, Segment, SessionHost, SessionState
+from featcache.control.turns import ATTACH_UNITS, QUANTUM_UNITS, turn_of
 from featcache.errors import OUT_OF_DESCRIPTORS, AttachRefused, FeatcacheError, explain
 from featcache.settings import Settings
 
@@ -43,12 +44,15 @@ class Server:
         self._settings = settings
         self._host = host
         self._loop = asyncio.get_running_loop()
+        self._turn = turn_of(self._loop)
         self._numbers = 0
         self._greeting: set[Peer] = set()
         self.sessions: dict[int, Peer] = {}
         """ACTIVE and QUARANTINED sessions by number."""
         self._shrinking: dict[int, asyncio.Future[None]] = {}
         """By shrink epoch: done once every session has unmapped the tail."""
+        self._ended: list[Peer] = []
+        """Those that were attached at `close`."""
         self._refusals = events.Throttle(settings.log_interval, burst=16)
         self._accept_retry: asyncio.TimerHandle | None = None
         self._loop.add_reader(self._sock.fileno(), self._accept)
@@ -111,6 +115,8 @@ class Server:
                     self._dispatcher.answer(peer, message)
                 else:
                     self._take(peer, message)
+            elif peer.state is SessionState.SETTLING:
+                pass  # it said goodbye
             elif isinstance(message, Hello):
                 taken, fds = fds, []
                 self._greet(peer, message, taken)
@@ -142,6 +148,33 @@ class Server:
                 raise AttachRefused(f"the owner is {OUT_OF_DESCRIPTORS} of its process")
             peer.watch = PidWatch(fds[0], lambda: self._on_death(peer))
             self._end_those_left(peer)
+        except (FeatcacheError, OSError) as error:
+            self._refuse(peer, explain(error))
+            return
+        if self._settles(hello.name):  # the session that had the name before is at its end
+            self._turn.later(partial(self._greet_again, peer, hello))
+        else:
+            self._admit(peer, hello)
+
+    def _settles(self, name: str | None) -> bool:
+        settling = SessionState.SETTLING
+        return name is not None and any(
+            peer.name == name and peer.state is settling for peer in self.sessions.values()
+        )
+
+    def _greet_again(self, peer: Peer, hello: Hello) -> bool:
+        """Greet a session once its name is free; return whether that is yet to come."""
+        if peer.state is not SessionState.GREETING:
+            return False
+        if self._settles(hello.name):
+            self._turn.left -= QUANTUM_UNITS
+            return True
+        self._admit(peer, hello)
+        return False
+
+    def _admit(self, peer: Peer, hello: Hello) -> None:
+        self._turn.left -= ATTACH_UNITS
+        try:
             before = self._check(peer, hello)
             welcome, descriptors = self._host.admit(peer)
         except (FeatcacheError, OSError) as error:
@@ -169,7 +202,10 @@ class Server:
             raise AttachRefused(
                 f"the client speaks version {hello.version}, the owner {messages.VERSION}"
             )
-        if len(self.sessions) >= self._settings.sessions:
+        settling = SessionState.SETTLING
+        if sum(peer.state is not settling for peer in self.sessions.values()) >= (
+            self._settings.sessions
+        ):
             taken = f"all {self._settings.sessions} sessions are taken"
             raise AttachRefused(f"{taken}: raise Settings.sessions")
         if hello.name is None:
@@ -250,11 +286,17 @@ class Server:
     # --- departures -----------------------------------------------------------------------------
 
     def _goodbye(self, peer: Peer) -> None:
+        if peer.state is SessionState.SETTLING:  # by its page's word or its death already
+            return
+        peer.state = SessionState.SETTLING
+
         # Folded first: once the client has its Farewell, whatever it paid is counted.
-        self._host.end(peer, died=False)
-        peer.channel.send(encode(messages.Farewell()))
-        self._end(peer)
-        self._emit(events.ReaderLeft, peer)
+        def folded(_: int) -> None:
+            peer.channel.send(encode(messages.Farewell()))
+            self._end(peer)
+            self._emit(events.ReaderLeft, peer)
+
+        self._host.end(peer, folded, died=False)
 
     def _on_lost(self, peer: Peer, error: Exception | None) -> None:
         """Quarantine a session whose socket is gone: its process may live and be reading."""
@@ -274,7 +316,7 @@ class Server:
                 self._on_death(peer)
                 return
             peer.state = SessionState.QUARANTINED
-            peer.cancel_tasks()
+            self._turn.do_all(peer.cancel_tasks(self._turn))
             self._host.quarantine(peer)
             # A process that is killed loses its sockets a moment before its pidfd fires: only a
             # quarantine that lasts is worth a warning.
@@ -282,21 +324,30 @@ class Server:
             peer.deadline = self._loop.call_later(_QUARANTINE_EVENT_S, report)
 
     def _on_death(self, peer: Peer) -> None:
+        if peer.state is SessionState.SETTLING:
+            return
         if peer.state not in {_ACTIVE, SessionState.QUARANTINED}:
             self._end(peer)
             return
         if self._host.has_left(peer):
             self._goodbye(peer)
             return
-        paid = self._host.end(peer, died=True)
-        self._end(peer)
-        self._emit(events.ReaderLost, peer, reads_paid=paid)
+        peer.state = SessionState.SETTLING
+        self._stop_greeting(peer)
+
+        def settled(paid: int) -> None:
+            self._end(peer)
+            self._emit(events.ReaderLost, peer, reads_paid=paid)
+
+        self._host.end(peer, settled, died=True)
 
     def _end(self, peer: Peer) -> None:
+        if peer.state is SessionState.ENDED:
+            return
         peer.state = SessionState.ENDED
         self._stop_greeting(peer)
         self.sessions.pop(peer.number, None)
-        peer.cancel_tasks()
+        self._turn.do_all(peer.cancel_tasks(self._turn))
         self._settle_shrinking()  # an ended session is no longer behind
         peer.channel.close()
         if peer.watch is not None:
@@ -320,9 +371,15 @@ class Server:
             self._accept_retry.cancel()
         self._loop.remove_reader(self._sock.fileno())
         for peer in [*self.sessions.values(), *self._greeting]:
+            self._ended.append(peer)
             peer.channel.send(encode(messages.Closing()))
             self._end(peer)
         self._listener.close()
+
+    async def ended(self) -> None:
+        """Return when no request is in progress any more, after `close`."""
+        while any(peer.tasks for peer in self._ended):  # noqa: ASYNC110 - a turn is what it takes
+            await asyncio.sleep(0)
 
     def forget(self) -> None:
         """Drop descriptors in a forked child; the parent's sessions and socket file stay."""

@@ -23,6 +23,11 @@ _MANTISSA_BITS: Final = 4  # 16 bins to an octave: sizes in one bin differ by at
 _WALK_LIMIT: Final = 8  # a bin of more free extents than this is not walked but given a heap
 
 
+def aligned_size(nbytes: int) -> int:
+    """The size of the extent for so many bytes."""
+    return max(-(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES, ALIGNMENT_BYTES)
+
+
 def _bin_of(size_bytes: int) -> int:
     """The bin of an aligned size: its exponent and the bits after the leading one."""
     units = size_bytes >> _UNIT_BITS
@@ -164,6 +169,11 @@ class OffsetAllocator:
             self._resize(previous, previous.size_bytes + size)
         else:
             self._link(extent, _bin_of(size))
+
+    @property
+    def first(self) -> Extent | None:
+        """The extent at the beginning, or None if there are no bytes."""
+        return self.following(self._wall)
 
     def previous(self, extent: Extent) -> Extent | None:
         """The extent before this one in the range, free or not; None before the first."""

@@ -112,15 +112,21 @@ class Directory:
         pinner = session if session in pins else next(iter(pins))
         pins[pinner] -= 1
         if not pins[pinner]:
-            self._unpin_session(key, pinner)
+            self.unpin_session(key, pinner)
+
+    def pinned_by(self, session: int) -> list[bytes]:
+        """Return the keys that a session has pinned. For its end, not for hot paths."""
+        return [key for key, pins in self._pins.items() if session in pins]
 
     def unpin_all(self, session: int) -> None:
-        for key in [key for key, pins in self._pins.items() if session in pins]:
-            self._unpin_session(key, session)
+        for key in self.pinned_by(session):
+            self.unpin_session(key, session)
 
-    def _unpin_session(self, key: bytes, session: int) -> None:
-        pins = self._pins[key]
-        del pins[session]
+    def unpin_session(self, key: bytes, session: int) -> None:
+        """Take back all pins of a key that a session has. None is no error."""
+        pins = self._pins.get(key, {})
+        if pins.pop(session, None) is None:
+            return
         if not pins:
             del self._pins[key]
             slot = self._slots[key]

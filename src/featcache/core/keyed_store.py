@@ -4,12 +4,12 @@ A slot that is kept under a key stays PUBLISHED when no reads are owed any more.
 key was dropped (evicted, or given to another feature) and the last grant on it was paid.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from featcache.core.allocator import ALIGNMENT_BYTES
 from featcache.core.effects import ClaimPassed, Effect, Evicted, Limits
 from featcache.core.endings import Ending
-from featcache.core.eviction import FEW, victims
+from featcache.core.eviction import FEW, best_victims, victims
 from featcache.core.key_queue import KeyWaiter, KeyWaiterState
 from featcache.core.put_queue import Request
 from featcache.core.recency import Held
@@ -36,6 +36,11 @@ class KeyedStore(Store):
         self.hits = self.misses = self.evicted = 0
         self._failed_scan = (0, float("-inf"))
         """Size and expiry of the last full scan that found no victims (negative cache)."""
+        self._plan: list[tuple[Slot, int]] = []
+        """Victims that are still to go, the next last, with their generations: evicted in pieces."""
+        self._plan_for: Request | None = None
+        self.trimming = False
+        """Whether `trim` has more to evict."""
 
     @property
     def unevictable_bytes(self) -> int:
@@ -129,12 +134,19 @@ class KeyedStore(Store):
 
     # --- evicting ---------------------------------------------------------------------------------
 
-    def evict_for(self, request: Request, held: Held, now_s: float) -> list[Effect]:
+    def evict_for(
+        self, request: Request, held: Held, now_s: float, most: int | None = None
+    ) -> list[Effect]:
         """Evict the victims that make room for a request, if there are any.
 
         Their extents are free once the caller has recycled them. A slab that can still grow evicts
-        nothing, unless by `Limits.evict_first`.
+        nothing, unless by `Limits.evict_first`. If there are more than `most` of them, so many go now;
+        the others go when this is called again for the same request.
         """
+        if self._plan:
+            if self._plan_for is request and (going := self._next_of_plan(held, most)):
+                return self._evict_all(going, now_s, "room")
+            self._plan.clear()  # another's, or one of them is in use by now: look again
         if self.unevictable_bytes + request.nbytes > self.limits.capacity_bytes:
             return []  # not even if everything went
         if self.table.full:
@@ -148,7 +160,32 @@ class KeyedStore(Store):
         # A window at the end of the slab may also count on the room to grow behind it.
         growth_bytes = self.limits.capacity_bytes - self.committed_bytes
         growths = [0, growth_bytes] if growth_bytes and not grows else [0]
-        return self._evict_all(self._victims(size_bytes, held, now_s, growths), now_s, "room")
+        going = self._victims(size_bytes, held, now_s, growths)
+        if most is not None and len(going) > most:
+            self._plan = [(slot, slot.generation) for slot in reversed(going[most:])]
+            self._plan_for = request
+            going = going[:most]
+        return self._evict_all(going, now_s, "room")
+
+    @property
+    def is_evicting(self) -> bool:
+        """Whether some victims of a request are still to go."""
+        return bool(self._plan)
+
+    @property
+    def to_evict(self) -> int:
+        """Victims of a request that are still to go."""
+        return len(self._plan)
+
+    def _next_of_plan(self, held: Held, most: int | None) -> list[Slot]:
+        """Take the next victims of the plan; none if one of them can't go any more."""
+        plan = self._plan
+        cut = 0 if most is None else max(0, len(plan) - most)
+        going = [slot for slot, generation in plan[cut:] if slot.generation == generation]
+        if len(going) < len(plan) - cut or not all(slot.idle and not held(slot) for slot in going):
+            return []
+        del plan[cut:]
+        return going[::-1]
 
     def _victims(self, size_bytes: int, held: Held, now_s: float, growths: list[int]) -> list[Slot]:
         """Try windows around the coldest few features, then around all, with each growth."""
@@ -157,35 +194,53 @@ class KeyedStore(Store):
         # features. A size that failed lately is not scanned for again, and no larger one is; a
         # smaller one may fit where that did not.
         failed_bytes, until_s = self._failed_scan
-        scan_all = everything > FEW and (size_bytes < failed_bytes or now_s >= until_s)
-        for windows in [FEW, everything] if scan_all else [FEW]:
+        for growth_bytes in growths:
+            args = self.recency, self.allocator, size_bytes, held
+            if going := victims(*args, growth_bytes=growth_bytes):
+                return going
+        if everything > FEW and (size_bytes < failed_bytes or now_s >= until_s):
             for growth_bytes in growths:
-                args = self.recency, self.allocator, size_bytes, held
-                if going := victims(*args, windows=windows, growth_bytes=growth_bytes):
+                if going := best_victims(
+                    self.allocator, size_bytes, held, growth_bytes=growth_bytes
+                ):
                     return going
-        if scan_all:
             self._failed_scan = (size_bytes, now_s + _FULL_SCAN_INTERVAL_S)
         return []
 
-    def trim(self, held: Held, now_s: float) -> list[Effect]:
-        """Evict down to `Limits.evict_to` if more than `Limits.evict_above` is in use."""
+    def trim(self, held: Held, now_s: float, most: int | None = None) -> list[Effect]:
+        """Evict down to `Limits.evict_to` if more than `Limits.evict_above` is in use.
+
+        At most `most` features; `trimming` says that there are more, for the next calls.
+        """
         above, capacity_bytes = self.limits.evict_above, self.limits.capacity_bytes
-        if above is None or self.allocator.used_bytes <= above * capacity_bytes:
+        was_trimming, self.trimming = self.trimming, False
+        if above is None:
+            return []
+        from_bytes = (self.limits.evict_to if was_trimming else above) * capacity_bytes
+        if self.allocator.used_bytes <= from_bytes:
             return []
         kept_bytes = self.allocator.used_bytes - self.retiring_bytes
-        if kept_bytes <= above * capacity_bytes:
+        if kept_bytes <= from_bytes:
             return []
         effects: list[Effect] = []
+        left = len(self.directory) if most is None else most
         while kept_bytes > self.limits.evict_to * capacity_bytes and (
             slot := self.recency.coldest(held)
         ):
+            if not left:
+                self.trimming = True
+                break
+            left -= 1
             assert slot.extent is not None, "it is kept"
             kept_bytes -= slot.extent.size_bytes
             effects += self._evict_all([slot], now_s, "watermark")
         return effects
 
-    def compact(self, held: Held, now_s: float) -> list[Effect]:
-        """Evict the few features that alone hold the last segment, so that it can be given back."""
+    def compact(self, held: Held, now_s: float, most: int | None = None) -> list[Effect]:
+        """Evict the few features that alone hold the last segment, so that it can be given back.
+
+        If there are more than `most` of them, so many go now, and the others at the next calls.
+        """
         limits, end_bytes = self.limits, self.committed_bytes
         if not self.size.tail_in_use or not limits.compact:
             return []
@@ -199,6 +254,9 @@ class KeyedStore(Store):
             return []
         if not all(slot.idle and not held(slot) for slot in tail):
             return []
+        if most is not None and len(tail) > most:
+            self.size.tail_in_use = True  # look again
+            tail = tail[:most]
         return self._evict_all(tail, now_s, "compaction")
 
     def _evict_all(self, slots: Iterable[Slot], now_s: float, cause: str) -> list[Effect]:
@@ -211,15 +269,25 @@ class KeyedStore(Store):
 
     def end_session(self, session: int, now_s: float) -> list[Effect]:
         """Take back a session's pins, its waiters and its claims; claims pass to others' waiters."""
-        self.directory.unpin_all(session)
         effects: list[Effect] = []
+        for more in self.end_session_by_steps(session, now_s):
+            effects += more
+        return effects
+
+    def end_session_by_steps(self, session: int, now_s: float) -> Iterator[list[Effect]]:
+        """As `end_session`, one thing at each step; other calls may come between the steps."""
+        # Its waiters first, so that nothing is evicted for them meanwhile.
         for waiter in self.queue.by_session(session):
             self.queue.drop(waiter)
+            yield []
+        for key in self.directory.pinned_by(session):
+            self.directory.unpin_session(key, session)
+            yield []
         for key_waiter in self.key_waiters.by_session(session):
-            effects += self.cancel_wait(key_waiter, now_s)
+            yield self.cancel_wait(key_waiter, now_s)
         for key, claim in self.key_waiters.claims_of(session):
-            effects += self.release_claim(key, claim)
-        return effects + self.serve(now_s)
+            yield self.release_claim(key, claim)
+        yield self.serve(now_s)
 
     def fail_write(self, slot: Slot, now_s: float) -> list[Effect]:
         """Revoke a PUBLISHED slot whose bytes will never be complete: its writer died."""

@@ -10,6 +10,7 @@ from collections import OrderedDict
 
 import msgspec
 
+from featcache.core.allocator import aligned_size
 from featcache.core.slots import Slot
 
 
@@ -44,10 +45,12 @@ class WaiterState(enum.Enum):
 class Waiter:
     """One place in the queue. `tag` is the caller's own (a future); the core never looks at it."""
 
-    __slots__ = ("request", "slot", "state", "tag", "ticket")
+    __slots__ = ("by_growth", "request", "slot", "state", "tag", "ticket")
 
-    def __init__(self, ticket: int, request: Request, tag: object) -> None:
+    def __init__(self, ticket: int, request: Request, tag: object, *, by_growth: bool) -> None:
         self.ticket, self.request, self.tag = ticket, request, tag
+        self.by_growth = by_growth
+        """Whether its room comes as the slab grows, when it came: it waits for nobody's feature."""
         self.state = WaiterState.WAITING
         self.slot: Slot | None = None
 
@@ -61,6 +64,10 @@ class WaitQueue:
         self.count = 0
         """As `len`, for hot paths on which a call is one too many."""
         self.waiting_bytes = 0
+        self.growing = 0
+        """Those of them that wait `by_growth`: the first in the queue."""
+        self.growing_bytes = 0
+        """Extents for them."""
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -77,12 +84,15 @@ class WaitQueue:
         """Return the waiters of a session. For its end, not for hot paths."""
         return [waiter for waiter in self._queue.values() if waiter.request.session == session]
 
-    def join(self, request: Request, tag: object) -> Waiter:
+    def join(self, request: Request, tag: object, *, by_growth: bool = False) -> Waiter:
         self._tickets += 1
-        waiter = Waiter(self._tickets, request, tag)
+        waiter = Waiter(self._tickets, request, tag, by_growth=by_growth)
         self._queue[waiter.ticket] = waiter
         self.count += 1
         self.waiting_bytes += request.nbytes
+        if by_growth:
+            self.growing += 1
+            self.growing_bytes += aligned_size(request.nbytes)
         return waiter
 
     def grant(self, waiter: Waiter, slot: Slot) -> None:
@@ -109,7 +119,19 @@ class WaitQueue:
         waiter.state = WaiterState.GONE
         return waiter.slot
 
+    def clear(self) -> list[Waiter]:
+        """Take all waiters out; return them."""
+        waiters = list(self._queue.values())
+        for waiter in waiters:
+            waiter.state = WaiterState.GONE
+        self._queue.clear()
+        self.count = self.waiting_bytes = self.growing = self.growing_bytes = 0
+        return waiters
+
     def _leave(self, waiter: Waiter) -> None:
         del self._queue[waiter.ticket]
         self.count -= 1
         self.waiting_bytes -= waiter.request.nbytes
+        if waiter.by_growth:
+            self.growing -= 1
+            self.growing_bytes -= aligned_size(waiter.request.nbytes)

@@ -56,6 +56,18 @@ class SlabSize:
         step_bytes = step_bytes or limits.segment_bytes
         return min(round_up(end + missing, step_bytes), limits.capacity_bytes)
 
+    @property
+    def tail_room_bytes(self) -> int:
+        """Bytes that are free in one piece at the end, with all that the slab may still grow by."""
+        allocator = self._allocator
+        return allocator.tail_free_bytes + self.limits.capacity_bytes - allocator.end_bytes
+
+    def can_grow(self, now_s: float) -> bool:
+        """Whether the slab will grow when somebody needs it, unless the memory is not there."""
+        if self._allocator.end_bytes >= self.limits.capacity_bytes:
+            return False
+        return self.state is not _STEADY or now_s >= self._grow_after_s
+
     def begin_growth(self) -> None:
         """Note that a commit is in progress outside; `grown` or `grow_failed` ends it."""
         self.state = SizeState.GROWING

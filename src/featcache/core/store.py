@@ -6,9 +6,9 @@ carried out, so no other call can come between (httpcore's connection pool is bu
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import islice, takewhile
+from itertools import islice
 
-from featcache.core.allocator import ALIGNMENT_BYTES, OffsetAllocator
+from featcache.core.allocator import ALIGNMENT_BYTES, OffsetAllocator, aligned_size
 from featcache.core.directory import Directory
 from featcache.core.effects import (
     Effect,
@@ -22,8 +22,10 @@ from featcache.core.effects import (
 )
 from featcache.core.endings import Ending, Endings
 from featcache.core.key_queue import KeyQueue
+from featcache.core.named_reads import NamedReads
 from featcache.core.put_queue import Request, Waiter, WaitQueue
 from featcache.core.recency import Recency
+from featcache.core.ripening import Ripening
 from featcache.core.slab_size import SizeState, SlabSize
 from featcache.core.slots import Slot, SlotState, SlotTable
 from featcache.errors import FeatureTooLarge, PoolFull, StaleRef
@@ -31,9 +33,10 @@ from featcache.errors import FeatureTooLarge, PoolFull, StaleRef
 # Members of an enum are slow to look up, and these are looked up at every put and payment.
 _RESERVED, _PUBLISHED, _RETIRING = SlotState.RESERVED, SlotState.PUBLISHED, SlotState.RETIRING
 _STEADY = SizeState.STEADY
+_BOUND = "{} puts wait already, the bound: shed load, or raise Settings.waiters"
 
 
-class Store:
+class Store(NamedReads):
     """Slots of one pool, and what keeps each: its writer, reads owed, its key, grants.
 
     `KeyedStore` adds the calls that name a key.
@@ -54,7 +57,11 @@ class Store:
         self.owing: dict[int, Slot] = {}
         """PUBLISHED slots that owe reads, by index, the oldest first."""
         self._retiring: dict[int, Slot] = {}
+        self.serve_most: int | None = None
+        """Waiters that are granted at one call; `serving` says that there may be more."""
+        self.serving = False
         self._aging: dict[float, dict[int, Slot]] = {}  # by ttl: within one ttl age is order
+        self._ripening = Ripening(self._aging)
         self.puts = self.recycled = self.expired = self.waited = self.reads_paid = 0
 
     # --- room -----------------------------------------------------------------------------------
@@ -71,8 +78,7 @@ class Store:
     @property
     def largest_free_bytes(self) -> int:
         """The largest feature that would fit now, counting what the slab may still grow by."""
-        growth = self.limits.capacity_bytes - self.allocator.end_bytes
-        return max(self.allocator.largest_free_bytes, self.allocator.tail_free_bytes + growth)
+        return max(self.allocator.largest_free_bytes, self.size.tail_room_bytes)
 
     @property
     def retiring_bytes(self) -> int:
@@ -117,13 +123,32 @@ class Store:
             slot.reads_left, slot.owed_by_names = len(readers), set(readers)
         return slot
 
-    def wait(self, request: Request, now_s: float, tag: object) -> tuple[Waiter, list[Effect]]:
+    def comes_by_growth(self, request: Request, now_s: float) -> bool:
+        """Whether growth alone has room for a request behind all that wait for room now."""
+        queue = self.queue
+        if queue.growing < queue.count or not self.size.can_grow(now_s):
+            return False
+        wanted_bytes = queue.growing_bytes + aligned_size(request.nbytes)
+        return wanted_bytes <= self.size.tail_room_bytes and queue.count < len(
+            self.table.free_slots
+        )
+
+    def wait(
+        self, request: Request, now_s: float, tag: object, *, bounded: bool = True
+    ) -> tuple[Waiter, list[Effect]]:
+        """Join the queue. `Limits.waiters` bounds those that wait for others' features.
+
+        Not those whose room the slab can still grow by (never more than slots), nor one whose room is
+        being made in pieces (not `bounded`).
+        """
         self.check_size(request.nbytes)
-        if len(self.queue) >= self.limits.waiters:
-            raise PoolFull(
-                f"{len(self.queue)} puts wait already, the bound: shed load, or raise Settings.waiters"
-            )
-        waiter = self.queue.join(request, tag)
+        queue = self.queue
+        by_growth = self.comes_by_growth(request, now_s)
+        if bounded and not by_growth:
+            growing = queue.growing if self.size.can_grow(now_s) else 0
+            if queue.count - growing >= self.limits.waiters:
+                raise PoolFull(_BOUND.format(queue.count - growing))
+        waiter = queue.join(request, tag, by_growth=by_growth)
         self.waited += 1
         return waiter, self.serve(now_s)
 
@@ -133,12 +158,19 @@ class Store:
 
     def leave(self, waiter: Waiter, now_s: float) -> list[Effect]:
         """Give up waiting (timeout, cancellation, death), whatever was granted meanwhile."""
-        # A grant that was not accepted comes back here, or its bytes would be lost. Even where
-        # there was none the queue is served: the waiter may have been the head that did not fit.
-        slot = self.queue.drop(waiter)
-        if slot is not None:
-            self._free(slot)
+        was_head = waiter is self.queue.head
+        if not self.abandon(waiter) and not was_head:
+            return []  # the head did not fit before, and does not now
         return self.serve(now_s)
+
+    def abandon(self, waiter: Waiter) -> bool:
+        """As `leave`, but `serve` is the caller's to call; return whether a slot came free."""
+        # A grant that was not accepted comes back here, or its bytes would be lost.
+        slot = self.queue.drop(waiter)
+        if slot is None:
+            return False
+        self._free(slot)
+        return True
 
     def free_reserved(self, slot: Slot, now_s: float) -> list[Effect]:
         """Free a RESERVED slot that will not be published. No reader can have seen it."""
@@ -167,6 +199,7 @@ class Store:
             if slot.ttl_s is not None:
                 if slot.ttl_s not in self._aging:
                     self._aging[slot.ttl_s] = {}
+                    self._ripening.learn(slot.ttl_s, now_s)
                 self._aging[slot.ttl_s][slot.index] = slot
             if slot.wanted_key is None:
                 return []
@@ -232,21 +265,6 @@ class Store:
         self.reads_paid += len(reads) - unowed
         return effects
 
-    def waive_reads(self, name: str, now_s: float) -> tuple[int, list[Effect]]:
-        """Pay all reads that a dead named reader still owes; return their number."""
-        paid, effects = 0, list[Effect]()
-        for slot in self.table.in_use():
-            names = slot.owed_by_names
-            if names is None or name not in names or slot.state is _RETIRING:
-                continue
-            names.remove(name)
-            slot.reads_left -= 1
-            paid += 1
-            if slot.reads_left == 0 and slot.state is _PUBLISHED:
-                self.endings.note(slot, Ending.READER_LOST)
-                effects += self._settle(slot, now_s)
-        return paid, effects
-
     def revoke(self, index: int, generation: int, now_s: float) -> list[Effect]:
         """Cancel every read still owed (discard). Raise StaleRef if the ref is no more.
 
@@ -262,17 +280,13 @@ class Store:
         # `live` is cleared may still be on its way: the holds are looked at only after the grace.
         return self._settle(slot, now_s, self.limits.grace_s)
 
-    def expire(self, now_s: float) -> list[Effect]:
-        """Revoke the refs that have outlived their ttl."""
+    def expire(self, now_s: float, most: int | None = None) -> list[Effect]:
+        """Revoke the refs that have outlived their ttl, or `most` of them."""
         effects: list[Effect] = []
-        for ttl_s, slots in list(self._aging.items()):
-            # Collected before any is deleted: a dict steps over every entry deleted from its front.
-            ripe = list(takewhile(lambda slot: slot.born_s + ttl_s <= now_s, slots.values()))  # noqa: B023 - used here
-            for slot in ripe:
-                age_s = now_s - slot.born_s
-                effects.append(Expired(slot.label, slot.nbytes, age_s, slot.owed_by))
-                effects += self._cancel(slot, now_s, Ending.EXPIRED)
-                self.expired += 1
+        for slot in self._ripening.ripe(now_s, len(self.owing) if most is None else most):
+            effects.append(Expired(slot.label, slot.nbytes, now_s - slot.born_s, slot.owed_by))
+            effects += self._cancel(slot, now_s, Ending.EXPIRED)
+            self.expired += 1
         return effects
 
     # --- recycling ------------------------------------------------------------------------------
@@ -350,19 +364,19 @@ class Store:
         if replaced is not None and not replaced.reads_left:
             self.endings.note(replaced, Ending.REPLACED)
         effects = [] if replaced is None else self._unkept(replaced, now_s, grace_s)
-        for waiter in self.key_waiters.found(key, slot):
-            # Granted before it is told: until it takes the slot, only this grant keeps the bytes.
-            self._grant(slot, now_s)
-            effects.append(Found(waiter))
+        if found := self.key_waiters.found(key, slot):
+            # Granted before they are told: until they take the slot, only these grants keep the bytes.
+            self._grant(slot, now_s, len(found))
+            effects += [Found(waiter) for waiter in found]
         return effects
 
     def _unkept(self, slot: Slot, now_s: float, grace_s: float) -> list[Effect]:
         """Retire a slot whose key was dropped, unless reads are owed or granted."""
         return [] if slot.reads_left or slot.grants else [self._retire(slot, now_s, grace_s)]
 
-    def _grant(self, slot: Slot, now_s: float) -> None:
-        """Give out one read by key, which counts as a use."""
-        slot.grants += 1
+    def _grant(self, slot: Slot, now_s: float, count: int = 1) -> None:
+        """Give out reads by key, which count as a use."""
+        slot.grants += count
         self.recency.touch(slot, now_s)
         if slot.idle:
             self.directory.refresh(slot)
@@ -375,7 +389,13 @@ class Store:
     def serve(self, now_s: float) -> list[Effect]:
         """Grant the queue from its head, for as long as the head fits: no waiter is overtaken."""
         effects: list[Effect] = []
+        self.serving = False
         while (waiter := self.queue.head) is not None:
+            if len(effects) == self.serve_most:
+                self.serving = (
+                    True  # the rest is for the next call; meanwhile nobody overtakes them
+                )
+                break
             slot = self.reserve(waiter.request, now_s, first=True)
             if slot is None:
                 end = self.size.growth_for(waiter.request.nbytes, now_s)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import anyio
 
+from featcache.control.turns import CALL_UNITS, turn_of
 from featcache.core.key_queue import KeyWaiter
 from featcache.core.keyed_store import key_label
 from featcache.errors import KeyNotFound
@@ -143,6 +144,7 @@ class OwnerKeys:
     def __init__(self, lookups: Lookups, own: OwnSession) -> None:
         self._lookups = lookups
         self._own = own
+        self._turn = turn_of(asyncio.get_running_loop())
 
     def _lease(self, granted: Granted) -> KeyLease:
         grant, ref = granted
@@ -150,6 +152,11 @@ class OwnerKeys:
 
     async def find(self, key: bytes, timeout_s: float | None) -> KeyLease:
         """Return a read of the feature under a key; with a timeout, wait for it that long."""
+        turn = self._turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
         page = self._own.page()
         granted = self._lookups.find(key, page)
         if granted is not None:
@@ -166,6 +173,11 @@ class OwnerKeys:
 
     async def find_or_claim(self, key: bytes, *, waits: bool) -> KeyLease | MakeClaim:
         """Return a read, once there is a feature, or the claim to make it."""
+        turn = self._turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
         page = self._own.page()
         found: Granted | Claim | None = self._lookups.find(key, page)
         if found is None:
@@ -179,4 +191,9 @@ class OwnerKeys:
 
     async def command(self, command: Command, key: bytes) -> bool:
         """Do this to a key, as `Lookups.command`."""
+        turn = self._turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
         return self._lookups.command(command, key, OWN_SESSION)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from featcache import events
+from featcache.control.turns import CALL_UNITS
 from featcache.core.effects import Limits
 from featcache.errors import CacheClosed, SettingsError, UnknownPool
 from featcache.memory.backends import make_host_slab, make_slab, plan_for
@@ -43,6 +44,9 @@ class Owner:
         self.spill: ServedPool | None = None
         self.spill_bytes = spill_bytes
         self.offload = main.pool.offload
+        self.turn = main.pool.turn
+        self.stages_at_call = main.pool.slab.deferred
+        """Whether a put is to note its place on the caller's stream before it waits for anything."""
         self._plan = plan
         self._settings = settings
         self._name = name
@@ -197,6 +201,11 @@ class Owner:
 
     async def discard(self, ref: FeatureRef) -> None:
         """Cancel the reads that a ref still owes, or raise StaleRef, MalformedRef or UnknownPool."""
+        turn = self.turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
         for served in self.served:
             if served.pool.pool_id == ref.pool_id:
                 served.sessions.discard_ref(ref)

@@ -7,7 +7,9 @@ from featcache.core.slots import Slot
 from featcache.errors import CacheClosed, MalformedRef, UnknownPool
 from featcache.owner.served_pool import ServedPool
 from featcache.pool.pool import Pool
+from featcache.pool.writer import Place
 from featcache.ref import FeatureRef, TensorSpec
+from featcache.session.attachment import Attachment
 from featcache.session.offload import Offload
 from featcache.session.waiting import wait_ready
 
@@ -43,16 +45,41 @@ class Relay:
         source.find(ref)
         target = await self._target()
         attachment = self._source.relaying.attach()
+        request = Request(ref.nbytes, 1, source.settings.relay_ttl)
         there = attachment.pin(ref)
         try:
-            if not there:
-                await wait_ready(attachment, ref)
-            request = Request(ref.nbytes, 1, source.settings.relay_ttl)
-            writer = target.writer
-            slot = writer.reserve(request) or await writer.room(request, None, wait=True)
+            slot = await self._slot(
+                target, request, attachment, None if there else ref, None, wait=True
+            )
             return await self._fill(target, slot, ref)
         finally:
             attachment.unpin(ref, pays=False)
+
+    @staticmethod
+    async def _slot(
+        target: ServedPool,
+        request: Request,
+        attachment: Attachment,
+        late: FeatureRef | None,
+        timeout_s: float | None,
+        *,
+        wait: bool,
+    ) -> Slot:
+        """Return a slot in a pool, once the bytes of a pinned ref that is `late` are there too.
+
+        The place in the queue is taken first: a later put, whose bytes come sooner, does not overtake.
+        """
+        writer = target.writer
+        place: Place | None = None if writer.has_callers else writer.reserve(request)
+        if place is None:
+            place = writer.ask(request, wait=wait)
+        if late is not None:
+            try:
+                await wait_ready(attachment, late)
+            except BaseException:
+                writer.withdraw(place)
+                raise
+        return await writer.slot_of(place, timeout_s, wait=wait)
 
     async def endpoint(self) -> str:
         """Return the endpoint of the host pool, for sessions that stage their puts there."""
@@ -78,12 +105,11 @@ class Relay:
             )
         if ref.nbytes != request.nbytes:
             raise MalformedRef("the request's size is not the feature's")
-        attachment, writer = host.relaying.attach(), self._source.writer
+        attachment = host.relaying.attach()
         there, done = attachment.pin(ref), False
         try:
-            if not there:
-                await wait_ready(attachment, ref)
-            slot = writer.reserve(request) or await writer.room(request, timeout_s, wait=wait)
+            late = None if there else ref
+            slot = await self._slot(self._source, request, attachment, late, timeout_s, wait=wait)
             uploaded = await self._upload_into(slot, host, ref)
             done = True
         finally:

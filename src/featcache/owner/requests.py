@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from featcache.control import messages
-from featcache.control.dispatch import Wait
+from featcache.control.dispatch import Begun, Wait
 from featcache.control.messages import Answer
+from featcache.control.turns import WAKE_UNITS
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot
 from featcache.errors import SettingsError, StaleRef
@@ -14,7 +15,7 @@ from featcache.owner.keys import Claim, Granted, Lookups, not_found
 from featcache.owner.sessions import Sessions
 from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
-from featcache.pool.writer import OwnerWriter
+from featcache.pool.writer import OwnerWriter, Place
 from featcache.ref import FeatureRef
 from featcache.session.arguments import parse_readers
 
@@ -109,15 +110,18 @@ class RequestHandlers:
 
     def _reserve(self, session: int, message: messages.Reserve) -> Answer | Wait:
         request = self._request(session, message)
-        slot = self._writer.reserve(request)
+        turn = self._pool.turn
+        slot = None if turn.has_callers else self._writer.reserve(request)  # none is overtaken
         if slot is not None:
             self._writer.look_ahead()
             return self._reserved(session, message.request, slot)
-        return self._room(session, message, request)
+        turn.left -= WAKE_UNITS  # a task of its own
+        place = self._writer.ask(request, wait=message.waits)
+        return Begun(self._room(session, message, place), lambda: self._writer.withdraw(place))
 
-    async def _room(self, session: int, message: messages.Reserve, request: Request) -> Answer:
+    async def _room(self, session: int, message: messages.Reserve, place: Place) -> Answer:
         """Wait for room; the owner's puts and the sessions' are served first come, first served."""
-        slot = await self._writer.room(request, message.timeout_s, wait=message.waits)
+        slot = await self._writer.slot_of(place, message.timeout_s, wait=message.waits)
         return self._reserved(session, message.request, slot)
 
     def _request(self, session: int, message: messages.PutSpec) -> Request:

@@ -1,14 +1,17 @@
 """Session admission and teardown; settles the reads of dead peers."""
 
+import asyncio
 import os
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Final
 
 from featcache.control.credentials import own_pidfd
 from featcache.control.messages import VERSION, Welcome
 from featcache.control.peer import Peer
+from featcache.control.turns import LEAVE_UNITS, QUANTUM_UNITS
 from featcache.core.effects import Effect
+from featcache.core.keyed_store import KeyedStore
 from featcache.errors import AttachRefused, BackendUnavailable, MalformedRef, system_errors
 from featcache.memory.slab import Segment
 from featcache.memory.words import Parting, SessionWords
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 OWN_SESSION = 0
 """The number of the owner's own session, which reads through the owner's mapping."""
+_STEPS: Final = 32
+"""Steps of a session's end whose effects are carried out together."""
 RELAY_SESSION = -1
 """The number of the session that pins features while they are copied for others: the owner's own session
 may have paid its read of them."""
@@ -41,6 +46,8 @@ class Sessions:
         """Whether puts may go to the other pool."""
         self.readers_lost = 0
         self.discarded = 0
+        self.settling = 0
+        """Sessions whose end is not done yet."""
 
     @property
     def pool_name(self) -> str:
@@ -96,9 +103,7 @@ class Sessions:
 
     def quarantine(self, session: Peer) -> None:
         """Release the claims of a session without its socket: it could not publish what it makes."""
-        store = self._pool.store
-        for key, claim in store.key_waiters.claims_of(session.number):
-            self._pool.apply(store.release_claim(key, claim))
+        self._pool.turn.do_all(self._unclaiming(session.number))
 
     def is_leaving(self, session: Peer) -> bool:
         """Whether a session says in its page that it begins nothing more."""
@@ -116,41 +121,101 @@ class Sessions:
         page = self._pool.pages.get(session.number)
         return Parting.IN_USE if page is None else page.words.header[Parting.WORD]
 
-    def end(self, session: Peer, *, died: bool) -> int:
-        """Fold a session's page; if its process died, pay the reads it had begun and those its name owed."""
-        pool, now_s = self._pool, time.monotonic()
+    def _unclaiming(self, session: int) -> Iterator[None]:
+        store = self._pool.store
+        claims = store.key_waiters.claims_of(session)
+        yield from self._carry_out(
+            self._pool, (store.release_claim(key, claim) for key, claim in claims)
+        )
+
+    async def settled(self) -> None:
+        """Return when every session that ended is settled."""
+        while self.settling:  # noqa: ASYNC110 - a turn of the loop is what it takes
+            await asyncio.sleep(0)
+
+    def end(self, session: Peer, ended: Callable[[int], object], *, died: bool) -> None:
+        """Fold a session's page; if its process died, pay the reads it had begun and those its name owed.
+
+        In pieces, if there is much to do; then `ended` is called with the reads that were paid so.
+        """
+        self.settling += 1
+        self._pool.turn.do_all(self._ending(session, ended, died=died))
+
+    def _ending(
+        self, session: Peer, ended: Callable[[int], object], *, died: bool
+    ) -> Iterator[None]:
+        pool, turn, now_s = self._pool, self._pool.turn, time.monotonic()
+        page = pool.pages[session.number]
+        turn.left -= LEAVE_UNITS
         # First, so that nothing is evicted for its own waiting puts.
-        pool.apply(pool.store.end_session(session.number, now_s))
-        pool.collect()
-        page = pool.pages.pop(session.number)
+        yield from self._carry_out(pool, pool.store.end_session_by_steps(session.number, now_s))
+        # Their tasks are gone before its page is: none is given a slot that nobody would free.
+        yield from session.end_tasks(turn)
+        while pool.collector.counts_more(page):
+            yield
         pool.attendance.ended(page, died=died)
-        paid, effects = 0, list[Effect]()
-        for grant in list(page.grants.values()):
-            effects += pool.store.pay_grant(page.revoke(grant).slot, now_s)
-            paid += died
-        effects += pool.abandon_writes(page)
+        paid = len(page.grants) if died else 0
+        yield from self._carry_out(pool, self._grants_paid(page, now_s))
+        yield from self._carry_out(pool, pool.abandon_writes_by_steps(page))
         if died:
-            for slot in pool.store.table.in_use():
-                if page.holds(slot.index, slot.generation):
-                    owed = slot.reads_left
-                    effects += pool.store.pay(
-                        slot.index, slot.generation, page.session, page.name, now_s
-                    )
-                    paid += owed - slot.reads_left
-            if page.name is not None and not session.name_passed_on:
-                waived, more = pool.store.waive_reads(page.name, now_s)
-                paid += waived
-                effects += more
-                for other in self.siblings:
-                    other.collect()  # what it paid itself is not paid for it
-                    waived, more_there = other.store.waive_reads(page.name, now_s)
-                    paid += waived
-                    other.apply(more_there)
+            paid += yield from self._paying_for(page, now_s, named=not session.name_passed_on)
             self.readers_lost += 1
+        del pool.pages[session.number]
         page.close()
+        if not pool.closed:
+            pool.collect()  # the slots that the session had pinned can go now
+        self.settling -= 1
+        ended(paid)
+
+    def _grants_paid(self, page: SessionPage, now_s: float) -> Iterator[list[Effect]]:
+        while page.grants:
+            grant = next(iter(page.grants.values()))
+            yield self._pool.store.pay_grant(page.revoke(grant).slot, now_s)
+
+    def _paying_for(
+        self, page: SessionPage, now_s: float, *, named: bool
+    ) -> Generator[None, None, int]:
+        """Pay the reads that a dead session had begun, and if `named` those that its name owed.
+
+        Returns how many.
+        """
+        pool, paid = self._pool, [0]
+
+        def begun() -> Iterator[list[Effect]]:
+            for index, generation in page.held_of(pool.store.table.in_use()):
+                owed = pool.store.table.slots[index].reads_left
+                yield pool.store.pay(index, generation, page.session, page.name, now_s)
+                paid[0] += max(0, owed - pool.store.table.slots[index].reads_left)
+
+        def owed_in(store: KeyedStore, name: str) -> Iterator[list[Effect]]:
+            for index, generation in store.owed_by(name):
+                waived = store.waive_read(index, generation, name, now_s)
+                paid[0] += waived is not None
+                yield waived or []
+
+        pool.turn.left -= QUANTUM_UNITS  # all slots are gone over
+        yield
+        yield from self._carry_out(pool, begun())
+        if named and page.name is not None:
+            for each in [pool, *self.siblings]:
+                pool.turn.left -= QUANTUM_UNITS
+                yield
+                each.collect()  # what it paid itself is not paid for it
+                yield from self._carry_out(each, owed_in(each.store, page.name))
+        return paid[0]
+
+    @staticmethod
+    def _carry_out(pool: Pool, steps: Iterator[list[Effect]]) -> Iterator[None]:
+        """Carry out the effects of steps, many at once; it can be interrupted after each of these."""
+        effects: list[Effect] = []
+        for count, step in enumerate(steps, 1):
+            effects += step
+            if count % _STEPS == 0:
+                pool.turn.left -= _STEPS
+                pool.apply(effects)
+                effects = []
+                yield
         pool.apply(effects)
-        pool.collect()  # the slots that the session had pinned can go now
-        return paid
 
     def discard(self, index: int, generation: int) -> None:
         """Cancel the reads that a ref still owes, or raise StaleRef."""

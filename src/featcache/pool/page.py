@@ -5,6 +5,7 @@ from typing import Final
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from featcache.core.slots import Slot
 from featcache.errors import PoolFull
@@ -37,6 +38,7 @@ class SessionPage:
         self.words = words
         self._held, self._released, self._written = words.held, words.released, words.written
         self._now = words.released_array()
+        self._held_now = np.frombuffer(words.held, dtype=np.uint64)
         self._bytes = words.released.cast("B")
         self._seen = np.zeros_like(self._now)
         self._seen_bytes = b""
@@ -52,19 +54,42 @@ class SessionPage:
         self.reserved: dict[int, Slot] = {}
         """Slots that it may write and has not published yet, by index (`WriteState.RESERVED`)."""
 
-    def newly_released(self, high: int) -> list[tuple[int, int]]:
-        """Return (slot, generation) for each `released` word that changed since the last call."""
+    def newly_released(self, high: int, most: int | None = None) -> list[tuple[int, int]]:
+        """Return (slot, generation) for each `released` word that changed since the last call.
+
+        If there are more than `most`, the others are for the next calls.
+        """
         if self._bytes[: high * _WORD_BYTES].tobytes() == self._seen_bytes:
             return []  # most sessions at most polls: a compare of words takes several times as long
-        changed = (self._now[:high] != self._seen[:high]).nonzero()[0]
+        changed = (self._now[:high] != self._seen[:high]).nonzero()[0][:most]
         values = self._now[changed]
         self._seen[changed] = values
         self._seen_bytes = self._seen[:high].tobytes()
         return list(zip(changed.tolist(), values.tolist(), strict=True))
 
+    def has_more(self, high: int) -> bool:
+        """Whether payments have come that `newly_released` and `paid_grants` have not told yet."""
+        released = self._now[:high] != self._seen[:high]
+        paid = self._paid[: self._highest] != self._paid_seen[: self._highest]
+        return bool(released.any()) or (bool(self.grants) and bool(paid.any()))
+
+    def held_of(self, slots: list[Slot]) -> list[tuple[int, int]]:
+        """Return those of the slots that it holds, each with its generation."""
+        return [
+            (slot.index, slot.generation)
+            for slot in slots
+            if self.holds(slot.index, slot.generation)
+        ]
+
     def holds(self, index: int, generation: int) -> bool:
         """Whether the session may be reading these bytes now."""
         return self._held[index] == generation and self._released[index] != generation
+
+    def holds_of(self, live: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Return what `holds` says of each slot, from the first on, with its generation in `live`."""
+        high = len(live)
+        held: NDArray[np.bool_] = (self._held_now[:high] == live) & (self._now[:high] != live)
+        return held
 
     def not_held(self, slots: list[Slot]) -> list[Slot]:
         """Return those of the slots that it does not hold, as `holds` says of each."""
@@ -103,12 +128,12 @@ class SessionPage:
         self._highest = max(self._highest, grant.index + 1)
         return grant
 
-    def paid_grants(self) -> list[Grant]:
-        """Return the grants that were paid since the last call; they are out no more."""
+    def paid_grants(self, most: int | None = None) -> list[Grant]:
+        """Return the grants that were paid since the last call, up to `most`; they are out no more."""
         if not self.grants:
             return []
         high = self._highest
-        changed = (self._paid[:high] != self._paid_seen[:high]).nonzero()[0]
+        changed = (self._paid[:high] != self._paid_seen[:high]).nonzero()[0][:most]
         if not changed.size:
             return []
         values = self._paid[changed]

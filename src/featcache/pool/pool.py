@@ -5,10 +5,10 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
-from featcache import events
+from featcache.control.turns import EVICT_UNITS, EXPIRE_UNITS, LEAST, QUANTUM_UNITS, turn_of
 from featcache.core.effects import (
     ClaimPassed,
     Effect,
@@ -20,27 +20,29 @@ from featcache.core.effects import (
     SlotRetired,
     Woken,
 )
-from featcache.core.keyed_store import KeyedStore, key_label
-from featcache.core.put_queue import Request
+from featcache.core.keyed_store import KeyedStore
 from featcache.core.slots import Slot, SlotState
 from featcache.errors import BackendUnavailable, CacheClosed, MalformedRef
 from featcache.memory.slab import Order, Slab
-from featcache.memory.words import Header, OwnerWords, fence_full
+from featcache.memory.words import Header, OwnerWords
 from featcache.pool import gauges
 from featcache.pool.attendance import Attendance
+from featcache.pool.collector import Collector
 from featcache.pool.debtors import Debtors
 from featcache.pool.growth import Growth
+from featcache.pool.holds import Holds
 from featcache.pool.page import SessionPage
 from featcache.pool.pending_writes import PendingWrites
 from featcache.pool.pressure import PressureMonitor
 from featcache.pool.recycler import Recycler
+from featcache.pool.reports import Reports
+from featcache.pool.wakes import Wakes
 from featcache.ref import FeatureRef, TensorSpec
 from featcache.session.offload import Offload
 from featcache.settings import Settings
 
 _now: Final = time.monotonic
 _MAX_UNRUNG: Final = 16
-_BUSY_S: Final = 0.004
 
 
 class Pool:
@@ -54,8 +56,14 @@ class Pool:
         self.offload = offload
         self.closed = False
         self.loop = asyncio.get_running_loop()
+        self.turn = turn_of(self.loop)
+        self.wakes = Wakes(self.turn)
+        self._upkeep = False
         self.store = KeyedStore(limits)
+        self.store.serve_most = LEAST
         self.store.allocator.grow(limits.initial_bytes)
+        self.collector = Collector(self)
+        self.collect = self.collector.collect
         self.words, self.words_fd = OwnerWords.create(limits.slots)
         try:
             self.complete = slab.adopt(self.words, self.words.published)
@@ -75,16 +83,15 @@ class Pool:
         """Refs of the features under keys, by slot; a slot's old one stays until it has a new one."""
         self.own_writes: dict[int, tuple[int, Order]] = {}
         """By slot: the generation that this process wrote there last on a stream, and where on it."""
+        self.is_held = Holds(self.words, self.store.table, self.pages)
         self.pending_writes = PendingWrites(self.words.published, self._set_busy)
         self.attendance = Attendance(self.pages)
+        self._reports = Reports(self.name, settings, self.turn, self.attendance)
         self.debtors = Debtors(self.store, self.attendance)
         self.pressure = PressureMonitor(self.name, self.store, settings, self.debtors)
         self.put_bytes = 0
         """Bytes reserved since the last `collect`; a small put counts for more."""
-        self._expiries = events.Throttle(settings.log_interval, burst=256)
-        self._evictions = events.Throttle(settings.log_interval, burst=16)
         self._ring_at_now = 0
-        self._busy_until_s = float("-inf")
         gauges.publish(self.store, self.words.header)
 
     @property
@@ -185,59 +192,35 @@ class Pool:
 
     def apply(self, effects: Sequence[Effect]) -> None:
         """Carry out the store's decisions."""
-        due_now = False
+        due_now, grace_s = 0, 0.0
         for effect in effects:
             if type(effect) is SlotRetired:
                 slot = effect.slot
                 self.words.live[slot.index] = 0
                 if slot.due_s > slot.retired_s:
-                    self.recycler.poll_after(slot.due_s - slot.retired_s)
+                    grace_s = slot.due_s - slot.retired_s  # the same for all
                 else:
-                    due_now = True
+                    due_now += 1
             elif type(effect) is Woken or type(effect) is Found or type(effect) is ClaimPassed:
-                self._wake(effect.waiter.tag)
+                self.wakes.wake(effect.waiter.tag)
             elif type(effect) is Expired:
-                self._report_expiry(effect)
+                self._reports.expired(effect)
             elif type(effect) is Evicted:
-                self._report_eviction(effect)
+                self._reports.evicted(effect)
             elif type(effect) is Grow:
                 self.growth.grow(effect.end_bytes)
-        if due_now:
-            self._reclaim(_now())
+        if grace_s:
+            self.recycler.poll_after(grace_s)
+        self._go_on(due_now)
         self._observe()
 
-    def _report_eviction(self, evicted: Evicted) -> None:
-        self._evictions.emit(
-            _now(),
-            lambda unlogged: events.KeyEvicted(
-                pool=self.name,
-                key=key_label(evicted.key)[:64],
-                nbytes=evicted.nbytes,
-                unused_s=evicted.unused_s,
-                cause=evicted.cause,
-                unlogged=unlogged,
-            ),
-        )
-
-    def _report_expiry(self, expired: Expired) -> None:
-        self._expiries.emit(
-            _now(),
-            lambda unlogged: events.RefExpired(
-                pool=self.name,
-                ref=expired.label,
-                nbytes=expired.nbytes,
-                age_s=expired.age_s,
-                owed_by=expired.owed_by,
-                never_attached=self.attendance.never_attached(expired.owed_by),
-                unlogged=unlogged,
-            ),
-        )
-
-    @staticmethod
-    def _wake(future: object) -> None:
-        assert isinstance(future, asyncio.Future), "a waiter is tagged with its future"
-        if not future.done():
-            future.set_result(None)
+    def _go_on(self, due_now: int) -> None:
+        """See to what effects leave to do: slots that may be free, waiters that may have room."""
+        if self.store.serving:
+            self.turn.left -= LEAST
+            self.collector.go_on()
+        if due_now and self.collector.reclaim(_now(), max(self.turn.left, due_now)):
+            self.collector.go_on()
 
     def _observe(self) -> None:
         """Tell readers whether to ring, and follow the pressure."""
@@ -258,87 +241,32 @@ class Pool:
         stream in they ring rarely, and the timer, at a millisecond then, catches the rest; when a
         look finds none, each rings again.
         """
-        if _now() >= self._busy_until_s:
+        if _now() >= self.collector.busy_until_s:
             return 1
         return max(1, min(_MAX_UNRUNG, len(self.store.owing) // 4))
 
-    def collect(self) -> None:
-        """Count the reads paid since the last call, and recycle the slots that owe none."""
-        now_s = _now()
-        self.put_bytes = 0
-        high = self.store.table.high
-        fence_full()  # after `waiting` was set, before the released words are looked at
-        effects: list[Effect] = []
-        for page in self.pages.values():
-            if newly_released := page.newly_released(high):
-                self._busy_until_s = now_s + _BUSY_S
-                effects += self.store.pay_all(newly_released, page.session, page.name, now_s)
-            if page.grants:
-                for grant in page.paid_grants():
-                    self.store.reads_paid += 1
-                    effects += self.store.pay_grant(grant.slot, now_s)
-        if effects:
-            self.apply(effects)
-        if self.pending_writes.in_flight:
-            self.pending_writes.poll()
-        self._reclaim(now_s)
-        queue = self.store.queue
-        while queue.count and (head := queue.head) and self.make_room(head.request):
-            pass
-
-    def make_room(self, request: Request) -> bool:
-        """Evict for a request, if that is the way to room for it; return whether anything went."""
-        effects = self.store.evict_for(request, self.is_held, _now())
-        self.apply(effects)
-        return bool(effects)
-
-    def is_held(self, slot: Slot) -> bool:
-        """Whether a session reads a slot's bytes by a ref now, or they are yet to come.
-
-        A feature that is evicted before its bytes have come makes no room until they have.
-        """
-        index, generation = slot.index, slot.generation
-        return self.words.published[index] != generation or any(
-            page.holds(index, generation) for page in self.pages.values()
-        )
-
     def abandon_writes(self, page: SessionPage) -> list[Effect]:
         """Give up the reservations and unfinished writes of a session that ended."""
-        effects: list[Effect] = []
+        return [effect for step in self.abandon_writes_by_steps(page) for effect in step]
+
+    def abandon_writes_by_steps(self, page: SessionPage) -> Iterator[list[Effect]]:
+        """As `abandon_writes`, one of them at each step."""
         now_s = _now()
         for index, generation in self.pending_writes.abandon(page):
             slot = self.store.table.find(index, generation)
             if slot is not None and slot.state is SlotState.PUBLISHED:
-                effects += self.store.fail_write(slot, now_s)
-        for slot in page.reserved.values():
-            effects += self.store.free_reserved(slot, now_s)
-        page.reserved.clear()
-        return effects
-
-    def _reclaim(self, now_s: float) -> None:
-        due = self.store.due(now_s)
-        if not due:
-            return
-        fence_full()  # after `live` was cleared, before the holds are looked at
-        published = self.words.published
-        ready = [
-            slot
-            for slot in due
-            # A slot recycled before its bytes came would get them on top of its next tenant's.
-            if published[slot.index] == slot.generation or self.pending_writes.is_abandoned(slot)
-        ]
-        for page in self.pages.values():
-            ready = page.not_held(ready)
-        if ready:
-            self.apply(self.store.recycle(ready, now_s))
+                yield self.store.fail_write(slot, now_s)
+        while page.reserved:
+            _, slot = page.reserved.popitem()
+            yield self.store.free_reserved(slot, now_s)
 
     def _tick(self) -> bool:
         """Expire, trim, shrink, compact and report; return whether releases stream in."""
         now_s = _now()
         self.collect()  # first: what was paid in time does not expire
-        if expired := self.store.expire(now_s):
-            self.apply(expired)
-        self.apply(self.store.trim(self.is_held, now_s))
+        if not self._upkeep:
+            self._upkeep = True
+            self.turn.do(self._keep_up)
         if self.store.queue:
             self.apply(self.store.serve(now_s))  # a growth that failed may be tried again
             if self._ring_at_now == 1:
@@ -346,23 +274,38 @@ class Pool:
         old_end_bytes = self.store.committed_bytes
         if (end_bytes := self.store.shrink(now_s)) is not None:
             self.growth.shrink(end_bytes, old_end_bytes)
-        self.apply(self.store.compact(self.is_held, now_s))
         self.pressure.report(now_s)
         gauges.publish(self.store, self.words.header)
-        return now_s < self._busy_until_s
+        return now_s < self.collector.busy_until_s
+
+    def _keep_up(self) -> bool:
+        """Expire and evict by the watermarks, as far as this turn goes; return whether there is more."""
+        self._upkeep = False
+        if self.closed:
+            return False
+        now_s, turn, store = _now(), self.turn, self.store
+        most = min(QUANTUM_UNITS, max(turn.left, LEAST))
+        before = store.expired, store.evicted
+        self.apply(store.expire(now_s, max(1, most // EXPIRE_UNITS)))
+        to_evict = max(1, most // EVICT_UNITS)
+        self.apply(store.trim(self.is_held.of_many(), now_s, to_evict))
+        self.apply(store.compact(self.is_held.of_many(), now_s, to_evict))
+        turn.left -= EXPIRE_UNITS * (store.expired - before[0])
+        turn.left -= EVICT_UNITS * (store.evicted - before[1])
+        self._upkeep = (store.expired, store.evicted) != before
+        return self._upkeep
 
     # --- the end --------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Take no more puts, and fail all waiters."""
-        self.closed = self.growth.closed = True
-        error = CacheClosed("the cache was closed")
-        while (waiter := self.store.queue.head) is not None:
-            self.store.queue.drop(waiter)
-            self._fail(waiter.tag, error)
-        for key_waiter in self.store.key_waiters.waiting():
-            self._fail(key_waiter.tag, error)
-        self.pressure.close(error)
+        """Take no more puts, and fail all waiters, in pieces: `wakes.told` returns once it is done."""
+        if not self.closed:
+            self.closed = self.growth.closed = True
+            self.pressure.close(CacheClosed("the cache was closed"))
+            for waiter in self.store.queue.clear():
+                self.wakes.fail(waiter.tag)
+            for key_waiter in self.store.key_waiters.waiting():
+                self.wakes.fail(key_waiter.tag)
 
     def close(self) -> None:
         """Release everything but the slab. A copy that a thread still makes keeps the mapping."""
@@ -375,6 +318,7 @@ class Pool:
         os.close(self.words_fd)
         self.pending_writes.close()
         self.own_writes.clear()
+        self.is_held.close()
         del self.words, self.complete  # unmapped now, not when the collector of cycles comes by
 
     def forget(self) -> None:
@@ -384,6 +328,7 @@ class Pool:
         """
         self.growth.close()
         self.pending_writes.close()
+        self.is_held.close()
         del self.words, self.complete
         self.closed = True
         self.recycler.forget()
@@ -392,9 +337,3 @@ class Pool:
         self.pages.clear()
         os.close(self.words_fd)
         self.slab.forget()
-
-    @staticmethod
-    def _fail(future: object, error: Exception) -> None:
-        assert isinstance(future, asyncio.Future), "a waiter is tagged with its future"
-        if not future.done():
-            future.set_exception(error)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from featcache import events
+from featcache.control.turns import CALL_UNITS, turn_of
 from featcache.core.keyed_store import KeyedStore
 from featcache.core.pressure import ALWAYS_NORMAL, PressureGauge, PressureLevel
 from featcache.errors import CacheClosed, GetTimeout, SettingsError, WrongLoop
@@ -41,6 +42,7 @@ class PressureMonitor:
         self.is_normal = True
         """Cached `level is NORMAL`."""
         self._awaiting: dict[asyncio.Future[None], PressureLevel] = {}
+        self._turn = turn_of(asyncio.get_running_loop())
 
     @property
     def level(self) -> PressureLevel:
@@ -69,6 +71,11 @@ class PressureMonitor:
 
     async def below(self, level: PressureLevel) -> None:
         """Return once the level is lower than `level`."""
+        turn = self._turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
         while self._gauge.level.rank >= level.rank:
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._awaiting[future] = level

@@ -2,11 +2,13 @@
 
 import asyncio
 import time
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
 
 import anyio
 
-from featcache.core.put_queue import Request, WaiterState
+from featcache.control.turns import BYTES_SHIFT, LEAVE_QUEUE_UNITS
+from featcache.core.put_queue import Request, Waiter, WaiterState
 from featcache.core.slots import Slot
 from featcache.errors import BackendUnavailable, CacheClosed, PoolFull, PutTimeout
 from featcache.memory.pack import check_parts
@@ -19,8 +21,11 @@ from featcache.session.staging import Staged
 _COLLECT_BYTES: Final = 256 << 10
 _MAX_UNCOLLECTED: Final = 64
 """Puts, however small, that count as `_collect_bytes`: a poll of thousands would hold up the loop."""
-_YIELD_EVERY: Final = 32
 _now = time.monotonic
+
+
+Place: TypeAlias = "Slot | Waiter | asyncio.Future[Slot | Waiter]"
+"""What a put has from its call on: its slot, its place in the queue, or one in the line of callers."""
 
 
 class OwnerWriter:
@@ -35,8 +40,13 @@ class OwnerWriter:
         )
         self._least_bytes = 3 * self._collect_bytes
         self._put_bytes = self._collect_bytes // _MAX_UNCOLLECTED
-        self._puts = 0
+        self._turn = pool.turn
         self._waits = PutWaits(pool)
+
+    @property
+    def has_callers(self) -> bool:
+        """Whether puts of the owner's own wait for their turn: whoever asks now comes after them."""
+        return self._turn.has_callers
 
     def stage(self, feature: Any, readers: Any, ttl: Any, key: Any = None) -> Staged:
         """Validate a put, or raise SettingsError or FeatureTooLarge.
@@ -53,26 +63,41 @@ class OwnerWriter:
     def put_nowait(self, staged: Staged) -> FeatureRef:
         """Copy a feature in and return its ref, or raise PoolFull. Growth happens inline."""
         request = staged.request
-        slot = self.reserve(request) or self._reserve_by_growing(request)
+        slot = self.reserve(request, at_once=True) or self._reserve_now(request)
         if slot is None:
             raise self.full(request)
         return self._fill_now(slot, staged)
 
     async def put(self, staged: Staged, timeout_s: float | None, *, wait: bool) -> FeatureRef:
         """Copy a feature in and return its ref, standing in the queue for room if `wait`."""
-        request, waited = staged.request, False
-        self._puts += 1
-        if self._puts % _YIELD_EVERY == 0:
-            waited = True
-            await asyncio.sleep(0)  # a loop of puts that never wait must not starve the sessions
-        slot = self.reserve(request)
-        if slot is None:
-            waited = True
-            slot = await self.room(request, timeout_s, wait=wait)
+        request = staged.request
+        if self._turn.left < 0:
+            place: Place = self._turn.place(lambda: self._enter(request, wait=wait))
+        else:
+            place = self.reserve(request) or self.ask(request, wait=wait)
+        if type(place) is Slot:
+            return await self._fill(place, staged)
+        slot = await self.slot_of(place, timeout_s, wait=wait)
+        self._check_parts(slot, staged)
+        return await self._fill(slot, staged)
+
+    async def put_in_line(self, stage: Callable[[], Staged], timeout_s: float | None) -> FeatureRef:
+        """As `put`, of a feature that is staged when this call's turn comes."""
+        staged: list[Staged] = []
+
+        def enter() -> Slot | Waiter:
+            staged.append(stage())
+            return self._enter(staged[0].request, wait=True)
+
+        slot = await self.slot_of(self._turn.place(enter), timeout_s, wait=True)
+        self._check_parts(slot, staged[0])
+        return await self._fill(slot, staged[0])
+
+    async def _fill(self, slot: Slot, staged: Staged) -> FeatureRef:
         pool = self._pool
-        if waited:
-            self._check_parts(slot, staged)
-        if pool.slab.blocking_write_bytes(staged.parts) <= pool.settings.inline_bytes:
+        blocking_bytes = pool.slab.blocking_write_bytes(staged.parts)
+        if blocking_bytes <= pool.settings.inline_bytes:
+            self._turn.left -= blocking_bytes >> BYTES_SHIFT
             return self._fill_now(slot, staged)
         return await self._fill_in_thread(slot, staged)
 
@@ -118,45 +143,115 @@ class OwnerWriter:
             raise
         return pool.publish(slot, staged.specs, order)
 
-    async def room(self, request: Request, timeout_s: float | None, *, wait: bool) -> Slot:
-        """Reserve after `reserve` found no room: wait in the queue, or raise PoolFull."""
-        if wait:
-            return await self.await_room(request, timeout_s)
-        slot = await self.grow_for(request)
-        if slot is None:
-            raise self.full(request)
-        return slot
+    def ask(self, request: Request, *, wait: bool) -> Place:
+        """Take a place after `reserve` found no room, behind all who asked before; or raise PoolFull.
 
-    async def grow_for(self, request: Request) -> Slot | None:
-        """Reserve after `reserve` found no room, if the slab can grow by it, which it does in a thread."""
-        store, growth = self._pool.store, self._pool.growth
-        if store.queue or store.table.full:
-            return None
-        if growth.in_progress is None:
-            end_bytes = store.size.growth_for(request.nbytes, _now())
-            if not end_bytes:
-                return None
-            store.size.begin_growth()
-            growth.grow(end_bytes)
-        if growth.in_progress is not None:
-            await asyncio.shield(growth.in_progress)  # other puts count on it too
+        `slot_of` returns the slot, `withdraw` gives the place up: one of them is the caller's to call.
+        """
+        if self._turn.has_callers:
+            return self._turn.place(lambda: self._enter(request, wait=wait))
+        return self._enter_queue(request, wait=wait)
+
+    async def slot_of(self, place: Place, timeout_s: float | None, *, wait: bool) -> Slot:
+        """Return the slot of a place, once it has one. If this fails, or is cancelled, the place goes."""
+        if isinstance(place, asyncio.Future):
+            since_s = _now()
+            try:
+                entered = await place
+            except asyncio.CancelledError:
+                self.withdraw(place)
+                raise
+            if timeout_s is not None:
+                timeout_s = max(0.0, timeout_s - (_now() - since_s))
+        else:
+            entered = place
+        if isinstance(entered, Slot):
+            return entered
+        return await (self._await(entered, timeout_s) if wait else self._await_coming(entered))
+
+    def withdraw(self, place: Place) -> None:
+        """Give up a place, and the slot that it has by now."""
+        if isinstance(place, asyncio.Future):
+            if place.cancel() or place.cancelled() or place.exception() is not None:
+                return
+            place = place.result()
+        if self._pool.closed:
+            return
+        if isinstance(place, Slot):
+            self._pool.apply(self._pool.store.free_reserved(place, _now()))
+        else:
+            self._leave(place)
+
+    def _enter(self, request: Request, *, wait: bool) -> Slot | Waiter:
+        """Reserve, or join the queue, at this call's turn."""
         self._pool.check_open()
-        return self.reserve(request)
+        return self.reserve(request) or self._enter_queue(request, wait=wait)
 
-    def reserve(self, request: Request) -> Slot | None:
-        """Reserve, recycling released slots if that is due or needed, then evicting."""
+    def _enter_queue(self, request: Request, *, wait: bool) -> Waiter:
+        """Join the queue; or raise PoolFull, if it may not `wait` for others' features."""
+        if wait or self._is_coming(request):
+            return self._join(request)
+        raise self.full(request)
+
+    def _is_coming(self, request: Request) -> bool:
+        """Whether room comes that is nobody else's: the slab grows, or more is recycled or evicted."""
+        pool = self._pool
+        return pool.store.comes_by_growth(request, _now()) or (
+            not pool.store.queue.count and pool.collector.makes_room
+        )
+
+    async def _await_coming(self, waiter: Waiter) -> Slot:
+        """Return the slot of a waiter that has its place in the queue only for room that is coming."""
+        pool, granted = self._pool, False
+        try:
+            while waiter.state is WaiterState.WAITING:
+                if pool.growth.in_progress is not None:
+                    await asyncio.shield(pool.growth.in_progress)  # other puts count on it too
+                elif pool.collector.makes_room:
+                    await self._turn.wait()
+                else:
+                    break
+                pool.check_open()
+            if waiter.state is WaiterState.WAITING:
+                raise self.full(waiter.request)
+            granted = True
+            return pool.store.accept(waiter)
+        finally:
+            if not granted and not pool.closed:
+                self._leave(waiter)
+
+    def reserve(self, request: Request, *, at_once: bool = False) -> Slot | None:
+        """Reserve, recycling released slots if that is due or needed, then evicting.
+
+        As much as the loop's turn has units for, or all `at_once`; what is left is done for the queue.
+        """
         pool = self._pool
         nbytes = request.nbytes
         pool.put_bytes += max(nbytes, self._put_bytes)
         if pool.put_bytes > self._least_bytes and self._is_due(pool.put_bytes):
-            pool.collect()
+            (pool.collector.collect_all if at_once else pool.collect)()
         slot = pool.store.reserve(request, _now())
         if slot is None:
             pool.collect()
             slot = pool.store.reserve(request, _now())
-            while slot is None and not pool.store.queue and pool.make_room(request):
-                slot = pool.store.reserve(request, _now())
+            if slot is None and not pool.store.queue.count:
+                while pool.collector.evict_some(request):
+                    slot = pool.store.reserve(request, _now())
+                    if slot is not None or self._turn.left <= 0:
+                        break
         return slot
+
+    def _reserve_now(self, request: Request) -> Slot | None:
+        """Reserve after `reserve` found no room, whatever it takes: a put that may not wait.
+
+        Nobody is overtaken: with others in the queue there is no room.
+        """
+        pool = self._pool
+        pool.collector.collect_all()
+        slot = pool.store.reserve(request, _now())
+        while slot is None and not pool.store.queue.count and pool.collector.make_room(request):
+            slot = pool.store.reserve(request, _now())
+        return slot or self._reserve_by_growing(request)
 
     def _is_due(self, put_bytes: int) -> bool:
         """Whether released slots are to be recycled after puts of so many bytes."""
@@ -193,23 +288,40 @@ class OwnerWriter:
         self._pool.growth.grown(end_bytes)
         return store.reserve(request, _now())
 
-    async def await_room(self, request: Request, timeout_s: float | None) -> Slot:
-        """Reserve a slot, standing in the queue for it."""
-        future: asyncio.Future[None] = self._pool.loop.create_future()
-        since_s = _now()
+    def _join(self, request: Request) -> Waiter:
+        """Join the queue, or raise PoolFull."""
+        pool, store = self._pool, self._pool.store
+        # Room that is being made for it alone is no others': there the bound does not hold.
+        bounded = store.queue.count > 0 or not pool.collector.makes_room
         try:
-            waiter, effects = self._pool.store.wait(request, since_s, future)
+            waiter, effects = store.wait(
+                request, _now(), pool.loop.create_future(), bounded=bounded
+            )
         except PoolFull as full:
-            raise PoolFull(f"{full}; {self._pool.debtors.holders()}") from None
+            raise PoolFull(f"{full}; {pool.debtors.holders()}") from None
+        try:
+            pool.apply(effects)
+            if waiter is store.queue.head:
+                # `apply` has told readers to ring. Only then are their earlier releases collected:
+                # the other way round a release between the two would be neither seen nor rung.
+                pool.collect()
+        except BaseException:
+            self._leave(waiter)
+            raise
+        return waiter
+
+    async def _await(self, waiter: Waiter, timeout_s: float | None) -> Slot:
+        """Return the slot of a waiter, when it is granted."""
+        future, request, since_s = waiter.tag, waiter.request, _now()
+        assert isinstance(future, asyncio.Future), "a waiter is tagged with its future"
         granted = False
         self._waits.begin(waiter, since_s)
         try:
-            self._pool.apply(effects)
-            # `apply` has told readers to ring. Only then are their earlier releases collected:
-            # the other way round a release between the two would be neither seen nor rung.
-            self._pool.collect()
-            with anyio.fail_after(timeout_s):
+            if timeout_s is None:  # a scope takes longer than the wait itself may
                 await future
+            else:
+                with anyio.fail_after(timeout_s):
+                    await future
             granted = True
             return self._pool.store.accept(waiter)
         except TimeoutError:
@@ -224,12 +336,26 @@ class OwnerWriter:
             return self._pool.store.accept(waiter)
         finally:
             if not granted and not self._pool.closed:
-                # The accept handshake: a slot granted to a waiter whose task was cancelled meanwhile
-                # was never accepted, and goes to the next waiter.
-                self._pool.apply(self._pool.store.leave(waiter, _now()))
-                if self._pool.store.queue:
-                    self._pool.collect()
+                self._leave(waiter)
             self._waits.end(waiter, since_s, granted=granted)
+
+    def _leave(self, waiter: Waiter) -> None:
+        """Give a place in the queue up, and the slot that was granted meanwhile."""
+        # The accept handshake: a slot granted to a waiter whose task was cancelled meanwhile
+        # was never accepted, and goes to the next waiter.
+        pool, store = self._pool, self._pool.store
+        passes_on = waiter is store.queue.head or waiter.state is WaiterState.GRANTED
+        if self._turn.left <= 0:  # of many that leave at once: the next is served in the next turn
+            store.abandon(waiter)
+            if passes_on:
+                pool.collector.go_on()
+            return
+        self._turn.left -= LEAVE_QUEUE_UNITS
+        effects = store.leave(waiter, _now())
+        if passes_on or not store.queue.count:
+            pool.apply(effects)
+            if store.queue.count:
+                pool.collect()
 
     def full(self, request: Request) -> PoolFull:
         """Return the PoolFull of a put that does not wait."""

@@ -3,6 +3,7 @@
 import torch
 from torch.autograd.graph import increment_version
 
+from featcache.control.turns import BYTES_SHIFT, Turn
 from featcache.errors import SettingsError
 from featcache.memory.pack import Feature, check_fit, same_layout, unpack
 from featcache.memory.slab import Order
@@ -79,9 +80,10 @@ def _fill_given(
 class Copier:
     """Copies; those that would hold up the loop for long go to a thread."""
 
-    def __init__(self, offload: Offload, inline_bytes: int) -> None:
+    def __init__(self, offload: Offload, inline_bytes: int, turn: Turn) -> None:
         self._offload = offload
         self._inline_bytes = inline_bytes
+        self._turn = turn
 
     async def copy(
         self,
@@ -97,7 +99,9 @@ class Copier:
         copied, order, handed_over = False, None, False
         try:
             order = mapping.order(device)
-            if mapping.blocking_read_bytes(ref.nbytes, device) <= self._inline_bytes:
+            blocking_bytes = mapping.blocking_read_bytes(ref.nbytes, device)
+            if blocking_bytes <= self._inline_bytes:
+                self._turn.left -= blocking_bytes >> BYTES_SHIFT
                 if targets is None and ref.specs[0].name is None:  # as `copy`, inline
                     feature: Feature = mapping.fetch(ref.offset_bytes, ref.specs[0], device, order)
                 else:

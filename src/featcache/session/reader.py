@@ -1,5 +1,6 @@
 """Reading: get, borrow and release over the attachments of pools."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Awaitable
@@ -8,6 +9,7 @@ from typing import Protocol
 import anyio
 import torch
 
+from featcache.control.turns import CALL_UNITS, turn_of
 from featcache.errors import GetTimeout, UnknownPool
 from featcache.memory.pack import DTYPES, Feature, unpack
 from featcache.memory.slab import uncopied
@@ -50,7 +52,8 @@ class Reader:
 
     def __init__(self, pools: Pools, offload: Offload, inline_bytes: int) -> None:
         self.pools = pools
-        self._copier = Copier(offload, inline_bytes)
+        self.turn = turn_of(asyncio.get_running_loop())
+        self._copier = Copier(offload, inline_bytes, self.turn)
         self.gets = 0
         self._home = Home()
         self._runs = self._home.runs
@@ -87,6 +90,11 @@ class Reader:
         self, ref: FeatureRef, device: Device, out: Feature | None, timeout_s: float | None
     ) -> Feature:
         """Copy; a copy that would hold up the loop runs in a thread. If cancelled, the read is owed."""
+        turn = self.turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
         targets, device = (None, device) if out is None else targets_of(ref, device, out)
         source: Readable | None = self.pools.peek(ref)
         reached = source is not None and source.mapping.can_copy_to(device)
@@ -174,6 +182,11 @@ class Reader:
 
     async def release(self, ref: FeatureRef, timeout_s: float | None) -> None:
         """Pay without reading."""
+        turn = self.turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
         attachment = self.pools.peek(ref)
         if attachment is None:
             try:
@@ -205,6 +218,11 @@ class Reader:
         """
         if self._runs._thread_id != threading.get_ident():  # noqa: SLF001 - see `Runs`
             raise self._home.refusal("borrow")
+        turn = self.turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
         source: Readable | None = self.pools.peek(ref)
         reached = source is not None and source.mapping.can_copy_to(None)
         if source is None or not reached or not (source.pin(ref) or _follows(source, ref, None)):

@@ -1,0 +1,60 @@
+"""Which slots are in use now, though no read of them is owed: what can't be evicted with any gain."""
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import numpy as np
+
+from featcache.core.slots import Slot, SlotTable
+from featcache.memory.words import OwnerWords
+from featcache.pool.page import SessionPage
+
+_FEW: Final = 64
+"""Slots that are asked for one by one; after that all are looked at, as vectors."""
+
+
+class Holds:
+    """Whether a session reads a slot's bytes by a ref now, or they are yet to come.
+
+    A feature that is evicted before its bytes have come makes no room until they have.
+    """
+
+    def __init__(
+        self, words: OwnerWords, table: SlotTable, pages: Mapping[int, SessionPage]
+    ) -> None:
+        self._words, self._table, self._pages = words, table, pages
+
+    def __call__(self, slot: Slot) -> bool:
+        """Whether a slot is held."""
+        index, generation = slot.index, slot.generation
+        return self._words.published[index] != generation or any(
+            page.holds(index, generation) for page in self._pages.values()
+        )
+
+    def of_many(self) -> Callable[[Slot], bool]:
+        """Return what says the same of many features under keys, as long as no other task runs."""
+        known: list[bool] = []
+        asked = 0
+
+        def held(slot: Slot) -> bool:
+            nonlocal asked, known
+            if known:
+                return known[slot.index]
+            asked += 1
+            if asked > _FEW:
+                known = self._now()
+            return self(slot)
+
+        return held
+
+    def _now(self) -> list[bool]:
+        high = self._table.high
+        live = np.frombuffer(self._words.live, dtype=np.uint64)[:high]
+        held = np.frombuffer(self._words.published, dtype=np.uint64)[:high] != live
+        for page in self._pages.values():
+            held |= page.holds_of(live)
+        return [bool(one) for one in held.tolist()]
+
+    def close(self) -> None:
+        """Release the words, which must be unmapped with the pool."""
+        del self._words

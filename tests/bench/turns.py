@@ -1,0 +1,429 @@
+"""How long the longest turn of an event loop lasts when much comes at once, on the host slab.
+
+    PYTHONPATH=src python tests/bench/turns.py --out tests/bench/results/turns.json
+    PYTHONPATH=src python tests/bench/turns.py evict attach
+
+Beside each case a task wakes each millisecond; between two of its wake-ups lies a turn of the loop, or two
+short ones. Of the longest are printed the CPU time of the loop's thread, which is what is to stay under
+5 ms, the wall time that the task was late, and the time that the thread was blocked: it neither ran
+nor waited for a processor. Other load on the machine shows in the wall time alone, a slow machine in the
+CPU time too. A caller's own work counts: to make 4,000 tasks, or to cancel them, takes what the two
+cases called *floor* take, with no cache at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import featcache
+from bench import machine, resultfile
+from featcache import FeatureCache, FeatureRef, Settings, events
+
+LIMIT_MS = 5.0
+MANY = 4000
+PATIENCE_S = 30.0
+now = time.monotonic
+Found = dict[str, dict[str, Any]]
+
+
+class Ticker:
+    """The longest turns since the last look."""
+
+    def __init__(self) -> None:
+        self._wall_s = self._cpu_s = self._blocked_s = 0.0
+        self._stat = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat").open()  # noqa: SIM115 - as long as the loop
+        self._task = asyncio.ensure_future(self._run())
+
+    def _times(self) -> tuple[float, float]:
+        """Return the seconds that the thread ran, and that it waited for a processor."""
+        self._stat.seek(0)
+        return time.thread_time(), int(self._stat.read().split()[1]) * 1e-9
+
+    async def _run(self) -> None:
+        while True:
+            began_s, (ran_s, queued_s) = now(), self._times()
+            await asyncio.sleep(0.001)
+            late_s = now() - began_s - 0.001
+            ran_now_s, queued_now_s = self._times()
+            cpu_s = ran_now_s - ran_s
+            self._wall_s = max(self._wall_s, late_s)
+            self._cpu_s = max(self._cpu_s, cpu_s)
+            self._blocked_s = max(self._blocked_s, late_s - cpu_s - (queued_now_s - queued_s))
+
+    def take(self) -> dict[str, Any]:
+        """Return what was found, and begin anew."""
+        found = {
+            "cpu_ms": round(self._cpu_s * 1e3, 2),
+            "wall_ms": round(self._wall_s * 1e3, 2),
+            "blocked_ms": round(max(0.0, self._blocked_s) * 1e3, 2),
+            "under_5_ms": self._cpu_s * 1e3 < LIMIT_MS,
+        }
+        self._wall_s = self._cpu_s = self._blocked_s = 0.0
+        return found
+
+    def stop(self) -> None:
+        self._task.cancel()
+        self._stat.close()
+
+
+class Case:
+    """An open pool and its ticker; `found` has a row for each thing that was timed."""
+
+    def __init__(self, cache: FeatureCache, ticker: Ticker, found: Found) -> None:
+        self.cache, self.ticker, self._found = cache, ticker, found
+        self.endpoint = cache.endpoint
+
+    async def timed(self, name: str, done: Callable[[], bool] = lambda: True) -> None:
+        """Wait until it is done, then note the longest turn since the last row."""
+        give_up_s = now() + PATIENCE_S
+        while not done():
+            if now() > give_up_s:
+                raise TimeoutError(name)
+            await asyncio.sleep(0.002)
+        await asyncio.sleep(0.02)
+        self._found[name] = self.ticker.take()
+        print(f"{name:56}", *(f"{key}={value}" for key, value in self._found[name].items()))
+
+    async def quiet(self, done: Callable[[], bool] = lambda: True) -> None:
+        """Wait until it is done, and forget how long that took."""
+        while not done():  # noqa: ASYNC110 - the state is the event
+            await asyncio.sleep(0.002)
+        await asyncio.sleep(0.02)
+        self.ticker.take()
+
+    @property
+    def now(self) -> featcache.Statistics:
+        return self.cache.statistics()
+
+
+@contextlib.asynccontextmanager
+async def pool(found: Found, **settings: Any) -> AsyncIterator[Case]:
+    async with featcache.create(settings=Settings(**settings)) as cache:
+        gc.collect()
+        gc.freeze()  # a collection of torch's own objects is not what is timed
+        ticker = Ticker()
+        case = Case(cache, ticker, found)
+        await case.quiet()
+        yield case
+        ticker.stop()
+
+
+class Process:
+    """A process forked to run a coroutine in a loop of its own. The fork itself is not timed."""
+
+    def __init__(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 1
+        try:
+            asyncio.run(run())
+            code = 0
+        except BaseException:  # noqa: BLE001 - a forked child ends here, whatever comes
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    async def ended(self) -> None:
+        while not os.waitpid(self.pid, os.WNOHANG)[0]:  # noqa: ASYNC110, ASYNC222 - it does not block
+            await asyncio.sleep(0.005)
+
+
+def feature(nbytes: int = 256) -> torch.Tensor:
+    return torch.zeros(nbytes, dtype=torch.uint8)
+
+
+async def forever() -> None:
+    await asyncio.sleep(600)
+
+
+async def keep(cache: FeatureCache, count: int, nbytes: int = 256) -> None:
+    value = feature(nbytes)
+    for number in range(count):
+        await cache.put(value, key=f"{number}")
+
+
+# --- the cases ------------------------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {
+    "capacity": "4MiB", "segment": "4MiB", "initial": "4MiB", "slots": 4096, "waiters": 4096,
+}  # fmt: skip
+
+
+async def floor(found: Found) -> None:
+    async with pool(found) as case:
+        loop = asyncio.get_running_loop()
+
+        async def wait() -> None:
+            await loop.create_future()
+
+        tasks = [asyncio.ensure_future(wait()) for _ in range(MANY)]
+        await case.timed("floor: 4000 tasks are made")
+        for task in tasks:
+            task.cancel()
+        await case.timed("floor: 4000 tasks are cancelled", lambda: all(t.done() for t in tasks))
+
+
+async def evict(found: Found) -> None:
+    large = feature(int(3.9 * (1 << 20)))
+    async with pool(found, **SMALL) as case:
+        await keep(case.cache, MANY, 1000)
+        await case.quiet()
+        await case.cache.put(large, timeout=PATIENCE_S)
+        await case.timed("a put evicts 4000 keys")
+    async with pool(found, **SMALL, evict_above=0.95, evict_to=0.05) as case:
+        await keep(case.cache, 3990, 1000)
+        await case.timed("watermarks evict 3800 keys", lambda: case.now.evicted >= 3700)
+    async with pool(found, capacity="64MiB") as case:
+        await keep(case.cache, MANY)
+
+        async def evictor() -> None:
+            async with featcache.connect(case.endpoint) as client:
+                await asyncio.gather(*(client.evict(f"{number}") for number in range(MANY)))
+
+        process = Process(evictor)
+        await case.quiet()
+        await case.timed("a client evicts 4000 keys", lambda: case.now.keys == 0)
+        await process.ended()
+
+
+async def waiting(found: Found) -> None:
+    large, value = feature(4 << 20), feature()
+    for who in ("client", "owner"):
+        async with pool(found, **SMALL) as case:
+            full = await case.cache.put(large, ttl=None)
+
+            async def many() -> None:
+                async with featcache.connect(case.endpoint) as client:
+                    await asyncio.gather(*(client.put(value) for _ in range(MANY)))
+
+            tasks: list[asyncio.Future[FeatureRef]] = []
+            process: Process | None = None
+            if who == "client":
+                process = Process(many)
+                await case.quiet()
+            else:
+                tasks = [asyncio.ensure_future(case.cache.put(value)) for _ in range(MANY)]
+            most = 2048 if process else MANY  # a client has so many requests in flight
+            await case.timed(
+                f"4000 puts of {who} come to wait",
+                lambda: case.now.waiters >= most,  # noqa: B023 - awaited here
+            )
+            if process is None:
+                for task in tasks:
+                    task.cancel()
+                await case.timed(f"4000 puts of {who} are cancelled", lambda: not case.now.waiters)
+                tasks = [asyncio.ensure_future(case.cache.put(value)) for _ in range(MANY)]
+                await case.quiet(lambda: case.now.waiters >= MANY)
+                await case.cache.discard(full)
+                await case.timed(
+                    "4000 puts of owner get room",
+                    lambda: all(t.done() for t in tasks),  # noqa: B023
+                )
+            else:
+                process.kill()
+                await case.timed(f"4000 puts of {who} are killed", lambda: not case.now.sessions)
+                await process.ended()
+
+
+async def seeking(found: Found) -> None:
+    async with pool(found, capacity="64MiB") as case:
+        store = case.cache._opened().pool.store
+
+        async def seeker() -> None:
+            async with featcache.connect(case.endpoint) as client:
+                gets = (client.get("k", timeout=PATIENCE_S) for _ in range(MANY))
+                await asyncio.gather(*gets)
+                await forever()
+
+        process = Process(seeker)
+        await case.quiet()
+        await case.timed(
+            "4000 gets of a client come to wait", lambda: store.key_waiters.count >= 2048
+        )
+        await case.cache.put(feature(), key="k")
+        await case.timed("the key comes", lambda: case.now.hits >= MANY - 2048)
+        process.kill()
+        await process.ended()
+        await case.cache.evict("k")
+        process = Process(seeker)
+        await case.quiet(lambda: store.key_waiters.count >= 2048)
+        process.kill()
+        await case.timed("4000 gets that wait are killed", lambda: not case.now.sessions)
+        await process.ended()
+
+
+async def attach(found: Found) -> None:
+    async with pool(found, capacity="64MiB") as case:
+
+        async def some() -> None:
+            await asyncio.sleep(0.5)
+            clients = [featcache.connect(case.endpoint) for _ in range(15)]
+            await asyncio.gather(*(client.open() for client in clients))
+            await asyncio.sleep(2)
+            await asyncio.gather(*(client.aclose() for client in clients))
+
+        for end in ("say goodbye", "are killed"):
+            processes = [Process(some) for _ in range(4)]
+            await case.quiet()
+            await case.timed("60 sessions attach", lambda: case.now.sessions == 60)
+            if end == "are killed":
+                for process in processes:
+                    process.kill()
+            await case.timed(f"60 sessions {end}", lambda: not case.now.sessions)
+            for process in processes:
+                await process.ended()
+
+
+async def expire(found: Found) -> None:
+    async with pool(found, capacity="64MiB") as case:
+        at_s, value = now() + 1.5, feature()
+        for _ in range(3000):
+            await case.cache.put(value, ttl=max(0.01, at_s - now()))
+        await case.quiet()
+        await case.timed("3000 refs expire", lambda: not case.now.slots_used)
+
+
+async def holding(found: Found) -> None:
+    async with pool(found, capacity="64MiB") as case:
+        refs = [await case.cache.put(feature(), readers=["h"]) for _ in range(MANY)]
+
+        async def borrower() -> None:
+            client = featcache.connect(case.endpoint, name="h")
+            await client.open()
+            for ref in refs:
+                await client.borrow(ref).__aenter__()
+            await client.put(feature(), key="all")
+            await forever()
+
+        process = Process(borrower)
+        await case.quiet(lambda: case.now.keys == 1)
+        process.kill()
+        await case.timed(
+            "a named reader with 4000 borrows is killed", lambda: case.now.slots_used == 1
+        )
+        await process.ended()
+    async with pool(found, capacity="64MiB") as case:
+        await keep(case.cache, MANY)
+
+        async def reader() -> None:
+            client = featcache.connect(case.endpoint)
+            await client.open()
+            for number in range(MANY):
+                await client.borrow(f"{number}").__aenter__()
+            await client.pin("1")
+            await forever()
+
+        process = Process(reader)
+        await case.quiet(lambda: case.now.pinned_bytes > 0)
+        process.kill()
+        await case.timed("a reader with 4000 leases is killed", lambda: not case.now.sessions)
+        await process.ended()
+
+
+async def growth(found: Found) -> None:
+    async with pool(found, capacity="1GiB", segment="64MiB") as case:
+        large = feature(600 << 20)
+        await case.quiet()
+        await case.cache.put(large, timeout=PATIENCE_S)
+        await case.timed("growth by 64 MiB to 600 MiB, one put")
+        value = feature(4 << 20)
+        for _ in range(90):
+            await case.cache.put(value, timeout=PATIENCE_S)
+        await case.timed("growth by 64 MiB under puts of 4 MiB")
+    async with (
+        featcache.create(capacity="2GiB", initial="2GiB") as cache,
+        featcache.connect(cache.endpoint) as first,
+    ):
+        ticker = Ticker()
+        case = Case(cache, ticker, found)
+        await case.quiet()
+        async with featcache.connect(cache.endpoint):
+            await case.timed("attach to 2 GiB")
+        del first
+        ticker.stop()
+
+
+async def close(found: Found) -> None:
+    value = feature()
+    async with pool(found, capacity="64MiB") as case:
+        for _ in range(MANY):
+            await case.cache.put(value, ttl=None)
+        await case.quiet()
+        await case.cache.aclose()
+        await case.timed("close with 4000 unpaid refs")
+    async with pool(found, **SMALL) as case:
+        await case.cache.put(feature(4 << 20), ttl=None)
+        tasks = [asyncio.ensure_future(case.cache.put(value)) for _ in range(MANY)]
+        await case.quiet(lambda: case.now.waiters == MANY)
+        await case.cache.aclose()
+        await case.timed("close with 4000 puts that wait", lambda: all(t.done() for t in tasks))
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def hits(found: Found) -> None:
+    async with pool(found, capacity="64MiB") as case:
+        await case.cache.put(feature(), key="k")
+
+        async def loop(call: Callable[[], Awaitable[object]]) -> None:
+            until_s = now() + 0.3
+            while now() < until_s:
+                await call()
+
+        cache = case.cache
+        calls: dict[str, Callable[[], Awaitable[object]]] = {
+            "get": lambda: cache.get("k"),
+            "contains": lambda: cache.contains("k"),
+            "get_or_put": lambda: cache.get_or_put("k", feature),
+        }
+        for name, call in calls.items():
+            await loop(call)
+            await case.timed(f"a loop of {name}")
+
+
+CASES: dict[str, Callable[[Found], Coroutine[Any, Any, None]]] = {
+    "floor": floor, "hits": hits, "evict": evict, "waiting": waiting, "seeking": seeking, "attach": attach,
+    "expire": expire, "holding": holding, "growth": growth, "close": close,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="all of them by default")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    events.remove_hook(events.log_to_structlog)
+    found: Found = {}
+    for name in arguments.cases or CASES:
+        asyncio.run(CASES[name](found))
+    result = {
+        "machine": machine.machine(),
+        "versions": machine.versions(None),
+        "when": machine.now(),
+        "longest_turns": found,
+    }
+    resultfile.write(arguments.out, result)
+
+
+if __name__ == "__main__":
+    main()
