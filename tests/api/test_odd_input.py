@@ -132,6 +132,41 @@ async def test_another_cpu(both: Pair) -> None:
     await both[1].get(ref, device="cpu:0")
 
 
+@pytest.mark.parametrize("device", [LONE, "cpu:x", "", "meta", 1.5, []], ids=repr)
+async def test_a_device_that_is_none(both: Pair, device: Any) -> None:
+    ref = await both[0].put(filled(1))
+    for user in both:
+        with pytest.raises(SettingsError, match="device="):
+            await user.get(ref, device=device)
+        with pytest.raises(SettingsError, match="device="):
+            user.get_nowait(ref, device=device)
+    for make in (featcache.create, featcache.connect, featcache.blocking.create):
+        with pytest.raises(SettingsError, match="device="):
+            make(device=device)
+    await both[1].get(ref)
+
+
+def test_a_key_that_is_no_text_where_there_is_no_loop() -> None:
+    calls: list[Callable[[Any], Any]] = [
+        lambda user: user.put(filled(1), key=LONE),
+        lambda user: user.get(LONE),
+        lambda user: user.borrow(LONE).__enter__(),
+        lambda user: user.get_or_put(LONE, lambda: filled(1)),
+        *(
+            lambda user, name=name: getattr(user, name)(LONE)
+            for name in ("contains", "evict", "pin", "unpin")
+        ),
+    ]
+    with (
+        featcache.blocking.create(settings=small()) as owner,
+        featcache.blocking.connect(owner.endpoint, settings=small()) as client,
+    ):
+        for user in (owner, client):
+            for call in calls:
+                with pytest.raises(SettingsError, match="lone surrogate"):
+                    call(user)
+
+
 async def test_a_long_key_is_cut_in_what_is_said_of_it(both: Pair) -> None:
     calls: list[Callable[[User], Awaitable[Any]]] = [
         lambda user: user.pin("k" * 1000),

@@ -55,6 +55,8 @@ class FakeApi(FakeCalls):
         self.broken: list[str] = []
         self.current: dict[int, int] = {}
         """Torch's current stream of each device, where it is not the default one."""
+        self.foreign: set[int] = set()
+        """Streams that neither the code under test nor torch made."""
         self.before: dict[str, Callable[[], None]] = {}
         """Called before the call of this name is, in its thread."""
         self._failures: list[tuple[int, Code]] = []
@@ -167,4 +169,5 @@ def driver_over(api: FakeApi) -> Driver:
         api,
         current_stream=lambda ordinal: api.current.get(ordinal, 0),
         device=lambda ordinal: torch.device("cpu", ordinal),
+        lasts=lambda ordinal: api.current.get(ordinal, 0) not in api.foreign,
     )

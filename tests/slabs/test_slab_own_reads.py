@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from support.caches import MIB, spent, tensor
+from featcache import GetTimeout
+from featcache.memory.cuda.driver import _torch_lasts
+from support.caches import MIB, filled, spent, tensor
 from support.slabs import HOME, Slab, busy, full_of, mark, on_gpu, primed, same, stream_on
 
 pytestmark = pytest.mark.gpu
@@ -88,4 +90,26 @@ async def test_what_has_no_memory_on_a_gpu(slab: Slab) -> None:
             with pytest.raises(ValueError, match="0 bytes"):
                 await writer.get(ref, out=freed)
             await writer.release(ref)
+        await spent(owner)
+
+
+@on_gpu
+async def test_a_stream_that_torch_did_not_make_is_not_followed(
+    slab: Slab, side: torch.cuda.Stream
+) -> None:
+    """It may be gone by the time of the read: the read waits for the bytes, as another session's."""
+    foreign = torch.cuda.ExternalStream(stream_on(HOME).cuda_stream, HOME)  # type: ignore[no-untyped-call]
+    for stream, lasts in ((torch.cuda.default_stream(HOME), True), (side, True), (foreign, False)):
+        with torch.cuda.stream(stream):
+            assert _torch_lasts(0) == lasts
+    async with primed(slab) as (owner, _):
+        with torch.cuda.stream(foreign):
+            made = busy()
+            ref = await owner.put(full_of(5, MIB))
+            with pytest.raises(GetTimeout):
+                owner.get_nowait(ref)
+            assert not made.query(), "the stream was not busy for long enough to tell"
+            found = await owner.get(ref)
+            assert made.query()
+        assert same(found, filled(MIB, 5))
         await spent(owner)

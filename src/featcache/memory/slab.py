@@ -167,6 +167,9 @@ class Mapping(Protocol):
     def follow(self, order: Order, others: Sequence[Order]) -> Order:
         """Return an order that is behind all of these."""
 
+    def can_follow(self, order: Order) -> bool:
+        """Whether an order can be named at any later time, as one of those that `follow` stands behind."""
+
     def extend(self, start_bytes: int, size_bytes: int, fd: int) -> None:
         """Map a segment of the owner's. May block. The descriptor stays the caller's."""
 

@@ -42,6 +42,9 @@ class UnreachableSlab:
     enable_device = open_for_writing = stage = blocking_write_bytes = write = _refuse
     blocking_read_bytes = view = empty = fetch = read = _refuse
 
+    def can_follow(self, order: object) -> bool:
+        return False
+
     def _do_nothing(self, *_: Any) -> None:
         pass
 

@@ -173,14 +173,14 @@ class Attachment:
     def follow_write(self, ref: FeatureRef, device: torch.device | None) -> bool:
         """Put the caller's place on a device's stream behind this process's own write of a pinned ref.
 
-        False where that can't be: the bytes are another's, or the CPU is to read them. The stream waits
-        by an event, or not at all if it is the stream of the write.
+        False where that can't be: the bytes are another's, the CPU is to read them, or the stream of
+        the write may be gone. The stream waits by an event, or not at all if it is that stream.
         """
         if self.own_writes is None or not self.is_mapped(ref.offset_bytes, ref.nbytes):
             return False
         generation, behind = self.own_writes.get(ref.slot, (0, None))
         order = self.mapping.order(device)
-        if generation != ref.generation or behind is None or order is None:
+        if generation != ref.generation or order is None or not self.mapping.can_follow(behind):
             return False
         self.mapping.follow(order, [behind])
         return True

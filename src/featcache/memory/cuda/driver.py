@@ -61,6 +61,15 @@ def _torch_stream(ordinal: int) -> int:
     return int(torch.cuda.current_stream(ordinal).cuda_stream)
 
 
+def _torch_lasts(ordinal: int) -> bool:
+    """Whether torch's current stream of a device is one of torch's own, which it never destroys.
+
+    The id of another's stream is its address, which is even; of torch's own but the default, 0, odd.
+    """
+    number: int = torch.cuda.current_stream(ordinal).stream_id
+    return number == 0 or number % 2 == 1
+
+
 def _torch_device(ordinal: int) -> torch.device:
     return torch.device("cuda", ordinal)
 
@@ -73,12 +82,15 @@ class Driver:
         api: Any,
         current_stream: Callable[[int], int] = _torch_stream,
         device: Callable[[int], torch.device] = _torch_device,
+        lasts: Callable[[int], bool] = _torch_lasts,
     ) -> None:
         self.api = api
         self.current_stream = current_stream
         """Torch's current stream of a device, as the int that the driver knows it by."""
         self.device = device
         """torch's name of a device."""
+        self.lasts = lasts
+        """Whether torch's current stream of a device lives as long as the process."""
         self.own_allocations: dict[bytes, tuple[int, int]] = {}
         """Device and address of each allocation of this process, by its legacy handle."""
         self._contexts: dict[int, Any] = {}

@@ -310,6 +310,9 @@ class CudaMapping:
             return
         order.streams.write_word(words.address + 8 * index, value, order.stream)
 
+    def can_follow(self, order: StreamOrder | None) -> bool:
+        return order is not None and order.lasts
+
     def follow(
         self, order: StreamOrder | None, others: Sequence[StreamOrder | None]
     ) -> StreamOrder | None:

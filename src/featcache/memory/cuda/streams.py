@@ -25,12 +25,14 @@ _MAX_ORDERS: Final = 256  # torch has 32 streams to a device and priority; other
 class StreamOrder:
     """One of a device's streams, as the driver takes it."""
 
-    __slots__ = ("raw", "stream", "streams")
+    __slots__ = ("lasts", "raw", "stream", "streams")
 
-    def __init__(self, streams: "DeviceStreams", raw: int) -> None:
+    def __init__(self, streams: "DeviceStreams", raw: int, *, lasts: bool) -> None:
         self.streams = streams
         self.raw = raw
         self.stream = streams.driver.api.CUstream(raw)
+        self.lasts = lasts
+        """Whether it lives as long as the process: another's stream may be gone, its handle a new one's."""
 
 
 class DeviceStreams:
@@ -62,7 +64,8 @@ class DeviceStreams:
         except KeyError:
             if len(self._orders) >= _MAX_ORDERS:
                 self._orders.clear()
-            order = self._orders[raw] = StreamOrder(self, raw)
+            lasts = self.driver.lasts(self.ordinal)
+            order = self._orders[raw] = StreamOrder(self, raw, lasts=lasts)
             return order
 
     def view(self, offset_bytes: int, spec: TensorSpec) -> torch.Tensor:

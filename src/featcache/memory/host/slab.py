@@ -279,6 +279,9 @@ class HostMapping:
         """Return the order: the CPU has only one."""
         return order
 
+    def can_follow(self, order: Streams) -> bool:
+        return False
+
     def extend(self, start_bytes: int, size_bytes: int, fd: int) -> None:
         """Refuse: a host slab is one descriptor."""
         raise AttachRefused("the owner sent segments of a host slab, which has none")
