@@ -6,12 +6,12 @@ from collections.abc import Awaitable, Callable
 import torch
 
 from featcache.errors import BackendUnavailable, CacheClosed, UnknownPool, system_errors
-from featcache.memory.slab import Unreachable
+from featcache.memory.slab import PageWords, Unreachable
 from featcache.owner.sessions import OWN_SESSION, Sessions
 from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
 from featcache.ref import FeatureRef
-from featcache.session.attachment import Attachment, PageWords
+from featcache.session.attachment import Attachment
 from featcache.session.offload import Offload
 from featcache.session.waiting import Doorbell
 
