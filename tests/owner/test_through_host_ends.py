@@ -134,7 +134,7 @@ async def test_a_copy_that_is_made_and_can_not_be_read(
             with monkeypatch.context() as patch:
                 patch.setattr(torch, "empty", refuse)
                 patch.setattr(torch, "empty_strided", refuse)
-                with pytest.raises(featcache.BackendUnavailable, match="2[.]00 GiB"):
+                with pytest.raises(featcache.BackendUnavailable, match=r"2[.]00 GiB"):
                     await reading
             assert holds(client) == 0
             await until(lambda: store(owner).table.used == 0)
