@@ -10,10 +10,10 @@ from featcache.control.messages import Welcome
 from featcache.errors import AttachRefused
 from featcache.memory.backends import map_slab
 from featcache.memory.devices import default_device
-from featcache.memory.slab import Mapping, PeerSlab, Unreachable
+from featcache.memory.slab import Mapping, PageWords, PeerSlab, Unreachable
 from featcache.memory.unreachable import UnreachableSlab
 from featcache.memory.words import OwnerWords, SessionWords
-from featcache.session.attachment import Attachment, PageWords
+from featcache.session.attachment import Attachment
 from featcache.session.offload import Offload
 from featcache.session.waiting import Doorbell
 

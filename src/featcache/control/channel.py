@@ -23,6 +23,7 @@ from featcache.control.frames import (
     COUNT_AT,
     HEADER_BYTES,
     MAGIC,
+    Batching,
     frame_end,
     pack_header,
 )
@@ -62,28 +63,6 @@ class ChannelState(enum.Enum):
     OPEN = "open"
     FAILING = "failing"
     CLOSED = "closed"
-
-
-class Batching(enum.Enum):
-    """When a frame that is sent reaches the socket.
-
-    ::
-
-        NONE ──read of several frames──→ READ ──they are handled──→ NONE
-                                           │ requester
-                                           ↓
-        NONE ←──the loop's turn ends── TURN ──`send_next`──→ TURN_BEGUN ──the turn ends──→ NONE
-
-    NONE: at once. READ: frames are gathered until those of the read are handled. TURN: the turn of the
-    loop in which the tasks that were answered run; the first request goes at once, so that the peer has
-    work, and the next (TURN_BEGUN) are gathered until the turn ends, before which none of these tasks
-    could take an answer. A read of several frames within a turn returns to the state it found.
-    """
-
-    NONE = "none"
-    READ = "read"
-    TURN = "turn"
-    TURN_BEGUN = "turn begun"
 
 
 # Members of an enum are slow to look up, and these are compared on every frame.

@@ -3,6 +3,7 @@
 The length has four bytes, little-endian.
 """
 
+import enum
 import struct
 from typing import Final
 
@@ -16,6 +17,28 @@ COUNT_AT: Final = 3
 """The offset of the number of descriptors in the header."""
 MAGIC: Final = b"fc"
 _WRONG_MAGIC: Final = "the peer does not speak featcache's protocol"
+
+
+class Batching(enum.Enum):
+    """When a frame that is sent reaches the socket.
+
+    ::
+
+        NONE ──read of several frames──→ READ ──they are handled──→ NONE
+                                           │ requester
+                                           ↓
+        NONE ←──the loop's turn ends── TURN ──`send_next`──→ TURN_BEGUN ──the turn ends──→ NONE
+
+    NONE: at once. READ: frames are gathered until those of the read are handled. TURN: the turn of the
+    loop in which the tasks that were answered run; the first request goes at once, so that the peer has
+    work, and the next (TURN_BEGUN) are gathered until the turn ends, before which none of these tasks
+    could take an answer. A read of several frames within a turn returns to the state it found.
+    """
+
+    NONE = "none"
+    READ = "read"
+    TURN = "turn"
+    TURN_BEGUN = "turn begun"
 
 
 def frame_end(data: bytes | bytearray, start: int, limit_bytes: int, received: Received) -> int:

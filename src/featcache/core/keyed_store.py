@@ -47,6 +47,12 @@ class KeyedStore(Store):
         """Used bytes that no put can have: all but those of evictable slots."""
         return self.allocator.used_bytes - self.directory.idle_bytes
 
+    @property
+    def retiring_bytes(self) -> int:
+        """Extents that are free as soon as no session holds them."""
+        extents = [slot.extent for slot in self._retiring.values()]
+        return sum(extent.size_bytes for extent in extents if extent is not None)
+
     # --- lookups ----------------------------------------------------------------------------------
 
     def lookup(self, key: bytes, now_s: float) -> Slot | None:

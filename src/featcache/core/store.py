@@ -81,12 +81,6 @@ class Store(NamedReads):
         return max(self.allocator.largest_free_bytes, self.size.tail_room_bytes)
 
     @property
-    def retiring_bytes(self) -> int:
-        """Extents that are free as soon as no session holds them."""
-        extents = [slot.extent for slot in self._retiring.values()]
-        return sum(extent.size_bytes for extent in extents if extent is not None)
-
-    @property
     def blocked_puts(self) -> int:
         """Puts that wait for others' bytes: none while the slab changes its size."""
         return len(self.queue) if self.size.state is _STEADY else 0
@@ -129,17 +123,15 @@ class Store(NamedReads):
         if queue.growing < queue.count or not self.size.can_grow(now_s):
             return False
         wanted_bytes = queue.growing_bytes + aligned_size(request.nbytes)
-        return wanted_bytes <= self.size.tail_room_bytes and queue.count < len(
-            self.table.free_slots
-        )
+        has_slot = queue.count < len(self.table.free_slots)
+        return has_slot and wanted_bytes <= self.size.tail_room_bytes
 
     def wait(
         self, request: Request, now_s: float, tag: object, *, bounded: bool = True
     ) -> tuple[Waiter, list[Effect]]:
         """Join the queue. `Limits.waiters` bounds those that wait for others' features.
 
-        Not those whose room the slab can still grow by (never more than slots), nor one whose room is
-        being made in pieces (not `bounded`).
+        Not those whose room the slab can grow by, nor one whose room is made in pieces (not `bounded`).
         """
         self.check_size(request.nbytes)
         queue = self.queue
@@ -360,10 +352,9 @@ class Store(NamedReads):
         """Keep a slot that was just published under its key; grant it to those that wait for it."""
         slot.wanted_key = None
         replaced = self.directory.keep(key, slot, now_s)
-        grace_s = self.limits.grace_s
         if replaced is not None and not replaced.reads_left:
             self.endings.note(replaced, Ending.REPLACED)
-        effects = [] if replaced is None else self._unkept(replaced, now_s, grace_s)
+        effects = [] if replaced is None else self._unkept(replaced, now_s, self.limits.grace_s)
         if found := self.key_waiters.found(key, slot):
             # Granted before they are told: until they take the slot, only these grants keep the bytes.
             self._grant(slot, now_s, len(found))
@@ -392,9 +383,8 @@ class Store(NamedReads):
         self.serving = False
         while (waiter := self.queue.head) is not None:
             if len(effects) == self.serve_most:
-                self.serving = (
-                    True  # the rest is for the next call; meanwhile nobody overtakes them
-                )
+                # The rest is for the next call; meanwhile nobody overtakes them.
+                self.serving = True
                 break
             slot = self.reserve(waiter.request, now_s, first=True)
             if slot is None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 
 from featcache.errors import BackendUnavailable, FeatcacheError
-from featcache.memory.words import Block
+from featcache.memory.words import Block, SessionWords
 from featcache.ref import TensorSpec
 
 Parts: TypeAlias = Sequence[tuple[TensorSpec, torch.Tensor]]
@@ -214,3 +214,21 @@ class Slab(Mapping, Protocol):
 
     def segments(self, start_bytes: int, stop_bytes: int) -> Sequence[Segment]:
         """Return the segments in a part of the range, in order, to be sent to readers."""
+
+
+class PageWords(NamedTuple):
+    """The words of a session's page as its mapping's `signal` takes them."""
+
+    released: Words
+    granted: Words
+    written: Words
+
+    @classmethod
+    def adopted(cls, mapping: Mapping, page: SessionWords) -> "PageWords":
+        """Return a page's words in the form that a mapping made of them. May block."""
+        return cls(*(mapping.adopt(page, words) for words in cls.plain(page)))
+
+    @classmethod
+    def plain(cls, page: SessionWords) -> "PageWords":
+        """Return a page's words as they are: the CPU writes them."""
+        return cls(page.released, page.granted, page.written)

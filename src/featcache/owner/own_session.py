@@ -13,12 +13,12 @@ from featcache.errors import (
     UnknownPool,
     system_errors,
 )
-from featcache.memory.slab import Unreachable
+from featcache.memory.slab import PageWords, Unreachable
 from featcache.owner.sessions import OWN_SESSION, Sessions
 from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
 from featcache.ref import FeatureRef
-from featcache.session.attachment import Attachment, PageWords
+from featcache.session.attachment import Attachment
 from featcache.session.offload import Offload
 from featcache.session.waiting import Doorbell
 

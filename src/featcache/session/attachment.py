@@ -7,14 +7,13 @@ the reader finds the ref revoked or the owner finds the pin and waits for `relea
 
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from featcache.core.endings import RECYCLED, UNKNOWN
 from featcache.errors import CacheClosed, FeatcacheError, MalformedRef, StaleRef
-from featcache.memory.slab import Mapping, Order, Words
+from featcache.memory.slab import Mapping, Order, PageWords
 from featcache.memory.unreachable import UnreachableSlab
 from featcache.memory.words import (
     Header,
@@ -36,24 +35,6 @@ _FORKED = (
     "this process was forked from the one that attached the pool: connect again, after the fork"
 )
 _WRITES = 1 << 40  # beyond any slot: pins for writing and for reading never share a key
-
-
-class PageWords(NamedTuple):
-    """The words of a session's page as its mapping's `signal` takes them."""
-
-    released: Words
-    granted: Words
-    written: Words
-
-    @classmethod
-    def adopted(cls, mapping: Mapping, page: SessionWords) -> "PageWords":
-        """Return a page's words in the form that a mapping made of them. May block."""
-        return cls(*(mapping.adopt(page, words) for words in cls.plain(page)))
-
-    @classmethod
-    def plain(cls, page: SessionWords) -> "PageWords":
-        """Return a page's words as they are: the CPU writes them."""
-        return cls(page.released, page.granted, page.written)
 
 
 class _Uses:
