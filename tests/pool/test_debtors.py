@@ -355,3 +355,11 @@ async def test_an_expiry_names_who_never_attached() -> None:
             await until(lambda: of(told, events.RefExpired))
     (expired,) = of(told, events.RefExpired)
     assert (expired.owed_by, expired.never_attached) == (("ghost", "tp0"), ("ghost",))
+
+
+async def test_the_owner_is_not_taken_for_a_session_that_ended() -> None:
+    async with pair(**ONE) as (owner, _):
+        await owner.put(filled(MIB - 64 * KIB), key="kept")
+        await owner.pin("kept")
+        with pytest.raises(PoolFull, match="'kept' by the owner;"):
+            owner.put_nowait(filled(128 * KIB))

@@ -66,7 +66,10 @@ class Attendance:
     def named(self, number: int) -> str:
         """Return a session as messages have it, by its number."""
         page = self.pages.get(number)
-        return f"session {number}, which ended" if page is None else label_of(page)
+        if page is not None:
+            return label_of(page)
+        # The owner has a page only once it has read.
+        return "the owner" if number <= 0 else f"session {number}, which ended"
 
 
 def session_of(page: SessionPage) -> str:
