@@ -8,9 +8,14 @@ import torch
 
 import featcache
 from featcache import GetTimeout, OwnerLost
+from featcache.control.messages import Reply
 from featcache.memory.host.slab import HostSlab
+from featcache.owner.requests import RequestHandlers
 from support.caches import KIB, Gate, filled, steps, tensor, until
 from support.hosted import all_spent, holds, relayed, serving, store, stuffed
+
+LONG_S = 300.0
+"""Longer than a test lives: what goes before has not expired."""
 
 
 @pytest.mark.parametrize("how", ["get", "borrow"])
@@ -56,11 +61,14 @@ async def test_given_up_while_the_host_pool_is_full(how: str, end: str, no_leaks
         await all_spent(owner)
 
 
-@pytest.mark.parametrize("turns", range(0, 24, 3))
+@pytest.mark.parametrize("turns", range(24))
 @pytest.mark.parametrize("how", ["get", "borrow"])
 async def test_cancelled_at_any_moment(how: str, turns: int, no_leaks: None) -> None:
-    """Asked for, copied, attached to where the copy is, copied from there: the read is still owed."""
-    async with relayed(relay_ttl=0.05) as (owner, client):
+    """Asked for, copied, attached to where the copy is, copied from there: the read is still owed.
+
+    The copy that nobody reads now is paid by who asked for it: it does not wait to expire.
+    """
+    async with relayed(relay_ttl=LONG_S) as (owner, client):
         ref = await owner.put(filled(KIB, 6))
         borrow = client.borrow(ref)
         reading: Any = client.get(ref) if how == "get" else borrow.__aenter__()
@@ -106,6 +114,71 @@ async def test_a_copy_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
                     await use
         assert store(owner).table.used == holds(client) == 0
         assert torch.equal(tensor(await client.get(ref)), filled(KIB, 6))
+        await all_spent(owner)
+
+
+@pytest.mark.parametrize("how", ["get", "borrow"])
+async def test_a_copy_that_is_made_and_can_not_be_read(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The read is owed; the copy is not: nobody knows of it any more."""
+
+    def refuse(*_: Any, **__: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+
+    async with relayed(relay_ttl=LONG_S) as (owner, client):
+        value = filled(KIB, 6)
+        for feature in (value, {"one": value, "other": value}):
+            ref = await owner.put(feature)
+            reading: Any = client.get(ref) if how == "get" else client.borrow(ref).__aenter__()
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "empty", refuse)
+                patch.setattr(torch, "empty_strided", refuse)
+                with pytest.raises(featcache.BackendUnavailable, match="2[.]00 GiB"):
+                    await reading
+            assert holds(client) == 0
+            await until(lambda: store(owner).table.used == 0)
+            await client.get(ref)
+        await all_spent(owner)
+
+
+@pytest.mark.parametrize("how", ["get", "borrow"])
+async def test_a_copy_whose_pool_can_not_be_attached(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can pay it then: it expires."""
+    refused = 0
+
+    async def refuse(*_: Any) -> Any:
+        nonlocal refused
+        refused += 1
+        raise featcache.AttachRefused("not today")
+
+    async with relayed(relay_ttl=1.0) as (owner, client):
+        ref = await owner.put(filled(KIB, 6))
+        reading: Any = client.get(ref) if how == "get" else client.borrow(ref).__aenter__()
+        with monkeypatch.context() as patch:
+            patch.setattr("featcache.client.registry.dial", refuse)
+            with pytest.raises(featcache.AttachRefused, match="not today"):
+                await reading
+            await until(lambda: refused == 2)  # once to get it, once to pay it
+        await until(lambda: store(owner).expired == 1)
+        assert torch.equal(tensor(await client.get(ref)), filled(KIB, 6))
+        await all_spent(owner)
+
+
+async def test_an_answer_that_can_not_be_sent() -> None:
+    """The copy goes with it, as a grant or a slot does: the session is gone, or the ref too long."""
+    async with relayed(relay_ttl=LONG_S) as (owner, client):
+        ref = await owner.put(filled(KIB, 6))
+        served = owner._opened().served[0]
+        for session in (next(n for n in served.pool.pages if n > 0), 1000):
+            data = await served.sessions.relays.encoded(ref.to_bytes())
+            assert store(owner).table.used == 1
+            handlers = RequestHandlers(served.pool, served.writer, served.lookups, served.sessions)
+            handlers.revoke(session, Reply(1, ref=data))
+            await until(lambda: store(owner).table.used == 0)
+        await client.release(ref)
         await all_spent(owner)
 
 

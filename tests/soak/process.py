@@ -150,6 +150,8 @@ async def served(
     """Attach, act until the end, and attach anew whenever the owner is lost."""
     chosen = settings or me.world.sizes.settings()
     endpoint = me.endpoint if bound else None
+    if me.device is not None and not me.place.mortal:
+        _wake_gpus()
     while not me.stopping:
         try:
             me.row[Word.AT] = Step.ATTACH
@@ -172,6 +174,15 @@ async def served(
         await me.pause(0.04)
     if me.open_since:
         me.world.board.fault(f"LEFT OPEN at {me.place}: {me.open_since}")
+
+
+def _wake_gpus() -> None:
+    """Make a context on each GPU, so that what the driver opens for one, eventfds too, is there at first.
+
+    A reader that is bound to no pool may end its first client before it has met a ref.
+    """
+    for ordinal in range(torch.cuda.device_count()):
+        assert not torch.zeros(1, device=f"cuda:{ordinal}").cpu().any()
 
 
 def note_descriptors(me: Process) -> None:

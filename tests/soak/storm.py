@@ -24,6 +24,8 @@ _HUNG_S: Final = 25.0
 """Without progress, of a process that is not stopped: longer than any wait of a script."""
 _END_S: Final = 20.0
 _GRACE_NS: Final = 1_000_000_000
+_LIMIT_GRACE_NS: Final = 10_000_000_000
+"""Processes of a busy machine, and those that are stopped besides, end long after what ended them."""
 
 
 @attrs.frozen
@@ -182,7 +184,7 @@ class Storm:
                 pages = int(Path(f"/proc/{child.pid}/statm").read_text().split()[0])
                 most = pages * resource.getpagesize() + self.chance.randrange(8 << 20)
             row = self._row(child.place)
-            row[Word.LIMITED_NS] = time.monotonic_ns() + int(for_s * 1e9) + _GRACE_NS
+            row[Word.LIMITED_NS] = time.monotonic_ns() + int(for_s * 1e9) + _LIMIT_GRACE_NS
             child.limit(what, most, now_s + for_s)
             self.counts["limits"] += 1
 

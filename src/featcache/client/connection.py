@@ -32,7 +32,7 @@ from featcache.session.waiting import Doorbell, drain
 _SETTLE_S = 10.0
 _MAX_CHANGES = 1024
 """Changes that may wait to be carried out: four times as many as a slab can have segments."""
-Spawn = Callable[[Coroutine[Any, Any, None]], object]
+Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 
 class ConnectionState(enum.Enum):
@@ -173,15 +173,22 @@ class PoolConnection:
             self.attachment.part(Parting.LEAVING)
             self.attachment.when_idle(lambda: self._soon(self._say_goodbye_and_leave))
             return
-        await self._drain()
-        self.attachment.part(Parting.LEFT)
+        # A task of its own: a caller that is cancelled, an attach say, does not cut the end short.
+        await asyncio.shield(self._spawn(self._end()))
+
+    async def _end(self) -> None:
         try:
+            await self._drain()
+            self.attachment.part(Parting.LEFT)
             await self.link.goodbye()
         finally:
+            self.link.close()
             await self._leave()
 
     def lose(self, reason: str) -> None:
-        """Refuse new reads; pinned slots stay mapped until they are unpinned."""
+        """Refuse new reads; pinned slots stay mapped until they are unpinned. Idempotent."""
+        if self.state in {ConnectionState.LOST, ConnectionState.LEFT}:
+            return  # it is unmapped once: an attach hears of its end twice
         self.state = ConnectionState.LOST
         self.attachment.refuse(OwnerLost(reason))
         self.attachment.part(Parting.LEAVING)  # its owner may live, and only the socket be gone
@@ -214,8 +221,14 @@ class PoolConnection:
     async def _leave(self) -> None:
         """Unmap, in a thread since it takes milliseconds."""
         self.state, self._follows = ConnectionState.LEFT, False
-        # First: unmapping under a stream's work would fault this process's context.
-        await self._drain()
+        try:
+            # First: unmapping under a stream's work would fault this process's context.
+            await self._drain()
+        except (
+            BaseException
+        ):  # cancelled with all tasks of its loop: a thread waits for the streams
+            self._offload.spawn(self._unmap_behind_streams)
+            raise
         self.attachment.part(Parting.ABANDONED)
         self._doorbell.close()
         if self._changes:
@@ -242,6 +255,10 @@ class PoolConnection:
         if self.state is ConnectionState.LEFT:
             return
         self.state = ConnectionState.LEFT
+        self._unmap_behind_streams()
+
+    def _unmap_behind_streams(self) -> None:
+        """Unmap once the work of this process's streams is done, which blocks."""
         if not self.attachment.settled:
             with contextlib.suppress(BackendUnavailable):
                 self._mapping.finish()

@@ -1,6 +1,7 @@
 """The pools that a client has attached, each attached with single-flight."""
 
 import asyncio
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from featcache import events
 from featcache.client.connection import PoolConnection, abandon_the_loopless, return_unclaimed
 from featcache.client.mapping import map_pool
+from featcache.control import messages
 from featcache.control.descriptors import close_all
 from featcache.control.link import Link, dial
 from featcache.control.messages import Welcome
@@ -18,6 +20,7 @@ from featcache.errors import (
     AttachRefused,
     BackendUnavailable,
     CacheClosed,
+    FeatcacheError,
     OwnerLost,
     PoolFull,
     SettingsError,
@@ -157,6 +160,29 @@ class ConnectionRegistry:
         self._siblings.add(there.pool_id)
         return there
 
+    def pay_copy(self, copied: FeatureRef) -> None:
+        """Pay a relay's copy that nobody is going to get; where its pool can't be attached it expires."""
+        connection = self._connections.get(copied.pool_id)
+        if connection is not None:
+            with contextlib.suppress(FeatcacheError):
+                connection.attachment.pay(copied)
+        elif not self._closed:
+            self._spawn(self._attach_and_pay(copied))
+
+    async def _attach_and_pay(self, copied: FeatureRef) -> None:
+        with contextlib.suppress(FeatcacheError):
+            host_pool = await self.attach(copied.endpoint, sibling=True)
+            if host_pool.attachment.pool_id == copied.pool_id:
+                host_pool.attachment.pay(copied)
+
+    def _return_unclaimed(
+        self, connection: PoolConnection, request: messages.Request, answer: messages.Answer
+    ) -> None:
+        if isinstance(request, messages.Relay) and isinstance(answer, messages.Reply):
+            self.pay_copy(FeatureRef.from_bytes(answer.ref))
+        else:
+            return_unclaimed(connection, request, answer)
+
     # --- attaching ------------------------------------------------------------------------------
 
     async def attach(self, endpoint: str, *, sibling: bool = False) -> PoolConnection:
@@ -240,7 +266,7 @@ class ConnectionRegistry:
             ),
         )
         connection.spill_endpoint = welcome.sibling_endpoint
-        link.requests.on_orphan = lambda request, answer: return_unclaimed(
+        link.requests.on_orphan = lambda request, answer: self._return_unclaimed(
             connection, request, answer
         )
         link.on_lost = lambda _: connection.lose(link.lost or "it is gone")
@@ -258,10 +284,11 @@ class ConnectionRegistry:
             link.on_lost = None  # the caller, which keeps the connection, sets its own
         return connection
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def drain(self) -> None:
         """Return when all work in the background is done."""

@@ -1,11 +1,18 @@
 """The owner's own sessions: it reads its pools through its own mappings."""
 
+import contextlib
 import os
 from collections.abc import Awaitable, Callable
 
 import torch
 
-from featcache.errors import BackendUnavailable, CacheClosed, UnknownPool, system_errors
+from featcache.errors import (
+    BackendUnavailable,
+    CacheClosed,
+    FeatcacheError,
+    UnknownPool,
+    system_errors,
+)
 from featcache.memory.slab import Unreachable
 from featcache.owner.sessions import OWN_SESSION, Sessions
 from featcache.pool.page import SessionPage
@@ -114,6 +121,11 @@ class OwnPools:
     async def open(self, ref: FeatureRef) -> Attachment:
         """As `peek`, which never says that something is yet to be opened."""
         return self.peek(ref)
+
+    def pay_copy(self, copied: FeatureRef) -> None:
+        """Pay a relay's copy that nobody is going to get, if the pools are open."""
+        with contextlib.suppress(FeatcacheError):
+            self.peek(copied).pay(copied)
 
     async def reach(self, attachment: Attachment, device: torch.device | None) -> bool:
         """Enable another device of this process for the slab."""

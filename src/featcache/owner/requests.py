@@ -173,9 +173,14 @@ class RequestHandlers:
     # --- answers that could not be sent --------------------------------------------------------------
 
     def revoke(self, session: int, answer: Answer) -> None:
-        """Undo the grant, claim or reservation of an answer; a session that is gone has had it undone."""
+        """Undo the grant, claim or reservation of an answer; a session that is gone has had it undone.
+
+        A ref in an answer is of a feature that nobody knows of then, whether the session is gone or not.
+        """
         page = self._pool.pages.get(session)
-        if isinstance(answer, messages.ClaimGranted):
+        if isinstance(answer, messages.Reply) and answer.ref:
+            self._sessions.discard_unsent(FeatureRef.from_bytes(answer.ref))
+        elif isinstance(answer, messages.ClaimGranted):
             for key, claim in self._pool.store.key_waiters.claims_of(session):
                 if claim == answer.claim:
                     self._lookups.release_claim(Claim(key, claim))

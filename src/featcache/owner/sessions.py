@@ -1,6 +1,7 @@
 """Session admission and teardown; settles the reads of dead peers."""
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -12,7 +13,13 @@ from featcache.control.peer import Peer
 from featcache.control.turns import LEAVE_UNITS, QUANTUM_UNITS
 from featcache.core.effects import Effect
 from featcache.core.keyed_store import KeyedStore
-from featcache.errors import AttachRefused, BackendUnavailable, MalformedRef, system_errors
+from featcache.errors import (
+    AttachRefused,
+    BackendUnavailable,
+    MalformedRef,
+    StaleRef,
+    system_errors,
+)
 from featcache.memory.slab import Segment
 from featcache.memory.words import Parting, SessionWords
 from featcache.pool.page import SessionPage
@@ -231,6 +238,13 @@ class Sessions:
             raise MalformedRef(f"slot {ref.slot} of a pool with {slots} slots")
         self._pool.find(ref)
         self.discard(ref.slot, ref.generation)
+
+    def discard_unsent(self, ref: FeatureRef) -> None:
+        """Cancel what a ref of this or the owner's other pools owes, which reached nobody."""
+        for pool in (self._pool, *self.siblings):
+            if pool.pool_id == ref.pool_id and not pool.closed:
+                with contextlib.suppress(StaleRef):
+                    pool.apply(pool.store.revoke(ref.slot, ref.generation, time.monotonic()))
 
     def close(self) -> None:
         """Close the owner's pidfd."""

@@ -46,6 +46,9 @@ class Pools(Protocol):
     def relay(self, ref: FeatureRef) -> Awaitable[FeatureRef]:
         """Have the owner copy a pinned ref's bytes into host memory; return the copy's ref."""
 
+    def pay_copy(self, copied: FeatureRef) -> None:
+        """Pay the one read that a copy of `relay` owes, since nobody is going to get it."""
+
 
 class Reader:
     """get, borrow and release over the pools that there are."""
@@ -168,14 +171,26 @@ class Reader:
         pays = False
         try:
             with anyio.fail_after(timeout_s):
-                there = await self.pools.relay(ref)
-                feature = await self.get(there, None if out is not None else device, out, None)
-            self.gets -= 1  # the copy's get is part of this one
+                feature = await self._get_copy(ref, None if out is not None else device, out)
             pays = True
         except TimeoutError:
             raise GetTimeout(_NO_COPY) from None
         finally:
             source.unpin(ref, pays=pays)
+        return feature
+
+    async def _get_copy(self, ref: FeatureRef, device: Device, out: Feature | None) -> Feature:
+        """Get the copy in host memory that the owner makes of a pinned ref's bytes for this call alone.
+
+        If it can't be got it is paid all the same: nobody else knows of it, and it takes room there.
+        """
+        there = await self.pools.relay(ref)
+        try:
+            feature = await self.get(there, device, out, None)
+        except BaseException:
+            self.pools.pay_copy(there)
+            raise
+        self.gets -= 1  # the copy's get is part of the read
         return feature
 
     # --- release and borrow -------------------------------------------------------------------------
@@ -261,10 +276,7 @@ class Reader:
         if reached:
             source.pin(ref)  # a use of its own, which ends with the copy and pays nothing
             return await self._copier.copy(source, ref, None, None, pays=False)
-        there = await self.pools.relay(ref)
-        copied = await self.get(there, source.mapping.device, None, None)
-        self.gets -= 1  # the copy's get is part of the borrow
-        return copied
+        return await self._get_copy(ref, source.mapping.device, None)
 
     # --- for callers with no event loop ---------------------------------------------------------------
 

@@ -71,3 +71,7 @@ class Doorbell:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def __del__(self) -> None:
+        """Close what nobody closed, as the words' mappings are: the two belong together."""
+        self.close()
