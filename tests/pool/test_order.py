@@ -1,10 +1,11 @@
 """First come, first served from the call on; and what the bound on waiters counts."""
 
 import asyncio
+import gc
 
 import pytest
 
-from featcache import FeatureCache, PoolFull
+from featcache import CacheClosed, FeatureCache, FeatureRef, PoolFull
 from featcache.control.turns import turn_of
 from support.caches import KIB, MIB, filled, full, pair, steps, until
 
@@ -128,3 +129,21 @@ async def test_slots_that_are_missing_are_no_growth() -> None:
         assert isinstance(puts[3].exception(), PoolFull)
         puts[2].cancel()
         await asyncio.gather(*puts, return_exceptions=True)
+
+
+async def test_puts_that_may_not_wait_end_with_the_cache(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever each was waiting for: its turn, growth, or the first step of its task after its turn."""
+    for turns in range(12):
+        async with pair(capacity=MIB, segment=SIZE, initial=SIZE, slots=512) as (owner, _):
+            puts = [
+                asyncio.create_task(owner.put(filled(KIB), on_full="raise", ttl=None))
+                for _ in range(400)
+            ]
+            await steps(turns)
+            await owner.aclose()
+            found = await asyncio.gather(*puts, return_exceptions=True)
+            odd = [each for each in found if not isinstance(each, FeatureRef | CacheClosed)]
+            assert not odd
+        del puts, found
+        gc.collect()
+    assert "never retrieved" not in caplog.text

@@ -48,12 +48,7 @@ class Growth:
 
     def grow(self, end_bytes: int) -> None:
         """Commit memory up to `end_bytes`, in a thread."""
-        task = self.in_progress = self._spawn(self._grow(end_bytes))
-        task.add_done_callback(self._grew)
-
-    def _grew(self, task: "asyncio.Task[None]") -> None:
-        if self.in_progress is task:
-            self.in_progress = None
+        self.in_progress = self._spawn(self._grow(end_bytes))
 
     def shrink(self, end_bytes: int, old_end_bytes: int) -> None:
         """Give the memory from `end_bytes` on back, in a thread."""
@@ -69,7 +64,14 @@ class Growth:
         start_bytes, slab = self._store.committed_bytes, self._slab
         prefault = self._settings.prefault
         try:
-            await self._offload.run(lambda: slab.commit(start_bytes, end_bytes, prefault=prefault))
+            try:
+                await self._offload.run(
+                    lambda: slab.commit(start_bytes, end_bytes, prefault=prefault)
+                )
+            finally:
+                # In the step that gives the memory out, and before it, since that may begin the next
+                # growth: who met one that is done would await it without ever letting the loop turn.
+                self.in_progress = None
         except Exception as error:
             self.grow_failed(end_bytes - start_bytes, error)
             if not isinstance(error, MemoryError | OSError | BackendUnavailable):

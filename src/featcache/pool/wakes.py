@@ -48,6 +48,7 @@ class Wakes:
             turn.left -= WAKE_UNITS
             if fails:
                 future.set_exception(CacheClosed(_CLOSED))
+                future.exception()  # a put that waits for growth alone learns it otherwise: no complaint
             else:
                 future.set_result(None)
         return bool(waiting)

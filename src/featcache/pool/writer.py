@@ -211,7 +211,7 @@ class OwnerWriter:
                     await self._turn.wait()
                 else:
                     break
-                pool.check_open()
+            pool.check_open()  # also if it was closed before this task ran: the queue is gone
             if waiter.state is WaiterState.WAITING:
                 raise self.full(waiter.request)
             granted = True
