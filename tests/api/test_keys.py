@@ -550,7 +550,7 @@ async def test_a_borrow_by_key_can_be_entered_again_and_looks_anew() -> None:
         await owner.put(filled(8, 1), key="a")
         async with borrow as view:
             assert torch.equal(tensor(view), filled(8, 1))
-            with pytest.raises(RuntimeError, match="entered already"):
+            with pytest.raises(SettingsError, match="entered already"):
                 await borrow.__aenter__()
         await owner.put(filled(8, 2), key="a")
         async with borrow as view:

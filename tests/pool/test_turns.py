@@ -9,7 +9,7 @@ import pytest
 
 import featcache
 from featcache import CacheClosed, FeatureCache, FeatureClient
-from featcache.control.turns import CALL_UNITS, EVICT_UNITS, TURN_UNITS, turn_of
+from featcache.control.turns import CALL_UNITS, EVICT_UNITS, LEAST, TURN_UNITS, turn_of
 from support.caches import KIB, MIB, filled, pair, steps, until
 
 MANY = 600
@@ -155,7 +155,8 @@ async def test_puts_come_to_wait_and_are_told_of_the_end_in_pieces(who: str) -> 
         async with sampled(lambda: owner.statistics().waiters) as waiters:
             tasks = [asyncio.create_task(put(number)) for number in range(MANY)]
             await until(lambda: owner.statistics().waiters == MANY)
-        assert waiters.most <= TURN_UNITS
+        # A turn's units, and the least that a call may serve though the turn has none left.
+        assert waiters.most <= TURN_UNITS + LEAST
         async with sampled(lambda: len(ended)) as told:
             await owner.aclose()
             await asyncio.gather(*tasks)
@@ -311,4 +312,4 @@ async def test_puts_that_wait_get_room_in_pieces_and_in_order() -> None:
             await client.release(ref)
             await asyncio.gather(*tasks)
         assert served == list(range(MANY))
-        assert waiters.most <= TURN_UNITS
+        assert waiters.most <= TURN_UNITS + LEAST

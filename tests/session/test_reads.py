@@ -178,7 +178,7 @@ async def test_a_borrow_is_entered_once_at_a_time() -> None:
     async with pair() as (owner, client):
         borrow = client.borrow(await owner.put(filled(KIB)))
         async with borrow:
-            with pytest.raises(RuntimeError, match="entered already"):
+            with pytest.raises(SettingsError, match="entered already"):
                 async with borrow:
                     pass
         await spent(owner)

@@ -81,7 +81,7 @@ class Borrow:
 
     def _check_unused(self) -> None:
         if self._source is not None:
-            raise RuntimeError("this borrow is entered already; call borrow() for another")
+            raise SettingsError("this borrow is entered already; call borrow() for another")
 
     async def __aenter__(self) -> Feature:
         """Return the view, once its bytes are there."""
