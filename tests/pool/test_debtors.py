@@ -255,7 +255,7 @@ async def test_a_put_that_waits_long_is_told_of_once() -> None:
         (0, KIB, "warning"),
         (1, 2 * KIB, "warning"),
     ]
-    assert all(each.waited_s >= 0.02 for each in warnings)
+    assert all(each.waited_s > 0 for each in warnings)
     assert warnings[0].holders[0].startswith(f"ref {ref.slot}:{ref.generation}")
     assert [each.granted for each in of(told, events.PutWaited)] == [True, True]
 
