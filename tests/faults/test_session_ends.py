@@ -16,7 +16,9 @@ from faults.agents import feature, is_right
 from faults.checks import Log, assert_whole, events
 from featcache import AttachRefused, FeatcacheError, FeatureClient, FeatureRef
 from featcache.control.messages import ProtocolError
+from featcache.pool.attendance import Attendance
 from featcache.settings import Settings
+from support.caches import small
 from support.processes import Pipe, Start, until
 
 SIZE = 64 << 10
@@ -419,3 +421,21 @@ async def test_a_client_goes_on_after_a_first_put_that_had_no_descriptors(
         await until(lambda: not sessions(cache))
         assert len(events(log, "reader.left")) == 2
         assert not events(log, "reader.quarantined")
+
+
+async def test_an_owner_closes_though_a_sessions_settlement_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failures = list[object]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("a fault of featcache's own")
+
+    async with featcache.create(settings=small()) as owner:
+        client = await featcache.connect(owner.endpoint).open()
+        await client.contains("k")
+        with monkeypatch.context() as patch:
+            patch.setattr(Attendance, "ended", fail)
+            await client.aclose()
+            await until(lambda: failures)

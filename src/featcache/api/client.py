@@ -216,7 +216,7 @@ _closing: set[asyncio.Task[None]] = set()
 
 
 def _close_forgotten(life: Lifecycle[Any], loop: asyncio.AbstractEventLoop, pid: int) -> None:
-    """Close what a client that was collected has open: its loop would keep the session for ever."""
+    """Close the session of a client object that was collected: its loop still refers to the session."""
 
     def close() -> None:
         task = loop.create_task(life.aclose())

@@ -7,7 +7,7 @@ So the loops are ended by a hook of the first kind, which `concurrent.futures` u
 
 - before the join, since a thread that waits in a call here (or a worker of an executor that does, for
   which the hook of `concurrent.futures` waits) ends only when the loop is closed. A hook of `atexit`
-  would come after that wait, which would then be for ever, and a thread of our own that waits for the
+  would come after that join, which would then deadlock, and a thread of our own that waits for the
   main thread comes after the executors';
 - while executors still take work: closing an owner gives its memory back in a thread;
 - in children of `multiprocessing` too, which run no hooks of `atexit`.

@@ -131,7 +131,7 @@ class Portal(Generic[A]):
         return self.inner._target(device, out)  # noqa: SLF001 - one object in two classes
 
     def check_thread(self, ref: FeatureRef | None = None) -> None:
-        """Raise WrongLoop in a thread whose own event loop a call would wait for, and so for ever.
+        """Raise WrongLoop in the thread of the event loop that has to answer: the call would deadlock.
 
         That is this object's loop (a hook runs there), and the loop of the owner that a client reads,
         if it is of this thread. A wait in any other loop's thread only holds that loop, as any call
@@ -155,7 +155,7 @@ class Portal(Generic[A]):
             )
 
     def _endpoints(self, ref: FeatureRef | None) -> set[str]:
-        """Return where the owners listen for whom a call may wait."""
+        """Return the endpoints of the owners that a call may wait for."""
         inner = self.inner
         if isinstance(inner, FeatureCache):
             return set()

@@ -142,8 +142,9 @@ class EndpointLock:
         return None
 
     def release(self) -> None:
-        """Remove the file and let go of the lock, in this order. Idempotent."""
+        """Remove the file, then release the lock. Idempotent."""
         if self._fd >= 0:
+            # In this order: unlocked first, the file could be the next owner's.
             _unlink(self._path, self._identity)
             self.forget()
 

@@ -307,9 +307,7 @@ class Server:
             self._end(peer)
         elif peer.state is SessionState.ACTIVE:
             assert peer.watch is not None, "an active session has its watch"
-            if self._host.has_left(
-                peer
-            ):  # its goodbye was dropped with what its socket had no room for
+            if self._host.has_left(peer):  # its goodbye found no room in the socket
                 self._goodbye(peer)
                 return
             if peer.watch.dead:

@@ -19,7 +19,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor as integers of its width: torch copies these for every dtype, strided or not."""
+    """Reinterpret the elements as integers of the same size, which torch copies for every dtype."""
     integer = _INTEGERS.get(tensor.element_size())
     return tensor if integer is None or tensor.ndim == 0 else tensor.view(integer)
 

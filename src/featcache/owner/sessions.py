@@ -151,6 +151,13 @@ class Sessions:
     def _ending(
         self, session: Peer, ended: Callable[[int], object], *, died: bool
     ) -> Iterator[None]:
+        try:
+            paid = yield from self._settle(session, died=died)
+        finally:
+            self.settling -= 1  # whatever failed: `settled`, and so the close, waits for this
+        ended(paid)
+
+    def _settle(self, session: Peer, *, died: bool) -> Generator[None, None, int]:
         pool, turn, now_s = self._pool, self._pool.turn, time.monotonic()
         page = pool.pages[session.number]
         turn.left -= LEAVE_UNITS
@@ -171,8 +178,7 @@ class Sessions:
         page.close()
         if not pool.closed:
             pool.collect()  # the slots that the session had pinned can go now
-        self.settling -= 1
-        ended(paid)
+        return paid
 
     def _grants_paid(self, page: SessionPage, now_s: float) -> Iterator[list[Effect]]:
         while page.grants:

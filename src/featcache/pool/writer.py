@@ -25,7 +25,7 @@ _now = time.monotonic
 
 
 Place: TypeAlias = "Slot | Waiter | asyncio.Future[Slot | Waiter]"
-"""What a put has from its call on: its slot, its place in the queue, or one in the line of callers."""
+"""A put's claim from its call on: a slot, a waiter in the queue, or a future in the line of callers."""
 
 
 class OwnerWriter:
