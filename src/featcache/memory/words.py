@@ -285,6 +285,13 @@ class SessionWords(Block):
         """Return the `granted` words as an array over the same memory, for vector compares."""
         return np.frombuffer(self.granted, dtype=np.uint64)
 
+    def entries_in_use(self) -> NDArray[np.bool_]:
+        """Return which lease entries are in use, as far as any was ever taken."""
+        high = min(self.header[Counts.LEASES_HIGH], len(self.serial))
+        serials, ended = (np.frombuffer(words, np.uint64) for words in (self.serial, self.ended))
+        in_use: NDArray[np.bool_] = serials[:high] != ended[:high]
+        return in_use
+
     def released_array(self) -> NDArray[np.uint64]:
         """Return the `released` words as an array over the same memory, for vector compares."""
         return np.frombuffer(self.released, dtype=np.uint64)
