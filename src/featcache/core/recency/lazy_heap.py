@@ -39,7 +39,7 @@ class LazyHeap(ABC):
         """One more than the highest index of a slot that was ever added."""
         self._times = TickTimes()
         self._heap: list[tuple[int, int, Slot]] = []
-        """Rank, number, slot: of equal ranks the one that came first goes first."""
+        """Rank, number, slot: of equal ranks the one that was added first goes first."""
         self._max_entries = _SLACK
         self._entries = 0
 
@@ -131,7 +131,7 @@ class LazyHeap(ABC):
         self._uses, self._looks = None, 0
         stale, most_stale = 0, _SLACK + len(heap) // 8
         while heap and len(found) < count:
-            rank, _, slot = heap[0]
+            rank, number, slot = heap[0]
             if slot.idle:
                 reached = self._reach(slot)
                 if reached == rank:
@@ -139,8 +139,7 @@ class LazyHeap(ABC):
                     if not held(slot):
                         found.append(slot)
                     continue
-                self._entries += 1
-                heapreplace(heap, (reached, self._entries, slot))
+                heapreplace(heap, (reached, number, slot))
             else:
                 # `add` is due when it is evictable again, so the flag goes with the entry.
                 heappop(heap)
@@ -160,6 +159,6 @@ class LazyHeap(ABC):
         for *_, slot in heap:
             slot.listed = slot.idle
         # In place: `coldest_few` holds the list while it calls this.
-        heap[:] = [(ranked(slot), entry, slot) for _, entry, slot in heap if slot.idle]
+        heap[:] = [(ranked(slot), number, slot) for _, number, slot in heap if slot.idle]
         heapify(heap)
         self._max_entries = 2 * len(heap) + _SLACK
