@@ -13,6 +13,7 @@ A rank costs a look at the sessions' words, which the policy bounds in each sear
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from math import inf
 from operator import itemgetter
 from typing import Final
@@ -43,18 +44,16 @@ def victims(
     Tries windows around the coldest few. `growth_bytes` more may be committed behind the last extent,
     once the victims have gone.
     """
-    coldest = recency.coldest(held)
-    if coldest is None:
-        return []
     search = _Search(recency.rank, allocator, size_bytes, held, growth_bytes)
-    best = search.window(coldest, inf)
-    if len(best) == 1:
-        return [coldest]
-    for slot in recency.coldest_few(FEW, held)[1:]:
-        warmest = best[0][0] if best else inf
-        if search.steps > _MAX_STEPS or recency.rank(slot) > warmest:
-            break  # a window is no colder than its centre, and the next centres are warmer still
-        best = search.window(slot, warmest) or best
+    best, warmest = list[tuple[float, Slot]](), inf
+    with closing(recency.by_rank(FEW, held)) as coldest:
+        for rank, slot in coldest:
+            if search.steps > _MAX_STEPS or rank > warmest:
+                break  # a window is no colder than its centre, and the next centres are warmer still
+            if window := search.window(slot, rank, warmest):
+                best, warmest = window, window[0][0]
+                if len(best) == 1:
+                    break  # no other window can be colder than one of the coldest alone
     return [slot for _, slot in best]
 
 
@@ -73,16 +72,18 @@ class _Search:
         self._rank, self._growth_bytes = rank, growth_bytes
         self.steps = 0
 
-    def window(self, slot: Slot, before: float) -> list[tuple[float, Slot]]:
+    def window(self, slot: Slot, centre: int, before: float) -> list[tuple[float, Slot]]:
         """Return a feature and the neighbours that free one block with it, the warmest first.
 
-        It grows by the colder of its two neighbours. Empty if both are in use, or no colder than
-        the rank `before`.
+        `centre` is the feature's rank. The window grows by the colder of its two neighbours. Empty if
+        both are in use, or no colder than the rank `before`.
         """
         extent, held, growth_bytes = slot.extent, self._held, self._growth_bytes
         assert extent is not None, "it is kept"
+        if extent.size_bytes >= self._size_bytes:
+            return [(centre, slot)]  # without a look at its neighbours
         rank, previous, following = self._rank, self._allocator.previous, self._allocator.following
-        window: list[tuple[float, Slot]] = [(rank(slot), slot)]
+        window: list[tuple[float, Slot]] = [(centre, slot)]
         missing_bytes = self._size_bytes - extent.size_bytes
         lower, upper = previous(extent), following(extent)
         low, high = _rank_of(lower, held, rank), _rank_of(upper, held, rank)

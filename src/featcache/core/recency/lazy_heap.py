@@ -1,20 +1,20 @@
 """What the policies share: a heap of slots that is put right only as far as a search comes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Final
 
-from featcache.core.recency.policy import Held, LatestUse, LatestUses, never_used
+from featcache.core.recency.policy import Held, LatestUse, LatestUses, never_used, none_used
 from featcache.core.recency.tick_times import TickTimes
 from featcache.core.slots import Slot
 
 _SLACK: Final = 64
 """Stale entries that are tolerated, beside a share of the heap, before it is rebuilt."""
-LOOKS: Final = 32
+LOOKS: Final = 8
 """Slots whose uses are looked at one by one in a search, beside a share of all, before all are."""
-LOOKS_SHARE: Final = 64
-"""A look at one slot takes as long as a look at so many among all."""
+LOOKS_SHARE: Final = 512
+"""A look at one slot takes about as long as a look at so many among all."""
 
 
 class LazyHeap(ABC):
@@ -31,7 +31,8 @@ class LazyHeap(ABC):
     ) -> None:
         # In steps of two: what sessions use while a tick lasts goes between it and the next.
         self.tick = 0
-        self._latest_use, self._latest_uses = latest_use, latest_uses
+        self._latest_use = latest_use
+        self._latest_uses = none_used if latest_use is never_used else latest_uses
         self._uses: Sequence[int] | None = None
         """All slots' uses by sessions, if this search has looked at them."""
         self._looks = 0
@@ -64,29 +65,26 @@ class LazyHeap(ABC):
             self.tick += 2
             self._times.note(self.tick, now_s)
 
-    def _learn(self, slot: Slot) -> None:
-        """Bring `slot.tick` up to date with what sessions wrote."""
-        index, uses = slot.index, self._uses
-        if uses is None:
-            self._looks += 1
-            if self._looks > LOOKS + self._high // LOOKS_SHARE and self._latest_uses is not None:
-                self.survey()
-            self._count(slot, self._latest_use(index))
-        elif index < len(uses):
-            self._count(slot, uses[index])
+    def _look(self, slot: Slot) -> int:
+        """Return when sessions used a slot last, in a search that has not looked at all of them."""
+        self._looks += 1
+        if self._looks > LOOKS + self._high // LOOKS_SHARE:
+            self.survey()
+        return self._latest_use(slot.index)
 
-    def _count(self, slot: Slot, use: int) -> None:
+    def _learn(self, slot: Slot, use: int) -> None:
+        """Count what sessions wrote: due if it is not below `slot.tick`, no harm else."""
         # A use in the tick at which the slot was entered is the present tenant's: it comes after.
-        use = min(use, self.tick) | 1
-        slot.tick = max(slot.tick, use)
+        slot.tick = max(slot.tick, min(use, self.tick) | 1)
 
     def survey(self) -> None:
         """Look at the uses of all slots at once."""
-        self._uses = None if self._latest_uses is None else self._latest_uses(self._high)
+        if self._latest_uses is not None:
+            self._uses = self._latest_uses(self._high)
 
     def last_used_s(self, slot: Slot) -> float:
         """Return when a kept slot was last entered or used."""
-        self._count(slot, self._latest_use(slot.index))
+        self._learn(slot, self._latest_use(slot.index))
         if slot.tick & 1:
             return max(slot.used_s, self._times.of(slot.tick))
         return slot.used_s
@@ -106,6 +104,10 @@ class LazyHeap(ABC):
         """Return the rank of a slot that a search has come to, up to date."""
 
     @abstractmethod
+    def _stand_at(self, slot: Slot) -> None:
+        """Note the slot that should go first."""
+
+    @abstractmethod
     def _renew(self, slot: Slot) -> int:
         """Return a slot's rank for a heap that is rebuilt because many were used."""
 
@@ -115,7 +117,7 @@ class LazyHeap(ABC):
         """Take in a slot that became evictable and has no entry."""
         slot.listed = True
         if slot.index >= self._high:
-            self._high = slot.index + 1
+            self._high, self._uses = slot.index + 1, None
         self._entries += 1
         heappush(self._heap, (self._known(slot), self._entries, slot))
         if len(self._heap) > self._max_entries:
@@ -127,31 +129,46 @@ class LazyHeap(ABC):
 
     def coldest_few(self, count: int, held: Held) -> list[Slot]:
         """Return up to `count` evictable slots that are not held, the first to go first."""
-        heap, taken, found = self._heap, list[tuple[int, int, Slot]](), list[Slot]()
+        return [slot for _, slot in self.by_rank(count, held)]
+
+    def by_rank(self, most: int, held: Held) -> Generator[tuple[int, Slot]]:
+        """Go through the same, with their ranks. To be closed before any call but `rank`."""
+        heap, taken, found = self._heap, list[tuple[int, int, Slot]](), 0
         self._uses, self._looks = None, 0
         stale, most_stale = 0, _SLACK + len(heap) // 8
-        while heap and len(found) < count:
-            rank, number, slot = heap[0]
-            if slot.idle:
-                reached = self._reach(slot)
-                if reached == rank:
-                    taken.append(heappop(heap))
-                    if not held(slot):
-                        found.append(slot)
-                    continue
-                heapreplace(heap, (reached, number, slot))
-            else:
-                # `add` is due when it is evictable again, so the flag goes with the entry.
-                heappop(heap)
-                slot.listed = False
-            stale += 1
-            if stale == most_stale:
-                # Many slots were used since the last search: one heapify costs less than repairs.
-                self._rebuild(self._renew)
-        # Back they go, the held and the found: the caller may drop none of them.
-        for entry in taken:
-            heappush(heap, entry)
-        return found
+        try:
+            while heap and found < most:
+                rank, number, slot = heap[0]
+                if slot.idle:
+                    reached = self._reach(slot)
+                    if reached == rank:
+                        taken.append(heappop(heap))
+                        if not held(slot):
+                            if not found:
+                                self._stand_at(slot)
+                            elif self._uses is None:
+                                self._look_ahead(most)
+                            found += 1
+                            yield rank, slot
+                        continue
+                    heapreplace(heap, (reached, number, slot))
+                else:
+                    # `add` is due when it is evictable again, so the flag goes with the entry.
+                    heappop(heap)
+                    slot.listed = False
+                stale += 1
+                if stale == most_stale:
+                    # Many slots were used since the last search: one heapify costs less than repairs.
+                    self._rebuild(self._renew)
+        finally:
+            # Back they go, the held and the found: the caller may drop none of them.
+            for entry in taken:
+                heappush(heap, entry)
+
+    def _look_ahead(self, count: int) -> None:
+        """Look at all uses at once if so many looks at one would take longer."""
+        if self._high <= count * LOOKS_SHARE:
+            self.survey()
 
     def _rebuild(self, ranked: Callable[[Slot], int]) -> None:
         """Drop the entries of slots that are not evictable and rank all others anew."""

@@ -12,10 +12,16 @@ class Lru(LazyHeap):
 
     def rank(self, slot: Slot) -> int:
         """Return the tick of a slot's last use."""
-        self._learn(slot)
+        uses = self._uses
+        use = self._look(slot) if uses is None else uses[slot.index]
+        if use >= slot.tick:
+            self._learn(slot, use)
         return slot.tick
 
     _reach = _renew = rank
+
+    def _stand_at(self, slot: Slot) -> None:
+        """The order has no position of its own."""
 
     def _known(self, slot: Slot) -> int:
         return slot.tick

@@ -8,7 +8,7 @@
 | `touch(slot, now_s)` | a read of it was granted: a lookup by message, or a waiter for its key |
 | `add(slot)` | it became evictable (`slot.idle`) while not `slot.listed`. Any number of times |
 | `pass_time(now_s)` | at the owner's upkeep, several times a second |
-| `coldest(held)`, `coldest_few(count, held)` | a victim is needed: for room, by the watermark |
+| `coldest(held)`, `by_rank(most, held)` | a victim is needed: for room, by the watermark |
 | `rank(slot)` | after these, in the same turn: a neighbour of a candidate is compared with it |
 | `survey()` | the ranks of all slots are asked for next |
 | `last_used_s(slot)` | the slot's key is dropped, by whatever cause |
@@ -33,7 +33,7 @@ The fields of `Slot` that belong to the policy, the only writer of them:
 - `mark`, `place`: `Sieve`'s.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
 
 from featcache.core.slots import Slot
@@ -43,12 +43,17 @@ Held = Callable[[Slot], bool]
 LatestUse = Callable[[int], int]
 """Returns the highest tick that any session wrote for a slot's index; 0 if none did."""
 LatestUses = Callable[[int], Sequence[int]]
-"""Returns the same for each index below a bound, at one look. It may return fewer: the others are 0."""
+"""Returns the same for each index below a bound, at one look: so many, or more."""
 
 
 def never_used(_: int) -> int:
     """Return 0: no session serves hits by itself."""
     return 0
+
+
+def none_used(high: int) -> Sequence[int]:
+    """Return as many zeros."""
+    return bytes(high)
 
 
 class Recency(Protocol):
@@ -72,8 +77,11 @@ class Recency(Protocol):
     def coldest(self, held: Held) -> Slot | None:
         """Return the evictable slot that should go first and is not held, or None."""
 
-    def coldest_few(self, count: int, held: Held) -> list[Slot]:
-        """Return up to `count` evictable slots that are not held, the first to go first."""
+    def by_rank(self, most: int, held: Held) -> Generator[tuple[int, Slot]]:
+        """Go through up to `most` of these, the first to go first, with their ranks.
+
+        To be closed before any other call but `rank`.
+        """
 
     def rank(self, slot: Slot) -> int:
         """Return a kept slot's rank, above 0: the lowest goes first. As of the last search at least."""

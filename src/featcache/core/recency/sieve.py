@@ -13,7 +13,7 @@ a later tick than the last that the hand saw.
 from typing import Final
 
 from featcache.core.recency.lazy_heap import LazyHeap
-from featcache.core.recency.policy import Held, LatestUse, LatestUses, never_used
+from featcache.core.recency.policy import LatestUse, LatestUses, never_used
 from featcache.core.slots import Slot
 
 _ROUND: Final = 1 << 48
@@ -38,18 +38,14 @@ class Sieve(LazyHeap):
         slot.mark = self._newest = slot.tick
         slot.place = self._round + slot.tick
 
-    def coldest_few(self, count: int, held: Held) -> list[Slot]:
-        """Return up to `count` evictable slots that are not held, the first to go first."""
-        found = super().coldest_few(count, held)
-        if found:
-            at, number = divmod(found[0].place, _ROUND)
-            # Behind the newest the hand begins anew: what enters now it meets at the end of that round.
-            self._round = (at + (number == self._newest)) * _ROUND
-        return found
+    def _stand_at(self, slot: Slot) -> None:
+        at, number = divmod(slot.place, _ROUND)
+        # Behind the newest the hand begins anew: what enters now it meets at the end of that round.
+        self._round = (at + (number == self._newest)) * _ROUND
 
     def rank(self, slot: Slot) -> int:
         """Return where the hand would take a slot: at its place, or a round later if it was visited."""
-        self._learn(slot)
+        self._look_up(slot)
         return slot.place if slot.tick <= slot.mark else self._next_place(slot)
 
     def _known(self, slot: Slot) -> int:
@@ -59,10 +55,16 @@ class Sieve(LazyHeap):
     _renew = _known
 
     def _reach(self, slot: Slot) -> int:
-        self._learn(slot)
+        self._look_up(slot)
         if slot.tick > slot.mark:
             slot.place, slot.mark = self._next_place(slot), slot.tick
         return slot.place
+
+    def _look_up(self, slot: Slot) -> None:
+        uses = self._uses
+        use = self._look(slot) if uses is None else uses[slot.index]
+        if use >= slot.tick:
+            self._learn(slot, use)
 
     def _next_place(self, slot: Slot) -> int:
         # A slot that was not evictable for some rounds has a place that the hand passed long ago.
