@@ -166,14 +166,19 @@ def by_store(trace: Trace, capacity_bytes: int, policy: str, counts: dict[str, f
         eviction=policy,
     )
     used = array("Q", bytes(8 * limits.slots))
-    looks = 0
+    looks = surveys = 0
 
     def latest_use(index: int) -> int:
         nonlocal looks
         looks += 1
         return used[index]
 
-    store = KeyedStore(limits, latest_use, lambda high: used[:high].tolist())
+    def latest_uses(high: int) -> array[int]:
+        nonlocal surveys
+        surveys += 1
+        return used[:high]
+
+    store = KeyedStore(limits, latest_use, latest_uses)
     store.allocator.grow(capacity_bytes)
     find, recency = store.directory.find, store.recency
     hits = bytearray(len(trace.asked))
@@ -198,6 +203,7 @@ def by_store(trace: Trace, capacity_bytes: int, policy: str, counts: dict[str, f
     misses = len(hits) - sum(hits)
     counts["resident_share"] = resident_bytes / misses / capacity_bytes
     counts["looks_per_eviction"] = looks / max(1, store.evicted)
+    counts["surveys_per_eviction"] = surveys / max(1, store.evicted)
     return hits
 
 
@@ -291,8 +297,8 @@ def report(result: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--objects", type=int, default=5_000)
-    parser.add_argument("--requests", type=int, default=80_000)
+    parser.add_argument("--objects", type=int, default=4_000)
+    parser.add_argument("--requests", type=int, default=60_000)
     parser.add_argument("--traces", help="some of them, comma-separated parts of their names")
     parser.add_argument("--out", type=Path, help="result file (JSON)")
     options = parser.parse_args(argv)

@@ -219,6 +219,46 @@ def test_a_visit_counts_once() -> None:
     assert list(cache.drain()) == ["c", "a"]
 
 
+def test_behind_the_newest_the_hand_begins_with_the_oldest() -> None:
+    cache = Cache(Sieve, 3)
+    for name in "abc":
+        cache.enter(name)
+    cache.hit("a")
+    cache.hit("b")
+    assert cache.evict() == "c"
+    cache.enter("d")
+    assert list(cache.drain()) == ["a", "b", "d"]
+
+
+def test_what_was_used_while_the_hand_went_round_without_it_has_the_next_round() -> None:
+    cache = Cache(Sieve, 4)
+    for name in "abc":
+        cache.enter(name)
+    a = cache.kept["a"]
+    a.idle = False
+    cache.hit("b")
+    cache.hit("c")
+    assert cache.evict() == "b"
+    cache.enter("d")
+    cache.touch("a")
+    a.idle = True
+    cache.recency.add(a)
+    assert list(cache.drain()) == ["c", "d", "a"]
+
+
+def test_a_visit_after_the_hand_passed_is_worth_another_round() -> None:
+    cache = Cache(Sieve, 3)
+    a = cache.enter("a")
+    cache.enter("b")
+    cache.hit("a")
+    assert cache.evict() == "b"
+    passed = cache.recency.rank(a)
+    cache.enter("c")
+    cache.hit("a")
+    assert cache.recency.rank(a) > passed
+    assert list(cache.drain()) == ["c", "a"]
+
+
 def test_what_was_not_evictable_when_the_hand_passed_keeps_its_place() -> None:
     cache = Cache(Sieve, 3)
     for name in "abc":
@@ -315,8 +355,31 @@ def test_a_policy_without_a_look_at_all_looks_at_each() -> None:
         cache.hit(name)
     assert cache.recency.coldest(by_nobody) is cache.kept[0]
     cache.drop(0)
-    cache.recency.survey()
     assert cache.evict() == 1
+
+
+def test_many_are_looked_at_at_once_and_anew_in_each_search() -> None:
+    cache = Cache(Lru, 100)
+    for name in range(100):
+        cache.enter(name)
+    for first in (0, 1):
+        cache.looks = cache.surveys = 0
+        few = cache.recency.coldest_few(20, by_nobody)
+        assert few[0] is cache.kept[first]
+        assert (cache.looks, cache.surveys) == (2 + first, 1)
+        cache.hit(first)
+
+
+@both
+def test_a_slot_that_came_since_all_were_looked_at_is_looked_at(policy: type[LazyHeap]) -> None:
+    cache = Cache(policy, 40)
+    for name in range(30):
+        cache.enter(name)
+    cache.recency.coldest_few(20, by_nobody)
+    new = cache.enter("new")
+    before = cache.recency.rank(new)
+    cache.hit("new")
+    assert cache.recency.rank(new) > before
 
 
 # --- in the store ---------------------------------------------------------------------------------
@@ -404,6 +467,16 @@ def test_a_use_by_a_session_is_timed(policy: type[LazyHeap]) -> None:
     assert cache.recency.last_used_s(cache.kept["a"]) == 25.0
     cache.touch("a", 29.97)
     assert cache.recency.last_used_s(cache.kept["a"]) == 29.97
+
+
+@both
+def test_a_put_is_a_time_too(policy: type[LazyHeap]) -> None:
+    cache = Cache(policy, 3)
+    cache.enter("a", 1.0)
+    cache.enter("b", 2.0)
+    cache.hit("a")
+    cache.enter("c", 3.0)
+    assert cache.recency.last_used_s(cache.kept["a"]) == 2.0
 
 
 @both

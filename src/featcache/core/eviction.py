@@ -118,7 +118,6 @@ def best_victims(
     growth_bytes: int = 0,
 ) -> list[Slot]:
     """As `victims`, of all windows that there are: the slab is gone over once, from its beginning."""
-    recency.survey()
     passed: list[tuple[Extent | None, int, float]] = []  # extent, size, rank
     start = total_bytes = 0  # of the window, which ends with the last of these
     warmest: deque[float] = deque()  # of the window: each rank that no later one exceeds

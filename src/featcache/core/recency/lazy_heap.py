@@ -69,7 +69,7 @@ class LazyHeap(ABC):
         """Return when sessions used a slot last, in a search that has not looked at all of them."""
         self._looks += 1
         if self._looks > LOOKS + self._high // LOOKS_SHARE:
-            self.survey()
+            self._survey()
         return self._latest_use(slot.index)
 
     def _learn(self, slot: Slot, use: int) -> None:
@@ -77,7 +77,7 @@ class LazyHeap(ABC):
         # A use in the tick at which the slot was entered is the present tenant's: it comes after.
         slot.tick = max(slot.tick, min(use, self.tick) | 1)
 
-    def survey(self) -> None:
+    def _survey(self) -> None:
         """Look at the uses of all slots at once."""
         if self._latest_uses is not None:
             self._uses = self._latest_uses(self._high)
@@ -168,7 +168,7 @@ class LazyHeap(ABC):
     def _look_ahead(self, count: int) -> None:
         """Look at all uses at once if so many looks at one would take longer."""
         if self._high <= count * LOOKS_SHARE:
-            self.survey()
+            self._survey()
 
     def _rebuild(self, ranked: Callable[[Slot], int]) -> None:
         """Drop the entries of slots that are not evictable and rank all others anew."""

@@ -9,8 +9,7 @@
 | `add(slot)` | it became evictable (`slot.idle`) while not `slot.listed`. Any number of times |
 | `pass_time(now_s)` | at the owner's upkeep, several times a second |
 | `coldest(held)`, `by_rank(most, held)` | a victim is needed: for room, by the watermark |
-| `rank(slot)` | after these, in the same turn: a neighbour of a candidate is compared with it |
-| `survey()` | the ranks of all slots are asked for next |
+| `rank(slot)` | after these, in the same turn: neighbours of a candidate, or all slots, are compared |
 | `last_used_s(slot)` | the slot's key is dropped, by whatever cause |
 
 There is no call when a slot stops being evictable, or leaves its key: that would be one more call at
@@ -85,9 +84,6 @@ class Recency(Protocol):
 
     def rank(self, slot: Slot) -> int:
         """Return a kept slot's rank, above 0: the lowest goes first. As of the last search at least."""
-
-    def survey(self) -> None:
-        """Look at the uses of all slots at once: what `rank` says next is up to date and cheap."""
 
     def last_used_s(self, slot: Slot) -> float:
         """Return when a kept slot was last entered or used, to about 0.1 s."""
