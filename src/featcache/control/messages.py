@@ -17,7 +17,7 @@ from featcache.errors import FeatcacheError, explain
 from featcache.ref import TensorSpec
 from featcache.settings import MAX_KEY_BYTES
 
-VERSION: Final = 4
+VERSION: Final = 5
 """Protocol version: grows when a message or a shared layout changes; both sides must have the same."""
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
