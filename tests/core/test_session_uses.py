@@ -18,6 +18,7 @@ from featcache.core.keyed_store import KeyedStore
 from featcache.core.put_queue import Request
 from featcache.core.recency import POLICIES, Lru, Sieve
 from featcache.core.recency.lazy_heap import LOOKS, LOOKS_SHARE, LazyHeap
+from featcache.core.recency.policy import STEP
 from featcache.core.recency.tick_times import APART_S, EACH, LEVELS, TickTimes
 from featcache.core.slots import Slot, SlotState
 
@@ -63,9 +64,9 @@ class Cache(Words):
             self.recency.add(slot)
         return slot
 
-    def hit(self, name: object) -> None:
-        """As a session does: it copies the tick."""
-        self.words[self.kept[name].index] = self.recency.tick
+    def hit(self, name: object, more: int = 0) -> None:
+        """As a session does: it copies the tick, and may add a little."""
+        self.words[self.kept[name].index] = self.recency.tick + more
 
     def touch(self, name: object, now_s: float = 0.0) -> None:
         self.recency.touch(self.kept[name], now_s)
@@ -107,6 +108,16 @@ def test_a_hit_comes_after_what_entered_in_its_tick_and_before_the_next() -> Non
     cache.hit("a")  # nothing was entered or touched since c
     cache.touch("b")
     assert list(cache.drain()) == ["c", "a", "b"]
+
+
+def test_hits_within_a_tick_are_in_the_order_of_what_sessions_add() -> None:
+    cache = Cache(Lru, 4)
+    for name in "abcd":
+        cache.enter(name)
+    for more, name in ((3, "c"), (1, "a"), (STEP - 1, "b")):
+        cache.hit(name, more)
+    cache.touch("d")
+    assert list(cache.drain()) == ["a", "c", "b", "d"]
 
 
 Step = tuple[str, int]
@@ -300,7 +311,7 @@ def test_whatever_a_word_says_it_is_a_use_no_later_than_now(
     a, b = cache.kept["a"], cache.kept["b"]
     entered, cache.words[a.index] = a.tick, word
     assert cache.recency.coldest(by_nobody) in {a, b}
-    assert entered <= a.tick <= cache.recency.tick + 1
+    assert entered <= a.tick < cache.recency.tick + STEP
     assert cache.recency.last_used_s(a) == 1.0
     cache.words[a.index] = 0
     cache.touch("b")
@@ -321,7 +332,7 @@ def test_a_search_looks_at_few_one_by_one_or_at_all_at_once(policy: type[LazyHea
         for hot in random_.sample(list(cache.kept), len(cache.kept) - 1):
             cache.hit(hot)
             if random_.random() < 0.5:
-                cache.recency.tick += 2
+                cache.recency.tick += STEP
         cache.looks = cache.surveys = 0
         assert cache.recency.coldest(by_nobody) is not None
         assert cache.looks <= most

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Final
 
-from featcache.core.recency.policy import Held, LatestUse, LatestUses, never_used, none_used
+from featcache.core.recency.policy import STEP, Held, LatestUse, LatestUses, never_used, none_used
 from featcache.core.recency.tick_times import TickTimes
 from featcache.core.slots import Slot
 
@@ -29,7 +29,7 @@ class LazyHeap(ABC):
     def __init__(
         self, latest_use: LatestUse = never_used, latest_uses: LatestUses | None = None
     ) -> None:
-        # In steps of two: what sessions use while a tick lasts goes between it and the next.
+        # In steps: what sessions use while a tick lasts goes between it and the next.
         self.tick = 0
         self._latest_use = latest_use
         self._latest_uses = none_used if latest_use is never_used else latest_uses
@@ -49,12 +49,12 @@ class LazyHeap(ABC):
     def touch(self, slot: Slot, now_s: float) -> None:
         """Count a use."""
         # Only the slot is written. Its entry in the heap is stale from here on, which is safe.
-        self.tick += 2
+        self.tick += STEP
         slot.tick, slot.used_s = self.tick, now_s
 
     def enter(self, slot: Slot, now_s: float) -> None:
         """Count a feature as new."""
-        self.tick += 2
+        self.tick += STEP
         slot.tick, slot.used_s = self.tick, now_s
         if now_s >= self._times.due_s:
             self._times.note(self.tick, now_s)
@@ -62,7 +62,7 @@ class LazyHeap(ABC):
     def pass_time(self, now_s: float) -> None:
         """Advance the tick if it has stood still for long."""
         if now_s >= self._times.due_s:
-            self.tick += 2
+            self.tick += STEP
             self._times.note(self.tick, now_s)
 
     def _look(self, slot: Slot) -> int:
@@ -75,7 +75,7 @@ class LazyHeap(ABC):
     def _learn(self, slot: Slot, use: int) -> None:
         """Count what sessions wrote: due if it is not below `slot.tick`, no harm else."""
         # A use in the tick at which the slot was entered is the present tenant's: it comes after.
-        slot.tick = max(slot.tick, min(use, self.tick) | 1)
+        slot.tick = max(slot.tick, min(use, self.tick + STEP - 1) | 1)
 
     def _survey(self) -> None:
         """Look at the uses of all slots at once."""

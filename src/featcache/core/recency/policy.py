@@ -21,7 +21,7 @@ pool publishes, into a word of its own for that slot. `latest_use(index)` return
 words, and a policy asks for it when a search comes to the slot. What it says is a peer's, and may be of
 an earlier tenant of the slot. Such a use is older than the tick at which the present tenant entered, if
 the session copied the tick before it ended its read: so nobody ever clears a word. A value above the
-present tick is a lie, and counts as the present tick.
+present tick and what may be added to it is a lie, and counts as just now.
 
 The fields of `Slot` that belong to the policy, the only writer of them:
 
@@ -33,9 +33,13 @@ The fields of `Slot` that belong to the policy, the only writer of them:
 """
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from featcache.core.slots import Slot
+
+STEP: Final = 1 << 22
+"""A tick is a multiple of this. A session may add less than this to what it copies, such as the last bits of
+a clock's microseconds: then its hits within one tick are in order too."""
 
 Held = Callable[[Slot], bool]
 """Whether evicting a slot would free nothing now: it is read by a ref, or its bytes are yet to come."""

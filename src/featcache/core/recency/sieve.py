@@ -16,7 +16,7 @@ from featcache.core.recency.lazy_heap import LazyHeap
 from featcache.core.recency.policy import LatestUse, LatestUses, never_used
 from featcache.core.slots import Slot
 
-_ROUND: Final = 1 << 48
+_ROUND: Final = 1 << 64
 """A place is the number of entry, below this, and so many for each round."""
 
 
