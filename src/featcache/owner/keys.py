@@ -9,7 +9,6 @@ import anyio
 from featcache.control.turns import CALL_UNITS, turn_of
 from featcache.core.key_queue import KeyWaiter
 from featcache.core.keyed_store import key_label
-from featcache.errors import UnknownPool
 from featcache.memory.key_table import UNKNOWN
 from featcache.owner.own_session import OwnSession
 from featcache.owner.sessions import OWN_SESSION
@@ -153,10 +152,9 @@ class OwnerKeys:
 
     def find_now(self, key: bytes, device: Device) -> KeyLease:
         """Return a read by the key table alone, or raise, in any thread."""
-        hits = self._own.hits
-        if hits is None:
-            raise UnknownPool("the owner has not read its pool yet: await a get of it first")
-        return hits.find_now(key, device)
+        self._own.attach()
+        assert self._own.hits is not None, "its page is open"
+        return self._own.hits.find_now(key, device)
 
     def contains_now(self, key: bytes) -> bool | None:
         """Whether a key is there, by the key table alone; None if the owner is to say."""
