@@ -149,7 +149,7 @@ async def floods(pipe: Pipe, endpoint: str) -> None:
     channel = connection.link._channel
     tasks = set()
     while not channel._outgoing:  # the socket is full: the rest waits here
-        tasks.add(asyncio.ensure_future(client.contains("k" * 1000)))
+        tasks.add(asyncio.ensure_future(client.evict("k" * 1000)))
         await asyncio.sleep(0)
     await client.aclose()
     await asyncio.gather(*tasks, return_exceptions=True)

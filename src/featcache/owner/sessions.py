@@ -174,6 +174,7 @@ class Sessions:
         if died:
             paid += yield from self._paying_for(page, now_s, named=not session.name_passed_on)
             self.readers_lost += 1
+        pool.uses.fold(page, pool.store.recency.tick)
         del pool.pages[session.number]
         page.close()
         if not pool.closed:

@@ -17,12 +17,14 @@ not be overtaken by an end that is still on its way.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final
 
 import numpy as np
 
+from featcache.core.recency.policy import STEP
 from featcache.errors import FeatcacheError, MalformedRef
 from featcache.memory.key_table import SLOT_BITS, SLOT_MASK
 from featcache.memory.slab import Mapping, Order, PageWords
@@ -37,6 +39,8 @@ from featcache.memory.words import (
 from featcache.ref import FeatureRef
 
 _WAITING, _TICK = Header.WAITING, Header.TICK
+_now_ns: Final = time.monotonic_ns
+_WITHIN_TICK: Final = STEP - 1
 _GRANTED, _ENDED = 1, 3  # indices into PageWords
 REVOKED: Final = -1
 NO_ENTRY: Final = -2
@@ -121,7 +125,9 @@ class LeasedReads:
         if self._live[slot] != place >> SLOT_BITS:
             self.take_back_lease(index, serial)
             return REVOKED, 0
-        self._used[slot] = self.header[_TICK]
+        # While it is leased: later this would count as a use of the slot's next feature. The clock, in
+        # microseconds, gives uses within one tick their order, whichever sessions' they are.
+        self._used[slot] = self.header[_TICK] + (_now_ns() >> 10 & _WITHIN_TICK)
         return index, serial
 
     def take_back_lease(self, index: int, serial: int) -> None:
