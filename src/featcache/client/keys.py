@@ -1,4 +1,4 @@
-"""The directory as a client uses it: one round trip to its owner for a lookup, a word to end a read."""
+"""The directory as a client uses it: by the key table in its own mapping, or by one round trip."""
 
 import asyncio
 from typing import Final
@@ -11,10 +11,11 @@ from featcache.control.messages import Find, KeyCommand, ProtocolError
 from featcache.control.turns import CALL_UNITS, turn_of
 from featcache.core.keyed_store import key_label
 from featcache.errors import KeyNotFound
+from featcache.memory.key_table import ABSENT, UNKNOWN
 from featcache.ref import FeatureRef
-from featcache.session.arguments import key_timeout, rpc_timeout
+from featcache.session.arguments import key_timeout, not_found, rpc_timeout
 from featcache.session.lease import KeyLease, MakeClaim
-from featcache.session.single_flight import Command
+from featcache.session.single_flight import Command, Device
 
 _MAX_KNOWN: Final = 4096
 _MAX_KNOWN_BYTES: Final = 512
@@ -30,8 +31,35 @@ class ClientKeys:
         self._known: dict[bytes, FeatureRef] = {}
         """Refs by the bytes that they were decoded from, and found sound."""
 
-    async def find(self, key: bytes, timeout_s: float | None) -> KeyLease:
+    def at_hand(self, key: bytes, device: Device) -> KeyLease | None:
+        """Return a read by the key table alone, or None, in any thread."""
+        connection = self._registry.peek_bound()
+        found = UNKNOWN if connection is None else connection.hits.find(key, device)
+        return found if type(found) is KeyLease else None
+
+    def find_now(self, key: bytes, device: Device) -> KeyLease:
+        """Return a read by the key table alone, or raise, in any thread."""
+        return self._registry.bound_now().hits.find_now(key, device)
+
+    def contains_now(self, key: bytes) -> bool | None:
+        """Whether a key is there, by the key table alone; None if the owner is to say."""
+        connection = self._registry.peek_bound()
+        return None if connection is None else connection.hits.contains(key)
+
+    async def find(self, key: bytes, timeout_s: float | None, device: Device) -> KeyLease:
         """Return a read of the feature under a key; with a timeout, wait for it that long."""
+        turn = self._turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
+        connection = self._registry.peek_bound() or await self._registry.bound()
+        at_hand = connection.hits.find(key, device)
+        if type(at_hand) is KeyLease:
+            return at_hand
+        if at_hand == ABSENT and not timeout_s:
+            connection.attachment.count_miss()
+            raise not_found(key) if timeout_s is None else key_timeout(key_label(key), timeout_s)
         if timeout_s is None:
             found = await self._find(key, waits=False, makes=False)
         else:
@@ -44,16 +72,23 @@ class ClientKeys:
             raise ProtocolError("the owner answered a lookup that can't make with a claim")
         return found
 
-    async def find_or_claim(self, key: bytes, *, waits: bool) -> KeyLease | MakeClaim:
+    async def find_or_claim(
+        self, key: bytes, device: Device, *, waits: bool
+    ) -> KeyLease | MakeClaim:
         """Return a read, once there is a feature, or the claim to make it."""
-        return await self._find(key, waits=waits, makes=True)
-
-    async def _find(self, key: bytes, *, waits: bool, makes: bool) -> KeyLease | MakeClaim:
         turn = self._turn
         turn.left -= CALL_UNITS
         if turn.left < 0:
             # Before anything is done: a cancellation that comes here loses nothing.
             await turn.wait()
+        connection = self._registry.peek_bound() or await self._registry.bound()
+        at_hand = connection.hits.find(key, device)
+        if type(at_hand) is KeyLease:
+            return at_hand
+        return await self._find(key, waits=waits, makes=True)
+
+    async def _find(self, key: bytes, *, waits: bool, makes: bool) -> KeyLease | MakeClaim:
+        """Ask the owner."""
         connection = self._registry.peek_bound() or await self._registry.bound()
         answer, _ = await connection.link.request(Find(connection.link.number(), key, waits, makes))
         if isinstance(answer, messages.ClaimGranted):
@@ -62,14 +97,14 @@ class ClientKeys:
         if not isinstance(answer, messages.Granted):
             raise ProtocolError(f"the owner answered a lookup with {type(answer).__name__}")
         attachment = connection.attachment
-        attachment.check_lease(answer.index, answer.serial)
+        attachment.check_grant(answer.index, answer.serial)
         try:
             ref = self._known.get(answer.ref) or self._read_ref(answer.ref)
             attachment.check_leased_ref(ref)
         except Exception:
-            attachment.return_lease(answer.index, answer.serial)
+            attachment.return_grant(answer.index, answer.serial)
             raise
-        return KeyLease(attachment, ref, answer.index, answer.serial)
+        return KeyLease.granted(attachment, ref, answer.index, answer.serial)
 
     def _read_ref(self, data: bytes) -> FeatureRef:
         """Decode a ref, and know it when the same bytes come again.
@@ -90,7 +125,12 @@ class ClientKeys:
         if turn.left < 0:
             # Before anything is done: a cancellation that comes here loses nothing.
             await turn.wait()
-        link = (self._registry.peek_bound() or await self._registry.bound()).link
+        connection = self._registry.peek_bound() or await self._registry.bound()
+        if command == "contains":
+            there = connection.hits.contains(key)
+            if there is not None:
+                return there
+        link = connection.link
         answer, _ = await link.request(KeyCommand(link.number(), key, command))
         if not isinstance(answer, messages.Reply):
             raise ProtocolError(f"the owner answered a command with {type(answer).__name__}")

@@ -9,15 +9,15 @@ import anyio
 from featcache.control.turns import CALL_UNITS, turn_of
 from featcache.core.key_queue import KeyWaiter
 from featcache.core.keyed_store import key_label
-from featcache.errors import KeyNotFound
+from featcache.memory.key_table import UNKNOWN
 from featcache.owner.own_session import OwnSession
 from featcache.owner.sessions import OWN_SESSION
 from featcache.pool.page import Grant, SessionPage
 from featcache.pool.pool import Pool
 from featcache.ref import FeatureRef
-from featcache.session.arguments import key_timeout
+from featcache.session.arguments import key_timeout, not_found
 from featcache.session.lease import KeyLease, MakeClaim
-from featcache.session.single_flight import Command
+from featcache.session.single_flight import Command, Device
 
 _now = time.monotonic
 
@@ -34,12 +34,6 @@ class Claim(NamedTuple):
 
     key: bytes
     number: int
-
-
-def not_found(key: bytes) -> KeyNotFound:
-    """Return the KeyNotFound of a key."""
-    hint = ": was a ref's bytes meant? FeatureRef.from_bytes" if key.startswith(b"fR\x01") else ""
-    return KeyNotFound(f"no feature is kept under {key_label(key)[:64]!r}{hint}")
 
 
 class Lookups:
@@ -148,9 +142,36 @@ class OwnerKeys:
 
     def _lease(self, granted: Granted) -> KeyLease:
         grant, ref = granted
-        return KeyLease(self._own.attach(), ref, grant.index, grant.serial)
+        return KeyLease.granted(self._own.attach(), ref, grant.index, grant.serial)
 
-    async def find(self, key: bytes, timeout_s: float | None) -> KeyLease:
+    def at_hand(self, key: bytes, device: Device) -> KeyLease | None:
+        """Return a read by the key table alone, or None, in any thread."""
+        hits = self._own.hits
+        found = UNKNOWN if hits is None else hits.find(key, device)
+        return found if type(found) is KeyLease else None
+
+    def find_now(self, key: bytes, device: Device) -> KeyLease:
+        """Return a read by the key table alone, or raise, in any thread."""
+        self._own.attach()
+        assert self._own.hits is not None, "its page is open"
+        return self._own.hits.find_now(key, device)
+
+    def contains_now(self, key: bytes) -> bool | None:
+        """Whether a key is there, by the key table alone; None if the owner is to say."""
+        hits = self._own.hits
+        return None if hits is None else hits.contains(key)
+
+    def _find(self, key: bytes, device: Device, page: SessionPage) -> KeyLease | None:
+        """Return a read that is at hand, or None."""
+        hits = self._own.hits
+        assert hits is not None, "its page is open"
+        at_hand = hits.find(key, device)
+        if type(at_hand) is KeyLease:
+            return at_hand
+        granted = self._lookups.find(key, page)  # which counts a miss
+        return None if granted is None else self._lease(granted)
+
+    async def find(self, key: bytes, timeout_s: float | None, device: Device) -> KeyLease:
         """Return a read of the feature under a key; with a timeout, wait for it that long."""
         turn = self._turn
         turn.left -= CALL_UNITS
@@ -158,9 +179,9 @@ class OwnerKeys:
             # Before anything is done: a cancellation that comes here loses nothing.
             await turn.wait()
         page = self._own.page()
-        granted = self._lookups.find(key, page)
-        if granted is not None:
-            return self._lease(granted)
+        at_hand = self._find(key, device, page)
+        if at_hand is not None:
+            return at_hand
         if timeout_s is None:
             raise not_found(key)
         try:
@@ -171,7 +192,9 @@ class OwnerKeys:
         assert isinstance(found, Granted), "only a waiter that can make it is given a claim"
         return self._lease(found)
 
-    async def find_or_claim(self, key: bytes, *, waits: bool) -> KeyLease | MakeClaim:
+    async def find_or_claim(
+        self, key: bytes, device: Device, *, waits: bool
+    ) -> KeyLease | MakeClaim:
         """Return a read, once there is a feature, or the claim to make it."""
         turn = self._turn
         turn.left -= CALL_UNITS
@@ -179,11 +202,12 @@ class OwnerKeys:
             # Before anything is done: a cancellation that comes here loses nothing.
             await turn.wait()
         page = self._own.page()
-        found: Granted | Claim | None = self._lookups.find(key, page)
-        if found is None:
-            if not waits and self._lookups.is_claimed(key):
-                raise not_found(key)
-            found = await self._lookups.wait_for_key(key, page, can_make=True)
+        at_hand = self._find(key, device, page)
+        if at_hand is not None:
+            return at_hand
+        if not waits and self._lookups.is_claimed(key):
+            raise not_found(key)
+        found = await self._lookups.wait_for_key(key, page, can_make=True)
         if not isinstance(found, Claim):
             return self._lease(found)
         claim = found

@@ -11,13 +11,13 @@ from featcache.control.turns import WAKE_UNITS
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot
 from featcache.errors import SettingsError, StaleRef
-from featcache.owner.keys import Claim, Granted, Lookups, not_found
+from featcache.owner.keys import Claim, Granted, Lookups
 from featcache.owner.sessions import Sessions
 from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
 from featcache.pool.writer import OwnerWriter, Place
 from featcache.ref import FeatureRef
-from featcache.session.arguments import parse_readers
+from featcache.session.arguments import not_found, parse_readers
 
 
 class RequestHandlers:
