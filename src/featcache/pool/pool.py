@@ -219,6 +219,8 @@ class Pool:
     def apply(self, effects: Sequence[Effect]) -> None:
         """Carry out the store's decisions."""
         due_now, grace_s = 0, 0.0
+        if self.store.endings.untold:  # before `live` is cleared: then a session asks why
+            self.words.tell_endings(self.store.endings.untold)
         for effect in effects:
             if type(effect) is SlotRetired:
                 slot = effect.slot
