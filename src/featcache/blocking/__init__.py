@@ -198,6 +198,20 @@ class _BlockingBase(Generic[A]):
             portal, wanted, make, lambda made: self.put(made, key=wanted), device, timeout_s
         )
 
+    def share(
+        self,
+        key: str | bytes,
+        *,
+        readers: int | Iterable[str],
+        ttl: float | EllipsisType | None = ...,
+        timeout: float | None = None,
+    ) -> FeatureRef:
+        """Return a ref of what is kept under a key, as `featcache.FeatureClient.share`."""
+        inner = self._portal.inner
+        return self._portal.call(
+            lambda: inner.share(key, readers=readers, ttl=ttl, timeout=timeout), inner.discard
+        )
+
     def contains(self, key: str | bytes) -> bool:
         """Whether a feature is kept under a key now."""
         return self._portal.call(lambda: self._portal.inner.contains(key))

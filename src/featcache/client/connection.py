@@ -320,7 +320,9 @@ def return_unclaimed(
         link.discard_soon(request.slot, request.generation)
     elif isinstance(request, messages.KeyCommand) and request.command == "pin":
         link.unpin_soon(request.key)
-    elif isinstance(request, messages.Upload) and isinstance(answer, messages.Reply):
+    elif isinstance(request, messages.Upload | messages.Share) and isinstance(
+        answer, messages.Reply
+    ):
         ref = FeatureRef.from_bytes(answer.ref)
         link.discard_soon(ref.slot, ref.generation)
 

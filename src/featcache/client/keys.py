@@ -83,6 +83,40 @@ class ClientKeys:
             self._known[data] = ref
         return ref
 
+    async def share(
+        self,
+        key: bytes,
+        readers: int | frozenset[str],
+        ttl_s: float | None,
+        timeout_s: float | None,
+    ) -> FeatureRef:
+        """Return a ref of the feature under a key that owes these reads; `timeout_s` as in `find`."""
+        turn = self._turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
+        owed = readers if isinstance(readers, int) else sorted(readers)
+        try:
+            with anyio.fail_after(rpc_timeout(timeout_s)):
+                connection = self._registry.peek_bound() or await self._registry.bound()
+                number, waits = connection.link.number(), bool(timeout_s)
+                answer, _ = await connection.link.request(
+                    messages.Share(number, key, owed, ttl_s, waits)
+                )
+        except KeyNotFound:
+            if timeout_s is None:
+                raise
+            raise key_timeout(key_label(key), timeout_s) from None
+        except TimeoutError:
+            raise key_timeout(key_label(key), timeout_s or 0.0) from None
+        if not isinstance(answer, messages.Reply):
+            raise ProtocolError(f"the owner answered a share with {type(answer).__name__}")
+        ref = FeatureRef.from_bytes(answer.ref)
+        if ref.pool_id != connection.attachment.pool_id:
+            raise ProtocolError("the owner answered a share with a ref of another pool")
+        return ref
+
     async def command(self, command: Command, key: bytes) -> bool:
         """Do this to a key; return whether it was there. KeyNotFound of pin and unpin if it was not."""
         turn = self._turn

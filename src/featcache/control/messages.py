@@ -123,6 +123,17 @@ class ReleaseClaim(msgspec.Struct, tag="unclaim", frozen=True):
     claim: _Natural
 
 
+class Share(Numbered, tag="share", frozen=True):
+    """Client: make a ref of what is kept under a key. Answered by `Reply` with the ref."""
+
+    key: _Key
+    readers: Annotated[int, msgspec.Meta(ge=1)] | Annotated[list[_Name], msgspec.Meta(min_length=1)]
+    ttl_s: _Seconds | None
+    waits: bool = False
+    """As of `Find`."""
+    lane = Lane.FIND
+
+
 class KeyCommand(Numbered, tag="of_key", frozen=True, rename={"command": "what"}):
     """Client: apply a directory command to a key. Answered by `Reply`."""
 
@@ -244,7 +255,7 @@ class Reply(msgspec.Struct, tag="reply", frozen=True):
     error: _Text | None = None
     text: _Text = ""
     ref: _Ref = b""
-    """The result of a `Relay` or an `Upload`."""
+    """The result of a `Relay`, an `Upload` or a `Share`."""
     flag: bool = False
     """The result of a `KeyCommand`."""
 
@@ -303,7 +314,16 @@ class Closing(msgspec.Struct, tag="closing", frozen=True):
 
 
 Request = (
-    Discard | Relay | Find | KeyCommand | Reserve | Publish | OpenForWriting | HostPool | Upload
+    Discard
+    | Relay
+    | Find
+    | Share
+    | KeyCommand
+    | Reserve
+    | Publish
+    | OpenForWriting
+    | HostPool
+    | Upload
 )
 Note = Cancel | ReleaseClaim | GiveUpReserved
 """Messages of a client that have no answer."""

@@ -50,7 +50,7 @@ class KeyedStore(Store):
     @property
     def retiring_bytes(self) -> int:
         """Extents that are free as soon as no session holds them."""
-        extents = [slot.extent for slot in self._retiring.values()]
+        extents = [slot.extent for slot in self._retiring.values() if slot.of is None]
         return sum(extent.size_bytes for extent in extents if extent is not None)
 
     # --- lookups ----------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ class KeyedStore(Store):
         start_bytes = (end_bytes - 1) // limits.segment_bytes * limits.segment_bytes
         if start_bytes < limits.initial_bytes:
             return []
-        tail = [slot for slot in self.table.in_use() if _reaches(slot, start_bytes)]
+        tail = [slot for slot in self.table.in_use() if _reaches(slot, start_bytes)]  # shares too
         tail_bytes = sum(slot.nbytes for slot in tail)
         if tail_bytes > limits.compact * (end_bytes - start_bytes):
             return []

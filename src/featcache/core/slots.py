@@ -17,6 +17,7 @@ class SlotState(enum.IntEnum):
     | PUBLISHED | nothing keeps it any more: no read owed, no key, no grant | RETIRING |
     | PUBLISHED | `fail_write` | RETIRING |
     | RETIRING | `recycle`: no session holds it | FREE |
+    | FREE | `share`: a ref of the bytes of another slot (`of`) | PUBLISHED |
     """
 
     FREE = 0
@@ -34,7 +35,7 @@ class Slot:
 
     __slots__ = (
         "born_s", "due_s", "extent", "generation", "grants", "idle", "index", "key", "listed", "nbytes",
-        "owed_by_names", "paid_by", "reads_left", "retired_s", "state", "tick", "ttl_s", "used_s",
+        "of", "owed_by_names", "paid_by", "reads_left", "retired_s", "state", "tick", "ttl_s", "used_s",
         "wanted_key",
     )  # fmt: skip
 
@@ -44,6 +45,8 @@ class Slot:
         self.state = SlotState.FREE
         self.extent: Extent | None = None
         self.nbytes = 0
+        self.of: Slot | None = None
+        """For a share: the slot that has the extent, on which it has a grant (`core.shares`)."""
         self.reads_left = 0
         """Reads still owed."""
         self.owed_by_names: set[str] | None = None

@@ -34,6 +34,7 @@ class RequestHandlers:
         """Refs of features under keys, in wire form, by slot: as `Pool.kept`, each with its very ref."""
         self._answers: dict[type, Callable[[int, Any], Answer | Wait]] = {
             messages.Find: self._find,
+            messages.Share: self._share,
             messages.KeyCommand: self._command,
             messages.Reserve: self._reserve,
             messages.Publish: self._publish,
@@ -101,6 +102,22 @@ class RequestHandlers:
         if known is None or known[0] is not ref:  # a slot's next feature has another ref
             known = self._wire_refs[ref.slot] = ref, ref.to_bytes()
         return messages.Granted(request, grant.index, grant.serial, known[1])
+
+    def _share(self, session: int, message: messages.Share) -> Answer | Wait:
+        readers = parse_readers(message.readers, self._pool.settings.readers, least=1)
+        ref = self._lookups.share_now(message.key, readers, message.ttl_s)
+        if ref is not None:
+            return messages.Reply(message.request, ref=ref.to_bytes())
+        self._pool.turn.left -= WAKE_UNITS  # a task of its own
+        return self._share_later(session, message, readers)
+
+    async def _share_later(
+        self, session: int, message: messages.Share, readers: int | frozenset[str]
+    ) -> Answer:
+        ref = await self._lookups.share(
+            *(message.key, readers, message.ttl_s, self._page(session)), waits=message.waits
+        )
+        return messages.Reply(message.request, ref=ref.to_bytes())
 
     def _command(self, session: int, message: messages.KeyCommand) -> Answer:
         flag = self._lookups.command(message.command, message.key, session)

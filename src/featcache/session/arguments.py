@@ -75,16 +75,18 @@ def parse_put(feature: Any, readers: Any, ttl: Any, key: Any, settings: Settings
     `readers` left out (``...``) is one read, or none of a feature that is kept under a key.
     """
     specs, packed, nbytes = pack(feature, settings.tensors)
-    if ttl is TTL_DEFAULT:
-        ttl_s = settings.ttl
-    else:
-        ttl_s = None if ttl is None else parse_seconds(ttl, "ttl", exclusive=True)
+    ttl_s = settings.ttl if ttl is TTL_DEFAULT else parse_ttl(ttl)
     kept = None if key is None else key_bytes(key)
     if readers is ...:
         readers = 1 if kept is None else 0
     elif type(readers) is not int or not 0 < readers <= settings.readers:
         readers = parse_readers(readers, settings.readers, least=1 if kept is None else 0)
     return Request(nbytes, readers, ttl_s, kept), specs, packed
+
+
+def parse_ttl(ttl: Any) -> float | None:
+    """Return seconds until a ref expires, None for never; or raise SettingsError."""
+    return None if ttl is None else parse_seconds(ttl, "ttl", exclusive=True)
 
 
 def parse_readers(readers: Any, most: int, *, least: int) -> int | frozenset[str]:

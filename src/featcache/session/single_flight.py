@@ -10,6 +10,7 @@ import torch
 from featcache.errors import KeyNotFound, KeyTimeout
 from featcache.memory.pack import Feature
 from featcache.memory.slab import uncopied
+from featcache.ref import FeatureRef
 from featcache.session.arguments import rpc_timeout
 from featcache.session.lease import KeyLease, MakeClaim
 
@@ -33,6 +34,15 @@ class Keys(Protocol):
 
         Unless it `waits`, raise KeyNotFound while another makes it.
         """
+
+    async def share(
+        self,
+        key: bytes,
+        readers: int | frozenset[str],
+        ttl_s: float | None,
+        timeout_s: float | None,
+    ) -> FeatureRef:
+        """Return a ref of the feature under a key that owes these reads; `timeout_s` as in `find`."""
 
     async def command(self, command: Command, key: bytes) -> bool:
         """Do this to a key; return whether it was there. KeyNotFound of pin and unpin if it was not."""
