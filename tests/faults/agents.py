@@ -503,9 +503,7 @@ class KeyedAgent(Agent):
         self._borrows.append((borrow, await borrow.__aenter__()))
         return self._look(seed)
 
-    async def share(
-        self, key: str, readers: int, timeout: float | None = None
-    ) -> tuple[Any, ...]:
+    async def share(self, key: str, readers: int, timeout: float | None = None) -> tuple[Any, ...]:
         return "shared", (await self.cache.share(key, readers=readers, timeout=timeout)).to_bytes()
 
     async def pin(self, key: str) -> tuple[Any, ...]:
