@@ -4,7 +4,8 @@ import msgspec
 import pytest
 
 from featcache.control import messages
-from featcache.control.messages import Lane, encode
+from featcache.control.messages import encode
+from featcache.control.wire import Lane
 
 WELCOME = messages.Welcome(
     version=messages.VERSION,

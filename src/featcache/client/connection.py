@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from featcache.control import messages
+from featcache.control import many, messages
 from featcache.control.descriptors import NO_DESCRIPTOR, close_all, close_taken
 from featcache.control.link import Link, SlabChange
 from featcache.control.messages import UnmapTail
@@ -312,6 +312,10 @@ def return_unclaimed(
     link = connection.link
     if isinstance(answer, messages.Granted):
         connection.attachment.return_lease(answer.index, answer.serial)
+    elif isinstance(answer, many.GrantedMany):
+        for one in answer.found:
+            if one is not None:
+                connection.attachment.return_lease(one[0], one[1])
     elif isinstance(answer, messages.ClaimGranted) and isinstance(request, messages.Find):
         link.tell(messages.ReleaseClaim(request.key, answer.claim))
     elif isinstance(answer, messages.Reserved):

@@ -1,24 +1,42 @@
 """The directory as a client uses it: one round trip to its owner for a lookup, a word to end a read."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Final
 
 import anyio
 
+from featcache.client.connection import PoolConnection
 from featcache.client.registry import ConnectionRegistry
-from featcache.control import messages
+from featcache.control import many, messages
 from featcache.control.messages import Find, KeyCommand, ProtocolError
 from featcache.control.turns import CALL_UNITS, turn_of
 from featcache.core.keyed_store import key_label
-from featcache.errors import KeyNotFound
+from featcache.errors import FeatcacheError, KeyNotFound
 from featcache.ref import FeatureRef
 from featcache.session.arguments import key_timeout, rpc_timeout
-from featcache.session.lease import KeyLease, MakeClaim
+from featcache.session.lease import KeyLease, MakeClaim, return_all
 from featcache.session.single_flight import Command
 
 _MAX_KNOWN: Final = 4096
 _MAX_KNOWN_BYTES: Final = 512
 """Longer refs, of features of many tensors, are decoded anew each time."""
+
+
+ENVELOPE_BYTES: Final = 128
+"""Bytes of a message of many besides its members."""
+_MEMBER_BYTES: Final = 8
+
+
+def fitting(keys: Sequence[bytes], first: int, message_bytes: int) -> list[bytes]:
+    """Return the keys from `first` on, as many as one message takes; at least one."""
+    some, left_bytes = list[bytes](), message_bytes - ENVELOPE_BYTES
+    for key in keys[first : first + many.MAX_KEYS]:
+        left_bytes -= len(key) + _MEMBER_BYTES
+        if left_bytes < 0 and some:
+            break
+        some.append(key)
+    return some
 
 
 class ClientKeys:
@@ -61,15 +79,19 @@ class ClientKeys:
             return MakeClaim(lambda: connection.link.tell(release))
         if not isinstance(answer, messages.Granted):
             raise ProtocolError(f"the owner answered a lookup with {type(answer).__name__}")
+        return self._take(connection, answer.index, answer.serial, answer.ref)
+
+    def _take(self, connection: PoolConnection, index: int, serial: int, data: bytes) -> KeyLease:
+        """Return the lease that the owner granted, if it is sound."""
         attachment = connection.attachment
-        attachment.check_lease(answer.index, answer.serial)
+        attachment.check_lease(index, serial)
         try:
-            ref = self._known.get(answer.ref) or self._read_ref(answer.ref)
+            ref = self._known.get(data) or self._read_ref(data)
             attachment.check_leased_ref(ref)
         except Exception:
-            attachment.return_lease(answer.index, answer.serial)
+            attachment.return_lease(index, serial)
             raise
-        return KeyLease(attachment, ref, answer.index, answer.serial)
+        return KeyLease(attachment, ref, index, serial)
 
     def _read_ref(self, data: bytes) -> FeatureRef:
         """Decode a ref, and know it when the same bytes come again.
@@ -82,6 +104,64 @@ class ClientKeys:
                 self._known.clear()
             self._known[data] = ref
         return ref
+
+    async def find_many(self, keys: Sequence[bytes]) -> list[KeyLease | None]:
+        """Return a read of each key that is there, and None of the others: one message for up to 256."""
+        turn, leases = self._turn, list[KeyLease | None]()
+        try:
+            while len(leases) < len(keys):
+                turn.left -= CALL_UNITS
+                if turn.left < 0:
+                    await turn.wait()
+                connection = self._registry.peek_bound() or await self._registry.bound()
+                link = connection.link
+                some = fitting(keys, len(leases), link.message_bytes)
+                answer, _ = await link.request(
+                    many.FindMany(link.number(), some, link.message_bytes - ENVELOPE_BYTES)
+                )
+                if not isinstance(answer, many.GrantedMany) or len(answer.found) > len(some):
+                    raise ProtocolError("the owner answered lookups with something else")
+                turn.left -= len(answer.found) // 2
+                self._take_all(connection, answer, leases)
+        except BaseException as error:
+            return_all(leases)
+            if isinstance(error, FeatcacheError) and error.member is not None:
+                error.member += len(leases)
+            raise
+        return leases
+
+    def _take_all(
+        self,
+        connection: PoolConnection,
+        answer: many.GrantedMany,
+        leases: list[KeyLease | None],
+    ) -> None:
+        """Take the leases of an answer; if one is not sound, return those that were not taken."""
+        taken = 0
+        try:
+            for one in answer.found:
+                leases.append(None if one is None else self._take(connection, *one))
+                taken += 1
+        except BaseException:
+            for one in answer.found[taken + 1 :]:  # that one was returned, if it could be
+                if one is not None:
+                    connection.attachment.return_lease(one[0], one[1])
+            raise
+
+    async def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """Return whether each of these keys is there: one message for up to 256."""
+        turn, flags = self._turn, list[bool]()
+        while len(flags) < len(keys):
+            turn.left -= CALL_UNITS
+            if turn.left < 0:
+                await turn.wait()
+            link = (self._registry.peek_bound() or await self._registry.bound()).link
+            some = fitting(keys, len(flags), link.message_bytes)
+            answer, _ = await link.request(many.ContainsMany(link.number(), some))
+            if not isinstance(answer, many.Contained) or len(answer.flags) != len(some):
+                raise ProtocolError("the owner answered whether keys are there with something else")
+            flags += answer.flags
+        return flags
 
     async def share(
         self,

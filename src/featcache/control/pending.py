@@ -13,8 +13,9 @@ from featcache import errors
 from featcache.control import messages
 from featcache.control.channel import Channel
 from featcache.control.descriptors import close_all
-from featcache.control.messages import Answer, Lane, ProtocolError, Request, encode
+from featcache.control.messages import Answer, ProtocolError, Request, encode
 from featcache.control.turns import WAKE_UNITS, turn_of
+from featcache.control.wire import Lane
 from featcache.errors import CacheClosed, FeatcacheError, SettingsError
 
 MAX_IN_FLIGHT: Final = 2048
@@ -209,4 +210,6 @@ def _error_of(refusal: messages.Reply) -> FeatcacheError:
     """Return the error that a reply names, if featcache has one of that name."""
     name = refusal.error
     kind = getattr(errors, name, None) if name is not None and name in errors.__all__ else None
-    return (kind or FeatcacheError)(refusal.text)
+    error: FeatcacheError = (kind or FeatcacheError)(refusal.text)
+    error.member = refusal.member
+    return error

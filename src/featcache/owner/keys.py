@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import anyio
@@ -11,14 +12,14 @@ from featcache.core.key_queue import KeyWaiter
 from featcache.core.keyed_store import key_label
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot, SlotState
-from featcache.errors import KeyNotFound, PoolFull
+from featcache.errors import KeyNotFound, PoolFull, of_member
 from featcache.owner.own_session import OwnSession
 from featcache.owner.sessions import OWN_SESSION
 from featcache.pool.page import Grant, SessionPage
 from featcache.pool.pool import Pool
 from featcache.ref import FeatureRef
-from featcache.session.arguments import key_timeout, rpc_timeout
-from featcache.session.lease import KeyLease, MakeClaim
+from featcache.session.arguments import key_timeout, member_label, rpc_timeout
+from featcache.session.lease import KeyLease, MakeClaim, return_all
 from featcache.session.single_flight import Command
 
 _now = time.monotonic
@@ -207,6 +208,12 @@ class Lookups:
             page.revoke(grant)
             self._pool.apply(self._pool.store.pay_grant(grant.slot, _now()))
 
+    def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """Return whether each of these keys is there."""
+        self._pool.check_open()
+        directory = self._pool.store.directory
+        return [key in directory for key in keys]
+
     def command(self, command: Command, key: bytes, session: int) -> bool:
         """Do this to a key; return whether it was there. KeyNotFound of pin and unpin if it was not."""
         pool, store = self._pool, self._pool.store
@@ -276,6 +283,31 @@ class OwnerKeys:
             return self._lease(found)
         claim = found
         return MakeClaim(lambda: self._lookups.release_claim(claim))
+
+    async def find_many(self, keys: Sequence[bytes]) -> list[KeyLease | None]:
+        """Return a read of each key that is there, and None of the others."""
+        turn, page, leases = self._turn, self._own.page(), list[KeyLease | None]()
+        try:
+            for key in keys:
+                turn.left -= 1
+                if turn.left < 0:
+                    await turn.wait()
+                granted = self._lookups.find(key, page)
+                leases.append(None if granted is None else self._lease(granted))
+        except BaseException as error:
+            return_all(leases)
+            if len(leases) < len(keys):
+                of_member(error, len(leases), len(keys), member_label(keys[len(leases)]))
+            raise
+        return leases
+
+    async def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """Return whether each of these keys is there."""
+        turn = self._turn
+        turn.left -= CALL_UNITS + len(keys) // 32
+        if turn.left < 0:
+            await turn.wait()
+        return self._lookups.contains_many(keys)
 
     async def share(
         self,

@@ -2,22 +2,25 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
-from featcache.control import messages
+from featcache.control import many, messages
 from featcache.control.dispatch import Begun, Wait
 from featcache.control.messages import Answer
 from featcache.control.turns import WAKE_UNITS
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot
-from featcache.errors import SettingsError, StaleRef
+from featcache.errors import FeatcacheError, SettingsError, StaleRef, of_member
 from featcache.owner.keys import Claim, Granted, Lookups, not_found
 from featcache.owner.sessions import Sessions
 from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
 from featcache.pool.writer import OwnerWriter, Place
 from featcache.ref import FeatureRef
-from featcache.session.arguments import parse_readers
+from featcache.session.arguments import member_label, parse_readers
+
+_GRANT_BYTES: Final = 24
+"""Bytes of a grant in an answer, besides its ref."""
 
 
 class RequestHandlers:
@@ -35,6 +38,8 @@ class RequestHandlers:
         self._answers: dict[type, Callable[[int, Any], Answer | Wait]] = {
             messages.Find: self._find,
             messages.Share: self._share,
+            many.FindMany: self._find_many,
+            many.ContainsMany: self._contains_many,
             messages.KeyCommand: self._command,
             messages.Reserve: self._reserve,
             messages.Publish: self._publish,
@@ -119,6 +124,36 @@ class RequestHandlers:
         )
         return messages.Reply(message.request, ref=ref.to_bytes())
 
+    def _find_many(self, session: int, message: many.FindMany) -> Answer:
+        """Grant the first so many, as far as the answer goes."""
+        page, keys, turn = self._page(session), message.keys, self._pool.turn
+        granted, found = list[Granted](), list[tuple[int, int, bytes] | None]()
+        left_bytes = message.answer_bytes
+        try:
+            for key in keys:
+                one = self._lookups.find(key, page)
+                left_bytes -= 1
+                if one is not None:
+                    granted.append(one)
+                    wire = self._granted(message.request, one)
+                    found.append((wire.index, wire.serial, wire.ref))
+                    left_bytes -= len(wire.ref) + _GRANT_BYTES
+                    if left_bytes < 0 and len(found) > 1:
+                        found.pop()
+                        self._lookups.return_lease(page, granted.pop().grant)
+                        break
+                else:
+                    found.append(None)
+        except FeatcacheError as error:
+            for each in granted:
+                self._lookups.return_lease(page, each.grant)
+            raise of_member(error, len(found), len(keys), member_label(key)) from None
+        turn.left -= len(found) // 2
+        return many.GrantedMany(message.request, found)
+
+    def _contains_many(self, _: int, message: many.ContainsMany) -> Answer:
+        return many.Contained(message.request, self._lookups.contains_many(message.keys))
+
     def _command(self, session: int, message: messages.KeyCommand) -> Answer:
         flag = self._lookups.command(message.command, message.key, session)
         return messages.Reply(message.request, flag=flag)
@@ -201,12 +236,20 @@ class RequestHandlers:
             for key, claim in self._pool.store.key_waiters.claims_of(session):
                 if claim == answer.claim:
                     self._lookups.release_claim(Claim(key, claim))
-        elif page is None or self._pool.closed:
-            return
-        elif isinstance(answer, messages.Granted):
+        elif page is not None and not self._pool.closed:
+            self._revoke_of(session, page, answer)
+
+    def _revoke_of(self, session: int, page: SessionPage, answer: Answer) -> None:
+        """Undo the grants or reservations of an answer to a session that is there."""
+        if isinstance(answer, messages.Granted):
             grant = page.grants.get(answer.index)
             if grant is not None and grant.serial == answer.serial:
                 self._lookups.return_lease(page, grant)
+        elif isinstance(answer, many.GrantedMany):
+            for one in answer.found:
+                grant = None if one is None else page.grants.get(one[0])
+                if one is not None and grant is not None and grant.serial == one[1]:
+                    self._lookups.return_lease(page, grant)
         elif isinstance(answer, messages.Reserved):
             self._give_up(
                 session, messages.GiveUpReserved(answer.slot, answer.generation, landed=True)

@@ -1,12 +1,13 @@
 """Argument parsing and validation of puts and keys, the same for owners and clients."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, TypeAlias
 
+from featcache.core.keyed_store import key_label
 from featcache.core.put_queue import Request
-from featcache.errors import KeyTimeout, SettingsError
+from featcache.errors import KeyTimeout, SettingsError, of_member
 from featcache.memory.pack import MAX_NAME, Packed, is_name, pack
-from featcache.ref import TensorSpec
+from featcache.ref import FeatureRef, TensorSpec
 from featcache.settings import MAX_KEY_BYTES, Settings, parse_seconds
 
 TTL_DEFAULT: Final[Any] = ...
@@ -14,6 +15,9 @@ TTL_DEFAULT: Final[Any] = ...
 
 NOWAIT_RPC_TIMEOUT_S: Final = 5.0
 """RPC timeout for non-waiting calls (``timeout=0``): the owner may be busy, or stopped."""
+
+MAX_MEMBERS: Final = 1024
+"""Members of one `get_many`, `contains_many` or `put_many`."""
 
 ParsedPut: TypeAlias = tuple[Request, tuple[TensorSpec, ...], Packed]
 """A put's request, its specs, and its tensors."""
@@ -41,6 +45,36 @@ def key_bytes(key: Any) -> bytes:
             f"a key has 1 to {MAX_KEY_BYTES} bytes, not {len(key)}: hash what is longer"
         )
     return key
+
+
+def parse_many(values: Any, call: str, what: str) -> list[Any]:
+    """Return the members of a call with many, or raise SettingsError."""
+    if isinstance(values, str | bytes | FeatureRef | Mapping) or not isinstance(values, Iterable):
+        raise SettingsError(f"{call} takes a list of {what}, not {type(values).__name__}")
+    members = list(values)
+    if len(members) > MAX_MEMBERS:
+        raise SettingsError(
+            f"{call} takes up to {MAX_MEMBERS} {what}, not {len(members)}: call it again for the rest"
+        )
+    return members
+
+
+def member_label(member: Any) -> str:
+    """Return a ref or a key as the errors of calls with many name it."""
+    if isinstance(member, FeatureRef):
+        return f"ref {member.slot}:{member.generation}"
+    return f"key {key_label(member)[:64]!r}" if isinstance(member, bytes) else type(member).__name__
+
+
+def parse_keys(values: Any, call: str) -> list[bytes]:
+    """Return the keys of a call with many, or raise SettingsError, which says which is none."""
+    keys = parse_many(values, call, "keys")
+    for index, key in enumerate(keys):
+        try:
+            keys[index] = key_bytes(key)
+        except SettingsError as error:
+            raise of_member(error, index, len(keys), "a key") from None
+    return keys
 
 
 def check_on_full(on_full: Any, key: Any) -> None:

@@ -24,6 +24,7 @@ from featcache.memory.words import (
     fence_stores,
 )
 from featcache.ref import FeatureRef
+from featcache.session.payments import Payments
 
 _WAITING, _SHRINK_EPOCH = Header.WAITING, Header.SHRINK_EPOCH
 _GRANTED, _WRITTEN = 1, 2  # indices into PageWords
@@ -52,7 +53,7 @@ _ONE_USE = _Uses()
 """Of a slot with a single use, which almost all have; never written, but replaced."""
 
 
-class Attachment:
+class Attachment(Payments):
     """One mapped pool and this session's page. No call blocks; a lock makes them thread-safe."""
 
     def __init__(

@@ -1,7 +1,7 @@
 """`get_or_put`: of all callers that want a key at once, in all processes, one makes it."""
 
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal, Protocol, TypeAlias
 
 import anyio
@@ -34,6 +34,15 @@ class Keys(Protocol):
 
         Unless it `waits`, raise KeyNotFound while another makes it.
         """
+
+    async def find_many(self, keys: Sequence[bytes]) -> list[KeyLease | None]:
+        """Return a read of each key that is there, and None of the others; all or, if it fails, none.
+
+        An error says by its `member` which key it is of, where it is of one.
+        """
+
+    async def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """Return whether each of these keys is there. Not a use of them."""
 
     async def share(
         self,
