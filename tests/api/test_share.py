@@ -16,7 +16,7 @@ from featcache import (
     SettingsError,
     StaleRef,
 )
-from featcache.control.pending import PendingRequests
+from featcache.control.channel import Channel
 from support.caches import KIB, filled, pair, small, spent, tensor, until
 from support.keyed import CAPACITY, ONE, in_progress, nothing_lost, party, pool_of, sought
 from support.slabs import Place, copy_of, same
@@ -54,8 +54,10 @@ async def test_ranks_read_a_share_with_no_message(who: int, monkeypatch: Any) ->
         def never(*_: Any) -> None:
             raise AssertionError("a rank asked the owner")
 
-        monkeypatch.setattr(PendingRequests, "request", never)
-        monkeypatch.setattr(PendingRequests, "tell", never)
+        monkeypatch.setattr(Channel, "send", never)
+        monkeypatch.setattr(Channel, "send_next", never)
+        with pytest.raises(AssertionError):
+            await ranks[0].contains("a")
         for reader in ranks:
             found = await reader.get(ref)
             assert isinstance(found, dict)

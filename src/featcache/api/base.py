@@ -1,43 +1,32 @@
 """The calls that owners and clients have in common: reading, and the directory."""
 
 import time
-from collections.abc import Awaitable, Iterable
-from types import EllipsisType
+from collections.abc import Awaitable
 from typing import Any, NoReturn, Self
 
 import torch
 
 from featcache.api.arguments import check_ref, no_pickle, parse_device
-from featcache.api.lifecycle import Engine, Lifecycle, LifeState
+from featcache.api.lifecycle import Engine, LifeState
+from featcache.api.many import ManyCalls
 from featcache.errors import SettingsError, StaleRef
 from featcache.memory.pack import Feature
 from featcache.ref import FeatureRef
-from featcache.session.arguments import (
-    TTL_DEFAULT,
-    check_make,
-    key_bytes,
-    parse_readers,
-    parse_ttl,
-)
+from featcache.session.arguments import check_make, key_bytes
 from featcache.session.borrow import Borrow
 from featcache.session.lease import KeyLease, MakeClaim
 from featcache.session.reader import Reader
 from featcache.session.single_flight import Keys, Make, find_or_claim, make_and_put, moved
-from featcache.settings import Settings, parse_timeout
+from featcache.settings import parse_timeout
 from featcache.statistics import Statistics
 
 
-class CacheBase:
+class CacheBase(ManyCalls):
     """The API that `FeatureCache` and `FeatureClient` share, over the engine of whichever it is.
 
     An object belongs to the event loop that opened it: WrongLoop elsewhere, but of the calls that say
     that they are safe in any thread.
     """
-
-    _life: Lifecycle[Any]
-    _settings: Settings
-    _place: torch.device | None = None
-    """Where a get puts its copy if the caller names no device; None is the pool's own device."""
 
     # --- life -----------------------------------------------------------------------------------
 
@@ -280,42 +269,6 @@ class CacheBase:
                 return await engine.reader.get_leased(found, place, None, None)
             except StaleRef:
                 pass  # its maker died before its bytes came: one of the waiters makes it
-
-    async def share(
-        self,
-        key: str | bytes,
-        *,
-        readers: int | Iterable[str],
-        ttl: float | EllipsisType | None = ...,
-        timeout: float | None = None,
-    ) -> FeatureRef:
-        """Return a ref of what is kept under a key, which owes reads: for others to read it by.
-
-        One looks up, as a scheduler does, and the processes that it sends the ref to read without
-        asking anybody. Each share is a ref of its own, also of the same feature for the same readers:
-        each owes its own reads, expires by itself, can be discarded. Until its reads are paid the
-        feature is neither evicted nor recycled, whatever becomes of its key. A share takes a slot of
-        `Settings.slots`, and no bytes. It counts as a use of the key, and as a hit.
-
-        Args:
-            key: as in `put`.
-            readers: how many reads the ref owes, each by another session, or the names of the sessions
-                that owe one each.
-            ttl: as in `put`.
-            timeout: seconds to wait for a feature to be put under the key; None is not at all.
-
-        Raises:
-            KeyNotFound: there is no feature under the key; KeyTimeout: nor came one in time.
-            PoolFull: all slots are in use, and none by a feature that can be evicted.
-            SettingsError: an argument is invalid.
-            OwnerLost, CacheClosed, WrongLoop: as `get` does.
-
-        """
-        wanted, settings = key_bytes(key), self._settings
-        ttl_s = settings.ttl if ttl is TTL_DEFAULT else parse_ttl(ttl)
-        owed, timeout_s = parse_readers(readers, settings.readers, least=1), parse_timeout(timeout)
-        keys: Keys = self._life.here().keys
-        return await keys.share(wanted, owed, ttl_s, timeout_s)
 
     async def contains(self, key: str | bytes) -> bool:
         """Whether a feature is kept under a key now. It does not count as a use."""

@@ -20,7 +20,9 @@ from featcache.api.cache import FeatureCache as AsyncCache
 from featcache.api.cache import create as _create
 from featcache.api.client import FeatureClient as AsyncClient
 from featcache.api.client import connect as _connect
+from featcache.api.many import parse_members
 from featcache.blocking.keys import get_by_key, get_or_put
+from featcache.blocking.many import get_many
 from featcache.blocking.portal import A, Portal
 from featcache.core.pressure import PressureLevel
 from featcache.errors import GetTimeout
@@ -211,6 +213,21 @@ class _BlockingBase(Generic[A]):
         return self._portal.call(
             lambda: inner.share(key, readers=readers, ttl=ttl, timeout=timeout), inner.discard
         )
+
+    def get_many(
+        self,
+        members: Iterable[FeatureRef | str | bytes],
+        *,
+        device: Any = None,
+        timeout: float | None = None,
+    ) -> list[Feature]:
+        """Return copies of many and pay their reads, as `featcache.FeatureClient.get_many`."""
+        wanted, portal = parse_members(members), self._portal
+        return get_many(portal, wanted, portal.place(device, None), parse_timeout(timeout))
+
+    def contains_many(self, keys: Iterable[str | bytes]) -> list[bool]:
+        """Return whether a feature is kept under each key now."""
+        return self._portal.call(lambda: self._portal.inner.contains_many(keys))
 
     def contains(self, key: str | bytes) -> bool:
         """Whether a feature is kept under a key now."""
