@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from types import EllipsisType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,15 +13,19 @@ from featcache.memory.pack import Feature
 from featcache.ref import FeatureRef
 from featcache.session.arguments import (
     TTL_DEFAULT,
+    check_on_full,
     key_bytes,
     parse_keys,
     parse_many,
     parse_readers,
     parse_ttl,
 )
+from featcache.session.batch_staging import parse_features, stage
 from featcache.session.many import Wanted, get_many
 from featcache.session.single_flight import Keys
 from featcache.settings import Settings, parse_timeout
+
+OnFull = Literal["wait", "raise", "spill"]
 
 
 class ManyCalls:
@@ -109,6 +113,50 @@ class ManyCalls:
         wanted = parse_keys(keys, "contains_many")
         directory: Keys = self._life.here().keys
         return await directory.contains_many(wanted)
+
+    async def put_many(
+        self,
+        features: Iterable[torch.Tensor | dict[str, torch.Tensor]],
+        *,
+        readers: int | Iterable[str] | EllipsisType = ...,
+        keys: Iterable[str | bytes | None] | None = None,
+        ttl: float | EllipsisType | None = ...,
+        timeout: float | None = None,
+        on_full: OnFull = "wait",
+    ) -> list[FeatureRef]:
+        """Copy many features into the slab and return their refs, in their order.
+
+        At the cost of little more than one `put`: they have one place in the queue and get the room of
+        all at once, so a put of many never waits for itself; a client asks for it by one message and
+        publishes by another; on a GPU the words that publish are one batch. Either all are put, or none:
+        if one fails, or the call is cancelled, the others are taken back.
+
+        Args:
+            features: up to 1024, each as in `put`.
+            readers: as in `put`, the same for each.
+            keys: a key for each, or None for one that has none.
+            ttl: as in `put`.
+            timeout: seconds to wait for the room of all together.
+            on_full: as in `put`; with ``"spill"`` all go to the host slab if they do not all fit into
+                this one.
+
+        Raises:
+            FeatureTooLarge: one can never fit, or all together can't: put fewer at a time.
+            As `put` does. Where the error is of one feature the message says of which, and so does the
+            error's `member`, its index in `features`.
+
+        """
+        given = parse_features(features, keys, readers, ttl)
+        timeout_s = None if timeout is None else parse_timeout(timeout)
+        check_on_full(on_full, given.key)
+        engine: Engine = self._life.here()
+        if not given.members:
+            return []
+        writers = engine.writers_nowait(on_full, given.key) or await engine.writers(
+            on_full, given.key
+        )
+        staged = await stage(writers, given, engine.reader.turn)
+        return await staged.put(timeout_s, engine.spills, wait=on_full != "raise")
 
 
 def parse_members(members: Any) -> list[Wanted]:

@@ -1,12 +1,17 @@
 """Many members at once for code with no event loop: copied in the caller's thread."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from featcache.blocking.portal import Portal
+from featcache.errors import FeatcacheError
 from featcache.memory.pack import Feature
+from featcache.ref import FeatureRef
+from featcache.session.arguments import check_on_full
+from featcache.session.batch_staging import Features, stage_now
 from featcache.session.many import Many, Wanted
 
 
@@ -30,3 +35,26 @@ def get_many(
     if not many.pin_blocking(timeout_s):
         portal.call(pin, Many.abandon)
     return many.copy_blocking(portal.call)
+
+
+def put_many(
+    portal: Portal[Any], given: Features, timeout_s: float | None, on_full: str
+) -> list[FeatureRef]:
+    """Copy features in, staged in the caller's thread, as `featcache.FeatureClient.put_many`."""
+    check_on_full(on_full, given.key)
+    engine = portal.engine
+    if not given.members:
+        return []
+    writers = engine.writers_nowait(on_full, given.key) or portal.call(
+        lambda: engine.writers(on_full, given.key)
+    )
+    staged = stage_now(writers, given)
+
+    async def take_back(refs: list[FeatureRef]) -> None:
+        for ref in refs:
+            with contextlib.suppress(FeatcacheError):
+                await portal.inner.discard(ref)
+
+    return portal.call(
+        lambda: staged.put(timeout_s, engine.spills, wait=on_full != "raise"), take_back
+    )

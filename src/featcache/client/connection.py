@@ -312,10 +312,6 @@ def return_unclaimed(
     link = connection.link
     if isinstance(answer, messages.Granted):
         connection.attachment.return_lease(answer.index, answer.serial)
-    elif isinstance(answer, many.GrantedMany):
-        for one in answer.found:
-            if one is not None:
-                connection.attachment.return_lease(one[0], one[1])
     elif isinstance(answer, messages.ClaimGranted) and isinstance(request, messages.Find):
         link.tell(messages.ReleaseClaim(request.key, answer.claim))
     elif isinstance(answer, messages.Reserved):
@@ -329,6 +325,25 @@ def return_unclaimed(
     ):
         ref = FeatureRef.from_bytes(answer.ref)
         link.discard_soon(ref.slot, ref.generation)
+    else:
+        _return_many(connection, request, answer)
+
+
+def _return_many(
+    connection: PoolConnection, request: messages.Request, answer: messages.Answer
+) -> None:
+    """As `return_unclaimed`, of an answer for many members."""
+    link = connection.link
+    if isinstance(answer, many.GrantedMany):
+        for one in answer.found:
+            if one is not None:
+                connection.attachment.return_lease(one[0], one[1])
+    elif isinstance(answer, many.ReservedMany):
+        for slot, generation, _ in answer.slots:
+            link.tell(messages.GiveUpReserved(slot, generation, landed=True))
+    elif isinstance(request, many.PublishMany):
+        for slot, generation, _, _ in request.members:
+            link.discard_soon(slot, generation)
 
 
 def _change(mapping: Mapping, change: SlabChange, fds: list[int]) -> None:

@@ -4,7 +4,12 @@ from typing import Annotated, Final
 
 import msgspec
 
-from featcache.control.wire import Key, Natural, Numbered, Ref
+from featcache.control.wire import Key, Lane, Name, Natural, Numbered, Ref, Seconds
+from featcache.ref import TensorSpec
+
+MAX_SLOTS: Final = 1024
+"""Slots of one batch."""
+Specs = Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=4096)]
 
 MAX_KEYS: Final = 256
 """Keys of one message: so many are looked up in a millisecond."""
@@ -23,6 +28,41 @@ class ContainsMany(Numbered, tag="contains_many", frozen=True):
     """Client: which of these keys are there. Answered by `Contained`."""
 
     keys: Keys
+
+
+class ReserveMany(Numbered, tag="reserve_many", frozen=True):
+    """Client: reserve the slots of a batch, all or none. Answered by `ReservedMany` or `Reply`.
+
+    Their keys come with `PublishMany`: they may be longer than one message takes.
+    """
+
+    sizes: Annotated[list[Natural], msgspec.Meta(min_length=1, max_length=MAX_SLOTS)]
+    counts: Annotated[list[Natural], msgspec.Meta(max_length=MAX_SLOTS)]
+    """How many reads each owes, if not by `names`."""
+    names: list[Name]
+    """Of the readers that owe one of each."""
+    ttl_s: Seconds | None
+    waits: bool
+    timeout_s: Seconds | None = None
+    """As of `Reserve`, as the others are."""
+    lane = Lane.ROOM
+
+
+class PublishMany(Numbered, tag="publish_many", frozen=True):
+    """Client: as `Publish`, of these reserved slots, each to be kept under its key. Answered by `Reply`."""
+
+    members: Annotated[
+        list[tuple[Natural, Natural, Specs, Key | None]],
+        msgspec.Meta(min_length=1, max_length=MAX_KEYS),
+    ]
+    lane = None  # as `Publish`
+
+
+class ReservedMany(msgspec.Struct, tag="reserved_many", frozen=True):
+    """Owner: as `Reserved`, slot, generation and offset of each."""
+
+    request: Natural
+    slots: list[tuple[Natural, Natural, Natural]]
 
 
 class GrantedMany(msgspec.Struct, tag="granted_many", frozen=True):

@@ -12,7 +12,15 @@ from typing import Annotated, Final, Literal, TypeGuard, TypeVar, get_args
 
 import msgspec
 
-from featcache.control.many import Contained, ContainsMany, FindMany, GrantedMany
+from featcache.control.many import (
+    Contained,
+    ContainsMany,
+    FindMany,
+    GrantedMany,
+    PublishMany,
+    ReservedMany,
+    ReserveMany,
+)
 from featcache.control.wire import Handle as _Handle
 from featcache.control.wire import Key as _Key
 from featcache.control.wire import Lane, Numbered
@@ -301,13 +309,24 @@ Request = (
     | KeyCommand
     | Reserve
     | Publish
+    | ReserveMany
+    | PublishMany
     | OpenForWriting
     | HostPool
     | Upload
 )
 Note = Cancel | ReleaseClaim | GiveUpReserved
 """Messages of a client that have no answer."""
-Answer = Reply | Granted | GrantedMany | Contained | ClaimGranted | Reserved | WriteDescriptors
+Answer = (
+    Reply
+    | Granted
+    | GrantedMany
+    | Contained
+    | ClaimGranted
+    | Reserved
+    | ReservedMany
+    | WriteDescriptors
+)
 FromClient = Hello | Goodbye | TailUnmapped | Request | Note
 FromOwner = Welcome | Refused | Farewell | Closing | Segments | UnmapTail | Answer
 

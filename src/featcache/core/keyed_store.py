@@ -11,7 +11,7 @@ from featcache.core.effects import ClaimPassed, Effect, Evicted, Limits
 from featcache.core.endings import Ending
 from featcache.core.eviction import FEW, best_victims, victims
 from featcache.core.key_queue import KeyWaiter, KeyWaiterState
-from featcache.core.put_queue import Request
+from featcache.core.put_queue import Batch, Request
 from featcache.core.recency import Held
 from featcache.core.slab_size import SizeState
 from featcache.core.slots import Slot, SlotState
@@ -149,6 +149,8 @@ class KeyedStore(Store):
         nothing, unless by `Limits.evict_first`. If there are more than `most` of them, so many go now;
         the others go when this is called again for the same request.
         """
+        if isinstance(request, Batch):
+            return self._evict_for_batch(request, held, now_s, most)
         if self._plan:
             if self._plan_for is request and (going := self._next_of_plan(held, most)):
                 return self._evict_all(going, now_s, "room")
@@ -172,6 +174,33 @@ class KeyedStore(Store):
             self._plan_for = request
             going = going[:most]
         return self._evict_all(going, now_s, "room")
+
+    def _evict_for_batch(
+        self, batch: Batch, held: Held, now_s: float, most: int | None
+    ) -> list[Effect]:
+        """Evict the coldest, as much as a batch lacks; then for the member that does not fit."""
+        limits, allocator = self.limits, self.allocator
+        if self.unevictable_bytes + batch.nbytes > limits.capacity_bytes:
+            return []  # not even if everything went
+        grows = self.size.state is not SizeState.STEADY or self.growth_of(batch, now_s) > 0
+        slots = len(batch.members) - len(self.table.free_slots) - len(self._retiring)
+        if grows and not limits.evict_first and slots <= 0:
+            return []
+        nbytes = batch.nbytes - (allocator.end_bytes - allocator.used_bytes) - self.retiring_bytes
+        going: list[Slot] = []
+        most = len(self.directory) if most is None else most
+        for slot in self.recency.coldest_few(
+            min(most, max(slots, nbytes // ALIGNMENT_BYTES)), held
+        ):
+            if len(going) >= slots and nbytes <= 0:
+                break
+            assert slot.extent is not None, "it is kept"
+            nbytes -= slot.extent.size_bytes
+            going.append(slot)
+        if going or len(self.table.free_slots) < len(batch.members):
+            return self._evict_all(going, now_s, "room")
+        missing = self.missing_of(batch, now_s)
+        return [] if missing is None else self.evict_for(missing, held, now_s, most)
 
     @property
     def is_evicting(self) -> bool:

@@ -34,9 +34,9 @@ class Slot:
     """One entry of the table. `generation` grows at each `SlotTable.allocate` and never repeats."""
 
     __slots__ = (
-        "born_s", "due_s", "extent", "generation", "grants", "idle", "index", "key", "listed", "nbytes",
-        "of", "owed_by_names", "paid_by", "reads_left", "retired_s", "state", "tick", "ttl_s", "used_s",
-        "wanted_key",
+        "born_s", "due_s", "extent", "generation", "grants", "idle", "index", "key", "listed", "mates",
+        "nbytes", "of", "owed_by_names", "paid_by", "reads_left", "retired_s", "state", "tick", "ttl_s",
+        "used_s", "wanted_key",
     )  # fmt: skip
 
     def __init__(self, index: int) -> None:
@@ -45,6 +45,8 @@ class Slot:
         self.state = SlotState.FREE
         self.extent: Extent | None = None
         self.nbytes = 0
+        self.mates: list[Slot] | None = None
+        """For the first slot of a batch: all of them, until the batch is taken apart (`core.batches`)."""
         self.of: Slot | None = None
         """For a share: the slot that has the extent, on which it has a grant (`core.shares`)."""
         self.reads_left = 0

@@ -23,7 +23,7 @@ from featcache.core.effects import (
 )
 from featcache.core.endings import Ending, Endings
 from featcache.core.key_queue import KeyQueue
-from featcache.core.put_queue import Request, Waiter, WaitQueue
+from featcache.core.put_queue import Batch, Request, Waiter, WaitQueue
 from featcache.core.recency import Recency
 from featcache.core.ripening import Ripening
 from featcache.core.slab_size import SizeState, SlabSize
@@ -144,15 +144,17 @@ class Store(Batches):
         slot = self.queue.drop(waiter)
         if slot is None:
             return False
-        self._free(slot)
+        self._free_all(self.apart(slot))
         return True
 
     def free_reserved(self, slot: Slot, now_s: float) -> list[Effect]:
         """Free a RESERVED slot that will not be published. No reader can have seen it."""
         if slot.state is not _RESERVED:
             raise ValueError(f"slot {slot.label} is {slot.state.name}, not RESERVED")
-        self.endings.note(slot, Ending.WRITER_LOST)
-        self._free(slot)
+        slots = self.apart(slot)
+        for each in slots:
+            self.endings.note(each, Ending.WRITER_LOST)
+        self._free_all(slots)
         return self.serve(now_s)
 
     def give_up_reserved(self, slot: Slot, now_s: float) -> list[Effect]:
@@ -372,9 +374,11 @@ class Store(Batches):
                 # The rest is for the next call; meanwhile nobody overtakes them.
                 self.serving = True
                 break
-            slot = self.reserve(waiter.request, now_s, first=True)
+            request = waiter.request
+            reserve = self.reserve_batch if type(request) is Batch else self.reserve
+            slot = reserve(request, now_s, first=True)  # type: ignore[arg-type]  # each its own
             if slot is None:
-                end = self.size.growth_for(waiter.request.nbytes, now_s)
+                end = self.growth_of(request, now_s)
                 if end and not self.table.full:
                     self.size.begin_growth()
                     effects.append(Grow(end))

@@ -16,7 +16,7 @@ from featcache.owner.sessions import Sessions
 from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
 from featcache.pool.writer import OwnerWriter, Place
-from featcache.ref import FeatureRef
+from featcache.ref import FeatureRef, TensorSpec
 from featcache.session.arguments import member_label, parse_readers
 
 _GRANT_BYTES: Final = 24
@@ -43,6 +43,8 @@ class RequestHandlers:
             messages.KeyCommand: self._command,
             messages.Reserve: self._reserve,
             messages.Publish: self._publish,
+            many.ReserveMany: self._reserve_many,
+            many.PublishMany: self._publish_many,
             messages.OpenForWriting: lambda _, message: messages.WriteDescriptors(message.request),
             messages.Discard: self._discard,
             messages.Relay: lambda _, message: self._relay(message),
@@ -189,18 +191,77 @@ class RequestHandlers:
 
     def _publish(self, session: int, message: messages.Publish) -> Answer:
         """Publish a slot that the session wrote; readers see it once its word has landed."""
-        pool, page = self._pool, self._page(session)
-        slot = pool.pending_writes.find_reserved(page, message.slot, message.generation)
-        if len(message.specs) > (most := pool.settings.tensors):
-            raise SettingsError(
-                f"{len(message.specs)} tensors: the pool's owner takes at most {most}"
-            )
+        page = self._page(session)
+        slot = self._written(page, message.slot, message.generation, message.specs)
+        self._pool.publish_from(slot, message.specs, page)
+        return messages.Reply(message.request)
+
+    def _written(
+        self, page: SessionPage, index: int, generation: int, specs: tuple[TensorSpec, ...]
+    ) -> Slot:
+        """Return a slot that a session wrote and may publish with these specs, or raise."""
+        pool = self._pool
+        slot = pool.pending_writes.find_reserved(page, index, generation)
+        if len(specs) > (most := pool.settings.tensors):
+            raise SettingsError(f"{len(specs)} tensors: the pool's owner takes at most {most}")
         # Raises MalformedRef for specs that no feature of this slot has.
         FeatureRef(
             *(pool.pool_id, pool.endpoint, slot.index, slot.generation),
-            *(slot.offset_bytes, slot.nbytes, message.specs),
+            *(slot.offset_bytes, slot.nbytes, specs),
         )
-        pool.publish_from(slot, message.specs, page)
+        return slot
+
+    def _reserve_many(self, session: int, message: many.ReserveMany) -> Answer | Wait:
+        writer, turn = self._writer, self._pool.turn
+        members = [
+            Request(nbytes, readers, message.ttl_s, None, session)
+            for nbytes, readers in zip(message.sizes, self._readers_of(message), strict=True)
+        ]
+        batch = self._pool.store.batch(members, session)
+        slot = None if turn.has_callers else writer.reserve_batch(batch)  # none is overtaken
+        if slot is not None:
+            return self._reserved_many(session, message.request, slot)
+        turn.left -= WAKE_UNITS  # a task of its own
+        place = writer.ask(batch, wait=message.waits)
+        return Begun(self._rooms(session, message, place), lambda: writer.withdraw(place))
+
+    def _readers_of(self, message: many.ReserveMany) -> list[int | frozenset[str]]:
+        most = self._pool.settings.readers
+        if message.names:
+            return [parse_readers(message.names, most, least=1)] * len(message.sizes)
+        if len(message.counts) != len(message.sizes):
+            raise SettingsError("a batch says of each of its members how many reads it owes")
+        for count in set(message.counts):
+            parse_readers(count, most, least=0)
+        return [*message.counts]
+
+    async def _rooms(self, session: int, message: many.ReserveMany, place: Place) -> Answer:
+        """Wait for the room of a batch, as `_room`."""
+        slot = await self._writer.slot_of(place, message.timeout_s, wait=message.waits)
+        return self._reserved_many(session, message.request, slot)
+
+    def _reserved_many(self, session: int, request: int, first: Slot) -> many.ReservedMany:
+        slots, page = self._pool.store.apart(first), self._pool.pages[session]
+        for slot in slots:
+            self._pool.pending_writes.reserve(slot, page)
+        found = [(slot.index, slot.generation, slot.offset_bytes) for slot in slots]
+        return many.ReservedMany(request, found)
+
+    def _publish_many(self, session: int, message: many.PublishMany) -> Answer:
+        """Publish slots that the session wrote: all of a message, or none."""
+        pool, page = self._pool, self._page(session)
+        slots = []
+        for index, (number, generation, specs, _) in enumerate(message.members):
+            try:
+                slots.append(self._written(page, number, generation, specs))
+            except FeatcacheError as error:
+                raise of_member(error, index, len(message.members), "a feature") from None
+        if len({slot.index for slot in slots}) < len(slots):
+            raise StaleRef("a slot is published once")
+        pool.turn.left -= len(slots)
+        for slot, (_, _, specs, key) in zip(slots, message.members, strict=True):
+            slot.wanted_key = key
+            pool.publish_from(slot, specs, page)
         return messages.Reply(message.request)
 
     def _give_up(self, session: int, note: messages.GiveUpReserved) -> None:
@@ -250,6 +311,9 @@ class RequestHandlers:
                 grant = None if one is None else page.grants.get(one[0])
                 if one is not None and grant is not None and grant.serial == one[1]:
                     self._lookups.return_lease(page, grant)
+        elif isinstance(answer, many.ReservedMany):
+            for slot, generation, _ in answer.slots:
+                self._give_up(session, messages.GiveUpReserved(slot, generation, landed=True))
         elif isinstance(answer, messages.Reserved):
             self._give_up(
                 session, messages.GiveUpReserved(answer.slot, answer.generation, landed=True)

@@ -8,10 +8,11 @@ from typing import Any, Final, TypeAlias
 import anyio
 
 from featcache.control.turns import BYTES_SHIFT, LEAVE_QUEUE_UNITS
-from featcache.core.put_queue import Request, Waiter, WaiterState
+from featcache.core.put_queue import Batch, Request, Waiter, WaiterState
 from featcache.core.slots import Slot
 from featcache.errors import BackendUnavailable, CacheClosed, PoolFull, PutTimeout
 from featcache.memory.pack import check_parts
+from featcache.pool.batch_puts import BatchPuts
 from featcache.pool.pool import Pool
 from featcache.pool.waits import PutWaits
 from featcache.ref import FeatureRef
@@ -28,7 +29,7 @@ Place: TypeAlias = "Slot | Waiter | asyncio.Future[Slot | Waiter]"
 """A put's claim from its call on: a slot, a waiter in the queue, or a future in the line of callers."""
 
 
-class OwnerWriter:
+class OwnerWriter(BatchPuts):
     """The owner's puts into one of its pools."""
 
     def __init__(self, pool: Pool) -> None:
@@ -59,6 +60,11 @@ class OwnerWriter:
             pool.store.check_size(request.nbytes)  # which raises
         parts, order = pool.slab.stage(packed)
         return Staged(request, specs, parts, order)
+
+    @property
+    def stages_at_call(self) -> bool:
+        """Whether a put is to note its place on the caller's stream before it waits for anything."""
+        return self._pool.slab.deferred
 
     def put_nowait(self, staged: Staged) -> FeatureRef:
         """Copy a feature in and return its ref, or raise PoolFull. Growth happens inline."""
@@ -185,7 +191,8 @@ class OwnerWriter:
     def _enter(self, request: Request, *, wait: bool) -> Slot | Waiter:
         """Reserve, or join the queue, at this call's turn."""
         self._pool.check_open()
-        return self.reserve(request) or self._enter_queue(request, wait=wait)
+        slot = self.reserve_batch(request) if isinstance(request, Batch) else self.reserve(request)
+        return slot or self._enter_queue(request, wait=wait)
 
     def _enter_queue(self, request: Request, *, wait: bool) -> Waiter:
         """Join the queue; or raise PoolFull, if it may not `wait` for others' features."""

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, TypeAlias
 
+import torch
+
 from featcache.core.keyed_store import key_label
 from featcache.core.put_queue import Request
 from featcache.errors import KeyTimeout, SettingsError, of_member
@@ -49,7 +51,9 @@ def key_bytes(key: Any) -> bytes:
 
 def parse_many(values: Any, call: str, what: str) -> list[Any]:
     """Return the members of a call with many, or raise SettingsError."""
-    if isinstance(values, str | bytes | FeatureRef | Mapping) or not isinstance(values, Iterable):
+    if isinstance(values, str | bytes | FeatureRef | Mapping | torch.Tensor) or not isinstance(
+        values, Iterable
+    ):
         raise SettingsError(f"{call} takes a list of {what}, not {type(values).__name__}")
     members = list(values)
     if len(members) > MAX_MEMBERS:

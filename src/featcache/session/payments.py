@@ -4,11 +4,12 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from featcache.memory.slab import Mapping, Order, Words
+from featcache.memory.slab import Mapping, Order, PageWords, Words
 from featcache.memory.words import Header
 from featcache.ref import FeatureRef
 
 _WAITING = Header.WAITING
+_WRITTEN = 2  # the index into PageWords
 
 
 class Payments:
@@ -21,6 +22,9 @@ class Payments:
     _paid: Words
     _on_idle: Callable[[], object] | None
     _unrung: int
+
+    _adopted: PageWords
+    _in_flight: dict[tuple[int, int], int]
 
     def _idle(self) -> Callable[[], object] | None:
         raise NotImplementedError
@@ -57,3 +61,13 @@ class Payments:
             self._ring_if_due()
         if idle is not None:
             idle()
+
+    def tell_written_many(self, values: Sequence[tuple[int, int]], order: Order) -> None:
+        """As `Attachment.tell_written`, of many slots by index and generation."""
+        deferred = self.mapping.deferred and order is not None
+        for index, generation in values:
+            if deferred:
+                self._in_flight[_WRITTEN, index] = generation
+            else:
+                self._in_flight.pop((_WRITTEN, index), None)  # the CPU writes it now
+        self.mapping.signal_many(self._adopted.written, values, order)
