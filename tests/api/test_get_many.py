@@ -61,7 +61,15 @@ async def test_refs_and_keys_are_read_in_their_order(place: Place) -> None:
         refs = [copy_of(await owner.put((BASE + n).to(device))) for n in range(4)]
         await owner.put(pictures, key="d")
         await owner.put((BASE * 2).to(device), key="k")
-        members = [refs[0], "k", refs[1], b"d", refs[2], "k", refs[3]]
+        members: list[FeatureRef | str | bytes] = [
+            refs[0],
+            "k",
+            refs[1],
+            b"d",
+            refs[2],
+            "k",
+            refs[3],
+        ]
         found = await reader.get_many(members)
         for index, expected in {
             0: BASE,

@@ -118,9 +118,10 @@ async def test_a_failed_member_says_which_and_nothing_is_put(who: int) -> None:
             assert caught.value.member == member
             if member is not None:
                 assert f"member {member + 1} of {len(features)}" in str(caught.value)
-        for features in (good, {"x": good}, "abc", None):
+        no_lists: list[Any] = [good, {"x": good}, "abc", None]
+        for each in no_lists:
             with pytest.raises(SettingsError, match="takes a list"):
-                await writer.put_many(features)  # type: ignore[arg-type]
+                await writer.put_many(each)
         now = both[0].statistics()
         assert (now.slots_used, now.used_bytes, reserved(both[0])) == (0, 0, 0)
 
