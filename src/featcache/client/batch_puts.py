@@ -213,7 +213,7 @@ class ClientBatchPuts:
         """Return the first members of a publish, as many as one message takes."""
         left_bytes = self.connection.link.message_bytes - ENVELOPE_BYTES
         members: list[tuple[int, int, many.Specs, bytes | None]] = []
-        for room, each in zip(rooms[: many.MAX_KEYS], staged, strict=False):
+        for room, each in zip(rooms[: many.MAX_PUBLISHED], staged, strict=False):
             member = room.slot, room.generation, each.specs, each.request.key
             left_bytes -= len(messages.encode(member))
             if left_bytes < 0 and members:

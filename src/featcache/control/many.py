@@ -7,6 +7,8 @@ import msgspec
 from featcache.control.wire import Key, Lane, Name, Natural, Numbered, Ref, Seconds
 from featcache.ref import TensorSpec
 
+MAX_PUBLISHED: Final = 128
+"""Slots of one message that are published: so many take a millisecond where each replaces another."""
 MAX_SLOTS: Final = 1024
 """Slots of one batch."""
 Specs = Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=4096)]
@@ -53,7 +55,7 @@ class PublishMany(Numbered, tag="publish_many", frozen=True):
 
     members: Annotated[
         list[tuple[Natural, Natural, Specs, Key | None]],
-        msgspec.Meta(min_length=1, max_length=MAX_KEYS),
+        msgspec.Meta(min_length=1, max_length=MAX_PUBLISHED),
     ]
     lane = None  # as `Publish`
 
