@@ -152,9 +152,16 @@ def explain(error: BaseException) -> str:
     return f"{said}{where}: {_ADVICE.get(error.errno or 0, _ODD)}"
 
 
-def of_member(error: BaseException, member: int, count: int, label: str) -> BaseException:
-    """Return the error of one of so many members, which then says which; others' errors as they are."""
+def at_member(error: BaseException, member: int) -> BaseException:
+    """Return an error of featcache's that knows of which member it is; `of_member` has it say so."""
     if isinstance(error, FeatcacheError) and error.member is None:
+        error.member = member
+    return error
+
+
+def of_member(error: BaseException, member: int | None, count: int, label: str) -> BaseException:
+    """Return the error of one of so many members, which then says of which; others' errors as they are."""
+    if isinstance(error, FeatcacheError) and member is not None:
         error.member = member
         error.args = (f"member {member + 1} of {count}, {label}: {error}",)
     return error

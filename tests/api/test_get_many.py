@@ -20,7 +20,9 @@ from featcache import (
     UnknownPool,
 )
 from featcache.control.channel import Channel
+from featcache.memory.key_table import UNKNOWN
 from featcache.session.arguments import MAX_MEMBERS
+from featcache.session.hits import KeyHits
 from featcache.session.offload import Offload
 from support.caches import KIB, filled, pair, small, spent, tensor, until
 from support.keyed import grants, nothing_lost, page_of, pool_of
@@ -99,6 +101,10 @@ async def test_many_refs_are_read_without_a_message_and_many_keys_by_one(monkeyp
         asked = sent(monkeypatch)
         assert values(await client.get_many(refs[1:])) == list(range(1, 16))
         assert asked == []
+        assert values(await client.get_many([f"{n}" for n in range(16)])) == list(range(16))
+        assert (await client.contains_many(["0", "x"]), asked) == ([True, False], [])
+        monkeypatch.setattr(KeyHits, "find", lambda *_: UNKNOWN)  # as where the table has no room
+        monkeypatch.setattr(KeyHits, "contains", lambda *_: None)
         assert values(await client.get_many([f"{n}" for n in range(16)])) == list(range(16))
         assert len(asked) == 2, "a question and its answer"
         flags = await client.contains_many([f"{n}" for n in range(17)])
@@ -257,7 +263,11 @@ async def test_there_is_a_bound_and_what_is_no_list_is_refused(who: int) -> None
         await both[1].release(ref)
 
 
-async def test_as_many_as_there_may_be(who: int) -> None:
+@pytest.mark.parametrize("by_message", [False, True])
+async def test_as_many_as_there_may_be(who: int, by_message: bool, monkeypatch: Any) -> None:
+    if by_message:
+        monkeypatch.setattr(KeyHits, "find", lambda *_: UNKNOWN)
+        monkeypatch.setattr(KeyHits, "contains", lambda *_: None)
     async with pair(slots=2048, capacity=1 << 22, grants=1024) as both:
         owner, reader = both[0], both[who]
         refs = [await owner.put(filled(1, n % 256)) for n in range(MAX_MEMBERS)]
@@ -271,7 +281,8 @@ async def test_as_many_as_there_may_be(who: int) -> None:
         await nothing_lost(owner)
 
 
-async def test_more_reads_by_key_than_may_be_out(who: int) -> None:
+async def test_more_reads_by_key_than_may_be_out(who: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(KeyHits, "find", lambda *_: UNKNOWN)  # as where the table has no room
     async with pair(grants=4) as both:
         await both[0].put(filled(KIB, 1), key="k")
         with pytest.raises(PoolFull, match="member 5 of 6, key 'k': ") as caught:

@@ -9,6 +9,7 @@ import torch
 import featcache
 from featcache import (
     FeatureCache,
+    FeatureClient,
     FeatureRef,
     KeyNotFound,
     KeyTimeout,
@@ -48,25 +49,27 @@ async def test_a_share_is_read_as_any_ref(place: Place) -> None:
 async def test_ranks_read_a_share_with_no_message(who: int, monkeypatch: Any) -> None:
     async with party(3) as (owner, (scheduler, *ranks)):
         await owner.put({"x": BASE, "y": filled(3)}, key="a")
-        await asyncio.gather(*(rank.contains("a") for rank in ranks))
         ref = copy_of(await (owner, scheduler)[who].share("a", readers=4))
 
         def never(*_: Any) -> None:
             raise AssertionError("a rank asked the owner")
 
-        monkeypatch.setattr(Channel, "send", never)
-        monkeypatch.setattr(Channel, "send_next", never)
-        with pytest.raises(AssertionError):
-            await ranks[0].contains("a")
-        for reader in ranks:
-            found = await reader.get(ref)
-            assert isinstance(found, dict)
-            assert torch.equal(found["x"], BASE)
-        async with owner.borrow(ref) as view:
-            assert isinstance(view, dict)
-        await scheduler.release(ref)
-        monkeypatch.undo()
+        with monkeypatch.context() as alone:
+            alone.setattr(Channel, "send", never)
+            alone.setattr(Channel, "send_next", never)
+            with pytest.raises(AssertionError):
+                await ranks[0].evict("b")
+            await read_by_all(owner, [*ranks, scheduler], ref)
         await nothing_lost(owner)
+
+
+async def read_by_all(owner: FeatureCache, ranks: list[FeatureClient], ref: FeatureRef) -> None:
+    for reader in ranks:
+        found = await reader.get(ref)
+        assert isinstance(found, dict)
+        assert torch.equal(found["x"], BASE)
+    async with owner.borrow(ref) as view:
+        assert isinstance(view, dict)
 
 
 async def test_each_share_of_one_feature_owes_its_own_reads(who: int) -> None:

@@ -12,7 +12,6 @@ import pytest
 from featcache.errors import AttachRefused
 from featcache.memory import words as words_module
 from featcache.memory.words import (
-    GRANTS,
     Header,
     OwnerWords,
     SessionWords,
@@ -183,24 +182,22 @@ def test_nothing_is_left(no_leaks: None) -> None:
         os.close(fd)
 
 
-ALIKE = GRANTS  # slots with which both kinds of block are of one size
-BLOCKS = [
-    pytest.param(SessionWords, OwnerWords, id="a page as words"),
-    pytest.param(OwnerWords, SessionWords, id="words as a page"),
-]
+ALIKE_GRANTS = (owner_block_bytes(SLOTS) - session_page_bytes(SLOTS, 0)) // (4 * 8)
+"""Grants with which both kinds of block are of one size."""
 
 
-@pytest.mark.parametrize(("made", "meant"), BLOCKS)
-def test_each_others_blocks_are_refused(
-    made: type[OwnerWords | SessionWords], meant: type[OwnerWords | SessionWords]
-) -> None:
-    assert owner_block_bytes(ALIKE) == session_page_bytes(ALIKE)
-    _, fd = made.create(ALIKE)
+def test_each_others_blocks_are_refused() -> None:
+    assert owner_block_bytes(SLOTS) == session_page_bytes(SLOTS, ALIKE_GRANTS)
+    _, page = SessionWords.create(SLOTS, ALIKE_GRANTS)
+    _, words = OwnerWords.create(SLOTS)
     try:
         with pytest.raises(AttachRefused):
-            meant.attach(fd, ALIKE)
+            OwnerWords.attach(page, SLOTS)
+        with pytest.raises(AttachRefused):
+            SessionWords.attach(words, SLOTS, ALIKE_GRANTS)
     finally:
-        os.close(fd)
+        os.close(page)
+        os.close(words)
 
 
 def test_the_fences_run_on_this_processor() -> None:

@@ -155,8 +155,9 @@ class ManyCalls:
         writers = engine.writers_nowait(on_full, given.key) or await engine.writers(
             on_full, given.key
         )
-        staged = await stage(writers, given, engine.reader.turn)
-        return await staged.put(timeout_s, engine.spills, wait=on_full != "raise")
+        with given.telling():
+            staged = await stage(writers, given, engine.reader.turn)
+            return await staged.put(timeout_s, engine.spills, wait=on_full != "raise")
 
 
 def parse_members(members: Any) -> list[Wanted]:

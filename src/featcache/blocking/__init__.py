@@ -7,6 +7,7 @@ caller's thread. These objects are safe in any thread; they are closed when the 
 that would wait for the loop of its own thread raises WrongLoop.
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable
@@ -25,7 +26,7 @@ from featcache.blocking.keys import get_by_key, get_or_put
 from featcache.blocking.many import get_many, put_many
 from featcache.blocking.portal import A, Portal
 from featcache.core.pressure import PressureLevel
-from featcache.errors import GetTimeout
+from featcache.errors import GetTimeout, StaleRef
 from featcache.memory.pack import Feature
 from featcache.ref import FeatureRef
 from featcache.session.arguments import check_make, key_bytes
@@ -114,7 +115,7 @@ class _BlockingBase(Generic[A]):
         return portal.call(lambda: reader.get(ref, None, out, timeout_s), ref=ref)
 
     def get_nowait(
-        self, ref: FeatureRef, *, device: Any = None, out: Feature | None = None
+        self, ref: FeatureRef | str | bytes, *, device: Any = None, out: Feature | None = None
     ) -> Feature:
         """As `featcache.FeatureClient.get_nowait`: nothing is waited for."""
         return self._portal.inner.get_nowait(ref, device=device, out=out)
@@ -129,6 +130,9 @@ class _BlockingBase(Generic[A]):
         """Enter a borrow, waiting for its bytes."""
         ref, portal = borrow.ref, self._portal
         if ref is None:  # a key's, to be looked up
+            with contextlib.suppress(GetTimeout, StaleRef):  # on its way, or gone with its writer
+                if (view := borrow.enter_at_hand()) is not None:
+                    return view
             return portal.call(borrow.__aenter__, lambda _: borrow.close(pays=False))
         reader = portal.engine.reader
         if reader.pools.has(ref):
@@ -246,7 +250,10 @@ class _BlockingBase(Generic[A]):
 
     def contains(self, key: str | bytes) -> bool:
         """Whether a feature is kept under a key now."""
-        return self._portal.call(lambda: self._portal.inner.contains(key))
+        there = self._portal.inner.contains_nowait(key)
+        return (
+            self._portal.call(lambda: self._portal.inner.contains(key)) if there is None else there
+        )
 
     def evict(self, key: str | bytes) -> bool:
         """Drop a key; return whether it was there."""

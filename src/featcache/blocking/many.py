@@ -48,13 +48,14 @@ def put_many(
     writers = engine.writers_nowait(on_full, given.key) or portal.call(
         lambda: engine.writers(on_full, given.key)
     )
-    staged = stage_now(writers, given)
 
     async def take_back(refs: list[FeatureRef]) -> None:
         for ref in refs:
             with contextlib.suppress(FeatcacheError):
                 await portal.inner.discard(ref)
 
-    return portal.call(
-        lambda: staged.put(timeout_s, engine.spills, wait=on_full != "raise"), take_back
-    )
+    with given.telling():
+        staged = stage_now(writers, given)
+        return portal.call(
+            lambda: staged.put(timeout_s, engine.spills, wait=on_full != "raise"), take_back
+        )

@@ -8,7 +8,7 @@ from featcache.client.keys import ENVELOPE_BYTES
 from featcache.control import many, messages
 from featcache.control.messages import ProtocolError, Reserved
 from featcache.control.turns import BYTES_SHIFT, turn_of
-from featcache.errors import FeatcacheError, of_member
+from featcache.errors import FeatcacheError, at_member
 from featcache.memory.slab import Order
 from featcache.ref import FeatureRef
 from featcache.session.offload import Offload
@@ -137,7 +137,7 @@ class ClientBatchPuts:
                 kept |= set(large)  # the thread is done
             for member in sorted(kept):
                 self._withdraw(rooms[member], staged[member], wrote=member in wrote)
-            of_member(error, at[0], len(rooms), "a feature")
+            at_member(error, at[0])
             raise
 
     async def _wait_mapped(self, room: Reserved, staged: Staged) -> None:
@@ -194,6 +194,8 @@ class ClientBatchPuts:
                     raise ProtocolError("the owner answered a put of many with something else")
                 published = sent
         except BaseException as error:
+            if isinstance(error, FeatcacheError) and error.member is not None:
+                error.member += published
             for room, each in zip(rooms[:published], staged, strict=False):
                 link.discard_soon(room.slot, room.generation)
                 if each.request.key is not None:

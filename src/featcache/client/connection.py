@@ -26,6 +26,7 @@ from featcache.memory.slab import Mapping, Unreachable
 from featcache.memory.words import Parting
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
+from featcache.session.hits import KeyHits
 from featcache.session.offload import Offload
 from featcache.session.waiting import Doorbell, drain
 
@@ -59,6 +60,7 @@ class PoolConnection:
     def __init__(
         self,
         attachment: Attachment,
+        hits: KeyHits,
         link: Link,
         endpoint: str,
         doorbell: Doorbell,
@@ -76,6 +78,7 @@ class PoolConnection:
         """Where the spill pool listens, if puts may spill."""
         self.state = ConnectionState.OPEN
         self._mapping: Mapping = attachment.mapping
+        self.hits = hits
         self._doorbell = doorbell
         self._offload = offload
         self._spawn = spawn
@@ -290,6 +293,7 @@ class PoolConnection:
         self.state = ConnectionState.LEFT
         self.link.forget()
         self.attachment.forget()
+        self.hits.forget()
         self._doorbell.close()
         for _, fds in self._changes:
             close_all(fds)
@@ -311,7 +315,7 @@ def return_unclaimed(
     """Return the lease, claim, reservation or pin of an answer whose request was cancelled."""
     link = connection.link
     if isinstance(answer, messages.Granted):
-        connection.attachment.return_lease(answer.index, answer.serial)
+        connection.attachment.return_grant(answer.index, answer.serial)
     elif isinstance(answer, messages.ClaimGranted) and isinstance(request, messages.Find):
         link.tell(messages.ReleaseClaim(request.key, answer.claim))
     elif isinstance(answer, messages.Reserved):
@@ -337,7 +341,7 @@ def _return_many(
     if isinstance(answer, many.GrantedMany):
         for one in answer.found:
             if one is not None:
-                connection.attachment.return_lease(one[0], one[1])
+                connection.attachment.return_grant(one[0], one[1])
     elif isinstance(answer, many.ReservedMany):
         for slot, generation, _ in answer.slots:
             link.tell(messages.GiveUpReserved(slot, generation, landed=True))

@@ -1,4 +1,4 @@
-"""The directory as a client uses it: one round trip to its owner for a lookup, a word to end a read."""
+"""The directory as a client uses it: by the key table in its own mapping, or by one round trip."""
 
 import asyncio
 from collections.abc import Sequence
@@ -12,11 +12,12 @@ from featcache.control import many, messages
 from featcache.control.messages import Find, KeyCommand, ProtocolError
 from featcache.control.turns import CALL_UNITS, turn_of
 from featcache.core.keyed_store import key_label
-from featcache.errors import FeatcacheError, KeyNotFound
+from featcache.errors import FeatcacheError, KeyNotFound, at_member
+from featcache.memory.key_table import ABSENT, UNKNOWN
 from featcache.ref import FeatureRef
-from featcache.session.arguments import key_timeout, rpc_timeout
+from featcache.session.arguments import key_timeout, not_found, rpc_timeout
 from featcache.session.lease import KeyLease, MakeClaim, return_all
-from featcache.session.single_flight import Command
+from featcache.session.single_flight import Command, Device
 
 _MAX_KNOWN: Final = 4096
 _MAX_KNOWN_BYTES: Final = 512
@@ -48,8 +49,35 @@ class ClientKeys:
         self._known: dict[bytes, FeatureRef] = {}
         """Refs by the bytes that they were decoded from, and found sound."""
 
-    async def find(self, key: bytes, timeout_s: float | None) -> KeyLease:
+    def at_hand(self, key: bytes, device: Device) -> KeyLease | None:
+        """Return a read by the key table alone, or None, in any thread."""
+        connection = self._registry.peek_bound()
+        found = UNKNOWN if connection is None else connection.hits.find(key, device)
+        return found if type(found) is KeyLease else None
+
+    def find_now(self, key: bytes, device: Device) -> KeyLease:
+        """Return a read by the key table alone, or raise, in any thread."""
+        return self._registry.bound_now().hits.find_now(key, device)
+
+    def contains_now(self, key: bytes) -> bool | None:
+        """Whether a key is there, by the key table alone; None if the owner is to say."""
+        connection = self._registry.peek_bound()
+        return None if connection is None else connection.hits.contains(key)
+
+    async def find(self, key: bytes, timeout_s: float | None, device: Device) -> KeyLease:
         """Return a read of the feature under a key; with a timeout, wait for it that long."""
+        turn = self._turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
+        connection = self._registry.peek_bound() or await self._registry.bound()
+        at_hand = connection.hits.find(key, device)
+        if type(at_hand) is KeyLease:
+            return at_hand
+        if at_hand == ABSENT and not timeout_s:
+            connection.attachment.count_miss()
+            raise not_found(key) if timeout_s is None else key_timeout(key_label(key), timeout_s)
         if timeout_s is None:
             found = await self._find(key, waits=False, makes=False)
         else:
@@ -62,16 +90,23 @@ class ClientKeys:
             raise ProtocolError("the owner answered a lookup that can't make with a claim")
         return found
 
-    async def find_or_claim(self, key: bytes, *, waits: bool) -> KeyLease | MakeClaim:
+    async def find_or_claim(
+        self, key: bytes, device: Device, *, waits: bool
+    ) -> KeyLease | MakeClaim:
         """Return a read, once there is a feature, or the claim to make it."""
-        return await self._find(key, waits=waits, makes=True)
-
-    async def _find(self, key: bytes, *, waits: bool, makes: bool) -> KeyLease | MakeClaim:
         turn = self._turn
         turn.left -= CALL_UNITS
         if turn.left < 0:
             # Before anything is done: a cancellation that comes here loses nothing.
             await turn.wait()
+        connection = self._registry.peek_bound() or await self._registry.bound()
+        at_hand = connection.hits.find(key, device)
+        if type(at_hand) is KeyLease:
+            return at_hand
+        return await self._find(key, waits=waits, makes=True)
+
+    async def _find(self, key: bytes, *, waits: bool, makes: bool) -> KeyLease | MakeClaim:
+        """Ask the owner."""
         connection = self._registry.peek_bound() or await self._registry.bound()
         answer, _ = await connection.link.request(Find(connection.link.number(), key, waits, makes))
         if isinstance(answer, messages.ClaimGranted):
@@ -84,14 +119,14 @@ class ClientKeys:
     def _take(self, connection: PoolConnection, index: int, serial: int, data: bytes) -> KeyLease:
         """Return the lease that the owner granted, if it is sound."""
         attachment = connection.attachment
-        attachment.check_lease(index, serial)
+        attachment.check_grant(index, serial)
         try:
             ref = self._known.get(data) or self._read_ref(data)
             attachment.check_leased_ref(ref)
         except Exception:
-            attachment.return_lease(index, serial)
+            attachment.return_grant(index, serial)
             raise
-        return KeyLease(attachment, ref, index, serial)
+        return KeyLease.granted(attachment, ref, index, serial)
 
     def _read_ref(self, data: bytes) -> FeatureRef:
         """Decode a ref, and know it when the same bytes come again.
@@ -105,8 +140,45 @@ class ClientKeys:
             self._known[data] = ref
         return ref
 
-    async def find_many(self, keys: Sequence[bytes]) -> list[KeyLease | None]:
-        """Return a read of each key that is there, and None of the others: one message for up to 256."""
+    async def find_many(self, keys: Sequence[bytes], device: Device) -> list[KeyLease | None]:
+        """Return a read of each key that is there, and None of the others.
+
+        By the key table where it is enough; the others are asked for by one message for up to 256.
+        """
+        turn, leases = self._turn, list[KeyLease | None]()
+        connection = self._registry.peek_bound() or await self._registry.bound()
+        asks: list[int] = []
+        try:
+            for at, key in enumerate(keys):
+                turn.left -= 1
+                if turn.left < 0:
+                    await turn.wait()
+                found = connection.hits.find(key, device)
+                leases.append(found if type(found) is KeyLease else None)
+                if found == ABSENT:
+                    connection.attachment.count_miss()
+                elif found == UNKNOWN:
+                    asks.append(at)
+            await self._ask_for_some(keys, asks, leases)
+        except BaseException as error:
+            return_all(leases)
+            at_member(error, min(len(leases), len(keys) - 1))
+            raise
+        return leases
+
+    async def _ask_for_some(
+        self, keys: Sequence[bytes], asks: list[int], leases: list[KeyLease | None]
+    ) -> None:
+        """Ask the owner for these of the keys."""
+        try:
+            asked = await self._ask_for_many([keys[n] for n in asks])
+        except FeatcacheError as error:
+            error.member = asks[error.member or 0]
+            raise
+        for n, lease in zip(asks, asked, strict=True):
+            leases[n] = lease
+
+    async def _ask_for_many(self, keys: Sequence[bytes]) -> list[KeyLease | None]:
         turn, leases = self._turn, list[KeyLease | None]()
         try:
             while len(leases) < len(keys):
@@ -145,23 +217,29 @@ class ClientKeys:
         except BaseException:
             for one in answer.found[taken + 1 :]:  # that one was returned, if it could be
                 if one is not None:
-                    connection.attachment.return_lease(one[0], one[1])
+                    connection.attachment.return_grant(one[0], one[1])
             raise
 
     async def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
-        """Return whether each of these keys is there: one message for up to 256."""
-        turn, flags = self._turn, list[bool]()
-        while len(flags) < len(keys):
-            turn.left -= CALL_UNITS
-            if turn.left < 0:
-                await turn.wait()
+        """Return whether each of these keys is there; what the key table can't say by message."""
+        turn = self._turn
+        turn.left -= CALL_UNITS + len(keys) // 8
+        if turn.left < 0:
+            await turn.wait()
+        connection = self._registry.peek_bound() or await self._registry.bound()
+        told = [connection.hits.contains(key) for key in keys]
+        asks, flags = [n for n, there in enumerate(told) if there is None], list[bool]()
+        wanted = [keys[n] for n in asks]
+        while len(flags) < len(wanted):
             link = (self._registry.peek_bound() or await self._registry.bound()).link
-            some = fitting(keys, len(flags), link.message_bytes)
+            some = fitting(wanted, len(flags), link.message_bytes)
             answer, _ = await link.request(many.ContainsMany(link.number(), some))
             if not isinstance(answer, many.Contained) or len(answer.flags) != len(some):
                 raise ProtocolError("the owner answered whether keys are there with something else")
             flags += answer.flags
-        return flags
+        for n, flag in zip(asks, flags, strict=True):
+            told[n] = flag
+        return [bool(there) for there in told]
 
     async def share(
         self,
@@ -204,7 +282,12 @@ class ClientKeys:
         if turn.left < 0:
             # Before anything is done: a cancellation that comes here loses nothing.
             await turn.wait()
-        link = (self._registry.peek_bound() or await self._registry.bound()).link
+        connection = self._registry.peek_bound() or await self._registry.bound()
+        if command == "contains":
+            there = connection.hits.contains(key)
+            if there is not None:
+                return there
+        link = connection.link
         answer, _ = await link.request(KeyCommand(link.number(), key, command))
         if not isinstance(answer, messages.Reply):
             raise ProtocolError(f"the owner answered a command with {type(answer).__name__}")

@@ -11,7 +11,7 @@ from featcache.client.writer import ClientWriter, left, wire_form, within
 from featcache.control import messages
 from featcache.control.messages import ProtocolError
 from featcache.core.put_queue import Request
-from featcache.errors import of_member
+from featcache.errors import at_member
 from featcache.ref import FeatureRef
 from featcache.session.staging import Staged
 from featcache.settings import Settings
@@ -63,7 +63,7 @@ class Uploader:
                 if each.request.key is not None:
                     key = each.request.key
                     link.tell(messages.KeyCommand(link.number(), key, "evict"))
-            of_member(error, len(refs), len(staged), "a feature")
+            at_member(error, len(refs))
             raise
         return refs
 

@@ -34,7 +34,7 @@ from featcache.control.wire import Text as _Text
 from featcache.errors import FeatcacheError, explain
 from featcache.ref import TensorSpec
 
-VERSION: Final = 4
+VERSION: Final = 5
 """Protocol version: grows when a message or a shared layout changes; both sides must have the same."""
 
 MAX_SEGMENTS: Final = 32

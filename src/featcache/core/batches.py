@@ -13,7 +13,7 @@ from featcache.core.put_queue import Batch, Request, WaitQueue
 from featcache.core.shares import Shares
 from featcache.core.slab_size import SlabSize
 from featcache.core.slots import Slot
-from featcache.errors import FeatureTooLarge, of_member
+from featcache.errors import FeatureTooLarge, at_member
 
 
 class Batches(Shares):
@@ -59,7 +59,7 @@ class Batches(Shares):
             try:
                 self.check_size(member.nbytes)
             except FeatureTooLarge as error:
-                raise of_member(error, index, len(members), "a feature") from None
+                raise at_member(error, index) from None
             total_bytes += aligned_size(member.nbytes)
         if total_bytes > self.max_feature_bytes or len(members) > limits.slots:
             raise FeatureTooLarge(

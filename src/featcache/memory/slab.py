@@ -225,6 +225,7 @@ class PageWords(NamedTuple):
     released: Words
     granted: Words
     written: Words
+    ended: Words
 
     @classmethod
     def adopted(cls, mapping: Mapping, page: SessionWords) -> "PageWords":
@@ -234,4 +235,4 @@ class PageWords(NamedTuple):
     @classmethod
     def plain(cls, page: SessionWords) -> "PageWords":
         """Return a page's words as they are: the CPU writes them."""
-        return cls(page.released, page.granted, page.written)
+        return cls(page.released, page.granted, page.written, page.ended)

@@ -1,10 +1,11 @@
 """Control words: 64-bit, in shared host memory, each written by exactly one process.
 
-Two kinds of block. The *owner's* block has a header and one `live`, `published`, `offset` and
-`nbytes` word per slot; it is sealed so that readers can map it only for reading. A *session's* page
-has one `held`, one `released` and one `written` word per slot, one `granted` word per grant that
-it may have out, and one that says how far it has ended (`Parting`); that session and the owner map it,
-nobody else.
+Two kinds of block. The *owner's* block has a header, one `live`, `published`, `offset`, `nbytes` and
+`reserved` word per slot, and the key table (`memory.key_table`); it is sealed so that readers can map it
+only for reading. A *session's* page has one `held`, `released`, `written` and `used` word per slot, one
+`granted` word per grant that it may have out, a lease entry per read by key that it may hold (`lease`,
+`serial` and `ended`), and one word that says how far it has ended (`Parting`); that session and the
+owner map it, nobody else.
 
 Aligned 8-byte stores through a memoryview are enough: CPython packs an item with one 8-byte move,
 which x86-64 and arm64 make single-copy atomic when aligned. `fence_stores` orders bytes before their
@@ -30,12 +31,17 @@ from featcache.settings import round_up
 _B = TypeVar("_B")
 _WORD_BYTES: Final = 8
 _HEADER_WORDS: Final = 64
-_OWNER_MAGIC: Final = int.from_bytes(b"fcOwner\x01", "little")
-_SESSION_MAGIC: Final = int.from_bytes(b"fcSessn\x02", "little")
-_OWNER_ARRAYS: Final = 4
-_SESSION_ARRAYS: Final = 3
+_OWNER_MAGIC: Final = int.from_bytes(b"fcOwner\x02", "little")
+_SESSION_MAGIC: Final = int.from_bytes(b"fcSessn\x03", "little")
+_OWNER_ARRAYS: Final = 5
+_SESSION_ARRAYS: Final = 4
+_ENTRY_ARRAYS: Final = 4
 GRANTS: Final = 4096
 """Grants that a session may hold by default."""
+KEY_SET_BYTES: Final = 256
+"""A set of the key table."""
+RECORD_BYTES: Final = 256
+"""A slot's record behind the key table: the wire form of its ref."""
 _F_SEAL_FUTURE_WRITE: Final = 0x0010  # Linux 5.1; Python's fcntl does not name it before 3.13
 
 
@@ -54,6 +60,19 @@ class Header:
     segments are, and reads nothing until it has unmapped that.
     """
     KEYS, RESIDENT, PINNED, EVICTED = range(11, 15)
+    TICK = 15
+    """The recency policy's present tick: a session copies it into `used` at each hit of a slot."""
+    SECRET = 16
+    """The first of the four words of the key under which this pool digests the keys of features."""
+
+
+class Counts:
+    """Indices of the header words of a session's page in which the session counts what it did itself."""
+
+    HITS, MISSES = 4, 5
+    """Lookups by key that were answered by the key table."""
+    LEASES_HIGH = 6
+    """One more than the highest index of a lease entry that was ever taken."""
 
 
 class Parting:
@@ -110,6 +129,9 @@ def _nothing() -> None:
 fence_stores = _nothing if TSO else _membarrier
 """Store barrier between bytes and the word that vouches for them. x86-64 needs none (TSO)."""
 
+fence_loads = _nothing if TSO else _membarrier
+"""Load barrier between a word and what is read because of it. x86-64 needs none (TSO)."""
+
 fence_after_lock = _nothing if TSO else _membarrier
 """`fence_full` where a lock was released since the store, which on x86-64 was the barrier."""
 
@@ -155,14 +177,25 @@ def _map(fd: int, size_bytes: int, *, write: bool) -> mmap.mmap:
         ) from error
 
 
+def key_sets(slots: int) -> int:
+    """Return how many sets the key table has: a power of two, with four keys a set or fewer."""
+    return 1 << max(0, (slots - 1) // 4).bit_length()
+
+
+def key_table_start_bytes(slots: int) -> int:
+    """Return where an owner's block has its key table; the records of the slots follow it."""
+    return round_up((_HEADER_WORDS + _OWNER_ARRAYS * slots) * _WORD_BYTES, mmap.PAGESIZE)
+
+
 def owner_block_bytes(slots: int) -> int:
     """Return the size of an owner's block."""
-    return round_up((_HEADER_WORDS + _OWNER_ARRAYS * slots) * _WORD_BYTES, mmap.PAGESIZE)
+    table_bytes = key_sets(slots) * KEY_SET_BYTES + slots * RECORD_BYTES
+    return round_up(key_table_start_bytes(slots) + table_bytes, mmap.PAGESIZE)
 
 
 def session_page_bytes(slots: int, grants: int = GRANTS) -> int:
     """Return the size of a session's page."""
-    words = _HEADER_WORDS + _SESSION_ARRAYS * slots + grants
+    words = _HEADER_WORDS + _SESSION_ARRAYS * slots + _ENTRY_ARRAYS * grants
     return round_up(words * _WORD_BYTES, mmap.PAGESIZE)
 
 
@@ -207,7 +240,9 @@ class OwnerWords(Block):
 
     def __init__(self, mapping: mmap.mmap, slots: int) -> None:
         super().__init__(mapping, slots, _OWNER_MAGIC, _OWNER_ARRAYS)
-        self.live, self.published, self.offset, self.nbytes = self._arrays
+        self.live, self.published, self.offset, self.nbytes, self.reserved = self._arrays
+        self.mapping = mapping
+        """The mapping itself, in which `memory.key_table` searches."""
 
     @classmethod
     def create(cls, slots: int) -> tuple["OwnerWords", int]:
@@ -234,9 +269,12 @@ class SessionWords(Block):
 
     def __init__(self, mapping: mmap.mmap, slots: int, grants: int) -> None:
         super().__init__(mapping, slots, _SESSION_MAGIC, _SESSION_ARRAYS)
-        self.held, self.released, self.written = self._arrays
+        self.held, self.released, self.written, self.used = self._arrays
         first = _HEADER_WORDS + _SESSION_ARRAYS * slots
-        self.granted = self.whole[first : first + grants]
+        starts = [first + n * grants for n in range(_ENTRY_ARRAYS)]
+        self.granted, self.lease, self.serial, self.ended = (
+            self.whole[start : start + grants] for start in starts
+        )
 
     @classmethod
     def create(cls, slots: int, grants: int = GRANTS) -> tuple["SessionWords", int]:
@@ -253,6 +291,13 @@ class SessionWords(Block):
     def granted_array(self) -> NDArray[np.uint64]:
         """Return the `granted` words as an array over the same memory, for vector compares."""
         return np.frombuffer(self.granted, dtype=np.uint64)
+
+    def entries_in_use(self) -> NDArray[np.bool_]:
+        """Return which lease entries are in use, as far as any was ever taken."""
+        high = min(self.header[Counts.LEASES_HIGH], len(self.serial))
+        serials, ended = (np.frombuffer(words, np.uint64) for words in (self.serial, self.ended))
+        in_use: NDArray[np.bool_] = serials[:high] != ended[:high]
+        return in_use
 
     def released_array(self) -> NDArray[np.uint64]:
         """Return the `released` words as an array over the same memory, for vector compares."""

@@ -12,15 +12,16 @@ from featcache.core.key_queue import KeyWaiter
 from featcache.core.keyed_store import key_label
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot, SlotState
-from featcache.errors import KeyNotFound, PoolFull, of_member
+from featcache.errors import KeyNotFound, PoolFull, UnknownPool, at_member
+from featcache.memory.key_table import UNKNOWN
 from featcache.owner.own_session import OwnSession
 from featcache.owner.sessions import OWN_SESSION
 from featcache.pool.page import Grant, SessionPage
 from featcache.pool.pool import Pool
 from featcache.ref import FeatureRef
-from featcache.session.arguments import key_timeout, member_label, rpc_timeout
+from featcache.session.arguments import key_timeout, not_found, rpc_timeout
 from featcache.session.lease import KeyLease, MakeClaim, return_all
-from featcache.session.single_flight import Command
+from featcache.session.single_flight import Command, Device
 
 _now = time.monotonic
 _POLL_S: Final = 1e-3
@@ -41,12 +42,6 @@ class Claim(NamedTuple):
 
     key: bytes
     number: int
-
-
-def not_found(key: bytes) -> KeyNotFound:
-    """Return the KeyNotFound of a key."""
-    hint = ": was a ref's bytes meant? FeatureRef.from_bytes" if key.startswith(b"fR\x01") else ""
-    return KeyNotFound(f"no feature is kept under {key_label(key)[:64]!r}{hint}")
 
 
 class Lookups:
@@ -243,9 +238,37 @@ class OwnerKeys:
 
     def _lease(self, granted: Granted) -> KeyLease:
         grant, ref = granted
-        return KeyLease(self._own.attach(), ref, grant.index, grant.serial)
+        return KeyLease.granted(self._own.attach(), ref, grant.index, grant.serial)
 
-    async def find(self, key: bytes, timeout_s: float | None) -> KeyLease:
+    def at_hand(self, key: bytes, device: Device) -> KeyLease | None:
+        """Return a read by the key table alone, or None, in any thread."""
+        hits = self._own.hits
+        found = UNKNOWN if hits is None else hits.find(key, device)
+        return found if type(found) is KeyLease else None
+
+    def find_now(self, key: bytes, device: Device) -> KeyLease:
+        """Return a read by the key table alone, or raise, in any thread."""
+        hits = self._own.hits
+        if hits is None:
+            raise UnknownPool("the owner has not read its pool yet: await a get of it first")
+        return hits.find_now(key, device)
+
+    def contains_now(self, key: bytes) -> bool | None:
+        """Whether a key is there, by the key table alone; None if the owner is to say."""
+        hits = self._own.hits
+        return None if hits is None else hits.contains(key)
+
+    def _find(self, key: bytes, device: Device, page: SessionPage) -> KeyLease | None:
+        """Return a read that is at hand, or None."""
+        hits = self._own.hits
+        assert hits is not None, "its page is open"
+        at_hand = hits.find(key, device)
+        if type(at_hand) is KeyLease:
+            return at_hand
+        granted = self._lookups.find(key, page)  # which counts a miss
+        return None if granted is None else self._lease(granted)
+
+    async def find(self, key: bytes, timeout_s: float | None, device: Device) -> KeyLease:
         """Return a read of the feature under a key; with a timeout, wait for it that long."""
         turn = self._turn
         turn.left -= CALL_UNITS
@@ -253,9 +276,9 @@ class OwnerKeys:
             # Before anything is done: a cancellation that comes here loses nothing.
             await turn.wait()
         page = self._own.page()
-        granted = self._lookups.find(key, page)
-        if granted is not None:
-            return self._lease(granted)
+        at_hand = self._find(key, device, page)
+        if at_hand is not None:
+            return at_hand
         if timeout_s is None:
             raise not_found(key)
         try:
@@ -266,7 +289,9 @@ class OwnerKeys:
         assert isinstance(found, Granted), "only a waiter that can make it is given a claim"
         return self._lease(found)
 
-    async def find_or_claim(self, key: bytes, *, waits: bool) -> KeyLease | MakeClaim:
+    async def find_or_claim(
+        self, key: bytes, device: Device, *, waits: bool
+    ) -> KeyLease | MakeClaim:
         """Return a read, once there is a feature, or the claim to make it."""
         turn = self._turn
         turn.left -= CALL_UNITS
@@ -274,17 +299,18 @@ class OwnerKeys:
             # Before anything is done: a cancellation that comes here loses nothing.
             await turn.wait()
         page = self._own.page()
-        found: Granted | Claim | None = self._lookups.find(key, page)
-        if found is None:
-            if not waits and self._lookups.is_claimed(key):
-                raise not_found(key)
-            found = await self._lookups.wait_for_key(key, page, can_make=True)
+        at_hand = self._find(key, device, page)
+        if at_hand is not None:
+            return at_hand
+        if not waits and self._lookups.is_claimed(key):
+            raise not_found(key)
+        found = await self._lookups.wait_for_key(key, page, can_make=True)
         if not isinstance(found, Claim):
             return self._lease(found)
         claim = found
         return MakeClaim(lambda: self._lookups.release_claim(claim))
 
-    async def find_many(self, keys: Sequence[bytes]) -> list[KeyLease | None]:
+    async def find_many(self, keys: Sequence[bytes], device: Device) -> list[KeyLease | None]:
         """Return a read of each key that is there, and None of the others."""
         turn, page, leases = self._turn, self._own.page(), list[KeyLease | None]()
         try:
@@ -292,12 +318,11 @@ class OwnerKeys:
                 turn.left -= 1
                 if turn.left < 0:
                     await turn.wait()
-                granted = self._lookups.find(key, page)
-                leases.append(None if granted is None else self._lease(granted))
+                leases.append(self._find(key, device, page))
         except BaseException as error:
             return_all(leases)
             if len(leases) < len(keys):
-                of_member(error, len(leases), len(keys), member_label(keys[len(leases)]))
+                at_member(error, len(leases))
             raise
         return leases
 

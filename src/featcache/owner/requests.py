@@ -10,14 +10,14 @@ from featcache.control.messages import Answer
 from featcache.control.turns import WAKE_UNITS
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot
-from featcache.errors import FeatcacheError, SettingsError, StaleRef, of_member
-from featcache.owner.keys import Claim, Granted, Lookups, not_found
+from featcache.errors import FeatcacheError, SettingsError, StaleRef, at_member
+from featcache.owner.keys import Claim, Granted, Lookups
 from featcache.owner.sessions import Sessions
 from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
 from featcache.pool.writer import OwnerWriter, Place
 from featcache.ref import FeatureRef, TensorSpec
-from featcache.session.arguments import member_label, parse_readers
+from featcache.session.arguments import not_found, parse_readers
 
 _GRANT_BYTES: Final = 24
 """Bytes of a grant in an answer, besides its ref."""
@@ -149,7 +149,7 @@ class RequestHandlers:
         except FeatcacheError as error:
             for each in granted:
                 self._lookups.return_lease(page, each.grant)
-            raise of_member(error, len(found), len(keys), member_label(key)) from None
+            raise at_member(error, len(found)) from None
         turn.left -= len(found) // 2
         return many.GrantedMany(message.request, found)
 
@@ -255,7 +255,7 @@ class RequestHandlers:
             try:
                 slots.append(self._written(page, number, generation, specs))
             except FeatcacheError as error:
-                raise of_member(error, index, len(message.members), "a feature") from None
+                raise at_member(error, index) from None
         if len({slot.index for slot in slots}) < len(slots):
             raise StaleRef("a slot is published once")
         pool.turn.left -= len(slots)

@@ -168,7 +168,7 @@ class Sessions:
         while pool.collector.counts_more(page):
             yield
         pool.attendance.ended(page, died=died)
-        paid = len(page.grants) if died else 0
+        paid = self._fold_lookups(page, died=died)
         yield from self._carry_out(pool, self._grants_paid(page, now_s))
         yield from self._carry_out(pool, pool.abandon_writes_by_steps(page))
         if died:
@@ -179,6 +179,14 @@ class Sessions:
         if not pool.closed:
             pool.collect()  # the slots that the session had pinned can go now
         return paid
+
+    def _fold_lookups(self, page: SessionPage, *, died: bool) -> int:
+        """Fold what a session counted in its page; return the reads by key that end with its death."""
+        store, (hits, misses), out = self._pool.store, page.own_lookups, page.leases_out
+        store.hits += hits
+        store.misses += misses
+        store.reads_paid += max(0, hits - out)
+        return len(page.grants) + out if died else 0
 
     def _grants_paid(self, page: SessionPage, now_s: float) -> Iterator[list[Effect]]:
         while page.grants:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from featcache.control.turns import BYTES_SHIFT, Turn
 from featcache.core.put_queue import Batch, Request
 from featcache.core.slots import Slot
-from featcache.errors import CacheClosed, FeatcacheError, of_member
+from featcache.errors import CacheClosed, FeatcacheError, at_member
 from featcache.memory.pack import check_parts
 from featcache.memory.slab import Order
 from featcache.pool.pool import Pool
@@ -98,8 +98,7 @@ class BatchPuts:
                 kept |= set(large)  # the thread is done
             for member in kept:
                 pool.give_up_reserved(slots[member], staged[member].order)
-            if isinstance(error, FeatcacheError):
-                of_member(error, at[0], len(slots), "a feature")
+            at_member(error, at[0])
             raise
 
     async def _write_large(

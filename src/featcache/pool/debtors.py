@@ -167,9 +167,8 @@ class Debtors:
         yield f"pinned keys hold {directory.pinned_bytes} bytes: {_and_more(pinned, len(directory.pins))}"
 
     def _by_key(self, _: float) -> Iterator[str]:
-        counts = (
-            (len(page.grants), page) for page in self._attendance.pages.values() if page.grants
-        )
+        pages = self._attendance.pages.values()
+        counts = ((count, page) for page in pages if (count := page.reads_by_key))
         for count, page in sorted(counts, key=lambda each: -each[0])[:_MOST]:
             yield f"{label_of(page)} has {_count(count, 'read')} by key open"
 

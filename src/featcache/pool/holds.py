@@ -6,6 +6,7 @@ from typing import Final
 import numpy as np
 
 from featcache.core.slots import Slot, SlotTable
+from featcache.memory.key_table import SLOT_BITS, SLOT_MASK
 from featcache.memory.words import OwnerWords
 from featcache.pool.page import SessionPage
 
@@ -14,7 +15,7 @@ _FEW: Final = 64
 
 
 class Holds:
-    """Whether a session reads a slot's bytes by a ref now, or they are yet to come.
+    """Whether a session reads a slot's bytes now, by a ref or by its own lease, or they are yet to come.
 
     A feature that is evicted before its bytes have come makes no room until they have.
     """
@@ -28,7 +29,7 @@ class Holds:
         """Whether a slot is held."""
         index, generation = slot.index, slot.generation
         return self._words.published[index] != generation or any(
-            page.holds(index, generation) for page in self._pages.values()
+            page.uses(index, generation) for page in self._pages.values()
         )
 
     def of_many(self) -> Callable[[Slot], bool]:
@@ -53,6 +54,10 @@ class Holds:
         held = np.frombuffer(self._words.published, dtype=np.uint64)[:high] != live
         for page in self._pages.values():
             held |= page.holds_of(live)
+            for place in page.leased():
+                index, generation = place & SLOT_MASK, place >> SLOT_BITS
+                if index < high and live[index] == generation:
+                    held[index] = True
         return [bool(one) for one in held.tolist()]
 
     def close(self) -> None:

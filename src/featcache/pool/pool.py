@@ -23,6 +23,7 @@ from featcache.core.effects import (
 from featcache.core.keyed_store import KeyedStore
 from featcache.core.slots import Slot, SlotState
 from featcache.errors import BackendUnavailable, CacheClosed, MalformedRef
+from featcache.memory.key_table import OwnKeyTable
 from featcache.memory.slab import Order, Slab
 from featcache.memory.words import Header, OwnerWords, fence_full
 from featcache.pool import gauges
@@ -65,6 +66,7 @@ class Pool:
         self.collector = Collector(self)
         self.collect = self.collector.collect
         self.words, self.words_fd = OwnerWords.create(limits.slots)
+        self.key_table = OwnKeyTable(self.words)
         try:
             self.complete = slab.adopt(self.words, self.words.published)
             """The `published` words as the slab signals them."""
@@ -73,7 +75,7 @@ class Pool:
             )
         except BaseException:
             os.close(self.words_fd)
-            del self.words  # unmapped now: the pool is in a cycle with its collector
+            del self.words, self.key_table  # unmapped now: the pool is in a cycle
             vars(self).pop("complete", None)
             raise
         self.growth = Growth(
@@ -124,6 +126,15 @@ class Pool:
             raise MalformedRef("the ref's extent is not its slot's: it was forged or damaged")
         return slot
 
+    @property
+    def lookups(self) -> tuple[int, int, int]:
+        """Hits, misses, and reads that were paid, with those that sessions counted in their pages."""
+        store, hits, misses, out = self.store, 0, 0, 0
+        for page in self.pages.values():
+            own = page.own_lookups
+            hits, misses, out = hits + own[0], misses + own[1], out + page.leases_out
+        return store.hits + hits, store.misses + misses, store.reads_paid + max(0, hits - out)
+
     def publish(self, slot: Slot, specs: tuple[TensorSpec, ...], order: Order) -> FeatureRef:
         """Publish a slot whose bytes were written, or will be at `order`; return its ref."""
         if self.closed:
@@ -145,9 +156,19 @@ class Pool:
         store, pressure, extent = self.store, self.pressure, slot.extent
         assert extent is not None, "it is reserved"
         index, generation, nbytes = slot.index, slot.generation, slot.nbytes
-        offset_bytes = extent.offset_bytes
+        offset_bytes, keyed = extent.offset_bytes, slot.wanted_key is not None
+        ref = FeatureRef(
+            self.pool_id, self.endpoint, index, generation, offset_bytes, nbytes, specs
+        )
+        if keyed:  # before `live`, which vouches for it
+            self.kept[index] = ref
+            self.key_table.write_record(index, ref.to_bytes())
         self.words.make_live(index, generation, offset_bytes, nbytes)
         effects = store.publish(slot, now_s)
+        if slot.key is not None:
+            # The slot is live before sessions find it, and they find it before `live` of the one that it
+            # replaces is cleared: whoever finds that revoked finds this in its place.
+            self.key_table.keep(slot.key, index, generation)
         if effects:
             self.apply(effects)
         elif (
@@ -157,13 +178,8 @@ class Pool:
             or not pressure.is_normal
         ):
             self._observe()  # else it would find nothing new
-        ref = FeatureRef(
-            self.pool_id, self.endpoint, index, generation, offset_bytes, nbytes, specs
-        )
-        if slot.key is not None:
-            self.kept[index] = ref
-            if store.queue.count:
-                self.collect()  # a waiting put may have the room of a feature that can be evicted now
+        if keyed and store.queue.count:
+            self.collect()  # a waiting put may have the room of a feature that can be evicted now
         return ref
 
     def share(self, base: Slot, readers: int | frozenset[str], ttl_s: float | None) -> FeatureRef:
@@ -227,6 +243,7 @@ class Pool:
             elif type(effect) is Expired:
                 self._reports.expired(effect)
             elif type(effect) is Evicted:
+                self.key_table.drop(effect.key)  # before its `live` is cleared, by the next effect
                 self._reports.evicted(effect)
             elif type(effect) is Grow:
                 self.growth.grow(effect.end_bytes)
@@ -340,7 +357,8 @@ class Pool:
         self.pending_writes.close()
         self.own_writes.clear()
         self.is_held.close()
-        del self.words, self.complete  # unmapped now, not when the collector of cycles comes by
+        # Unmapped now, not when the collector of cycles comes by.
+        del self.words, self.key_table, self.complete
 
     def forget(self) -> None:
         """Drop descriptors and mappings in a forked child; the parent's pool is not touched.
@@ -350,7 +368,7 @@ class Pool:
         self.growth.close()
         self.pending_writes.close()
         self.is_held.close()
-        del self.words, self.complete
+        del self.words, self.key_table, self.complete
         self.closed = True
         self.recycler.forget()
         for page in self.pages.values():

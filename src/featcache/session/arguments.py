@@ -7,7 +7,7 @@ import torch
 
 from featcache.core.keyed_store import key_label
 from featcache.core.put_queue import Request
-from featcache.errors import KeyTimeout, SettingsError, of_member
+from featcache.errors import KeyNotFound, KeyTimeout, SettingsError, of_member
 from featcache.memory.pack import MAX_NAME, Packed, is_name, pack
 from featcache.ref import FeatureRef, TensorSpec
 from featcache.settings import MAX_KEY_BYTES, Settings, parse_seconds
@@ -100,6 +100,12 @@ def check_make(make: Callable[[], Any]) -> None:
 def rpc_timeout(timeout_s: float | None) -> float | None:
     """Return how long a call may take: a round trip is no wait, so 0 is not 0 s."""
     return NOWAIT_RPC_TIMEOUT_S if timeout_s == 0 else timeout_s
+
+
+def not_found(key: bytes) -> KeyNotFound:
+    """Return the KeyNotFound of a key."""
+    hint = ": was a ref's bytes meant? FeatureRef.from_bytes" if key.startswith(b"fR\x01") else ""
+    return KeyNotFound(f"no feature is kept under {key_label(key)[:64]!r}{hint}")
 
 
 def key_timeout(label: str, timeout_s: float) -> KeyTimeout:

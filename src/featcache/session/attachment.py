@@ -24,10 +24,11 @@ from featcache.memory.words import (
     fence_stores,
 )
 from featcache.ref import FeatureRef
+from featcache.session.leased_reads import ONE_USE, Uses
 from featcache.session.payments import Payments
 
 _WAITING, _SHRINK_EPOCH = Header.WAITING, Header.SHRINK_EPOCH
-_GRANTED, _WRITTEN = 1, 2  # indices into PageWords
+_WRITTEN = 2  # an index into PageWords
 _PAID_HERE = (
     "was paid by this session already, and each session reads a ref once: keep what was read, or keep "
     "the feature under a key"
@@ -36,21 +37,6 @@ _FORKED = (
     "this process was forked from the one that attached the pool: connect again, after the fork"
 )
 _WRITES = 1 << 40  # beyond any slot: pins for writing and for reading never share a key
-
-
-class _Uses:
-    """The uses of one pinned slot in progress, and the orders behind which its read is paid."""
-
-    __slots__ = ("behind", "count", "pays")
-
-    def __init__(self) -> None:
-        self.count = 1
-        self.pays = False
-        self.behind: list[Order] = []
-
-
-_ONE_USE = _Uses()
-"""Of a slot with a single use, which almost all have; never written, but replaced."""
 
 
 class Attachment(Payments):
@@ -92,9 +78,10 @@ class Attachment(Payments):
         self._ring = ring
         self._unrung = 0
         self._lock = threading.Lock()
-        self._pins: dict[tuple[int, int], _Uses] = {}
-        """By slot and generation; leases by -1 - index and serial."""
+        self._pins: dict[tuple[int, int], Uses] = {}
+        """By slot and generation; grants by -1 - index and serial, lease entries as `LeasedReads` says."""
         self._on_idle: Callable[[], object] | None = None
+        super().__init__(page)
         self.why_stale: Callable[[int, int], str] | None = None
         """In the owner: says why a ref is stale, as its store knows."""
 
@@ -126,10 +113,10 @@ class Attachment(Payments):
                 raise StaleRef(self._why_stale(index, generation))
             if uses is None:
                 self._held[index] = generation
-                self._pins[key] = _ONE_USE
+                self._pins[key] = ONE_USE
             else:
-                if uses is _ONE_USE:
-                    uses = self._pins[key] = _Uses()
+                if uses is ONE_USE:
+                    uses = self._pins[key] = Uses()
                 uses.count += 1
         # The hazard pointer: `held` must be visible to the owner before `live` is read again, or
         # the owner could revoke, find no pin, and recycle the extent under this read.
@@ -203,68 +190,6 @@ class Attachment(Payments):
         self.pin(ref)
         self.unpin(ref, pays=True)
 
-    def _idle(self) -> Callable[[], object] | None:
-        """Return the callback that is due, with the lock held, if nothing is pinned any more."""
-        idle = None
-        if not self._pins:
-            idle, self._on_idle = self._on_idle, None
-        return idle
-
-    def _ring_if_due(self) -> None:
-        ring_at = self.header[_WAITING]
-        if ring_at:
-            self._unrung += 1
-            if self._unrung >= ring_at:
-                self._unrung = 0
-                self._ring()
-
-    # --- reads by key ---------------------------------------------------------------------------
-
-    def take_lease(self, index: int, serial: int) -> None:
-        """Pin a read granted by key. No `held` word: the owner tracks grants."""
-        with self._lock:
-            self._pins[-1 - index, serial] = _ONE_USE  # further uses are counted by the lease
-
-    def pay_lease(self, index: int, serial: int, order: Order, behind: list[Order]) -> None:
-        """Pay it, once, behind `order` and all of `behind`."""
-        with self._lock:
-            del self._pins[-1 - index, serial]
-            if behind:
-                order = self.mapping.follow(order, behind)
-            self._signal(_GRANTED, index, serial, order)
-            idle = None if self._on_idle is None else self._idle()
-        if self.header[_WAITING]:
-            self._ring_if_due()
-        if idle is not None:
-            idle()
-
-    def return_lease(self, index: int, serial: int) -> None:
-        """Pay a granted read that was never taken."""
-        self.check_lease(index, serial)
-        self._signal(_GRANTED, index, serial, None)
-        self._ring_if_due()
-
-    def check_lease(self, index: int, serial: int) -> None:
-        """Raise MalformedRef if the page has no such grant word, or it is out already."""
-        if index >= len(self._plain.granted) or (-1 - index, serial) in self._pins:
-            raise MalformedRef(f"no grant {index}:{serial} can be had: the owner is at fault")
-
-    def check_leased_ref(self, ref: FeatureRef) -> None:
-        """Raise MalformedRef if a ref that came with a grant is not of this pool or its slot.
-
-        As `check` besides.
-        """
-        index = ref.slot
-        if self._gone is not None:
-            self.check()
-        if (
-            ref.pool_id != self.pool_id
-            or index >= self._slots
-            or self._offset[index] != ref.offset_bytes
-            or self._nbytes[index] != ref.nbytes
-        ):
-            raise MalformedRef("the granted ref is not its slot's: the owner is at fault")
-
     # --- slots that this session writes -----------------------------------------------------------
 
     def begin_write(self, index: int, generation: int, offset_bytes: int, nbytes: int) -> None:
@@ -279,7 +204,7 @@ class Attachment(Payments):
         if index >= self._slots or offset_bytes + nbytes > self.capacity_bytes:
             raise MalformedRef("the owner gave room that its slab does not have")
         with self._lock:
-            self._pins[_WRITES + index, generation] = _ONE_USE
+            self._pins[_WRITES + index, generation] = ONE_USE
 
     def end_write(self, index: int, generation: int) -> None:
         """Unpin it: it is published, or given up."""
@@ -301,13 +226,6 @@ class Attachment(Payments):
             self.shrink_epoch is None or self.header[_SHRINK_EPOCH] == self.shrink_epoch
         )
 
-    def _signal(self, which: int, index: int, value: int, order: Order) -> None:
-        if self.mapping.deferred and order is not None:
-            self._in_flight[which, index] = value
-        else:
-            self._in_flight.pop((which, index), None)  # the CPU writes it now
-        self.mapping.signal(self._adopted[which], index, value, order)
-
     @property
     def settled(self) -> bool:
         """Whether every word that this session signalled has landed: nothing is on a stream."""
@@ -320,14 +238,9 @@ class Attachment(Payments):
             return False
         held = np.frombuffer(self._held, dtype=np.uint64)
         released = np.frombuffer(self._released, dtype=np.uint64)
-        return not bool(((held != 0) & (held != released)).any())
+        return not bool(((held != 0) & (held != released)).any()) and self.leases_ended
 
     # --- the end ----------------------------------------------------------------------------------
-
-    def check(self) -> None:
-        """Raise the reason why no new read may begin, if there is one."""
-        if self._gone is not None:
-            raise type(self._gone)(*self._gone.args)
 
     def check_coming(self, ref: FeatureRef) -> None:
         """Raise StaleRef if a pinned ref was revoked before its bytes came; as `check` besides."""
@@ -387,6 +300,7 @@ class Attachment(Payments):
         self.own_writes = None
         words = max(self._slots, len(self._plain.granted))
         nowhere = memoryview(bytearray(8 * words)).cast("Q")
-        self._plain = self._adopted = PageWords(nowhere, nowhere, nowhere)
+        self._plain = self._adopted = PageWords(nowhere, nowhere, nowhere, nowhere)
+        self.forget_leases()
         mapping, self.mapping = self.mapping, UnreachableSlab(self.mapping.device, "process forked")
         mapping.forget()

@@ -5,9 +5,16 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from featcache.control.turns import Turn
-from featcache.errors import FeatcacheError, FeatureTooLarge, PoolFull, SettingsError, of_member
+from featcache.errors import (
+    FeatcacheError,
+    FeatureTooLarge,
+    PoolFull,
+    SettingsError,
+    at_member,
+    of_member,
+)
 from featcache.ref import FeatureRef
-from featcache.session.arguments import key_bytes, parse_many
+from featcache.session.arguments import key_bytes, member_label, parse_many
 from featcache.session.staging import SpillCounter, Staged, Writer, Writers
 
 
@@ -18,6 +25,17 @@ class Features(NamedTuple):
     keys: list[bytes | None]
     readers: Any
     ttl: Any
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """If a block fails for one of them, have the error say for which."""
+        try:
+            yield
+        except FeatcacheError as error:
+            key = None if error.member is None else self.keys[error.member]
+            label = "a feature" if key is None else member_label(key)
+            of_member(error, error.member, len(self.members), label)
+            raise
 
     @property
     def key(self) -> bytes | None:
@@ -73,13 +91,12 @@ def parse_features(features: Any, keys: Any, readers: Any, ttl: Any) -> Features
 
 def _stages(writer: Writer, features: Features) -> Iterator[Staged]:
     """Stage one after the other, in the caller's thread."""
-    count = len(features.members)
     for index, (feature, key) in enumerate(zip(features.members, features.keys, strict=True)):
         try:
             yield writer.stage(feature, features.readers, features.ttl, key)
         except FeatcacheError as error:
-            label = "a feature" if key is None else f"key {key.decode(errors='replace')[:64]!r}"
-            raise of_member(error, index, count, label) from error.__cause__
+            at_member(error, index)
+            raise
 
 
 def stage_now(writers: Writers, features: Features) -> StagedMany:

@@ -8,11 +8,11 @@ import anyio
 
 from featcache.control.turns import BYTES_SHIFT, TURN_UNITS
 from featcache.core.keyed_store import key_label
-from featcache.errors import FeatcacheError, GetTimeout, KeyNotFound, StaleRef, of_member
+from featcache.errors import FeatcacheError, GetTimeout, StaleRef, of_member
 from featcache.memory.pack import Feature, unpack
 from featcache.memory.slab import Order
 from featcache.ref import FeatureRef
-from featcache.session.arguments import key_timeout, member_label, rpc_timeout
+from featcache.session.arguments import key_timeout, member_label, not_found, rpc_timeout
 from featcache.session.attachment import Attachment
 from featcache.session.copier import Device, Readable, copy
 from featcache.session.lease import KeyLease
@@ -104,13 +104,13 @@ class Many:
         keys = [wanted for wanted in self._wanted if isinstance(wanted, bytes)]
         try:
             with anyio.fail_after(rpc_timeout(timeout_s)):
-                leases = await self._keys.find_many(keys)
+                leases = await self._keys.find_many(keys, self._device)
         except TimeoutError:
             self._at = members[0]
             raise key_timeout(key_label(keys[0]), timeout_s or 0.0) from None
         except BaseException as error:
-            if (failed := getattr(error, "member", None)) is not None:
-                self._at, error.member = members[failed], members[failed]  # type: ignore[attr-defined]
+            if isinstance(error, FeatcacheError):
+                self._at = members[error.member or 0]
             raise
         for member, lease in zip(members, leases, strict=True):
             self._sources[member] = lease
@@ -124,10 +124,10 @@ class Many:
         key = self._wanted[self._at]
         assert isinstance(key, bytes), "a key"
         if give_up_s is None:
-            raise KeyNotFound(f"no feature is kept under {key_label(key)[:64]!r}")
+            raise not_found(key)
         try:
             self._sources[self._at] = await self._keys.find(
-                key, max(0.0, give_up_s - time.monotonic())
+                key, max(0.0, give_up_s - time.monotonic()), self._device
             )
         except TimeoutError:
             raise key_timeout(key_label(key), timeout_s or 0.0) from None
@@ -167,7 +167,7 @@ class Many:
                         raise
                     self._sources[member] = None
                     source.unpin(ref, pays=False)
-                    self._sources[member] = await self._keys.find(wanted, None)
+                    self._sources[member] = await self._keys.find(wanted, None, self._device)
 
     # --- copied -----------------------------------------------------------------------------------
 

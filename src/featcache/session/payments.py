@@ -1,36 +1,20 @@
 """Reads paid together: the words of many, in one batch."""
 
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from featcache.memory.slab import Mapping, Order, PageWords, Words
+from featcache.memory.slab import Order, Words
 from featcache.memory.words import Header
 from featcache.ref import FeatureRef
+from featcache.session.leased_reads import LeasedReads
 
 _WAITING = Header.WAITING
 _WRITTEN = 2  # the index into PageWords
 
 
-class Payments:
+class Payments(LeasedReads):
     """The part of an `Attachment` that ends the uses of many refs at once."""
 
-    mapping: Mapping
-    header: memoryview
-    _lock: threading.Lock
-    _pins: dict[tuple[int, int], Any]
     _paid: Words
-    _on_idle: Callable[[], object] | None
-    _unrung: int
-
-    _adopted: PageWords
-    _in_flight: dict[tuple[int, int], int]
-
-    def _idle(self) -> Callable[[], object] | None:
-        raise NotImplementedError
-
-    def _ring_if_due(self) -> None:
-        raise NotImplementedError
 
     def pay_many(self, reads: Sequence[tuple[FeatureRef, Order]]) -> None:
         """End one use of each of these pinned refs, behind its order, and pay their reads.
