@@ -11,6 +11,7 @@ import featcache
 from featcache import (
     FeatcacheError,
     FeatureRef,
+    FeatureTooLarge,
     GetTimeout,
     KeyNotFound,
     KeyTimeout,
@@ -25,6 +26,7 @@ from featcache.session.arguments import MAX_MEMBERS
 from featcache.session.hits import KeyHits
 from featcache.session.offload import Offload
 from support.caches import KIB, filled, pair, small, spent, tensor, until
+from support.hosted import all_spent, relayed
 from support.keyed import grants, nothing_lost, page_of, pool_of
 from support.slabs import Place, copy_of, same, same_dict
 
@@ -301,3 +303,29 @@ async def test_it_counts_as_so_many_gets(who: int) -> None:
         now = both[0].statistics()
         assert (now.hits, now.misses) == (2, 0)
         await nothing_lost(both[0])
+
+
+async def test_what_comes_through_host_memory_is_all_or_nothing() -> None:
+    async with relayed() as (owner, client):
+        refs = await client.put_many(some_of(3))
+        await owner.put(filled(KIB, 9), key="k")
+        assert values(await client.get_many([refs[0], "k", refs[1]])) == [0, 9, 1]
+        gone = await owner.put(filled(KIB))
+        await owner.discard(gone)
+        with pytest.raises(StaleRef, match="member 2 of 2"):
+            await client.get_many([refs[2], gone])
+        assert values(await client.get_many([refs[2]])) == [2]
+        with pytest.raises(SettingsError, match="member 2 of 2") as caught:
+            await client.put_many([filled(1), 3])  # type: ignore[list-item]
+        assert caught.value.member == 1
+        with pytest.raises(FeatureTooLarge, match="member 3 of 3"):
+            await client.put_many(
+                [filled(KIB), filled(KIB), filled(2 << 20)], keys=["a", None, "c"]
+            )
+        await until(lambda: owner.statistics().slots_used == 1)
+        assert await owner.evict("k")
+        await all_spent(owner)
+
+
+def some_of(count: int) -> list[torch.Tensor]:
+    return [filled(KIB, n) for n in range(count)]
