@@ -32,9 +32,13 @@ def get_many(
         await many.pin(timeout_s, follows=False)  # it is this thread's stream whose order counts
         return many
 
-    if not many.pin_blocking(timeout_s):
-        portal.call(pin, Many.abandon)
-    return many.copy_blocking(portal.call)
+    try:  # around the calls: an interrupt may come as one returns
+        if not many.pin_blocking(timeout_s):
+            portal.call(pin, Many.abandon)
+        return many.copy_blocking(portal.call)
+    except BaseException:
+        many.abandon()
+        raise
 
 
 def put_many(
