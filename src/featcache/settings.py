@@ -297,6 +297,9 @@ class Settings:
     when_full: str = attrs.field(default="grow", validator=_one_of("grow", "evict"))
     """First response of a full slab: ``"grow"`` up to the capacity, or ``"evict"`` features that are
     kept under keys and not read, the least recently used first."""
+    eviction: str = attrs.field(default="lru", validator=_one_of("lru", "sieve"))
+    """Which of these features goes first: ``"lru"`` the least recently used, ``"sieve"`` the first that
+    was not used since the order came to it last."""
     evict_above: float | None = attrs.field(default=None, converter=_OPTIONAL_SHARE)
     """Share of the capacity (0 to 1) above which features are evicted before a put needs their room,
     down to `evict_to`; None evicts only for a put."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 import featcache
 from featcache.blocking import FeatureCache, FeatureClient, loopthread
@@ -181,11 +182,16 @@ def test_a_pin_that_nobody_knows_of(user: tuple[FeatureCache, User], too_late: T
     one.put(filled(CAPACITY), key="other")  # evicts it
 
 
+def many_tensors() -> dict[str, torch.Tensor]:
+    """A feature that a session can't look up by itself."""
+    return {f"a tensor with a long name, {number}": filled(1) for number in range(16)}
+
+
 def test_a_borrow_that_nobody_has_entered(
     user: tuple[FeatureCache, User], too_late: TooLate
 ) -> None:
     owner, one = user
-    owner.put(filled(CAPACITY), key="k")
+    owner.put(many_tensors(), key="k")  # whose ref has no room in the key table: it is asked for
     too_late(one.borrow("k").__enter__)
     assert owner.evict("k")
     settles(owner, slots_used=0)

@@ -99,7 +99,10 @@ class KeyedMachine(RoomMachine):
             evict_to=marks[1],
             compact=compact,
         )
-        self.begin(KeyedStore(limits))
+        self.used_words = [0] * slots
+        """By slot: the tick that a session wrote at its last hit. Nobody clears them."""
+        words = self.used_words
+        self.begin(KeyedStore(limits, words.__getitem__, lambda high: words[:high]))
 
     # --- the model ------------------------------------------------------------------------------
 
@@ -317,6 +320,16 @@ class KeyedMachine(RoomMachine):
     def use_some(self, chosen: list[bytes]) -> None:
         for key in chosen:
             self.look_up(key, keeps=False)
+
+    @rule(chosen=st.lists(keys, min_size=1, max_size=3))
+    def hit_some_without_a_message(self, chosen: list[bytes]) -> None:
+        """By sessions, each at a tick of its own, so that the order is exact."""
+        for key in chosen:
+            if (feature := self.kept(key)) is not None:
+                self.now += 0.1
+                self.store.recency.pass_time(self.now)
+                self.used_words[feature.slot.index] = self.store.recency.tick
+                self.use(feature)
 
     @precondition(lambda self: self.grants)
     @rule(data=st.data())
@@ -680,7 +693,9 @@ class KeyedMachine(RoomMachine):
     def the_directory_keeps_its_books(self) -> None:
         store, directory, idle = self.store, self.store.directory, self.idle()
         assert [f for f in self.live.values() if f.slot.idle != (f in idle)] == []
-        assert all(feature.slot.used_s == feature.used_s for feature in self.order)
+        assert all(
+            self.store.recency.last_used_s(feature.slot) == feature.used_s for feature in self.order
+        )
         pinned = [feature for feature in self.order if feature.key in self.pins]
         assert directory.resident_bytes == extents(self.order)
         assert directory.pinned_bytes == extents(pinned)

@@ -77,10 +77,13 @@ OWNER_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
 # Those at which a client stops once it was told to `arm` them; besides them "sent …", of a message.
 KEY_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
     "answered": (PendingRequests, "deliver", BEFORE),  # it was given, and lies in its socket
-    "taken": (Attachment, "take_lease", AFTER),  # it counts the grant as its own
+    "taken": (Attachment, "take_grant", AFTER),  # it counts the grant as its own
+    "found": (Attachment, "begin_lease", BEFORE),  # it knows the slot, and nobody knows of that
+    "leased": (Attachment, "begin_lease", AFTER),  # its entry says so, and the slot was live
     "copying": (HostMapping, "fetch", BEFORE),  # before it touches a byte
     "copied": (HostMapping, "fetch", AFTER),  # has the bytes
-    "ending": (Attachment, "pay_lease", BEFORE),  # before it pays
+    "ending": (Attachment, "end_lease", BEFORE),  # before it ends its entry's read
+    "giving back": (Attachment, "pay_grant", BEFORE),  # before it pays a grant
     "paying": (HostMapping, "signal", BEFORE),  # in it, before its word
     "paid": (HostMapping, "signal", AFTER),  # the word is written, nobody was told
     "reserved": (HostMapping, "write", BEFORE),  # a slot is its own, no bytes are there
@@ -477,6 +480,12 @@ class KeyedAgent(Agent):
             stop_at(self.pipe, KEY_STEPS_ON_GPU[step], step)
         else:
             stop_at(self.pipe, KEY_STEPS[step], step, self.kind)
+        return ("armed",)
+
+    async def by_message(self) -> tuple[Any, ...]:
+        """Ask the owner for every key from now on."""
+        connection = self.cache._opened().keys._registry.peek_bound()
+        connection.hits.forget()
         return ("armed",)
 
     def _made(self, seed: int, nbytes: int) -> torch.Tensor:

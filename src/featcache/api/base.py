@@ -9,6 +9,7 @@ import torch
 from featcache.api.arguments import check_ref, no_pickle, parse_device
 from featcache.api.lifecycle import Engine, LifeState
 from featcache.api.many import ManyCalls
+from featcache.control.turns import CALL_UNITS
 from featcache.errors import SettingsError, StaleRef
 from featcache.memory.pack import Feature
 from featcache.ref import FeatureRef
@@ -127,8 +128,13 @@ class CacheBase(ManyCalls):
         engine: Engine = self._life.here()
         keys, reader = engine.keys, engine.reader
         since_s, left_s = 0.0 if timeout_s is None else time.monotonic(), timeout_s
+        turn = reader.turn
         while True:
-            lease = await keys.find(key, left_s, place)
+            turn.left -= CALL_UNITS
+            if turn.left < 0:
+                # Before anything is done: a cancellation that comes here loses nothing.
+                await turn.wait()
+            lease = keys.at_hand(key, place) or await keys.find(key, left_s, place)
             if timeout_s is not None:
                 left_s = max(0.0, since_s + timeout_s - time.monotonic())
             try:

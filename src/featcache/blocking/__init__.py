@@ -255,6 +255,10 @@ class _BlockingBase(Generic[A]):
             self._portal.call(lambda: self._portal.inner.contains(key)) if there is None else there
         )
 
+    def contains_nowait(self, key: str | bytes) -> bool | None:
+        """`contains` by the key table alone, as `featcache.FeatureClient.contains_nowait`."""
+        return self._portal.inner.contains_nowait(key)
+
     def evict(self, key: str | bytes) -> bool:
         """Drop a key; return whether it was there."""
         return self._portal.call(lambda: self._portal.inner.evict(key))

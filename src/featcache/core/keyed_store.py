@@ -5,6 +5,7 @@ key was dropped (evicted, or given to another feature) and the last grant on it 
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 
 from featcache.core.allocator import ALIGNMENT_BYTES
 from featcache.core.effects import ClaimPassed, Effect, Evicted, Limits
@@ -12,7 +13,7 @@ from featcache.core.endings import Ending
 from featcache.core.eviction import FEW, best_victims, victims
 from featcache.core.key_queue import KeyWaiter, KeyWaiterState
 from featcache.core.put_queue import Batch, Request
-from featcache.core.recency import Held
+from featcache.core.recency import POLICIES, Held, LatestUse, LatestUses, never_used
 from featcache.core.slab_size import SizeState
 from featcache.core.slots import Slot, SlotState
 from featcache.core.store import Store
@@ -29,10 +30,18 @@ def key_label(key: bytes) -> str:
 
 
 class KeyedStore(Store):
-    """A store whose slots can be kept under keys."""
+    """A store whose slots can be kept under keys.
 
-    def __init__(self, limits: Limits) -> None:
-        super().__init__(limits)
+    Hits that sessions serve themselves are learnt from `latest_use` (`core.recency.policy`).
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        latest_use: LatestUse = never_used,
+        latest_uses: LatestUses | None = None,
+    ) -> None:
+        super().__init__(limits, POLICIES[limits.eviction](latest_use, latest_uses))
         self.hits = self.misses = self.evicted = 0
         self._failed_scan = (0, float("-inf"))
         """Size and expiry of the last full scan that found no victims (negative cache)."""
@@ -110,11 +119,12 @@ class KeyedStore(Store):
     def _drop_key(self, slot: Slot, now_s: float, cause: str) -> Evicted:
         key = slot.key
         assert key is not None, "it is kept under a key"
+        unused_s = now_s - self.recency.last_used_s(slot)
         self.directory.drop(slot)
         if not slot.reads_left:
             self.endings.note(slot, Ending.EVICTED)
         self.evicted += 1
-        return Evicted(key, slot.nbytes, now_s - slot.used_s, cause)
+        return Evicted(key, slot.nbytes, unused_s, cause)
 
     def evict(self, key: bytes, now_s: float) -> list[Effect]:
         """Drop a key by name, pinned or not; its readers may finish. An unknown key is no error."""
@@ -189,14 +199,14 @@ class KeyedStore(Store):
         nbytes = batch.nbytes - (allocator.end_bytes - allocator.used_bytes) - self.retiring_bytes
         going: list[Slot] = []
         most = len(self.directory) if most is None else most
-        for slot in self.recency.coldest_few(
-            min(most, max(slots, nbytes // ALIGNMENT_BYTES)), held
-        ):
-            if len(going) >= slots and nbytes <= 0:
-                break
-            assert slot.extent is not None, "it is kept"
-            nbytes -= slot.extent.size_bytes
-            going.append(slot)
+        count = min(most, max(slots, nbytes // ALIGNMENT_BYTES, 0))
+        with closing(self.recency.by_rank(count, held)) as coldest:
+            for _, slot in coldest:
+                if len(going) >= slots and nbytes <= 0:
+                    break
+                assert slot.extent is not None, "it is kept"
+                nbytes -= slot.extent.size_bytes
+                going.append(slot)
         if going or len(self.table.free_slots) < len(batch.members):
             return self._evict_all(going, now_s, "room")
         missing = self.missing_of(batch, now_s)
@@ -235,9 +245,8 @@ class KeyedStore(Store):
                 return going
         if everything > FEW and (size_bytes < failed_bytes or now_s >= until_s):
             for growth_bytes in growths:
-                if going := best_victims(
-                    self.allocator, size_bytes, held, growth_bytes=growth_bytes
-                ):
+                args = self.recency, self.allocator, size_bytes, held
+                if going := best_victims(*args, growth_bytes=growth_bytes):
                     return going
             self._failed_scan = (size_bytes, now_s + _FULL_SCAN_INTERVAL_S)
         return []

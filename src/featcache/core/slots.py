@@ -34,9 +34,9 @@ class Slot:
     """One entry of the table. `generation` grows at each `SlotTable.allocate` and never repeats."""
 
     __slots__ = (
-        "born_s", "due_s", "extent", "generation", "grants", "idle", "index", "key", "listed", "mates",
-        "nbytes", "of", "owed_by_names", "paid_by", "reads_left", "retired_s", "state", "tick", "ttl_s",
-        "used_s", "wanted_key",
+        "born_s", "due_s", "extent", "generation", "grants", "idle", "index", "key", "listed", "mark",
+        "mates", "nbytes", "of", "owed_by_names", "paid_by", "place", "reads_left", "retired_s",
+        "state", "tick", "ttl_s", "used_s", "wanted_key",
     )  # fmt: skip
 
     def __init__(self, index: int) -> None:
@@ -68,9 +68,10 @@ class Slot:
         """Reads granted by key and not paid yet."""
         self.idle = False
         """Whether it is evictable: kept under a key and neither pinned nor read, with no reads owed."""
-        # The eviction policy's own fields, written by `core.recency` alone and described there.
+        # The eviction policy's own fields, written by `core.recency` alone and described in its
+        # `policy`.
         self.listed = False
-        self.tick = 0
+        self.tick = self.mark = self.place = 0
         self.used_s = 0.0
 
     @property

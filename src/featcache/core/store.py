@@ -24,7 +24,7 @@ from featcache.core.effects import (
 from featcache.core.endings import Ending, Endings
 from featcache.core.key_queue import KeyQueue
 from featcache.core.put_queue import Batch, Request, Waiter, WaitQueue
-from featcache.core.recency import Recency
+from featcache.core.recency import Lru, Recency
 from featcache.core.ripening import Ripening
 from featcache.core.slab_size import SizeState, SlabSize
 from featcache.core.slots import Slot, SlotState, SlotTable
@@ -42,7 +42,7 @@ class Store(Batches):
     `KeyedStore` adds the calls that name a key.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, recency: Recency | None = None) -> None:
         self.limits = limits
         self.max_feature_bytes = limits.capacity_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
         """Bytes of the largest feature that an empty pool could hold."""
@@ -50,7 +50,7 @@ class Store(Batches):
         self.queue = WaitQueue()
         self.allocator = OffsetAllocator(0)
         self.size = SlabSize(limits, self.allocator)
-        self.recency = Recency()
+        self.recency: Recency = recency or Lru()
         self.directory = Directory(self.recency)
         self.key_waiters = KeyQueue()
         self.endings = Endings(limits.slots)

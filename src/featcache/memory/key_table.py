@@ -8,14 +8,14 @@ however the owner stopped:
 | the owner | in this order |
 | --- | --- |
 | keeps a key that has an entry | place |
-| keeps a key in a free entry | changes + 1, digest, changes + 1, place |
+| keeps a key in a free entry | digest, changes + 1, place |
 | drops a key | place = 0 |
 | keeps, drops one that does not fit | left out + 1, left out - 1 |
 
 A reader takes the count of changes, finds the digest, takes its place, and takes the count again. If the
-count is the same, no entry of the set got another digest meanwhile, so the place was the key's. (With one
-count only, before the digest, a reader that begins between the two could take the old digest with the new
-place.) A key that is neither in its set nor counted as left out is kept nowhere.
+count is the same, no entry of the set got another digest and a place with it meanwhile, so the place was
+the key's. (Counted before the digest is written, a reader that begins between the two could take the old
+digest with the new place.) A key that is neither in its set nor counted as left out is kept nowhere.
 
 Behind the table each slot has a record: the wire form of its ref, written before the slot is made live.
 A place names a generation of a slot, and while `live` is that generation its record is as it was
@@ -152,10 +152,7 @@ class OwnKeyTable(KeyTable):
             self._left_out.add(digest)
             words[at + 1] = words[at + 1] + 1
             return
-        # The order in which readers rely on: see the module's text.
-        words[at] = words[at] + 1
-        if not TSO:
-            fence_stores()
+        # The order on which readers rely: see the module's text.
         words[at + way - 2], words[at + way - 1] = _words_of(digest)
         if not TSO:
             fence_stores()

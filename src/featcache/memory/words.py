@@ -69,8 +69,10 @@ class Header:
 class Counts:
     """Indices of the header words of a session's page in which the session counts what it did itself."""
 
-    HITS, MISSES = 4, 5
-    """Lookups by key that were answered by the key table."""
+    REVOKED = 4
+    """Lease entries that were taken for nothing: all others are hits."""
+    MISSES = 5
+    """Lookups that the key table alone answered with no."""
     LEASES_HIGH = 6
     """One more than the highest index of a lease entry that was ever taken."""
 
@@ -291,6 +293,13 @@ class SessionWords(Block):
     def granted_array(self) -> NDArray[np.uint64]:
         """Return the `granted` words as an array over the same memory, for vector compares."""
         return np.frombuffer(self.granted, dtype=np.uint64)
+
+    @property
+    def lookups(self) -> tuple[int, int]:
+        """Hits and misses that the session counted itself."""
+        high = min(self.header[Counts.LEASES_HIGH], len(self.serial))
+        taken = int(np.frombuffer(self.serial, np.uint64)[:high].max(initial=0))
+        return max(0, taken - self.header[Counts.REVOKED]), self.header[Counts.MISSES]
 
     def entries_in_use(self) -> NDArray[np.bool_]:
         """Return which lease entries are in use, as far as any was ever taken."""

@@ -12,7 +12,7 @@ from featcache.core.key_queue import KeyWaiter
 from featcache.core.keyed_store import key_label
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot, SlotState
-from featcache.errors import KeyNotFound, PoolFull, UnknownPool, at_member
+from featcache.errors import KeyNotFound, PoolFull, at_member
 from featcache.memory.key_table import UNKNOWN
 from featcache.owner.own_session import OwnSession
 from featcache.owner.sessions import OWN_SESSION
@@ -248,10 +248,9 @@ class OwnerKeys:
 
     def find_now(self, key: bytes, device: Device) -> KeyLease:
         """Return a read by the key table alone, or raise, in any thread."""
-        hits = self._own.hits
-        if hits is None:
-            raise UnknownPool("the owner has not read its pool yet: await a get of it first")
-        return hits.find_now(key, device)
+        self._own.attach()
+        assert self._own.hits is not None, "its page is open"
+        return self._own.hits.find_now(key, device)
 
     def contains_now(self, key: bytes) -> bool | None:
         """Whether a key is there, by the key table alone; None if the owner is to say."""

@@ -127,7 +127,7 @@ class SessionPage:
     @property
     def own_lookups(self) -> tuple[int, int]:
         """Hits and misses that the session counted itself."""
-        return self._header[Counts.HITS], self._header[Counts.MISSES]
+        return self.words.lookups
 
     def not_held(self, slots: list[Slot]) -> list[Slot]:
         """Return those of the slots that it does not use, as `uses` says of each."""

@@ -324,6 +324,7 @@ class Pool:
         now_s, turn, store = _now(), self.turn, self.store
         most = min(QUANTUM_UNITS, max(turn.left, LEAST))
         before = store.expired, store.evicted
+        store.recency.pass_time(now_s)
         self.apply(store.expire(now_s, max(1, most // EXPIRE_UNITS)))
         to_evict = max(1, most // EVICT_UNITS)
         self.apply(store.trim(self.is_held.of_many(), now_s, to_evict))

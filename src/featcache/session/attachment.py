@@ -79,7 +79,7 @@ class Attachment(Payments):
         self._unrung = 0
         self._lock = threading.Lock()
         self._pins: dict[tuple[int, int], Uses] = {}
-        """By slot and generation; grants by -1 - index and serial, lease entries as `LeasedReads` says."""
+        """By slot and generation; grants by -1 - index and serial."""
         self._on_idle: Callable[[], object] | None = None
         super().__init__(page)
         self.why_stale: Callable[[int, int], str] | None = None
@@ -135,8 +135,10 @@ class Attachment(Payments):
 
     def is_ready(self, ref: FeatureRef) -> bool:
         """Whether the bytes of a pinned or leased ref are complete, and mapped as the owner has them."""
-        return self._published[ref.slot] == ref.generation and self.is_mapped(
-            ref.offset_bytes, ref.nbytes
+        return (  # hot path: as `is_mapped`, inline
+            self._published[ref.slot] == ref.generation
+            and ref.offset_bytes + ref.nbytes <= self.covered_bytes
+            and (self.shrink_epoch is None or self.header[_SHRINK_EPOCH] == self.shrink_epoch)
         )
 
     def follow_write(self, ref: FeatureRef, device: torch.device | None) -> bool:
@@ -267,7 +269,7 @@ class Attachment(Payments):
     def when_idle(self, call: Callable[[], object]) -> None:
         """Call once nothing is pinned: now, or when the last use ends (maybe in another thread)."""
         with self._lock:
-            if self._pins:
+            if self._pins or self._leases_out:
                 self._on_idle = call
                 return
         call()
@@ -276,7 +278,7 @@ class Attachment(Payments):
     def holds(self) -> int:
         """Slots that this session has pinned now, for reading or writing."""
         with self._lock:  # a thread that holds it may be about to signal a word
-            return len(self._pins)
+            return len(self._pins) + self._leases_out
 
     def fall_back_to_host(self, reason: str) -> Mapping:
         """Read through host memory from now on; return the mapping there was, to be closed."""

@@ -41,22 +41,24 @@ class KeyHits:
         attachment.check()
         if not attachment.mapping.can_copy_to(device):
             return UNKNOWN
-        for _ in range(_TRIES):
+        tries = _TRIES
+        while True:
             place = self._place_of(key)
             if place <= ABSENT:
                 return place
             index, serial = attachment.begin_lease(place)
             if index >= 0:
-                ref = self._known.get(place & SLOT_MASK)
-                if ref is None or ref.generation != place >> SLOT_BITS:
-                    ref = self._read(place, index, serial)
-                    if ref is None:
-                        return UNKNOWN
-                return KeyLease(attachment, ref, index, serial, attachment.end_lease)
-            if index == NO_ENTRY:
+                break
+            tries -= 1
+            if index == NO_ENTRY or not tries:
                 return UNKNOWN
             # Revoked: the owner changed the table before it cleared `live`, so look again.
-        return UNKNOWN
+        ref = self._known.get(place & SLOT_MASK)
+        if ref is None or ref.generation != place >> SLOT_BITS:
+            ref = self._read(place, index, serial)
+            if ref is None:
+                return UNKNOWN
+        return KeyLease(attachment, ref, index, serial, attachment.end_lease)
 
     def find_now(self, key: bytes, device: torch.device | None) -> KeyLease:
         """As `find`, for a caller that does not ask the owner.

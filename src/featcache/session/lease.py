@@ -10,7 +10,7 @@ from featcache.memory.slab import Mapping, Order
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
 
-End: TypeAlias = Callable[[int, int, Order, list[Order]], None]
+End: TypeAlias = Callable[[int, int, Order, list[Order] | None], None]
 """Ends a read by its index and serial, behind the order of its last use and those of others."""
 
 
@@ -49,7 +49,7 @@ class KeyLease:
         self._index = index
         self._serial = serial
         self._uses = 1
-        self._behind: list[Order] = []
+        self._behind: list[Order] | None = None
         self._end = end
 
     @classmethod
@@ -75,7 +75,7 @@ class KeyLease:
         self._uses -= 1
         if self._uses:
             if pays:
-                self._behind.append(order)
+                self._behind = [*(self._behind or ()), order]
             return
         self._end(self._index, self._serial, order, self._behind)
 

@@ -38,9 +38,6 @@ from featcache.ref import FeatureRef
 
 _WAITING, _TICK = Header.WAITING, Header.TICK
 _GRANTED, _ENDED = 1, 3  # indices into PageWords
-_LEASES: Final = 1 << 41
-"""Beyond any slot, and any pin for writing: the first part of a lease entry's key among the pins."""
-_MOST_LOOKED_AT: Final = 16
 REVOKED: Final = -1
 NO_ENTRY: Final = -2
 
@@ -90,6 +87,8 @@ class LeasedReads:
         """Entries whose `ended` words are on a stream, with the serials that are to land."""
         self._high = 0
         self._serials = self._revoked = self._misses = 0
+        self._leases_out = 0
+        """Reads of lease entries that have begun, and not ended for their callers."""
 
     # --- lease entries ----------------------------------------------------------------------------
 
@@ -102,12 +101,11 @@ class LeasedReads:
         if slot >= self._slots:
             return NO_ENTRY, 0  # no owner writes that
         with self._lock:
-            free = self._free
-            if self._landing and not self._take_landed():
+            if self._landing:
+                self._take_landed()
+            if not self._free:
                 return NO_ENTRY, 0
-            if not free:
-                return NO_ENTRY, 0
-            index = free.pop()
+            index = self._free.pop()
             self._serials = serial = self._serials + 1
             if index >= self._high:
                 self._high = self._page_header[Counts.LEASES_HIGH] = index + 1
@@ -115,11 +113,11 @@ class LeasedReads:
             if not TSO:
                 fence_stores()  # the place before the serial that puts the entry in use
             self._serial[index] = serial
-            self._pins[_LEASES + index, serial] = ONE_USE
-            self._page_header[Counts.HITS] = serial - self._revoked
+            self._leases_out += 1
         # The hazard pointer: the entry must be visible to the owner before `live` is read, or the
         # owner could revoke, find no lease, and recycle the extent under this read.
-        fence_after_lock()
+        if not TSO:
+            fence_after_lock()
         if self._live[slot] != place >> SLOT_BITS:
             self.take_back_lease(index, serial)
             return REVOKED, 0
@@ -129,34 +127,32 @@ class LeasedReads:
     def take_back_lease(self, index: int, serial: int) -> None:
         """Undo a lease under which nothing was read: nothing of it is on a stream, and it is no hit."""
         with self._lock:
-            del self._pins[_LEASES + index, serial]
-            self._serial[index] = self._ended[index]
-            self._free.append(index)
+            self._leases_out -= 1
             self._revoked += 1
-            self._page_header[Counts.HITS] = self._serials - self._revoked
+            self._page_header[Counts.REVOKED] = self._revoked
+            self._ended[index] = serial
+            self._free.append(index)
             idle = None if self._on_idle is None else self._idle()
         if idle is not None:
             idle()
 
-    def _take_landed(self) -> bool:
-        """Free entries whose reads ended on a stream, with the lock held; whether one can be taken."""
+    def _take_landed(self) -> None:
+        """Free entries whose reads ended on a stream and landed since, with the lock held."""
         landing, ended = self._landing, self._ended
         while landing and ended[landing[0][0]] == landing[0][1]:
             self._free.append(landing.popleft()[0])
         if self._free:
-            return True
-        for _ in range(min(len(landing), _MOST_LOOKED_AT)):  # streams end out of order
-            index, serial = landing.popleft()
+            return
+        for index, serial in list(landing):  # streams end out of order
             if ended[index] == serial:
                 self._free.append(index)
-            else:
-                landing.append((index, serial))
-        return bool(self._free)
+        free = set(self._free)
+        self._landing = deque(each for each in landing if each[0] not in free)
 
-    def end_lease(self, index: int, serial: int, order: Order, behind: list[Order]) -> None:
+    def end_lease(self, index: int, serial: int, order: Order, behind: list[Order] | None) -> None:
         """End the read of an entry, behind `order` and all of `behind`."""
         with self._lock:
-            del self._pins[_LEASES + index, serial]
+            self._leases_out -= 1
             if behind:
                 order = self.mapping.follow(order, behind)
             self.mapping.signal(self._adopted[_ENDED], index, serial, order)
@@ -200,7 +196,7 @@ class LeasedReads:
         with self._lock:
             self._pins[-1 - index, serial] = ONE_USE  # further uses are counted by the lease
 
-    def pay_grant(self, index: int, serial: int, order: Order, behind: list[Order]) -> None:
+    def pay_grant(self, index: int, serial: int, order: Order, behind: list[Order] | None) -> None:
         """Pay it, once, behind `order` and all of `behind`."""
         with self._lock:
             del self._pins[-1 - index, serial]
@@ -250,7 +246,7 @@ class LeasedReads:
     def _idle(self) -> Callable[[], object] | None:
         """Return the callback that is due, with the lock held, if nothing is pinned any more."""
         idle = None
-        if not self._pins:
+        if not self._pins and not self._leases_out:
             idle, self._on_idle = self._on_idle, None
         return idle
 
