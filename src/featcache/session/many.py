@@ -41,6 +41,8 @@ class Many:
         self._sources: list[Readable | None] = [None] * len(wanted)
         """Of those that are pinned."""
         self._orders: list[Order] = [None] * len(wanted)
+        self._awaited: list[int] = []
+        """Those whose bytes were not there as they were pinned, and the keys."""
         self._at = 0
         """The member that something is done for."""
         self._copies_behind = False
@@ -141,16 +143,20 @@ class Many:
                 await turn.wait()
             if isinstance(wanted, FeatureRef):
                 attachment = pools.peek(wanted) or await pools.open(wanted)
-                attachment.pin(wanted)
+                ready = attachment.pin(wanted)
                 self._sources[member] = attachment
+                if not ready:
+                    self._awaited.append(member)
+            else:
+                self._awaited.append(member)
             mapping = self._source(member).mapping
             if not mapping.can_copy_to(device):
                 await pools.reach(_attachment(self._source(member)), device)
 
     async def _wait_for_bytes(self, *, follows: bool) -> None:
         """Return when all are there; a key whose writer died before is looked up again."""
-        for member, wanted in enumerate(self._wanted):
-            self._at = member
+        for member in self._awaited:
+            wanted, self._at = self._wanted[member], member
             while True:
                 source, ref = self._source(member), self._ref(member)
                 attachment = _attachment(source)
@@ -180,21 +186,29 @@ class Many:
         features: list[Feature | None] = [None] * len(self._wanted)
         large: list[tuple[int, Callable[[], Feature]]] = []
         with self._all_or_none():
-            for member in range(len(features)):
+            inline_bytes = self._reader.inline_bytes
+            for member, source in enumerate(self._sources):
                 self._at = member
                 turn.left -= 1
                 if turn.left < 0:
                     await turn.wait()
-                mapping, ref = self._source(member).mapping, self._ref(member)
+                assert source is not None, "it is pinned"
+                mapping, ref = source.mapping, self._ref(member)
                 if not mapping.can_copy_to(device):
                     features[member] = await self._relayed(member, None)
                     continue
                 blocking_bytes = mapping.blocking_read_bytes(ref.nbytes, device)
-                if blocking_bytes > self._reader.inline_bytes:
+                if blocking_bytes > inline_bytes:
                     large.append((member, self._later(member)))
                     continue
                 turn.left -= blocking_bytes >> BYTES_SHIFT
-                features[member] = self._copy(member)
+                order = self._orders[member] = mapping.order(device)
+                if order is not None:
+                    self._copies_behind = True
+                if ref.specs[0].name is None:  # as `copy`, inline
+                    features[member] = mapping.fetch(ref.offset_bytes, ref.specs[0], device, order)
+                else:
+                    features[member] = copy(source, ref, device, None, order)
             if large:
                 await self._copy_large(large, features)
             if turn.left < min(TURN_UNITS // 2, len(features) // 8):
