@@ -14,6 +14,7 @@ import uvloop
 
 import featcache
 from featcache import CacheClosed, FeatureCache, FeatureClient, FeatureRef, WrongLoop
+from featcache.session.home import Home
 from support.caches import KIB, filled, pair, small
 
 User = FeatureCache | FeatureClient
@@ -241,3 +242,21 @@ def test_the_first_call_under_trio_says_what_to_do(monkeypatch: pytest.MonkeyPat
             cache.get(cache.put(filled(1)))
 
     _in_a_thread(work)
+
+
+def test_two_loops_of_one_thread_that_look_alike_are_told_apart() -> None:
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+    try:
+
+        async def home() -> Home:
+            return Home()
+
+        async def refused(home: Home) -> str:
+            return str(home.refusal("client"))
+
+        text = second.run_until_complete(refused(first.run_until_complete(home())))
+        assert f"({id(first):#x}) of thread" in text
+        assert f"({id(second):#x}), another loop of this thread" in text
+    finally:
+        first.close()
+        second.close()

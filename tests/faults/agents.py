@@ -568,7 +568,7 @@ class KeyedAgent(Agent):
 
     async def fork_in_make(self, key: str) -> tuple[Any, ...]:
         """Claim a key and fork; the child leaves its `make` by an error, as if it had the claim."""
-        making = await self.cache._opened().keys.find_or_claim(key.encode(), waits=True)
+        making = await self.cache._opened().keys.find_or_claim(key.encode(), None, waits=True)
         pid = os.fork()
         if pid == 0:
             try:

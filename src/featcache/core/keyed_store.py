@@ -43,6 +43,8 @@ class KeyedStore(Store):
     ) -> None:
         super().__init__(limits, POLICIES[limits.eviction](latest_use, latest_uses))
         self.hits = self.misses = self.evicted = 0
+        self.leased_bytes = 0
+        """Extents of evictable slots that sessions read now, as far as was last looked at."""
         self._failed_scan = (0, float("-inf"))
         """Size and expiry of the last full scan that found no victims (negative cache)."""
         self._plan: list[tuple[Slot, int]] = []

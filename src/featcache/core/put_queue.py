@@ -48,6 +48,10 @@ class WaiterState(enum.Enum):
     GONE = "gone"
 
 
+# Members of an enum are slow to look up, and thousands of puts may leave in one turn of the loop.
+_WAITING, _GONE = WaiterState.WAITING, WaiterState.GONE
+
+
 class Waiter:
     """One place in the queue. `tag` is the caller's own (a future); the core never looks at it."""
 
@@ -118,11 +122,11 @@ class WaitQueue:
     def drop(self, waiter: Waiter) -> Slot | None:
         """Leave. Return the slot that was granted but not accepted, if any: the store must free it."""
         was = waiter.state
-        if was is WaiterState.WAITING:
+        if was is _WAITING:
             self._leave(waiter)
         elif was is not WaiterState.GRANTED:
             return None  # accepted or gone already
-        waiter.state = WaiterState.GONE
+        waiter.state = _GONE
         return waiter.slot
 
     def clear(self) -> list[Waiter]:

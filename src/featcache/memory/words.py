@@ -1,7 +1,8 @@
 """Control words: 64-bit, in shared host memory, each written by exactly one process.
 
-Two kinds of block. The *owner's* block has a header, one `live`, `published`, `offset`, `nbytes` and
-`reserved` word per slot, and the key table (`memory.key_table`); it is sealed so that readers can map it
+Two kinds of block. The *owner's* block has a header, one `live`, `published`, `offset`, `nbytes`,
+`reserved` and `ending` word (how its last ref ended that was not paid) per slot,
+and the key table (`memory.key_table`); it is sealed so that readers can map it
 only for reading. A *session's* page has one `held`, `released`, `written` and `used` word per slot, one
 `granted` word per grant that it may have out, a lease entry per read by key that it may hold (`lease`,
 `serial` and `ended`), and one word that says how far it has ended (`Parting`); that session and the
@@ -19,6 +20,7 @@ import mmap
 import os
 import platform
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
@@ -33,7 +35,7 @@ _WORD_BYTES: Final = 8
 _HEADER_WORDS: Final = 64
 _OWNER_MAGIC: Final = int.from_bytes(b"fcOwner\x02", "little")
 _SESSION_MAGIC: Final = int.from_bytes(b"fcSessn\x03", "little")
-_OWNER_ARRAYS: Final = 5
+_OWNER_ARRAYS: Final = 6
 _SESSION_ARRAYS: Final = 4
 _ENTRY_ARRAYS: Final = 4
 GRANTS: Final = 4096
@@ -242,7 +244,8 @@ class OwnerWords(Block):
 
     def __init__(self, mapping: mmap.mmap, slots: int) -> None:
         super().__init__(mapping, slots, _OWNER_MAGIC, _OWNER_ARRAYS)
-        self.live, self.published, self.offset, self.nbytes, self.reserved = self._arrays
+        self.live, self.published, self.offset, self.nbytes = self._arrays[:4]
+        self.reserved, self.ending = self._arrays[4:]
         self.mapping = mapping
         """The mapping itself, in which `memory.key_table` searches."""
 
@@ -264,6 +267,14 @@ class OwnerWords(Block):
         if not TSO:  # hot path: skip the call on TSO
             fence_stores()
         self.live[index] = generation
+
+    def tell_endings(self, endings: deque[tuple[int, int]]) -> None:
+        """Write the `ending` words of slots, and empty the queue of them. `live` is cleared after."""
+        while endings:
+            index, word = endings.popleft()
+            self.ending[index] = word
+        if not TSO:
+            fence_stores()
 
 
 class SessionWords(Block):

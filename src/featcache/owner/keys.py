@@ -63,6 +63,7 @@ class Lookups:
             if not page.can_grant and key in pool.store.directory:
                 page.check_can_grant()
         slot = pool.store.lookup(key, _now())
+        pool.tell_tick()
         return None if slot is None else Granted(page.grant(slot), pool.kept[slot.index])
 
     async def wait_for_key(

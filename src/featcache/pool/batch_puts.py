@@ -26,9 +26,14 @@ class BatchPuts:
     """The part of an `OwnerWriter` that puts many."""
 
     _pool: Pool
-    _turn: Turn
+    turn: Turn
 
-    def _enter(self, request: Request, *, wait: bool) -> "Slot | Waiter":
+    @property
+    def has_callers(self) -> bool:
+        """Whether puts of the owner's own wait for their turn: whoever asks now comes after them."""
+        return self.turn.has_callers
+
+    def enter(self, request: Request, *, wait: bool) -> "Slot | Waiter":
         """Reserve, or join the queue, at this call's turn."""
         raise NotImplementedError
 
@@ -44,13 +49,13 @@ class BatchPuts:
         """As `reserve`, of a batch: the first of its slots."""
         pool = self._pool
         pool.put_bytes += batch.nbytes
-        self._turn.left -= len(batch.members) // 4
+        self.turn.left -= len(batch.members) // 4
         pool.collect()
         slot = pool.store.reserve_batch(batch, _now())
         if slot is None and not pool.store.queue.count:
             while pool.collector.evict_some(batch):
                 slot = pool.store.reserve_batch(batch, _now())
-                if slot is not None or self._turn.left <= 0:
+                if slot is not None or self.turn.left <= 0:
                     break
         return slot
 
@@ -67,10 +72,8 @@ class BatchPuts:
         pool = self._pool
         batch = pool.store.batch([each.request for each in staged])
         place: Place | None
-        if (
-            self._turn.left < len(staged) // 8
-        ):  # its room is one piece of work: in a turn of its own
-            place = self._turn.place(lambda: self._enter(batch, wait=wait))
+        if self.turn.left < len(staged) // 8:  # its room is one piece of work: in a turn of its own
+            place = self.turn.place(lambda: self.enter(batch, wait=wait))
         else:
             place = self.reserve_batch(batch) or self.ask(batch, wait=wait)
         slots = pool.store.apart(await self.slot_of(place, timeout_s, wait=wait))
@@ -81,7 +84,7 @@ class BatchPuts:
 
     async def _write(self, slots: list[Slot], staged: Sequence[Staged]) -> None:
         """Write all: here what is soon copied, all else in one run of a thread. If one fails, none stays."""
-        pool, turn, at = self._pool, self._turn, [0]
+        pool, turn, at = self._pool, self.turn, [0]
         large: list[int] = []
         kept = set(range(len(slots)))  # those that are this task's to give up
         try:
@@ -134,7 +137,7 @@ class BatchPuts:
 
     async def _publish(self, slots: list[Slot], staged: Sequence[Staged]) -> list[FeatureRef]:
         """Publish all, behind one batch of words for each stream; if this ends early, none stays."""
-        pool, turn, refs = self._pool, self._turn, list[FeatureRef]()
+        pool, turn, refs = self._pool, self.turn, list[FeatureRef]()
         try:
             self._check_open()
             self._signal(slots, staged)

@@ -1,15 +1,19 @@
 """Which slots are in use now, though no read of them is owed: what can't be evicted with any gain."""
 
 from collections.abc import Callable, Mapping
+from itertools import chain, islice
 from typing import Final
 
 import numpy as np
 
+from featcache.core.keyed_store import KeyedStore
 from featcache.core.slots import Slot, SlotTable
 from featcache.memory.key_table import SLOT_BITS, SLOT_MASK
 from featcache.memory.words import OwnerWords
 from featcache.pool.page import SessionPage
 
+_MOST: Final = 1024
+"""Leases that are counted: more would hold up the loop at each tick."""
 _FEW: Final = 64
 """Slots that are asked for one by one; after that all are looked at, as vectors."""
 
@@ -59,6 +63,16 @@ class Holds:
                 if index < high and live[index] == generation:
                     held[index] = True
         return [bool(one) for one in held.tolist()]
+
+    def count_leased(self, store: KeyedStore) -> None:
+        """Note the bytes that can't be evicted with any gain, as sessions read them by lease entries."""
+        places = set(islice(chain(*(page.leased() for page in self._pages.values())), _MOST))
+        slots = (self._table.find(place & SLOT_MASK, place >> SLOT_BITS) for place in places)
+        store.leased_bytes = sum(
+            slot.extent.size_bytes
+            for slot in slots
+            if slot is not None and slot.idle and slot.extent is not None
+        )
 
     def close(self) -> None:
         """Release the words, which must be unmapped with the pool."""

@@ -37,6 +37,7 @@ from featcache.pool.pending_writes import PendingWrites
 from featcache.pool.pressure import PressureMonitor
 from featcache.pool.recycler import Recycler
 from featcache.pool.reports import Reports
+from featcache.pool.uses import SessionUses
 from featcache.pool.wakes import Wakes
 from featcache.ref import FeatureRef, TensorSpec
 from featcache.session.offload import Offload
@@ -44,6 +45,7 @@ from featcache.settings import Settings
 
 _now: Final = time.monotonic
 _MAX_UNRUNG: Final = 16
+_TICK: Final = Header.TICK
 
 
 class Pool:
@@ -60,7 +62,10 @@ class Pool:
         self.turn = turn_of(self.loop)
         self.wakes = Wakes(self.turn)
         self._upkeep = False
-        self.store = KeyedStore(limits)
+        self.pages: dict[int, SessionPage] = {}
+        """The control words and grants of each session, by session number."""
+        self.uses = SessionUses(limits.slots, self.pages)
+        self.store = KeyedStore(limits, self.uses.latest, self.uses.latest_up_to)
         self.store.serve_most = LEAST
         self.store.allocator.grow(limits.initial_bytes)
         self.collector = Collector(self)
@@ -81,8 +86,6 @@ class Pool:
         self.growth = Growth(
             *(self.name, slab, self.store, self.words.header, settings, offload, self.apply)
         )
-        self.pages: dict[int, SessionPage] = {}
-        """The control words and grants of each session, by session number."""
         self.kept: dict[int, FeatureRef] = {}
         """Refs of the features under keys, by slot; a slot's old one stays until it has a new one."""
         self.own_writes: dict[int, tuple[int, Order]] = {}
@@ -125,6 +128,10 @@ class Pool:
         if (slot.offset_bytes, slot.nbytes) != (ref.offset_bytes, ref.nbytes):
             raise MalformedRef("the ref's extent is not its slot's: it was forged or damaged")
         return slot
+
+    def tell_tick(self) -> None:
+        """Tell sessions the tick with which they mark what they use (`Header.TICK`)."""
+        self.words.header[_TICK] = self.store.recency.tick
 
     @property
     def lookups(self) -> tuple[int, int, int]:
@@ -169,6 +176,7 @@ class Pool:
             # The slot is live before sessions find it, and they find it before `live` of the one that it
             # replaces is cleared: whoever finds that revoked finds this in its place.
             self.key_table.keep(slot.key, index, generation)
+            self.words.header[_TICK] = store.recency.tick
         if effects:
             self.apply(effects)
         elif (
@@ -230,6 +238,8 @@ class Pool:
     def apply(self, effects: Sequence[Effect]) -> None:
         """Carry out the store's decisions."""
         due_now, grace_s = 0, 0.0
+        if self.store.endings.untold:  # before `live` is cleared: then a session asks why
+            self.words.tell_endings(self.store.endings.untold)
         for effect in effects:
             if type(effect) is SlotRetired:
                 slot = effect.slot
@@ -312,6 +322,8 @@ class Pool:
         old_end_bytes = self.store.committed_bytes
         if (end_bytes := self.store.shrink(now_s)) is not None:
             self.growth.shrink(end_bytes, old_end_bytes)
+        self.is_held.count_leased(self.store)
+        self.pressure.observe()
         self.pressure.report(now_s)
         gauges.publish(self.store, self.words.header)
         return now_s < self.collector.busy_until_s
@@ -325,6 +337,7 @@ class Pool:
         most = min(QUANTUM_UNITS, max(turn.left, LEAST))
         before = store.expired, store.evicted
         store.recency.pass_time(now_s)
+        self.tell_tick()
         self.apply(store.expire(now_s, max(1, most // EXPIRE_UNITS)))
         to_evict = max(1, most // EVICT_UNITS)
         self.apply(store.trim(self.is_held.of_many(), now_s, to_evict))

@@ -23,4 +23,5 @@ def refresh(pool: "Pool") -> None:
         return
     if here:
         pool.collect()
+        pool.is_held.count_leased(pool.store)
         pool.pressure.report(time.monotonic())

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from featcache.core.endings import RECYCLED, UNKNOWN
+from featcache.core.endings import why_by_word
 from featcache.errors import CacheClosed, FeatcacheError, MalformedRef, StaleRef
 from featcache.memory.slab import Mapping, Order, PageWords
 from featcache.memory.unreachable import UnreachableSlab
@@ -66,7 +66,7 @@ class Attachment(Payments):
         wrote there last and the order behind which its bytes are; None elsewhere."""
         self._gone: FeatcacheError | None = None
         self._live, self._published = words.live, words.published
-        self._offset, self._nbytes = words.offset, words.nbytes
+        self._offset, self._nbytes, self._ending = words.offset, words.nbytes, words.ending
         self._held, self._released = page.held, page.released
         self._page_header = page.header
         self._plain = PageWords.plain(page)
@@ -251,11 +251,15 @@ class Attachment(Payments):
             raise StaleRef(self._why_stale(ref.slot, ref.generation))
 
     def _why_stale(self, index: int, generation: int) -> str:
-        """Say what is known of a ref that can't be read: a session sees no more than the slot's word."""
+        """Say what is known of a ref that can't be read; a session knows it by the slot's words."""
         if self.why_stale is not None:
             return self.why_stale(index, generation)
-        recycled = self._live[index] > generation
-        return f"ref {index}:{generation} {RECYCLED if recycled else UNKNOWN}"
+        why = why_by_word(
+            *(self._ending[index], generation),
+            published=self._published[index] >= generation,
+            recycled=self._live[index] > generation,
+        )
+        return f"ref {index}:{generation} {why}"
 
     def refuse(self, error: FeatcacheError) -> None:
         """Let no new read begin: each raises this. Reads that have begun may end."""
@@ -296,7 +300,7 @@ class Attachment(Payments):
         self._held, self._released = (
             memoryview(bytearray(8 * self._slots)).cast("Q") for _ in range(2)
         )
-        self._live = self._published = self._offset = self._nbytes = self._held
+        self._live = self._published = self._offset = self._nbytes = self._ending = self._held
         self._paid = self._released
         self._in_flight.clear()
         self.own_writes = None

@@ -17,12 +17,14 @@ not be overtaken by an end that is still on its way.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final
 
 import numpy as np
 
+from featcache.core.recency.policy import STEP
 from featcache.errors import FeatcacheError, MalformedRef
 from featcache.memory.key_table import SLOT_BITS, SLOT_MASK
 from featcache.memory.slab import Mapping, Order, PageWords
@@ -37,6 +39,8 @@ from featcache.memory.words import (
 from featcache.ref import FeatureRef
 
 _WAITING, _TICK = Header.WAITING, Header.TICK
+_now_ns: Final = time.monotonic_ns
+_WITHIN_TICK: Final = STEP - 1
 _GRANTED, _ENDED = 1, 3  # indices into PageWords
 REVOKED: Final = -1
 NO_ENTRY: Final = -2
@@ -87,8 +91,8 @@ class LeasedReads:
         """Entries whose `ended` words are on a stream, with the serials that are to land."""
         self._high = 0
         self._serials = self._revoked = self._misses = 0
-        self._leases_out = 0
-        """Reads of lease entries that have begun, and not ended for their callers."""
+        self._leases_out = self._grants_out = 0
+        """Reads by key that have begun, and not ended for their callers: of entries, and granted."""
 
     # --- lease entries ----------------------------------------------------------------------------
 
@@ -103,7 +107,8 @@ class LeasedReads:
         with self._lock:
             if self._landing:
                 self._take_landed()
-            if not self._free:
+            # A session may have as many reads by key out as it has entries, whoever gave them out.
+            if not self._free or self._leases_out + self._grants_out >= len(self._lease):
                 return NO_ENTRY, 0
             index = self._free.pop()
             self._serials = serial = self._serials + 1
@@ -121,7 +126,9 @@ class LeasedReads:
         if self._live[slot] != place >> SLOT_BITS:
             self.take_back_lease(index, serial)
             return REVOKED, 0
-        self._used[slot] = self.header[_TICK]
+        # While it is leased: later this would count as a use of the slot's next feature. The clock, in
+        # microseconds, gives uses within one tick their order, whichever sessions' they are.
+        self._used[slot] = self.header[_TICK] + (_now_ns() >> 10 & _WITHIN_TICK)
         return index, serial
 
     def take_back_lease(self, index: int, serial: int) -> None:
@@ -194,12 +201,14 @@ class LeasedReads:
     def take_grant(self, index: int, serial: int) -> None:
         """Pin a read granted by the owner. No `held` word: the owner tracks grants."""
         with self._lock:
+            self._grants_out += 1
             self._pins[-1 - index, serial] = ONE_USE  # further uses are counted by the lease
 
     def pay_grant(self, index: int, serial: int, order: Order, behind: list[Order] | None) -> None:
         """Pay it, once, behind `order` and all of `behind`."""
         with self._lock:
             del self._pins[-1 - index, serial]
+            self._grants_out -= 1
             if behind:
                 order = self.mapping.follow(order, behind)
             self._signal(_GRANTED, index, serial, order)
