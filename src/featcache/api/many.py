@@ -81,8 +81,9 @@ class ManyCalls:
     ) -> list[Feature]:
         """Return copies of many features, in the order of `members`, and pay this session's reads.
 
-        At the cost of little more than one `get`: the keys are looked up by one message, the copies that
-        are too long for the event loop run in one thread, and on a GPU the words that pay are one batch.
+        At the cost of little more than their copies: keys that this session can't look up by itself are
+        asked for by one message, the copies that are too long for the event loop run in one thread, and on a
+        GPU the words that pay the refs are one batch.
         Either all reads of refs are paid, or none is: if one member fails, or the call is cancelled, get
         them again, or release them.
 
@@ -106,7 +107,7 @@ class ManyCalls:
         return await get_many(engine.reader, engine.keys, wanted, place, timeout_s)
 
     async def contains_many(self, keys: Iterable[str | bytes]) -> list[bool]:
-        """Return whether a feature is kept under each of up to 1024 keys now, by one message.
+        """Return whether a feature is kept under each of up to 1024 keys now; what the owner must be asked, by one message.
 
         It does not count as a use. Raises as `contains` does; SettingsError says which key is none.
         """
