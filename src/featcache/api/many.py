@@ -109,7 +109,8 @@ class ManyCalls:
     async def contains_many(self, keys: Iterable[str | bytes]) -> list[bool]:
         """Return whether a feature is kept under each of up to 1024 keys now.
 
-        What the owner must be asked goes in one message. It does not count as a use. Raises as `contains` does; SettingsError says which key is none.
+        What the owner must be asked goes in one message. It does not count as a use. Raises as `contains`
+        does; SettingsError says which key is none.
         """
         wanted = parse_keys(keys, "contains_many")
         directory: Keys = self._life.here().keys
