@@ -11,6 +11,7 @@ from featcache import blocking
 from featcache.api.cache import FeatureCache, create
 from featcache.api.client import FeatureClient, connect
 from featcache.api.content_key import content_key
+from featcache.api.observer import Observer, observe
 from featcache.core.pressure import PressureLevel
 from featcache.errors import (
     AttachRefused,
@@ -34,6 +35,7 @@ from featcache.errors import (
 from featcache.ref import FeatureRef
 from featcache.settings import Settings, split_budget
 from featcache.statistics import Statistics
+from featcache.version import VERSION
 
 __all__ = [
     "AttachRefused",
@@ -48,6 +50,7 @@ __all__ = [
     "KeyNotFound",
     "KeyTimeout",
     "MalformedRef",
+    "Observer",
     "OwnerLost",
     "OwnerUnreachable",
     "PoolFull",
@@ -63,6 +66,7 @@ __all__ = [
     "connect",
     "content_key",
     "create",
+    "observe",
     "split_budget",
 ]
 
@@ -71,4 +75,4 @@ __all__ = [
 with contextlib.suppress(ImportError):
     importlib.import_module("anyio._backends._asyncio")
 
-__version__ = "0.1.0.dev0"
+__version__ = VERSION

@@ -265,6 +265,8 @@ class Settings:
     """Features that the pool can hold at once."""
     sessions: int = attrs.field(default=64, converter=_COUNT, validator=_within(1, 4096))
     """Readers and writers that can be attached at once."""
+    observers: int = attrs.field(default=8, converter=_COUNT, validator=_within(0, 256))
+    """Observers that can be attached besides: they look on, and read and hold nothing."""
     waiters: int = attrs.field(default=4096, converter=_COUNT, validator=_within(0, 1 << 20))
     """Puts that may wait for others' features to be recycled; one more is `PoolFull`. Those whose room
     comes as the slab grows are not counted."""

@@ -18,7 +18,17 @@ from featcache.session.staging import SpillCounter, Writers
 from featcache.statistics import Statistics
 
 
-class Engine(Protocol):
+class Closable(Protocol):
+    """The open half of any object that has a life cycle."""
+
+    async def aclose(self) -> None:
+        """Close it."""
+
+    def forget(self) -> None:
+        """Drop descriptors and mappings in a forked child."""
+
+
+class Engine(Closable, Protocol):
     """The open half of a `FeatureCache` (`owner.owner.Owner`) or a client (`api.client.OpenClient`)."""
 
     @property
@@ -45,14 +55,8 @@ class Engine(Protocol):
     def statistics(self, *, in_loop: bool) -> Statistics:
         """Return gauges and counters; outside the loop, gauges as last published."""
 
-    async def aclose(self) -> None:
-        """Close it."""
 
-    def forget(self) -> None:
-        """Drop descriptors and mappings in a forked child."""
-
-
-E = TypeVar("E", bound=Engine)
+E = TypeVar("E", bound=Closable)
 
 
 class LifeState(enum.Enum):

@@ -24,6 +24,7 @@ from featcache.api.client import connect as _connect
 from featcache.api.many import parse_members
 from featcache.blocking.keys import get_by_key, get_or_put
 from featcache.blocking.many import get_many, put_many
+from featcache.blocking.observer import Observer, observe
 from featcache.blocking.portal import A, Portal
 from featcache.core.pressure import PressureLevel
 from featcache.errors import GetTimeout, StaleRef
@@ -37,7 +38,15 @@ from featcache.session.reader import Reader
 from featcache.settings import parse_timeout
 from featcache.statistics import Statistics
 
-__all__ = ["FeatureCache", "FeatureClient", "Pressure", "connect", "create"]
+__all__ = [
+    "FeatureCache",
+    "FeatureClient",
+    "Observer",
+    "Pressure",
+    "connect",
+    "create",
+    "observe",
+]
 
 P = ParamSpec("P")
 B = TypeVar("B")

@@ -13,6 +13,7 @@ import torch
 from featcache.api.cache import FeatureCache
 from featcache.api.client import FeatureClient
 from featcache.api.lifecycle import Engine, Lifecycle, LifeState
+from featcache.api.observer import Observer
 from featcache.api.serving import served_here
 from featcache.blocking.loopthread import Call, LoopThread, Undo
 from featcache.errors import CacheClosed, WrongLoop
@@ -20,7 +21,7 @@ from featcache.memory.pack import Feature
 from featcache.ref import FeatureRef
 
 T = TypeVar("T")
-A = TypeVar("A", FeatureCache, FeatureClient)
+A = TypeVar("A", FeatureCache, FeatureClient, Observer)
 
 _INTERRUPTED_S = 0.5
 """How long an interrupted `open` waits for its loop to have undone it; the loop goes on without."""
@@ -123,12 +124,16 @@ class Portal(Generic[A]):
     @property
     def engine(self) -> Engine:
         """The open engine, or raise CacheClosed."""
-        engine: Engine = self.inner._opened()  # noqa: SLF001 - one object in two classes
-        return engine
+        # An observer's is none of these, and its calls look at none.
+        engine: Any = self.inner._opened()  # noqa: SLF001 - one object in two classes
+        opened: Engine = engine
+        return opened
 
     def place(self, device: Any, out: Feature | None) -> torch.device | None:
         """Return where a get puts its copy, as `CacheBase` has it."""
-        return self.inner._target(device, out)  # noqa: SLF001 - one object in two classes
+        inner = self.inner
+        assert not isinstance(inner, Observer), "it reads nothing"
+        return inner._target(device, out)  # noqa: SLF001 - one object in two classes
 
     def check_thread(self, ref: FeatureRef | None = None) -> None:
         """Raise WrongLoop in the thread of the event loop that has to answer: the call would deadlock.

@@ -123,6 +123,10 @@ class Channel:
         self.state = _OPEN
         self._loop.add_reader(self._fd, self._readable)
 
+    def hand_over(self, on_message: OnMessage, on_lost: OnLost) -> None:
+        """Have these called from now on."""
+        self._on_message, self._on_lost = on_message, on_lost
+
     # --- sending --------------------------------------------------------------------------------
 
     def send(self, payload: bytes, descriptors: Sequence[int] = ()) -> None:
@@ -365,6 +369,11 @@ class Channel:
         self._drop_descriptors()
         hang_up(self._sock)
         self._sock.close()
+
+    @property
+    def backlog(self) -> int:
+        """Frames that the socket has no room for: the peer has not read what came before."""
+        return len(self._outgoing)
 
     @property
     def hung_up(self) -> bool:

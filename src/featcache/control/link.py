@@ -319,7 +319,7 @@ async def _dial(
 ) -> tuple[Link, Welcome, list[int]]:
     try:
         with anyio.fail_after(settings.attach_timeout):
-            sock = await _connect(endpoint)
+            sock = await connect_socket(endpoint)
             try:
                 check_uid(sock)
                 link = Link(sock, endpoint, settings)
@@ -343,7 +343,8 @@ async def _dial(
     return link, welcome, fds
 
 
-async def _connect(endpoint: str) -> socket.socket:
+async def connect_socket(endpoint: str) -> socket.socket:
+    """Return a socket that is connected to an owner, or raise OwnerUnreachable."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         sock.setblocking(False)

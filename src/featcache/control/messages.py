@@ -62,6 +62,8 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
     device: _Text
     message_bytes: _MessageBytes = 64 << 10
     """The longest message that the client accepts."""
+    kind: Literal["session", "observer"] = "session"
+    """An observer (`control.observing`) gets no descriptor of the pool's, no page and no session."""
 
 
 class Goodbye(msgspec.Struct, tag="goodbye", frozen=True):
@@ -349,7 +351,7 @@ encode = msgspec.msgpack.Encoder().encode
 _M = TypeVar("_M")
 
 
-def _checked(decode: Callable[[bytes], _M], sender: str) -> Callable[[bytes], _M]:
+def checked_decoder(decode: Callable[[bytes], _M], sender: str) -> Callable[[bytes], _M]:
     """Return a decoder that raises ProtocolError."""
 
     def checked(payload: bytes) -> _M:
@@ -363,5 +365,5 @@ def _checked(decode: Callable[[bytes], _M], sender: str) -> Callable[[bytes], _M
 
 _from_client: msgspec.msgpack.Decoder[FromClient] = msgspec.msgpack.Decoder(FromClient)
 _from_owner: msgspec.msgpack.Decoder[FromOwner] = msgspec.msgpack.Decoder(FromOwner)
-decode_from_client = _checked(_from_client.decode, "a client")
-decode_from_owner = _checked(_from_owner.decode, "an owner")
+decode_from_client = checked_decoder(_from_client.decode, "a client")
+decode_from_owner = checked_decoder(_from_owner.decode, "an owner")

@@ -18,6 +18,7 @@ from featcache.control.descriptors import NO_DESCRIPTOR, close_all
 from featcache.control.dispatch import Dispatcher, RequestHandlers
 from featcache.control.endpoint import Listener
 from featcache.control.messages import Hello, ProtocolError, decode_from_client, encode, is_request
+from featcache.control.observers import ObserverHost, Observers
 from featcache.control.peer import Peer, Segment, SessionHost, SessionState
 from featcache.control.turns import ATTACH_UNITS, QUANTUM_UNITS, turn_of
 from featcache.errors import OUT_OF_DESCRIPTORS, AttachRefused, FeatcacheError, explain
@@ -37,6 +38,7 @@ class Server:
         settings: Settings,
         host: SessionHost,
         handlers: RequestHandlers,
+        observed: ObserverHost,
     ) -> None:
         self._listener = listener
         self._dispatcher = Dispatcher(handlers)
@@ -49,6 +51,7 @@ class Server:
         self._greeting: set[Peer] = set()
         self.sessions: dict[int, Peer] = {}
         """ACTIVE and QUARANTINED sessions by number."""
+        self.observers = Observers(settings.observers, observed, self._end, self._report_refusal)
         self._shrinking: dict[int, asyncio.Future[None]] = {}
         """By shrink epoch: done once every session has unmapped the tail."""
         self._ended: list[Peer] = []
@@ -147,6 +150,10 @@ class Server:
             if fds[0] == NO_DESCRIPTOR:
                 raise AttachRefused(f"the owner is {OUT_OF_DESCRIPTORS} of its process")
             peer.watch = PidWatch(fds[0], lambda: self._on_death(peer))
+            if hello.kind == "observer":
+                self.observers.admit(peer, hello, self._settings.message_bytes)
+                self._stop_greeting(peer)
+                return
             self._end_those_left(peer)
         except (FeatcacheError, OSError) as error:
             self._refuse(peer, explain(error))
@@ -324,7 +331,7 @@ class Server:
     def _on_death(self, peer: Peer) -> None:
         if peer.state is SessionState.SETTLING:
             return
-        if peer.state not in {_ACTIVE, SessionState.QUARANTINED}:
+        if peer.state not in {_ACTIVE, SessionState.QUARANTINED} or peer in self.observers.peers:
             self._end(peer)
             return
         if self._host.has_left(peer):
@@ -345,6 +352,7 @@ class Server:
         peer.state = SessionState.ENDED
         self._stop_greeting(peer)
         self.sessions.pop(peer.number, None)
+        self.observers.drop(peer)
         self._turn.do_all(peer.cancel_tasks(self._turn))
         self._settle_shrinking()  # an ended session is no longer behind
         peer.channel.close()
@@ -368,7 +376,7 @@ class Server:
         if self._accept_retry is not None:
             self._accept_retry.cancel()
         self._loop.remove_reader(self._sock.fileno())
-        for peer in [*self.sessions.values(), *self._greeting]:
+        for peer in [*self.sessions.values(), *self.observers.peers, *self._greeting]:
             self._ended.append(peer)
             peer.channel.send(encode(messages.Closing()))
             self._end(peer)
@@ -381,7 +389,7 @@ class Server:
 
     def forget(self) -> None:
         """Drop descriptors in a forked child; the parent's sessions and socket file stay."""
-        for peer in [*self.sessions.values(), *self._greeting]:
+        for peer in [*self.sessions.values(), *self.observers.peers, *self._greeting]:
             peer.channel.forget()
             if peer.watch is not None:
                 peer.watch.forget()

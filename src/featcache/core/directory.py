@@ -47,7 +47,7 @@ class Directory:
         if old is not None:
             self._leave(old)
         self._slots[key] = slot
-        slot.key = key
+        slot.key, slot.hits = key, 0
         size_bytes = _extent_bytes(slot)
         self.resident_bytes += size_bytes
         if key in self._pins:

@@ -73,6 +73,7 @@ class KeyedStore(Store):
             self.misses += 1
             return None
         self.hits += 1
+        slot.hits += 1
         self._grant(slot, now_s)
         return slot
 

@@ -7,6 +7,7 @@ and serves the next. The handshake is psycopg_pool's idea (its `WaitingClient`).
 
 import enum
 from collections import OrderedDict
+from itertools import islice
 
 import msgspec
 
@@ -55,7 +56,7 @@ _WAITING, _GONE = WaiterState.WAITING, WaiterState.GONE
 class Waiter:
     """One place in the queue. `tag` is the caller's own (a future); the core never looks at it."""
 
-    __slots__ = ("by_growth", "request", "slot", "state", "tag", "ticket")
+    __slots__ = ("by_growth", "request", "since_s", "slot", "state", "tag", "ticket")
 
     def __init__(self, ticket: int, request: Request, tag: object, *, by_growth: bool) -> None:
         self.ticket, self.request, self.tag = ticket, request, tag
@@ -63,6 +64,8 @@ class Waiter:
         """Whether its room comes as the slab grows, when it came: it waits for nobody's feature."""
         self.state = WaiterState.WAITING
         self.slot: Slot | None = None
+        self.since_s = 0.0
+        """When its wait began: the caller's own."""
 
 
 class WaitQueue:
@@ -89,6 +92,10 @@ class WaitQueue:
     def head(self) -> Waiter | None:
         """The waiter that is served next, or None."""
         return next(iter(self._queue.values())) if self.count else None
+
+    def first(self, most: int) -> list[Waiter]:
+        """Return the waiters that are served next, up to so many. For reports, not for hot paths."""
+        return list(islice(self._queue.values(), most))
 
     def by_session(self, session: int) -> list[Waiter]:
         """Return the waiters of a session. For its end, not for hot paths."""

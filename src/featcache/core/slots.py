@@ -34,8 +34,8 @@ class Slot:
     """One entry of the table. `generation` grows at each `SlotTable.allocate` and never repeats."""
 
     __slots__ = (
-        "born_s", "due_s", "extent", "generation", "grants", "idle", "index", "key", "listed", "mark",
-        "mates", "nbytes", "of", "owed_by_names", "paid_by", "place", "reads_left", "retired_s",
+        "born_s", "due_s", "extent", "generation", "grants", "hits", "idle", "index", "key", "listed",
+        "mark", "mates", "nbytes", "of", "owed_by_names", "paid_by", "place", "reads_left", "retired_s",
         "state", "tick", "ttl_s", "used_s", "wanted_key",
     )  # fmt: skip
 
@@ -66,6 +66,8 @@ class Slot:
         """The key under which the directory holds it."""
         self.grants = 0
         """Reads granted by key and not paid yet."""
+        self.hits = 0
+        """Lookups by message that found it under its key."""
         self.idle = False
         """Whether it is evictable: kept under a key and neither pinned nor read, with no reads owed."""
         # The eviction policy's own fields, written by `core.recency` alone and described in its

@@ -1,6 +1,7 @@
 """The owner: the served pool and its optional host-memory spill pool."""
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ class Owner:
         self._slab_only = Writers(main.writer)
         main.sessions.through_host = self.relay
         main.sessions.spills = spill_bytes is not None
+        main.shown.statistics = partial(self.statistics, in_loop=True)
 
     @classmethod
     async def open(

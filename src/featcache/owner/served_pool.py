@@ -13,6 +13,7 @@ from featcache.core.effects import Limits
 from featcache.errors import BackendUnavailable, system_errors
 from featcache.memory.slab import Slab
 from featcache.owner.keys import Lookups
+from featcache.owner.observing import Observations
 from featcache.owner.own_session import OwnSession
 from featcache.owner.requests import RequestHandlers
 from featcache.owner.sessions import RELAY_SESSION, Sessions
@@ -37,12 +38,15 @@ class ServedPool:
         writer: OwnerWriter,
         lookups: Lookups,
         name: str | None,
+        shown: Observations,
     ) -> None:
         self.pool = pool
         self.sessions = sessions
         self.server = server
         self.writer = writer
         self.lookups = lookups
+        self.shown = shown
+        """What observers are shown."""
         self.own = OwnSession(pool, sessions, name)
         self.relaying = OwnSession(pool, sessions, None, RELAY_SESSION)
         self.unpaid_refs = 0
@@ -88,15 +92,18 @@ class ServedPool:
             undo.callback(sessions.close)
             writer, lookups = OwnerWriter(pool), Lookups(pool)
             handlers = RequestHandlers(pool, writer, lookups, sessions)
-            server = pool.growth.server = Server(listener, settings, sessions, handlers)
+            shown = Observations(pool, lookups, name, sessions.pidfd)
+            server = pool.growth.server = Server(listener, settings, sessions, handlers, shown)
+            shown.server = server
             undo.pop_all()
-        return cls(pool, sessions, server, writer, lookups, name)
+        return cls(pool, sessions, server, writer, lookups, name, shown)
 
     async def aclose(self) -> None:
         """Close: waiting puts raise CacheClosed, sessions are told, the socket's file goes."""
         own, pool, slab = self.own.attached, self.pool, self.pool.slab
         await take_each(
             self.server.close,
+            self.shown.close,
             self.own.close,
             self.relaying.close,
             pool.stop,

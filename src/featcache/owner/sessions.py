@@ -44,7 +44,7 @@ class Sessions:
     def __init__(self, pool: Pool, own_name: str | None) -> None:
         self._pool = pool
         self._own_name = pool.attendance.own_name = own_name
-        self._pidfd = own_pidfd()
+        self.pidfd = own_pidfd()
         self.through_host: Relay | None = None
         """Copies for sessions that can't reach the slab; a pool in host memory has none."""
         self.siblings: list[Pool] = []
@@ -87,7 +87,7 @@ class Sessions:
             grants=pool.settings.grants,
             message_bytes=pool.settings.message_bytes,
         )
-        own = [self._pidfd, pool.words_fd, page.fd, pool.recycler.eventfd]
+        own = [self.pidfd, pool.words_fd, page.fd, pool.recycler.eventfd]
         return welcome, own + pool.slab.descriptors()
 
     def segments(self) -> Sequence[Segment]:
@@ -289,6 +289,6 @@ class Sessions:
 
     def close(self) -> None:
         """Close the owner's pidfd."""
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1

@@ -1,6 +1,7 @@
 """One session's page of control words, as the owner reads it, with its grants and reservations."""
 
 import os
+import time
 from collections.abc import Collection
 from typing import Final
 
@@ -36,6 +37,7 @@ class SessionPage:
         self.session = session
         self.name = name
         self.pid = pid
+        self.since_s = time.monotonic()
         self.fd = fd
         self.words = words
         self._held, self._released, self._written = words.held, words.released, words.written

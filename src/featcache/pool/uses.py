@@ -5,6 +5,7 @@ from typing import Final
 
 import numpy as np
 
+from featcache.core.slots import Slot
 from featcache.pool.page import SessionPage
 
 
@@ -31,6 +32,10 @@ class SessionUses:
         for page in self._pages.values():
             np.maximum(latest, np.frombuffer(page.words.used, np.uint64, high), out=latest)
         return latest.data
+
+    def hits_of(self, slot: Slot) -> int:
+        """Return how many lookups found a slot under its key."""
+        return slot.hits
 
     def fold(self, page: SessionPage, tick: int) -> None:
         """Remember what a session said that ends, of which nothing can be later than now."""

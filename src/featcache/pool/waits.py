@@ -31,6 +31,7 @@ class PutWaits:
 
     def begin(self, waiter: Waiter, now_s: float) -> None:
         """Note that a put waits from now on."""
+        waiter.since_s = now_s
         if self._after_s is None:
             return
         self._untold[waiter] = now_s
