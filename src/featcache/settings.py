@@ -197,6 +197,14 @@ def _read_environment(
 
 _VARIABLES: list[str] = []
 """Of all the fields."""
+_COMMAND_LINE: Final = frozenset(
+    _ENVIRONMENT_PREFIX + name
+    for name in (
+        *("CONFIG", "DEVICE", "ENDPOINT", "LOG", "LOG_LEVEL", "METRICS_HOST", "METRICS_PORT"),
+        *("NAME", "SHUTDOWN_GRACE", "SPILL"),
+    )
+)
+"""Of the options of ``featcache serve`` that are no settings of a pool."""
 _warned: set[str] = set()
 _MISSPELT: Final = 0.8
 """Likeness of a variable's name to a setting's from which it is taken for a slip of the hand."""
@@ -209,6 +217,8 @@ def _check_environment() -> None:
     """
     for variable in os.environ:
         if not variable.startswith(_ENVIRONMENT_PREFIX) or variable in _VARIABLES:
+            continue
+        if variable in _COMMAND_LINE:
             continue
         name = variable.removeprefix(_ENVIRONMENT_PREFIX)
         names = [known.removeprefix(_ENVIRONMENT_PREFIX) for known in _VARIABLES]

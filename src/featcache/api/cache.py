@@ -19,7 +19,7 @@ from featcache.pool.limits import limits_of
 from featcache.pool.pressure import Pressure
 from featcache.ref import FeatureRef
 from featcache.session.arguments import check_on_full
-from featcache.settings import Settings, parse_bytes, parse_timeout
+from featcache.settings import Settings, parse_bytes, parse_seconds, parse_timeout
 
 OnFull = Literal["wait", "raise", "spill"]
 
@@ -73,6 +73,25 @@ class FeatureCache(CacheBase):
         `open` in progress is cancelled and raises CacheClosed.
         """
         await super().aclose()
+
+    async def drain(self, timeout: float) -> bool:
+        """Prepare the end: take no more puts, and let those who read now finish.
+
+        From here on every put raises: CacheClosed in this process, OwnerLost in clients. So does every
+        wait for room or for a key, at once. Reads go on; close the cache when this returns.
+
+        Args:
+            timeout: seconds that reads in progress, borrows most of all, may go on.
+
+        Returns:
+            Whether they have all ended.
+
+        Raises:
+            CacheClosed: it is not open; WrongLoop: called outside the cache's loop.
+
+        """
+        timeout_s = parse_seconds(timeout, "timeout")
+        return await self._life.here().drain(timeout_s)
 
     def _opened(self) -> Owner:
         owner = self._life.engine

@@ -25,7 +25,7 @@ from featcache.api.many import parse_members
 from featcache.blocking.keys import get_by_key, get_or_put
 from featcache.blocking.many import get_many, put_many
 from featcache.blocking.observer import Observer, observe
-from featcache.blocking.portal import A, Portal
+from featcache.blocking.portal import C, Portal
 from featcache.core.pressure import PressureLevel
 from featcache.errors import GetTimeout, StaleRef
 from featcache.memory.pack import Feature
@@ -53,11 +53,11 @@ B = TypeVar("B")
 OnFull = Literal["wait", "raise", "spill"]
 
 
-class _BlockingBase(Generic[A]):
+class _BlockingBase(Generic[C]):
     """The API that owners and clients share, over an object of the async API and its portal."""
 
-    def __init__(self, inner: A) -> None:
-        self._portal: Portal[A] = Portal(inner)
+    def __init__(self, inner: C) -> None:
+        self._portal: Portal[C] = Portal(inner)
 
     # --- life -----------------------------------------------------------------------------------
 
@@ -316,6 +316,10 @@ class FeatureCache(_BlockingBase[AsyncCache]):
         """The path of the socket that `connect` takes."""
         return self._portal.inner.endpoint
 
+    def drain(self, timeout: float) -> bool:
+        """Take no more puts, and let those who read now finish, as `featcache.FeatureCache.drain`."""
+        return self._portal.call(lambda: self._portal.inner.drain(timeout))
+
     @property
     def pressure(self) -> "Pressure":
         """The pool's `Pressure`: its `level` now, and `below(level)` to wait for a lower one."""
@@ -365,7 +369,7 @@ def _of(ref: Any) -> FeatureRef | None:
     return ref if isinstance(ref, FeatureRef) else None
 
 
-def _blocking(make: Callable[P, A], wrap: Callable[[A], B]) -> Callable[P, B]:
+def _blocking(make: Callable[P, C], wrap: Callable[[C], B]) -> Callable[P, B]:
     """Return a `create` or `connect` whose objects are opened with plain ``with``."""
 
     @functools.wraps(make)

@@ -22,6 +22,8 @@ from featcache.ref import FeatureRef
 
 T = TypeVar("T")
 A = TypeVar("A", FeatureCache, FeatureClient, Observer)
+C = TypeVar("C", FeatureCache, FeatureClient)
+"""Those of them that read and put."""
 
 _INTERRUPTED_S = 0.5
 """How long an interrupted `open` waits for its loop to have undone it; the loop goes on without."""

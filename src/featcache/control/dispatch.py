@@ -13,7 +13,7 @@ from featcache.control import messages
 from featcache.control.channel import ChannelState
 from featcache.control.messages import Answer, ProtocolError, Request, encode, is_answer
 from featcache.control.peer import Peer, SessionState
-from featcache.errors import FeatcacheError, SettingsError
+from featcache.errors import CacheClosed, FeatcacheError, OwnerLost, SettingsError
 
 _MAX_COPIES: Final = 8192
 """Unanswered requests of one session for which the owner copies through host memory."""
@@ -167,4 +167,7 @@ def _fault(number: int) -> messages.Reply:
 
 def _refusal(number: int, error: FeatcacheError) -> messages.Reply:
     text = str(error)[:2000]
+    if type(error) is CacheClosed:  # what this process closed is what a session loses
+        text = f"the owner is closing: {text}"
+        return messages.Reply(number, OwnerLost.__name__, text, member=error.member)
     return messages.Reply(number, type(error).__name__, text, member=error.member)

@@ -116,7 +116,9 @@ class ObserverLink:
             raise CacheClosed("the observer was closed")
 
     def _on_message(self, payload: bytes, fds: list[int]) -> None:
-        message = observing.decode_for_observer(payload) if not fds else self._welcomed(payload, fds)
+        message = (
+            observing.decode_for_observer(payload) if not fds else self._welcomed(payload, fds)
+        )
         if isinstance(message, messages.Closing):
             self._lose("it closed the pool")
         elif isinstance(message, messages.Refused) and not self._welcome.done():

@@ -78,6 +78,7 @@ class Lookups:
         If cancelled, a grant or claim that was handed over meanwhile goes to the next waiter.
         """
         pool = self._pool
+        pool.check_open()
         if key in pool.store.directory and (found := self.find(key, page)) is not None:
             return found  # it came between the caller's lookup and this
         future: asyncio.Future[None] = pool.loop.create_future()

@@ -1,8 +1,9 @@
 """The owner: the served pool and its optional host-memory spill pool."""
 
 import asyncio
+import time
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -28,6 +29,8 @@ from featcache.session.reader import Reader
 from featcache.session.staging import SpillCounter, Writers
 from featcache.settings import Settings
 from featcache.statistics import Statistics
+
+_DRAIN_POLL_S: Final = 0.005
 
 
 class Owner:
@@ -243,6 +246,18 @@ class Owner:
         )
 
     # --- the end --------------------------------------------------------------------------------------
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take no more puts and end all waits; return whether all reads end within `timeout_s`."""
+        for served in self.served:
+            served.refuse_puts()
+        give_up_s = time.monotonic() + timeout_s
+        # Which reads end, and on which stream, no event tells.
+        while any(served.pool.is_held.any_read() for served in self.served):
+            if time.monotonic() >= give_up_s:
+                return False
+            await asyncio.sleep(_DRAIN_POLL_S)
+        return True
 
     async def aclose(self) -> None:
         """Close both pools."""

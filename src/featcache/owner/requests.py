@@ -10,7 +10,7 @@ from featcache.control.messages import Answer
 from featcache.control.turns import WAKE_UNITS
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot
-from featcache.errors import FeatcacheError, SettingsError, StaleRef, at_member
+from featcache.errors import FeatcacheError, OwnerLost, SettingsError, StaleRef, at_member
 from featcache.owner.keys import Claim, Granted, Lookups
 from featcache.owner.sessions import Sessions
 from featcache.pool.page import SessionPage
@@ -53,6 +53,16 @@ class RequestHandlers:
                 message, self._request(session, message)
             ),
         }
+
+    def refuse_puts(self) -> None:
+        """Take no more puts, claims and pins of sessions: the owner is about to end."""
+        for kind in (messages.Reserve, many.ReserveMany, messages.Upload, messages.KeyCommand):
+            self._answers[kind] = self._refuse
+
+    def _refuse(self, session: int, message: messages.Request) -> Answer:
+        if isinstance(message, messages.KeyCommand) and message.command != "pin":
+            return self._command(session, message)
+        raise OwnerLost("the owner is shutting down: it takes no more puts and pins")
 
     def answer(self, session: int, message: messages.Request) -> Answer | Wait:
         """Handle a request; return the answer, or the coroutine that will."""

@@ -39,12 +39,14 @@ class ServedPool:
         lookups: Lookups,
         name: str | None,
         shown: Observations,
+        handlers: RequestHandlers,
     ) -> None:
         self.pool = pool
         self.sessions = sessions
         self.server = server
         self.writer = writer
         self.lookups = lookups
+        self.handlers = handlers
         self.shown = shown
         """What observers are shown."""
         self.own = OwnSession(pool, sessions, name)
@@ -96,7 +98,12 @@ class ServedPool:
             server = pool.growth.server = Server(listener, settings, sessions, handlers, shown)
             shown.server = server
             undo.pop_all()
-        return cls(pool, sessions, server, writer, lookups, name, shown)
+        return cls(pool, sessions, server, writer, lookups, name, shown, handlers)
+
+    def refuse_puts(self) -> None:
+        """Take no more puts, and end all waits; what is read now may go on."""
+        self.handlers.refuse_puts()
+        self.pool.stop()
 
     async def aclose(self) -> None:
         """Close: waiting puts raise CacheClosed, sessions are told, the socket's file goes."""

@@ -64,6 +64,11 @@ class Holds:
                     held[index] = True
         return [bool(one) for one in held.tolist()]
 
+    def any_read(self) -> bool:
+        """Whether any session, the owner's own too, reads a feature now."""
+        live = np.frombuffer(self._words.live, dtype=np.uint64)[: self._table.high]
+        return any(page.is_reading(live) for page in self._pages.values())
+
     def count_leased(self, store: KeyedStore) -> None:
         """Note the bytes that can't be evicted with any gain, as sessions read them by lease entries."""
         places = set(islice(chain(*(page.leased() for page in self._pages.values())), _MOST))

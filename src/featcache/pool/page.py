@@ -101,6 +101,14 @@ class SessionPage:
         held: NDArray[np.bool_] = (self._held_now[:high] == live) & (self._now[:high] != live)
         return held
 
+    def is_reading(self, live: NDArray[np.uint64]) -> bool:
+        """Whether the session reads anything now, with the slots' generations in `live`."""
+        return (
+            bool(self.holds_of(live).any())
+            or self.leases_out > 0
+            or any(self._paid[grant.index] != grant.serial for grant in self.grants.values())
+        )
+
     def leased(self) -> Collection[int]:
         """Return the places of the features that the session may be reading by their keys now."""
         high = min(self._header[Counts.LEASES_HIGH], len(self._lease_words[0]))
