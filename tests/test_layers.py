@@ -23,7 +23,8 @@ LONGEST_LINES = 400
 # The floors, from the top; on each, its rooms. A room is a folder, or the modules at the root that
 # are named here.
 FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
-    (("featcache", "featcache.__main__"),),
+    (("featcache.cli", "featcache.cli.*", "featcache.__main__"),),
+    (("featcache",),),
     (("featcache.blocking", "featcache.blocking.*"),),
     (("featcache.api", "featcache.api.*"),),
     (("featcache.owner", "featcache.owner.*"),),
@@ -34,13 +35,16 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (
         tuple(
             f"featcache.{name}"
-            for name in ("errors", "events", "hooks", "ref", "settings", "statistics")
+            for name in (
+                *("errors", "events", "hooks", "observation", "ref", "settings", "statistics"),
+                "version",
+            )
         ),
     ),
 )
 
 ROOMS = tuple((floor, names) for floor, rooms in enumerate(FLOORS) for names in rooms)
-CORE, MEMORY, ROOT = FLOORS[7][0], FLOORS[6][0], FLOORS[8][0]
+CORE, MEMORY, ROOT = FLOORS[-2][0], FLOORS[-3][0], FLOORS[-1][0]
 NAMED = frozenset(name for _, names in ROOMS for name in names if "*" not in name)
 
 Rules = dict[tuple[str, ...], tuple[str, ...]]  # for these modules: these others

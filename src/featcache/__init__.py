@@ -32,6 +32,7 @@ from featcache.errors import (
     UnknownPool,
     WrongLoop,
 )
+from featcache.observation import KeysPage, KeyView, SessionView, SlabMap, Snapshot
 from featcache.ref import FeatureRef
 from featcache.settings import Settings, split_budget
 from featcache.statistics import Statistics
@@ -49,6 +50,8 @@ __all__ = [
     "GetTimeout",
     "KeyNotFound",
     "KeyTimeout",
+    "KeyView",
+    "KeysPage",
     "MalformedRef",
     "Observer",
     "OwnerLost",
@@ -56,8 +59,11 @@ __all__ = [
     "PoolFull",
     "PressureLevel",
     "PutTimeout",
+    "SessionView",
     "Settings",
     "SettingsError",
+    "SlabMap",
+    "Snapshot",
     "StaleRef",
     "Statistics",
     "UnknownPool",

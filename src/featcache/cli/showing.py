@@ -1,5 +1,7 @@
 """Records as text for people."""
 
+import sys
+
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -8,13 +10,16 @@ from featcache.observation import KeysPage, SessionView, Snapshot, UnpaidRef
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _KIB = 1024.0
+_WIDE = 1000
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 _STYLES = {"normal": "green", "elevated": "yellow", "high": "red", "exhausted": "bold red"}
 
 
 def plain_console() -> Console:
     """Return a console on which a text of others is just that: no markup, no pictures."""
-    return Console(highlight=False, markup=False, emoji=False)
+    # Into a file or a pipe a row is a line, however long.
+    width = None if sys.stdout.isatty() else _WIDE
+    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def size(nbytes: float) -> str:

@@ -320,16 +320,48 @@ def _sweep(folder: Path) -> None:
     with contextlib.suppress(OSError):
         names = {path.name.removesuffix(_LOCK_SUFFIX) for path in folder.iterdir()}
         for name in filter(_OURS.fullmatch, names):
-            _sweep_one(folder / name)
+            sweep_one(folder / name)
 
 
-def _sweep_one(path: Path) -> None:
+def sweep_one(path: Path) -> bool:
+    """Remove a socket and its lock if their owner is dead; return whether that was so."""
     with contextlib.suppress(OSError, SettingsError):  # a live owner's
         lock = EndpointLock.take(path)
         try:
             _clear(path)
+            return True
         finally:
             lock.release()
+    return False
+
+
+def is_stale(path: Path) -> bool:
+    """Whether nobody listens at a path, or only a fork of a dead owner; False if that can't be told.
+
+    An owner that is just opening has its lock but no socket yet.
+    """
+    try:
+        return not path.exists() or (path.is_socket() and _is_stale(path))
+    except OSError:
+        return False
+
+
+def holder_of(path: Path) -> int | None:
+    """Return the process that the lock of an endpoint names, if there is one. For reports only."""
+    lock = path.with_name(path.name + _LOCK_SUFFIX)
+    with _taking, contextlib.suppress(OSError, ValueError):
+        # One that this process holds is not opened: closing it would end the lock.
+        return os.getpid() if _identity(lock.lstat()) in _locks else int(lock.read_text())
+    return None
+
+
+def is_endpoint(path: Path) -> bool:
+    """Whether what is at a path is a socket, or gone with its lock still there."""
+    with contextlib.suppress(OSError):
+        if path.exists():
+            return path.is_socket()
+        return holder_of(path) is not None
+    return False
 
 
 _taking = threading.Lock()

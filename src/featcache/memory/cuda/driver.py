@@ -137,6 +137,18 @@ class Driver:
         )
         return all(self._call("cuDeviceGetAttribute", name, device) for name in needed)
 
+    def can_rdma(self, ordinal: int) -> bool:
+        """Whether a network card can reach segments of a device (GPUDirect RDMA with VMM)."""
+        name = getattr(
+            self.api.CUdevice_attribute,
+            "CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED",
+            None,
+        )
+        if name is None:  # older bindings do not know it
+            return False
+        device = self._call("cuDeviceGet", ordinal)
+        return bool(self._call("cuDeviceGetAttribute", name, device))
+
     def can_reach(self, ordinal: int, other: int) -> bool:
         """Whether a device can read another's memory."""
         return ordinal == other or bool(self._call("cuDeviceCanAccessPeer", ordinal, other))
