@@ -309,6 +309,8 @@ class SessionWords(Block):
     def lookups(self) -> tuple[int, int]:
         """Hits and misses that the session counted itself."""
         high = min(self.header[Counts.LEASES_HIGH], len(self.serial))
+        if not high:
+            return 0, self.header[Counts.MISSES]
         taken = int(np.frombuffer(self.serial, np.uint64)[:high].max(initial=0))
         return max(0, taken - self.header[Counts.REVOKED]), self.header[Counts.MISSES]
 

@@ -9,7 +9,6 @@ from typing import Final
 import numpy as np
 
 from featcache.control import observing
-from featcache.control.messages import encode
 from featcache.control.observers import Work
 from featcache.core.slots import Slot
 from featcache.memory.key_table import SLOT_BITS, SLOT_MASK
@@ -22,7 +21,10 @@ _MOST_REFS: Final = 1 << 14
 _MOST_PINS: Final = 1 << 14
 _MOST_NAMES: Final = 64
 _PIECE: Final = 256
+_PIECE_OF_VIEWS: Final = 8
 _OVERHEAD_BYTES: Final = 128
+_VIEW_BYTES: Final = 400
+"""A session's, at most, besides its name."""
 
 
 class Sums:
@@ -57,11 +59,12 @@ def listed(
         if page is None:  # it ended meanwhile
             continue
         view = _view(pool, page, states.get(number, "active"), owed, pinned)
-        left_bytes -= len(encode(view))
+        left_bytes -= _VIEW_BYTES + len((view.name or "").encode())
         if left_bytes < 0:
             return observing.SessionList(request.request, tuple(views), more=bool(views))
         views.append(view)
-        yield
+        if len(views) % _PIECE_OF_VIEWS == 0:
+            yield
     return observing.SessionList(request.request, tuple(views), more=len(numbers) > len(chosen))
 
 
@@ -117,10 +120,11 @@ def _view(pool: Pool, page: SessionPage, state: str, owed: Sums, pinned: Sums) -
 def _reading(pool: Pool, page: SessionPage) -> tuple[int, int]:
     """Return how many features a session reads now, and their bytes. Its words are a peer's."""
     high = pool.store.table.high
-    live = np.frombuffer(pool.words.live, np.uint64)[:high]
-    sizes = np.frombuffer(pool.words.nbytes, np.uint64)[:high]
-    held = page.holds_of(live)
-    count, nbytes = int(held.sum()), int(sizes[held].sum())
+    count = nbytes = 0
+    if page.may_hold(high):
+        held = page.holds_of(np.frombuffer(pool.words.live, np.uint64)[:high])
+        sizes = np.frombuffer(pool.words.nbytes, np.uint64)[:high]
+        count, nbytes = int(held.sum()), int(sizes[held].sum())
     for slot in _by_key(pool, page, high):
         count += 1
         nbytes += slot.nbytes

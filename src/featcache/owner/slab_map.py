@@ -1,6 +1,7 @@
 """The slab by offset, drawn with a bounded number of cells, for observers."""
 
 import time
+from collections import Counter
 from collections.abc import Container, Generator
 from typing import Final
 
@@ -77,8 +78,8 @@ def _extents(pool: Pool) -> Generator[None, None, Floats]:
     read = yield from _read_now(pool)
     table, pins = pool.store.table, pool.store.directory.pins
     rows: list[tuple[int, int, int, float]] = []
-    shared: set[int] = set()
-    indices: list[int] = []
+    shares: Counter[int] = Counter()
+    granted: list[tuple[int, int, int]] = []
     for first in range(0, table.high, _PIECE):
         now_s = time.monotonic()
         for slot in table.slots[first : first + _PIECE]:
@@ -86,25 +87,27 @@ def _extents(pool: Pool) -> Generator[None, None, Floats]:
             if extent is None or slot.state is SlotState.FREE:
                 continue
             if slot.of is not None:
-                shared.add(slot.of.index)
+                shares[slot.of.index] += 1
                 continue
             state = _READ if slot.index in read else _state(slot, pins)
+            if slot.grants:
+                granted.append((len(rows), slot.index, slot.grants))
             rows.append((extent.offset_bytes, extent.size_bytes, state, now_s - slot.born_s))
-            indices.append(slot.index)
         yield
         pool.check_open()
     found = np.array(rows, np.float64).reshape(-1, 4)
-    if shared:  # what a share owes, its feature owes
-        owed = np.isin(np.array(indices), list(shared)) & (found[:, 2] != _READ)
-        found[owed, 2] = _OWED
+    for row, index, grants in granted:
+        # A share has a grant on its feature, which owes what the share owes; the others are reads.
+        if grants > shares[index]:
+            found[row, 2] = _READ
+        elif found[row, 2] != _READ:
+            found[row, 2] = _OWED
     return found
 
 
 def _state(slot: Slot, pins: Container[bytes]) -> int:
     if slot.state is not SlotState.PUBLISHED:
         return _RESERVED
-    if slot.grants:
-        return _READ
     if slot.reads_left:
         return _OWED
     if slot.key is not None:
@@ -119,7 +122,8 @@ def _read_now(pool: Pool) -> Generator[None, None, set[int]]:
     read: set[int] = set()
     for count, page in enumerate(list(pool.pages.values()), 1):
         live = np.frombuffer(pool.words.live, np.uint64)[:high]
-        held |= page.holds_of(live)
+        if page.may_hold(high):
+            held |= page.holds_of(live)
         read.update(
             index
             for place in page.leased()

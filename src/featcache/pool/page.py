@@ -101,6 +101,11 @@ class SessionPage:
         held: NDArray[np.bool_] = (self._held_now[:high] == live) & (self._now[:high] != live)
         return held
 
+    def may_hold(self, high: int) -> bool:
+        """Whether `holds_of` might say yes of any slot before `high`: quicker than to ask of each."""
+        # Most sessions hold nothing at most moments: what they held last they have released.
+        return bool((self._held_now[:high] != self._now[:high]).any())
+
     def is_reading(self, live: NDArray[np.uint64]) -> bool:
         """Whether the session reads anything now, with the slots' generations in `live`."""
         return (
@@ -127,7 +132,7 @@ class SessionPage:
     @property
     def leases_out(self) -> int:
         """Lease entries that are in use."""
-        return int(self.words.entries_in_use().sum())
+        return self._header[Counts.LEASES_HIGH] and int(self.words.entries_in_use().sum())
 
     @property
     def reads_by_key(self) -> int:
