@@ -396,12 +396,15 @@ def test_the_public_objects_have_the_api_and_nothing_else() -> None:
     def public(kind: type) -> set[str]:
         return {name for name in dir(kind) if not name.startswith("_")}
 
-    assert public(FeatureCache) == shared | {"endpoint", "pressure", "put_nowait"}
+    assert public(FeatureCache) == shared | {"endpoint", "pressure", "put_nowait", "drain"}
     assert public(FeatureClient) == shared
     assert public(featcache.blocking.FeatureCache) == blocking | {
-        *("endpoint", "pressure", "put_nowait"),
+        *("endpoint", "pressure", "put_nowait", "drain"),
     }
     assert public(featcache.blocking.FeatureClient) == blocking
+    observer = {"open", "aclose", "is_open", "endpoint", "snapshot", "keys", "map", "evict"}
+    assert public(featcache.Observer) == observer
+    assert public(featcache.blocking.Observer) == observer - {"aclose"} | {"close"}
 
 
 @pytest.mark.parametrize(("noun", "verb"), [("cache", "create"), ("client", "connect")])

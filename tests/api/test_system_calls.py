@@ -308,6 +308,8 @@ def system_call(of: str, name: str) -> Iterator[str]:
 
 
 def test_no_call_is_forgotten() -> None:
-    found = {call for path in SOURCE.rglob("*.py") for call in system_calls(path.read_text())}
+    # Not the commands', which end with one line whatever the system says (tests/cli).
+    paths = [path for path in SOURCE.rglob("*.py") if SOURCE / "cli" not in path.parents]
+    found = {call for path in paths for call in system_calls(path.read_text())}
     assert found - set(TABLE) - set(ELSEWHERE) == set()
     assert set(TABLE) | set(ELSEWHERE) == found

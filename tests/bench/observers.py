@@ -4,7 +4,7 @@
 
 The owner has 4,096 slots, 4,000 keys and 64 sessions, and puts and gets a feature of 64 KiB again and again
 in its loop. Meanwhile, in every other period, observers in a process of their own take a snapshot each ten
-times a second. A period is a fifth of a second; beside each one with observers stands the one before it, and of
+times a second. A period is a fifth of a second; beside each one with observers stands the one before it, of
 these ratios the median is told, with the quartiles. What counts is the CPU time of the loop's thread:
 other load on the machine comes and goes.
 Then come, with nothing else to do, the seconds of the owner that each request took, and the longest piece
@@ -126,7 +126,7 @@ async def alone(cache: FeatureCache) -> dict[str, Any]:
         finally:
             pieces.append(time.thread_time() - began)
 
-    table._step = timed  # type: ignore[method-assign]  # a measurement
+    table._step = timed  # type: ignore[method-assign, assignment]  # a measurement
     found: dict[str, Any] = {}
     async with featcache.observe(cache.endpoint) as observer:
         asked: dict[str, Callable[[], Awaitable[object]]] = {

@@ -55,6 +55,10 @@ def attached(owner: FeatureCache, **changes: Any) -> Iterator[Peer]:
         yield peer
 
 
+def is_pidfd(fd: int) -> bool:
+    return "pidfd" in str(Path(f"/proc/self/fd/{fd}").readlink())
+
+
 def observers_of(owner: FeatureCache) -> int:
     assert owner._life.engine is not None
     return len(owner._life.engine.main.server.observers.peers)
@@ -76,7 +80,7 @@ async def test_an_observer_is_given_one_descriptor_and_no_page() -> None:
             welcome = await peer.message()
             assert welcome["type"] == "observer"
             (fd,) = peer.received
-            assert "pidfd" in str(Path(f"/proc/self/fd/{fd}").readlink())
+            assert is_pidfd(fd)
             assert owner._life.engine is not None
             assert owner._life.engine.pool.pages == {}
             assert owner.statistics().sessions == 0

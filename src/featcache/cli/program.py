@@ -74,6 +74,8 @@ def run(arguments: list[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = Exit.OK
+    except OSError as error:
+        code = _said(one_line(error), Exit.FAILED)
     except KeyboardInterrupt:
         code = 130
     return int(code or 0)
