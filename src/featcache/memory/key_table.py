@@ -66,7 +66,7 @@ class KeyTable:
     """The table and the records as any process reads them. Safe in any thread."""
 
     def __init__(self, words: OwnerWords) -> None:
-        self._words = words.whole
+        self._words = self.words = words.whole
         self._mapping = words.mapping
         self._find = words.mapping.find
         sets = key_sets(words.slots)
@@ -86,6 +86,14 @@ class KeyTable:
 
     def find(self, key: bytes) -> int:
         """Return the place of a key, ABSENT, or UNKNOWN."""
+        return self.entry(key)[0]
+
+    def entry(self, key: bytes) -> tuple[int, int]:
+        """Return the place of a key, ABSENT, or UNKNOWN; and the index of the word that has a place.
+
+        While that word is still that place, it is still the key's: a generation of a slot is kept under
+        one key, once, so no other entry's word ever has it. Whoever remembers the two need look no further.
+        """
         state = self._keyed()
         state.update(key)
         digest = state.digest()
@@ -100,16 +108,17 @@ class KeyTable:
                 fence_loads()
             found = self._find(digest, start + _HEAD_BYTES, start + KEY_SET_BYTES)
             if found < 0:
-                place = UNKNOWN if words[at + 1] else ABSENT
+                place, word = UNKNOWN if words[at + 1] else ABSENT, 0
             elif (found - start - _HEAD_BYTES) % _ENTRY_BYTES:
-                return UNKNOWN  # across words: no digest of ours is there
+                return UNKNOWN, 0  # across words: no digest of ours is there
             else:
-                place = words[(found >> 3) + 2]
+                word = (found >> 3) + 2
+                place = words[word]
             if not TSO:
                 fence_loads()
             if words[at] == changes:
-                return place
-        return UNKNOWN
+                return place, word
+        return UNKNOWN, 0
 
     def record(self, index: int) -> bytes:
         """Return a slot's record; nothing if it did not fit. To be called while the slot is leased."""
