@@ -9,6 +9,7 @@ from featcache.api.arguments import check_ref, no_pickle, parse_device
 from featcache.api.lifecycle import Engine, Lifecycle, LifeState
 from featcache.control.turns import CALL_UNITS
 from featcache.errors import SettingsError, StaleRef
+from featcache.memory.key_table import ABSENT, UNKNOWN
 from featcache.memory.pack import Feature
 from featcache.ref import FeatureRef
 from featcache.session.arguments import check_make, key_bytes
@@ -127,12 +128,15 @@ class CacheBase:
                     # Before anything is done: a cancellation that comes here loses nothing.
                     await turn.wait()
                 place, hits = self._place, engine.keys.hits
-                found = (
-                    None if hits is None else hits.fetch(ref, place, engine.reader, in_loop=True)
-                )
-                if found is None or type(found) is KeyLease:
-                    return await self._get_key(key_bytes(ref), place, None, None, found)
-                return found
+                if hits is None:
+                    return await self._get_key(key_bytes(ref), place, None, None, None)
+                found = hits.fetch(ref, place, engine.reader, in_loop=True)
+                if isinstance(found, torch.Tensor):
+                    return found
+                if found == ABSENT:
+                    raise hits.missed(ref)
+                lease = found if type(found) is KeyLease else None
+                return await self._get_key(key_bytes(ref), place, None, None, lease)
             check_ref(ref)
         reader: Reader = self._life.here().reader
         place = self._place if device is None and out is None else self._target(device, out)
@@ -194,9 +198,9 @@ class CacheBase:
         hits, lease = engine.keys.hits, None
         if out is None and hits is not None:
             found = hits.fetch(key, place, engine.reader, in_loop=False)
-            if type(found) is not KeyLease and found is not None:
+            if isinstance(found, torch.Tensor):
                 return found
-            lease = found
+            lease = found if type(found) is KeyLease else None
         while True:
             lease = lease or engine.keys.find_now(key_bytes(key), place)
             lease.check_at_hand(place)
@@ -313,10 +317,12 @@ class CacheBase:
             # Before anything is done: a cancellation that comes here loses nothing.
             await turn.wait()
         hits = engine.keys.hits
-        at_hand = None if hits is None else hits.fetch(wanted, place, engine.reader, in_loop=True)
-        if at_hand is not None and type(at_hand) is not KeyLease:
+        at_hand = (
+            UNKNOWN if hits is None else hits.fetch(wanted, place, engine.reader, in_loop=True)
+        )
+        if isinstance(at_hand, torch.Tensor):
             return at_hand
-        lease = at_hand
+        lease = at_hand if type(at_hand) is KeyLease else None
         while True:
             found = lease or await find_or_claim(engine.keys, wanted, place, timeout_s)
             if isinstance(found, MakeClaim):

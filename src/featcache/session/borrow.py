@@ -174,7 +174,12 @@ class Borrow:
         if self._source is not None:
             self._check_unused()
         if self._key is not None:
-            return self._enter_leased(self._opened().keys.find_now(self._key, None))
+            keys = self._opened().keys
+            hits = keys.hits
+            found = UNKNOWN if hits is None else hits.find(self._key, None)
+            return self._enter_leased(
+                found if type(found) is KeyLease else keys.find_now(self._key, None)
+            )
         assert self.ref is not None, "a ref or a key"
         return self._enter(self.ref, self._reader.hold_nowait(self.ref))
 

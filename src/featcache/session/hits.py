@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import torch
 
 from featcache.control.turns import BYTES_SHIFT
-from featcache.errors import GetTimeout, MalformedRef
+from featcache.errors import GetTimeout, KeyNotFound, MalformedRef
 from featcache.memory.key_table import ABSENT, SLOT_BITS, SLOT_MASK, UNKNOWN, KeyTable
-from featcache.memory.pack import Feature
 from featcache.ref import FeatureRef
 from featcache.session.arguments import key_bytes, not_found
 from featcache.session.attachment import Attachment
@@ -43,8 +42,8 @@ class KeyHits:
 
     def fetch(
         self, key: str | bytes, device: torch.device | None, reader: "Reader", *, in_loop: bool
-    ) -> Feature | KeyLease | None:
-        """Copy the feature under a key, here and now; None if it is not found so.
+    ) -> torch.Tensor | KeyLease | int:
+        """Copy the feature under a key, here and now; ABSENT, UNKNOWN as `find`.
 
         A lease instead if its bytes are yet to come, a copy would hold up the loop that this is called
         in, or there are several tensors: the caller reads it. Raises as `find`, and what a copy raises.
@@ -55,13 +54,12 @@ class KeyHits:
         if self._words[word] != place or ref is None or not mapping.can_copy_to(device):
             lease = self.find(key, device)
             if type(lease) is not KeyLease:
-                return None
+                return lease
             ref, index, serial = lease.ref, lease.index, lease.serial
         else:
             index, serial = attachment.begin_lease(place)
             if index < 0:
-                lease = self.find(key, device)
-                return lease if type(lease) is KeyLease else None
+                return self.find(key, device)
         blocking_bytes, spec, order = 0, ref.specs[0], None
         if in_loop:
             blocking_bytes = mapping.blocking_read_bytes(ref.nbytes, device)
@@ -137,9 +135,13 @@ class KeyHits:
         if type(found) is KeyLease:
             return found
         if found == ABSENT:
-            self._attachment.count_miss()
-            raise not_found(key_bytes(key))
+            raise self.missed(key)
         raise GetTimeout("the owner must be asked for what is under this key: await get instead")
+
+    def missed(self, key: str | bytes) -> KeyNotFound:
+        """Count a miss; return its error."""
+        self._attachment.count_miss()
+        return not_found(key_bytes(key))
 
     def contains(self, key: str | bytes) -> bool | None:
         """Whether a feature is kept under a key; None if the owner is to say."""
