@@ -164,6 +164,9 @@ class Mapping(Protocol):
     def signal(self, words: Words, index: int, value: int, order: Order) -> None:
         """Store a control word behind all earlier work of this order."""
 
+    def signal_many(self, words: Words, values: Sequence[tuple[int, int]], order: Order) -> None:
+        """Store control words, each by its index and new value, as `signal` stores one."""
+
     def follow(self, order: Order, others: Sequence[Order]) -> Order:
         """Return an order that is behind all of these."""
 

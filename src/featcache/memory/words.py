@@ -21,7 +21,7 @@ import os
 import platform
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
 import numpy as np
@@ -144,6 +144,13 @@ fence_full = _lock_as_barrier if TSO else _membarrier
 
 A reader writes `held` (a hazard pointer), then reads `live`; the owner clears `live`, then reads `held`.
 With a full barrier in both, at least one of them sees the other's store."""
+
+
+def store_words(words: memoryview, values: Sequence[tuple[int, int]]) -> None:
+    """Store words, each by its index and new value, behind the bytes that they vouch for."""
+    fence_stores()
+    for index, value in values:
+        words[index] = value
 
 
 # --- blocks --------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from featcache.core.slots import Slot, SlotState
 from featcache.errors import BackendUnavailable, CacheClosed, MalformedRef
 from featcache.memory.key_table import OwnKeyTable
 from featcache.memory.slab import Order, Slab
-from featcache.memory.words import Header, OwnerWords
+from featcache.memory.words import Header, OwnerWords, fence_full
 from featcache.pool import gauges
 from featcache.pool.attendance import Attendance
 from featcache.pool.collector import Collector
@@ -189,6 +189,25 @@ class Pool:
         if keyed and store.queue.count:
             self.collect()  # a waiting put may have the room of a feature that can be evicted now
         return ref
+
+    def share(self, base: Slot, readers: int | frozenset[str], ttl_s: float | None) -> FeatureRef:
+        """Return a ref of its own of a kept slot whose bytes are there; a grant on it goes with it.
+
+        Raises:
+            PoolFull: no slot is free; the grant is still the caller's.
+
+        """
+        slot = self.store.share(base, readers, ttl_s, _now())
+        index, generation, nbytes = slot.index, slot.generation, slot.nbytes
+        # The word of the bytes was seen; the share's vouches for them too, so it comes after that.
+        fence_full()
+        self.words.published[index] = generation
+        self.words.make_live(index, generation, slot.offset_bytes, nbytes)
+        self._observe()
+        specs = self.kept[base.index].specs  # of this generation: it has a grant
+        return FeatureRef(
+            self.pool_id, self.endpoint, index, generation, slot.offset_bytes, nbytes, specs
+        )
 
     def give_up_reserved(self, slot: Slot, order: Order) -> None:
         """Give up the slot of a put that failed. On a GPU some of its bytes may still be on their way."""

@@ -8,10 +8,11 @@ from typing import Any, Final, TypeAlias
 import anyio
 
 from featcache.control.turns import BYTES_SHIFT, LEAVE_QUEUE_UNITS
-from featcache.core.put_queue import Request, Waiter, WaiterState
+from featcache.core.put_queue import Batch, Request, Waiter, WaiterState
 from featcache.core.slots import Slot
 from featcache.errors import BackendUnavailable, CacheClosed, PoolFull, PutTimeout
 from featcache.memory.pack import check_parts
+from featcache.pool.batch_puts import BatchPuts
 from featcache.pool.late_puts import LatePut, Leavers
 from featcache.pool.pool import Pool
 from featcache.pool.waits import PutWaits
@@ -29,7 +30,7 @@ Place: TypeAlias = "Slot | Waiter | asyncio.Future[Slot | Waiter]"
 """A put's claim from its call on: a slot, a waiter in the queue, or a future in the line of callers."""
 
 
-class OwnerWriter:
+class OwnerWriter(BatchPuts):
     """The owner's puts into one of its pools."""
 
     def __init__(self, pool: Pool) -> None:
@@ -45,11 +46,6 @@ class OwnerWriter:
         self.waits = PutWaits(pool)
         self.leavers = Leavers(pool, self.waits)
 
-    @property
-    def has_callers(self) -> bool:
-        """Whether puts of the owner's own wait for their turn: whoever asks now comes after them."""
-        return self.turn.has_callers
-
     def stage(self, feature: Any, readers: Any, ttl: Any, key: Any = None) -> Staged:
         """Validate a put, or raise SettingsError or FeatureTooLarge.
 
@@ -61,6 +57,11 @@ class OwnerWriter:
             pool.store.check_size(request.nbytes)  # which raises
         parts, order = pool.slab.stage(packed)
         return Staged(request, specs, parts, order)
+
+    @property
+    def stages_at_call(self) -> bool:
+        """Whether a put is to note its place on the caller's stream before it waits for anything."""
+        return self._pool.slab.deferred
 
     def put_nowait(self, staged: Staged) -> FeatureRef:
         """Copy a feature in and return its ref, or raise PoolFull. Growth happens inline."""
@@ -204,7 +205,8 @@ class OwnerWriter:
     def enter(self, request: Request, *, wait: bool) -> Slot | Waiter:
         """Reserve, or join the queue, at this call's turn."""
         self._pool.check_open()
-        return self.reserve(request) or self.enter_queue(request, wait=wait)
+        slot = self.reserve_batch(request) if isinstance(request, Batch) else self.reserve(request)
+        return slot or self.enter_queue(request, wait=wait)
 
     def enter_queue(
         self, request: Request, *, wait: bool, tag: "asyncio.Future[None] | None" = None

@@ -24,7 +24,8 @@ from featcache.memory.words import (
     fence_stores,
 )
 from featcache.ref import FeatureRef
-from featcache.session.leased_reads import ONE_USE, LeasedReads, Uses
+from featcache.session.leased_reads import ONE_USE, Uses
+from featcache.session.payments import Payments
 
 _WAITING, _SHRINK_EPOCH = Header.WAITING, Header.SHRINK_EPOCH
 _WRITTEN = 2  # an index into PageWords
@@ -38,7 +39,7 @@ _FORKED = (
 _WRITES = 1 << 40  # beyond any slot: pins for writing and for reading never share a key
 
 
-class Attachment(LeasedReads):
+class Attachment(Payments):
     """One mapped pool and this session's page. No call blocks; a lock makes them thread-safe."""
 
     def __init__(
