@@ -10,8 +10,8 @@ loops. For each size it measures:
   socket between the same two processes; the copy alone, into warm memory; a dict and a clone in this process;
   Redis `GET` by a client that does the least there is to do. Each key and each ref is read once a batch, so
   both walk through as much memory.
-- pipelined: all clients of the last loop at once, hits per second of all together, beside Redis and the bare copy: no
-  `get` can be quicker than that.
+- pipelined: all clients of the last loop at once, hits per second of all together, beside Redis and
+  the bare copy: no `get` can be quicker than that.
 - the owner's CPU time for a hit: that of 100,000 hits, less that of as long a time without any.
 
 Then Ray's object store, if it is installed. A figure is the median of the rounds' batches, beside the
