@@ -97,7 +97,9 @@ async def wire_bytes(key: str) -> tuple[int, int]:
         await owner.put(torch.zeros(4096, dtype=torch.uint8), key=key)
         Channel.send = counted  # type: ignore[method-assign,assignment]
         try:
-            client._opened().keys.hits.forget()  # so that it asks
+            hits = client._opened().keys.hits
+            assert hits is not None, "it is attached"
+            hits.forget()  # so that it asks
             await client.get(key)
         finally:
             Channel.send = send  # type: ignore[method-assign]

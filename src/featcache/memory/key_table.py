@@ -139,47 +139,49 @@ class OwnKeyTable(KeyTable):
             _SECRET_WORDS * _WORD_BYTES
         )
         super().__init__(words)
-        self._left_out: set[bytes] = set()
+        self._kept: dict[bytes, int] = {}
+        """By key, the word of its place; of one that did not fit, minus its set's first word."""
 
     def keep(self, key: bytes, index: int, generation: int) -> None:
         """Keep a slot, which is live, under a key, in the place of the one that was there."""
-        words, digest = self._words, self.digest(key)
-        start = self._start_bytes + KEY_SET_BYTES * (_words_of(digest)[0] & self._mask)
-        at, place = start >> 3, place_of(index, generation)
+        words, place = self._words, index | generation << SLOT_BITS  # as `place_of`, inline
         if not TSO:
             fence_stores()  # the slot's words before the place that leads to them
-        found = self._find(digest, start + _HEAD_BYTES, start + KEY_SET_BYTES)
-        if found >= 0:
-            words[(found >> 3) + 2] = place
+        word = self._kept.get(key)
+        if word is not None:
+            if word > 0:
+                words[word] = place
             return
-        if digest in self._left_out:
-            return
+        state = self._keyed()
+        state.update(key)
+        low, high = _words_of(state.digest())
+        at = self._start_bytes + KEY_SET_BYTES * (low & self._mask) >> 3
         for way in _PLACES:
-            if not words[at + way]:
+            word = at + way
+            if not words[word]:
                 break
         else:
-            self._left_out.add(digest)
+            self._kept[key] = -at
             words[at + 1] = words[at + 1] + 1
             return
         # The order on which readers rely: see the module's text.
-        words[at + way - 2], words[at + way - 1] = _words_of(digest)
+        words[word - 2], words[word - 1] = low, high
         if not TSO:
             fence_stores()
         words[at] = words[at] + 1
         if not TSO:
             fence_stores()
-        words[at + way] = place
+        words[word] = place
+        self._kept[key] = word
 
     def drop(self, key: bytes) -> None:
         """Drop a key. One that is not there is no error."""
-        words, digest = self._words, self.digest(key)
-        start = self._start_bytes + KEY_SET_BYTES * (_words_of(digest)[0] & self._mask)
-        found = self._find(digest, start + _HEAD_BYTES, start + KEY_SET_BYTES)
-        if found >= 0:
-            words[(found >> 3) + 2] = 0
-        elif digest in self._left_out:
-            self._left_out.remove(digest)
-            words[(start >> 3) + 1] = words[(start >> 3) + 1] - 1
+        word = self._kept.pop(key, 0)
+        if word > 0:
+            self._words[word] = 0
+        elif word:
+            left_out = 1 - word
+            self._words[left_out] = self._words[left_out] - 1
 
     def write_record(self, index: int, data: bytes) -> None:
         """Write the record of a slot that is not live; one that does not fit is left empty."""
