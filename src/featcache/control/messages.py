@@ -13,22 +13,21 @@ from typing import Annotated, ClassVar, Final, Literal, TypeGuard, TypeVar, get_
 
 import msgspec
 
+from featcache.control.fields import Handle as _Handle
+from featcache.control.fields import Key as _Key
+from featcache.control.fields import MessageBytes as _MessageBytes
+from featcache.control.fields import Name as _Name
+from featcache.control.fields import Natural as _Natural
+from featcache.control.fields import PoolId as _PoolId
+from featcache.control.fields import Ref as _Ref
+from featcache.control.fields import Seconds as _Seconds
+from featcache.control.fields import Specs as _Specs
+from featcache.control.fields import Text as _Text
+from featcache.control.rooms import PublishUnkeyed, PutTerms, RoomList, Rooms
 from featcache.errors import FeatcacheError, explain
-from featcache.ref import TensorSpec
-from featcache.settings import MAX_KEY_BYTES
 
 VERSION: Final = 5
 """Protocol version: grows when a message or a shared layout changes; both sides must have the same."""
-
-_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-_Text = Annotated[str, msgspec.Meta(max_length=4096)]
-_Natural = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
-_PoolId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
-_Handle = Annotated[bytes, msgspec.Meta(max_length=64)]
-_Ref = Annotated[bytes, msgspec.Meta(max_length=64 << 10)]
-_Key = Annotated[bytes, msgspec.Meta(min_length=1, max_length=MAX_KEY_BYTES)]
-_Seconds = Annotated[float, msgspec.Meta(gt=0)]
-_MessageBytes = Annotated[int, msgspec.Meta(ge=1024)]
 
 MAX_SEGMENTS: Final = 32
 """Segments that one message can carry; each comes with its descriptor."""
@@ -165,11 +164,13 @@ class Upload(PutSpec, tag="upload", frozen=True):
 
 
 class Publish(Numbered, tag="publish", frozen=True):
-    """Client: a reserved slot is written, or will be in stream order. Answered by `Reply`."""
+    """Client: a reserved slot is written, or will be in stream order. Answered by `Published` or `Reply`."""
 
     slot: _Natural
     generation: _Natural
-    specs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=4096)]
+    specs: _Specs
+    terms: PutTerms | None = None
+    """Of a slot that was given ahead."""
     lane = None  # there are no more of them than rooms that were given
 
 
@@ -229,6 +230,10 @@ class Welcome(
     """Grants that the session may hold at once."""
     message_bytes: _MessageBytes = 64 << 10
     """The longest message that the owner accepts."""
+    tensors: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 256
+    """Tensors that one feature may pack."""
+    readers: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 1024
+    """Reads that one ref may owe."""
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True):
@@ -272,6 +277,15 @@ class Reserved(msgspec.Struct, tag="reserved", frozen=True):
     slot: _Natural
     generation: _Natural
     offset_bytes: _Natural
+    rooms: RoomList = ()
+    """For the next puts."""
+
+
+class Published(msgspec.Struct, tag="published", frozen=True):
+    """Owner, in answer to `Publish`: every session finds it now."""
+
+    request: _Natural
+    rooms: RoomList = ()
 
 
 class WriteDescriptors(msgspec.Struct, tag="writable", frozen=True):
@@ -305,11 +319,11 @@ class Closing(msgspec.Struct, tag="closing", frozen=True):
 Request = (
     Discard | Relay | Find | KeyCommand | Reserve | Publish | OpenForWriting | HostPool | Upload
 )
-Note = Cancel | ReleaseClaim | GiveUpReserved
+Note = Cancel | ReleaseClaim | GiveUpReserved | PublishUnkeyed
 """Messages of a client that have no answer."""
-Answer = Reply | Granted | ClaimGranted | Reserved | WriteDescriptors
+Answer = Reply | Granted | ClaimGranted | Reserved | Published | WriteDescriptors
 FromClient = Hello | Goodbye | TailUnmapped | Request | Note
-FromOwner = Welcome | Refused | Farewell | Closing | Segments | UnmapTail | Answer
+FromOwner = Welcome | Refused | Farewell | Closing | Segments | UnmapTail | Rooms | Answer
 
 REQUESTS: Final[frozenset[type[Numbered]]] = frozenset(get_args(Request))
 _ANSWERS: Final = frozenset(get_args(Answer))

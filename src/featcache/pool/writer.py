@@ -235,10 +235,24 @@ class OwnerWriter:
             pool.collect()
             slot = pool.store.reserve(request, _now())
             if slot is None and not pool.store.queue.count:
-                while pool.collector.evict_some(request):
+                if pool.store.ahead and pool.ahead.take_back():  # before anything is evicted for it
                     slot = pool.store.reserve(request, _now())
-                    if slot is not None or self._turn.left <= 0:
+                while slot is None and pool.collector.evict_some(request):
+                    slot = pool.store.reserve(request, _now())
+                    if self._turn.left <= 0:
                         break
+        return slot
+
+    def reserve_ahead(self, nbytes: int, session: int) -> Slot | None:
+        """Reserve for a session's next put, if that takes nothing from anybody."""
+        pool = self._pool
+        pool.put_bytes += max(nbytes, self._put_bytes)
+        if pool.put_bytes > self._least_bytes and self._is_due(pool.put_bytes):
+            pool.collect()
+        slot = pool.store.reserve_ahead(nbytes, session, _now())
+        if slot is None:
+            pool.collect()
+            slot = pool.store.reserve_ahead(nbytes, session, _now())
         return slot
 
     def _reserve_now(self, request: Request) -> Slot | None:

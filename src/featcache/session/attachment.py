@@ -24,9 +24,11 @@ from featcache.memory.words import (
     fence_stores,
 )
 from featcache.ref import FeatureRef
+from featcache.session.early import EarlyPins
+from featcache.session.writes import ONE_USE, SlotWrites, Uses
 
 _WAITING, _SHRINK_EPOCH = Header.WAITING, Header.SHRINK_EPOCH
-_GRANTED, _WRITTEN = 1, 2  # indices into PageWords
+_GRANTED = 1  # index into PageWords
 _PAID_HERE = (
     "was paid by this session already, and each session reads a ref once: keep what was read, or keep "
     "the feature under a key"
@@ -34,25 +36,9 @@ _PAID_HERE = (
 _FORKED = (
     "this process was forked from the one that attached the pool: connect again, after the fork"
 )
-_WRITES = 1 << 40  # beyond any slot: pins for writing and for reading never share a key
 
 
-class _Uses:
-    """The uses of one pinned slot in progress, and the orders behind which its read is paid."""
-
-    __slots__ = ("behind", "count", "pays")
-
-    def __init__(self) -> None:
-        self.count = 1
-        self.pays = False
-        self.behind: list[Order] = []
-
-
-_ONE_USE = _Uses()
-"""Of a slot with a single use, which almost all have; never written, but replaced."""
-
-
-class Attachment:
+class Attachment(EarlyPins, SlotWrites):
     """One mapped pool and this session's page. No call blocks; a lock makes them thread-safe."""
 
     def __init__(
@@ -78,7 +64,7 @@ class Attachment:
         """Of the owner's own session where words come late: by slot, the generation that this process
         wrote there last and the order behind which its bytes are; None elsewhere."""
         self._gone: FeatcacheError | None = None
-        self._live, self._published = words.live, words.published
+        self._live, self._published, self._reserved = words.live, words.published, words.reserved
         self._offset, self._nbytes = words.offset, words.nbytes
         self._held, self._released = page.held, page.released
         self._page_header = page.header
@@ -91,8 +77,10 @@ class Attachment:
         self._ring = ring
         self._unrung = 0
         self._lock = threading.Lock()
-        self._pins: dict[tuple[int, int], _Uses] = {}
+        self._pins: dict[tuple[int, int], Uses] = {}
         """By slot and generation; leases by -1 - index and serial."""
+        self._early: dict[tuple[int, int], bool] = {}
+        self._own_puts: dict[int, FeatureRef] = {}
         self._on_idle: Callable[[], object] | None = None
         self.why_stale: Callable[[int, int], str] | None = None
         """In the owner: says why a ref is stale, as its store knows."""
@@ -121,21 +109,21 @@ class Attachment:
             paid = uses is None and self._held[index] == generation
             if paid or self._released[index] == generation:
                 raise StaleRef(f"ref {index}:{generation} {_PAID_HERE}")
-            if self._live[index] != generation:  # never overwrite the pin of the slot's next tenant
+            # Never overwrite the pin of the slot's next tenant.
+            if self._live[index] != generation and not self._is_coming(index, generation):
                 raise StaleRef(self._why_stale(index, generation))
             if uses is None:
                 self._held[index] = generation
-                self._pins[key] = _ONE_USE
+                self._pins[key] = ONE_USE
             else:
-                if uses is _ONE_USE:
-                    uses = self._pins[key] = _Uses()
+                if uses is ONE_USE:
+                    uses = self._pins[key] = Uses()
                 uses.count += 1
         # The hazard pointer: `held` must be visible to the owner before `live` is read again, or
         # the owner could revoke, find no pin, and recycle the extent under this read.
         fence_after_lock()
         if self._live[index] != generation:
-            self.unpin(ref, pays=False)
-            raise StaleRef(self._why_stale(index, generation))
+            return self._pin_early(ref)
         if self._offset[index] != ref.offset_bytes or self._nbytes[index] != ref.nbytes:
             self.unpin(ref, pays=False)
             raise MalformedRef("the ref's extent is not its slot's: it was forged or damaged")
@@ -147,6 +135,8 @@ class Attachment:
 
     def is_ready(self, ref: FeatureRef) -> bool:
         """Whether the bytes of a pinned or leased ref are complete, and mapped as the owner has them."""
+        if self._early and (ref.slot, ref.generation) in self._early and not self._has_come(ref):
+            return False
         return self._published[ref.slot] == ref.generation and self.is_mapped(
             ref.offset_bytes, ref.nbytes
         )
@@ -182,6 +172,8 @@ class Attachment:
                     uses.behind.append(order)
                 return
             del self._pins[key]
+            if self._early:
+                self._early.pop(key, None)
             if pays or uses.pays:
                 # `held` stays: until `released` lands behind the stream's last use of the bytes,
                 # the owner must still find the pin.
@@ -222,7 +214,7 @@ class Attachment:
     def take_lease(self, index: int, serial: int) -> None:
         """Pin a read granted by key. No `held` word: the owner tracks grants."""
         with self._lock:
-            self._pins[-1 - index, serial] = _ONE_USE  # further uses are counted by the lease
+            self._pins[-1 - index, serial] = ONE_USE  # further uses are counted by the lease
 
     def pay_lease(self, index: int, serial: int, order: Order, behind: list[Order]) -> None:
         """Pay it, once, behind `order` and all of `behind`."""
@@ -264,34 +256,6 @@ class Attachment:
         ):
             raise MalformedRef("the granted ref is not its slot's: the owner is at fault")
 
-    # --- slots that this session writes -----------------------------------------------------------
-
-    def begin_write(self, index: int, generation: int, offset_bytes: int, nbytes: int) -> None:
-        """Pin a reserved slot until `end_write`: the session stays attached for it.
-
-        Raises:
-            MalformedRef: the slot, or its extent, is not in this pool.
-            OwnerLost, CacheClosed: nothing may begin any more.
-
-        """
-        self.check()
-        if index >= self._slots or offset_bytes + nbytes > self.capacity_bytes:
-            raise MalformedRef("the owner gave room that its slab does not have")
-        with self._lock:
-            self._pins[_WRITES + index, generation] = _ONE_USE
-
-    def end_write(self, index: int, generation: int) -> None:
-        """Unpin it: it is published, or given up."""
-        with self._lock:
-            del self._pins[_WRITES + index, generation]
-            idle = self._idle()
-        if idle is not None:
-            idle()
-
-    def tell_written(self, index: int, generation: int, order: Order) -> None:
-        """Say, behind `order`, that a slot which the owner reserved for this session is written."""
-        self._signal(_WRITTEN, index, generation, order)
-
     # --- words ------------------------------------------------------------------------------------
 
     def is_mapped(self, offset_bytes: int, nbytes: int) -> bool:
@@ -327,12 +291,6 @@ class Attachment:
         """Raise the reason why no new read may begin, if there is one."""
         if self._gone is not None:
             raise type(self._gone)(*self._gone.args)
-
-    def check_coming(self, ref: FeatureRef) -> None:
-        """Raise StaleRef if a pinned ref was revoked before its bytes came; as `check` besides."""
-        self.check()
-        if self._live[ref.slot] != ref.generation:
-            raise StaleRef(self._why_stale(ref.slot, ref.generation))
 
     def _why_stale(self, index: int, generation: int) -> str:
         """Say what is known of a ref that can't be read: a session sees no more than the slot's word."""
@@ -380,7 +338,7 @@ class Attachment:
         self._held, self._released = (
             memoryview(bytearray(8 * self._slots)).cast("Q") for _ in range(2)
         )
-        self._live = self._published = self._offset = self._nbytes = self._held
+        self._live = self._published = self._offset = self._nbytes = self._reserved = self._held
         self._paid = self._released
         self._in_flight.clear()
         self.own_writes = None

@@ -1,0 +1,97 @@
+"""The slots that a session writes: asked for, or claimed of those that it was given ahead."""
+
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from featcache.errors import MalformedRef
+from featcache.memory.slab import Order, PageWords
+from featcache.memory.words import RoomClaim, fence_after_lock
+from featcache.ref import FeatureRef
+
+_WRITES: Final = 1 << 40
+"""Beyond any slot: pins for writing and for reading never share a key."""
+_WRITTEN: Final = 2
+"""An index into PageWords."""
+
+
+class Uses:
+    """The uses of one pinned slot in progress, and the orders behind which its read is paid."""
+
+    __slots__ = ("behind", "count", "pays")
+
+    def __init__(self) -> None:
+        self.count = 1
+        self.pays = False
+        self.behind: list[Order] = []
+
+
+ONE_USE = Uses()
+"""Of a slot with a single use, which almost all have; never written, but replaced."""
+
+
+class SlotWrites:
+    """The part of an `Attachment` that writes."""
+
+    capacity_bytes: int
+    _slots: int
+    _lock: threading.Lock
+    _pins: dict[tuple[int, int], Uses]
+    _in_flight: dict[tuple[int, int], int]
+    _plain: PageWords
+    _reserved: memoryview
+    _own_puts: dict[int, FeatureRef]
+
+    def check(self) -> None:
+        raise NotImplementedError
+
+    def _idle(self) -> Callable[[], object] | None:
+        raise NotImplementedError
+
+    def _signal(self, which: int, index: int, value: int, order: Order) -> None:
+        raise NotImplementedError
+
+    def begin_write(self, index: int, generation: int, offset_bytes: int, nbytes: int) -> None:
+        """Pin a reserved slot until `end_write`: the session stays attached for it.
+
+        Raises:
+            MalformedRef: the slot, or its extent, is not in this pool.
+            OwnerLost, CacheClosed: nothing may begin any more.
+
+        """
+        self.check()
+        if index >= self._slots or offset_bytes + nbytes > self.capacity_bytes:
+            raise MalformedRef("the owner gave room that its slab does not have")
+        with self._lock:
+            self._pins[_WRITES + index, generation] = ONE_USE
+
+    def claim(self, index: int, generation: int, offset_bytes: int, nbytes: int) -> bool:
+        """As `begin_write`, of a slot that was given ahead; False if the owner has taken it back.
+
+        `end_write` must follow either way.
+        """
+        if self._in_flight:  # what a stream wrote for the slot's last tenant has landed
+            self._in_flight.pop((_WRITTEN, index), None)
+        # Not before its last use has ended: a generation that was written already is never claimed.
+        self._plain.written[index] = generation | RoomClaim.CLAIMED
+        self.begin_write(index, generation, offset_bytes, nbytes)
+        # The claim must be visible to the owner before `reserved` is looked at (`RoomClaim`): either this
+        # session finds that the room is gone, or the owner finds the claim.
+        fence_after_lock()
+        return self._reserved[index] == generation | RoomClaim.OPEN
+
+    def note_put(self, ref: FeatureRef) -> None:
+        """Note a put of this session's, so that its own reads need not wait for the owner."""
+        self._own_puts[ref.slot] = ref
+
+    def end_write(self, index: int, generation: int) -> None:
+        """Unpin it: it is published, or given up."""
+        with self._lock:
+            del self._pins[_WRITES + index, generation]
+            idle = self._idle()
+        if idle is not None:
+            idle()
+
+    def tell_written(self, index: int, generation: int, order: Order) -> None:
+        """Say, behind `order`, that a slot which the owner reserved for this session is written."""
+        self._signal(_WRITTEN, index, generation, order)
