@@ -110,6 +110,8 @@ class ClientWriter:
         self._settings = settings
         self._offload = offload
         self._opening = SharedTask(partial(_open, connection, offload))
+        self._entering: asyncio.Future[None] | None = None
+        """Done once the last put has gone on that waits for the slab to be opened for writing."""
         self._rooms = RoomsAhead()
         self._requests = connection.link.requests
         connection.link.on_rooms = self._rooms.add
@@ -174,7 +176,7 @@ class ClientWriter:
         None also while an earlier put of this client asks for room: it is not overtaken.
         """
         rooms, attachment = self._rooms, self.connection.attachment
-        if self._requests.asked_rooms or not rooms.come:
+        if not rooms.come or self._requests.asked_rooms or self._entering is not None:
             return None
         room = rooms.pop(nbytes)
         if room is None:
@@ -191,7 +193,9 @@ class ClientWriter:
     async def _reserve(
         self, request: Request, deadline_s: float | None = None, *, wait: bool
     ) -> Reserved:
-        # First: puts get their room in the order of their calls, whoever opens the slab for writing.
+        if self._entering is not None or not self.connection.attachment.mapping.writable:
+            await self._enter()
+            self.connection.attachment.check()  # it may have been closed meanwhile
         link = self.connection.link
         left_s = None if deadline_s is None else left(deadline_s)
         answer, _ = await link.request(
@@ -200,13 +204,24 @@ class ClientWriter:
         if not isinstance(answer, Reserved):
             raise ProtocolError(f"the owner answered a put with {type(answer).__name__}")
         self._rooms.add(answer.rooms)
-        if not self.connection.attachment.mapping.writable:
-            try:
-                await self._opening.join()
-            except BaseException:
-                self._give_up(answer, landed=True)
-                raise
         return answer
+
+    async def _enter(self) -> None:
+        """Open the slab for writing, and go on in the order of the calls."""
+        before, done = self._entering, asyncio.get_running_loop().create_future()
+        self._entering = done
+        try:
+            if not self.connection.attachment.mapping.writable:
+                await self._opening.join()
+            if before is not None and not before.done():
+                await asyncio.wait([before])
+        finally:
+            if self._entering is done:
+                self._entering = before if before is not None and not before.done() else None
+            if before is None or before.done():
+                done.set_result(None)
+            else:  # it gives up its place; those behind it are behind those before it
+                before.add_done_callback(lambda _: done.set_result(None))
 
     async def _fill(
         self, room: Reserved | Room, staged: Staged, terms: PutTerms | None

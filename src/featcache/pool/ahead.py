@@ -53,6 +53,8 @@ class RoomsAhead:
         if nbytes > self._session_bytes:
             nbytes = sizes[-1]
         most = min(self._most, self._session_bytes // max(nbytes, 1))
+        if store.free_bytes < self._most_bytes:
+            most = min(most, 1)
         given: list[Slot] = []
         while (
             len(page.ahead) < most

@@ -13,6 +13,7 @@ from featcache.core.slots import Slot
 from featcache.errors import BackendUnavailable, CacheClosed, PoolFull, PutTimeout
 from featcache.memory.pack import check_parts
 from featcache.pool.pool import Pool
+from featcache.pool.refresh import hear
 from featcache.pool.waits import PutWaits
 from featcache.ref import FeatureRef
 from featcache.session.arguments import parse_put
@@ -63,7 +64,10 @@ class OwnerWriter:
     def put_nowait(self, staged: Staged) -> FeatureRef:
         """Copy a feature in and return its ref, or raise PoolFull. Growth happens inline."""
         request = staged.request
-        slot = self.reserve(request, at_once=True) or self._reserve_now(request)
+        slot = self.reserve(request, at_once=True)
+        if slot is None:
+            hear(self._pool)  # what sessions have put and paid may still be in their sockets
+            slot = self._reserve_now(request)
         if slot is None:
             raise self.full(request)
         return self._fill_now(slot, staged)

@@ -84,6 +84,7 @@ class Attachment(EarlyPins, SlotWrites):
         self._on_idle: Callable[[], object] | None = None
         self.why_stale: Callable[[int, int], str] | None = None
         """In the owner: says why a ref is stale, as its store knows."""
+        self.hear = None
 
     # --- reads by ref ---------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Refs that are met before their publish: a client's put does not wait for its owner."""
 
 import threading
+from collections.abc import Callable
 
 from featcache.errors import MalformedRef, StaleRef
 from featcache.memory.slab import Order, PageWords
@@ -19,6 +20,8 @@ class EarlyPins:
     _lock: threading.Lock
     _early: dict[tuple[int, int], bool]
     """Those that were pinned before their publish had come; whether it has come since."""
+    hear: Callable[[], object] | None
+    """In the owner: handles what sessions have told by now."""
     _own_puts: dict[int, FeatureRef]
     """By slot: the ref of this session's last put there, which it need not wait for."""
 
@@ -55,6 +58,8 @@ class EarlyPins:
         if not self._is_coming(index, generation):
             self.unpin(ref, pays=False)
             raise StaleRef(self._why_stale(index, generation))
+        if self.hear is not None:  # in its owner: the publish may have come, and not been read yet
+            self.hear()
         with self._lock:
             self._early.setdefault(key, False)
         # Its own it need not wait for: it has seen the bytes land, and knows their extent.
