@@ -31,6 +31,7 @@ from featcache.errors import (
     SettingsError,
     system_errors,
 )
+from featcache.memory.words import Header
 from featcache.ref import FeatureRef, TensorSpec
 from featcache.session.arguments import parse_put, parse_readers, rpc_timeout
 from featcache.session.offload import Offload, SharedTask
@@ -315,6 +316,8 @@ async def _open(connection: PoolConnection, offload: Offload) -> None:
         # The descriptors are the thread's, which closes them even if the loop is gone by then.
         with system_errors(BackendUnavailable, "the slab can't be mapped for writing"):
             await offload.run(partial(_open_for_writing, mapping, fds))
+        end_bytes = connection.attachment.header[Header.COMMITTED]
+        offload.spawn(lambda: mapping.warm(end_bytes))  # the first put need not wait for it
     except Exception:
         close_taken(fds)  # the thread has not, if it was refused
         raise
