@@ -59,22 +59,26 @@ class SlotWrites:
             OwnerLost, CacheClosed: nothing may begin any more.
 
         """
-        self.check()
-        if index >= self._slots or offset_bytes + nbytes > self.capacity_bytes:
-            raise MalformedRef("the owner gave room that its slab does not have")
+        self._check_room(index, offset_bytes + nbytes)
         with self._lock:
             self._pins[_WRITES + index, generation] = ONE_USE
+
+    def _check_room(self, index: int, end_bytes: int) -> None:
+        self.check()
+        if index >= self._slots or end_bytes > self.capacity_bytes:
+            raise MalformedRef("the owner gave room that its slab does not have")
 
     def claim(self, index: int, generation: int, offset_bytes: int, nbytes: int) -> bool:
         """As `begin_write`, of a slot that was given ahead; False if the owner has taken it back.
 
         `end_write` must follow either way.
         """
+        self._check_room(index, offset_bytes + nbytes)
         if self._in_flight:  # what a stream wrote for the slot's last tenant has landed
             self._in_flight.pop((_WRITTEN, index), None)
-        # Not before its last use has ended: a generation that was written already is never claimed.
         self._plain.written[index] = generation | RoomClaim.CLAIMED
-        self.begin_write(index, generation, offset_bytes, nbytes)
+        with self._lock:
+            self._pins[_WRITES + index, generation] = ONE_USE
         # The claim must be visible to the owner before `reserved` is looked at (`RoomClaim`): either this
         # session finds that the room is gone, or the owner finds the claim.
         fence_after_lock()
