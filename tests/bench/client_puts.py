@@ -75,7 +75,9 @@ async def own(pipe: Connection, path: str, loop: asyncio.AbstractEventLoop) -> N
     loop.add_reader(pipe.fileno(), lambda: asked.put_nowait(pipe.recv()))
     listener = await anyio.create_unix_listener(path)
     async with (
-        featcache.create(capacity=CAPACITY, settings=featcache.Settings(initial=256 << 20)) as cache,
+        featcache.create(
+            capacity=CAPACITY, settings=featcache.Settings(initial=256 << 20)
+        ) as cache,
         anyio.create_task_group() as group,
     ):
         group.start_soon(listener.serve, echo)
@@ -107,7 +109,9 @@ def _run(main: Callable[[], Awaitable[Any]], kind: str) -> Any:
     return asyncio.run(main())  # type: ignore[arg-type]
 
 
-async def measure(pipe: Connection, path: str, rounds: int, count: int) -> dict[str, dict[str, float]]:
+async def measure(
+    pipe: Connection, path: str, rounds: int, count: int
+) -> dict[str, dict[str, float]]:
     """Return the median of each figure over the rounds."""
     endpoint = await asyncio.to_thread(pipe.recv)
     times: dict[str, list[float]] = {}

@@ -34,6 +34,7 @@ from featcache.errors import (
 from featcache.memory.words import Header
 from featcache.ref import FeatureRef, TensorSpec
 from featcache.session.arguments import parse_put, parse_readers, rpc_timeout
+from featcache.session.line import Line
 from featcache.session.offload import Offload, SharedTask
 from featcache.session.staging import Staged
 from featcache.session.waiting import wait_mapped
@@ -111,8 +112,8 @@ class ClientWriter:
         self._settings = settings
         self._offload = offload
         self._opening = SharedTask(partial(_open, connection, offload))
-        self._entering: asyncio.Future[None] | None = None
-        """Done once the last put has gone on that waits for the slab to be opened for writing."""
+        self._line = Line()
+        """Puts that wait for the slab to be opened for writing."""
         self._rooms = RoomsAhead()
         self._requests = connection.link.requests
         connection.link.on_rooms = self._rooms.add
@@ -177,7 +178,7 @@ class ClientWriter:
         None also while an earlier put of this client asks for room: it is not overtaken.
         """
         rooms, attachment = self._rooms, self.connection.attachment
-        if not rooms.come or self._requests.asked_rooms or self._entering is not None:
+        if not rooms.come or self._requests.asked_rooms or self._line.busy:
             return None
         room = rooms.pop(nbytes)
         if room is None:
@@ -194,8 +195,8 @@ class ClientWriter:
     async def _reserve(
         self, request: Request, deadline_s: float | None = None, *, wait: bool
     ) -> Reserved:
-        if self._entering is not None or not self.connection.attachment.mapping.writable:
-            await self._enter()
+        if self._line.busy or not self.connection.attachment.mapping.writable:
+            await self._line.go(self._open)
             self.connection.attachment.check()  # it may have been closed meanwhile
         link = self.connection.link
         left_s = None if deadline_s is None else left(deadline_s)
@@ -207,22 +208,9 @@ class ClientWriter:
         self._rooms.add(answer.rooms)
         return answer
 
-    async def _enter(self) -> None:
-        """Open the slab for writing, and go on in the order of the calls."""
-        before, done = self._entering, asyncio.get_running_loop().create_future()
-        self._entering = done
-        try:
-            if not self.connection.attachment.mapping.writable:
-                await self._opening.join()
-            if before is not None and not before.done():
-                await asyncio.wait([before])
-        finally:
-            if self._entering is done:
-                self._entering = before if before is not None and not before.done() else None
-            if before is None or before.done():
-                done.set_result(None)
-            else:  # it gives up its place; those behind it are behind those before it
-                before.add_done_callback(lambda _: done.set_result(None))
+    async def _open(self) -> None:
+        if not self.connection.attachment.mapping.writable:
+            await self._opening.join()
 
     async def _fill(
         self, room: Reserved | Room, staged: Staged, terms: PutTerms | None
