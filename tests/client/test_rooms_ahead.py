@@ -108,7 +108,7 @@ async def test_the_terms_of_a_put_hold_in_room_ahead() -> None:
         await until(lambda: owner.statistics().expired == 1)
         with pytest.raises(StaleRef):
             await owner.get(ref)
-        ref = await client.put(filled(100, 3), readers=2, key="k")
+        ref = await client.put(filled(100, 3), readers=1, key="k")
         assert owner.statistics().used_bytes == 256, "the rest of the room was cut off"
         assert same(await owner.get(ref), filled(100, 3))
         await nothing_lost(owner)

@@ -22,7 +22,7 @@ async def puts_and_dies(pipe: Pipe, endpoint: str, kept: bool) -> None:
         x = torch.full((KIB,), 1, dtype=torch.uint8)
         for _ in range(3):
             await client.discard(await client.put(x))
-        assert await pipe.hear() == "go on"
+        assert await pipe.hear() == ("go on",)
         refs = [
             await client.put(
                 torch.full_like(x, n), key=f"{n}" if kept and n % 2 else None, readers=1
