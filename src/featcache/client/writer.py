@@ -185,10 +185,12 @@ class ClientWriter:
             self.connection.link.read_now()  # puts in a row never let the loop read
             room = rooms.pop(nbytes)
         while room is not None:
-            if attachment.claim(room.slot, room.generation, room.offset_bytes, nbytes):
+            claimed = attachment.claim(room.slot, room.generation, room.offset_bytes, nbytes)
+            if claimed:
                 return room
-            attachment.end_write(room.slot, room.generation)
-            self._give_up(room, landed=True)  # the owner may have found the claim, too
+            if claimed is False:
+                attachment.end_write(room.slot, room.generation)
+                self._give_up(room, landed=True)
             room = rooms.pop(nbytes)
         return None
 

@@ -68,12 +68,18 @@ class SlotWrites:
         if index >= self._slots or end_bytes > self.capacity_bytes:
             raise MalformedRef("the owner gave room that its slab does not have")
 
-    def claim(self, index: int, generation: int, offset_bytes: int, nbytes: int) -> bool:
-        """As `begin_write`, of a slot that was given ahead; False if the owner has taken it back.
+    def claim(self, index: int, generation: int, offset_bytes: int, nbytes: int) -> bool | None:
+        """As `begin_write`, of a slot that was given ahead: True if it is this session's now.
 
-        `end_write` must follow either way.
+        False if the owner took it back at the same time, and may have found the claim: `end_write` and a
+        message that gives it up must follow. None if it was taken back before: nothing was done.
         """
         self._check_room(index, offset_bytes + nbytes)
+        opened = generation | RoomClaim.OPEN
+        # First: a slot that was taken back may be this session's again by now, of a later generation,
+        # and `written` say so. While this one is open there is none.
+        if self._reserved[index] != opened:
+            return None
         if self._in_flight:  # what a stream wrote for the slot's last tenant has landed
             self._in_flight.pop((_WRITTEN, index), None)
         self._plain.written[index] = generation | RoomClaim.CLAIMED
@@ -82,7 +88,7 @@ class SlotWrites:
         # The claim must be visible to the owner before `reserved` is looked at (`RoomClaim`): either this
         # session finds that the room is gone, or the owner finds the claim.
         fence_after_lock()
-        return self._reserved[index] == generation | RoomClaim.OPEN
+        return self._reserved[index] == opened
 
     def note_put(self, ref: FeatureRef) -> None:
         """Note a put of this session's, so that its own reads need not wait for the owner."""
