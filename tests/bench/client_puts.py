@@ -2,16 +2,17 @@
 
     PYTHONPATH=src python tests/bench/client_puts.py --out tests/bench/results/client-puts.json
 
-The owner is another process; in it runs a bare echo over a Unix socket, too (anyio's). Each round times a few
-of everything, in random order: echoes of 64 bytes, the owner's own puts, the client's puts, without a key and
-under one of a few keys that are given new features all the time. Refs are paid, untimed, by who put them.
-The figures are the median of all calls, and their mean without the slowest twentieth; last comes what a client's
-put takes over the owner's own, in echoes.
+The owner is another process; in it runs a bare echo over a Unix socket, too (anyio's). Each round times a
+few of everything, in random order: echoes of 64 bytes, the owner's own puts, the client's puts, without a
+key and under one of a few keys that are given new features all the time, in a row or with a pause between
+them. Refs are paid, untimed, by who put them. The figures are the median of all calls, and their mean
+without the slowest twentieth; last comes what a client's put takes over the owner's own, in echoes.
 """
 
 import argparse
 import asyncio
 import contextlib
+import itertools
 import logging
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -135,18 +137,12 @@ async def measure(
 
         calls: dict[str, Callable[[], Awaitable[list[float]]]] = {"echo": echoes}
 
-        def add(label: str, size: int, *, keyed: bool, pause: bool) -> None:
-            feature = torch.ones(size, dtype=torch.uint8)
-            calls[f"owner {label}"] = lambda: owners(size, keyed=keyed, pause=pause)
-            calls[f"client {label}"] = lambda: puts(
-                client, feature, count, keyed=keyed, pause=pause
-            )
-
-        for name, size in SIZES.items():
-            for keyed in (False, True):
-                for pause in (False, True):
-                    label = name + (" key" if keyed else "") + (" paused" if pause else "")
-                    add(label, size, keyed=keyed, pause=pause)
+        for name, keyed, pause in itertools.product(SIZES, (False, True), (False, True)):
+            label = name + (" key" if keyed else "") + (" paused" if pause else "")
+            feature = torch.ones(SIZES[name], dtype=torch.uint8)
+            how = {"keyed": keyed, "pause": pause}
+            calls[f"owner {label}"] = partial(owners, SIZES[name], **how)
+            calls[f"client {label}"] = partial(puts, client, feature, count, **how)
         for number in range(rounds + 1):
             for name in random.sample(list(calls), len(calls)):
                 taken = await calls[name]()
@@ -176,7 +172,7 @@ def ratios(us: dict[str, float]) -> dict[str, float]:
 def measured(kind: str, rounds: int, count: int, *, pins: bool) -> dict[str, Any]:
     """Measure with one kind of event loop."""
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "echo.sock")
+        path = str(Path(folder) / "echo.sock")
         mine, theirs = multiprocessing.get_context("spawn").Pipe()
         process = multiprocessing.get_context("spawn").Process(
             target=owner, args=(theirs, path, kind)

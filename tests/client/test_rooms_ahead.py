@@ -27,7 +27,7 @@ from featcache.pool import ahead
 from featcache.session import writes
 from support.caches import KIB, MIB, Gate, filled, pair, small, spent, steps, tensor, until
 from support.keyed import CAPACITY, ONE, nothing_lost, page_of, party, pool_of, queued, reserved
-from support.slabs import same
+from support.slabs import Slab, at, same
 
 
 def writer_of(client: FeatureClient) -> ClientWriter:
@@ -60,12 +60,12 @@ async def practised(owner: FeatureCache, client: FeatureClient, nbytes: int = KI
 # --- no round trip -------------------------------------------------------------------------------
 
 
-async def test_puts_in_a_row_ask_for_nothing() -> None:
-    async with pair() as (owner, client):
+async def test_puts_in_a_row_ask_for_nothing(slab: Slab) -> None:
+    async with slab.pair() as (owner, client):
         await practised(owner, client)
         before = asked(client)
         for number in range(20):
-            ref = await client.put(filled(KIB - number, number))
+            ref = await client.put(at(filled(KIB - number, number), slab.device))
             await steps(3)
             assert same(await owner.get(ref), filled(KIB - number, number))
         assert asked(client) == before
@@ -193,14 +193,16 @@ async def test_who_put_it_reads_it_at_once(monkeypatch: pytest.MonkeyPatch) -> N
 async def test_a_read_that_is_paid_early_counts(
     names: list[str] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with pair() as (owner, client):
-        async with featcache.connect(owner.endpoint, name="tp0", settings=small()) as other:
-            ref, deaf = await early(owner, client, monkeypatch, readers=names or 1, ttl=None)
-            await other.release(ref)
-            pool_of(owner).collect()  # its word is seen, and not again
-            deaf.hears()
-            await spent(owner)
-            assert owner.statistics().reads_paid == 3
+    async with (
+        pair() as (owner, client),
+        featcache.connect(owner.endpoint, name="tp0", settings=small()) as other,
+    ):
+        ref, deaf = await early(owner, client, monkeypatch, readers=names or 1, ttl=None)
+        await other.release(ref)
+        pool_of(owner).collect()  # its word is seen, and not again
+        deaf.hears()
+        await spent(owner)
+        assert owner.statistics().reads_paid == 3
 
 
 async def test_a_reader_that_left_has_paid_early(monkeypatch: pytest.MonkeyPatch) -> None:

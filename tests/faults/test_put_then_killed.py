@@ -1,4 +1,4 @@
-"""A client is killed as soon as its put has returned: what it had published is there, and nothing else is left."""
+"""A client is killed as soon as its put has returned: what it published is there, nothing else is left."""
 
 import os
 import signal

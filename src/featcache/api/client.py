@@ -80,7 +80,7 @@ class OpenClient:
         return None if writer is None or on_full not in ("wait", "raise") else Writers(writer)
 
     async def writers(self, on_full: str, key: Any) -> Writers:
-        """Return the writers of the pools that a put may go to, attaching first; in the order of the calls."""
+        """Return the writers of the pools that a put may go to, attaching first, in the order of calls."""
         self.entering += 1
         try:
             return await self._line.go(lambda: self.puts.writers(on_full, key))
@@ -191,9 +191,9 @@ class FeatureClient(CacheBase):
 
         The arguments, the errors and the promises are those of `FeatureCache.put`; `ttl` left out
         is as in this client's Settings. Waiting puts of all processes, the owner's too, stand in one
-        queue. The copy is this process's own, on its torch stream. After the first few, puts of about one size
-        wait for no answer: their room was given ahead, and the ref is good at once (a reader that is
-        faster than the owner waits). Under a key a put takes one round trip, and every session finds it then.
+        queue. The copy is this process's own, on its torch stream. After the first few, puts of about one
+        size wait for no answer: their room was given ahead, and the ref is good at once (a reader that is
+        faster than the owner waits). Under a key a put takes one round trip: then every session finds it.
         Where this client's device can't access the slab, the feature goes into host memory, and the
         owner copies it from there.
 
