@@ -13,6 +13,7 @@ import hypothesis
 import pytest
 import torch
 
+from featcache.memory.key_table import UNKNOWN, KeyTable
 from support.leaks import difference, endpoint_files, mapped_memfds, open_descriptors, threads_ended
 from support.slabs import PLACES, Place, Slab, check_devices, slab_params, warm_up_gpus
 
@@ -65,6 +66,12 @@ def runtime_dir() -> Iterator[Path]:
         patch.setenv("XDG_RUNTIME_DIR", str(path))
         yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture
+def no_key_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions that can tell nothing by the key table: every lookup goes by message."""
+    monkeypatch.setattr(KeyTable, "find", lambda *_: UNKNOWN)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import attrs
+import structlog
 
 from featcache.errors import SettingsError
 
@@ -23,8 +24,8 @@ __all__ = [
 ]
 
 _UNITS = {"": 1, "b": 1}
-_UNITS |= {f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)}
-_UNITS |= {f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)}
+_UNITS |= {f"{p}b": 1000**n for n, p in enumerate("kmgtpe", 1)}
+_UNITS |= {f"{p}ib": 1024**n for n, p in enumerate("kmgtpe", 1)}
 _SIZE_TEXT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 MAX_KEY_BYTES = 1024
 """Bytes of the longest key."""
@@ -220,7 +221,15 @@ def _check_environment() -> None:
             _warned.add(variable)
             guess = difflib.get_close_matches(name, names, 1)
             hint = f": did you mean {_ENVIRONMENT_PREFIX}{guess[0]}?" if guess else ""
-            _log.warning("%s in the environment is no setting of this version%s", variable, hint)
+            _warn(f"{variable} in the environment is no setting of this version{hint}")
+
+
+def _warn(text: str) -> None:
+    """Log a warning where events go: to structlog if that is configured, else to `logging`."""
+    if structlog.is_configured():
+        structlog.get_logger("featcache").warning(text)
+    else:
+        _log.warning(text)
 
 
 @attrs.frozen(kw_only=True, field_transformer=_read_environment)
@@ -302,6 +311,9 @@ class Settings:
     when_full: str = attrs.field(default="grow", validator=_one_of("grow", "evict"))
     """First response of a full slab: ``"grow"`` up to the capacity, or ``"evict"`` features that are
     kept under keys and not read, the least recently used first."""
+    eviction: str = attrs.field(default="lru", validator=_one_of("lru", "sieve"))
+    """Which of these features goes first: ``"lru"`` the least recently used, ``"sieve"`` the first that
+    was not used since the order came to it last."""
     evict_above: float | None = attrs.field(default=None, converter=_OPTIONAL_SHARE)
     """Share of the capacity (0 to 1) above which features are evicted before a put needs their room,
     down to `evict_to`; None evicts only for a put."""

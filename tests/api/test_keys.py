@@ -217,13 +217,12 @@ async def test_forms_that_take_only_refs() -> None:
         await owner.put(BASE, key="a")
         for user in (owner, client):
             wrong: Any = user
-            with pytest.raises(SettingsError, match="FeatureRef"):
-                wrong.get_nowait("a")
             for call in (wrong.release, wrong.discard):
                 with pytest.raises(SettingsError, match="FeatureRef"):
                     await call("a")
-            with pytest.raises(SettingsError, match="async with"), user.borrow("a"):
-                pass
+            assert same(user.get_nowait("a"), BASE)
+            with user.borrow("a") as view:
+                assert same(view, BASE)
         await nothing_lost(owner)
 
 
@@ -657,7 +656,8 @@ async def test_a_lookup_that_is_cancelled_at_any_moment_costs_no_grant(
                 assert doomed.error is None
                 late.add(doomed.result is not None)
             await nothing_lost(owner)
-    assert late == {False, True}
+    # A hit that copies in the loop is done in one step.
+    assert late >= ({True} if inline_bytes else {False, True})
 
 
 @KINDS
@@ -825,7 +825,7 @@ async def test_each_sends_no_longer_messages_than_the_other_takes(short: str) ->
             with pytest.raises(SettingsError, match="message_bytes"):
                 await call
         assert await client.contains("a")
-        assert owner.statistics().slots_used == 1
+        await until(lambda: owner.statistics().slots_used == 1)
         await nothing_lost(owner)
 
 
@@ -835,11 +835,18 @@ async def test_each_sends_no_longer_messages_than_the_other_takes(short: str) ->
 async def test_forged_and_late_words_pay_nothing() -> None:
     """A grant is paid by its own number in its own word, and by that only."""
     async with pair(grants=4, **ONE) as (owner, client):
-        await owner.put(filled(CAPACITY, 1), key="a")
-        await client.get("a")  # an earlier one, which was paid
         page = page_of(owner)
+        earlier = asyncio.create_task(client.get("a", timeout=20))
+        await sought(owner, 1)
+        await owner.put(filled(CAPACITY, 1), key="a")
+        await earlier  # which was paid
         await until(lambda: not page.grants)
-        async with client.borrow("a") as view:
+        assert await owner.evict("a")
+        entering = asyncio.create_task((borrow := client.borrow("a", timeout=20)).__aenter__())
+        await sought(owner, 1)
+        await owner.put(filled(CAPACITY, 1), key="a")
+        view = await entering
+        try:
             assert await owner.evict("a")
             ((index, grant),) = page.grants.items()
             granted = page.words.granted
@@ -856,6 +863,8 @@ async def test_forged_and_late_words_pay_nothing() -> None:
             with pytest.raises(PoolFull):
                 owner.put_nowait(filled(1))
             assert torch.equal(tensor(view), filled(CAPACITY, 1))
+        finally:
+            borrow.close()
         await until(lambda: not page.grants)
         await nothing_lost(owner)
 

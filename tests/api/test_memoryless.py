@@ -7,14 +7,17 @@ blocking objects, spilling, a GPU.
 import asyncio
 import functools
 import inspect
+import warnings
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import featcache
 from featcache import FeatureCache, FeatureClient, FeatureRef, SettingsError, content_key
+from featcache.memory.pack import pack
 from support.caches import KIB, filled, pair, small, tensor, until
 from support.fakegpu import fake_gpu, segmented
 from support.memoryless import COUNT, MEMORYLESS, ODD
@@ -225,3 +228,22 @@ async def lose_target(pipe: Pipe) -> None:
                 await waiting
             await client.release(ref)
     pipe.say("refused")
+
+
+def test_a_fake_tensor_is_refused_without_a_word_of_torchs_own() -> None:
+    with FakeTensorMode():
+        fake = torch.zeros(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for feature in (fake, {"x": fake}):
+            with pytest.raises(SettingsError, match="FakeTensor"):
+                pack(feature, 8)
+
+
+def test_a_functional_tensor_is_refused_as_what_it_is() -> None:
+    def put(x: torch.Tensor) -> torch.Tensor:
+        with pytest.raises(SettingsError, match=r"torch\.func"):
+            pack(x, 8)
+        return x
+
+    torch.func.functionalize(put)(torch.zeros(4))

@@ -321,9 +321,12 @@ async def test_what_is_not_a_ref_is_refused(both: Pair) -> None:
                 reader.borrow(wrong)  # type: ignore[arg-type]
         with pytest.raises(KeyNotFound, match="from_bytes"):
             await reader.get(ref.to_bytes())
-        for no_ref in (None, ref.to_bytes(), "key", ref.slot):
+        with pytest.raises(KeyNotFound, match="from_bytes"):
+            reader.get_nowait(ref.to_bytes())
+        for none in (None, ref.slot):
             with pytest.raises(SettingsError):
-                reader.get_nowait(no_ref)  # type: ignore[arg-type]
+                reader.get_nowait(none)  # type: ignore[arg-type]
+        for no_ref in (None, ref.to_bytes(), "key", ref.slot):
             with pytest.raises(SettingsError):
                 await reader.release(no_ref)  # type: ignore[arg-type]
             with pytest.raises(SettingsError):

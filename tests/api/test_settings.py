@@ -1,11 +1,13 @@
 """Settings, the environment, budgets, and the arguments of create and connect."""
 
 import os
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
+import structlog
 import torch
 
 import featcache
@@ -235,3 +237,29 @@ def test_a_device_that_is_missing_is_refused() -> None:
 def test_an_endpoint_may_be_a_path(runtime_dir: Path) -> None:
     featcache.connect(runtime_dir / "socket")  # type: ignore[arg-type]  # harmless, so not refused
     featcache.create(endpoint=os.fspath(runtime_dir / "socket"))
+
+
+@pytest.mark.parametrize("size", ["1PiB", "3 EB"])
+def test_a_size_beyond_any_machine_is_refused_for_its_size(size: str) -> None:
+    with pytest.raises(SettingsError, match="out of range"):
+        Settings(capacity=size)
+
+
+def test_an_unknown_variable_is_told_of_to_structlog_where_that_is_configured(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FEATCACHE_OF_ANOTHER_PROGRAM_ENTIRELY", "1")
+    told = list[str]()
+
+    def keep(_: object, __: str, event: MutableMapping[str, Any]) -> str:
+        told.append(str(event["event"]))
+        raise structlog.DropEvent
+
+    structlog.configure(processors=[keep])
+    try:
+        Settings()
+    finally:
+        structlog.reset_defaults()
+    assert len(told) == 1
+    assert "FEATCACHE_OF_ANOTHER_PROGRAM_ENTIRELY" in told[0]
+    assert not caplog.records

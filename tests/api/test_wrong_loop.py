@@ -14,6 +14,7 @@ import uvloop
 
 import featcache
 from featcache import CacheClosed, FeatureCache, FeatureClient, FeatureRef, WrongLoop
+from featcache.session.home import Home
 from support.caches import KIB, filled, pair, small
 
 User = FeatureCache | FeatureClient
@@ -38,6 +39,10 @@ AWAITED: dict[str, Call] = {
     "discard": lambda cache, ref: cache.discard(ref),
     "get_or_put": lambda cache, _: cache.get_or_put("k", lambda: filled(1)),
     "contains": lambda cache, _: cache.contains("k"),
+    "share": lambda cache, _: cache.share("k", readers=1),
+    "get_many": lambda cache, ref: cache.get_many([ref, "k"]),
+    "put_many": lambda cache, _: cache.put_many([filled(1)]),
+    "contains_many": lambda cache, _: cache.contains_many(["k"]),
     "evict": lambda cache, _: cache.evict("k"),
     "pin": lambda cache, _: cache.pin("k"),
     "unpin": lambda cache, _: cache.unpin("k"),
@@ -237,3 +242,21 @@ def test_the_first_call_under_trio_says_what_to_do(monkeypatch: pytest.MonkeyPat
             cache.get(cache.put(filled(1)))
 
     _in_a_thread(work)
+
+
+def test_two_loops_of_one_thread_that_look_alike_are_told_apart() -> None:
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+    try:
+
+        async def home() -> Home:
+            return Home()
+
+        async def refused(home: Home) -> str:
+            return str(home.refusal("client"))
+
+        text = second.run_until_complete(refused(first.run_until_complete(home())))
+        assert f"({id(first):#x}) of thread" in text
+        assert f"({id(second):#x}), another loop of this thread" in text
+    finally:
+        first.close()
+        second.close()

@@ -10,7 +10,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import hit_rate, keyed_redis, keyed_scale, keyed_speed, paths, resultfile
+from bench import (
+    hit_rate,
+    hit_rate_policies,
+    keyed_redis,
+    keyed_scale,
+    keyed_speed,
+    paths,
+    resultfile,
+)
 from bench.harness import run_cells
 from bench.host import summary
 from bench.peers import Cell
@@ -132,6 +140,30 @@ def test_the_trace_finds_the_right_bytes_and_the_ideal_is_a_plain_lru(tmp_path: 
     assert grow["committed_bytes"] == 4 << 20
     assert evict["committed_bytes"] == 2 << 20
     assert all(one["hit_rate"] > 0 and one["evicted"] > 0 for one in (grow, evict))
+
+
+def test_the_policies_are_measured_between_nothing_and_the_optimum(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    small = ["--objects", "100", "--requests", "800", "--out", str(out)]
+    assert hit_rate_policies.main(small) == 0
+    result = json.loads(out.read_text())
+    assert set(result["traces"]) == set(hit_rate_policies.TRACES)
+    for trace in result["traces"].values():
+        for found in trace.values():
+            assert 0 < found["lru"] <= found["optimum"] + 0.05
+            assert 0 < found["sieve"] <= found["optimum"] + 0.05
+
+
+def test_the_optimum_knows_the_future_and_the_store_is_an_lru_of_one_size() -> None:
+    trace = hit_rate_policies.Trace([0, 1, 2, 0, 1, 2, 0, 1, 2], [256] * 3)
+    assert list(hit_rate_policies.by_future(trace, 512)) == [0, 0, 0, 1, 1, 0, 1, 1, 0]
+    assert sum(hit_rate_policies.by_lru(trace, 512)) == 0
+    trace = hit_rate_policies.plain(50, 500, 0.9)
+    trace = hit_rate_policies.Trace(trace.asked, [256] * 50)
+    ideal = hit_rate_policies.by_lru(trace, 2560)
+    assert sum(ideal) > 0
+    # Hits between two puts are in no order, so a few may differ.
+    assert abs(sum(hit_rate_policies.by_store(trace, 2560, "lru", {})) - sum(ideal)) < 25
 
 
 def test_the_calls_of_each_path_are_those_of_that_path_alone() -> None:

@@ -27,7 +27,6 @@ CALLS: dict[str, Callable[[FeatureClient, FeatureRef], Any]] = {
     "get_or_put": lambda client, _: client.get_or_put("k", lambda: filled(1)),
     "release": lambda client, ref: client.release(ref),
     "discard": lambda client, ref: client.discard(ref),
-    "contains": lambda client, _: client.contains("k"),
     "evict": lambda client, _: client.evict("k"),
     "pin": lambda client, _: client.pin("k"),
     "unpin": lambda client, _: client.unpin("k"),
@@ -46,6 +45,7 @@ async def test_a_client_in_the_thread_of_its_owners_loop(call: str) -> None:
         with pytest.raises(WrongLoop, match=r"'MainThread'.*featcache\.connect"):
             CALLS[call](client, ref)
         client.get(ref)  # enters no loop
+        assert not client.contains("k")  # nor does a look at the key table
         assert client.statistics().gets == 1  # only its own
         await asyncio.to_thread(client.put, filled(1))
         await asyncio.to_thread(client.close)

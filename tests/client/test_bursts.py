@@ -104,6 +104,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> int:
     return 10
 
 
+@pytest.mark.usefixtures("no_key_table")
 async def test_one_more_waits_for_an_answer(few: int) -> None:
     async with pair() as (owner, client):
         await owner.put(filled(1), key="a")
@@ -119,6 +120,7 @@ async def test_one_more_waits_for_an_answer(few: int) -> None:
         await nothing_lost(owner)
 
 
+@pytest.mark.usefixtures("no_key_table")
 async def test_they_are_served_as_they_came(few: int) -> None:
     async with pair() as (owner, client):
         await owner.put(filled(1), key="a")

@@ -12,7 +12,7 @@ from featcache.pool.pending_writes import PendingWrites
 from support.caches import pair, tensor
 from support.keyed import party, pool_of
 
-pytestmark = pytest.mark.usefixtures("no_leaks")
+pytestmark = pytest.mark.usefixtures("no_leaks", "no_key_table")
 
 
 def full_of(value: int) -> torch.Tensor:

@@ -673,6 +673,7 @@ NONSENSE: dict[str, tuple[Answering, type[FeatcacheError]]] = {
 }
 
 
+@pytest.mark.usefixtures("no_key_table")
 @pytest.mark.parametrize("answer", NONSENSE)
 async def test_a_lookup_that_is_answered_with(answer: str, runtime_dir: Path) -> None:
     answering, error = NONSENSE[answer]
@@ -685,6 +686,7 @@ async def test_a_lookup_that_is_answered_with(answer: str, runtime_dir: Path) ->
             ] == [0]
 
 
+@pytest.mark.usefixtures("no_key_table")
 @pytest.mark.parametrize("use", ["get", "waiting get", "borrow"])
 async def test_a_claim_that_was_not_requested(use: str, runtime_dir: Path) -> None:
     async with client_of(runtime_dir, may_make) as (client, _):
@@ -704,6 +706,7 @@ async def test_an_extent_beyond_the_slab_is_never_read(runtime_dir: Path, no_lea
                 await client.get("a", timeout=0.05)
 
 
+@pytest.mark.usefixtures("no_key_table")
 async def test_a_grant_of_a_generation_that_is_over(runtime_dir: Path) -> None:
     ref = ref_of()
 
@@ -730,6 +733,7 @@ async def raised_by_grant_at(index: int, runtime_dir: Path) -> type:
     return kind
 
 
+@pytest.mark.usefixtures("no_key_table")
 async def test_a_grant_that_is_given_out_twice(runtime_dir: Path) -> None:
     assert issubclass(await raised_by_two_of_one_grant(runtime_dir), FeatcacheError)
 
@@ -762,6 +766,7 @@ QUESTIONS: dict[str, Use] = {
 }
 
 
+@pytest.mark.usefixtures("no_key_table")
 @pytest.mark.parametrize("answer", [answer for answer in ANSWERS if answer != "yes"])
 async def test_a_question_that_is_answered_with(answer: str, runtime_dir: Path) -> None:
     for question in QUESTIONS.values():
@@ -917,6 +922,7 @@ async def raised_by_room(answer: Answering, runtime_dir: Path) -> type:
     return kind
 
 
+@pytest.mark.usefixtures("no_key_table")
 async def test_errors_that_an_owner_answers_are_as_they_are_named(runtime_dir: Path) -> None:
     told = [
         ("PoolFull", featcache.PoolFull),

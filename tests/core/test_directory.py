@@ -6,7 +6,8 @@ import pytest
 
 from featcache.core.allocator import ALIGNMENT_BYTES, Extent
 from featcache.core.directory import Directory
-from featcache.core.recency import Recency
+from featcache.core.recency import Lru
+from featcache.core.recency.lazy_heap import LazyHeap
 from featcache.core.slots import Slot, SlotState
 
 UNIT = ALIGNMENT_BYTES
@@ -15,8 +16,8 @@ UNIT = ALIGNMENT_BYTES
 class Kept(Directory):
     """A directory with its eviction order at hand."""
 
-    def __init__(self) -> None:
-        self.recency = Recency()
+    def __init__(self, recency: LazyHeap | None = None) -> None:
+        self.recency = recency or Lru()
         super().__init__(self.recency)
 
 

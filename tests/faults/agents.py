@@ -77,10 +77,13 @@ OWNER_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
 # Those at which a client stops once it was told to `arm` them; besides them "sent …", of a message.
 KEY_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
     "answered": (PendingRequests, "deliver", BEFORE),  # it was given, and lies in its socket
-    "taken": (Attachment, "take_lease", AFTER),  # it counts the grant as its own
+    "taken": (Attachment, "take_grant", AFTER),  # it counts the grant as its own
+    "found": (Attachment, "begin_lease", BEFORE),  # it knows the slot, and nobody knows of that
+    "leased": (Attachment, "begin_lease", AFTER),  # its entry says so, and the slot was live
     "copying": (HostMapping, "fetch", BEFORE),  # before it touches a byte
     "copied": (HostMapping, "fetch", AFTER),  # has the bytes
-    "ending": (Attachment, "pay_lease", BEFORE),  # before it pays
+    "ending": (Attachment, "end_lease", BEFORE),  # before it ends its entry's read
+    "giving back": (Attachment, "pay_grant", BEFORE),  # before it pays a grant
     "paying": (HostMapping, "signal", BEFORE),  # in it, before its word
     "paid": (HostMapping, "signal", AFTER),  # the word is written, nobody was told
     "reserved": (HostMapping, "write", BEFORE),  # a slot is its own, no bytes are there
@@ -479,6 +482,12 @@ class KeyedAgent(Agent):
             stop_at(self.pipe, KEY_STEPS[step], step, self.kind)
         return ("armed",)
 
+    async def by_message(self) -> tuple[Any, ...]:
+        """Ask the owner for every key from now on."""
+        connection = self.cache._opened().keys._registry.peek_bound()
+        connection.hits.forget()
+        return ("armed",)
+
     def _made(self, seed: int, nbytes: int) -> torch.Tensor:
         with torch.cuda.stream(self._aside):  # None is no stream, and does nothing
             return feature(seed, nbytes).to(self.device)
@@ -502,6 +511,9 @@ class KeyedAgent(Agent):
         borrow = self.cache.borrow(key)
         self._borrows.append((borrow, await borrow.__aenter__()))
         return self._look(seed)
+
+    async def share(self, key: str, readers: int, timeout: float | None = None) -> tuple[Any, ...]:
+        return "shared", (await self.cache.share(key, readers=readers, timeout=timeout)).to_bytes()
 
     async def pin(self, key: str) -> tuple[Any, ...]:
         await self.cache.pin(key)
@@ -556,7 +568,7 @@ class KeyedAgent(Agent):
 
     async def fork_in_make(self, key: str) -> tuple[Any, ...]:
         """Claim a key and fork; the child leaves its `make` by an error, as if it had the claim."""
-        making = await self.cache._opened().keys.find_or_claim(key.encode(), waits=True)
+        making = await self.cache._opened().keys.find_or_claim(key.encode(), None, waits=True)
         pid = os.fork()
         if pid == 0:
             try:
@@ -638,6 +650,7 @@ class Busy:
         """Until told to stop. A call that does not end in time is wrong as well."""
         uses = [self.get, self.borrow, self.get_or_put, self.put, self.pass_on, self.pin]
         uses += [self.get_or_put, self.wait, self.evict, self.give_up]
+        uses += [self.share, self.get_many, self.put_many]
         expected = (
             featcache.KeyNotFound,
             featcache.PutTimeout,
@@ -660,6 +673,21 @@ class Busy:
 
     async def get(self, seed: int) -> None:
         self._check(await self.cache.get(str(seed)), seed, "get")
+
+    async def share(self, seed: int) -> None:
+        ref = await self.cache.share(str(seed), readers=1, ttl=10.0)
+        self._check(await self.cache.get(ref), seed, "share")
+
+    async def get_many(self, seed: int) -> None:
+        seeds = [seed, (seed + 1) % KEYS, seed]
+        found = await self.cache.get_many([str(one) for one in seeds])
+        for feature, one in zip(found, seeds, strict=True):
+            self._check(feature, one, "get_many")
+
+    async def put_many(self, seed: int) -> None:
+        seeds = [seed, (seed + 1) % KEYS]
+        values = [self._value(one) for one in seeds]
+        await self.cache.put_many(values, keys=[str(one) for one in seeds], timeout=5.0)
 
     async def wait(self, seed: int) -> None:
         with contextlib.suppress(

@@ -93,7 +93,7 @@ def resident(cache: FeatureCache) -> set[bytes]:
 
 def reads_out(cache: FeatureCache) -> int:
     """How many reads by key are out, in whichever session."""
-    return sum(len(page.grants) for page in cache._opened().pool.pages.values())
+    return sum(page.reads_by_key for page in cache._opened().pool.pages.values())
 
 
 def reserved(cache: FeatureCache) -> int:

@@ -134,6 +134,7 @@ async def test_killed_while_all_wait(start: Start, log: Log, slab: Slab) -> None
 
 
 @host_only
+@pytest.mark.usefixtures("no_key_table")
 @pytest.mark.parametrize("use", list(uses(Slab("host"))))
 async def test_killed_while_it_is_asked(start: Start, log: Log, use: str, slab: Slab) -> None:
     """It has the request, and never answers."""
@@ -219,11 +220,11 @@ async def test_killed_and_another_process_reads_on(start: Start, log: Log, slab:
 
 
 @host_only  # whose steps those are
-@pytest.mark.parametrize("step", ["taken", "copying", "paying"])
+@pytest.mark.parametrize("step", ["found", "leased", "copying", "paying"])
 async def test_killed_at_a_step_of_a_clients_read(
     start: Start, log: Log, slab: Slab, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was granted is read, and right."""
+    """What was leased is read, and right."""
     child, endpoint = await owner(start, slab)
     await put_key(child, 1, key="k")
     before = ours()

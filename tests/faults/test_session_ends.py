@@ -149,7 +149,7 @@ async def floods(pipe: Pipe, endpoint: str) -> None:
     channel = connection.link._channel
     tasks = set()
     while not channel._outgoing:  # the socket is full: the rest waits here
-        tasks.add(asyncio.ensure_future(client.contains("k" * 1000)))
+        tasks.add(asyncio.ensure_future(client.evict("k" * 1000)))
         await asyncio.sleep(0)
     await client.aclose()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -433,9 +433,12 @@ async def test_an_owner_closes_though_a_sessions_settlement_failed(
         raise AssertionError("a fault of featcache's own")
 
     async with featcache.create(settings=small()) as owner:
-        client = await featcache.connect(owner.endpoint).open()
+        client = await featcache.connect(owner.endpoint, name="tp0").open()
         await client.contains("k")
         with monkeypatch.context() as patch:
             patch.setattr(Attendance, "ended", fail)
             await client.aclose()
             await until(lambda: failures)
+        assert owner.statistics().sessions == 0
+        async with featcache.connect(owner.endpoint, name="tp0") as again:
+            assert not await again.contains("k")

@@ -246,7 +246,7 @@ async def test_a_put_that_waits_long_is_told_of_once() -> None:
             await until(lambda: pool_of(owner).store.queue.count == 1)
             clients = asyncio.create_task(client.put(filled(2 * KIB)))
             await until(lambda: len(of(told, events.PutWaiting)) == 2)
-            waits = owner._opened().main.writer._waits
+            waits = owner._opened().main.writer.waits
             assert (waits._untold, waits._timer) == ({}, None)  # there is nothing more to tell
             await client.release(ref)
             await asyncio.gather(own, clients)
@@ -267,7 +267,7 @@ async def test_a_put_that_has_its_room_in_time_is_not_told_of() -> None:
                 ref = await full(owner)
                 task = asyncio.create_task(owner.put(filled(KIB)))
                 await until(lambda: pool_of(owner).store.queue.count == 1)
-                waits = owner._opened().main.writer._waits
+                waits = owner._opened().main.writer.waits
                 assert waits._timer is not None
                 await client.release(ref)
                 await client.release(await task)
@@ -291,7 +291,7 @@ async def test_the_wait_that_a_look_at_what_was_released_ends_is_not_told_of() -
             await until(lambda: pool_of(owner).store.queue.count == 1)
             deaf(owner)
             await client.release(ref)
-            waits = owner._opened().main.writer._waits
+            waits = owner._opened().main.writer.waits
             waits._after_s = 0.0
             waits._tell()
             await task
@@ -303,7 +303,7 @@ async def test_a_flood_of_long_waits_is_bounded_and_counted() -> None:
         async with pair(**(ONE | {"wait_warning": 0.02, "log_interval": 3600.0})) as (owner, _):
             await full(owner)
             tasks = [asyncio.create_task(owner.put(filled(KIB))) for _ in range(40)]
-            waits = owner._opened().main.writer._waits
+            waits = owner._opened().main.writer.waits
             await until(lambda: len(of(told, events.PutWaiting)) == 16 and not waits._untold)
             for task in tasks:
                 task.cancel()
@@ -315,7 +315,7 @@ async def test_no_wait_is_told_of_if_the_setting_says_so() -> None:
         ref = await full(owner)
         task = asyncio.create_task(owner.put(filled(KIB)))
         await until(lambda: pool_of(owner).store.queue.count == 1)
-        assert owner._opened().main.writer._waits._timer is None
+        assert owner._opened().main.writer.waits._timer is None
         await client.release(ref)
         await task
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 import featcache
-from featcache import CacheClosed, FeatureCache, FeatureClient
+from featcache import CacheClosed, FeatureCache, FeatureClient, FeatureRef
 from featcache.control.turns import CALL_UNITS, EVICT_UNITS, LEAST, TURN_UNITS, turn_of
+from featcache.memory.words import Header
+from featcache.pool.late_puts import A_UNIT
 from support.caches import KIB, MIB, filled, pair, steps, until
 
 MANY = 600
@@ -313,3 +315,61 @@ async def test_puts_that_wait_get_room_in_pieces_and_in_order() -> None:
             await asyncio.gather(*tasks)
         assert served == list(range(MANY))
         assert waiters.most <= TURN_UNITS + LEAST
+
+
+async def waiting_puts(owner: FeatureCache, count: int) -> list["asyncio.Task[FeatureRef]"]:
+    tasks = [asyncio.create_task(owner.put(filled(16))) for _ in range(count)]
+    await until(lambda: owner.statistics().waiters == count)
+    return tasks
+
+
+@pytest.mark.parametrize("left", [0, TURN_UNITS], ids=["no units left", "a whole turn"])
+async def test_puts_cancelled_at_once_leave_at_once_and_are_told_of_in_pieces(left: int) -> None:
+    async with pair(capacity=64 * KIB, segment=64 * KIB, slots=1024) as (owner, _):
+        await owner.put(filled(64 * KIB), ttl=None)
+        tasks = await waiting_puts(owner, MANY)
+        writer, pool = owner._opened().main.writer, owner._opened().pool
+        told = [0]
+        end = writer.waits.end
+
+        def counted(*args: Any, **kwargs: Any) -> None:
+            told[0] += 1
+            end(*args, **kwargs)
+
+        writer.waits.end = counted  # type: ignore[method-assign]
+        async with sampled(lambda: told[0]) as ended:
+            turn_of(asyncio.get_running_loop()).left = left
+            for task in tasks:
+                task.cancel()
+            await steps(1)
+            assert all(task.cancelled() for task in tasks)
+            assert (owner.statistics().waiters, pool.store.queue.waiting_bytes) == (0, 0)
+            await until(lambda: told[0] == MANY)
+        assert ended.most <= TURN_UNITS * A_UNIT
+        await until(lambda: pool.words.header[Header.WAITING] == 0)
+        assert owner.pressure.level == "high"
+        assert not writer.waits._untold
+
+
+async def test_of_puts_cancelled_at_once_no_slot_is_lost_and_those_behind_are_served() -> None:
+    """Some have their slot granted as they are cancelled, some wait, some are not in the queue yet."""
+    async with pair(capacity=256 * KIB, segment=256 * KIB, slots=1024) as (owner, _):
+        for granted in range(0, MANY, MANY // 4):
+            full = await owner.put(filled(256 * KIB), ttl=None)
+            tasks = await waiting_puts(owner, MANY)
+            await owner.discard(full)
+            await until(lambda: owner.statistics().waiters <= MANY - granted)  # noqa: B023 - awaited here
+            behind = [asyncio.create_task(owner.put(filled(16))) for _ in range(100)]
+            unstaged = [asyncio.create_task(owner.put(filled(16))) for _ in range(MANY)]
+            await steps(1)
+            turn_of(asyncio.get_running_loop()).left = 0
+            for task in (*tasks, *unstaged):
+                task.cancel()
+            refs = list(await asyncio.gather(*behind))
+            for task in (*tasks, *unstaged):
+                with contextlib.suppress(asyncio.CancelledError):
+                    refs.append(await task)
+            for ref in refs:
+                await owner.discard(ref)
+            await until(lambda: owner.statistics().used_bytes == 0)
+            assert (owner.statistics().slots_used, owner.statistics().waiters) == (0, 0)

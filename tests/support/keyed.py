@@ -48,7 +48,7 @@ def page_of(owner: FeatureCache, session: int = 1) -> SessionPage:
 
 def grants(owner: FeatureCache) -> int:
     """Reads by key that are out."""
-    return sum(len(page.grants) for page in pool_of(owner).pages.values())
+    return sum(page.reads_by_key for page in pool_of(owner).pages.values())
 
 
 def seeking(owner: FeatureCache) -> int:

@@ -7,7 +7,9 @@ from typing import Any, NoReturn, Self
 import torch
 
 from featcache.api.arguments import check_ref, no_pickle, parse_device
-from featcache.api.lifecycle import Engine, Lifecycle, LifeState
+from featcache.api.lifecycle import Engine, LifeState
+from featcache.api.many import ManyCalls
+from featcache.control.turns import CALL_UNITS
 from featcache.errors import SettingsError, StaleRef
 from featcache.memory.pack import Feature
 from featcache.ref import FeatureRef
@@ -16,21 +18,16 @@ from featcache.session.borrow import Borrow
 from featcache.session.lease import KeyLease, MakeClaim
 from featcache.session.reader import Reader
 from featcache.session.single_flight import Keys, Make, find_or_claim, make_and_put, moved
-from featcache.settings import Settings, parse_timeout
+from featcache.settings import parse_timeout
 from featcache.statistics import Statistics
 
 
-class CacheBase:
+class CacheBase(ManyCalls):
     """The API that `FeatureCache` and `FeatureClient` share, over the engine of whichever it is.
 
     An object belongs to the event loop that opened it: WrongLoop elsewhere, but of the calls that say
     that they are safe in any thread.
     """
-
-    _life: Lifecycle[Any]
-    _settings: Settings
-    _place: torch.device | None = None
-    """Where a get puts its copy if the caller names no device; None is the pool's own device."""
 
     # --- life -----------------------------------------------------------------------------------
 
@@ -131,8 +128,13 @@ class CacheBase:
         engine: Engine = self._life.here()
         keys, reader = engine.keys, engine.reader
         since_s, left_s = 0.0 if timeout_s is None else time.monotonic(), timeout_s
+        turn = reader.turn
         while True:
-            lease = await keys.find(key, left_s)
+            turn.left -= CALL_UNITS
+            if turn.left < 0:
+                # Before anything is done: a cancellation that comes here loses nothing.
+                await turn.wait()
+            lease = keys.at_hand(key, place) or await keys.find(key, left_s, place)
             if timeout_s is not None:
                 left_s = max(0.0, since_s + timeout_s - time.monotonic())
             try:
@@ -141,25 +143,44 @@ class CacheBase:
                 pass  # its writer died before its bytes came, and the key went with it: look again
 
     def get_nowait(
-        self, ref: FeatureRef, *, device: Any = None, out: Feature | None = None
+        self, ref: FeatureRef | str | bytes, *, device: Any = None, out: Feature | None = None
     ) -> Feature:
         """`get` with no await, for a pool that is attached and bytes that are there.
 
-        The copy runs in the caller's thread whatever its size. Safe in any thread.
+        The copy runs in the caller's thread whatever its size. Safe in any thread. A key is looked up in
+        the key table, which this process has mapped.
 
         Raises:
             UnknownPool: the pool is not attached yet.
-            GetTimeout: the bytes are still on their way (on a GPU's stream).
+            GetTimeout: the bytes are still on their way (on a GPU's stream), or the owner must be asked,
+                of a key whose feature the table or this session's leases have no room for.
+            KeyNotFound: there is no feature under the key.
 
         """
         place = self._place if device is None and out is None else self._target(device, out)
         if type(ref) is not FeatureRef:
+            if isinstance(ref, str | bytes):
+                return self._get_key_nowait(key_bytes(ref), place, out)
             check_ref(ref)
         engine = self._life.engine
         if engine is None:  # as `_opened`, inline
             raise self._life.closed()
         copied: Feature = engine.reader.get_nowait(ref, place, out)
         return copied
+
+    def _get_key_nowait(
+        self, key: bytes, place: torch.device | None, out: Feature | None
+    ) -> Feature:
+        engine: Engine = self._opened()
+        while True:
+            lease = engine.keys.find_now(key, place)
+            lease.check_at_hand(place)
+            try:
+                copied: Feature | None = engine.reader.get_leased_blocking(lease, place, out)
+            except StaleRef:
+                continue  # as in `_get_key`
+            assert copied is not None, "it was found for this device"
+            return copied
 
     def borrow(self, ref: FeatureRef | str | bytes, *, timeout: float | None = None) -> Borrow:
         """Return a context manager whose value is a view in the slab: no copy, whatever the size.
@@ -172,7 +193,7 @@ class CacheBase:
         for reading: in another
         process than the owner's its memory is mapped read-only, and a write to it ends the process.
 
-        Of a key, `timeout` is as in `get`; it is looked up on entry, so it takes ``async with``.
+        Of a key, `timeout` is as in `get`; it is looked up on entry.
 
         Raises (on entry):
             As `get` does.
@@ -188,9 +209,17 @@ class CacheBase:
     def _borrow_key(self, key: bytes, timeout_s: float | None) -> Borrow:
         def find() -> Awaitable[KeyLease]:
             keys: Keys = self._life.here().keys
-            return keys.find(key, timeout_s)
+            return keys.find(key, timeout_s, None)
 
-        return Borrow(self._opened().reader, None, timeout_s, find)
+        def find_now() -> KeyLease:
+            keys: Keys = self._opened().keys
+            return keys.find_now(key, None)
+
+        def at_hand() -> KeyLease | None:
+            keys: Keys = self._opened().keys
+            return keys.at_hand(key, None)
+
+        return Borrow(self._opened().reader, None, timeout_s, find, find_now, at_hand)
 
     async def release(self, ref: FeatureRef, *, timeout: float | None = None) -> None:
         """Pay this session's read without reading. Raises as `get` does."""
@@ -265,7 +294,7 @@ class CacheBase:
         while True:
             # Looked up once: a lease that comes as this object is closed is still to be ended.
             engine: Engine = self._life.here()
-            found = await find_or_claim(engine.keys, wanted, timeout_s)
+            found = await find_or_claim(engine.keys, wanted, place, timeout_s)
             if isinstance(found, MakeClaim):
                 made = await make_and_put(found, make, lambda made: self.put(made, key=wanted))
                 return moved(made, place)
@@ -278,6 +307,14 @@ class CacheBase:
         """Whether a feature is kept under a key now. It does not count as a use."""
         keys: Keys = self._life.here().keys
         return await keys.command("contains", key_bytes(key))
+
+    def contains_nowait(self, key: str | bytes) -> bool | None:
+        """`contains` by this process's own look at the key table: no await, no message, in any thread.
+
+        None if the table can't tell: the owner must be asked, or the pool is not attached yet.
+        """
+        keys: Keys = self._opened().keys
+        return keys.contains_now(key_bytes(key))
 
     async def evict(self, key: str | bytes) -> bool:
         """Drop a key, pinned or not; return whether it was there.

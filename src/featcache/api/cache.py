@@ -151,9 +151,7 @@ class FeatureCache(CacheBase):
             writer, turn = owner.main.writer, owner.turn
             turn.left -= CALL_UNITS
             if turn.left < 0 and not owner.stages_at_call:
-                return await writer.put_in_line(
-                    lambda: writer.stage(feature, readers, ttl, key), timeout_s
-                )
+                return await writer.put_in_line(feature, readers, ttl, key, timeout_s)
             return await writer.put(writer.stage(feature, readers, ttl, key), timeout_s, wait=True)
         check_on_full(on_full, key)
         owner = life.here()

@@ -7,6 +7,7 @@ caller's thread. These objects are safe in any thread; they are closed when the 
 that would wait for the loop of its own thread raises WrongLoop.
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable
@@ -20,13 +21,16 @@ from featcache.api.cache import FeatureCache as AsyncCache
 from featcache.api.cache import create as _create
 from featcache.api.client import FeatureClient as AsyncClient
 from featcache.api.client import connect as _connect
+from featcache.api.many import parse_members
 from featcache.blocking.keys import get_by_key, get_or_put
+from featcache.blocking.many import get_many, put_many
 from featcache.blocking.portal import A, Portal
 from featcache.core.pressure import PressureLevel
-from featcache.errors import GetTimeout
+from featcache.errors import GetTimeout, StaleRef
 from featcache.memory.pack import Feature
 from featcache.ref import FeatureRef
 from featcache.session.arguments import check_make, key_bytes
+from featcache.session.batch_staging import parse_features
 from featcache.session.borrow import Borrow
 from featcache.session.copier import targets_of
 from featcache.session.reader import Reader
@@ -111,7 +115,7 @@ class _BlockingBase(Generic[A]):
         return portal.call(lambda: reader.get(ref, None, out, timeout_s), ref=ref)
 
     def get_nowait(
-        self, ref: FeatureRef, *, device: Any = None, out: Feature | None = None
+        self, ref: FeatureRef | str | bytes, *, device: Any = None, out: Feature | None = None
     ) -> Feature:
         """As `featcache.FeatureClient.get_nowait`: nothing is waited for."""
         return self._portal.inner.get_nowait(ref, device=device, out=out)
@@ -126,6 +130,9 @@ class _BlockingBase(Generic[A]):
         """Enter a borrow, waiting for its bytes."""
         ref, portal = borrow.ref, self._portal
         if ref is None:  # a key's, to be looked up
+            with contextlib.suppress(GetTimeout, StaleRef):  # on its way, or gone with its writer
+                if (view := borrow.enter_at_hand()) is not None:
+                    return view
             return portal.call(borrow.__aenter__, lambda _: borrow.close(pays=False))
         reader = portal.engine.reader
         if reader.pools.has(ref):
@@ -198,9 +205,59 @@ class _BlockingBase(Generic[A]):
             portal, wanted, make, lambda made: self.put(made, key=wanted), device, timeout_s
         )
 
+    def share(
+        self,
+        key: str | bytes,
+        *,
+        readers: int | Iterable[str],
+        ttl: float | EllipsisType | None = ...,
+        timeout: float | None = None,
+    ) -> FeatureRef:
+        """Return a ref of what is kept under a key, as `featcache.FeatureClient.share`."""
+        inner = self._portal.inner
+        return self._portal.call(
+            lambda: inner.share(key, readers=readers, ttl=ttl, timeout=timeout), inner.discard
+        )
+
+    def get_many(
+        self,
+        members: Iterable[FeatureRef | str | bytes],
+        *,
+        device: Any = None,
+        timeout: float | None = None,
+    ) -> list[Feature]:
+        """Return copies of many and pay their reads, as `featcache.FeatureClient.get_many`."""
+        wanted, portal = parse_members(members), self._portal
+        return get_many(portal, wanted, portal.place(device, None), parse_timeout(timeout))
+
+    def contains_many(self, keys: Iterable[str | bytes]) -> list[bool]:
+        """Return whether a feature is kept under each key now."""
+        return self._portal.call(lambda: self._portal.inner.contains_many(keys))
+
+    def put_many(
+        self,
+        features: Iterable[torch.Tensor | dict[str, torch.Tensor]],
+        *,
+        readers: int | Iterable[str] | EllipsisType = ...,
+        keys: Iterable[str | bytes | None] | None = None,
+        ttl: float | EllipsisType | None = ...,
+        timeout: float | None = None,
+        on_full: OnFull = "wait",
+    ) -> list[FeatureRef]:
+        """Copy many features in, all or none, as `featcache.FeatureCache.put_many`."""
+        given = parse_features(features, keys, readers, ttl)
+        return put_many(self._portal, given, parse_timeout(timeout), on_full)
+
     def contains(self, key: str | bytes) -> bool:
         """Whether a feature is kept under a key now."""
-        return self._portal.call(lambda: self._portal.inner.contains(key))
+        there = self._portal.inner.contains_nowait(key)
+        return (
+            self._portal.call(lambda: self._portal.inner.contains(key)) if there is None else there
+        )
+
+    def contains_nowait(self, key: str | bytes) -> bool | None:
+        """`contains` by the key table alone, as `featcache.FeatureClient.contains_nowait`."""
+        return self._portal.inner.contains_nowait(key)
 
     def evict(self, key: str | bytes) -> bool:
         """Drop a key; return whether it was there."""

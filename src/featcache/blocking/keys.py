@@ -30,7 +30,10 @@ def get_by_key(
     keys, place = portal.engine.keys, portal.place(device, out)
     give_up_s = None if timeout_s is None else time.monotonic() + timeout_s
     while True:
-        lease = portal.call(lambda: keys.find(key, timeout_s), _undo)  # noqa: B023 - called here
+        lease = keys.at_hand(key, place) or portal.call(
+            lambda: keys.find(key, timeout_s, place),  # noqa: B023 - called here
+            _undo,
+        )
         try:
             return _copy(portal, lease, place, out, give_up_s)
         except StaleRef:  # its writer died before its bytes came, and the key went with it
@@ -51,7 +54,9 @@ def get_or_put(
     while True:
         found: KeyLease | MakeClaim | None = None
         try:  # around the call too: an interrupt may come as it returns
-            found = portal.call(lambda: find_or_claim(keys, key, timeout_s), _undo)
+            found = keys.at_hand(key, place) or portal.call(
+                lambda: find_or_claim(keys, key, place, timeout_s), _undo
+            )
             if isinstance(found, MakeClaim):
                 feature = make()
                 put(feature)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from featcache.control import messages
+from featcache.control import many, messages
 from featcache.control.descriptors import NO_DESCRIPTOR, close_all, close_taken
 from featcache.control.link import Link, SlabChange
 from featcache.control.messages import UnmapTail
@@ -26,6 +26,7 @@ from featcache.memory.slab import Mapping, Unreachable
 from featcache.memory.words import Parting
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
+from featcache.session.hits import KeyHits
 from featcache.session.offload import Offload
 from featcache.session.waiting import Doorbell, drain
 
@@ -59,6 +60,7 @@ class PoolConnection:
     def __init__(
         self,
         attachment: Attachment,
+        hits: KeyHits,
         link: Link,
         endpoint: str,
         doorbell: Doorbell,
@@ -78,6 +80,7 @@ class PoolConnection:
         """The owner's bounds of a put, as it said."""
         self.state = ConnectionState.OPEN
         self._mapping: Mapping = attachment.mapping
+        self.hits = hits
         self._doorbell = doorbell
         self._offload = offload
         self._spawn = spawn
@@ -292,6 +295,7 @@ class PoolConnection:
         self.state = ConnectionState.LEFT
         self.link.forget()
         self.attachment.forget()
+        self.hits.forget()
         self._doorbell.close()
         for _, fds in self._changes:
             close_all(fds)
@@ -313,7 +317,7 @@ def return_unclaimed(
     """Return the lease, claim, reservation or pin of an answer whose request was cancelled."""
     link = connection.link
     if isinstance(answer, messages.Granted):
-        connection.attachment.return_lease(answer.index, answer.serial)
+        connection.attachment.return_grant(answer.index, answer.serial)
     elif isinstance(answer, messages.ClaimGranted) and isinstance(request, messages.Find):
         link.tell(messages.ReleaseClaim(request.key, answer.claim))
     elif isinstance(answer, messages.Reserved):
@@ -322,9 +326,30 @@ def return_unclaimed(
         link.discard_soon(request.slot, request.generation)
     elif isinstance(request, messages.KeyCommand) and request.command == "pin":
         link.unpin_soon(request.key)
-    elif isinstance(request, messages.Upload) and isinstance(answer, messages.Reply):
+    elif isinstance(request, messages.Upload | messages.Share) and isinstance(
+        answer, messages.Reply
+    ):
         ref = FeatureRef.from_bytes(answer.ref)
         link.discard_soon(ref.slot, ref.generation)
+    else:
+        _return_many(connection, request, answer)
+
+
+def _return_many(
+    connection: PoolConnection, request: messages.Request, answer: messages.Answer
+) -> None:
+    """As `return_unclaimed`, of an answer for many members."""
+    link = connection.link
+    if isinstance(answer, many.GrantedMany):
+        for one in answer.found:
+            if one is not None:
+                connection.attachment.return_grant(one[0], one[1])
+    elif isinstance(answer, many.ReservedMany):
+        for slot, generation, _ in answer.slots:
+            link.tell(messages.GiveUpReserved(slot, generation, landed=True))
+    elif isinstance(request, many.PublishMany):
+        for slot, generation, _, _ in request.members:
+            link.discard_soon(slot, generation)
 
 
 def _change(mapping: Mapping, change: SlabChange, fds: list[int]) -> None:

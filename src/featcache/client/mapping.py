@@ -10,10 +10,12 @@ from featcache.control.messages import Welcome
 from featcache.errors import AttachRefused
 from featcache.memory.backends import map_slab
 from featcache.memory.devices import default_device
+from featcache.memory.key_table import KeyTable
 from featcache.memory.slab import Mapping, PageWords, PeerSlab, Unreachable
 from featcache.memory.unreachable import UnreachableSlab
 from featcache.memory.words import OwnerWords, SessionWords
 from featcache.session.attachment import Attachment
+from featcache.session.hits import KeyHits
 from featcache.session.offload import Offload
 from featcache.session.waiting import Doorbell
 
@@ -24,6 +26,7 @@ class MappedPool(NamedTuple):
     """A pool as it could be mapped."""
 
     attachment: Attachment
+    hits: KeyHits
     doorbell: Doorbell
     unreachable: str | None
     """Why its slab is read through host memory, if it is."""
@@ -72,7 +75,7 @@ async def map_pool(
     attachment = Attachment(welcome.pool_id, words, page, slab.mapping, slab.adopted, doorbell.ring)
     attachment.shrink_epoch = welcome.shrink_epoch
     attachment.capacity_bytes = welcome.capacity_bytes
-    return MappedPool(attachment, doorbell, slab.unreachable)
+    return MappedPool(attachment, KeyHits(attachment, KeyTable(words)), doorbell, slab.unreachable)
 
 
 def _map_and_adopt(

@@ -120,6 +120,32 @@ class ConnectionRegistry:
         """Return the connection of the pool that this client is connected to, if it is open."""
         return self._connections.get(self.bound_pool)
 
+    def bound_now(self) -> PoolConnection:
+        """Return the connection of the pool that this client is connected to, in any thread.
+
+        Raises:
+            OwnerLost: it is gone; UnknownPool: it is not attached yet.
+            CacheClosed, SettingsError: as `bound`.
+
+        """
+        connection = self._connections.get(self.bound_pool)
+        if connection is not None:
+            return connection
+        self._check_bound()
+        raise UnknownPool(
+            "this pool is not attached yet: await a call of it first, or connect to it"
+        )
+
+    def _check_bound(self) -> str:
+        """Return the endpoint that this client is connected to."""
+        if self._closed:
+            raise CacheClosed("this client was closed, or is another process's")
+        if self._bound is None:
+            raise SettingsError("keys and puts need a client that is connected: connect(endpoint)")
+        if self._lost is not None:
+            raise OwnerLost(self._lost)
+        return self._bound
+
     async def bound(self) -> PoolConnection:
         """Return the connection of the pool that this client is connected to.
 
@@ -128,13 +154,7 @@ class ConnectionRegistry:
             SettingsError: the client is connected to none.
 
         """
-        if self._closed:
-            raise CacheClosed("this client was closed, or is another process's")
-        if self._bound is None:
-            raise SettingsError("keys and puts need a client that is connected: connect(endpoint)")
-        if self._lost is not None:
-            raise OwnerLost(self._lost)
-        return await self.attach(self._bound)
+        return await self.attach(self._check_bound())
 
     async def reach(self, attachment: Attachment, device: torch.device | None) -> bool:
         """Open a pool for another device of this process; False, said once, where that can't be."""
@@ -247,7 +267,7 @@ class ConnectionRegistry:
 
     async def _connect(self, link: Link, welcome: Welcome, fds: list[int]) -> PoolConnection:
         """Map the pool that the owner described. Takes from `fds` those that it keeps."""
-        attachment, doorbell, unreachable = await map_pool(
+        attachment, hits, doorbell, unreachable = await map_pool(
             welcome, fds, self._device, self._offload, through_host=self._settings.through_host
         )
         device = attachment.mapping.device
@@ -256,6 +276,7 @@ class ConnectionRegistry:
             self._report_unreachable(welcome.pool_id, device, unreachable)
         connection = PoolConnection(
             attachment,
+            hits,
             link,
             welcome.endpoint or link.endpoint,
             doorbell,

@@ -16,10 +16,12 @@ from typing import Any, Final, TypeVar
 
 import anyio
 
+from featcache.client.batch_puts import ClientBatchPuts
 from featcache.client.connection import PoolConnection
 from featcache.client.rooms import RoomsAhead
 from featcache.control import messages
 from featcache.control.descriptors import close_taken
+from featcache.control.many import ReservedMany
 from featcache.control.messages import ProtocolError, Reserved
 from featcache.control.rooms import PublishUnkeyed, PutTerms, Room
 from featcache.core.put_queue import Request
@@ -104,7 +106,7 @@ def left(deadline_s: float) -> float:
     return max(0.001, deadline_s - time.monotonic())
 
 
-class ClientWriter:
+class ClientWriter(ClientBatchPuts):
     """Puts into the pool of one connection."""
 
     def __init__(self, connection: PoolConnection, settings: Settings, offload: Offload) -> None:
@@ -194,12 +196,35 @@ class ClientWriter:
             room = rooms.pop(nbytes)
         return None
 
+    async def _open(self) -> None:
+        """Map the slab for writing, if it is not yet, and go on in the order of the calls."""
+        if self._line.busy or not self.connection.attachment.mapping.writable:
+            await self._line.go(self._join_opening)
+            self.connection.attachment.check()  # it may have been closed meanwhile
+
+    async def _join_opening(self) -> None:
+        if not self.connection.attachment.mapping.writable:
+            await self._opening.join()
+
+    async def _in_time(
+        self,
+        timeout_s: float | None,
+        wait: bool,
+        nbytes: int,
+        work: Callable[[bool, float | None], Awaitable[ReservedMany]],
+    ) -> ReservedMany:
+        if timeout_s is None:
+            return await work(wait, None)
+        return await within(
+            *(timeout_s, wait, nbytes),
+            lambda waits, until_s: work(waits, None if until_s is None else left(until_s)),
+        )
+
     async def _reserve(
         self, request: Request, deadline_s: float | None = None, *, wait: bool
     ) -> Reserved:
         if self._line.busy or not self.connection.attachment.mapping.writable:
-            await self._line.go(self._open)
-            self.connection.attachment.check()  # it may have been closed meanwhile
+            await self._open()
         link = self.connection.link
         left_s = None if deadline_s is None else left(deadline_s)
         answer, _ = await link.request(
@@ -209,10 +234,6 @@ class ClientWriter:
             raise ProtocolError(f"the owner answered a put with {type(answer).__name__}")
         self._rooms.add(answer.rooms)
         return answer
-
-    async def _open(self) -> None:
-        if not self.connection.attachment.mapping.writable:
-            await self._opening.join()
 
     async def _fill(
         self, room: Reserved | Room, staged: Staged, terms: PutTerms | None

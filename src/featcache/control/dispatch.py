@@ -174,4 +174,5 @@ def _fault(number: int) -> messages.Reply:
 
 
 def _refusal(number: int, error: FeatcacheError) -> messages.Reply:
-    return messages.Reply(number, type(error).__name__, str(error)[:2000])
+    text = str(error)[:2000]
+    return messages.Reply(number, type(error).__name__, text, member=error.member)

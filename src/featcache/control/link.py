@@ -111,6 +111,11 @@ class Link:
         fds, self._welcome_fds = self._welcome_fds, []
         return welcome, fds
 
+    @property
+    def message_bytes(self) -> int:
+        """The longest message that both ends accept."""
+        return self._channel.send_bytes
+
     async def discard(self, slot: int, generation: int) -> None:
         """Have the owner cancel what a ref still owes; return when it has."""
         await self.request(messages.Discard(self.number(), slot, generation))

@@ -7,23 +7,32 @@ To add a request: define it here, with its `lane` and whether it `copies`; add i
 in `owner/requests.py`; call it from `client/`.
 """
 
-import enum
 from collections.abc import Callable
-from typing import Annotated, ClassVar, Final, Literal, TypeGuard, TypeVar, get_args
+from typing import Annotated, Final, Literal, TypeGuard, TypeVar, get_args
 
 import msgspec
 
-from featcache.control.fields import Handle as _Handle
-from featcache.control.fields import Key as _Key
-from featcache.control.fields import MessageBytes as _MessageBytes
-from featcache.control.fields import Name as _Name
-from featcache.control.fields import Natural as _Natural
-from featcache.control.fields import PoolId as _PoolId
-from featcache.control.fields import Ref as _Ref
-from featcache.control.fields import Seconds as _Seconds
-from featcache.control.fields import Specs as _Specs
-from featcache.control.fields import Text as _Text
+from featcache.control.many import (
+    Contained,
+    ContainsMany,
+    FindMany,
+    GrantedMany,
+    PublishMany,
+    ReservedMany,
+    ReserveMany,
+)
 from featcache.control.rooms import PublishUnkeyed, PutTerms, RoomList, Rooms
+from featcache.control.wire import Handle as _Handle
+from featcache.control.wire import Key as _Key
+from featcache.control.wire import Lane, Numbered
+from featcache.control.wire import MessageBytes as _MessageBytes
+from featcache.control.wire import Name as _Name
+from featcache.control.wire import Natural as _Natural
+from featcache.control.wire import PoolId as _PoolId
+from featcache.control.wire import Ref as _Ref
+from featcache.control.wire import Seconds as _Seconds
+from featcache.control.wire import Specs as _Specs
+from featcache.control.wire import Text as _Text
 from featcache.errors import FeatcacheError, explain
 
 VERSION: Final = 5
@@ -44,29 +53,6 @@ class SocketFailed(ProtocolError):
         super().__init__(doing if cause is None else f"{doing}: {explain(cause)}")
         # Not its traceback, whose frames refer to the channel.
         self.__cause__ = None if cause is None else cause.with_traceback(None)
-
-
-class Lane(enum.Enum):
-    """The lanes in which requests wait while too many of their kind are unanswered.
-
-    They are apart so that no request queues behind those that wait for its effect: a `Publish` ends the
-    wait of a `Find`, reads through the host end that of a `Reserve` or an `Upload`.
-    """
-
-    FIND = "find"
-    ROOM = "room"
-    COPY = "copy"
-    OTHER = "other"
-
-
-class Numbered(msgspec.Struct, frozen=True):
-    """A request: answered exactly once, under its number."""
-
-    request: _Natural
-    lane: ClassVar[Lane | None] = Lane.OTHER
-    """None for a request that never waits: others wait for its effect."""
-    copies: ClassVar[bool] = False
-    """Whether the owner serves it through its pool in host memory; those have a bound of their own."""
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):
@@ -120,6 +106,17 @@ class ReleaseClaim(msgspec.Struct, tag="unclaim", frozen=True):
 
     key: _Key
     claim: _Natural
+
+
+class Share(Numbered, tag="share", frozen=True):
+    """Client: make a ref of what is kept under a key. Answered by `Reply` with the ref."""
+
+    key: _Key
+    readers: Annotated[int, msgspec.Meta(ge=1)] | Annotated[list[_Name], msgspec.Meta(min_length=1)]
+    ttl_s: _Seconds | None
+    waits: bool = False
+    """As of `Find`."""
+    lane = Lane.FIND
 
 
 class KeyCommand(Numbered, tag="of_key", frozen=True, rename={"command": "what"}):
@@ -249,9 +246,11 @@ class Reply(msgspec.Struct, tag="reply", frozen=True):
     error: _Text | None = None
     text: _Text = ""
     ref: _Ref = b""
-    """The result of a `Relay` or an `Upload`."""
+    """The result of a `Relay`, an `Upload` or a `Share`."""
     flag: bool = False
     """The result of a `KeyCommand`."""
+    member: _Natural | None = None
+    """Of which member of a request of many the error is."""
 
 
 class Granted(msgspec.Struct, tag="granted", frozen=True):
@@ -317,11 +316,34 @@ class Closing(msgspec.Struct, tag="closing", frozen=True):
 
 
 Request = (
-    Discard | Relay | Find | KeyCommand | Reserve | Publish | OpenForWriting | HostPool | Upload
+    Discard
+    | Relay
+    | Find
+    | Share
+    | FindMany
+    | ContainsMany
+    | KeyCommand
+    | Reserve
+    | Publish
+    | ReserveMany
+    | PublishMany
+    | OpenForWriting
+    | HostPool
+    | Upload
 )
 Note = Cancel | ReleaseClaim | GiveUpReserved | PublishUnkeyed
 """Messages of a client that have no answer."""
-Answer = Reply | Granted | ClaimGranted | Reserved | Published | WriteDescriptors
+Answer = (
+    Reply
+    | Granted
+    | GrantedMany
+    | Contained
+    | ClaimGranted
+    | Reserved
+    | ReservedMany
+    | Published
+    | WriteDescriptors
+)
 FromClient = Hello | Goodbye | TailUnmapped | Request | Note
 FromOwner = Welcome | Refused | Farewell | Closing | Segments | UnmapTail | Rooms | Answer
 

@@ -13,12 +13,16 @@ from featcache import errors
 from featcache.control import messages
 from featcache.control.channel import Channel
 from featcache.control.descriptors import close_all
-from featcache.control.messages import Answer, Lane, ProtocolError, Request, encode
+from featcache.control.many import PublishMany
+from featcache.control.messages import Answer, ProtocolError, Request, encode
 from featcache.control.turns import WAKE_UNITS, turn_of
+from featcache.control.wire import Lane
 from featcache.errors import CacheClosed, FeatcacheError, SettingsError
 
 MAX_IN_FLIGHT: Final = 2048
 """Unanswered requests in one lane; one more waits for its turn, first come, first served."""
+
+_PUBLISHES: Final = (messages.Publish, PublishMany)
 
 Answered: TypeAlias = asyncio.Future[tuple[Answer, list[int]]]
 
@@ -121,6 +125,10 @@ class PendingRequests:
             self._orphan(request)
 
     def _orphan(self, request: Request) -> None:
+        if type(request) is PublishMany:
+            for slot, generation, _, _ in request.members:
+                self.tell(messages.Discard(self.number(), slot, generation))
+            return
         if type(request) is messages.Publish:
             # Nobody has its ref. At once, behind it and before any goodbye: its answer may come when the
             # session has ended and no discard is heard any more.
@@ -139,7 +147,7 @@ class PendingRequests:
     def _failing(self, error: FeatcacheError) -> Iterator[None]:
         for request, answer in list(self._unanswered.values()):
             # The bytes of a publish are in the slab: whoever awaits the ref still gets it.
-            if type(request) is messages.Publish or answer.done():
+            if type(request) in _PUBLISHES or answer.done():
                 continue
             if self._unanswered.pop(request.request, None) is not None:
                 self._turn.left -= WAKE_UNITS
@@ -229,4 +237,6 @@ def _error_of(refusal: messages.Reply) -> FeatcacheError:
     """Return the error that a reply names, if featcache has one of that name."""
     name = refusal.error
     kind = getattr(errors, name, None) if name is not None and name in errors.__all__ else None
-    return (kind or FeatcacheError)(refusal.text)
+    error: FeatcacheError = (kind or FeatcacheError)(refusal.text)
+    error.member = refusal.member
+    return error

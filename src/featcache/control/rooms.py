@@ -4,7 +4,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from featcache.control.fields import Key, Name, Natural, Seconds, Specs
+from featcache.control.wire import Key, Name, Natural, Seconds, Specs
 
 MAX_ROOMS: Final = 64
 """Rooms ahead that one message can carry."""

@@ -32,6 +32,9 @@ LEAST: Final = 32
 BYTES_SHIFT: Final = 16
 """A copy in the loop takes a unit for each 64 KiB."""
 
+KEPT: Final = object()
+"""What the work of a caller returns that has kept its future, to have it done itself."""
+
 Activity: TypeAlias = Callable[[], bool]
 """Does work until its quantum is used up; returns whether there is more."""
 
@@ -80,9 +83,12 @@ class Turn:
                 continue  # cancelled
             self.left -= CALL_UNITS
             try:
-                future.set_result(None if work is None else work())
+                result = None if work is None else work()
+                if result is not KEPT:
+                    future.set_result(result)
             except Exception as error:  # noqa: BLE001 - told to the caller
-                future.set_exception(error)
+                if not future.done():
+                    future.set_exception(error)
         return bool(callers)
 
     # --- work that goes on ------------------------------------------------------------------------

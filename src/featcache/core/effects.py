@@ -26,6 +26,8 @@ class Limits:
     """The share of the capacity above which keys are evicted though no put waits for room."""
     evict_to: float = 1.0
     """The share of the capacity down to which they are evicted then."""
+    eviction: str = "lru"
+    """The eviction order: a name of `core.recency.POLICIES`."""
     compact: float = 0.0
     """The share of a tail segment that resident features may fill and still be evicted to empty it."""
 
@@ -41,7 +43,7 @@ class SlotRetired(msgspec.Struct, frozen=True, gc=False):
 
 
 class Recycled(msgspec.Struct, frozen=True, gc=False):
-    """The extent is free."""
+    """The slot is free, and its extent; of a share, whose extent is another's, `nbytes` is 0."""
 
     index: int
     generation: int

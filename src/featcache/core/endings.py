@@ -1,7 +1,7 @@
 """Why a ref is stale: a bounded memory of the refs that ended otherwise than by being paid."""
 
 import enum
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import Final
 
 from featcache.core.slots import Slot, SlotState, SlotTable
@@ -24,6 +24,9 @@ class Ending(enum.Enum):
     WRITER_LOST = f"never came, as its writer died or gave it up: {_AGAIN}"
 
 
+_CODES: Final = {ending: code for code, ending in enumerate(Ending, 1)}
+_BY_CODE: Final = {code: ending for ending, code in _CODES.items()}
+_CODE_BITS: Final = 4
 _PAID: Final = (
     "was recycled, as every read that it owed was paid: put it with as many readers as read it, or "
     "keep it under a key"
@@ -38,7 +41,21 @@ UNKNOWN: Final = (
     "was recycled (every read that it owed was paid), expired or discarded: put the feature again, "
     "with more readers or a longer ttl if need be"
 )
-"""These two are what a session can say, which sees no more than a slot's word."""
+"""These two are what a session says of a ref before the last that its slot's `ending` word tells of."""
+
+
+def why_by_word(word: int, generation: int, *, published: bool, recycled: bool) -> str:
+    """Say why a ref is stale, as a session knows it.
+
+    `word` is its slot's `ending` word: the last generation that ended otherwise than by being paid, and
+    how. `published` says whether the ref's generation was reached, `recycled` whether a later one was.
+    """
+    told = word >> _CODE_BITS
+    if told == generation and (ending := _BY_CODE.get(word & (1 << _CODE_BITS) - 1)):
+        return ending.value
+    if told < generation and published:
+        return _PAID
+    return RECYCLED if recycled else UNKNOWN
 
 
 class Endings:
@@ -48,11 +65,15 @@ class Endings:
         self._most = most
         self._known: OrderedDict[tuple[int, int], Ending] = OrderedDict()
         self._forgot = False
+        self.untold: deque[tuple[int, int]] = deque(maxlen=most)
+        """Slots of what was noted, each with its `ending` word, until sessions are told."""
 
     def note(self, slot: Slot, ending: Ending) -> None:
         """Remember how a slot's ref ended; what it was told first counts."""
         known = self._known
-        known.setdefault((slot.index, slot.generation), ending)
+        if (slot.index, slot.generation) not in known:
+            known[slot.index, slot.generation] = ending
+            self.untold.append((slot.index, slot.generation << _CODE_BITS | _CODES[ending]))
         if len(known) > self._most:
             known.popitem(last=False)
             self._forgot = True

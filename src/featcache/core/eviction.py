@@ -1,22 +1,29 @@
-"""Victim selection: the least recently used run of adjacent extents that frees a block of a size.
+"""Victim selection: the coldest run of adjacent extents that frees a block of a size.
 
-Where all features are of one size the victim is the least recently used feature. Where they are not,
-evicting in that order alone frees many separate extents before one is large enough, and each costs a
-hit. So a window of neighbours in the slab is built around each of a few of the coldest features, and
-the window is evicted whose most recently used member was used the longest ago. That is the same work
-whatever the number of features, and a request that takes very many neighbours tries fewer windows. Only
-where none of those windows makes room, because pins or reads stand between, is the whole slab gone over
-once, for the best of all windows.
+How cold a feature is, its rank, is the policy's to say (`core.recency`). Where all features are of one
+size the victim is the coldest. Where they are not, evicting in that order alone frees many separate
+extents before one is large enough, and each costs a hit. So a window of neighbours in the slab is built
+around each of a few of the coldest features, and the window is evicted whose warmest member is the
+coldest. That is the same work whatever the number of features, and a request that takes very many
+neighbours tries fewer windows. Only where none of those windows makes room, because pins or reads stand
+between, is the whole slab gone over once, for the best of all windows.
+
+A rank costs a look at the sessions' words, which the policy bounds in each search.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from math import inf
+from operator import itemgetter
 from typing import Final
 
 from featcache.core.allocator import Extent, OffsetAllocator
 from featcache.core.recency import Held, Recency
 from featcache.core.slots import Slot
+
+Rank = Callable[[Slot], int]
+"""Returns how cold a kept slot is: the coldest has the lowest."""
 
 FEW: Final = 32
 """Features, the coldest ones, around which a window is tried at first."""
@@ -37,114 +44,129 @@ def victims(
     Tries windows around the coldest few. `growth_bytes` more may be committed behind the last extent,
     once the victims have gone.
     """
-    coldest = recency.coldest(held)
-    if coldest is None:
-        return []
-    search = _Search(allocator, size_bytes, held, growth_bytes)
-    best = search.window(coldest, inf)
-    if len(best) == 1:
-        return best
-    for slot in recency.coldest_few(FEW, held)[1:]:
-        if search.steps > _MAX_STEPS or (best and slot.tick > best[0].tick):
-            break  # a window is no colder than its centre, and the next centres are warmer still
-        best = search.window(slot, best[0].tick if best else inf) or best
-    return best
+    search = _Search(recency.rank, allocator, size_bytes, held, growth_bytes)
+    best, warmest = list[tuple[float, Slot]](), inf
+    with closing(recency.by_rank(FEW, held)) as coldest:
+        for rank, slot in coldest:
+            if search.steps > _MAX_STEPS or rank > warmest:
+                break  # a window is no colder than its centre, and the next centres are warmer still
+            if window := search.window(slot, rank, warmest):
+                best, warmest = window, window[0][0]
+                if len(best) == 1:
+                    break  # no other window can be colder than one of the coldest alone
+    return [slot for _, slot in best]
 
 
 class _Search:
     """One search for windows, and the extents that it has looked at."""
 
     def __init__(
-        self, allocator: OffsetAllocator, size_bytes: int, held: Held, growth_bytes: int
+        self,
+        rank: Rank,
+        allocator: OffsetAllocator,
+        size_bytes: int,
+        held: Held,
+        growth_bytes: int,
     ) -> None:
         self._allocator, self._size_bytes, self._held = allocator, size_bytes, held
-        self._growth_bytes = growth_bytes
+        self._rank, self._growth_bytes = rank, growth_bytes
         self.steps = 0
 
-    def window(self, slot: Slot, before_tick: float) -> list[Slot]:
+    def window(self, slot: Slot, centre: int, before: float) -> list[tuple[float, Slot]]:
         """Return a feature and the neighbours that free one block with it, the warmest first.
 
-        It grows by the colder of its two neighbours. Empty if both are in use, or no colder than
-        `before_tick`.
+        `centre` is the feature's rank. The window grows by the colder of its two neighbours. Empty if
+        both are in use, or no colder than the rank `before`.
         """
         extent, held, growth_bytes = slot.extent, self._held, self._growth_bytes
         assert extent is not None, "it is kept"
-        previous, following = self._allocator.previous, self._allocator.following
-        window, missing_bytes = [slot], self._size_bytes - extent.size_bytes
-        before, after = previous(extent), following(extent)
-        low, high = _tick(before, held), _tick(after, held)
+        if extent.size_bytes >= self._size_bytes:
+            return [(centre, slot)]  # without a look at its neighbours
+        rank, previous, following = self._rank, self._allocator.previous, self._allocator.following
+        window: list[tuple[float, Slot]] = [(centre, slot)]
+        missing_bytes = self._size_bytes - extent.size_bytes
+        lower, upper = previous(extent), following(extent)
+        low, high = _rank_of(lower, held, rank), _rank_of(upper, held, rank)
         while missing_bytes > 0:
             self.steps += 1
-            if after is None and growth_bytes:
+            if upper is None and growth_bytes:
                 missing_bytes, growth_bytes = missing_bytes - growth_bytes, 0
                 continue
             goes_low = low <= high
-            if (low if goes_low else high) >= before_tick:
+            taken, colder = (lower, low) if goes_low else (upper, high)
+            if colder >= before:
                 return []
-            taken = before if goes_low else after
-            assert taken is not None, "it has a tick"
+            assert taken is not None, "it has a rank"
             missing_bytes -= taken.size_bytes
             if isinstance(taken.holder, Slot) and not taken.is_free:
-                window.append(taken.holder)
+                window.append((colder, taken.holder))
             if goes_low:
-                before = previous(taken)
-                low = _tick(before, held)
+                lower = previous(taken)
+                low = _rank_of(lower, held, rank)
             else:
-                after = following(taken)
-                high = _tick(after, held)
+                upper = following(taken)
+                high = _rank_of(upper, held, rank)
         return _warmest_first(window)
 
 
 def best_victims(
-    allocator: OffsetAllocator, size_bytes: int, held: Held, *, growth_bytes: int = 0
+    recency: Recency,
+    allocator: OffsetAllocator,
+    size_bytes: int,
+    held: Held,
+    *,
+    growth_bytes: int = 0,
 ) -> list[Slot]:
     """As `victims`, of all windows that there are: the slab is gone over once, from its beginning."""
-    passed: list[tuple[Extent | None, int, float]] = []  # extent, size, tick
+    passed: list[tuple[Extent | None, int, float]] = []  # extent, size, rank
     start = total_bytes = 0  # of the window, which ends with the last of these
-    warmest: deque[float] = deque()  # of the window: each tick that no later one exceeds
-    best_tick, best = inf, (0, 0)
-    for extent, extent_bytes, tick in _extents(allocator, held, growth_bytes):
-        passed.append((extent, extent_bytes, tick))
-        if tick == inf:
+    warmest: deque[float] = deque()  # of the window: each rank that no later one exceeds
+    best_rank, best = inf, (0, 0)
+    for extent, extent_bytes, rank in _extents(recency.rank, allocator, held, growth_bytes):
+        passed.append((extent, extent_bytes, rank))
+        if rank == inf:
             start, total_bytes = len(passed), 0
             warmest.clear()
             continue
         total_bytes += extent_bytes
-        while warmest and warmest[-1] < tick:
+        while warmest and warmest[-1] < rank:
             warmest.pop()
-        warmest.append(tick)
+        warmest.append(rank)
         while total_bytes >= size_bytes:
-            if 0 < warmest[0] < best_tick:
-                best_tick, best = warmest[0], (start, len(passed))
-            _, first_bytes, first_tick = passed[start]
+            if 0 < warmest[0] < best_rank:
+                best_rank, best = warmest[0], (start, len(passed))
+            _, first_bytes, first_rank = passed[start]
             start += 1
             total_bytes -= first_bytes
-            if first_tick == warmest[0]:
+            if first_rank == warmest[0]:
                 warmest.popleft()
-    holders = [one.holder for one, _, tick in passed[slice(*best)] if one is not None and tick]
-    return _warmest_first([slot for slot in holders if isinstance(slot, Slot)])
+    window = [
+        (rank, one.holder) for one, _, rank in passed[slice(*best)] if one is not None and rank
+    ]
+    going = _warmest_first([(rank, slot) for rank, slot in window if isinstance(slot, Slot)])
+    return [slot for _, slot in going]
 
 
 def _extents(
-    allocator: OffsetAllocator, held: Held, growth_bytes: int
+    rank: Rank, allocator: OffsetAllocator, held: Held, growth_bytes: int
 ) -> Iterator[tuple[Extent | None, int, float]]:
     extent = allocator.first
     while extent is not None:
-        yield extent, extent.size_bytes, _tick(extent, held)
+        yield extent, extent.size_bytes, _rank_of(extent, held, rank)
         extent = allocator.following(extent)
     if growth_bytes:
         yield None, growth_bytes, 0
 
 
-def _warmest_first(slots: list[Slot]) -> list[Slot]:
-    return sorted(slots, key=lambda one: one.tick, reverse=True)
+def _warmest_first(ranked: list[tuple[float, Slot]]) -> list[tuple[float, Slot]]:
+    return sorted(ranked, key=itemgetter(0), reverse=True)
 
 
-def _tick(extent: Extent | None, held: Held) -> float:
-    """Return the tick of an extent: 0 if it is free, infinity if it can't be evicted or is no extent."""
+def _rank_of(extent: Extent | None, held: Held, rank: Rank) -> float:
+    """Return the rank of an extent: 0 if it is free, infinity if it can't be evicted or is no extent."""
     if extent is None:
         return inf
     if extent.is_free:
         return 0
     slot = extent.holder
-    return slot.tick if isinstance(slot, Slot) and slot.idle and not held(slot) else inf
+    return rank(slot) if isinstance(slot, Slot) and slot.idle and not held(slot) else inf

@@ -5,14 +5,15 @@ key was dropped (evicted, or given to another feature) and the last grant on it 
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 
 from featcache.core.allocator import ALIGNMENT_BYTES
 from featcache.core.effects import ClaimPassed, Effect, Evicted, Limits
 from featcache.core.endings import Ending
 from featcache.core.eviction import FEW, best_victims, victims
 from featcache.core.key_queue import KeyWaiter, KeyWaiterState
-from featcache.core.put_queue import Request
-from featcache.core.recency import Held
+from featcache.core.put_queue import Batch, Request
+from featcache.core.recency import POLICIES, Held, LatestUse, LatestUses, never_used
 from featcache.core.slab_size import SizeState
 from featcache.core.slots import Slot, SlotState
 from featcache.core.store import Store
@@ -29,11 +30,21 @@ def key_label(key: bytes) -> str:
 
 
 class KeyedStore(Store):
-    """A store whose slots can be kept under keys."""
+    """A store whose slots can be kept under keys.
 
-    def __init__(self, limits: Limits) -> None:
-        super().__init__(limits)
+    Hits that sessions serve themselves are learnt from `latest_use` (`core.recency.policy`).
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        latest_use: LatestUse = never_used,
+        latest_uses: LatestUses | None = None,
+    ) -> None:
+        super().__init__(limits, POLICIES[limits.eviction](latest_use, latest_uses))
         self.hits = self.misses = self.evicted = 0
+        self.leased_bytes = 0
+        """Extents of evictable slots that sessions read now, as far as was last looked at."""
         self._failed_scan = (0, float("-inf"))
         """Size and expiry of the last full scan that found no victims (negative cache)."""
         self._plan: list[tuple[Slot, int]] = []
@@ -50,7 +61,7 @@ class KeyedStore(Store):
     @property
     def retiring_bytes(self) -> int:
         """Extents that are free as soon as no session holds them."""
-        extents = [slot.extent for slot in self._retiring.values()]
+        extents = [slot.extent for slot in self._retiring.values() if slot.of is None]
         return sum(extent.size_bytes for extent in extents if extent is not None)
 
     # --- lookups ----------------------------------------------------------------------------------
@@ -110,11 +121,12 @@ class KeyedStore(Store):
     def _drop_key(self, slot: Slot, now_s: float, cause: str) -> Evicted:
         key = slot.key
         assert key is not None, "it is kept under a key"
+        unused_s = now_s - self.recency.last_used_s(slot)
         self.directory.drop(slot)
         if not slot.reads_left:
             self.endings.note(slot, Ending.EVICTED)
         self.evicted += 1
-        return Evicted(key, slot.nbytes, now_s - slot.used_s, cause)
+        return Evicted(key, slot.nbytes, unused_s, cause)
 
     def evict(self, key: bytes, now_s: float) -> list[Effect]:
         """Drop a key by name, pinned or not; its readers may finish. An unknown key is no error."""
@@ -149,6 +161,8 @@ class KeyedStore(Store):
         nothing, unless by `Limits.evict_first`. If there are more than `most` of them, so many go now;
         the others go when this is called again for the same request.
         """
+        if isinstance(request, Batch):
+            return self._evict_for_batch(request, held, now_s, most)
         if self._plan:
             if self._plan_for is request and (going := self._next_of_plan(held, most)):
                 return self._evict_all(going, now_s, "room")
@@ -172,6 +186,33 @@ class KeyedStore(Store):
             self._plan_for = request
             going = going[:most]
         return self._evict_all(going, now_s, "room")
+
+    def _evict_for_batch(
+        self, batch: Batch, held: Held, now_s: float, most: int | None
+    ) -> list[Effect]:
+        """Evict the coldest, as much as a batch lacks; then for the member that does not fit."""
+        limits, allocator = self.limits, self.allocator
+        if self.unevictable_bytes + batch.nbytes > limits.capacity_bytes:
+            return []  # not even if everything went
+        grows = self.size.state is not SizeState.STEADY or self.growth_of(batch, now_s) > 0
+        slots = len(batch.members) - len(self.table.free_slots) - len(self._retiring)
+        if grows and not limits.evict_first and slots <= 0:
+            return []
+        nbytes = batch.nbytes - (allocator.end_bytes - allocator.used_bytes) - self.retiring_bytes
+        going: list[Slot] = []
+        most = len(self.directory) if most is None else most
+        count = min(most, max(slots, nbytes // ALIGNMENT_BYTES, 0))
+        with closing(self.recency.by_rank(count, held)) as coldest:
+            for _, slot in coldest:
+                if len(going) >= slots and nbytes <= 0:
+                    break
+                assert slot.extent is not None, "it is kept"
+                nbytes -= slot.extent.size_bytes
+                going.append(slot)
+        if going or len(self.table.free_slots) < len(batch.members):
+            return self._evict_all(going, now_s, "room")
+        missing = self.missing_of(batch, now_s)
+        return [] if missing is None else self.evict_for(missing, held, now_s, most)
 
     @property
     def is_evicting(self) -> bool:
@@ -206,9 +247,8 @@ class KeyedStore(Store):
                 return going
         if everything > FEW and (size_bytes < failed_bytes or now_s >= until_s):
             for growth_bytes in growths:
-                if going := best_victims(
-                    self.allocator, size_bytes, held, growth_bytes=growth_bytes
-                ):
+                args = self.recency, self.allocator, size_bytes, held
+                if going := best_victims(*args, growth_bytes=growth_bytes):
                     return going
             self._failed_scan = (size_bytes, now_s + _FULL_SCAN_INTERVAL_S)
         return []
@@ -254,7 +294,7 @@ class KeyedStore(Store):
         start_bytes = (end_bytes - 1) // limits.segment_bytes * limits.segment_bytes
         if start_bytes < limits.initial_bytes:
             return []
-        tail = [slot for slot in self.table.in_use() if _reaches(slot, start_bytes)]
+        tail = [slot for slot in self.table.in_use() if _reaches(slot, start_bytes)]  # shares too
         tail_bytes = sum(slot.nbytes for slot in tail)
         if tail_bytes > limits.compact * (end_bytes - start_bytes):
             return []

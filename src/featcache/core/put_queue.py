@@ -26,6 +26,12 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     """The session of the put; the owner's own is 0."""
 
 
+class Batch(Request, frozen=True, gc=False):
+    """The room of several puts together, given at once: `nbytes` is that of all their extents."""
+
+    members: tuple[Request, ...] = ()
+
+
 class WaiterState(enum.Enum):
     """A waiter's life.
 
@@ -40,6 +46,10 @@ class WaiterState(enum.Enum):
     GRANTED = "granted"
     ACCEPTED = "accepted"
     GONE = "gone"
+
+
+# Members of an enum are slow to look up, and thousands of puts may leave in one turn of the loop.
+_WAITING, _GONE = WaiterState.WAITING, WaiterState.GONE
 
 
 class Waiter:
@@ -112,11 +122,11 @@ class WaitQueue:
     def drop(self, waiter: Waiter) -> Slot | None:
         """Leave. Return the slot that was granted but not accepted, if any: the store must free it."""
         was = waiter.state
-        if was is WaiterState.WAITING:
+        if was is _WAITING:
             self._leave(waiter)
         elif was is not WaiterState.GRANTED:
             return None  # accepted or gone already
-        waiter.state = WaiterState.GONE
+        waiter.state = _GONE
         return waiter.slot
 
     def clear(self) -> list[Waiter]:

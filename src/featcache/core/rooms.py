@@ -12,7 +12,6 @@ from featcache.core.effects import Effect, Limits
 from featcache.core.put_queue import Request, WaitQueue
 from featcache.core.slab_size import SizeState, SlabSize
 from featcache.core.slots import Slot, SlotState
-from featcache.errors import FeatureTooLarge
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +24,6 @@ class Rooms:
     allocator: OffsetAllocator
     size: SlabSize
     queue: WaitQueue
-    max_feature_bytes: int
     ahead: dict[int, Slot]
     """Slots that sessions have ahead, by index, as far as is known: not those that were claimed."""
     ahead_bytes: int
@@ -68,14 +66,6 @@ class Rooms:
     def blocked_puts(self) -> int:
         """Puts that wait for others' bytes: none while the slab changes its size."""
         return len(self.queue) if self.size.state is SizeState.STEADY else 0
-
-    def check_size(self, nbytes: int) -> None:
-        """Raise FeatureTooLarge for a size that even an empty pool can't hold."""
-        if nbytes > self.max_feature_bytes:
-            raise FeatureTooLarge(
-                f"a feature of {nbytes} bytes never fits a pool of {self.limits.capacity_bytes}: "
-                "raise capacity or split the feature"
-            )
 
     # --- room ahead -------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ class SlotState(enum.IntEnum):
     | PUBLISHED | nothing keeps it any more: no read owed, no key, no grant | RETIRING |
     | PUBLISHED | `fail_write` | RETIRING |
     | RETIRING | `recycle`: no session holds it | FREE |
+    | FREE | `share`: a ref of the bytes of another slot (`of`) | PUBLISHED |
     """
 
     FREE = 0
@@ -34,8 +35,8 @@ class Slot:
 
     __slots__ = (
         "born_s", "due_s", "early_paid", "extent", "generation", "grants", "idle", "index", "key", "listed",
-        "nbytes", "owed_by_names", "paid_by", "reads_left", "retired_s", "state", "tick", "ttl_s", "used_s",
-        "wanted_key",
+        "mark", "mates", "nbytes", "of", "owed_by_names", "paid_by", "place", "reads_left", "retired_s",
+        "state", "tick", "ttl_s", "used_s", "wanted_key",
     )  # fmt: skip
 
     def __init__(self, index: int) -> None:
@@ -44,6 +45,10 @@ class Slot:
         self.state = SlotState.FREE
         self.extent: Extent | None = None
         self.nbytes = 0
+        self.mates: list[Slot] | None = None
+        """For the first slot of a batch: all of them, until the batch is taken apart (`core.batches`)."""
+        self.of: Slot | None = None
+        """For a share: the slot that has the extent, on which it has a grant (`core.shares`)."""
         self.reads_left = 0
         """Reads still owed."""
         self.owed_by_names: set[str] | None = None
@@ -65,9 +70,10 @@ class Slot:
         """Reads granted by key and not paid yet."""
         self.idle = False
         """Whether it is evictable: kept under a key and neither pinned nor read, with no reads owed."""
-        # The eviction policy's own fields, written by `core.recency` alone and described there.
+        # The eviction policy's own fields, written by `core.recency` alone and described in its
+        # `policy`.
         self.listed = False
-        self.tick = 0
+        self.tick = self.mark = self.place = 0
         self.used_s = 0.0
 
     @property

@@ -8,7 +8,8 @@ carried out, so no other call can come between (httpcore's connection pool is bu
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
-from featcache.core.allocator import ALIGNMENT_BYTES, OffsetAllocator, aligned_size
+from featcache.core.allocator import ALIGNMENT_BYTES, OffsetAllocator
+from featcache.core.batches import Batches
 from featcache.core.directory import Directory
 from featcache.core.effects import (
     Effect,
@@ -22,9 +23,8 @@ from featcache.core.effects import (
 )
 from featcache.core.endings import Ending, Endings
 from featcache.core.key_queue import KeyQueue
-from featcache.core.named_reads import NamedReads
-from featcache.core.put_queue import Request, Waiter, WaitQueue
-from featcache.core.recency import Recency
+from featcache.core.put_queue import Batch, Request, Waiter, WaitQueue
+from featcache.core.recency import Lru, Recency
 from featcache.core.ripening import Ripening
 from featcache.core.rooms import Rooms
 from featcache.core.slab_size import SlabSize
@@ -36,13 +36,13 @@ _RESERVED, _PUBLISHED, _RETIRING = SlotState.RESERVED, SlotState.PUBLISHED, Slot
 _BOUND = "{} puts wait already, the bound: shed load, or raise Settings.waiters"
 
 
-class Store(NamedReads, Rooms):
+class Store(Batches, Rooms):
     """Slots of one pool, and what keeps each: its writer, reads owed, its key, grants.
 
     `KeyedStore` adds the calls that name a key.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, recency: Recency | None = None) -> None:
         self.limits = limits
         self.max_feature_bytes = limits.capacity_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
         """Bytes of the largest feature that an empty pool could hold."""
@@ -52,7 +52,7 @@ class Store(NamedReads, Rooms):
         self.queue = WaitQueue()
         self.allocator = OffsetAllocator(0)
         self.size = SlabSize(limits, self.allocator)
-        self.recency = Recency()
+        self.recency: Recency = recency or Lru()
         self.directory = Directory(self.recency)
         self.key_waiters = KeyQueue()
         self.endings = Endings(limits.slots)
@@ -92,15 +92,6 @@ class Store(NamedReads, Rooms):
             slot.reads_left, slot.owed_by_names = len(readers), set(readers)
         return slot
 
-    def comes_by_growth(self, request: Request, now_s: float) -> bool:
-        """Whether growth alone has room for a request behind all that wait for room now."""
-        queue = self.queue
-        if queue.growing < queue.count or not self.size.can_grow(now_s):
-            return False
-        wanted_bytes = queue.growing_bytes + aligned_size(request.nbytes)
-        has_slot = queue.count < len(self.table.free_slots)
-        return has_slot and wanted_bytes <= self.size.tail_room_bytes
-
     def wait(
         self, request: Request, now_s: float, tag: object, *, bounded: bool = True
     ) -> tuple[Waiter, list[Effect]]:
@@ -136,15 +127,17 @@ class Store(NamedReads, Rooms):
         slot = self.queue.drop(waiter)
         if slot is None:
             return False
-        self._free(slot)
+        self._free_all(self.apart(slot))
         return True
 
     def free_reserved(self, slot: Slot, now_s: float) -> list[Effect]:
         """Free a RESERVED slot that will not be published. No reader can have seen it."""
         if slot.state is not _RESERVED:
             raise ValueError(f"slot {slot.label} is {slot.state.name}, not RESERVED")
-        self.endings.note(slot, Ending.WRITER_LOST)
-        self._free(slot)
+        slots = self.apart(slot)
+        for each in slots:
+            self.endings.note(each, Ending.WRITER_LOST)
+        self._free_all(slots)
         return self.serve(now_s)
 
     def give_up_reserved(self, slot: Slot, now_s: float) -> list[Effect]:
@@ -277,6 +270,9 @@ class Store(NamedReads, Rooms):
             if index not in retiring or retiring[index] is not slot:
                 raise ValueError(f"slot {slot.label} is {slot.state.name}, not RETIRING")
             del retiring[index]
+            if slot.of is not None:
+                effects += self._unshare(slot, now_s)
+                continue
             effects.append(Recycled(index, slot.generation, slot.nbytes))
             self._free(slot)
             self.recycled += 1
@@ -363,9 +359,11 @@ class Store(NamedReads, Rooms):
                 # The rest is for the next call; meanwhile nobody overtakes them.
                 self.serving = True
                 break
-            slot = self.reserve(waiter.request, now_s, first=True)
+            request = waiter.request
+            reserve = self.reserve_batch if type(request) is Batch else self.reserve
+            slot = reserve(request, now_s, first=True)  # type: ignore[arg-type]  # each its own
             if slot is None:
-                end = self.size.growth_for(waiter.request.nbytes, now_s)
+                end = self.growth_of(request, now_s)
                 if end and not self.table.full:
                     self.size.begin_growth()
                     effects.append(Grow(end))

@@ -20,6 +20,8 @@ NOT_MADE: Final = (
     "torch makes tensors without memory here (in a FakeTensorMode, or a transform of torch.func): get "
     "outside of it"
 )
+ORDINARY: Final = frozenset({torch.Tensor, torch.nn.Parameter})
+"""Types whose tensors can be asked for their address: torch warns where some others are."""
 _lent: Final["weakref.WeakSet[torch.UntypedStorage]"] = weakref.WeakSet()
 """The storages that views of slabs are over: no get may fill those."""
 
@@ -35,6 +37,8 @@ def is_backed(tensor: torch.Tensor) -> bool:
 
     Right for a dense tensor; of one with gaps `has_memory` knows the end.
     """
+    if type(tensor) not in ORDINARY:
+        return False
     try:
         storage = tensor.untyped_storage()
         start, at = storage.data_ptr(), tensor.data_ptr()
@@ -52,6 +56,8 @@ def has_memory(tensor: torch.Tensor) -> bool:
             if is_lazy(tensor):
                 return False
             storage = tensor.untyped_storage()
+            if storage.device.type == "meta":
+                return False  # a FakeTensor's: torch warns of whoever asks it for an address
             if not tensor.numel():
                 return True
             steps = zip(tensor.shape, tensor.stride(), strict=True)
@@ -115,14 +121,15 @@ def _why_not(tensor: torch.Tensor) -> str:
             return f"is of {tensor.dtype}, which can't be shared: put its integers"
         if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
             return f"is a {kind.__name__}, which has no memory of its own: {_plain_form(kind)}"
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # noqa: SLF001 - as above
         try:
-            nbytes = -1 if is_lazy(tensor) else tensor.untyped_storage().nbytes()
+            nbytes = -1 if wrapped or is_lazy(tensor) else tensor.untyped_storage().nbytes()
         except Exception:  # noqa: BLE001 - as above
             nbytes = -1
         if nbytes < 0:
             return (
-                "has no memory: it belongs to a transform of torch.func (vmap, grad), or is a lazy "
-                "parameter without a shape; put or get outside"
+                "has no memory: it belongs to a transform of torch.func (vmap, grad, functionalize), or "
+                "is a lazy parameter without a shape; put or get outside"
             )
     return (
         f"speaks of memory that it does not have: its storage has {nbytes} bytes at "

@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 
 from featcache.errors import FeatureTooLarge, SettingsError
-from featcache.memory.dense import check_target, dense, has_memory, is_backed
+from featcache.memory.dense import ORDINARY, check_target, dense, has_memory, is_backed
 from featcache.ref import DTYPE_BYTES, MAX_BYTES, MAX_DIMS, MAX_REF_BYTES, TensorSpec, ref_bytes
 
 Feature = torch.Tensor | dict[str, torch.Tensor]
@@ -94,8 +94,11 @@ def pack(
     if isinstance(feature, torch.Tensor):
         try:  # as `is_backed`, inline
             nbytes, storage = feature.nbytes, feature.untyped_storage()
-            start, at = storage.data_ptr(), feature.data_ptr()
-            backed = 0 < start <= at and at + nbytes <= start + storage.nbytes()
+            backed = (
+                type(feature) in ORDINARY
+                and 0 < (start := storage.data_ptr()) <= (at := feature.data_ptr())
+                and at + nbytes <= start + storage.nbytes()
+            )
         except Exception:  # noqa: BLE001 - as there
             backed = False
         if not backed:

@@ -167,6 +167,9 @@ class Mapping(Protocol):
     def signal(self, words: Words, index: int, value: int, order: Order) -> None:
         """Store a control word behind all earlier work of this order."""
 
+    def signal_many(self, words: Words, values: Sequence[tuple[int, int]], order: Order) -> None:
+        """Store control words, each by its index and new value, as `signal` stores one."""
+
     def follow(self, order: Order, others: Sequence[Order]) -> Order:
         """Return an order that is behind all of these."""
 
@@ -225,6 +228,7 @@ class PageWords(NamedTuple):
     released: Words
     granted: Words
     written: Words
+    ended: Words
 
     @classmethod
     def adopted(cls, mapping: Mapping, page: SessionWords) -> "PageWords":
@@ -234,4 +238,4 @@ class PageWords(NamedTuple):
     @classmethod
     def plain(cls, page: SessionWords) -> "PageWords":
         """Return a page's words as they are: the CPU writes them."""
-        return cls(page.released, page.granted, page.written)
+        return cls(page.released, page.granted, page.written, page.ended)

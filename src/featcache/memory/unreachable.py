@@ -4,12 +4,13 @@ Reads are held and paid as ever, since the control words are host memory; the by
 that the owner stages in host memory.
 """
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 
 from featcache.memory.slab import Unreachable
-from featcache.memory.words import Block, fence_stores
+from featcache.memory.words import Block, fence_stores, store_words
 
 
 class UnreachableSlab:
@@ -35,6 +36,11 @@ class UnreachableSlab:
     def signal(self, words: memoryview, index: int, value: int, order: None) -> None:
         fence_stores()
         words[index] = value
+
+    def signal_many(
+        self, words: memoryview, values: Sequence[tuple[int, int]], order: None
+    ) -> None:
+        store_words(words, values)
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise Unreachable(f"the slab can't be accessed from {self.device}: {self._reason}")

@@ -1,7 +1,8 @@
 """Control words: 64-bit, in shared host memory, each written by exactly one process.
 
-Two kinds of block. The *owner's* block has a header, one `live`, `published`, `offset`, `nbytes` and
-`reserved` word per slot, and the key table (`memory.key_table`); it is sealed so that readers can map it
+Two kinds of block. The *owner's* block has a header, one `live`, `published`, `offset`, `nbytes`,
+`reserved` and `ending` word (how its last ref ended that was not paid) per slot,
+and the key table (`memory.key_table`); it is sealed so that readers can map it
 only for reading. A *session's* page has one `held`, `released`, `written` and `used` word per slot, one
 `granted` word per grant that it may have out, a lease entry per read by key that it may hold (`lease`,
 `serial` and `ended`), and one word that says how far it has ended (`Parting`); that session and the
@@ -19,7 +20,8 @@ import mmap
 import os
 import platform
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
 import numpy as np
@@ -33,7 +35,7 @@ _WORD_BYTES: Final = 8
 _HEADER_WORDS: Final = 64
 _OWNER_MAGIC: Final = int.from_bytes(b"fcOwner\x02", "little")
 _SESSION_MAGIC: Final = int.from_bytes(b"fcSessn\x03", "little")
-_OWNER_ARRAYS: Final = 5
+_OWNER_ARRAYS: Final = 6
 _SESSION_ARRAYS: Final = 4
 _ENTRY_ARRAYS: Final = 4
 GRANTS: Final = 4096
@@ -83,8 +85,10 @@ class RoomClaim:
 class Counts:
     """Indices of the header words of a session's page in which the session counts what it did itself."""
 
-    HITS, MISSES = 4, 5
-    """Lookups by key that were answered by the key table."""
+    REVOKED = 4
+    """Lease entries that were taken for nothing: all others are hits."""
+    MISSES = 5
+    """Lookups that the key table alone answered with no."""
     LEASES_HIGH = 6
     """One more than the highest index of a lease entry that was ever taken."""
 
@@ -154,6 +158,13 @@ fence_full = _lock_as_barrier if TSO else _membarrier
 
 A reader writes `held` (a hazard pointer), then reads `live`; the owner clears `live`, then reads `held`.
 With a full barrier in both, at least one of them sees the other's store."""
+
+
+def store_words(words: memoryview, values: Sequence[tuple[int, int]]) -> None:
+    """Store words, each by its index and new value, behind the bytes that they vouch for."""
+    fence_stores()
+    for index, value in values:
+        words[index] = value
 
 
 # --- blocks --------------------------------------------------------------------------------------
@@ -247,7 +258,8 @@ class OwnerWords(Block):
 
     def __init__(self, mapping: mmap.mmap, slots: int) -> None:
         super().__init__(mapping, slots, _OWNER_MAGIC, _OWNER_ARRAYS)
-        self.live, self.published, self.offset, self.nbytes, self.reserved = self._arrays
+        self.live, self.published, self.offset, self.nbytes = self._arrays[:4]
+        self.reserved, self.ending = self._arrays[4:]
         self.mapping = mapping
         """The mapping itself, in which `memory.key_table` searches."""
 
@@ -269,6 +281,14 @@ class OwnerWords(Block):
         if not TSO:  # hot path: skip the call on TSO
             fence_stores()
         self.live[index] = generation
+
+    def tell_endings(self, endings: deque[tuple[int, int]]) -> None:
+        """Write the `ending` words of slots, and empty the queue of them. `live` is cleared after."""
+        while endings:
+            index, word = endings.popleft()
+            self.ending[index] = word
+        if not TSO:
+            fence_stores()
 
 
 class SessionWords(Block):
@@ -298,6 +318,20 @@ class SessionWords(Block):
     def granted_array(self) -> NDArray[np.uint64]:
         """Return the `granted` words as an array over the same memory, for vector compares."""
         return np.frombuffer(self.granted, dtype=np.uint64)
+
+    @property
+    def lookups(self) -> tuple[int, int]:
+        """Hits and misses that the session counted itself."""
+        high = min(self.header[Counts.LEASES_HIGH], len(self.serial))
+        taken = int(np.frombuffer(self.serial, np.uint64)[:high].max(initial=0))
+        return max(0, taken - self.header[Counts.REVOKED]), self.header[Counts.MISSES]
+
+    def entries_in_use(self) -> NDArray[np.bool_]:
+        """Return which lease entries are in use, as far as any was ever taken."""
+        high = min(self.header[Counts.LEASES_HIGH], len(self.serial))
+        serials, ended = (np.frombuffer(words, np.uint64) for words in (self.serial, self.ended))
+        in_use: NDArray[np.bool_] = serials[:high] != ended[:high]
+        return in_use
 
     def released_array(self) -> NDArray[np.uint64]:
         """Return the `released` words as an array over the same memory, for vector compares."""

@@ -20,6 +20,7 @@ from featcache.pool.pool import Pool
 from featcache.pool.refresh import hear
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
+from featcache.session.hits import KeyHits
 from featcache.session.offload import Offload
 from featcache.session.waiting import Doorbell
 
@@ -35,6 +36,8 @@ class OwnSession:
         self._name = name
         self._number = number
         self._attachment: Attachment | None = None
+        self.hits: KeyHits | None = None
+        """Its lookups in the key table, once it has read."""
         self._doorbell: Doorbell | None = None
 
     @property
@@ -68,6 +71,7 @@ class OwnSession:
         attachment.hear = lambda: hear(pool)
         # Its own mapping is never behind: nothing lies in memory that it has given back.
         attachment.shrink_epoch = None
+        self.hits = KeyHits(attachment, pool.key_table)
         attachment.own_writes = pool.own_writes if pool.slab.deferred else None
         return attachment
 
@@ -80,13 +84,14 @@ class OwnSession:
         """Cut a forked child off."""
         if self._attachment is not None:
             self._attachment.forget()
+            self.hits = None
         self.close()
 
     def close(self) -> None:
         """Stop accepting reads."""
         if self._attachment is not None:
             self._attachment.refuse(CacheClosed("the cache was closed"))
-            self._attachment = None
+            self._attachment = self.hits = None
         if self._doorbell is not None:
             self._doorbell.close()
 

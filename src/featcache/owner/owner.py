@@ -224,19 +224,20 @@ class Owner:
             for each in self.served:
                 refresh(each.pool)
         main, store, spilled = self.main, self.main.pool.store, self.spills.count
+        hits, misses, reads_paid = main.pool.lookups
         return Statistics(
             **(gauges.of_store(store) if in_loop else _published(main.pool)),
             sessions=len(main.server.sessions),
             puts=store.puts + spilled,
             gets=self.reader.gets,
-            reads_paid=store.reads_paid,
+            reads_paid=reads_paid,
             recycled=store.recycled,
             waited=store.waited,
             expired=sum(each.pool.store.expired for each in self.served),
             spilled=spilled,
             relayed=self.relay.relayed,
-            hits=store.hits,
-            misses=store.misses,
+            hits=hits,
+            misses=misses,
             discarded=sum(each.sessions.discarded for each in self.served),
             readers_lost=main.sessions.readers_lost,
         )

@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
-from featcache.control import messages
+from featcache.control import many, messages
 from featcache.control.dispatch import Begun, Wait
 from featcache.control.messages import Answer
 from featcache.control.rooms import PublishUnkeyed, Room, Rooms
@@ -12,14 +12,17 @@ from featcache.control.turns import WAKE_UNITS
 from featcache.core.endings import Ending
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot
-from featcache.errors import FeatcacheError, MalformedRef, SettingsError, StaleRef
-from featcache.owner.keys import Claim, Granted, Lookups, not_found
+from featcache.errors import FeatcacheError, MalformedRef, SettingsError, StaleRef, at_member
+from featcache.owner.keys import Claim, Granted, Lookups
 from featcache.owner.sessions import Sessions
 from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
 from featcache.pool.writer import OwnerWriter, Place
-from featcache.ref import FeatureRef
-from featcache.session.arguments import parse_readers
+from featcache.ref import FeatureRef, TensorSpec
+from featcache.session.arguments import not_found, parse_readers
+
+_GRANT_BYTES: Final = 24
+"""Bytes of a grant in an answer, besides its ref."""
 
 
 class RequestHandlers:
@@ -36,9 +39,14 @@ class RequestHandlers:
         """Refs of features under keys, in wire form, by slot: as `Pool.kept`, each with its very ref."""
         self._answers: dict[type, Callable[[int, Any], Answer | Wait]] = {
             messages.Find: self._find,
+            messages.Share: self._share,
+            many.FindMany: self._find_many,
+            many.ContainsMany: self._contains_many,
             messages.KeyCommand: self._command,
             messages.Reserve: self._reserve,
             messages.Publish: self._publish,
+            many.ReserveMany: self._reserve_many,
+            many.PublishMany: self._publish_many,
             messages.OpenForWriting: lambda _, message: messages.WriteDescriptors(message.request),
             messages.Discard: self._discard,
             messages.Relay: lambda _, message: self._relay(message),
@@ -121,6 +129,52 @@ class RequestHandlers:
             known = self._wire_refs[ref.slot] = ref, ref.to_bytes()
         return messages.Granted(request, grant.index, grant.serial, known[1])
 
+    def _share(self, session: int, message: messages.Share) -> Answer | Wait:
+        readers = parse_readers(message.readers, self._pool.settings.readers, least=1)
+        ref = self._lookups.share_now(message.key, readers, message.ttl_s)
+        if ref is not None:
+            return messages.Reply(message.request, ref=ref.to_bytes())
+        self._pool.turn.left -= WAKE_UNITS  # a task of its own
+        return self._share_later(session, message, readers)
+
+    async def _share_later(
+        self, session: int, message: messages.Share, readers: int | frozenset[str]
+    ) -> Answer:
+        ref = await self._lookups.share(
+            *(message.key, readers, message.ttl_s, self._page(session)), waits=message.waits
+        )
+        return messages.Reply(message.request, ref=ref.to_bytes())
+
+    def _find_many(self, session: int, message: many.FindMany) -> Answer:
+        """Grant the first so many, as far as the answer goes."""
+        page, keys, turn = self._page(session), message.keys, self._pool.turn
+        granted, found = list[Granted](), list[tuple[int, int, bytes] | None]()
+        left_bytes = message.answer_bytes
+        try:
+            for key in keys:
+                one = self._lookups.find(key, page)
+                left_bytes -= 1
+                if one is not None:
+                    granted.append(one)
+                    wire = self._granted(message.request, one)
+                    found.append((wire.index, wire.serial, wire.ref))
+                    left_bytes -= len(wire.ref) + _GRANT_BYTES
+                    if left_bytes < 0 and len(found) > 1:
+                        found.pop()
+                        self._lookups.return_lease(page, granted.pop().grant)
+                        break
+                else:
+                    found.append(None)
+        except FeatcacheError as error:
+            for each in granted:
+                self._lookups.return_lease(page, each.grant)
+            raise at_member(error, len(found)) from None
+        turn.left -= len(found) // 2
+        return many.GrantedMany(message.request, found)
+
+    def _contains_many(self, _: int, message: many.ContainsMany) -> Answer:
+        return many.Contained(message.request, self._lookups.contains_many(message.keys))
+
     def _command(self, session: int, message: messages.KeyCommand) -> Answer:
         flag = self._lookups.command(message.command, message.key, session)
         return messages.Reply(message.request, flag=flag)
@@ -154,10 +208,10 @@ class RequestHandlers:
         page = self._pool.pages[session]
         self._pool.pending_writes.reserve(slot, page)
         page.put_sizes.append(slot.nbytes)
-        rooms = self._rooms(page)
+        rooms = self._rooms_ahead(page)
         return messages.Reserved(request, slot.index, slot.generation, slot.offset_bytes, rooms)
 
-    def _rooms(self, page: SessionPage, *, least: int = 1) -> tuple[Room, ...]:
+    def _rooms_ahead(self, page: SessionPage, *, least: int = 1) -> tuple[Room, ...]:
         """Give a session room for its next puts, if that is due; return what it is told of it."""
         given = self._pool.ahead.give(page, self._writer, least=least)
         return tuple(
@@ -167,7 +221,7 @@ class RequestHandlers:
     def _publish(self, session: int, message: messages.Publish) -> Answer:
         page = self._page(session)
         self._publish_from(page, message)
-        return messages.Published(message.request, self._rooms(page))
+        return messages.Published(message.request, self._rooms_ahead(page))
 
     def _publish_unkeyed(self, session: int, note: PublishUnkeyed) -> Rooms | None:
         page = self._page(session)
@@ -176,7 +230,7 @@ class RequestHandlers:
         except FeatcacheError:
             self._refuse(page, note)
             return None
-        rooms = self._rooms(page, least=max(1, self._pool.settings.rooms_ahead // 2))
+        rooms = self._rooms_ahead(page, least=max(1, self._pool.settings.rooms_ahead // 2))
         return Rooms(rooms) if rooms else None
 
     def _publish_from(self, page: SessionPage, message: messages.Publish | PublishUnkeyed) -> None:
@@ -213,6 +267,74 @@ class RequestHandlers:
             give_up = messages.GiveUpReserved(note.slot, note.generation, landed)
             self._give_up(page.session, give_up)
 
+    def _written(
+        self, page: SessionPage, index: int, generation: int, specs: tuple[TensorSpec, ...]
+    ) -> Slot:
+        """Return a slot that a session wrote and may publish with these specs, or raise."""
+        pool = self._pool
+        slot = pool.pending_writes.find_reserved(page, index, generation)
+        if len(specs) > (most := pool.settings.tensors):
+            raise SettingsError(f"{len(specs)} tensors: the pool's owner takes at most {most}")
+        # Raises MalformedRef for specs that no feature of this slot has.
+        FeatureRef(
+            *(pool.pool_id, pool.endpoint, slot.index, slot.generation),
+            *(slot.offset_bytes, slot.nbytes, specs),
+        )
+        return slot
+
+    def _reserve_many(self, session: int, message: many.ReserveMany) -> Answer | Wait:
+        writer, turn = self._writer, self._pool.turn
+        members = [
+            Request(nbytes, readers, message.ttl_s, None, session)
+            for nbytes, readers in zip(message.sizes, self._readers_of(message), strict=True)
+        ]
+        batch = self._pool.store.batch(members, session)
+        slot = None if turn.has_callers else writer.reserve_batch(batch)  # none is overtaken
+        if slot is not None:
+            return self._reserved_many(session, message.request, slot)
+        turn.left -= WAKE_UNITS  # a task of its own
+        place = writer.ask(batch, wait=message.waits)
+        return Begun(self._rooms(session, message, place), lambda: writer.withdraw(place))
+
+    def _readers_of(self, message: many.ReserveMany) -> list[int | frozenset[str]]:
+        most = self._pool.settings.readers
+        if message.names:
+            return [parse_readers(message.names, most, least=1)] * len(message.sizes)
+        if len(message.counts) != len(message.sizes):
+            raise SettingsError("a batch says of each of its members how many reads it owes")
+        for count in set(message.counts):
+            parse_readers(count, most, least=0)
+        return [*message.counts]
+
+    async def _rooms(self, session: int, message: many.ReserveMany, place: Place) -> Answer:
+        """Wait for the room of a batch, as `_room`."""
+        slot = await self._writer.slot_of(place, message.timeout_s, wait=message.waits)
+        return self._reserved_many(session, message.request, slot)
+
+    def _reserved_many(self, session: int, request: int, first: Slot) -> many.ReservedMany:
+        slots, page = self._pool.store.apart(first), self._pool.pages[session]
+        for slot in slots:
+            self._pool.pending_writes.reserve(slot, page)
+        found = [(slot.index, slot.generation, slot.offset_bytes) for slot in slots]
+        return many.ReservedMany(request, found)
+
+    def _publish_many(self, session: int, message: many.PublishMany) -> Answer:
+        """Publish slots that the session wrote: all of a message, or none."""
+        pool, page = self._pool, self._page(session)
+        slots = []
+        for index, (number, generation, specs, _) in enumerate(message.members):
+            try:
+                slots.append(self._written(page, number, generation, specs))
+            except FeatcacheError as error:
+                raise at_member(error, index) from None
+        if len({slot.index for slot in slots}) < len(slots):
+            raise StaleRef("a slot is published once")
+        pool.turn.left -= len(slots)
+        for slot, (_, _, specs, key) in zip(slots, message.members, strict=True):
+            slot.wanted_key = key
+            pool.publish_from(slot, specs, page)
+        return messages.Reply(message.request)
+
     def _give_up(self, session: int, note: messages.GiveUpReserved) -> None:
         """Give up a slot; if the session's stream may still write it, only after its word has landed."""
         pool, page = self._pool, self._page(session)
@@ -247,12 +369,23 @@ class RequestHandlers:
             for key, claim in self._pool.store.key_waiters.claims_of(session):
                 if claim == answer.claim:
                     self._lookups.release_claim(Claim(key, claim))
-        elif page is None or self._pool.closed:
-            return
-        elif isinstance(answer, messages.Granted):
+        elif page is not None and not self._pool.closed:
+            self._revoke_of(session, page, answer)
+
+    def _revoke_of(self, session: int, page: SessionPage, answer: Answer) -> None:
+        """Undo the grants or reservations of an answer to a session that is there."""
+        if isinstance(answer, messages.Granted):
             grant = page.grants.get(answer.index)
             if grant is not None and grant.serial == answer.serial:
                 self._lookups.return_lease(page, grant)
+        elif isinstance(answer, many.GrantedMany):
+            for one in answer.found:
+                grant = None if one is None else page.grants.get(one[0])
+                if one is not None and grant is not None and grant.serial == one[1]:
+                    self._lookups.return_lease(page, grant)
+        elif isinstance(answer, many.ReservedMany):
+            for slot, generation, _ in answer.slots:
+                self._give_up(session, messages.GiveUpReserved(slot, generation, landed=True))
         elif isinstance(answer, messages.Reserved):
             self._give_up(
                 session, messages.GiveUpReserved(answer.slot, answer.generation, landed=True)

@@ -153,11 +153,37 @@ class Sessions:
     def _ending(
         self, session: Peer, ended: Callable[[int], object], *, died: bool
     ) -> Iterator[None]:
+        paid = 0
         try:
             paid = yield from self._settle(session, died=died)
+        except Exception as error:  # noqa: BLE001 - a fault of featcache's own, which is told
+            self._drop(session, error)
         finally:
             self.settling -= 1  # whatever failed: `settled`, and so the close, waits for this
         ended(paid)
+
+    def _drop(self, session: Peer, error: Exception) -> None:
+        """End a session whose settlement failed: its name and place are free, the fault is told.
+
+        It reads nothing any more. A read that it owed and that is not paid by now waits for its ttl.
+        """
+        pool, page = self._pool, self._pool.pages.pop(session.number, None)
+        if page is not None:
+            # Whatever failed, its grants and its slots keep nothing any more; each is tried.
+            for steps in (
+                self._grants_paid(page, time.monotonic()),
+                pool.abandon_writes_by_steps(page),
+            ):
+                with contextlib.suppress(Exception):  # the first fault is told
+                    for effects in steps:
+                        pool.apply(effects)
+            page.close()
+        pool.loop.call_exception_handler(
+            {
+                "message": f"featcache: the end of session {session.number} could not be settled",
+                "exception": error,
+            }
+        )
 
     def _settle(self, session: Peer, *, died: bool) -> Generator[None, None, int]:
         pool, turn, now_s = self._pool, self._pool.turn, time.monotonic()
@@ -170,17 +196,26 @@ class Sessions:
         while pool.collector.counts_more(page):
             yield
         pool.attendance.ended(page, died=died)
-        paid = len(page.grants) if died else 0
+        paid = self._fold_lookups(page, died=died)
         yield from self._carry_out(pool, self._grants_paid(page, now_s))
         yield from self._carry_out(pool, pool.abandon_writes_by_steps(page))
         if died:
             paid += yield from self._paying_for(page, now_s, named=not session.name_passed_on)
             self.readers_lost += 1
+        pool.uses.fold(page, pool.store.recency.tick)
         del pool.pages[session.number]
         page.close()
         if not pool.closed:
             pool.collect()  # the slots that the session had pinned can go now
         return paid
+
+    def _fold_lookups(self, page: SessionPage, *, died: bool) -> int:
+        """Fold what a session counted in its page; return the reads by key that end with its death."""
+        store, (hits, misses), out = self._pool.store, page.own_lookups, page.leases_out
+        store.hits += hits
+        store.misses += misses
+        store.reads_paid += max(0, hits - out)
+        return len(page.grants) + out if died else 0
 
     def _grants_paid(self, page: SessionPage, now_s: float) -> Iterator[list[Effect]]:
         while page.grants:

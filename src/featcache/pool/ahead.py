@@ -16,6 +16,7 @@ from featcache.memory.words import RoomClaim, fence_full
 from featcache.pool.page import SessionPage
 
 if TYPE_CHECKING:
+    from featcache.core.effects import Effect
     from featcache.pool.pool import Pool
     from featcache.pool.writer import OwnerWriter
 
@@ -60,13 +61,22 @@ class RoomsAhead:
             len(page.ahead) < most
             and len(store.ahead) < self._most_slots
             and store.ahead_bytes + nbytes <= self._most_bytes
-            and (slot := writer.reserve_ahead(nbytes, page.session)) is not None
+            and (slot := self._reserve(nbytes, page.session, writer)) is not None
         ):
             page.ahead[slot.index] = slot
             pool.words.reserved[slot.index] = slot.generation | _OPEN
             pool.turn.left -= FRAME_UNITS
             given.append(slot)
         return given
+
+    def _reserve(self, nbytes: int, session: int, writer: "OwnerWriter") -> Slot | None:
+        """Reserve for a session's next put, if that takes nothing from anybody."""
+        writer.count_bytes(nbytes)
+        slot = self._pool.store.reserve_ahead(nbytes, session, _now())
+        if slot is None:
+            self._pool.collect()
+            slot = self._pool.store.reserve_ahead(nbytes, session, _now())
+        return slot
 
     # --- claimed ----------------------------------------------------------------------------------
 
@@ -120,6 +130,14 @@ class RoomsAhead:
         if self._pool.store.ahead:
             self.take_back(given_before_s=now_s - self._idle_s)
 
+    def free_reserved(self, page: SessionPage, now_s: float) -> "list[Effect]":
+        """Free one of the slots that a session has reserved, which has ended."""
+        _, slot = page.reserved.popitem()
+        index, generation = slot.index, slot.generation
+        effects = self._pool.store.free_reserved(slot, now_s)
+        self._pool.pending_writes.end_reserved(index, generation)
+        return effects
+
     def end_session(self, page: SessionPage) -> None:
         """Free the rooms ahead of a session that has ended: it writes nothing more."""
         while page.ahead:
@@ -140,6 +158,13 @@ class RoomsAhead:
             for page in pool.pages.values()
             if index in page.ahead
         )
+
+    def published(self, slot: Slot, index: int, generation: int) -> None:
+        """Tell whoever met a slot's ref before its publish that it has come; count what they have paid."""
+        pool = self._pool
+        pool.pending_writes.end_reserved(index, generation)
+        if slot.early_paid is not None and slot.generation == generation:
+            pool.apply(pool.store.count_early(slot, generation, _now()))
 
     async def arrival(self, index: int, generation: int) -> None:
         """Return once the publish of such a ref has come, or never will."""

@@ -54,8 +54,9 @@ class Collector:
         pool = self._pool
         self.behind = False
         if not pool.closed:
-            if pool.store.queue.count:
-                pool.apply(pool.store.serve(_now()))
+            pool.apply(
+                pool.store.serve(_now())
+            )  # also if none waits any more: readers stop ringing
             self.behind = self._collect(min(QUANTUM_UNITS, max(self._turn.left, LEAST)))
         return self.behind
 

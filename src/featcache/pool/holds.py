@@ -1,20 +1,25 @@
 """Which slots are in use now, though no read of them is owed: what can't be evicted with any gain."""
 
 from collections.abc import Callable, Mapping
+from itertools import chain, islice
 from typing import Final
 
 import numpy as np
 
+from featcache.core.keyed_store import KeyedStore
 from featcache.core.slots import Slot, SlotTable
+from featcache.memory.key_table import SLOT_BITS, SLOT_MASK
 from featcache.memory.words import OwnerWords
 from featcache.pool.page import SessionPage
 
+_MOST: Final = 1024
+"""Leases that are counted: more would hold up the loop at each tick."""
 _FEW: Final = 64
 """Slots that are asked for one by one; after that all are looked at, as vectors."""
 
 
 class Holds:
-    """Whether a session reads a slot's bytes by a ref now, or they are yet to come.
+    """Whether a session reads a slot's bytes now, by a ref or by its own lease, or they are yet to come.
 
     A feature that is evicted before its bytes have come makes no room until they have.
     """
@@ -28,7 +33,7 @@ class Holds:
         """Whether a slot is held."""
         index, generation = slot.index, slot.generation
         return self._words.published[index] != generation or any(
-            page.holds(index, generation) for page in self._pages.values()
+            page.uses(index, generation) for page in self._pages.values()
         )
 
     def of_many(self) -> Callable[[Slot], bool]:
@@ -53,7 +58,21 @@ class Holds:
         held = np.frombuffer(self._words.published, dtype=np.uint64)[:high] != live
         for page in self._pages.values():
             held |= page.holds_of(live)
+            for place in page.leased():
+                index, generation = place & SLOT_MASK, place >> SLOT_BITS
+                if index < high and live[index] == generation:
+                    held[index] = True
         return [bool(one) for one in held.tolist()]
+
+    def count_leased(self, store: KeyedStore) -> None:
+        """Note the bytes that can't be evicted with any gain, as sessions read them by lease entries."""
+        places = set(islice(chain(*(page.leased() for page in self._pages.values())), _MOST))
+        slots = (self._table.find(place & SLOT_MASK, place >> SLOT_BITS) for place in places)
+        store.leased_bytes = sum(
+            slot.extent.size_bytes
+            for slot in slots
+            if slot is not None and slot.idle and slot.extent is not None
+        )
 
     def close(self) -> None:
         """Release the words, which must be unmapped with the pool."""

@@ -35,6 +35,7 @@ def limits_of(
         waiters=settings.waiters,
         grace_s=settings.grace,
         idle_s=settings.idle,
+        eviction=settings.eviction,
         evict_first=settings.when_full == "evict",
         evict_above=settings.evict_above,
         evict_to=_evict_to(settings),

@@ -2,6 +2,7 @@
 
 import os
 from collections import deque
+from collections.abc import Collection
 from typing import Final
 
 import msgspec
@@ -10,7 +11,8 @@ from numpy.typing import NDArray
 
 from featcache.core.slots import Slot
 from featcache.errors import PoolFull
-from featcache.memory.words import RoomClaim, SessionWords
+from featcache.memory.key_table import place_of
+from featcache.memory.words import Counts, RoomClaim, SessionWords
 
 _WORD_BYTES: Final = 8
 
@@ -44,6 +46,8 @@ class SessionPage:
         self._seen = np.zeros_like(self._now)
         self._seen_bytes = b""
         """The beginning of `_seen` that the last poll went over."""
+        self._header = words.header
+        self._lease_words = words.lease, words.serial.cast("B"), words.ended.cast("B")
         self._paid = words.granted_array()
         self._paid_seen = np.zeros_like(self._paid)
         self._serials = 0
@@ -86,8 +90,12 @@ class SessionPage:
             if self.holds(slot.index, slot.generation)
         ]
 
+    def uses(self, index: int, generation: int) -> bool:
+        """Whether the session may be reading these bytes now, by a ref or by their key."""
+        return self.holds(index, generation) or place_of(index, generation) in self.leased()
+
     def holds(self, index: int, generation: int) -> bool:
-        """Whether the session may be reading these bytes now."""
+        """Whether the session may be reading these bytes by a ref now."""
         return self._held[index] == generation and self._released[index] != generation
 
     def holds_of(self, live: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -96,9 +104,41 @@ class SessionPage:
         held: NDArray[np.bool_] = (self._held_now[:high] == live) & (self._now[:high] != live)
         return held
 
+    def leased(self) -> Collection[int]:
+        """Return the places of the features that the session may be reading by their keys now."""
+        high = min(self._header[Counts.LEASES_HIGH], len(self._lease_words[0]))
+        if not high:
+            return ()
+        places, serials, ended = self._lease_words
+        size_bytes = high * _WORD_BYTES
+        # An entry that is in use has the same words for as long as it is, so it does not matter that
+        # these are looked at one after the other.
+        taken, done = serials[:size_bytes].tobytes(), ended[:size_bytes].tobytes()
+        if taken == done:
+            return ()
+        numbers = np.frombuffer(taken, dtype=np.uint64) != np.frombuffer(done, dtype=np.uint64)
+        return {places[index] for index in numbers.nonzero()[0].tolist()}
+
+    @property
+    def leases_out(self) -> int:
+        """Lease entries that are in use."""
+        return int(self.words.entries_in_use().sum())
+
+    @property
+    def reads_by_key(self) -> int:
+        """Reads by key that are out: granted by the owner, or by lease entries."""
+        return len(self.grants) + self.leases_out
+
+    @property
+    def own_lookups(self) -> tuple[int, int]:
+        """Hits and misses that the session counted itself."""
+        return self.words.lookups
+
     def not_held(self, slots: list[Slot]) -> list[Slot]:
-        """Return those of the slots that it does not hold, as `holds` says of each."""
+        """Return those of the slots that it does not use, as `uses` says of each."""
         held, released = self._held, self._released
+        if leased := self.leased():
+            slots = [slot for slot in slots if place_of(slot.index, slot.generation) not in leased]
         return [
             slot
             for slot in slots
@@ -117,14 +157,14 @@ class SessionPage:
 
     @property
     def can_grant(self) -> bool:
-        """Whether another grant can be out."""
-        return bool(self._spare)
+        """Whether another grant can be out: the reads by its leases count as well."""
+        return self.reads_by_key < len(self._paid)
 
     def check_can_grant(self) -> None:
         """Raise PoolFull if no other grant can be out."""
-        if not self._spare:
+        if not self.can_grant:
             raise PoolFull(
-                f"this session has {len(self.grants)} reads by key out, the bound: end some of them, "
+                f"this session has {self.reads_by_key} reads by key out, the bound: end some of them, "
                 "or raise Settings.grants"
             )
 

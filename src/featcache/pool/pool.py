@@ -23,8 +23,9 @@ from featcache.core.effects import (
 from featcache.core.keyed_store import KeyedStore
 from featcache.core.slots import Slot, SlotState
 from featcache.errors import BackendUnavailable, CacheClosed, MalformedRef
+from featcache.memory.key_table import OwnKeyTable
 from featcache.memory.slab import Order, Slab
-from featcache.memory.words import Header, OwnerWords
+from featcache.memory.words import Header, OwnerWords, fence_full
 from featcache.pool import gauges
 from featcache.pool.ahead import RoomsAhead
 from featcache.pool.attendance import Attendance
@@ -37,6 +38,7 @@ from featcache.pool.pending_writes import PendingWrites
 from featcache.pool.pressure import PressureMonitor
 from featcache.pool.recycler import Recycler
 from featcache.pool.reports import Reports
+from featcache.pool.uses import SessionUses
 from featcache.pool.wakes import Wakes
 from featcache.ref import FeatureRef, TensorSpec
 from featcache.session.offload import Offload
@@ -44,6 +46,7 @@ from featcache.settings import Settings
 
 _now: Final = time.monotonic
 _MAX_UNRUNG: Final = 16
+_TICK: Final = Header.TICK
 
 
 class Pool:
@@ -60,12 +63,16 @@ class Pool:
         self.turn = turn_of(self.loop)
         self.wakes = Wakes(self.turn)
         self._upkeep = False
-        self.store = KeyedStore(limits)
+        self.pages: dict[int, SessionPage] = {}
+        """The control words and grants of each session, by session number."""
+        self.uses = SessionUses(limits.slots, self.pages)
+        self.store = KeyedStore(limits, self.uses.latest, self.uses.latest_up_to)
         self.store.serve_most = LEAST
         self.store.allocator.grow(limits.initial_bytes)
         self.collector = Collector(self)
         self.collect = self.collector.collect
         self.words, self.words_fd = OwnerWords.create(limits.slots)
+        self.key_table = OwnKeyTable(self.words)
         try:
             self.complete = slab.adopt(self.words, self.words.published)
             """The `published` words as the slab signals them."""
@@ -74,14 +81,12 @@ class Pool:
             )
         except BaseException:
             os.close(self.words_fd)
-            del self.words  # unmapped now: the pool is in a cycle with its collector
+            del self.words, self.key_table  # unmapped now: the pool is in a cycle
             vars(self).pop("complete", None)
             raise
         self.growth = Growth(
             *(self.name, slab, self.store, self.words.header, settings, offload, self.apply)
         )
-        self.pages: dict[int, SessionPage] = {}
-        """The control words and grants of each session, by session number."""
         self.kept: dict[int, FeatureRef] = {}
         """Refs of the features under keys, by slot; a slot's old one stays until it has a new one."""
         self.own_writes: dict[int, tuple[int, Order]] = {}
@@ -128,6 +133,19 @@ class Pool:
             raise MalformedRef("the ref's extent is not its slot's: it was forged or damaged")
         return slot
 
+    def tell_tick(self) -> None:
+        """Tell sessions the tick with which they mark what they use (`Header.TICK`)."""
+        self.words.header[_TICK] = self.store.recency.tick
+
+    @property
+    def lookups(self) -> tuple[int, int, int]:
+        """Hits, misses, and reads that were paid, with those that sessions counted in their pages."""
+        store, hits, misses, out = self.store, 0, 0, 0
+        for page in self.pages.values():
+            own = page.own_lookups
+            hits, misses, out = hits + own[0], misses + own[1], out + page.leases_out
+        return store.hits + hits, store.misses + misses, store.reads_paid + max(0, hits - out)
+
     def publish(self, slot: Slot, specs: tuple[TensorSpec, ...], order: Order) -> FeatureRef:
         """Publish a slot whose bytes were written, or will be at `order`; return its ref."""
         if self.closed:
@@ -144,9 +162,7 @@ class Pool:
         index, generation = slot.index, slot.generation
         self.pending_writes.add(slot, page)
         ref = self.announce(slot, specs, _now())
-        self.pending_writes.end_reserved(index, generation)
-        if slot.early_paid is not None and slot.generation == generation:
-            self.apply(self.store.count_early(slot, generation, _now()))
+        self.ahead.published(slot, index, generation)
         return ref
 
     def announce(self, slot: Slot, specs: tuple[TensorSpec, ...], now_s: float) -> FeatureRef:
@@ -154,9 +170,20 @@ class Pool:
         store, pressure, extent = self.store, self.pressure, slot.extent
         assert extent is not None, "it is reserved"
         index, generation, nbytes = slot.index, slot.generation, slot.nbytes
-        offset_bytes = extent.offset_bytes
+        offset_bytes, keyed = extent.offset_bytes, slot.wanted_key is not None
+        ref = FeatureRef(
+            self.pool_id, self.endpoint, index, generation, offset_bytes, nbytes, specs
+        )
+        if keyed:  # before `live`, which vouches for it
+            self.kept[index] = ref
+            self.key_table.write_record(index, ref.to_bytes())
         self.words.make_live(index, generation, offset_bytes, nbytes)
         effects = store.publish(slot, now_s)
+        if slot.key is not None:
+            # The slot is live before sessions find it, and they find it before `live` of the one that it
+            # replaces is cleared: whoever finds that revoked finds this in its place.
+            self.key_table.keep(slot.key, index, generation)
+            self.words.header[_TICK] = store.recency.tick
         if effects:
             self.apply(effects)
         elif (
@@ -166,14 +193,28 @@ class Pool:
             or not pressure.is_normal
         ):
             self._observe()  # else it would find nothing new
-        ref = FeatureRef(
-            self.pool_id, self.endpoint, index, generation, offset_bytes, nbytes, specs
-        )
-        if slot.key is not None:
-            self.kept[index] = ref
-            if store.queue.count:
-                self.collect()  # a waiting put may have the room of a feature that can be evicted now
+        if keyed and store.queue.count:
+            self.collect()  # a waiting put may have the room of a feature that can be evicted now
         return ref
+
+    def share(self, base: Slot, readers: int | frozenset[str], ttl_s: float | None) -> FeatureRef:
+        """Return a ref of its own of a kept slot whose bytes are there; a grant on it goes with it.
+
+        Raises:
+            PoolFull: no slot is free; the grant is still the caller's.
+
+        """
+        slot = self.store.share(base, readers, ttl_s, _now())
+        index, generation, nbytes = slot.index, slot.generation, slot.nbytes
+        # The word of the bytes was seen; the share's vouches for them too, so it comes after that.
+        fence_full()
+        self.words.published[index] = generation
+        self.words.make_live(index, generation, slot.offset_bytes, nbytes)
+        self._observe()
+        specs = self.kept[base.index].specs  # of this generation: it has a grant
+        return FeatureRef(
+            self.pool_id, self.endpoint, index, generation, slot.offset_bytes, nbytes, specs
+        )
 
     def give_up_reserved(self, slot: Slot, order: Order) -> None:
         """Give up the slot of a put that failed. On a GPU some of its bytes may still be on their way."""
@@ -204,6 +245,8 @@ class Pool:
     def apply(self, effects: Sequence[Effect]) -> None:
         """Carry out the store's decisions."""
         due_now, grace_s = 0, 0.0
+        if self.store.endings.untold:  # before `live` is cleared: then a session asks why
+            self.words.tell_endings(self.store.endings.untold)
         for effect in effects:
             if type(effect) is SlotRetired:
                 slot = effect.slot
@@ -217,6 +260,7 @@ class Pool:
             elif type(effect) is Expired:
                 self._reports.expired(effect)
             elif type(effect) is Evicted:
+                self.key_table.drop(effect.key)  # before its `live` is cleared, by the next effect
                 self._reports.evicted(effect)
             elif type(effect) is Grow:
                 self.growth.grow(effect.end_bytes)
@@ -268,11 +312,7 @@ class Pool:
             if slot is not None and slot.state is SlotState.PUBLISHED:
                 yield self.store.fail_write(slot, now_s)
         while page.reserved:
-            _, slot = page.reserved.popitem()
-            index, generation = slot.index, slot.generation
-            effects = self.store.free_reserved(slot, now_s)
-            self.pending_writes.end_reserved(index, generation)
-            yield effects
+            yield self.ahead.free_reserved(page, now_s)
         self.ahead.end_session(page)
 
     def _tick(self) -> bool:
@@ -290,6 +330,8 @@ class Pool:
         old_end_bytes = self.store.committed_bytes
         if (end_bytes := self.store.shrink(now_s)) is not None:
             self.growth.shrink(end_bytes, old_end_bytes)
+        self.is_held.count_leased(self.store)
+        self.pressure.observe()
         self.pressure.report(now_s)
         gauges.publish(self.store, self.words.header)
         return now_s < self.collector.busy_until_s
@@ -302,6 +344,8 @@ class Pool:
         now_s, turn, store = _now(), self.turn, self.store
         most = min(QUANTUM_UNITS, max(turn.left, LEAST))
         before = store.expired, store.evicted
+        store.recency.pass_time(now_s)
+        self.tell_tick()
         self.apply(store.expire(now_s, max(1, most // EXPIRE_UNITS)))
         to_evict = max(1, most // EVICT_UNITS)
         self.apply(store.trim(self.is_held.of_many(), now_s, to_evict))
@@ -335,7 +379,8 @@ class Pool:
         self.pending_writes.close()
         self.own_writes.clear()
         self.is_held.close()
-        del self.words, self.complete  # unmapped now, not when the collector of cycles comes by
+        # Unmapped now, not when the collector of cycles comes by.
+        del self.words, self.key_table, self.complete
 
     def forget(self) -> None:
         """Drop descriptors and mappings in a forked child; the parent's pool is not touched.
@@ -345,7 +390,7 @@ class Pool:
         self.growth.close()
         self.pending_writes.close()
         self.is_held.close()
-        del self.words, self.complete
+        del self.words, self.key_table, self.complete
         self.closed = True
         self.recycler.forget()
         for page in self.pages.values():

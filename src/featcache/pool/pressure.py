@@ -52,7 +52,7 @@ class PressureMonitor:
     def observe(self) -> None:
         """Follow the store. Cheap when nothing changed: it runs at every put."""
         store = self._store
-        used_bytes = store.unevictable_bytes
+        used_bytes = store.unevictable_bytes + store.leased_bytes
         if (
             used_bytes < self.quiet_below_bytes
             and not store.queue.count

@@ -3,9 +3,12 @@
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import Callable
 
 _FIRST_DELAY_S = 0.001
+_SHARED_S = 0.001
+_now = time.monotonic
 
 
 class Recycler:
@@ -41,6 +44,7 @@ class Recycler:
             raise
         self._timer = self._loop.call_later(interval_s, self._on_timer)
         self._dues: set[asyncio.TimerHandle] = set()
+        self._last_look_s = float("-inf")
 
     def set_busy(self, waiting: bool) -> None:
         """Poll soon while a put waits; fall back to the interval when none does."""
@@ -55,7 +59,17 @@ class Recycler:
             self._delay_s = self._interval_s
 
     def poll_after(self, delay_s: float) -> None:
-        """Poll once more after `delay_s`: a grace period will have passed."""
+        """Poll once more after `delay_s`: a grace period will have passed.
+
+        Those that end within a millisecond share one poll: thousands may begin in one turn.
+        """
+        now_s = _now()
+        due_s = now_s + delay_s
+        if delay_s and self._dues:
+            if due_s <= self._last_look_s <= due_s + _SHARED_S:
+                return
+            delay_s += _SHARED_S
+            self._last_look_s = now_s + delay_s
 
         def look() -> None:
             self._dues.discard(handle)

@@ -45,4 +45,5 @@ def refresh(pool: "Pool") -> None:
     if here:
         hear(pool)
         pool.collect()
+        pool.is_held.count_leased(pool.store)
         pool.pressure.report(time.monotonic())

@@ -44,15 +44,17 @@ class PutWaits:
             self._timer.cancel()
             self._timer = None
         now_s = _now()
-        self._ended.emit(
-            now_s,
-            lambda unlogged: events.PutWaited(
+        unlogged = self._ended.pass_(now_s)
+        if unlogged is None:
+            return
+        events.emit(
+            events.PutWaited(
                 pool=self._pool.name,
                 nbytes=waiter.request.nbytes,
                 waited_s=now_s - since_s,
                 granted=granted,
                 unlogged=unlogged,
-            ),
+            )
         )
 
     def _arm(self, delay_s: float) -> None:

@@ -2,16 +2,19 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Coroutine
 from typing import Any, Final, TypeAlias
 
 import anyio
 
 from featcache.control.turns import BYTES_SHIFT, LEAVE_QUEUE_UNITS
-from featcache.core.put_queue import Request, Waiter, WaiterState
+from featcache.core.put_queue import Batch, Request, Waiter, WaiterState
 from featcache.core.slots import Slot
 from featcache.errors import BackendUnavailable, CacheClosed, PoolFull, PutTimeout
 from featcache.memory.pack import check_parts
+from featcache.pool.batch_puts import BatchPuts
+from featcache.pool.debtors import describe_room
+from featcache.pool.late_puts import LatePut, Leavers
 from featcache.pool.pool import Pool
 from featcache.pool.refresh import hear
 from featcache.pool.waits import PutWaits
@@ -29,7 +32,7 @@ Place: TypeAlias = "Slot | Waiter | asyncio.Future[Slot | Waiter]"
 """A put's claim from its call on: a slot, a waiter in the queue, or a future in the line of callers."""
 
 
-class OwnerWriter:
+class OwnerWriter(BatchPuts):
     """The owner's puts into one of its pools."""
 
     def __init__(self, pool: Pool) -> None:
@@ -41,13 +44,9 @@ class OwnerWriter:
         )
         self._least_bytes = 3 * self._collect_bytes
         self._put_bytes = self._collect_bytes // _MAX_UNCOLLECTED
-        self._turn = pool.turn
-        self._waits = PutWaits(pool)
-
-    @property
-    def has_callers(self) -> bool:
-        """Whether puts of the owner's own wait for their turn: whoever asks now comes after them."""
-        return self._turn.has_callers
+        self.turn = pool.turn
+        self.waits = PutWaits(pool)
+        self.leavers = Leavers(pool, self.waits)
 
     def stage(self, feature: Any, readers: Any, ttl: Any, key: Any = None) -> Staged:
         """Validate a put, or raise SettingsError or FeatureTooLarge.
@@ -61,51 +60,55 @@ class OwnerWriter:
         parts, order = pool.slab.stage(packed)
         return Staged(request, specs, parts, order)
 
+    @property
+    def stages_at_call(self) -> bool:
+        """Whether a put is to note its place on the caller's stream before it waits for anything."""
+        return self._pool.slab.deferred
+
     def put_nowait(self, staged: Staged) -> FeatureRef:
         """Copy a feature in and return its ref, or raise PoolFull. Growth happens inline."""
         request = staged.request
-        slot = self.reserve(request, at_once=True)
-        if slot is None:
-            hear(self._pool)  # what sessions have put and paid may still be in their sockets
-            slot = self._reserve_now(request)
+        slot = self.reserve(request, at_once=True) or self._reserve_now(request)
         if slot is None:
             raise self.full(request)
         return self._fill_now(slot, staged)
 
-    async def put(self, staged: Staged, timeout_s: float | None, *, wait: bool) -> FeatureRef:
-        """Copy a feature in and return its ref, standing in the queue for room if `wait`."""
-        request = staged.request
-        if self._turn.left < 0:
-            place: Place = self._turn.place(lambda: self._enter(request, wait=wait))
+    def put(
+        self, staged: Staged, timeout_s: float | None, *, wait: bool
+    ) -> Coroutine[Any, Any, FeatureRef]:
+        """Copy a feature in and return its ref, standing in the queue for room if `wait`.
+
+        To be awaited at once: the room is the put's already.
+        """
+        in_line = self.turn.left < 0
+        if not in_line:
+            slot = self.reserve(staged.request)
+            if slot is not None:
+                return self.fill(slot, staged)
+        late = LatePut(self, staged, wait=wait, timeout_s=timeout_s)
+        if in_line or self.turn.has_callers:
+            late.stand_in(self.turn)
         else:
-            place = self.reserve(request) or self.ask(request, wait=wait)
-        if type(place) is Slot:
-            return await self._fill(place, staged)
-        slot = await self.slot_of(place, timeout_s, wait=wait)
-        self._check_parts(slot, staged)
-        return await self._fill(slot, staged)
+            late.join()
+        return late.run()
 
-    async def put_in_line(self, stage: Callable[[], Staged], timeout_s: float | None) -> FeatureRef:
+    def put_in_line(
+        self, feature: Any, readers: Any, ttl: Any, key: Any, timeout_s: float | None
+    ) -> Coroutine[Any, Any, FeatureRef]:
         """As `put`, of a feature that is staged when this call's turn comes."""
-        staged: list[Staged] = []
+        late = LatePut(self, (feature, readers, ttl, key), wait=True, timeout_s=timeout_s)
+        late.stand_in(self.turn)
+        return late.run()
 
-        def enter() -> Slot | Waiter:
-            staged.append(stage())
-            return self._enter(staged[0].request, wait=True)
-
-        slot = await self.slot_of(self._turn.place(enter), timeout_s, wait=True)
-        self._check_parts(slot, staged[0])
-        return await self._fill(slot, staged[0])
-
-    async def _fill(self, slot: Slot, staged: Staged) -> FeatureRef:
+    async def fill(self, slot: Slot, staged: Staged) -> FeatureRef:
         pool = self._pool
         blocking_bytes = pool.slab.blocking_write_bytes(staged.parts)
         if blocking_bytes <= pool.settings.inline_bytes:
-            self._turn.left -= blocking_bytes >> BYTES_SHIFT
+            self.turn.left -= blocking_bytes >> BYTES_SHIFT
             return self._fill_now(slot, staged)
         return await self._fill_in_thread(slot, staged)
 
-    def _check_parts(self, slot: Slot, staged: Staged) -> None:
+    def check_parts(self, slot: Slot, staged: Staged) -> None:
         """Give the slot up if the caller freed or resized a tensor while its put waited."""
         try:
             check_parts(staged.parts)
@@ -152,9 +155,9 @@ class OwnerWriter:
 
         `slot_of` returns the slot, `withdraw` gives the place up: one of them is the caller's to call.
         """
-        if self._turn.has_callers:
-            return self._turn.place(lambda: self._enter(request, wait=wait))
-        return self._enter_queue(request, wait=wait)
+        if self.turn.has_callers:
+            return self.turn.place(lambda: self.enter(request, wait=wait))
+        return self.enter_queue(request, wait=wait)
 
     async def slot_of(self, place: Place, timeout_s: float | None, *, wait: bool) -> Slot:
         """Return the slot of a place, once it has one. If this fails, or is cancelled, the place goes."""
@@ -171,7 +174,7 @@ class OwnerWriter:
             entered = place
         if isinstance(entered, Slot):
             return entered
-        return await (self._await(entered, timeout_s) if wait else self._await_coming(entered))
+        return await (self.granted(entered, timeout_s) if wait else self.coming(entered))
 
     def withdraw(self, place: Place) -> None:
         """Give up a place, and the slot that it has by now."""
@@ -179,22 +182,43 @@ class OwnerWriter:
             if place.cancel() or place.cancelled() or place.exception() is not None:
                 return
             place = place.result()
-        if self._pool.closed:
-            return
-        if isinstance(place, Slot):
-            self._pool.apply(self._pool.store.free_reserved(place, _now()))
-        else:
-            self._leave(place)
+        self.give_up(place)
 
-    def _enter(self, request: Request, *, wait: bool) -> Slot | Waiter:
+    def give_up(self, claim: Slot | Waiter | None) -> None:
+        """Give up a slot that was reserved, or a place in the queue with the slot that it has by now."""
+        if claim is None or self._pool.closed:
+            return
+        if isinstance(claim, Slot):
+            self._pool.apply(self._pool.store.free_reserved(claim, _now()))
+        else:
+            self.leave(claim)
+
+    def check_open(self) -> None:
+        """Raise CacheClosed if the pool is closed."""
+        self._pool.check_open()
+
+    def new_future(self) -> "asyncio.Future[None]":
+        return self._pool.loop.create_future()
+
+    def accept(self, waiter: Waiter) -> Slot:
+        """Return the slot of a waiter that was told of it, or raise CacheClosed."""
+        return self._pool.store.accept(waiter)
+
+    def enter(self, request: Request, *, wait: bool) -> Slot | Waiter:
         """Reserve, or join the queue, at this call's turn."""
         self._pool.check_open()
-        return self.reserve(request) or self._enter_queue(request, wait=wait)
+        slot = self.reserve_batch(request) if isinstance(request, Batch) else self.reserve(request)
+        return slot or self.enter_queue(request, wait=wait)
 
-    def _enter_queue(self, request: Request, *, wait: bool) -> Waiter:
-        """Join the queue; or raise PoolFull, if it may not `wait` for others' features."""
+    def enter_queue(
+        self, request: Request, *, wait: bool, tag: "asyncio.Future[None] | None" = None
+    ) -> Waiter:
+        """Join the queue; or raise PoolFull, if it may not `wait` for others' features.
+
+        `tag` is the future to be told; without one the waiter has a new one.
+        """
         if wait or self._is_coming(request):
-            return self._join(request)
+            return self._join(request, tag)
         raise self.full(request)
 
     def _is_coming(self, request: Request) -> bool:
@@ -204,7 +228,7 @@ class OwnerWriter:
             not pool.store.queue.count and pool.collector.makes_room
         )
 
-    async def _await_coming(self, waiter: Waiter) -> Slot:
+    async def coming(self, waiter: Waiter) -> Slot:
         """Return the slot of a waiter that has its place in the queue only for room that is coming."""
         pool, granted = self._pool, False
         try:
@@ -212,7 +236,7 @@ class OwnerWriter:
                 if pool.growth.in_progress is not None:
                     await asyncio.shield(pool.growth.in_progress)  # other puts count on it too
                 elif pool.collector.makes_room:
-                    await self._turn.wait()
+                    await self.turn.wait()
                 else:
                     break
             pool.check_open()  # also if it was closed before this task ran: the queue is gone
@@ -222,7 +246,7 @@ class OwnerWriter:
             return pool.store.accept(waiter)
         finally:
             if not granted and not pool.closed:
-                self._leave(waiter)
+                self.leave(waiter)
 
     def reserve(self, request: Request, *, at_once: bool = False) -> Slot | None:
         """Reserve, recycling released slots if that is due or needed, then evicting.
@@ -230,8 +254,7 @@ class OwnerWriter:
         As much as the loop's turn has units for, or all `at_once`; what is left is done for the queue.
         """
         pool = self._pool
-        nbytes = request.nbytes
-        pool.put_bytes += max(nbytes, self._put_bytes)
+        pool.put_bytes += max(request.nbytes, self._put_bytes)
         if pool.put_bytes > self._least_bytes and self._is_due(pool.put_bytes):
             (pool.collector.collect_all if at_once else pool.collect)()
         slot = pool.store.reserve(request, _now())
@@ -243,21 +266,15 @@ class OwnerWriter:
                     slot = pool.store.reserve(request, _now())
                 while slot is None and pool.collector.evict_some(request):
                     slot = pool.store.reserve(request, _now())
-                    if self._turn.left <= 0:
+                    if self.turn.left <= 0:
                         break
         return slot
 
-    def reserve_ahead(self, nbytes: int, session: int) -> Slot | None:
-        """Reserve for a session's next put, if that takes nothing from anybody."""
-        pool = self._pool
-        pool.put_bytes += max(nbytes, self._put_bytes)
-        if pool.put_bytes > self._least_bytes and self._is_due(pool.put_bytes):
-            pool.collect()
-        slot = pool.store.reserve_ahead(nbytes, session, _now())
-        if slot is None:
-            pool.collect()
-            slot = pool.store.reserve_ahead(nbytes, session, _now())
-        return slot
+    def count_bytes(self, nbytes: int) -> None:
+        """Count a put's bytes, and recycle released slots if that is due."""
+        self._pool.put_bytes += max(nbytes, self._put_bytes)
+        if self._is_due(self._pool.put_bytes):
+            self._pool.collect()
 
     def _reserve_now(self, request: Request) -> Slot | None:
         """Reserve after `reserve` found no room, whatever it takes: a put that may not wait.
@@ -265,6 +282,7 @@ class OwnerWriter:
         Nobody is overtaken: with others in the queue there is no room.
         """
         pool = self._pool
+        hear(pool)  # what sessions have put may still be in their sockets, and be paid
         pool.collector.collect_all()
         slot = pool.store.reserve(request, _now())
         while slot is None and not pool.store.queue.count and pool.collector.make_room(request):
@@ -306,14 +324,14 @@ class OwnerWriter:
         self._pool.growth.grown(end_bytes)
         return store.reserve(request, _now())
 
-    def _join(self, request: Request) -> Waiter:
+    def _join(self, request: Request, tag: "asyncio.Future[None] | None") -> Waiter:
         """Join the queue, or raise PoolFull."""
         pool, store = self._pool, self._pool.store
         # Room that is being made for it alone is no others': there the bound does not hold.
         bounded = store.queue.count > 0 or not pool.collector.makes_room
         try:
             waiter, effects = store.wait(
-                request, _now(), pool.loop.create_future(), bounded=bounded
+                request, _now(), tag or pool.loop.create_future(), bounded=bounded
             )
         except PoolFull as full:
             raise PoolFull(f"{full}; {pool.debtors.holders()}") from None
@@ -324,16 +342,16 @@ class OwnerWriter:
                 # the other way round a release between the two would be neither seen nor rung.
                 pool.collect()
         except BaseException:
-            self._leave(waiter)
+            self.leave(waiter)
             raise
         return waiter
 
-    async def _await(self, waiter: Waiter, timeout_s: float | None) -> Slot:
+    async def granted(self, waiter: Waiter, timeout_s: float | None) -> Slot:
         """Return the slot of a waiter, when it is granted."""
         future, request, since_s = waiter.tag, waiter.request, _now()
         assert isinstance(future, asyncio.Future), "a waiter is tagged with its future"
         granted = False
-        self._waits.begin(waiter, since_s)
+        self.waits.begin(waiter, since_s)
         try:
             if timeout_s is None:  # a scope takes longer than the wait itself may
                 await future
@@ -354,21 +372,20 @@ class OwnerWriter:
             return self._pool.store.accept(waiter)
         finally:
             if not granted and not self._pool.closed:
-                self._leave(waiter)
-            self._waits.end(waiter, since_s, granted=granted)
+                self.leave(waiter)
+            self.waits.end(waiter, since_s, granted=granted)
 
-    def _leave(self, waiter: Waiter) -> None:
+    def leave(self, waiter: Waiter) -> None:
         """Give a place in the queue up, and the slot that was granted meanwhile."""
         # The accept handshake: a slot granted to a waiter whose task was cancelled meanwhile
         # was never accepted, and goes to the next waiter.
         pool, store = self._pool, self._pool.store
-        passes_on = waiter is store.queue.head or waiter.state is WaiterState.GRANTED
-        if self._turn.left <= 0:  # of many that leave at once: the next is served in the next turn
+        if self.turn.left <= 0:  # of many that leave at once: the next is served in the next turn
             store.abandon(waiter)
-            if passes_on:
-                pool.collector.go_on()
+            pool.collector.go_on()
             return
-        self._turn.left -= LEAVE_QUEUE_UNITS
+        self.turn.left -= LEAVE_QUEUE_UNITS
+        passes_on = waiter is store.queue.head or waiter.state is WaiterState.GRANTED
         effects = store.leave(waiter, _now())
         if passes_on or not store.queue.count:
             pool.apply(effects)
@@ -381,11 +398,4 @@ class OwnerWriter:
 
     def _room(self, *, besides: bool = False) -> str:
         """Describe the room there is, and who holds the rest; `besides` the waiter that is told."""
-        store, refused = self._pool.store, self._pool.growth.refused
-        grows = f"; the slab can't grow: {refused}" if refused else ""
-        return (
-            f"{store.free_bytes} of {store.limits.capacity_bytes} bytes are free, at most "
-            f"{store.largest_free_bytes} in one piece, {store.table.count - store.table.used} of "
-            f"{store.table.count} slots, and {len(store.queue) - besides} puts wait; "
-            f"{self._pool.debtors.holders()}{grows}"
-        )
+        return describe_room(self._pool, besides=besides)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from featcache.core.endings import RECYCLED, UNKNOWN
+from featcache.core.endings import why_by_word
 from featcache.errors import CacheClosed, FeatcacheError, MalformedRef, StaleRef
 from featcache.memory.slab import Mapping, Order, PageWords
 from featcache.memory.unreachable import UnreachableSlab
@@ -25,10 +25,11 @@ from featcache.memory.words import (
 )
 from featcache.ref import FeatureRef
 from featcache.session.early import EarlyPins
-from featcache.session.writes import ONE_USE, SlotWrites, Uses
+from featcache.session.leased_reads import ONE_USE, Uses
+from featcache.session.payments import Payments
+from featcache.session.writes import SlotWrites
 
 _WAITING, _SHRINK_EPOCH = Header.WAITING, Header.SHRINK_EPOCH
-_GRANTED = 1  # index into PageWords
 _PAID_HERE = (
     "was paid by this session already, and each session reads a ref once: keep what was read, or keep "
     "the feature under a key"
@@ -38,7 +39,7 @@ _FORKED = (
 )
 
 
-class Attachment(EarlyPins, SlotWrites):
+class Attachment(EarlyPins, SlotWrites, Payments):
     """One mapped pool and this session's page. No call blocks; a lock makes them thread-safe."""
 
     def __init__(
@@ -65,7 +66,7 @@ class Attachment(EarlyPins, SlotWrites):
         wrote there last and the order behind which its bytes are; None elsewhere."""
         self._gone: FeatcacheError | None = None
         self._live, self._published, self._reserved = words.live, words.published, words.reserved
-        self._offset, self._nbytes = words.offset, words.nbytes
+        self._offset, self._nbytes, self._ending = words.offset, words.nbytes, words.ending
         self._held, self._released = page.held, page.released
         self._page_header = page.header
         self._plain = PageWords.plain(page)
@@ -78,10 +79,11 @@ class Attachment(EarlyPins, SlotWrites):
         self._unrung = 0
         self._lock = threading.Lock()
         self._pins: dict[tuple[int, int], Uses] = {}
-        """By slot and generation; leases by -1 - index and serial."""
+        """By slot and generation; grants by -1 - index and serial."""
         self._early: dict[tuple[int, int], bool] = {}
         self._own_puts: dict[int, FeatureRef] = {}
         self._on_idle: Callable[[], object] | None = None
+        super().__init__(page)
         self.why_stale: Callable[[int, int], str] | None = None
         """In the owner: says why a ref is stale, as its store knows."""
         self.hear = None
@@ -138,8 +140,10 @@ class Attachment(EarlyPins, SlotWrites):
         """Whether the bytes of a pinned or leased ref are complete, and mapped as the owner has them."""
         if self._early and (ref.slot, ref.generation) in self._early and not self._has_come(ref):
             return False
-        return self._published[ref.slot] == ref.generation and self.is_mapped(
-            ref.offset_bytes, ref.nbytes
+        return (  # hot path: as `is_mapped`, inline
+            self._published[ref.slot] == ref.generation
+            and ref.offset_bytes + ref.nbytes <= self.covered_bytes
+            and (self.shrink_epoch is None or self.header[_SHRINK_EPOCH] == self.shrink_epoch)
         )
 
     def follow_write(self, ref: FeatureRef, device: torch.device | None) -> bool:
@@ -195,68 +199,6 @@ class Attachment(EarlyPins, SlotWrites):
         self.pin(ref)
         self.unpin(ref, pays=True)
 
-    def _idle(self) -> Callable[[], object] | None:
-        """Return the callback that is due, with the lock held, if nothing is pinned any more."""
-        idle = None
-        if not self._pins:
-            idle, self._on_idle = self._on_idle, None
-        return idle
-
-    def _ring_if_due(self) -> None:
-        ring_at = self.header[_WAITING]
-        if ring_at:
-            self._unrung += 1
-            if self._unrung >= ring_at:
-                self._unrung = 0
-                self._ring()
-
-    # --- reads by key ---------------------------------------------------------------------------
-
-    def take_lease(self, index: int, serial: int) -> None:
-        """Pin a read granted by key. No `held` word: the owner tracks grants."""
-        with self._lock:
-            self._pins[-1 - index, serial] = ONE_USE  # further uses are counted by the lease
-
-    def pay_lease(self, index: int, serial: int, order: Order, behind: list[Order]) -> None:
-        """Pay it, once, behind `order` and all of `behind`."""
-        with self._lock:
-            del self._pins[-1 - index, serial]
-            if behind:
-                order = self.mapping.follow(order, behind)
-            self._signal(_GRANTED, index, serial, order)
-            idle = None if self._on_idle is None else self._idle()
-        if self.header[_WAITING]:
-            self._ring_if_due()
-        if idle is not None:
-            idle()
-
-    def return_lease(self, index: int, serial: int) -> None:
-        """Pay a granted read that was never taken."""
-        self.check_lease(index, serial)
-        self._signal(_GRANTED, index, serial, None)
-        self._ring_if_due()
-
-    def check_lease(self, index: int, serial: int) -> None:
-        """Raise MalformedRef if the page has no such grant word, or it is out already."""
-        if index >= len(self._plain.granted) or (-1 - index, serial) in self._pins:
-            raise MalformedRef(f"no grant {index}:{serial} can be had: the owner is at fault")
-
-    def check_leased_ref(self, ref: FeatureRef) -> None:
-        """Raise MalformedRef if a ref that came with a grant is not of this pool or its slot.
-
-        As `check` besides.
-        """
-        index = ref.slot
-        if self._gone is not None:
-            self.check()
-        if (
-            ref.pool_id != self.pool_id
-            or index >= self._slots
-            or self._offset[index] != ref.offset_bytes
-            or self._nbytes[index] != ref.nbytes
-        ):
-            raise MalformedRef("the granted ref is not its slot's: the owner is at fault")
-
     # --- words ------------------------------------------------------------------------------------
 
     def is_mapped(self, offset_bytes: int, nbytes: int) -> bool:
@@ -264,13 +206,6 @@ class Attachment(EarlyPins, SlotWrites):
         return offset_bytes + nbytes <= self.covered_bytes and (
             self.shrink_epoch is None or self.header[_SHRINK_EPOCH] == self.shrink_epoch
         )
-
-    def _signal(self, which: int, index: int, value: int, order: Order) -> None:
-        if self.mapping.deferred and order is not None:
-            self._in_flight[which, index] = value
-        else:
-            self._in_flight.pop((which, index), None)  # the CPU writes it now
-        self.mapping.signal(self._adopted[which], index, value, order)
 
     @property
     def settled(self) -> bool:
@@ -284,7 +219,7 @@ class Attachment(EarlyPins, SlotWrites):
             return False
         held = np.frombuffer(self._held, dtype=np.uint64)
         released = np.frombuffer(self._released, dtype=np.uint64)
-        return not bool(((held != 0) & (held != released)).any())
+        return not bool(((held != 0) & (held != released)).any()) and self.leases_ended
 
     # --- the end ----------------------------------------------------------------------------------
 
@@ -294,11 +229,15 @@ class Attachment(EarlyPins, SlotWrites):
             raise type(self._gone)(*self._gone.args)
 
     def _why_stale(self, index: int, generation: int) -> str:
-        """Say what is known of a ref that can't be read: a session sees no more than the slot's word."""
+        """Say what is known of a ref that can't be read; a session knows it by the slot's words."""
         if self.why_stale is not None:
             return self.why_stale(index, generation)
-        recycled = self._live[index] > generation
-        return f"ref {index}:{generation} {RECYCLED if recycled else UNKNOWN}"
+        why = why_by_word(
+            *(self._ending[index], generation),
+            published=self._published[index] >= generation,
+            recycled=self._live[index] > generation,
+        )
+        return f"ref {index}:{generation} {why}"
 
     def refuse(self, error: FeatcacheError) -> None:
         """Let no new read begin: each raises this. Reads that have begun may end."""
@@ -312,7 +251,7 @@ class Attachment(EarlyPins, SlotWrites):
     def when_idle(self, call: Callable[[], object]) -> None:
         """Call once nothing is pinned: now, or when the last use ends (maybe in another thread)."""
         with self._lock:
-            if self._pins:
+            if self._pins or self._leases_out:
                 self._on_idle = call
                 return
         call()
@@ -321,7 +260,7 @@ class Attachment(EarlyPins, SlotWrites):
     def holds(self) -> int:
         """Slots that this session has pinned now, for reading or writing."""
         with self._lock:  # a thread that holds it may be about to signal a word
-            return len(self._pins)
+            return len(self._pins) + self._leases_out
 
     def fall_back_to_host(self, reason: str) -> Mapping:
         """Read through host memory from now on; return the mapping there was, to be closed."""
@@ -339,12 +278,14 @@ class Attachment(EarlyPins, SlotWrites):
         self._held, self._released = (
             memoryview(bytearray(8 * self._slots)).cast("Q") for _ in range(2)
         )
-        self._live = self._published = self._offset = self._nbytes = self._reserved = self._held
+        self._live = self._published = self._offset = self._nbytes = self._held
+        self._reserved = self._ending = self._held
         self._paid = self._released
         self._in_flight.clear()
         self.own_writes = None
         words = max(self._slots, len(self._plain.granted))
         nowhere = memoryview(bytearray(8 * words)).cast("Q")
-        self._plain = self._adopted = PageWords(nowhere, nowhere, nowhere)
+        self._plain = self._adopted = PageWords(nowhere, nowhere, nowhere, nowhere)
+        self.forget_leases()
         mapping, self.mapping = self.mapping, UnreachableSlab(self.mapping.device, "process forked")
         mapping.forget()

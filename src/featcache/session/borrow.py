@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import torch
 
-from featcache.errors import SettingsError, StaleRef
+from featcache.errors import GetTimeout, SettingsError, StaleRef
 from featcache.memory.pack import Feature, unpack
 from featcache.memory.views import invalidate
 from featcache.ref import FeatureRef
@@ -30,7 +30,17 @@ class Borrow:
     block, are safe in any thread.
     """
 
-    __slots__ = ("_copied", "_find", "_reader", "_source", "_tensors", "ref", "timeout_s")
+    __slots__ = (
+        "_at_hand",
+        "_copied",
+        "_find",
+        "_find_now",
+        "_reader",
+        "_source",
+        "_tensors",
+        "ref",
+        "timeout_s",
+    )
 
     def __init__(
         self,
@@ -38,12 +48,15 @@ class Borrow:
         ref: FeatureRef | None,
         timeout_s: float | None,
         find: Find | None = None,
+        find_now: Callable[[], KeyLease] | None = None,
+        at_hand: Callable[[], KeyLease | None] | None = None,
     ) -> None:
-        """Borrow a ref, or the feature that `find` looks up by its key on entry."""
+        """Borrow a ref, or the feature that `find` (or one of the others) looks up by its key on entry."""
         self._reader = reader
         self.ref = ref
         """The borrowed ref; None of a key's, before it is found."""
         self._find = find
+        self._find_now, self._at_hand = find_now, at_hand
         self.timeout_s = timeout_s
         self._source: Readable | None = None
         self._tensors: list[torch.Tensor] = []
@@ -109,9 +122,26 @@ class Borrow:
         """Return the view of bytes that are there now."""
         if self._source is not None:
             self._check_unused()
-        if self._find is not None or self.ref is None:
-            raise SettingsError("a key is looked up first, which takes a while: use 'async with'")
+        if self._find_now is not None:
+            return self._enter_leased(self._find_now())
+        assert self.ref is not None, "a ref or a key"
         return self._enter(self.ref, self._reader.hold_nowait(self.ref))
+
+    def enter_at_hand(self) -> Feature | None:
+        """As plain ``with`` of a key, but return None if the owner must be asked."""
+        if self._source is not None:
+            self._check_unused()
+        assert self._at_hand is not None, "of a key"
+        lease = self._at_hand()
+        return None if lease is None else self._enter_leased(lease)
+
+    def _enter_leased(self, lease: KeyLease) -> Feature:
+        lease.check_at_hand(None)
+        if not lease.mapping.zero_copy:
+            lease.return_lease()
+            raise GetTimeout("no view can be lent on this device: use 'async with' instead")
+        self.ref = lease.ref
+        return self._enter(lease.ref, lease)
 
     def __exit__(self, *_: object) -> None:
         """Empty the view and pay the read."""

@@ -73,8 +73,10 @@ class Home:
         loop, thread = _get_running_loop(), threading.current_thread().name
         if loop is None and _runs_trio():
             return no_loop()
-        home = f"{self.loop!r} of thread {self.thread!r}"
-        caller = "no event loop" if loop is None else f"{loop!r}"
+        home = f"{self.loop!r} ({id(self.loop):#x}) of thread {self.thread!r}"
+        caller = "no event loop" if loop is None else f"{loop!r} ({id(loop):#x})"
+        if loop is not None and thread == self.thread:
+            caller += ", another loop of this thread"
         ended = ", which has ended: close it before its loop ends" if self.loop.is_closed() else ""
         return WrongLoop(
             f"this {noun} belongs to {home}{ended}; the call came from thread {thread!r} with {caller}. "

@@ -1,10 +1,17 @@
-"""A read granted by key (a lease), in the place of a ref's attachment; and the claim to make a key."""
+"""A read by key (a lease), in the place of a ref's attachment; and the claim to make a key."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
+import torch
+
+from featcache.errors import GetTimeout
 from featcache.memory.slab import Mapping, Order
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
+
+End: TypeAlias = Callable[[int, int, Order, list[Order] | None], None]
+"""Ends a read by its index and serial, behind the order of its last use and those of others."""
 
 
 class MakeClaim:
@@ -16,23 +23,42 @@ class MakeClaim:
         self.end = end
 
 
+def return_all(leases: "Iterable[KeyLease | None]") -> None:
+    """End the leases that read nothing."""
+    for lease in leases:
+        if lease is not None:
+            lease.return_lease()
+
+
 class KeyLease:
-    """One grant of one session. The last use that ends pays it, whether or not it read anything.
+    """One read by key of one session: a lease entry that it took, or a grant of the owner's.
+
+    The last use that ends it calls `end`, whether or not it read anything.
 
     The owner keeps the bytes until then, so no `held` word is written and only `published` is looked
     at. Its calls are those of an `Attachment` for one ref, which is always the lease's own.
     """
 
-    __slots__ = ("_behind", "_index", "_serial", "_uses", "attachment", "ref")
+    __slots__ = ("_behind", "_end", "_index", "_serial", "_uses", "attachment", "ref")
 
-    def __init__(self, attachment: Attachment, ref: FeatureRef, index: int, serial: int) -> None:
+    def __init__(
+        self, attachment: Attachment, ref: FeatureRef, index: int, serial: int, end: End
+    ) -> None:
         self.attachment = attachment
         self.ref = ref
         self._index = index
         self._serial = serial
         self._uses = 1
-        self._behind: list[Order] = []
-        attachment.take_lease(index, serial)
+        self._behind: list[Order] | None = None
+        self._end = end
+
+    @classmethod
+    def granted(
+        cls, attachment: Attachment, ref: FeatureRef, index: int, serial: int
+    ) -> "KeyLease":
+        """Take a read that the owner granted."""
+        attachment.take_grant(index, serial)
+        return cls(attachment, ref, index, serial, attachment.pay_grant)
 
     @property
     def mapping(self) -> Mapping:
@@ -49,9 +75,20 @@ class KeyLease:
         self._uses -= 1
         if self._uses:
             if pays:
-                self._behind.append(order)
+                self._behind = [*(self._behind or ()), order]
             return
-        self.attachment.pay_lease(self._index, self._serial, order, self._behind)
+        self._end(self._index, self._serial, order, self._behind)
+
+    def check_at_hand(self, device: torch.device | None) -> None:
+        """End it, and raise GetTimeout, unless its bytes are there now for this device."""
+        attachment, there = self.attachment, False
+        try:
+            there = attachment.is_ready(self.ref) or attachment.follow_write(self.ref, device)
+        finally:
+            if not there:
+                self.return_lease()
+        if not there:
+            raise GetTimeout("the bytes are still on their way: await them instead")
 
     def return_lease(self) -> None:
         """End the one use of a lease that reads nothing."""

@@ -56,6 +56,7 @@ class Reader:
     def __init__(self, pools: Pools, offload: Offload, inline_bytes: int) -> None:
         self.pools = pools
         self.turn = turn_of(asyncio.get_running_loop())
+        self.offload, self.inline_bytes = offload, inline_bytes
         self._copier = Copier(offload, inline_bytes, self.turn)
         self.gets = 0
         self._home = Home()
@@ -116,9 +117,11 @@ class Reader:
         self, lease: KeyLease, device: Device, out: Feature | None, timeout_s: float | None
     ) -> Feature:
         """As `get`, of a read granted by key, which is paid however this ends."""
-        ref, (targets, device) = lease.ref, self._leased_targets(lease, device, out)
-        reached = lease.mapping.can_copy_to(device)
-        if not reached or not (lease.attachment.is_ready(ref) or _follows(lease, ref, device)):
+        ref, attachment, targets = lease.ref, lease.attachment, None
+        if out is not None:
+            targets, device = self._leased_targets(lease, device, out)
+        reached = attachment.mapping.can_copy_to(device)
+        if not reached or not (attachment.is_ready(ref) or _follows(lease, ref, device)):
             _, reached = await self._await_ready(lease, ref, device, timeout_s)
         if reached:
             feature = await self._copier.copy(lease, ref, device, targets)
@@ -131,8 +134,9 @@ class Reader:
         self, lease: KeyLease, device: Device, out: Feature | None
     ) -> Feature | None:
         """As `get_leased`, in a thread that may block; None, with nothing done, if out of reach."""
-        ref, (targets, device) = lease.ref, self._leased_targets(lease, device, out)
-        mapping = lease.mapping
+        ref, mapping, targets = lease.ref, lease.attachment.mapping, None
+        if out is not None:
+            targets, device = self._leased_targets(lease, device, out)
         if not mapping.can_copy_to(device):
             return None
         pays, order = False, None
@@ -141,7 +145,10 @@ class Reader:
             if not (attachment.is_ready(ref) or attachment.follow_write(ref, device)):
                 wait_ready_blocking(attachment, ref, float("inf"))
             order = mapping.order(device)
-            feature = copy(lease, ref, device, targets, order)
+            if targets is None and ref.specs[0].name is None:  # as `copy`, inline
+                feature: Feature = mapping.fetch(ref.offset_bytes, ref.specs[0], device, order)
+            else:
+                feature = copy(lease, ref, device, targets, order)
             pays = True
         finally:
             lease.unpin(ref, pays=pays, order=order)
@@ -252,10 +259,11 @@ class Reader:
         self, lease: KeyLease, timeout_s: float | None
     ) -> tuple[Readable, Feature | None]:
         """As `hold`, of a read granted by key."""
-        ref, reached = lease.ref, lease.mapping.can_copy_to(None)
-        if not reached or not (lease.attachment.is_ready(ref) or _follows(lease, ref, None)):
+        ref, attachment = lease.ref, lease.attachment
+        reached = attachment.mapping.can_copy_to(None)
+        if not reached or not (attachment.is_ready(ref) or _follows(lease, ref, None)):
             _, reached = await self._await_ready(lease, ref, None, timeout_s)
-        if reached and lease.mapping.zero_copy:
+        if reached and attachment.mapping.zero_copy:
             return lease, None
         return lease, await self._copied_in_time(lease, ref, timeout_s, reached=reached)
 

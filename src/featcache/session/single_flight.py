@@ -1,7 +1,7 @@
 """`get_or_put`: of all callers that want a key at once, in all processes, one makes it."""
 
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal, Protocol, TypeAlias
 
 import anyio
@@ -10,9 +10,11 @@ import torch
 from featcache.errors import KeyNotFound, KeyTimeout
 from featcache.memory.pack import Feature
 from featcache.memory.slab import uncopied
+from featcache.ref import FeatureRef
 from featcache.session.arguments import rpc_timeout
 from featcache.session.lease import KeyLease, MakeClaim
 
+Device: TypeAlias = torch.device | None
 Make = Callable[[], Feature | Awaitable[Feature]]
 Command: TypeAlias = Literal["contains", "evict", "pin", "unpin"]
 
@@ -20,7 +22,27 @@ Command: TypeAlias = Literal["contains", "evict", "pin", "unpin"]
 class Keys(Protocol):
     """The directory, as its owner or an attached client uses it."""
 
-    async def find(self, key: bytes, timeout_s: float | None) -> KeyLease:
+    def at_hand(self, key: bytes, device: Device) -> KeyLease | None:
+        """Return a read of the feature under a key if the key table is enough to find it, or None.
+
+        Safe in any thread. `device` is where the read is to be, None is the pool's own. What it does not
+        find is no miss: the owner is asked next.
+        """
+
+    def find_now(self, key: bytes, device: Device) -> KeyLease:
+        """As `at_hand`, for a caller that does not ask the owner.
+
+        Raises:
+            KeyNotFound: there is none.
+            GetTimeout: the owner is to say.
+            UnknownPool: the pool is not attached yet.
+
+        """
+
+    def contains_now(self, key: bytes) -> bool | None:
+        """Whether a key is there, by the key table alone; None if the owner is to say. In any thread."""
+
+    async def find(self, key: bytes, timeout_s: float | None, device: Device) -> KeyLease:
         """Return a read of the feature under a key; with a timeout, wait for it that long.
 
         Raises:
@@ -28,23 +50,45 @@ class Keys(Protocol):
 
         """
 
-    async def find_or_claim(self, key: bytes, *, waits: bool) -> KeyLease | MakeClaim:
+    async def find_or_claim(
+        self, key: bytes, device: Device, *, waits: bool
+    ) -> KeyLease | MakeClaim:
         """Return a read, once there is a feature, or the claim to make it.
 
         Unless it `waits`, raise KeyNotFound while another makes it.
         """
 
+    async def find_many(self, keys: Sequence[bytes], device: Device) -> list[KeyLease | None]:
+        """Return a read of each key that is there, and None of the others; all or, if it fails, none.
+
+        An error says by its `member` which key it is of, where it is of one.
+        """
+
+    async def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """Return whether each of these keys is there. Not a use of them."""
+
+    async def share(
+        self,
+        key: bytes,
+        readers: int | frozenset[str],
+        ttl_s: float | None,
+        timeout_s: float | None,
+    ) -> FeatureRef:
+        """Return a ref of the feature under a key that owes these reads; `timeout_s` as in `find`."""
+
     async def command(self, command: Command, key: bytes) -> bool:
         """Do this to a key; return whether it was there. KeyNotFound of pin and unpin if it was not."""
 
 
-async def find_or_claim(keys: Keys, key: bytes, timeout_s: float | None) -> KeyLease | MakeClaim:
+async def find_or_claim(
+    keys: Keys, key: bytes, device: Device, timeout_s: float | None
+) -> KeyLease | MakeClaim:
     """Return a read of a key, or the claim to make it, within a time; KeyTimeout if neither came."""
     if timeout_s is None:  # a scope takes longer than many a lookup
-        return await keys.find_or_claim(key, waits=True)
+        return await keys.find_or_claim(key, device, waits=True)
     try:
         with anyio.fail_after(rpc_timeout(timeout_s)):
-            return await keys.find_or_claim(key, waits=timeout_s > 0)
+            return await keys.find_or_claim(key, device, waits=timeout_s > 0)
     except (KeyNotFound, TimeoutError):
         raise KeyTimeout(f"nobody made it within {timeout_s} s") from None
 

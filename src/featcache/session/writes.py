@@ -8,26 +8,12 @@ from featcache.errors import MalformedRef
 from featcache.memory.slab import Order, PageWords
 from featcache.memory.words import RoomClaim, fence_after_lock
 from featcache.ref import FeatureRef
+from featcache.session.leased_reads import ONE_USE, Uses
 
 _WRITES: Final = 1 << 40
 """Beyond any slot: pins for writing and for reading never share a key."""
 _WRITTEN: Final = 2
 """An index into PageWords."""
-
-
-class Uses:
-    """The uses of one pinned slot in progress, and the orders behind which its read is paid."""
-
-    __slots__ = ("behind", "count", "pays")
-
-    def __init__(self) -> None:
-        self.count = 1
-        self.pays = False
-        self.behind: list[Order] = []
-
-
-ONE_USE = Uses()
-"""Of a slot with a single use, which almost all have; never written, but replaced."""
 
 
 class SlotWrites:

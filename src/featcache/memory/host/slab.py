@@ -34,7 +34,7 @@ from featcache.memory.host.available import available_bytes
 from featcache.memory.pack import DTYPES, check_parts
 from featcache.memory.slab import Parts, Segment, Word, uncopied
 from featcache.memory.views import view_of
-from featcache.memory.words import TSO, Block, fence_stores, memfd
+from featcache.memory.words import TSO, Block, fence_stores, memfd, store_words
 from featcache.ref import TensorSpec
 
 KIND: Final = "host"
@@ -287,6 +287,12 @@ class HostMapping:
         if not TSO:  # hot path: skip the call
             fence_stores()  # bytes before the word that vouches for them
         words[index] = value
+
+    def signal_many(
+        self, words: memoryview, values: Sequence[tuple[int, int]], order: Streams
+    ) -> None:
+        """Store the words now, behind one fence."""
+        store_words(words, values)
 
     def follow(self, order: Streams, others: Sequence[Streams]) -> Streams:
         """Return the order: the CPU has only one."""

@@ -1,0 +1,181 @@
+"""What the policies share: a heap of slots that is put right only as far as a search comes."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Sequence
+from heapq import heapify, heappop, heappush, heapreplace
+from typing import Final
+
+from featcache.core.recency.policy import STEP, Held, LatestUse, LatestUses, never_used, none_used
+from featcache.core.recency.tick_times import TickTimes
+from featcache.core.slots import Slot
+
+_SLACK: Final = 64
+"""Stale entries that are tolerated, beside a share of the heap, before it is rebuilt."""
+LOOKS: Final = 8
+"""Slots whose uses are looked at one by one in a search, beside a share of all, before all are."""
+LOOKS_SHARE: Final = 512
+"""A look at one slot takes about as long as a look at so many among all."""
+
+
+class LazyHeap(ABC):
+    """Evictable slots by rank, the lowest first, with at most one entry of a slot.
+
+    A use writes the slot, or a word of a session, and no entry: an entry's rank may be too low from then
+    on, never too high. So a search meets it too early, and repairs it. A hit costs neither a search nor
+    an entry, however many slots there are. An ordered dict would do for hits that are counted, but each
+    eviction would step over every slot that is pinned or being read.
+    """
+
+    def __init__(
+        self, latest_use: LatestUse = never_used, latest_uses: LatestUses | None = None
+    ) -> None:
+        # In steps: what sessions use while a tick lasts goes between it and the next.
+        self.tick = 0
+        self._latest_use = latest_use
+        self._latest_uses = none_used if latest_use is never_used else latest_uses
+        self._uses: Sequence[int] | None = None
+        """All slots' uses by sessions, if this search has looked at them."""
+        self._looks = 0
+        self._high = 0
+        """One more than the highest index of a slot that was ever added."""
+        self._times = TickTimes()
+        self._heap: list[tuple[int, int, Slot]] = []
+        """Rank, number, slot: of equal ranks the one that was added first goes first."""
+        self._max_entries = _SLACK
+        self._entries = 0
+
+    # --- uses -------------------------------------------------------------------------------------
+
+    def touch(self, slot: Slot, now_s: float) -> None:
+        """Count a use."""
+        # Only the slot is written. Its entry in the heap is stale from here on, which is safe.
+        self.tick += STEP
+        slot.tick, slot.used_s = self.tick, now_s
+
+    def enter(self, slot: Slot, now_s: float) -> None:
+        """Count a feature as new."""
+        self.tick += STEP
+        slot.tick, slot.used_s = self.tick, now_s
+        if now_s >= self._times.due_s:
+            self._times.note(self.tick, now_s)
+
+    def pass_time(self, now_s: float) -> None:
+        """Advance the tick if it has stood still for long."""
+        if now_s >= self._times.due_s:
+            self.tick += STEP
+            self._times.note(self.tick, now_s)
+
+    def _look(self, slot: Slot) -> int:
+        """Return when sessions used a slot last, in a search that has not looked at all of them."""
+        self._looks += 1
+        if self._looks > LOOKS + self._high // LOOKS_SHARE:
+            self._survey()
+        return self._latest_use(slot.index)
+
+    def _learn(self, slot: Slot, use: int) -> None:
+        """Count what sessions wrote: due if it is not below `slot.tick`, no harm else."""
+        # A use in the tick at which the slot was entered is the present tenant's: it comes after.
+        slot.tick = max(slot.tick, min(use, self.tick + STEP - 1) | 1)
+
+    def _survey(self) -> None:
+        """Look at the uses of all slots at once."""
+        if self._latest_uses is not None:
+            self._uses = self._latest_uses(self._high)
+
+    def last_used_s(self, slot: Slot) -> float:
+        """Return when a kept slot was last entered or used."""
+        self._learn(slot, self._latest_use(slot.index))
+        if slot.tick & 1:
+            return max(slot.used_s, self._times.of(slot.tick))
+        return slot.used_s
+
+    # --- ranks ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def rank(self, slot: Slot) -> int:
+        """Return a slot's rank, up to date."""
+
+    @abstractmethod
+    def _known(self, slot: Slot) -> int:
+        """Return a slot's rank as far as is known without a look; it may be too low."""
+
+    @abstractmethod
+    def _reach(self, slot: Slot) -> int:
+        """Return the rank of a slot that a search has come to, up to date."""
+
+    @abstractmethod
+    def _stand_at(self, slot: Slot) -> None:
+        """Note the slot that should go first."""
+
+    @abstractmethod
+    def _renew(self, slot: Slot) -> int:
+        """Return a slot's rank for a heap that is rebuilt because many were used."""
+
+    # --- searches ---------------------------------------------------------------------------------
+
+    def add(self, slot: Slot) -> None:
+        """Take in a slot that became evictable and has no entry."""
+        slot.listed = True
+        if slot.index >= self._high:
+            self._high, self._uses = slot.index + 1, None
+        self._entries += 1
+        heappush(self._heap, (self._known(slot), self._entries, slot))
+        if len(self._heap) > self._max_entries:
+            self._rebuild(self._known)
+
+    def coldest(self, held: Held) -> Slot | None:
+        """Return the evictable slot that should go first and is not held, or None."""
+        return next(iter(self.coldest_few(1, held)), None)
+
+    def coldest_few(self, count: int, held: Held) -> list[Slot]:
+        """Return up to `count` evictable slots that are not held, the first to go first."""
+        return [slot for _, slot in self.by_rank(count, held)]
+
+    def by_rank(self, most: int, held: Held) -> Generator[tuple[int, Slot]]:
+        """Go through the same, with their ranks. To be closed before any call but `rank`."""
+        heap, taken, found = self._heap, list[tuple[int, int, Slot]](), 0
+        self._uses, self._looks = None, 0
+        stale, most_stale = 0, _SLACK + len(heap) // 8
+        try:
+            while heap and found < most:
+                rank, number, slot = heap[0]
+                if slot.idle:
+                    reached = self._reach(slot)
+                    if reached == rank:
+                        taken.append(heappop(heap))
+                        if not held(slot):
+                            if not found:
+                                self._stand_at(slot)
+                            elif self._uses is None:
+                                self._look_ahead(most)
+                            found += 1
+                            yield rank, slot
+                        continue
+                    heapreplace(heap, (reached, number, slot))
+                else:
+                    # `add` is due when it is evictable again, so the flag goes with the entry.
+                    heappop(heap)
+                    slot.listed = False
+                stale += 1
+                if stale == most_stale:
+                    # Many slots were used since the last search: one heapify costs less than repairs.
+                    self._rebuild(self._renew)
+        finally:
+            # Back they go, the held and the found: the caller may drop none of them.
+            for entry in taken:
+                heappush(heap, entry)
+
+    def _look_ahead(self, count: int) -> None:
+        """Look at all uses at once if so many looks at one would take longer."""
+        if self._high <= count * LOOKS_SHARE:
+            self._survey()
+
+    def _rebuild(self, ranked: Callable[[Slot], int]) -> None:
+        """Drop the entries of slots that are not evictable and rank all others anew."""
+        heap = self._heap
+        for *_, slot in heap:
+            slot.listed = slot.idle
+        # In place: `coldest_few` holds the list while it calls this.
+        heap[:] = [(ranked(slot), number, slot) for _, number, slot in heap if slot.idle]
+        heapify(heap)
+        self._max_entries = 2 * len(heap) + _SLACK

@@ -1,0 +1,38 @@
+"""When sessions used slots last, as they say in the `used` words of their pages."""
+
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+
+from featcache.pool.page import SessionPage
+
+
+class SessionUses:
+    """The highest tick of each slot over all sessions, those that ended too. What they say is a peer's."""
+
+    def __init__(self, slots: int, pages: Mapping[int, SessionPage]) -> None:
+        self._pages: Final = pages
+        self._past = np.zeros(slots, np.uint64)
+        """What sessions said that have ended, each no later than its end."""
+        self._past_words = self._past.data
+
+    def latest(self, index: int) -> int:
+        """Return the highest tick that any session wrote for a slot, 0 if none did."""
+        latest: int = self._past_words[index]
+        for page in self._pages.values():
+            use = page.words.used[index]
+            latest = max(latest, use)
+        return latest
+
+    def latest_up_to(self, high: int) -> memoryview:
+        """Return the same for each slot before `high`."""
+        latest = self._past[:high].copy()
+        for page in self._pages.values():
+            np.maximum(latest, np.frombuffer(page.words.used, np.uint64, high), out=latest)
+        return latest.data
+
+    def fold(self, page: SessionPage, tick: int) -> None:
+        """Remember what a session said that ends, of which nothing can be later than now."""
+        said = np.frombuffer(page.words.used, np.uint64)
+        np.maximum(self._past, np.minimum(said, np.uint64(tick)), out=self._past)
