@@ -272,9 +272,10 @@ class OwnerWriter(BatchPuts):
 
     def count_bytes(self, nbytes: int) -> None:
         """Count a put's bytes, and recycle released slots if that is due."""
-        self._pool.put_bytes += max(nbytes, self._put_bytes)
-        if self._is_due(self._pool.put_bytes):
-            self._pool.collect()
+        pool = self._pool
+        pool.put_bytes += max(nbytes, self._put_bytes)
+        if self._is_due(pool.put_bytes):
+            pool.collect()
 
     def _reserve_now(self, request: Request) -> Slot | None:
         """Reserve after `reserve` found no room, whatever it takes: a put that may not wait.
@@ -282,7 +283,7 @@ class OwnerWriter(BatchPuts):
         Nobody is overtaken: with others in the queue there is no room.
         """
         pool = self._pool
-        hear(pool)  # what sessions have put may still be in their sockets, and be paid
+        hear(pool)  # a put that is paid may still be in a socket
         pool.collector.collect_all()
         slot = pool.store.reserve(request, _now())
         while slot is None and not pool.store.queue.count and pool.collector.make_room(request):
@@ -366,7 +367,7 @@ class OwnerWriter(BatchPuts):
             if waiter.state is not WaiterState.GRANTED:
                 raise PutTimeout(
                     f"no room for {request.nbytes} bytes within {timeout_s} s: "
-                    + self._room(besides=waiter.state is WaiterState.WAITING)
+                    + describe_room(self._pool, besides=waiter.state is WaiterState.WAITING)
                 ) from None
             granted = True
             return self._pool.store.accept(waiter)
@@ -394,8 +395,6 @@ class OwnerWriter(BatchPuts):
 
     def full(self, request: Request) -> PoolFull:
         """Return the PoolFull of a put that does not wait."""
-        return PoolFull(f"no room for {request.nbytes} bytes now: {self._room()}")
-
-    def _room(self, *, besides: bool = False) -> str:
-        """Describe the room there is, and who holds the rest; `besides` the waiter that is told."""
-        return describe_room(self._pool, besides=besides)
+        return PoolFull(
+            f"no room for {request.nbytes} bytes now: {describe_room(self._pool, besides=False)}"
+        )

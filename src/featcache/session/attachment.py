@@ -39,7 +39,7 @@ _FORKED = (
 )
 
 
-class Attachment(EarlyPins, SlotWrites, Payments):
+class Attachment(Payments, EarlyPins, SlotWrites):
     """One mapped pool and this session's page. No call blocks; a lock makes them thread-safe."""
 
     def __init__(
