@@ -27,6 +27,7 @@ from featcache.memory.key_table import OwnKeyTable
 from featcache.memory.slab import Order, Slab
 from featcache.memory.words import Header, OwnerWords, fence_full
 from featcache.pool import gauges
+from featcache.pool.ahead import RoomsAhead
 from featcache.pool.attendance import Attendance
 from featcache.pool.collector import Collector
 from featcache.pool.debtors import Debtors
@@ -91,7 +92,10 @@ class Pool:
         self.own_writes: dict[int, tuple[int, Order]] = {}
         """By slot: the generation that this process wrote there last on a stream, and where on it."""
         self.is_held = Holds(self.words, self.store.table, self.pages)
-        self.pending_writes = PendingWrites(self.words.published, self._set_busy)
+        self.pending_writes = PendingWrites(
+            self.words.published, self.words.reserved, self._set_busy
+        )
+        self.ahead = RoomsAhead(self)
         self.attendance = Attendance(self.pages)
         self._reports = Reports(self.name, settings, self.turn, self.attendance)
         self.debtors = Debtors(self.store, self.attendance)
@@ -155,8 +159,11 @@ class Pool:
         self, slot: Slot, specs: tuple[TensorSpec, ...], page: SessionPage
     ) -> FeatureRef:
         """Publish a slot that a session wrote, or that its stream will write; return its ref."""
+        index, generation = slot.index, slot.generation
         self.pending_writes.add(slot, page)
-        return self.announce(slot, specs, _now())
+        ref = self.announce(slot, specs, _now())
+        self.ahead.published(slot, index, generation)
+        return ref
 
     def announce(self, slot: Slot, specs: tuple[TensorSpec, ...], now_s: float) -> FeatureRef:
         """Publish a slot whose `published` word is signalled already; return its ref."""
@@ -305,13 +312,14 @@ class Pool:
             if slot is not None and slot.state is SlotState.PUBLISHED:
                 yield self.store.fail_write(slot, now_s)
         while page.reserved:
-            _, slot = page.reserved.popitem()
-            yield self.store.free_reserved(slot, now_s)
+            yield self.ahead.free_reserved(page, now_s)
+        self.ahead.end_session(page)
 
     def _tick(self) -> bool:
         """Expire, trim, shrink, compact and report; return whether releases stream in."""
         now_s = _now()
         self.collect()  # first: what was paid in time does not expire
+        self.ahead.take_back_idle(now_s)
         if not self._upkeep:
             self._upkeep = True
             self.turn.do(self._keep_up)
