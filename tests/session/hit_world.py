@@ -325,7 +325,7 @@ class Reader:
         words = OwnerWords.attach(world.pool.words_fd, slots)
         own = SessionWords.attach(page.fd, slots, entries)
         page._lease_words = tuple(  # type: ignore[assignment]
-            Shared(each) for each in (own.lease, own.serial.cast("B"), own.ended.cast("B"))
+            Shared(each.cast("B")) for each in (own.lease, own.serial, own.ended)
         )
         page._header = Shared(page._header)  # type: ignore[assignment]
         self.actors = [Actor(f"{number}.{one}") for one in range(2)]
@@ -335,7 +335,7 @@ class Reader:
         adopted = PageWords(*map(Shared, PageWords.plain(own)[:3]), ended)
         self.page, self.own = page, own
         self.attachment = attachment = Attachment(
-            *(world.pool.pool_id, words, own, self.mapping, adopted, lambda: None)  # type: ignore[arg-type]
+            *(world.pool.pool_id, words, own, self.mapping, adopted, self._ring)  # type: ignore[arg-type]
         )
         attachment._lock = StepLock()  # type: ignore[assignment]
         attachment.covered_bytes = 1 << 40
@@ -352,7 +352,11 @@ class Reader:
         self.hits_had = self.misses_had = 0
         self.borrowed: list[KeyLease] = []
         self.died = False
+        self.rings = 0
         world.readers.append(self)
+
+    def _ring(self) -> None:
+        self.rings += 1
 
     def _taking(self, index: int, serial: int) -> None:
         """An entry is taken only when its last end has landed."""

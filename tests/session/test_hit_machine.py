@@ -10,7 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from featcache.errors import CacheClosed
 from featcache.memory.key_table import ABSENT
+from featcache.memory.words import Header
 from session.hit_world import Reader, World
 from support.stepping import Actor
 
@@ -174,6 +176,49 @@ def test_a_reader_and_the_owner_word_by_word(
     for _ in range(200):
         moves = [(bool(number % 2), chance.randint(1, 9)) for number in range(2 * max(reads, writes))]
         in_order(owners, tuple(moves), deferred=deferred)
+
+
+def until(actor: Actor, holds: Callable[[], bool]) -> None:
+    """Move an actor until something holds, and no further."""
+    while not holds():
+        assert not actor.advance(1), "it never held"
+
+
+@pytest.mark.parametrize("by", ["key", "ref"])
+def test_no_read_begins_once_its_session_was_told_to_end(by: str) -> None:
+    """Its end looks for reads that are out once: what begins later the owner would not know of."""
+    with world_of([False]) as world:
+        world.owner.do(lambda: world.put(b"k0", 2, readers=1))
+        reader = world.readers[0]
+        attachment, actor = reader.attachment, reader.actors[0]
+        actor.do(lambda: reader.get(b"k0", 0))  # from now on it knows the ref
+        ref = next(iter(world.pool.kept.values()))
+        begin = {"key": lambda: reader.get(b"k0", 0), "ref": lambda: attachment.pin(ref)}[by]
+        actor.begin(begin)
+        actor.advance(1 if by == "key" else 0)  # it was open as it was asked
+        attachment.refuse(CacheClosed("closed"))
+        assert attachment.holds == 0
+        with pytest.raises(CacheClosed):
+            actor.advance()
+        assert attachment.holds == 0
+        world.lookups.clear()
+
+
+def test_a_lease_that_is_taken_back_rings_like_one_that_ends() -> None:
+    """The owner found it in use as it evicted for a put that waits."""
+    with world_of([False]) as world:
+        world.owner.do(lambda: world.put(b"k0", 2))
+        reader = world.readers[0]
+        actor, own, store = reader.actors[0], reader.own, world.pool.store
+        actor.begin(lambda: reader.get(b"k0", 0))
+        until(actor, lambda: own.serial[0] == 1)
+        world.owner.do(lambda: world.evict(b"k0"))
+        assert store.table.used == 1, "it may be read"
+        world.pool.words.header[Header.WAITING] = 1
+        actor.advance()
+        assert own.ended[0] == 1
+        assert reader.rings == 1
+        world.pool.words.header[Header.WAITING] = 0
 
 
 # --- whatever comes ---------------------------------------------------------------------------------

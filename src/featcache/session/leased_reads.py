@@ -99,12 +99,15 @@ class LeasedReads:
     def begin_lease(self, place: int) -> tuple[int, int]:
         """Take an entry for a read of the slot at a place; return its index and serial.
 
-        The index is REVOKED if the slot was taken back meanwhile, NO_ENTRY if none is free.
+        The index is REVOKED if the slot was taken back meanwhile, NO_ENTRY if none is free. As `check`
+        besides.
         """
         slot = place & SLOT_MASK
         if slot >= self._slots:
             return NO_ENTRY, 0  # no owner writes that
         with self._lock:
+            if self._gone is not None:  # in the lock, in which its end looks for reads that are out
+                self.check()
             if self._landing:
                 self._take_landed()
             if not self._free:
@@ -139,6 +142,8 @@ class LeasedReads:
             self._ended[index] = serial
             self._free.append(index)
             idle = None if self._on_idle is None else self._idle()
+        if self.header[_WAITING]:  # the owner may have found the entry in use
+            self._ring_if_due()
         if idle is not None:
             idle()
 
