@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from featcache.errors import CacheClosed
 from featcache.memory.key_table import ABSENT
 from featcache.memory.words import Header
+from featcache.session.leased_reads import NO_ENTRY
 from session.hit_world import Reader, World
 from support.stepping import Actor
 
@@ -219,6 +220,24 @@ def test_a_lease_that_is_taken_back_rings_like_one_that_ends() -> None:
         assert own.ended[0] == 1
         assert reader.rings == 1
         world.pool.words.header[Header.WAITING] = 0
+
+
+def test_granted_reads_and_those_of_entries_are_bounded_together() -> None:
+    """By `Settings.grants`, as the owner counts them: three here."""
+    with world_of([False]) as world:
+        world.owner.do(lambda: world.put(b"k0", 2))
+        attachment, place = world.readers[0].attachment, world.truth[b"k0"]
+        for index in range(2):
+            attachment.take_grant(index, 1)
+        first = attachment.begin_lease(place)
+        assert first[0] >= 0
+        assert attachment.begin_lease(place) == (NO_ENTRY, 0)
+        attachment.pay_grant(0, 1, None, None)
+        second = attachment.begin_lease(place)
+        assert second[0] >= 0
+        for lease in (first, second):
+            attachment.take_back_lease(*lease)
+        attachment.pay_grant(1, 1, None, None)
 
 
 # --- whatever comes ---------------------------------------------------------------------------------
