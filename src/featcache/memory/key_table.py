@@ -153,6 +153,9 @@ class OwnKeyTable(KeyTable):
             words[at + 1] = words[at + 1] + 1
             return
         # The order on which readers rely: see the module's text.
+        if not TSO:
+            words[at] = words[at] + 1
+            fence_stores()
         words[at + way - 2], words[at + way - 1] = _words_of(digest)
         if not TSO:
             fence_stores()
