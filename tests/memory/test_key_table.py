@@ -278,7 +278,7 @@ class Beside:
         self.reader._words = words = Interrupted(self.reader._words, self._go_on)  # type: ignore[assignment]
         self._heads = {self.reader._start_bytes >> 3, (self.reader._start_bytes >> 3) + 1}
         if early:
-            words.instead = self._loaded_early  # type: ignore[attr-defined]
+            words.instead = self._loaded_early
 
     def _loaded_early(self, index: int) -> int | None:
         return None if self.loaded is None or index in self._heads else self.loaded[index]

@@ -62,7 +62,7 @@ async def test_a_session_whose_words_are_anything_keeps_only_what_it_names(what:
             await user.get("0")
         words = page_of(owner, 1).words
         for _ in range(20):
-            live = [slot for slot in pool_of(owner).store.table.in_use()]
+            live = list(pool_of(owner).store.table.in_use())
             for index in range(64):
                 slot = chance.choice(live)
                 place = place_of(slot.index, slot.generation + (what == "stale"))

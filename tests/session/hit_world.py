@@ -7,7 +7,6 @@ are on a stream, and happen when the test runs it.
 
 import asyncio
 import contextlib
-from collections import deque
 from types import SimpleNamespace
 from typing import Any, Final, NamedTuple
 
@@ -32,78 +31,11 @@ from featcache.session.attachment import Attachment
 from featcache.session.hits import KeyHits
 from featcache.session.lease import KeyLease
 from featcache.settings import Settings
+from session.hit_slab import FakeMapping, FakeSlab, Stream
 from support.stepping import Actor, Shared, StepLock, access, finding
 
 UNIT: Final = ALIGNMENT_BYTES
 POISON: Final = -1
-Order = tuple["Stream", int] | None
-
-
-class Stream:
-    """Work in its order, done when the test says so."""
-
-    def __init__(self) -> None:
-        self.done = self.enqueued = 0
-        self.work: deque[Any] = deque()
-
-    def add(self, work: Any, behind: tuple[Order, ...] = ()) -> None:
-        self.work.append((work, behind))
-        self.enqueued += 1
-
-    @property
-    def can_run(self) -> bool:
-        return bool(self.work) and all(
-            order is None or order[0].done >= order[1] for order in self.work[0][1]
-        )
-
-    def run(self) -> None:
-        """Do the first of its work, which waits for nothing else."""
-        work, _ = self.work.popleft()
-        work()
-        self.done += 1
-
-
-class FakeMapping:
-    """The slab as a session maps it: only what reads by key want of it."""
-
-    def __init__(self, *, deferred: bool) -> None:
-        self.deferred = deferred
-        self.closed = False
-
-    def can_copy_to(self, device: object) -> bool:
-        return True
-
-    def signal(self, words: Shared, index: int, value: int, order: Order) -> None:
-        if not self.deferred or order is None:
-            words[index] = value
-            return
-        access()  # the call of the driver
-
-        def store() -> None:
-            words.words[index] = value
-
-        order[0].add(store)
-
-    def follow(self, order: Order, others: list[Order]) -> Order:
-        """Put a stream behind others, as an event would."""
-        if order is None:
-            order = next((other for other in others if other is not None), None)
-        if order is None:
-            return None
-        order[0].add(lambda: None, tuple(others))
-        return order[0], order[0].enqueued
-
-
-class FakeSlab:
-    """The owner's side: its words are there as soon as it signals them."""
-
-    deferred, kind, device_name, handle = False, "fake", "cpu", b""
-
-    def adopt(self, block: object, words: memoryview) -> memoryview:
-        return words
-
-    def signal(self, words: memoryview, index: int, value: int, order: object) -> None:
-        words[index] = value
 
 
 class Feature(NamedTuple):
@@ -213,7 +145,9 @@ class World:
     def _freeing(self, slot: Slot) -> None:
         """Poison an extent, which nobody reads."""
         place = place_of(slot.index, slot.generation)
-        assert not [one for one in self.inside if one.feature.place == place], "recycled under a read"
+        assert not [one for one in self.inside if one.feature.place == place], (
+            "recycled under a read"
+        )
         assert slot.extent is not None
         start = slot.extent.offset_bytes // UNIT
         for unit in range(start, start + slot.extent.size_bytes // UNIT):
@@ -245,7 +179,9 @@ class World:
 
     def _overflows(self, key: bytes) -> bool:
         table = self.pool.key_table
-        at = table._start_bytes + 256 * (int.from_bytes(table.digest(key)[:8], "little") & table._mask)
+        at = table._start_bytes + 256 * (
+            int.from_bytes(table.digest(key)[:8], "little") & table._mask
+        )
         return bool(self._plain_words[(at >> 3) + 1])
 
     def check_bytes(self, feature: Feature) -> None:
@@ -300,7 +236,9 @@ class World:
 
     def settle(self, reader: "Reader") -> None:
         """End a session whose process died."""
-        peer = SimpleNamespace(number=reader.number, end_tasks=lambda _: iter(()), name_passed_on=False)
+        peer = SimpleNamespace(
+            number=reader.number, end_tasks=lambda _: iter(()), name_passed_on=False
+        )
         for _ in self.sessions._settle(peer, died=True):  # type: ignore[arg-type]
             pass
 
@@ -324,15 +262,14 @@ class Reader:
         world.pool.pages[number] = page
         words = OwnerWords.attach(world.pool.words_fd, slots)
         own = SessionWords.attach(page.fd, slots, entries)
-        page._lease_words = tuple(  # type: ignore[assignment]
-            Shared(each.cast("B")) for each in (own.lease, own.serial, own.ended)
-        )
+        leases = [Shared(each.cast("B")) for each in (own.lease, own.serial, own.ended)]
+        page._lease_words = tuple(leases)  # type: ignore[arg-type]
         page._header = Shared(page._header)  # type: ignore[assignment]
         self.actors = [Actor(f"{number}.{one}") for one in range(2)]
         self.streams = [Stream(), Stream()]
         self.mapping = FakeMapping(deferred=deferred)
         ended = Shared(own.ended)
-        adopted = PageWords(*map(Shared, PageWords.plain(own)[:3]), ended)
+        adopted = PageWords(Shared(own.released), Shared(own.granted), Shared(own.written), ended)
         self.page, self.own = page, own
         self.attachment = attachment = Attachment(
             *(world.pool.pool_id, words, own, self.mapping, adopted, self._ring)  # type: ignore[arg-type]
@@ -416,7 +353,9 @@ class Reader:
         """Read, and end the read, on one stream or with another use of it on the other."""
         if twice:
             lease.pin(lease.ref)
-            self._use(lease, 1 - stream, lambda order: lease.unpin(lease.ref, pays=True, order=order))
+            self._use(
+                lease, 1 - stream, lambda order: lease.unpin(lease.ref, pays=True, order=order)
+            )
         feature = self.feature(lease)
 
         def over() -> None:

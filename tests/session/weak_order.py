@@ -6,29 +6,41 @@ A program of its own: whether fences are needed is known as the modules are impo
 import json
 import platform
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 
-def main() -> None:
-    """Have a reader hit, and an owner overwrite and evict; print what was stored, loaded and fenced."""
+def be_weak() -> None:
+    """Import the library as on another processor, and try its barrier."""
     is_x86 = platform.machine() in {"x86_64", "AMD64"}
     platform.machine = lambda: "aarch64"
-    from featcache.memory import words  # noqa: PLC0415 - after the line above
+    from featcache.memory import words  # after the line above
 
     if is_x86:
         words._SYS_MEMBARRIER = 324  # type: ignore[misc]
     words._membarrier()  # this kernel has it
-    order: list[str] = []
-    from session.hit_world import Reader, World  # noqa: PLC0415
-    from support.stepping import Shared  # noqa: PLC0415
 
+
+def tell_fences(order: list[str]) -> None:
+    """Note each fence instead, wherever it is called."""
+    barrier = sys.modules["featcache.memory.words"]._membarrier
     for module in [each for name, each in sys.modules.items() if name.startswith("featcache.")]:
         assert not getattr(module, "TSO", False)
         for name in ("fence_stores", "fence_loads", "fence_full", "fence_after_lock"):
             if hasattr(module, name):
-                assert getattr(module, name) is words._membarrier
+                assert getattr(module, name) is barrier
                 setattr(module, name, partial(order.append, name))
+
+
+def main() -> None:
+    """Have a reader hit, and an owner overwrite and evict; print what was stored, loaded and fenced."""
+    order = list[str]()
+    be_weak()
+    from session.hit_world import Reader, World
+    from support.stepping import Shared
+
+    tell_fences(order)
 
     class Told(Shared):
         def __init__(self, words: Any, name: str) -> None:
@@ -58,13 +70,15 @@ def main() -> None:
         tell(world.pool.words, live="live", offset="extent")
         tell(world.pool.key_table, _words="table", _mapping="record")
         places, serials, ended = page._lease_words
-        page._lease_words = places, Told(serials.words, "leases"), ended  # type: ignore[attr-defined]
-        for what, work in {
+        looked: Any = (places, Told(serials.words, "leases"), ended)  # type: ignore[attr-defined]
+        page._lease_words = looked
+        works: dict[str, Callable[[], None]] = {
             "hit": lambda: reader.get(b"k0", 0),
             "put": lambda: world.put(b"k1", 1),
             "overwrite": lambda: world.put(b"k0", 1),
             "evict": lambda: world.evict(b"k0"),
-        }.items():
+        }
+        for what, work in works.items():
             order.clear()
             work()
             told[what] = list(order)

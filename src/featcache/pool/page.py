@@ -122,7 +122,8 @@ class SessionPage:
         if taken == done:
             return _NONE
         in_use = np.frombuffer(taken, dtype=np.uint64) != np.frombuffer(done, dtype=np.uint64)
-        return np.frombuffer(places[:size_bytes].tobytes(), dtype=np.uint64)[in_use]
+        leased: NDArray[np.uint64] = np.frombuffer(places[:size_bytes].tobytes(), np.uint64)[in_use]
+        return leased
 
     @property
     def leases_out(self) -> int:
