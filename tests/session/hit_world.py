@@ -17,10 +17,13 @@ from featcache.core.allocator import ALIGNMENT_BYTES
 from featcache.core.effects import Limits
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot
+from featcache.errors import PoolFull
+from featcache.memory import key_table as table_module
 from featcache.memory.key_table import ABSENT, UNKNOWN, KeyTable, place_of
 from featcache.memory.slab import PageWords
 from featcache.memory.words import RECORD_BYTES, OwnerWords, SessionWords
 from featcache.owner import sessions as sessions_module
+from featcache.owner.keys import Lookups
 from featcache.owner.sessions import Sessions
 from featcache.pool import collector as collector_module
 from featcache.pool import pool as pool_module
@@ -53,7 +56,9 @@ class Lookup:
 
     def __init__(self, reader: "Reader", key: bytes, now: int, changes: int) -> None:
         self.reader, self.key, self.seen, self.changes = reader, key, {now}, changes
-        self.was_short = not reader.attachment._free
+        self.overflowed = reader.world.overflows(key)
+        """Whether the key's set had no room for one, at some moment."""
+        self.was_short = reader.is_short
         """Whether its session had no entry to take, at some moment."""
 
 
@@ -67,7 +72,9 @@ class Reading(NamedTuple):
 class World:
     """The owner, as one actor, its slab, and what is true of both."""
 
-    def __init__(self, units: int = 6, slots: int = 5, *, grace_s: float = 0.0) -> None:
+    def __init__(
+        self, units: int = 6, slots: int = 5, *, grace_s: float = 0.0, ways: int = 10
+    ) -> None:
         self.now_s = 0.0
         self.memory = [POISON] * units
         self.features: dict[int, Feature] = {}
@@ -86,6 +93,7 @@ class World:
             patch = undo.enter_context(pytest.MonkeyPatch.context())
             for module in (pool_module, collector_module):
                 patch.setattr(module, "_now", lambda: self.now_s)
+            patch.setattr(table_module, "_PLACES", table_module._PLACES[:ways])
             patch.setattr(sessions_module, "time", SimpleNamespace(monotonic=lambda: self.now_s))
             limits = Limits(units * UNIT, units * UNIT, units * UNIT, slots, 8, grace_s, 1e9)
 
@@ -96,6 +104,7 @@ class World:
             undo.callback(self.pool.close)
             self.sessions = Sessions(self.pool, None)
             undo.callback(self.sessions.close)
+            self.granting = Lookups(self.pool)
             self.owner = Actor("owner")
             undo.callback(self.owner.end)
             self._stack = undo.pop_all()
@@ -129,6 +138,8 @@ class World:
         self._about_to_say(key, place_of(index, generation))
         self._keep(key, index, generation)
         self.truth[key] = place_of(index, generation)
+        for lookup in self.lookups:
+            lookup.overflowed |= self.overflows(lookup.key)
 
     def _dropping(self, key: bytes) -> None:
         self._about_to_say(key, ABSENT)
@@ -171,13 +182,13 @@ class World:
             assert ABSENT in lookup.seen, "the key was kept all the time"
         else:
             assert (
-                self._overflows(lookup.key)
+                lookup.overflowed
                 or any(self.features[place].long for place in lookup.seen if place)
                 or lookup.was_short
                 or self.changes - lookup.changes > 3
             ), "the table was enough to tell"
 
-    def _overflows(self, key: bytes) -> bool:
+    def overflows(self, key: bytes) -> bool:
         table = self.pool.key_table
         at = table._start_bytes + 256 * (
             int.from_bytes(table.digest(key)[:8], "little") & table._mask
@@ -216,6 +227,24 @@ class World:
     def evict(self, key: bytes) -> None:
         self.pool.turn.left = TURN_UNITS
         self.pool.apply(self.pool.store.evict(key, self.now_s))
+
+    def ask(self, reader: "Reader", key: bytes) -> None:
+        """Grant a session a read that it asks for, which it takes at once."""
+        try:
+            granted = self.granting.find(key, reader.page)
+        except PoolFull:
+            return
+        if granted is None:
+            reader.misses_had += 1
+            return
+        grant, ref = granted
+        assert self.truth[key] == place_of(ref.slot, ref.generation)
+        reader.hits_had += 1
+        lease = KeyLease.granted(reader.attachment, ref, grant.index, grant.serial)
+        if not reader.died:
+            self.inside.append(Reading(reader, reader.feature(lease)))
+            reader.borrowed.append(lease)
+            reader.note_shortage()
 
     def discard(self, which: int) -> None:
         """Cancel the reads that some slot owes."""
@@ -297,11 +326,19 @@ class Reader:
 
     def _taking(self, index: int, serial: int) -> None:
         """An entry is taken only when its last end has landed."""
-        for lookup in self.world.lookups:
-            if lookup.reader is self and len(self.attachment._free) == 0:
-                lookup.was_short = True
+        self.note_shortage()
         assert self.own.ended[index] == self.own.serial[index], "its last read has not ended"
         assert serial > self.own.serial[index]
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it has no entry to take."""
+        return len(self.attachment._free) <= self.attachment._granted
+
+    def note_shortage(self) -> None:
+        """Tell the lookups that are in progress."""
+        for lookup in self.world.lookups:
+            lookup.was_short |= lookup.reader is self and self.is_short
 
     def _using(self, slot: int, _: int) -> None:
         """A use is told while the slot's feature is leased: later it would be the next one's."""
@@ -334,7 +371,7 @@ class Reader:
         place = UNKNOWN if there is None else max(lookup.seen) if there else ABSENT
         self.world.lookups.remove(lookup)
         if place == UNKNOWN:
-            assert self.world._overflows(key) or self.world.changes - lookup.changes > 3
+            assert lookup.overflowed or self.world.changes - lookup.changes > 3
         else:
             assert (place != ABSENT) is there
             assert there or ABSENT in lookup.seen

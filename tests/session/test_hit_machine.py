@@ -94,6 +94,7 @@ def owners_work(world: World, what: int, key: bytes, units: int) -> Work:
         lambda: world.discard(units),
         lambda: world.pass_time(1.0),
         world.collect,
+        lambda: world.living and world.ask(world.living[units % len(world.living)], key),
     ]
     return works[what]
 
@@ -257,7 +258,8 @@ def test_granted_reads_and_those_of_entries_are_bounded_together() -> None:
 def test_a_storm(seed: int) -> None:
     chance = random.Random(seed)
     deferred = [chance.random() < 0.5 for _ in range(2)]
-    with world_of(deferred, units=chance.randint(4, 9), slots=chance.randint(2, 6)) as world:
+    sizes = {"units": chance.randint(4, 9), "slots": chance.randint(2, 6)}
+    with world_of(deferred, **sizes, ways=chance.choice([1, 2, 10])) as world:
         for _ in range(1500):
             a_step(world, chance)
             look_at(world)
@@ -275,7 +277,7 @@ def a_step(world: World, chance: random.Random) -> None:
         actor = world.owner
         if not actor.busy:
             dead = [r for r in world.readers if r.died and r.number in world.pool.pages]
-            what, units = chance.randrange(11), chance.randint(1, 3)
+            what, units = chance.randrange(12), chance.randint(1, 3)
             work = owners_work(world, what, key, units)
             attach_anew(world)
             actor.begin((lambda: world.settle(dead[0])) if dead else work)
@@ -307,9 +309,10 @@ class HitMachine(RuleBasedStateMachine):
         units=st.integers(4, 9),
         slots=st.integers(2, 6),
         grace_s=st.sampled_from([0.0, 0.5]),
+        ways=st.sampled_from([10, 1, 2]),
     )
-    def make(self, deferred: list[bool], units: int, slots: int, grace_s: float) -> None:
-        self.world = World(units, slots, grace_s=grace_s)
+    def make(self, deferred: list[bool], units: int, slots: int, grace_s: float, ways: int) -> None:
+        self.world = World(units, slots, grace_s=grace_s, ways=ways)
         for number, late in enumerate(deferred, 1):
             Reader(self.world, number, deferred=late)
 
@@ -319,7 +322,7 @@ class HitMachine(RuleBasedStateMachine):
         return living[who % 2] if who % 2 < len(living) else None
 
     @rule(
-        what=st.integers(0, 10),
+        what=st.integers(0, 11),
         key=st.sampled_from(KEYS),
         units=st.integers(1, 3),
         accesses=st.sampled_from([1 << 30, 1, 2, 5, 9]),
