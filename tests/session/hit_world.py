@@ -228,8 +228,11 @@ class World:
         self.pool.turn.left = TURN_UNITS
         self.pool.apply(self.pool.store.evict(key, self.now_s))
 
-    def ask(self, reader: "Reader", key: bytes) -> None:
+    def ask(self, which: int, key: bytes) -> None:
         """Grant a session a read that it asks for, which it takes at once."""
+        if not self.living:
+            return
+        reader = self.living[which % len(self.living)]
         try:
             granted = self.granting.find(key, reader.page)
         except PoolFull:
@@ -333,7 +336,7 @@ class Reader:
     @property
     def is_short(self) -> bool:
         """Whether it has no entry to take."""
-        return len(self.attachment._free) <= self.attachment._granted
+        return len(self.attachment._free) <= self.attachment._grants_out
 
     def note_shortage(self) -> None:
         """Tell the lookups that are in progress."""

@@ -94,7 +94,7 @@ def owners_work(world: World, what: int, key: bytes, units: int) -> Work:
         lambda: world.discard(units),
         lambda: world.pass_time(1.0),
         world.collect,
-        lambda: world.living and world.ask(world.living[units % len(world.living)], key),
+        lambda: world.ask(units, key),
     ]
     return works[what]
 
