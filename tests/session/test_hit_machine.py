@@ -251,6 +251,25 @@ def test_granted_reads_and_those_of_entries_are_bounded_together() -> None:
         attachment.pay_grant(1, 1, None, None)
 
 
+def test_a_read_with_two_uses_ends_behind_the_streams_of_both() -> None:
+    """The stream of the last use to end may be done long before the other's."""
+    with world_of([True]) as world:
+        world.owner.do(lambda: world.put(b"k0", 2))
+        reader = world.readers[0]
+        reader.actors[0].do(lambda: reader.borrow(b"k0"))
+        lease = reader.borrowed.pop()
+        reader.actors[0].do(lambda: reader.end(lease, 0, twice=True))
+        while reader.streams[0].can_run:
+            reader.streams[0].run()
+        world.owner.do(lambda: world.evict(b"k0"))
+        assert world.pool.store.table.used == 1, "the other stream still reads it"
+        reader.streams[1].run()
+        while reader.streams[0].can_run:
+            reader.streams[0].run()
+        world.owner.do(world.collect)
+        assert world.pool.store.table.used == 0
+
+
 # --- whatever comes ---------------------------------------------------------------------------------
 
 
