@@ -148,7 +148,7 @@ def test_it_says_what_a_dict_says(slots: int, steps: list[tuple[int, bool]]) -> 
     assert not any(
         owner._words[(owner._start_bytes >> 3) + 1 :: KEY_SET_BYTES >> 3][: owner._mask + 1]
     )
-    assert not owner._left_out
+    assert not owner._kept
     assert reader.find(b"0") == ABSENT
 
 

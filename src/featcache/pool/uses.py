@@ -22,7 +22,8 @@ class SessionUses:
         latest: int = self._past_words[index]
         for page in self._pages.values():
             use = page.words.used[index]
-            latest = max(latest, use)
+            if use > latest:  # noqa: PLR1730 - `max` is a call, and each eviction comes here
+                latest = use
         return latest
 
     def latest_up_to(self, high: int) -> memoryview:

@@ -99,8 +99,8 @@ class LeasedReads:
     def begin_lease(self, place: int) -> tuple[int, int]:
         """Take an entry for a read of the slot at a place; return its index and serial.
 
-        The index is REVOKED if the slot was taken back meanwhile, NO_ENTRY if none is free. As `check`
-        besides.
+        The index is REVOKED if the slot was taken back meanwhile, NO_ENTRY if none is free. Raises as
+        `check`.
         """
         slot = place & SLOT_MASK
         if slot >= self._slots:
@@ -167,10 +167,13 @@ class LeasedReads:
             self._leases_out -= 1
             if behind:
                 order = self.mapping.follow(order, behind)
-            self.mapping.signal(self._adopted[_ENDED], index, serial, order)
             if order is not None and self.mapping.deferred:
+                self.mapping.signal(self._adopted[_ENDED], index, serial, order)
                 self._landing.append((index, serial))
-            else:
+            else:  # as a mapping's `signal` of what is done, inline
+                if not TSO:
+                    fence_stores()  # the reads before the word that ends them
+                self._ended[index] = serial
                 self._free.append(index)
             idle = None if self._on_idle is None else self._idle()
         # After the word: an owner that is woken must find it.
