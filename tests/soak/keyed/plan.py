@@ -15,7 +15,6 @@ _CAST: Final[tuple[tuple[Role, int, bool], ...]] = (
     (Role.OWNER, 0, False),
     (Role.OWNER, 1, True),
     (Role.KEYED, 0, True),
-    (Role.KEYED, 0, True),
     (Role.KEYED, 0, False),
     (Role.KEYED_THREADS, 0, True),
     (Role.KEYED_BLOCKING, 0, True),
@@ -23,7 +22,6 @@ _CAST: Final[tuple[tuple[Role, int, bool], ...]] = (
     (Role.KEYED_WRITER, 0, True),
     (Role.KEYED_WRITER, 0, False),
     (Role.KEYED, 1, True),
-    (Role.KEYED_THREADS, 1, False),
 )
 
 

@@ -151,9 +151,9 @@ async def ask(cache: Cache, eyes: Eyes, tally: Tally) -> None:
 
 _WAYS: Final[tuple[Callable[[Any, Eyes, Tally], Awaitable[None]], ...]] = (
     *(get_all,) * 5,
-    *(get_now,) * 5,
+    *(get_now,) * 9,
     *(borrow_all,) * 3,
-    *(borrow_now,) * 3,
+    *(borrow_now,) * 6,
     *(hold_some,) * 3,
     ask,
 )

@@ -16,6 +16,7 @@ from soak.storm import Rates, Storm
 _OWNER_STOP_EVERY_S: Final = 15.0
 _OWNER_STOP_S: Final = 1.5
 _TELL_S: Final = 30.0
+_LOOK_S: Final = 0.1
 
 
 class KeyedStorm(Storm):
@@ -33,6 +34,8 @@ class KeyedStorm(Storm):
         self._stop_due_s = now_s + _OWNER_STOP_EVERY_S / 3
         self._stop_began: tuple[Child, float, int] | None = None
         self._tell_s = now_s + _TELL_S
+        self._look_s = now_s
+        self._has_read_enough = False
         self.blow(seconds)
         self._end_stop(time.monotonic(), at_once=True)
 
@@ -43,11 +46,14 @@ class KeyedStorm(Storm):
 
     @property
     def over(self) -> bool:
-        return self.wanted is not None and self.reads >= self.wanted
+        return self._has_read_enough
 
     def _act(self, now_s: float) -> None:
         super()._act(now_s)
         self._stop_owner(now_s)
+        if now_s > self._look_s:
+            self._look_s = now_s + _LOOK_S
+            self._has_read_enough = self.wanted is not None and self.reads >= self.wanted
         if now_s > self._tell_s:
             self._tell_s = now_s + _TELL_S
             print(f"{now_s - self._began_s:.0f} s, {self.reads:,} reads", flush=True)

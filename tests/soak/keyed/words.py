@@ -9,17 +9,19 @@ from __future__ import annotations
 import mmap
 import random
 import struct
+from collections.abc import Container
 from itertools import accumulate
-from typing import Any, Final
+from typing import Final
 
 import attrs
 import torch
 
 KEYS: Final = 1024
 NAMES: Final = [f"key-{number}" for number in range(KEYS)]
-OWNERS, LASTING_WRITERS, WRITERS, MADE = range(4)
-"""Who puts a key: the owner, a client that is never killed, one that is, whoever wants it first."""
-_WHO: Final = (OWNERS,) * 5 + (LASTING_WRITERS, WRITERS, MADE)
+OWNERS, OWNERS_TOO, LASTING_WRITERS, WRITERS, MADE = range(5)
+"""Who puts a key: one task of the owner, another one, a client that is never killed, one that is, whoever
+wants it first. No two that put one key at once: the older feature might be published last."""
+_WHO: Final = (OWNERS,) * 12 + (OWNERS_TOO, LASTING_WRITERS, WRITERS, MADE)
 _SIZE_AT: Final = 12
 _VERSION_AT: Final = 33
 HEAD_MASK: Final = (1 << _VERSION_AT) - 1
@@ -132,10 +134,12 @@ class Ledger:
 class Choice:
     """Keys by chance, a few much more often than most."""
 
-    def __init__(self, chance: random.Random, among: Any = None) -> None:
-        numbers = list(range(KEYS) if among is None else among)
-        random.Random(1).shuffle(numbers)  # the same ones are popular with all
-        weights = list(accumulate(1 / (rank + 8) ** 0.9 for rank in range(len(numbers))))
+    def __init__(self, chance: random.Random, among: Container[int] | None = None) -> None:
+        wanted = range(KEYS) if among is None else among
+        ranks = list(range(KEYS))
+        random.Random(1).shuffle(ranks)  # the same ones are popular with all
+        numbers = [number for number in ranks if number in wanted]
+        weights = list(accumulate(1 / (rank + 2) ** 1.1 for rank in range(len(numbers))))
         self._numbers = chance.choices(numbers, cum_weights=weights, k=1 << 14)
         self._at = 0
 

@@ -23,6 +23,7 @@ from soak.keyed.words import (
     MADE,
     NAMES,
     OWNERS,
+    OWNERS_TOO,
     WRITERS,
     Choice,
     Ledger,
@@ -34,8 +35,9 @@ from soak.process import Process, served
 from soak.turns import TimedSelector
 from support.processes import NotSo, until
 
-_AT_ONCE: Final = 16
-_EMPTY_EVERY_S: Final = 10.0
+_AT_ONCE: Final = 24
+_TO_FILL: Final = 600
+_EMPTY_EVERY_S: Final = 20.0
 _EMPTY_S: Final = 0.3
 
 
@@ -55,7 +57,7 @@ class Versions:
         ledger: Ledger = me.world.ledger  # type: ignore[attr-defined]  # a KeyedWorld
         self._begun, self._done = ledger.begun[me.place.pool], ledger.done[me.place.pool]
         self._lengths = lengths_of(me.world.device)
-        numbers = [number for number in range(KEYS) if who_puts(number) == whose]
+        numbers = {number for number in range(KEYS) if who_puts(number) == whose}
         self.choice = Choice(me.chance, numbers)
 
     def next(self, cache: FeatureCache | FeatureClient) -> tuple[int, int, Any]:
@@ -84,10 +86,10 @@ class KeyedOwner:
         self.me = me
         self.selector = selector
         self.eyes = eyes_of(me)
-        self.versions = Versions(me, OWNERS)
+        self.versions, self.versions_too = Versions(me, OWNERS), Versions(me, OWNERS_TOO)
         self.counts: Counter[str] = Counter()
         self.by_table = 0
-        self._filling = True
+        self._to_put = _TO_FILL
 
     def note(self, event: events.Event) -> None:
         """Count what the pool tells."""
@@ -124,9 +126,10 @@ class KeyedOwner:
     async def fill(self, cache: FeatureCache) -> None:
         """Put keys of one's own, with other sizes each time."""
         while not self.me.stopping:
-            for _ in range(_AT_ONCE if self._filling else 0):
+            for _ in range(self._to_put):
                 with self.me.tolerating():
                     await self._put(cache)
+            self._to_put = min(self._to_put, _AT_ONCE)
             self.me.row.beat()
             await asyncio.sleep(self.me.chance.random() * 0.004)
 
@@ -149,11 +152,11 @@ class KeyedOwner:
         due_s = time.monotonic() + _EMPTY_EVERY_S
         while not self.me.stopping:
             if time.monotonic() > due_s:
-                self._filling = False
+                self._to_put = 0
                 for name in NAMES:
                     await cache.evict(name)
                 await asyncio.sleep(_EMPTY_S)
-                self._filling = True
+                self._to_put = _TO_FILL
                 due_s = time.monotonic() + _EMPTY_EVERY_S
             await asyncio.sleep(0.05)
 
@@ -174,10 +177,11 @@ class KeyedOwner:
             case 1:
                 await pinned(cache, names, self.me.chance.random() * 0.02)
             case 2:
-                number, _, feature = self.versions.next(cache)
+                number, version, feature = self.versions_too.next(cache)
                 await cache.put(feature, readers=2, ttl=TTL_S, timeout=1.0)
                 # Kept under a key, whose reads expire: the feature stays.
                 await cache.put(feature, key=NAMES[number], readers=1, ttl=TTL_S, timeout=1.0)
+                self.versions_too.ended(number, version)
             case _:
                 pass
 
