@@ -127,9 +127,9 @@ def keyed_storm(options: argparse.Namespace, seed: int, folder: Path) -> KeyedSt
         mail=Mail.open(len(places)),
         sizes=keyed_plan.KeyedSizes.of(options.device),
         ledger=Ledger(len(places), len(STEPS)),
-        between_s=3.0 if on_cpu else 10.0,
+        between_s=6.0 if on_cpu else 10.0,
     )
-    kills = (0.6 if on_cpu else 0.2) if options.kills is None else options.kills
+    kills = (0.25 if on_cpu else 0.2) if options.kills is None else options.kills
     owner_kills, stops = (0.1, 2.0) if on_cpu else (0.02, 1.0)
     return KeyedStorm(shared, Rates(kills, owner_kills, stops, 0.0, False))
 

@@ -150,11 +150,11 @@ async def ask(cache: Cache, eyes: Eyes, tally: Tally) -> None:
 
 
 _WAYS: Final[tuple[Callable[[Any, Eyes, Tally], Awaitable[None]], ...]] = (
-    *(get_all,) * 5,
-    *(get_now,) * 9,
+    *(get_all,) * 6,
+    *(get_now,) * 12,
     *(borrow_all,) * 3,
     *(borrow_now,) * 6,
-    *(hold_some,) * 3,
+    *(hold_some,) * 2,
     ask,
 )
 

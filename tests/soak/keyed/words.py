@@ -140,7 +140,7 @@ class Choice:
         random.Random(1).shuffle(ranks)  # the same ones are popular with all
         numbers = [number for number in ranks if number in wanted]
         weights = list(accumulate(1 / (rank + 2) ** 1.1 for rank in range(len(numbers))))
-        self._numbers = chance.choices(numbers, cum_weights=weights, k=1 << 14)
+        self._numbers = chance.choices(numbers, cum_weights=weights, k=1 << 12)
         self._at = 0
 
     def next(self, count: int) -> list[int]:

@@ -35,7 +35,7 @@ from soak.process import Process, served
 from soak.turns import TimedSelector
 from support.processes import NotSo, until
 
-_AT_ONCE: Final = 24
+_AT_ONCE: Final = 6
 _TO_FILL: Final = 600
 _EMPTY_EVERY_S: Final = 20.0
 _EMPTY_S: Final = 0.3
@@ -131,7 +131,7 @@ class KeyedOwner:
                     await self._put(cache)
             self._to_put = min(self._to_put, _AT_ONCE)
             self.me.row.beat()
-            await asyncio.sleep(self.me.chance.random() * 0.004)
+            await asyncio.sleep(self.me.chance.random() * 0.008)
 
     async def _put(self, cache: FeatureCache) -> None:
         # In no lane: `use` is in one while this task runs, and what is made and put without an await is
