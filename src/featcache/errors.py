@@ -40,6 +40,9 @@ __all__ = [
 class FeatcacheError(Exception):
     """The root of featcache's errors."""
 
+    member: int | None = None
+    """Of a call with many members (`get_many`, `put_many`): the one that failed, counted from 0."""
+
 
 class PoolFull(FeatcacheError):
     """There is no room now, and the call was not allowed to wait. Wait, shed load, or add capacity.
@@ -147,6 +150,21 @@ def explain(error: BaseException) -> str:
     said = error.strerror or str(error) or type(error).__name__
     where = f" ({error.filename})" if error.filename is not None else ""
     return f"{said}{where}: {_ADVICE.get(error.errno or 0, _ODD)}"
+
+
+def at_member(error: BaseException, member: int) -> BaseException:
+    """Return an error of featcache's that knows of which member it is; `of_member` has it say so."""
+    if isinstance(error, FeatcacheError) and error.member is None:
+        error.member = member
+    return error
+
+
+def of_member(error: BaseException, member: int | None, count: int, label: str) -> BaseException:
+    """Return the error of one of so many members, which then says of which; others' errors as they are."""
+    if isinstance(error, FeatcacheError) and member is not None:
+        error.member = member
+        error.args = (f"member {member + 1} of {count}, {label}: {error}",)
+    return error
 
 
 @contextlib.contextmanager

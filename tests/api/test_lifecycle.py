@@ -389,6 +389,7 @@ def test_the_public_objects_have_the_api_and_nothing_else() -> None:
     shared = {
         *("open", "aclose", "is_open", "statistics", "get", "get_nowait", "borrow", "release"),
         *("discard", "put", "get_or_put", "contains", "contains_nowait", "evict", "pin", "unpin"),
+        *("share", "get_many", "put_many", "contains_many"),
     }
     blocking = shared - {"aclose"} | {"close"}
 

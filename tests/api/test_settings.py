@@ -102,6 +102,7 @@ def test_a_misspelt_variable_is_refused(name: str, monkeypatch: pytest.MonkeyPat
 def test_a_variable_of_nobodys_is_told_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    structlog.reset_defaults()  # as of an application that configured nothing
     monkeypatch.setenv("FEATCACHE_CAPACITY_OF_SLAB", "7")
     monkeypatch.setenv("FEATCACHE_OF_ANOTHER_PROGRAM", "7")
     Settings()

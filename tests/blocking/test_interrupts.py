@@ -299,3 +299,27 @@ def test_a_loop_that_a_callback_ends_closes_and_says_so() -> None:
     assert not cache.is_open
     with pytest.raises(featcache.BackendUnavailable, match="event loop"):
         cache.close()
+
+
+def test_many_that_nobody_has(user: tuple[FeatureCache, User], too_late: TooLate) -> None:
+    owner, one = user
+    one.release(one.put(filled(1)))  # so that the next is one call
+    owner.put(filled(1), key="k")
+    too_late(lambda: one.put_many([filled(1), filled(2)], ttl=None))
+    settles(owner, slots_used=1, discarded=2)
+    too_late(lambda: one.share("k", readers=1, ttl=None))
+    settles(owner, slots_used=1, discarded=3)
+    refs = one.put_many([filled(1), filled(2)])
+    too_late(lambda: one.get_many([*refs, "k"]))
+    assert len(one.get_many([*refs, "k"])) == 3, "no read was paid"
+    assert owner.evict("k")
+    settles(owner, slots_used=0)
+
+
+def test_a_batch_that_waits(user: tuple[FeatureCache, User]) -> None:
+    owner, one = user
+    ref = owner.put(filled(CAPACITY))
+    interrupted(lambda: one.put_many([filled(1), filled(2)]), lambda: owner.statistics().waiters)
+    settles(owner, waiters=0)
+    owner.release(ref)
+    settles(owner, slots_used=0)

@@ -3,8 +3,9 @@
 import msgspec
 import pytest
 
-from featcache.control import messages
-from featcache.control.messages import Lane, encode
+from featcache.control import many, messages
+from featcache.control.messages import encode
+from featcache.control.wire import Lane
 
 WELCOME = messages.Welcome(
     version=messages.VERSION,
@@ -41,11 +42,13 @@ def test_names_on_the_wire_are_not_those_in_the_code(
 
 def test_no_request_shares_a_lane_with_those_that_wait_for_its_effect() -> None:
     lanes = {kind: kind.lane for kind in messages.REQUESTS}
-    assert [kind for kind, lane in lanes.items() if lane is None] == [messages.Publish]
-    assert [kind for kind, lane in lanes.items() if lane is Lane.FIND] == [messages.Find]
+    never = {kind for kind, lane in lanes.items() if lane is None}
+    assert never == {messages.Publish, many.PublishMany}
+    found = {kind for kind, lane in lanes.items() if lane is Lane.FIND}
+    assert found == {messages.Find, messages.Share}
     assert [kind for kind, lane in lanes.items() if lane is Lane.COPY] == [messages.Relay]
     rooms = {kind for kind, lane in lanes.items() if lane is Lane.ROOM}
-    assert rooms == {messages.Reserve, messages.Upload}
+    assert rooms == {messages.Reserve, messages.Upload, many.ReserveMany}
 
 
 def test_requests_that_copy_through_the_host_say_so() -> None:

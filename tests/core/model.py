@@ -43,6 +43,8 @@ class Feature:
     """Whether it may be recycled with reads owed."""
     forgiven: bool = False
     """Whether it owes no reads any more, whatever was paid."""
+    of: "Feature | None" = None
+    """Of a share: the feature whose bytes it is a ref of."""
     born_s: float = 0.0
     used_s: float = 0.0
     due_s: float = 0.0
@@ -57,11 +59,12 @@ class Feature:
 
     @property
     def extent(self) -> int:
-        return aligned(self.nbytes)
+        """Bytes of the slab that it has of its own."""
+        return aligned(self.nbytes) if self.of is None else 0
 
     @property
     def stop(self) -> int:
-        return self.start + self.extent
+        return self.start + aligned(self.nbytes)
 
     @property
     def owed_by(self) -> tuple[str, ...] | int:
@@ -145,9 +148,14 @@ class RoomMachine(RuleBasedStateMachine):
     def full(self) -> bool:
         return len(self.live) == self.limits.slots
 
+    def in_place(self) -> list[Feature]:
+        """What has an extent, from the slab's beginning to its end."""
+        own = (feature for feature in self.live.values() if feature.of is None)
+        return sorted(own, key=lambda feature: feature.start)
+
     def holes(self) -> list[int]:
         holes, at = [], 0
-        for feature in sorted(self.live.values(), key=lambda feature: feature.start):
+        for feature in self.in_place():
             holes.append(feature.start - at)
             at = feature.stop
         return [*holes, self.end - at]
@@ -192,6 +200,12 @@ class RoomMachine(RuleBasedStateMachine):
         for other in self.live.values():
             disjoint = feature.stop <= other.start or other.stop <= feature.start
             assert disjoint, "two slots share bytes"
+        return self.list_one(feature)
+
+    def list_one(self, feature: Feature) -> Feature:
+        """Take a slot in that was just given out."""
+        slot = feature.slot
+        assert slot.index not in self.live
         earlier = [generation for index, generation in self.refs if index == slot.index]
         assert slot.generation > max(earlier, default=0)
         self.live[slot.index] = feature
@@ -219,15 +233,22 @@ class RoomMachine(RuleBasedStateMachine):
 
     def follow(self, effects: Iterable[Effect], *, served: bool = True) -> None:
         """Take over what a call that serves the queue decided; see that it went far enough."""
+        told = list[Effect]()  # of the features of shares that went
         for effect in effects:
             match effect:
                 case Recycled(index, generation, nbytes):
                     feature = self.live.pop(index)
-                    assert (generation, nbytes) == (feature.generation, feature.nbytes)
+                    own_bytes = feature.nbytes if feature.of is None else 0
+                    assert (generation, nbytes) == (feature.generation, own_bytes)
                     assert feature.reads_left == 0 or feature.revoked, "recycled with a read owed"
                     assert feature.grants == 0, "recycled while it was granted"
                     self.retiring.remove(feature)
-                    self.recycled += 1
+                    if feature.of is None:
+                        self.recycled += 1
+                    else:
+                        told += self.pay_one_grant(feature.of)
+                case SlotRetired():
+                    assert effect == told.pop(0)
                 case Woken(waiter):
                     assert waiter is self.waiting.pop(0), "granted out of turn"
                     assert waiter.state is WaiterState.GRANTED
@@ -240,9 +261,13 @@ class RoomMachine(RuleBasedStateMachine):
                     self.growing = end_bytes
                 case _:
                     pytest.fail(f"{effect} has no place here")
+        assert not told
         if served and self.waiting and not self.full:
             grows = self.may_grow_for(self.waiting[0].request.nbytes)
             assert not grows, "nobody grows for the head"
+
+    def pay_one_grant(self, feature: Feature) -> list[Effect]:
+        raise NotImplementedError  # of machines that grant
 
     def find(self, index: int, generation: int) -> Feature | None:
         feature = self.live.get(index)

@@ -29,6 +29,7 @@ from featcache.errors import KeyNotFound, PoolFull, StaleRef
 keys = st.sampled_from([b"k0", b"k1", b"k2", b"k3"])
 sessions = st.integers(1, 3)
 readers = st.one_of(st.sampled_from([0, 0, 1, 2]), st.frozensets(st.sampled_from("ab"), min_size=1))
+sharing = st.one_of(st.integers(1, 2), st.frozensets(st.sampled_from("ab"), min_size=1))
 sizes = st.integers(1, 5).map(lambda units: units * UNIT)
 ttls = st.sampled_from([None, *TTLS])
 keyed = st.builds(Request, sizes, readers, ttls, keys)
@@ -236,11 +237,17 @@ class KeyedMachine(RoomMachine):
             feature.revoked = True
             assert self.store.give_up_reserved(feature.slot, self.now) == self.retire(feature)
 
-    @precondition(lambda self: any(f.state is SlotState.PUBLISHED for f in self.live.values()))
+    @precondition(
+        lambda self: any(
+            f.state is SlotState.PUBLISHED and f.of is None for f in self.live.values()
+        )
+    )
     @rule(data=st.data())
     def lose_the_writer(self, data: st.DataObject) -> None:
         """Its bytes will never come."""
-        published = [f for f in self.live.values() if f.state is SlotState.PUBLISHED]
+        published = [
+            f for f in self.live.values() if f.state is SlotState.PUBLISHED and f.of is None
+        ]
         feature = data.draw(st.sampled_from(published))
         expected: list[Effect] = []
         if feature.key is not None:
@@ -286,6 +293,28 @@ class KeyedMachine(RoomMachine):
             self.grants.append(feature)
         else:
             assert self.store.pay_grant(slot, self.now) == self.pay_one_grant(feature)
+
+    @rule(key=keys, readers=sharing, ttl_s=ttls, count=st.integers(1, 3))
+    def share(
+        self, key: bytes, readers: int | frozenset[str], ttl_s: float | None, count: int
+    ) -> None:
+        """One that looks up, for others who read; maybe for the same ones again."""
+        for _ in range(count):
+            self.look_up(key, keeps=True)
+            if self.kept(key) is None:
+                return
+            base = self.grants.pop()
+            if self.full:
+                with pytest.raises(PoolFull):
+                    self.store.share(base.slot, readers, ttl_s, self.now)
+                assert self.store.pay_grant(base.slot, self.now) == self.pay_one_grant(base)
+                return
+            slot = self.store.share(base.slot, readers, ttl_s, self.now)
+            request = Request(base.nbytes, readers, ttl_s)
+            feature = Feature(slot, request, slot.index, slot.generation, base.start, of=base)
+            feature.state = SlotState.PUBLISHED
+            feature.born_s = self.now
+            self.published.append(self.list_one(feature))
 
     @rule(chosen=st.lists(keys, min_size=1, max_size=6))
     def use_some(self, chosen: list[bytes]) -> None:
@@ -505,7 +534,7 @@ class KeyedMachine(RoomMachine):
     def pieces(self) -> list[Piece]:
         """The slab from its beginning to its end: sizes, and whose they are."""
         pieces, at = list[Piece](), 0
-        for feature in sorted(self.live.values(), key=lambda feature: feature.start):
+        for feature in self.in_place():
             pieces += [(feature.start - at, None), (feature.extent, feature)]
             at = feature.stop
         return [*pieces, (self.end - at, None)]
@@ -689,7 +718,8 @@ class KeyedMachine(RoomMachine):
     @invariant()
     def nothing_is_both_recycled_and_granted(self) -> None:
         told = [feature for _, feature in self.found]
-        granted = Counter(self.grants + told)
+        shared = [feature.of for feature in self.live.values() if feature.of is not None]
+        granted = Counter(self.grants + told + shared)
         for feature, count in granted.items():
             assert feature.grants == count
             assert self.live.get(feature.index) is feature, "its bytes are another's"
@@ -746,7 +776,8 @@ class KeyedMachine(RoomMachine):
         for key in list(self.store.directory):
             self.store.evict(key, self.now)
         self.now += 10.0
-        self.store.recycle(self.store.due(self.now), self.now)
+        for _ in range(2):  # what was shared goes after its shares
+            self.store.recycle(self.store.due(self.now), self.now)
         self.check_that_all_is_free()
 
     def leave_the_queue(self) -> None:

@@ -512,6 +512,9 @@ class KeyedAgent(Agent):
         self._borrows.append((borrow, await borrow.__aenter__()))
         return self._look(seed)
 
+    async def share(self, key: str, readers: int, timeout: float | None = None) -> tuple[Any, ...]:
+        return "shared", (await self.cache.share(key, readers=readers, timeout=timeout)).to_bytes()
+
     async def pin(self, key: str) -> tuple[Any, ...]:
         await self.cache.pin(key)
         return ("pinned",)
@@ -656,6 +659,7 @@ class Busy:
         """Until told to stop. A call that does not end in time is wrong as well."""
         uses = [self.get, self.borrow, self.get_or_put, self.put, self.pass_on, self.pin]
         uses += [self.get_or_put, self.wait, self.evict, self.give_up]
+        uses += [self.share, self.get_many, self.put_many]
         expected = (
             featcache.KeyNotFound,
             featcache.PutTimeout,
@@ -678,6 +682,21 @@ class Busy:
 
     async def get(self, seed: int) -> None:
         self._check(await self.cache.get(str(seed)), seed, "get")
+
+    async def share(self, seed: int) -> None:
+        ref = await self.cache.share(str(seed), readers=1, ttl=10.0)
+        self._check(await self.cache.get(ref), seed, "share")
+
+    async def get_many(self, seed: int) -> None:
+        seeds = [seed, (seed + 1) % KEYS, seed]
+        found = await self.cache.get_many([str(one) for one in seeds])
+        for feature, one in zip(found, seeds, strict=True):
+            self._check(feature, one, "get_many")
+
+    async def put_many(self, seed: int) -> None:
+        seeds = [seed, (seed + 1) % KEYS]
+        values = [self._value(one) for one in seeds]
+        await self.cache.put_many(values, keys=[str(one) for one in seeds], timeout=5.0)
 
     async def wait(self, seed: int) -> None:
         with contextlib.suppress(

@@ -8,7 +8,7 @@ from typing import Any, Final, get_args
 import msgspec
 
 from featcache import FeatureRef
-from featcache.control import messages
+from featcache.control import many, messages, rooms
 from featcache.ref import TensorSpec
 
 _BARE: Final = FeatureRef(
@@ -32,11 +32,17 @@ def all_messages() -> list[tuple[int, msgspec.Struct]]:
         messages.Find(1, b"key", True, True),
         messages.Cancel(1),
         messages.ReleaseClaim(b"key", 2),
+        messages.Share(1, b"key", ["tp0", "tp1"], 2.5, True),
+        many.FindMany(1, [b"key", b"other"], 4096),
+        many.ContainsMany(1, [b"key", b"other"]),
         messages.KeyCommand(1, b"key", "pin"),
         messages.Reserve(*_PUT),
+        many.ReserveMany(1, [256, 512], [1, 0], [], None, True, 2.5),
+        many.PublishMany(1, [(2, 3, _PACKED.specs, b"key"), (4, 5, _SPEC, None)]),
         messages.HostPool(1),
         messages.Upload(1, 256, 2, None, None, False, _BARE.to_bytes()),
         messages.Publish(1, 2, 3, _PACKED.specs),
+        rooms.PublishUnkeyed(1, 2, _SPEC, rooms.PutTerms(8, ["tp0"], 2.5)),
         messages.GiveUpReserved(1, 2, landed=True),
         messages.OpenForWriting(1),
         messages.TailUnmapped(1),
@@ -46,8 +52,13 @@ def all_messages() -> list[tuple[int, msgspec.Struct]]:
         messages.Refused("why"),
         messages.Reply(1, "PoolFull", "why"),
         messages.Granted(1, 2, 3, _BARE.to_bytes()),
+        many.GrantedMany(1, [(2, 3, _BARE.to_bytes()), None]),
+        many.Contained(1, [True, False]),
         messages.ClaimGranted(1, 2),
         messages.Reserved(1, 2, 3, 256),
+        many.ReservedMany(1, [(2, 3, 256), (4, 5, 512)]),
+        messages.Published(1, (rooms.Room(1, 2, 256, 512),)),
+        rooms.Rooms((rooms.Room(1, 2, 256, 512),)),
         messages.WriteDescriptors(1),
         messages.Segments(0, [1 << 20]),
         messages.UnmapTail(1, 4096),

@@ -56,6 +56,14 @@ class FakeCalls:
     CU_MEMHOSTREGISTER_DEVICEMAP = FakeMemory.DEVICEMAP
     CU_MEMHOSTREGISTER_READ_ONLY = FakeMemory.READ_ONLY
 
+    CUstreamBatchMemOpType = SimpleNamespace(CU_STREAM_MEM_OP_WRITE_VALUE_64=4)
+
+    @staticmethod
+    def CUstreamBatchMemOpParams() -> SimpleNamespace:
+        return SimpleNamespace(
+            writeValue=SimpleNamespace(operation=0, address=0, value64=0, flags=0)
+        )
+
     @staticmethod
     def CUmemAllocationProp() -> SimpleNamespace:
         return SimpleNamespace(location=SimpleNamespace())
@@ -233,6 +241,15 @@ class FakeCalls:
     def _cuStreamWriteValue64(self, stream: Any, address: int, value: int, flags: int) -> None:
         refuse_unless(flags == 0)
         self.streams.word(self._stream(stream), int(address), value)
+
+    def _cuStreamBatchMemOp(
+        self, stream: Any, count: int, records: list[SimpleNamespace], flags: int
+    ) -> None:
+        refuse_unless(0 < count < 256 and count == len(records) and flags == 0)
+        for record in records:
+            word = record.writeValue
+            refuse_unless(word.operation == 4 and word.flags == 0)
+            self.streams.word(self._stream(stream), int(word.address), int(word.value64))
 
     def _cuEventCreate(self, flags: int) -> Number:
         return Number(self.streams.event(self._ordinal))

@@ -258,6 +258,43 @@ def test_a_word_comes_after_the_bytes(api: FakeApi, kind: str) -> None:
     os.close(fd)
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 127, 128, 129, 300])
+def test_many_words_come_after_the_bytes_in_few_calls(api: FakeApi, count: int) -> None:
+    slab = make_slab(api, VMM, committed=CAPACITY)
+    block, fd = OwnerWords.create(400)
+    words = slab.adopt(block, block.published)
+    raw = api.side_stream()
+    values = [(399 - n, 7 + n) for n in range(count)]
+    slab.signal_many(words, values[:1], None)  # the CPU's, at once
+    assert sum(block.published) == sum(value for _, value in values[:1])
+    for _ in range(2):  # the records of a batch are used again
+        _, parts, _ = pack(api.tensor(torch.full((64,), 7)), 1)
+        staged, order = slab.stage(parts)
+        slab.write(0, staged, order)
+        slab.signal_many(words, values, order)
+        api.step(raw)
+        assert not any(block.published[index] for index, _ in values[1:])
+        api.run(raw)
+        assert [block.published[index] for index, _ in values] == [value for _, value in values]
+        for index, _ in values:
+            block.published[index] = 0
+    assert api.calls.count("cuStreamWriteValue64") == (2 * count if count < 3 else 0)
+    assert api.calls.count("cuStreamBatchMemOp") == (0 if count < 3 else 2 * -(-count // 128))
+    slab.close()
+    os.close(fd)
+
+
+def test_a_batch_of_words_that_the_driver_refuses_is_an_error(api: FakeApi) -> None:
+    slab = make_slab(api, VMM, committed=CAPACITY)
+    block, fd = OwnerWords.create(8)
+    words = slab.adopt(block, block.published)
+    api.fail("cuStreamBatchMemOp")
+    with pytest.raises(BackendUnavailable, match="cuStreamBatchMemOp"):
+        slab.signal_many(words, [(n, 1) for n in range(8)], slab.order())
+    slab.close()
+    os.close(fd)
+
+
 @pytest.mark.parametrize("streams", [(0, 0), (0, 1), (1, 0), (1, 1)], ids=str)
 @pytest.mark.parametrize("kind", ["default streams", "streams of their own"])
 def test_a_word_behind_reads_on_several_streams(

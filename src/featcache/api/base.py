@@ -7,7 +7,8 @@ from typing import Any, NoReturn, Self
 import torch
 
 from featcache.api.arguments import check_ref, no_pickle, parse_device
-from featcache.api.lifecycle import Engine, Lifecycle, LifeState
+from featcache.api.lifecycle import Engine, LifeState
+from featcache.api.many import ManyCalls
 from featcache.control.turns import CALL_UNITS
 from featcache.errors import SettingsError, StaleRef
 from featcache.memory.pack import Feature
@@ -17,21 +18,16 @@ from featcache.session.borrow import Borrow
 from featcache.session.lease import KeyLease, MakeClaim
 from featcache.session.reader import Reader
 from featcache.session.single_flight import Keys, Make, find_or_claim, make_and_put, moved
-from featcache.settings import Settings, parse_timeout
+from featcache.settings import parse_timeout
 from featcache.statistics import Statistics
 
 
-class CacheBase:
+class CacheBase(ManyCalls):
     """The API that `FeatureCache` and `FeatureClient` share, over the engine of whichever it is.
 
     An object belongs to the event loop that opened it: WrongLoop elsewhere, but of the calls that say
     that they are safe in any thread.
     """
-
-    _life: Lifecycle[Any]
-    _settings: Settings
-    _place: torch.device | None = None
-    """Where a get puts its copy if the caller names no device; None is the pool's own device."""
 
     # --- life -----------------------------------------------------------------------------------
 

@@ -21,13 +21,16 @@ from featcache.api.cache import FeatureCache as AsyncCache
 from featcache.api.cache import create as _create
 from featcache.api.client import FeatureClient as AsyncClient
 from featcache.api.client import connect as _connect
+from featcache.api.many import parse_members
 from featcache.blocking.keys import get_by_key, get_or_put
+from featcache.blocking.many import get_many, put_many
 from featcache.blocking.portal import A, Portal
 from featcache.core.pressure import PressureLevel
 from featcache.errors import GetTimeout, StaleRef
 from featcache.memory.pack import Feature
 from featcache.ref import FeatureRef
 from featcache.session.arguments import check_make, key_bytes
+from featcache.session.batch_staging import parse_features
 from featcache.session.borrow import Borrow
 from featcache.session.copier import targets_of
 from featcache.session.reader import Reader
@@ -201,6 +204,49 @@ class _BlockingBase(Generic[A]):
         return get_or_put(
             portal, wanted, make, lambda made: self.put(made, key=wanted), device, timeout_s
         )
+
+    def share(
+        self,
+        key: str | bytes,
+        *,
+        readers: int | Iterable[str],
+        ttl: float | EllipsisType | None = ...,
+        timeout: float | None = None,
+    ) -> FeatureRef:
+        """Return a ref of what is kept under a key, as `featcache.FeatureClient.share`."""
+        inner = self._portal.inner
+        return self._portal.call(
+            lambda: inner.share(key, readers=readers, ttl=ttl, timeout=timeout), inner.discard
+        )
+
+    def get_many(
+        self,
+        members: Iterable[FeatureRef | str | bytes],
+        *,
+        device: Any = None,
+        timeout: float | None = None,
+    ) -> list[Feature]:
+        """Return copies of many and pay their reads, as `featcache.FeatureClient.get_many`."""
+        wanted, portal = parse_members(members), self._portal
+        return get_many(portal, wanted, portal.place(device, None), parse_timeout(timeout))
+
+    def contains_many(self, keys: Iterable[str | bytes]) -> list[bool]:
+        """Return whether a feature is kept under each key now."""
+        return self._portal.call(lambda: self._portal.inner.contains_many(keys))
+
+    def put_many(
+        self,
+        features: Iterable[torch.Tensor | dict[str, torch.Tensor]],
+        *,
+        readers: int | Iterable[str] | EllipsisType = ...,
+        keys: Iterable[str | bytes | None] | None = None,
+        ttl: float | EllipsisType | None = ...,
+        timeout: float | None = None,
+        on_full: OnFull = "wait",
+    ) -> list[FeatureRef]:
+        """Copy many features in, all or none, as `featcache.FeatureCache.put_many`."""
+        given = parse_features(features, keys, readers, ttl)
+        return put_many(self._portal, given, parse_timeout(timeout), on_full)
 
     def contains(self, key: str | bytes) -> bool:
         """Whether a feature is kept under a key now."""

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from featcache.control import messages
+from featcache.control import many, messages
 from featcache.control.descriptors import NO_DESCRIPTOR, close_all, close_taken
 from featcache.control.link import Link, SlabChange
 from featcache.control.messages import UnmapTail
@@ -76,6 +76,8 @@ class PoolConnection:
         """Where the owner listens, as its refs say it."""
         self.spill_endpoint = ""
         """Where the spill pool listens, if puts may spill."""
+        self.tensors, self.readers = 256, 1024
+        """The owner's bounds of a put, as it said."""
         self.state = ConnectionState.OPEN
         self._mapping: Mapping = attachment.mapping
         self.hits = hits
@@ -324,9 +326,30 @@ def return_unclaimed(
         link.discard_soon(request.slot, request.generation)
     elif isinstance(request, messages.KeyCommand) and request.command == "pin":
         link.unpin_soon(request.key)
-    elif isinstance(request, messages.Upload) and isinstance(answer, messages.Reply):
+    elif isinstance(request, messages.Upload | messages.Share) and isinstance(
+        answer, messages.Reply
+    ):
         ref = FeatureRef.from_bytes(answer.ref)
         link.discard_soon(ref.slot, ref.generation)
+    else:
+        _return_many(connection, request, answer)
+
+
+def _return_many(
+    connection: PoolConnection, request: messages.Request, answer: messages.Answer
+) -> None:
+    """As `return_unclaimed`, of an answer for many members."""
+    link = connection.link
+    if isinstance(answer, many.GrantedMany):
+        for one in answer.found:
+            if one is not None:
+                connection.attachment.return_grant(one[0], one[1])
+    elif isinstance(answer, many.ReservedMany):
+        for slot, generation, _ in answer.slots:
+            link.tell(messages.GiveUpReserved(slot, generation, landed=True))
+    elif isinstance(request, many.PublishMany):
+        for slot, generation, _, _ in request.members:
+            link.discard_soon(slot, generation)
 
 
 def _change(mapping: Mapping, change: SlabChange, fds: list[int]) -> None:

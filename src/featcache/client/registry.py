@@ -287,6 +287,7 @@ class ConnectionRegistry:
             ),
         )
         connection.spill_endpoint = welcome.sibling_endpoint
+        connection.tensors, connection.readers = welcome.tensors, welcome.readers
         link.requests.on_orphan = lambda request, answer: self._return_unclaimed(
             connection, request, answer
         )

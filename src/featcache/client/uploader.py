@@ -1,5 +1,7 @@
 """A client's puts where its device can't access the slab: staged through the owner's host pool."""
 
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -9,6 +11,7 @@ from featcache.client.writer import ClientWriter, left, wire_form, within
 from featcache.control import messages
 from featcache.control.messages import ProtocolError
 from featcache.core.put_queue import Request
+from featcache.errors import at_member
 from featcache.ref import FeatureRef
 from featcache.session.staging import Staged
 from featcache.settings import Settings
@@ -39,6 +42,30 @@ class Uploader:
             staged.request.nbytes,
             lambda waits, deadline_s: self._put(staged, timeout_s, deadline_s, wait=waits),
         )
+
+    stages_at_call = False
+    """What goes through host memory is copied there by the CPU."""
+
+    async def put_many(
+        self, staged: Sequence[Staged], timeout_s: float | None, *, wait: bool
+    ) -> list[FeatureRef]:
+        """Put one after the other; if one fails, those before it are taken back."""
+        give_up_s = None if timeout_s is None else time.monotonic() + timeout_s
+        refs: list[FeatureRef] = []
+        try:
+            for each in staged:
+                left_s = None if give_up_s is None else max(0.0, give_up_s - time.monotonic())
+                refs.append(await self.put(each, left_s, wait=wait))
+        except BaseException as error:
+            link = self.connection.link
+            for ref, each in zip(refs, staged, strict=False):
+                link.discard_soon(ref.slot, ref.generation)
+                if each.request.key is not None:
+                    key = each.request.key
+                    link.tell(messages.KeyCommand(link.number(), key, "evict"))
+            at_member(error, len(refs))
+            raise
+        return refs
 
     async def _put(
         self, staged: Staged, timeout_s: float | None, deadline_s: float | None, *, wait: bool

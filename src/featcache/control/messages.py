@@ -7,28 +7,36 @@ To add a request: define it here, with its `lane` and whether it `copies`; add i
 in `owner/requests.py`; call it from `client/`.
 """
 
-import enum
 from collections.abc import Callable
-from typing import Annotated, ClassVar, Final, Literal, TypeGuard, TypeVar, get_args
+from typing import Annotated, Final, Literal, TypeGuard, TypeVar, get_args
 
 import msgspec
 
+from featcache.control.many import (
+    Contained,
+    ContainsMany,
+    FindMany,
+    GrantedMany,
+    PublishMany,
+    ReservedMany,
+    ReserveMany,
+)
+from featcache.control.rooms import PublishUnkeyed, PutTerms, RoomList, Rooms
+from featcache.control.wire import Handle as _Handle
+from featcache.control.wire import Key as _Key
+from featcache.control.wire import Lane, Numbered
+from featcache.control.wire import MessageBytes as _MessageBytes
+from featcache.control.wire import Name as _Name
+from featcache.control.wire import Natural as _Natural
+from featcache.control.wire import PoolId as _PoolId
+from featcache.control.wire import Ref as _Ref
+from featcache.control.wire import Seconds as _Seconds
+from featcache.control.wire import Specs as _Specs
+from featcache.control.wire import Text as _Text
 from featcache.errors import FeatcacheError, explain
-from featcache.ref import TensorSpec
-from featcache.settings import MAX_KEY_BYTES
 
 VERSION: Final = 5
 """Protocol version: grows when a message or a shared layout changes; both sides must have the same."""
-
-_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-_Text = Annotated[str, msgspec.Meta(max_length=4096)]
-_Natural = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
-_PoolId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
-_Handle = Annotated[bytes, msgspec.Meta(max_length=64)]
-_Ref = Annotated[bytes, msgspec.Meta(max_length=64 << 10)]
-_Key = Annotated[bytes, msgspec.Meta(min_length=1, max_length=MAX_KEY_BYTES)]
-_Seconds = Annotated[float, msgspec.Meta(gt=0)]
-_MessageBytes = Annotated[int, msgspec.Meta(ge=1024)]
 
 MAX_SEGMENTS: Final = 32
 """Segments that one message can carry; each comes with its descriptor."""
@@ -45,29 +53,6 @@ class SocketFailed(ProtocolError):
         super().__init__(doing if cause is None else f"{doing}: {explain(cause)}")
         # Not its traceback, whose frames refer to the channel.
         self.__cause__ = None if cause is None else cause.with_traceback(None)
-
-
-class Lane(enum.Enum):
-    """The lanes in which requests wait while too many of their kind are unanswered.
-
-    They are apart so that no request queues behind those that wait for its effect: a `Publish` ends the
-    wait of a `Find`, reads through the host end that of a `Reserve` or an `Upload`.
-    """
-
-    FIND = "find"
-    ROOM = "room"
-    COPY = "copy"
-    OTHER = "other"
-
-
-class Numbered(msgspec.Struct, frozen=True):
-    """A request: answered exactly once, under its number."""
-
-    request: _Natural
-    lane: ClassVar[Lane | None] = Lane.OTHER
-    """None for a request that never waits: others wait for its effect."""
-    copies: ClassVar[bool] = False
-    """Whether the owner serves it through its pool in host memory; those have a bound of their own."""
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):
@@ -123,6 +108,17 @@ class ReleaseClaim(msgspec.Struct, tag="unclaim", frozen=True):
     claim: _Natural
 
 
+class Share(Numbered, tag="share", frozen=True):
+    """Client: make a ref of what is kept under a key. Answered by `Reply` with the ref."""
+
+    key: _Key
+    readers: Annotated[int, msgspec.Meta(ge=1)] | Annotated[list[_Name], msgspec.Meta(min_length=1)]
+    ttl_s: _Seconds | None
+    waits: bool = False
+    """As of `Find`."""
+    lane = Lane.FIND
+
+
 class KeyCommand(Numbered, tag="of_key", frozen=True, rename={"command": "what"}):
     """Client: apply a directory command to a key. Answered by `Reply`."""
 
@@ -165,11 +161,13 @@ class Upload(PutSpec, tag="upload", frozen=True):
 
 
 class Publish(Numbered, tag="publish", frozen=True):
-    """Client: a reserved slot is written, or will be in stream order. Answered by `Reply`."""
+    """Client: a reserved slot is written, or will be in stream order. Answered by `Published` or `Reply`."""
 
     slot: _Natural
     generation: _Natural
-    specs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=4096)]
+    specs: _Specs
+    terms: PutTerms | None = None
+    """Of a slot that was given ahead."""
     lane = None  # there are no more of them than rooms that were given
 
 
@@ -229,6 +227,10 @@ class Welcome(
     """Grants that the session may hold at once."""
     message_bytes: _MessageBytes = 64 << 10
     """The longest message that the owner accepts."""
+    tensors: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 256
+    """Tensors that one feature may pack."""
+    readers: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 1024
+    """Reads that one ref may owe."""
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True):
@@ -244,9 +246,11 @@ class Reply(msgspec.Struct, tag="reply", frozen=True):
     error: _Text | None = None
     text: _Text = ""
     ref: _Ref = b""
-    """The result of a `Relay` or an `Upload`."""
+    """The result of a `Relay`, an `Upload` or a `Share`."""
     flag: bool = False
     """The result of a `KeyCommand`."""
+    member: _Natural | None = None
+    """Of which member of a request of many the error is."""
 
 
 class Granted(msgspec.Struct, tag="granted", frozen=True):
@@ -272,6 +276,15 @@ class Reserved(msgspec.Struct, tag="reserved", frozen=True):
     slot: _Natural
     generation: _Natural
     offset_bytes: _Natural
+    rooms: RoomList = ()
+    """For the next puts."""
+
+
+class Published(msgspec.Struct, tag="published", frozen=True):
+    """Owner, in answer to `Publish`: every session finds it now."""
+
+    request: _Natural
+    rooms: RoomList = ()
 
 
 class WriteDescriptors(msgspec.Struct, tag="writable", frozen=True):
@@ -303,13 +316,36 @@ class Closing(msgspec.Struct, tag="closing", frozen=True):
 
 
 Request = (
-    Discard | Relay | Find | KeyCommand | Reserve | Publish | OpenForWriting | HostPool | Upload
+    Discard
+    | Relay
+    | Find
+    | Share
+    | FindMany
+    | ContainsMany
+    | KeyCommand
+    | Reserve
+    | Publish
+    | ReserveMany
+    | PublishMany
+    | OpenForWriting
+    | HostPool
+    | Upload
 )
-Note = Cancel | ReleaseClaim | GiveUpReserved
+Note = Cancel | ReleaseClaim | GiveUpReserved | PublishUnkeyed
 """Messages of a client that have no answer."""
-Answer = Reply | Granted | ClaimGranted | Reserved | WriteDescriptors
+Answer = (
+    Reply
+    | Granted
+    | GrantedMany
+    | Contained
+    | ClaimGranted
+    | Reserved
+    | ReservedMany
+    | Published
+    | WriteDescriptors
+)
 FromClient = Hello | Goodbye | TailUnmapped | Request | Note
-FromOwner = Welcome | Refused | Farewell | Closing | Segments | UnmapTail | Answer
+FromOwner = Welcome | Refused | Farewell | Closing | Segments | UnmapTail | Rooms | Answer
 
 REQUESTS: Final[frozenset[type[Numbered]]] = frozenset(get_args(Request))
 _ANSWERS: Final = frozenset(get_args(Answer))

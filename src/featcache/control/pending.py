@@ -13,18 +13,23 @@ from featcache import errors
 from featcache.control import messages
 from featcache.control.channel import Channel
 from featcache.control.descriptors import close_all
-from featcache.control.messages import Answer, Lane, ProtocolError, Request, encode
+from featcache.control.many import PublishMany
+from featcache.control.messages import Answer, ProtocolError, Request, encode
 from featcache.control.turns import WAKE_UNITS, turn_of
+from featcache.control.wire import Lane
 from featcache.errors import CacheClosed, FeatcacheError, SettingsError
 
 MAX_IN_FLIGHT: Final = 2048
 """Unanswered requests in one lane; one more waits for its turn, first come, first served."""
+
+_PUBLISHES: Final = (messages.Publish, PublishMany)
 
 Answered: TypeAlias = asyncio.Future[tuple[Answer, list[int]]]
 
 # The types that are tested on every message.
 _Find = messages.Find
 _Reply = messages.Reply
+_Reserve = messages.Reserve
 _WriteDescriptors = messages.WriteDescriptors
 
 
@@ -39,6 +44,8 @@ class PendingRequests:
         self._unanswered: dict[int, tuple[Request, Answered]] = {}
         self._orphans: dict[int, Request] = {}
         """Requests that nobody awaits any more and whose answers are still to come."""
+        self.asked_rooms = 0
+        """Those of them that ask for room: a put that comes after one of these must not overtake it."""
         self.on_orphan: Callable[[Request, Answer], None] | None = None
         """Returns the resources of an answer whose task was cancelled."""
         self._closing: FeatcacheError | None = None
@@ -58,6 +65,15 @@ class PendingRequests:
         """Send a message whose answer, if it has one, nobody awaits. No-op once the channel is closed."""
         if self._ended is None:
             self._channel.send(encode(note))
+
+    def post(self, note: messages.Note) -> None:
+        """Send a message that has no answer, or raise what `request` would."""
+        if self._ended is not None:
+            raise _copy(self._ended)
+        try:
+            self._channel.send(encode(note))
+        except ValueError as error:
+            raise _too_long(error) from None
 
     async def request(self, request: Request) -> tuple[Answer, list[int]]:
         """Return the owner's answer and its descriptors, or raise the error that it names.
@@ -84,11 +100,13 @@ class PendingRequests:
                 self._channel.send_next(payload)
             else:  # at once: other sessions may be waiting for its effect
                 self._channel.send(payload)
+                if type(request) is _Reserve:
+                    self.asked_rooms += 1
         except ValueError as error:
             del self._unanswered[number]
             if lane is not None:
                 lane.release()
-            raise SettingsError(f"{error}: raise Settings.message_bytes, the owner's too") from None
+            raise _too_long(error) from None
         try:
             return await answer
         except asyncio.CancelledError:
@@ -107,6 +125,10 @@ class PendingRequests:
             self._orphan(request)
 
     def _orphan(self, request: Request) -> None:
+        if type(request) is PublishMany:
+            for slot, generation, _, _ in request.members:
+                self.tell(messages.Discard(self.number(), slot, generation))
+            return
         if type(request) is messages.Publish:
             # Nobody has its ref. At once, behind it and before any goodbye: its answer may come when the
             # session has ended and no discard is heard any more.
@@ -125,7 +147,7 @@ class PendingRequests:
     def _failing(self, error: FeatcacheError) -> Iterator[None]:
         for request, answer in list(self._unanswered.values()):
             # The bytes of a publish are in the slab: whoever awaits the ref still gets it.
-            if type(request) is messages.Publish or answer.done():
+            if type(request) in _PUBLISHES or answer.done():
                 continue
             if self._unanswered.pop(request.request, None) is not None:
                 self._turn.left -= WAKE_UNITS
@@ -147,6 +169,8 @@ class PendingRequests:
         # Once a request: it is taken out of its table first, so a second answer frees no other place.
         if request is not None and (lane := self._lanes.get(type(request))) is not None:
             lane.release()
+            if type(request) is _Reserve:
+                self.asked_rooms -= 1
         refusal = answer if type(answer) is _Reply and answer.error is not None else None
         if future is None or future.done():
             # Cancelled: the task has run since and made this an orphan, or is yet to run and will find
@@ -198,6 +222,10 @@ class PendingRequests:
         self._ended = CacheClosed("the session was closed")
 
 
+def _too_long(error: ValueError) -> SettingsError:
+    return SettingsError(f"{error}: raise Settings.message_bytes, the owner's too")
+
+
 def _copy(error: FeatcacheError) -> FeatcacheError:
     """Return an error of its own for each task: a raised one grows a traceback."""
     copy = type(error)(*error.args)
@@ -209,4 +237,6 @@ def _error_of(refusal: messages.Reply) -> FeatcacheError:
     """Return the error that a reply names, if featcache has one of that name."""
     name = refusal.error
     kind = getattr(errors, name, None) if name is not None and name in errors.__all__ else None
-    return (kind or FeatcacheError)(refusal.text)
+    error: FeatcacheError = (kind or FeatcacheError)(refusal.text)
+    error.member = refusal.member
+    return error

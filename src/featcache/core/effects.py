@@ -43,7 +43,7 @@ class SlotRetired(msgspec.Struct, frozen=True, gc=False):
 
 
 class Recycled(msgspec.Struct, frozen=True, gc=False):
-    """The extent is free."""
+    """The slot is free, and its extent; of a share, whose extent is another's, `nbytes` is 0."""
 
     index: int
     generation: int

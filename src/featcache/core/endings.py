@@ -17,6 +17,10 @@ class Ending(enum.Enum):
     EVICTED = f"was evicted with its key: {_AGAIN}, and pin the key of one that must stay"
     REPLACED = "was replaced, as its key was given to another feature: get it by key"
     READER_LOST = f"was given up, as the readers that owed it died: {_AGAIN} for those that live"
+    REFUSED = (
+        "was refused by the pool's owner, whose settings (tensors, readers) or records its put did not fit: "
+        f"{_AGAIN} within them"
+    )
     WRITER_LOST = f"never came, as its writer died or gave it up: {_AGAIN}"
 
 

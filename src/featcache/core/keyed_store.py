@@ -5,13 +5,14 @@ key was dropped (evicted, or given to another feature) and the last grant on it 
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 
 from featcache.core.allocator import ALIGNMENT_BYTES
 from featcache.core.effects import ClaimPassed, Effect, Evicted, Limits
 from featcache.core.endings import Ending
 from featcache.core.eviction import FEW, best_victims, victims
 from featcache.core.key_queue import KeyWaiter, KeyWaiterState
-from featcache.core.put_queue import Request
+from featcache.core.put_queue import Batch, Request
 from featcache.core.recency import POLICIES, Held, LatestUse, LatestUses, never_used
 from featcache.core.slab_size import SizeState
 from featcache.core.slots import Slot, SlotState
@@ -55,12 +56,12 @@ class KeyedStore(Store):
     @property
     def unevictable_bytes(self) -> int:
         """Used bytes that no put can have: all but those of evictable slots."""
-        return self.allocator.used_bytes - self.directory.idle_bytes
+        return self.used_bytes - self.directory.idle_bytes
 
     @property
     def retiring_bytes(self) -> int:
         """Extents that are free as soon as no session holds them."""
-        extents = [slot.extent for slot in self._retiring.values()]
+        extents = [slot.extent for slot in self._retiring.values() if slot.of is None]
         return sum(extent.size_bytes for extent in extents if extent is not None)
 
     # --- lookups ----------------------------------------------------------------------------------
@@ -160,6 +161,8 @@ class KeyedStore(Store):
         nothing, unless by `Limits.evict_first`. If there are more than `most` of them, so many go now;
         the others go when this is called again for the same request.
         """
+        if isinstance(request, Batch):
+            return self._evict_for_batch(request, held, now_s, most)
         if self._plan:
             if self._plan_for is request and (going := self._next_of_plan(held, most)):
                 return self._evict_all(going, now_s, "room")
@@ -183,6 +186,33 @@ class KeyedStore(Store):
             self._plan_for = request
             going = going[:most]
         return self._evict_all(going, now_s, "room")
+
+    def _evict_for_batch(
+        self, batch: Batch, held: Held, now_s: float, most: int | None
+    ) -> list[Effect]:
+        """Evict the coldest, as much as a batch lacks; then for the member that does not fit."""
+        limits, allocator = self.limits, self.allocator
+        if self.unevictable_bytes + batch.nbytes > limits.capacity_bytes:
+            return []  # not even if everything went
+        grows = self.size.state is not SizeState.STEADY or self.growth_of(batch, now_s) > 0
+        slots = len(batch.members) - len(self.table.free_slots) - len(self._retiring)
+        if grows and not limits.evict_first and slots <= 0:
+            return []
+        nbytes = batch.nbytes - (allocator.end_bytes - allocator.used_bytes) - self.retiring_bytes
+        going: list[Slot] = []
+        most = len(self.directory) if most is None else most
+        count = min(most, max(slots, nbytes // ALIGNMENT_BYTES, 0))
+        with closing(self.recency.by_rank(count, held)) as coldest:
+            for _, slot in coldest:
+                if len(going) >= slots and nbytes <= 0:
+                    break
+                assert slot.extent is not None, "it is kept"
+                nbytes -= slot.extent.size_bytes
+                going.append(slot)
+        if going or len(self.table.free_slots) < len(batch.members):
+            return self._evict_all(going, now_s, "room")
+        missing = self.missing_of(batch, now_s)
+        return [] if missing is None else self.evict_for(missing, held, now_s, most)
 
     @property
     def is_evicting(self) -> bool:
@@ -233,9 +263,9 @@ class KeyedStore(Store):
         if above is None:
             return []
         from_bytes = (self.limits.evict_to if was_trimming else above) * capacity_bytes
-        if self.allocator.used_bytes <= from_bytes:
+        if self.used_bytes <= from_bytes:
             return []
-        kept_bytes = self.allocator.used_bytes - self.retiring_bytes
+        kept_bytes = self.used_bytes - self.retiring_bytes
         if kept_bytes <= from_bytes:
             return []
         effects: list[Effect] = []
@@ -264,7 +294,7 @@ class KeyedStore(Store):
         start_bytes = (end_bytes - 1) // limits.segment_bytes * limits.segment_bytes
         if start_bytes < limits.initial_bytes:
             return []
-        tail = [slot for slot in self.table.in_use() if _reaches(slot, start_bytes)]
+        tail = [slot for slot in self.table.in_use() if _reaches(slot, start_bytes)]  # shares too
         tail_bytes = sum(slot.nbytes for slot in tail)
         if tail_bytes > limits.compact * (end_bytes - start_bytes):
             return []

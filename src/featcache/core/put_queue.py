@@ -26,6 +26,12 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     """The session of the put; the owner's own is 0."""
 
 
+class Batch(Request, frozen=True, gc=False):
+    """The room of several puts together, given at once: `nbytes` is that of all their extents."""
+
+    members: tuple[Request, ...] = ()
+
+
 class WaiterState(enum.Enum):
     """A waiter's life.
 

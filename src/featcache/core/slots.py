@@ -17,6 +17,7 @@ class SlotState(enum.IntEnum):
     | PUBLISHED | nothing keeps it any more: no read owed, no key, no grant | RETIRING |
     | PUBLISHED | `fail_write` | RETIRING |
     | RETIRING | `recycle`: no session holds it | FREE |
+    | FREE | `share`: a ref of the bytes of another slot (`of`) | PUBLISHED |
     """
 
     FREE = 0
@@ -33,9 +34,9 @@ class Slot:
     """One entry of the table. `generation` grows at each `SlotTable.allocate` and never repeats."""
 
     __slots__ = (
-        "born_s", "due_s", "extent", "generation", "grants", "idle", "index", "key", "listed", "mark",
-        "nbytes", "owed_by_names", "paid_by", "place", "reads_left", "retired_s", "state", "tick",
-        "ttl_s", "used_s", "wanted_key",
+        "born_s", "due_s", "early_paid", "extent", "generation", "grants", "idle", "index", "key", "listed",
+        "mark", "mates", "nbytes", "of", "owed_by_names", "paid_by", "place", "reads_left", "retired_s",
+        "state", "tick", "ttl_s", "used_s", "wanted_key",
     )  # fmt: skip
 
     def __init__(self, index: int) -> None:
@@ -44,12 +45,18 @@ class Slot:
         self.state = SlotState.FREE
         self.extent: Extent | None = None
         self.nbytes = 0
+        self.mates: list[Slot] | None = None
+        """For the first slot of a batch: all of them, until the batch is taken apart (`core.batches`)."""
+        self.of: Slot | None = None
+        """For a share: the slot that has the extent, on which it has a grant (`core.shares`)."""
         self.reads_left = 0
         """Reads still owed."""
         self.owed_by_names: set[str] | None = None
         """Names of the readers that owe them; None if the reads are anonymous."""
         self.paid_by: set[int] | None = None
         """Sessions that paid already; each pays once."""
+        self.early_paid: dict[int, str | None] | None = None
+        """Sessions, with their names, that paid a read before the slot was published."""
         self.born_s = 0.0
         self.ttl_s: float | None = None
         self.retired_s = 0.0
@@ -121,7 +128,7 @@ class SlotTable:
         """Free a slot. Its generation stays, so that old refs never match again."""
         slot.state = _FREE
         slot.extent = None
-        slot.owed_by_names = slot.paid_by = slot.wanted_key = None
+        slot.owed_by_names = slot.paid_by = slot.wanted_key = slot.early_paid = None
         slot.reads_left = 0
         self.free_slots.append(slot)
 

@@ -8,7 +8,8 @@ carried out, so no other call can come between (httpcore's connection pool is bu
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
-from featcache.core.allocator import ALIGNMENT_BYTES, OffsetAllocator, aligned_size
+from featcache.core.allocator import ALIGNMENT_BYTES, OffsetAllocator
+from featcache.core.batches import Batches
 from featcache.core.directory import Directory
 from featcache.core.effects import (
     Effect,
@@ -22,21 +23,20 @@ from featcache.core.effects import (
 )
 from featcache.core.endings import Ending, Endings
 from featcache.core.key_queue import KeyQueue
-from featcache.core.named_reads import NamedReads
-from featcache.core.put_queue import Request, Waiter, WaitQueue
+from featcache.core.put_queue import Batch, Request, Waiter, WaitQueue
 from featcache.core.recency import Lru, Recency
 from featcache.core.ripening import Ripening
-from featcache.core.slab_size import SizeState, SlabSize
+from featcache.core.rooms import Rooms
+from featcache.core.slab_size import SlabSize
 from featcache.core.slots import Slot, SlotState, SlotTable
-from featcache.errors import FeatureTooLarge, PoolFull, StaleRef
+from featcache.errors import PoolFull, StaleRef
 
 # Members of an enum are slow to look up, and these are looked up at every put and payment.
 _RESERVED, _PUBLISHED, _RETIRING = SlotState.RESERVED, SlotState.PUBLISHED, SlotState.RETIRING
-_STEADY = SizeState.STEADY
 _BOUND = "{} puts wait already, the bound: shed load, or raise Settings.waiters"
 
 
-class Store(NamedReads):
+class Store(Batches, Rooms):
     """Slots of one pool, and what keeps each: its writer, reads owed, its key, grants.
 
     `KeyedStore` adds the calls that name a key.
@@ -46,6 +46,8 @@ class Store(NamedReads):
         self.limits = limits
         self.max_feature_bytes = limits.capacity_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
         """Bytes of the largest feature that an empty pool could hold."""
+        self.ahead: dict[int, Slot] = {}
+        self.ahead_bytes = 0
         self.table = SlotTable(limits.slots)
         self.queue = WaitQueue()
         self.allocator = OffsetAllocator(0)
@@ -65,33 +67,6 @@ class Store(NamedReads):
         self.puts = self.recycled = self.expired = self.waited = self.reads_paid = 0
 
     # --- room -----------------------------------------------------------------------------------
-
-    @property
-    def committed_bytes(self) -> int:
-        return self.allocator.end_bytes
-
-    @property
-    def free_bytes(self) -> int:
-        """Bytes not allocated, committed or not: with `used_bytes` they make up the capacity."""
-        return self.limits.capacity_bytes - self.allocator.used_bytes
-
-    @property
-    def largest_free_bytes(self) -> int:
-        """The largest feature that would fit now, counting what the slab may still grow by."""
-        return max(self.allocator.largest_free_bytes, self.size.tail_room_bytes)
-
-    @property
-    def blocked_puts(self) -> int:
-        """Puts that wait for others' bytes: none while the slab changes its size."""
-        return len(self.queue) if self.size.state is _STEADY else 0
-
-    def check_size(self, nbytes: int) -> None:
-        """Raise FeatureTooLarge for a size that even an empty pool can't hold."""
-        if nbytes > self.max_feature_bytes:
-            raise FeatureTooLarge(
-                f"a feature of {nbytes} bytes never fits a pool of {self.limits.capacity_bytes}: "
-                "raise capacity or split the feature"
-            )
 
     def reserve(self, request: Request, now_s: float, *, first: bool = False) -> Slot | None:
         """Return a RESERVED slot, or None if there is no room or others wait.
@@ -116,15 +91,6 @@ class Store(NamedReads):
         else:
             slot.reads_left, slot.owed_by_names = len(readers), set(readers)
         return slot
-
-    def comes_by_growth(self, request: Request, now_s: float) -> bool:
-        """Whether growth alone has room for a request behind all that wait for room now."""
-        queue = self.queue
-        if queue.growing < queue.count or not self.size.can_grow(now_s):
-            return False
-        wanted_bytes = queue.growing_bytes + aligned_size(request.nbytes)
-        has_slot = queue.count < len(self.table.free_slots)
-        return has_slot and wanted_bytes <= self.size.tail_room_bytes
 
     def wait(
         self, request: Request, now_s: float, tag: object, *, bounded: bool = True
@@ -161,15 +127,17 @@ class Store(NamedReads):
         slot = self.queue.drop(waiter)
         if slot is None:
             return False
-        self._free(slot)
+        self._free_all(self.apart(slot))
         return True
 
     def free_reserved(self, slot: Slot, now_s: float) -> list[Effect]:
         """Free a RESERVED slot that will not be published. No reader can have seen it."""
         if slot.state is not _RESERVED:
             raise ValueError(f"slot {slot.label} is {slot.state.name}, not RESERVED")
-        self.endings.note(slot, Ending.WRITER_LOST)
-        self._free(slot)
+        slots = self.apart(slot)
+        for each in slots:
+            self.endings.note(each, Ending.WRITER_LOST)
+        self._free_all(slots)
         return self.serve(now_s)
 
     def give_up_reserved(self, slot: Slot, now_s: float) -> list[Effect]:
@@ -233,6 +201,8 @@ class Store(NamedReads):
             slot = slots[index]
             if slot.generation != generation or slot.state is not _PUBLISHED or not slot.reads_left:
                 unowed += 1
+                if slot.generation == generation and slot.state is _RESERVED:
+                    self.paid_early(slot, session, name)  # its publish is still on its way
                 continue
             if slot.owed_by_names is not None:
                 if name not in slot.owed_by_names:
@@ -300,6 +270,9 @@ class Store(NamedReads):
             if index not in retiring or retiring[index] is not slot:
                 raise ValueError(f"slot {slot.label} is {slot.state.name}, not RETIRING")
             del retiring[index]
+            if slot.of is not None:
+                effects += self._unshare(slot, now_s)
+                continue
             effects.append(Recycled(index, slot.generation, slot.nbytes))
             self._free(slot)
             self.recycled += 1
@@ -386,9 +359,11 @@ class Store(NamedReads):
                 # The rest is for the next call; meanwhile nobody overtakes them.
                 self.serving = True
                 break
-            slot = self.reserve(waiter.request, now_s, first=True)
+            request = waiter.request
+            reserve = self.reserve_batch if type(request) is Batch else self.reserve
+            slot = reserve(request, now_s, first=True)  # type: ignore[arg-type]  # each its own
             if slot is None:
-                end = self.size.growth_for(waiter.request.nbytes, now_s)
+                end = self.growth_of(request, now_s)
                 if end and not self.table.full:
                     self.size.begin_growth()
                     effects.append(Grow(end))

@@ -144,6 +144,9 @@ class Mapping(Protocol):
     def open_for_writing(self, fds: Sequence[int]) -> None:
         """Map the slab for writing, by the descriptors that the owner sent for this. May block."""
 
+    def warm(self, end_bytes: int) -> None:
+        """Make first writes below `end_bytes`, committed now, as quick as later ones. May block."""
+
     def stage(self, parts: Parts) -> tuple[Parts, Order]:
         """Return the arguments of `write`: the parts, where it can copy from, and the caller's order."""
 
@@ -163,6 +166,9 @@ class Mapping(Protocol):
 
     def signal(self, words: Words, index: int, value: int, order: Order) -> None:
         """Store a control word behind all earlier work of this order."""
+
+    def signal_many(self, words: Words, values: Sequence[tuple[int, int]], order: Order) -> None:
+        """Store control words, each by its index and new value, as `signal` stores one."""
 
     def follow(self, order: Order, others: Sequence[Order]) -> Order:
         """Return an order that is behind all of these."""

@@ -4,12 +4,13 @@ Reads are held and paid as ever, since the control words are host memory; the by
 that the owner stages in host memory.
 """
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 
 from featcache.memory.slab import Unreachable
-from featcache.memory.words import Block, fence_stores
+from featcache.memory.words import Block, fence_stores, store_words
 
 
 class UnreachableSlab:
@@ -36,6 +37,11 @@ class UnreachableSlab:
         fence_stores()
         words[index] = value
 
+    def signal_many(
+        self, words: memoryview, values: Sequence[tuple[int, int]], order: None
+    ) -> None:
+        store_words(words, values)
+
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise Unreachable(f"the slab can't be accessed from {self.device}: {self._reason}")
 
@@ -49,4 +55,4 @@ class UnreachableSlab:
         pass
 
     # Orders are None, since the CPU writes the words; no segment is mapped, and no work in progress.
-    order = follow = extend = cut = finish = close = forget = _do_nothing
+    order = follow = extend = cut = finish = close = forget = warm = _do_nothing

@@ -21,7 +21,7 @@ import os
 import platform
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
 import numpy as np
@@ -66,6 +66,20 @@ class Header:
     """The recency policy's present tick: a session copies it into `used` at each hit of a slot."""
     SECRET = 16
     """The first of the four words of the key under which this pool digests the keys of features."""
+
+
+class RoomClaim:
+    """How a session takes a slot that was reserved for it ahead of a put, without a message.
+
+    The owner stores `OPEN` with the generation in its `reserved` word: the session may claim the slot. The
+    session stores `CLAIMED` with the generation in its `written` word, fences, and looks at `reserved`
+    again; the owner, to take the room back, stores `reserved` without `OPEN`, fences, and looks at `written`.
+    So either the session finds that the room is gone, or the owner that it is claimed, as with a pin.
+    Whoever only reads sees the same generation with and without the bit: a publish may still come.
+    """
+
+    OPEN = CLAIMED = 1 << 63
+    GENERATION = OPEN - 1
 
 
 class Counts:
@@ -144,6 +158,13 @@ fence_full = _lock_as_barrier if TSO else _membarrier
 
 A reader writes `held` (a hazard pointer), then reads `live`; the owner clears `live`, then reads `held`.
 With a full barrier in both, at least one of them sees the other's store."""
+
+
+def store_words(words: memoryview, values: Sequence[tuple[int, int]]) -> None:
+    """Store words, each by its index and new value, behind the bytes that they vouch for."""
+    fence_stores()
+    for index, value in values:
+        words[index] = value
 
 
 # --- blocks --------------------------------------------------------------------------------------

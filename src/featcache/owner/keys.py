@@ -2,24 +2,32 @@
 
 import asyncio
 import time
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 import anyio
 
 from featcache.control.turns import CALL_UNITS, turn_of
 from featcache.core.key_queue import KeyWaiter
 from featcache.core.keyed_store import key_label
+from featcache.core.put_queue import Request
+from featcache.core.slots import Slot, SlotState
+from featcache.errors import KeyNotFound, PoolFull, at_member
 from featcache.memory.key_table import UNKNOWN
 from featcache.owner.own_session import OwnSession
 from featcache.owner.sessions import OWN_SESSION
 from featcache.pool.page import Grant, SessionPage
 from featcache.pool.pool import Pool
 from featcache.ref import FeatureRef
-from featcache.session.arguments import key_timeout, not_found
-from featcache.session.lease import KeyLease, MakeClaim
+from featcache.session.arguments import key_timeout, not_found, rpc_timeout
+from featcache.session.lease import KeyLease, MakeClaim, return_all
 from featcache.session.single_flight import Command, Device
 
 _now = time.monotonic
+_POLL_S: Final = 1e-3
+"""Bytes that a stream is to bring are looked for so often, as the recycler does meanwhile."""
+_NO_ROOM: Final = Request(0, 0, None)
+"""What a share needs besides its slot."""
 
 
 class Granted(NamedTuple):
@@ -99,6 +107,88 @@ class Lookups:
             return Claim(waiter.key, waiter.claim)
         return Granted(page.grant(slot), self._pool.kept[slot.index])
 
+    def share_now(
+        self, key: bytes, readers: int | frozenset[str], ttl_s: float | None
+    ) -> FeatureRef | None:
+        """Return a share of the feature under a key, if there is one and nothing need be waited for."""
+        pool, store = self._pool, self._pool.store
+        slot = store.directory.find(key)
+        if (
+            slot is None
+            or not store.table.free_slots
+            or pool.words.published[slot.index] != slot.generation
+        ):
+            return None
+        store.lookup(key, _now())
+        return pool.share(slot, readers, ttl_s)
+
+    async def share(
+        self,
+        key: bytes,
+        readers: int | frozenset[str],
+        ttl_s: float | None,
+        page: SessionPage,
+        *,
+        waits: bool,
+    ) -> FeatureRef:
+        """Return a share of the feature under a key once its bytes are there; KeyNotFound if none is.
+
+        If it `waits`, that is once there is a feature.
+
+        Raises:
+            PoolFull: all slots are in use, and none can be made free; or as `wait_for_key`.
+
+        """
+        pool = self._pool
+        while True:
+            slot = await self._look_up_for_share(key, page, waits=waits)
+            shared = False
+            try:
+                if await self._landed(slot):
+                    await self._free_a_slot()
+                    ref = pool.share(slot, readers, ttl_s)
+                    shared = True
+                    return ref
+                # Its writer died before its bytes came, and the key went with it: look again.
+            finally:
+                if not shared and not pool.closed:
+                    pool.apply(pool.store.pay_grant(slot, _now()))
+
+    async def _look_up_for_share(self, key: bytes, page: SessionPage, *, waits: bool) -> Slot:
+        """Return the slot under a key, with a grant on it that is the caller's."""
+        slot = self._pool.store.lookup(key, _now())
+        if slot is not None:
+            return slot
+        if not waits:
+            raise not_found(key)
+        found = await self.wait_for_key(key, page, can_make=False)
+        assert isinstance(found, Granted), "only a waiter that can make it is given a claim"
+        return page.revoke(found.grant).slot
+
+    async def _landed(self, slot: Slot) -> bool:
+        """Return once the bytes of a granted slot are there, or False once they never will be."""
+        pool = self._pool
+        while pool.words.published[slot.index] != slot.generation:
+            if slot.state is not SlotState.PUBLISHED:
+                return False
+            await asyncio.sleep(_POLL_S)
+            pool.check_open()
+        return True
+
+    async def _free_a_slot(self) -> None:
+        """Return once a slot is free, recycling and evicting as a put would; or raise PoolFull."""
+        pool, store = self._pool, self._pool.store
+        if store.table.full:
+            pool.collect()
+        while store.table.full:
+            if pool.collector.behind:
+                await pool.turn.wait()
+                pool.check_open()
+            elif store.queue.count or not pool.collector.make_room(_NO_ROOM, 1):
+                raise PoolFull(
+                    f"all {store.table.count} slots are in use: {pool.debtors.holders()}"
+                )
+
     def is_claimed(self, key: bytes) -> bool:
         """Whether a claim to make this key is out."""
         return self._pool.store.key_waiters.claimed(key)
@@ -113,6 +203,12 @@ class Lookups:
         if not self._pool.closed and page.grants.get(grant.index) is grant:
             page.revoke(grant)
             self._pool.apply(self._pool.store.pay_grant(grant.slot, _now()))
+
+    def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """Return whether each of these keys is there."""
+        self._pool.check_open()
+        directory = self._pool.store.directory
+        return [key in directory for key in keys]
 
     def command(self, command: Command, key: bytes, session: int) -> bool:
         """Do this to a key; return whether it was there. KeyNotFound of pin and unpin if it was not."""
@@ -213,6 +309,58 @@ class OwnerKeys:
             return self._lease(found)
         claim = found
         return MakeClaim(lambda: self._lookups.release_claim(claim))
+
+    async def find_many(self, keys: Sequence[bytes], device: Device) -> list[KeyLease | None]:
+        """Return a read of each key that is there, and None of the others."""
+        turn, page, leases = self._turn, self._own.page(), list[KeyLease | None]()
+        try:
+            for key in keys:
+                turn.left -= 1
+                if turn.left < 0:
+                    await turn.wait()
+                leases.append(self._find(key, device, page))
+        except BaseException as error:
+            return_all(leases)
+            if len(leases) < len(keys):
+                at_member(error, len(leases))
+            raise
+        return leases
+
+    async def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """Return whether each of these keys is there."""
+        turn = self._turn
+        turn.left -= CALL_UNITS + len(keys) // 32
+        if turn.left < 0:
+            await turn.wait()
+        return self._lookups.contains_many(keys)
+
+    async def share(
+        self,
+        key: bytes,
+        readers: int | frozenset[str],
+        ttl_s: float | None,
+        timeout_s: float | None,
+    ) -> FeatureRef:
+        """Return a ref of the feature under a key that owes these reads; `timeout_s` as in `find`."""
+        turn = self._turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
+        page, lookups = self._own.page(), self._lookups
+        shared = lookups.share_now(key, readers, ttl_s)
+        if shared is not None:
+            return shared
+        try:
+            with anyio.fail_after(rpc_timeout(timeout_s)):
+                waits = bool(timeout_s)
+                return await lookups.share(key, readers, ttl_s, page, waits=waits)
+        except KeyNotFound:
+            if timeout_s is None:
+                raise
+            raise key_timeout(key_label(key), timeout_s) from None
+        except TimeoutError:
+            raise key_timeout(key_label(key), timeout_s or 0.0) from None
 
     async def command(self, command: Command, key: bytes) -> bool:
         """Do this to a key, as `Lookups.command`."""

@@ -208,6 +208,8 @@ class Owner:
             await turn.wait()
         for served in self.served:
             if served.pool.pool_id == ref.pool_id:
+                if served.pool.ahead.is_coming(ref.slot, ref.generation):
+                    await served.pool.ahead.arrival(ref.slot, ref.generation)
                 served.sessions.discard_ref(ref)
                 return
         raise UnknownPool(f"the ref is of pool {ref.pool_id.hex()}, not of this cache")

@@ -2,22 +2,27 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
-from featcache.control import messages
+from featcache.control import many, messages
 from featcache.control.dispatch import Begun, Wait
 from featcache.control.messages import Answer
+from featcache.control.rooms import PublishUnkeyed, Room, Rooms
 from featcache.control.turns import WAKE_UNITS
+from featcache.core.endings import Ending
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot
-from featcache.errors import SettingsError, StaleRef
+from featcache.errors import FeatcacheError, MalformedRef, SettingsError, StaleRef, at_member
 from featcache.owner.keys import Claim, Granted, Lookups
 from featcache.owner.sessions import Sessions
 from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
 from featcache.pool.writer import OwnerWriter, Place
-from featcache.ref import FeatureRef
+from featcache.ref import FeatureRef, TensorSpec
 from featcache.session.arguments import not_found, parse_readers
+
+_GRANT_BYTES: Final = 24
+"""Bytes of a grant in an answer, besides its ref."""
 
 
 class RequestHandlers:
@@ -34,9 +39,14 @@ class RequestHandlers:
         """Refs of features under keys, in wire form, by slot: as `Pool.kept`, each with its very ref."""
         self._answers: dict[type, Callable[[int, Any], Answer | Wait]] = {
             messages.Find: self._find,
+            messages.Share: self._share,
+            many.FindMany: self._find_many,
+            many.ContainsMany: self._contains_many,
             messages.KeyCommand: self._command,
             messages.Reserve: self._reserve,
             messages.Publish: self._publish,
+            many.ReserveMany: self._reserve_many,
+            many.PublishMany: self._publish_many,
             messages.OpenForWriting: lambda _, message: messages.WriteDescriptors(message.request),
             messages.Discard: self._discard,
             messages.Relay: lambda _, message: self._relay(message),
@@ -50,18 +60,35 @@ class RequestHandlers:
         """Handle a request; return the answer, or the coroutine that will."""
         return self._answers[type(message)](session, message)
 
-    def note(self, session: int, note: messages.ReleaseClaim | messages.GiveUpReserved) -> None:
+    def note(
+        self,
+        session: int,
+        note: messages.ReleaseClaim | messages.GiveUpReserved | PublishUnkeyed,
+    ) -> Rooms | None:
         """Handle a message that has no answer."""
+        if type(note) is PublishUnkeyed:
+            return self._publish_unkeyed(session, note)
         if isinstance(note, messages.ReleaseClaim):
             if self._pool.store.key_waiters.has(note.key, note.claim, session):
                 self._lookups.release_claim(Claim(note.key, note.claim))
-        else:
+        elif isinstance(note, messages.GiveUpReserved):
             self._give_up(session, note)
+        return None
 
     def _page(self, session: int) -> SessionPage:
         return self._pool.pages[session]
 
-    def _discard(self, _: int, message: messages.Discard) -> Answer:
+    def _discard(self, _: int, message: messages.Discard) -> Answer | Wait:
+        if self._pool.ahead.is_coming(message.slot, message.generation):
+            return self._discard_later(
+                message
+            )  # another session's, which was faster than its publish
+        self._sessions.discard(message.slot, message.generation)
+        return messages.Reply(message.request)
+
+    async def _discard_later(self, message: messages.Discard) -> Answer:
+        await self._pool.ahead.arrival(message.slot, message.generation)
+        self._pool.check_open()
         self._sessions.discard(message.slot, message.generation)
         return messages.Reply(message.request)
 
@@ -102,6 +129,52 @@ class RequestHandlers:
             known = self._wire_refs[ref.slot] = ref, ref.to_bytes()
         return messages.Granted(request, grant.index, grant.serial, known[1])
 
+    def _share(self, session: int, message: messages.Share) -> Answer | Wait:
+        readers = parse_readers(message.readers, self._pool.settings.readers, least=1)
+        ref = self._lookups.share_now(message.key, readers, message.ttl_s)
+        if ref is not None:
+            return messages.Reply(message.request, ref=ref.to_bytes())
+        self._pool.turn.left -= WAKE_UNITS  # a task of its own
+        return self._share_later(session, message, readers)
+
+    async def _share_later(
+        self, session: int, message: messages.Share, readers: int | frozenset[str]
+    ) -> Answer:
+        ref = await self._lookups.share(
+            *(message.key, readers, message.ttl_s, self._page(session)), waits=message.waits
+        )
+        return messages.Reply(message.request, ref=ref.to_bytes())
+
+    def _find_many(self, session: int, message: many.FindMany) -> Answer:
+        """Grant the first so many, as far as the answer goes."""
+        page, keys, turn = self._page(session), message.keys, self._pool.turn
+        granted, found = list[Granted](), list[tuple[int, int, bytes] | None]()
+        left_bytes = message.answer_bytes
+        try:
+            for key in keys:
+                one = self._lookups.find(key, page)
+                left_bytes -= 1
+                if one is not None:
+                    granted.append(one)
+                    wire = self._granted(message.request, one)
+                    found.append((wire.index, wire.serial, wire.ref))
+                    left_bytes -= len(wire.ref) + _GRANT_BYTES
+                    if left_bytes < 0 and len(found) > 1:
+                        found.pop()
+                        self._lookups.return_lease(page, granted.pop().grant)
+                        break
+                else:
+                    found.append(None)
+        except FeatcacheError as error:
+            for each in granted:
+                self._lookups.return_lease(page, each.grant)
+            raise at_member(error, len(found)) from None
+        turn.left -= len(found) // 2
+        return many.GrantedMany(message.request, found)
+
+    def _contains_many(self, _: int, message: many.ContainsMany) -> Answer:
+        return many.Contained(message.request, self._lookups.contains_many(message.keys))
+
     def _command(self, session: int, message: messages.KeyCommand) -> Answer:
         flag = self._lookups.command(message.command, message.key, session)
         return messages.Reply(message.request, flag=flag)
@@ -132,30 +205,141 @@ class RequestHandlers:
         return Request(message.nbytes, readers, message.ttl_s, message.key, session)
 
     def _reserved(self, session: int, request: int, slot: Slot) -> messages.Reserved:
-        self._pool.pending_writes.reserve(slot, self._pool.pages[session])
-        return messages.Reserved(request, slot.index, slot.generation, slot.offset_bytes)
+        page = self._pool.pages[session]
+        self._pool.pending_writes.reserve(slot, page)
+        page.put_sizes.append(slot.nbytes)
+        rooms = self._rooms_ahead(page)
+        return messages.Reserved(request, slot.index, slot.generation, slot.offset_bytes, rooms)
+
+    def _rooms_ahead(self, page: SessionPage, *, least: int = 1) -> tuple[Room, ...]:
+        """Give a session room for its next puts, if that is due; return what it is told of it."""
+        given = self._pool.ahead.give(page, self._writer, least=least)
+        return tuple(
+            Room(slot.index, slot.generation, slot.offset_bytes, slot.nbytes) for slot in given
+        )
 
     def _publish(self, session: int, message: messages.Publish) -> Answer:
+        page = self._page(session)
+        self._publish_from(page, message)
+        return messages.Published(message.request, self._rooms_ahead(page))
+
+    def _publish_unkeyed(self, session: int, note: PublishUnkeyed) -> Rooms | None:
+        page = self._page(session)
+        try:
+            self._publish_from(page, note)
+        except FeatcacheError:
+            self._refuse(page, note)
+            return None
+        rooms = self._rooms_ahead(page, least=max(1, self._pool.settings.rooms_ahead // 2))
+        return Rooms(rooms) if rooms else None
+
+    def _publish_from(self, page: SessionPage, message: messages.Publish | PublishUnkeyed) -> None:
         """Publish a slot that the session wrote; readers see it once its word has landed."""
-        pool, page = self._pool, self._page(session)
-        slot = pool.pending_writes.find_reserved(page, message.slot, message.generation)
+        pool, terms = self._pool, message.terms
+        slot = pool.ahead.find(page, message.slot, message.generation)
         if len(message.specs) > (most := pool.settings.tensors):
             raise SettingsError(
                 f"{len(message.specs)} tensors: the pool's owner takes at most {most}"
             )
+        nbytes = slot.nbytes if terms is None else terms.nbytes
+        if nbytes > slot.nbytes or (terms is None and _owes_nothing(slot)):
+            raise MalformedRef("this put does not fit the room that it has")
         # Raises MalformedRef for specs that no feature of this slot has.
         FeatureRef(
             *(pool.pool_id, pool.endpoint, slot.index, slot.generation),
-            *(slot.offset_bytes, slot.nbytes, message.specs),
+            *(slot.offset_bytes, nbytes, message.specs),
         )
+        if terms is not None:
+            least = 1 if terms.key is None else 0
+            readers = parse_readers(terms.readers, pool.settings.readers, least=least)
+            request = Request(nbytes, readers, terms.ttl_s, terms.key, page.session)
+            if effects := pool.store.fit_ahead(slot, request, time.monotonic()):
+                pool.apply(effects)
+            page.put_sizes.append(nbytes)
         pool.publish_from(slot, message.specs, page)
+
+    def _refuse(self, page: SessionPage, note: PublishUnkeyed) -> None:
+        """End a put whose ref is out already: whoever reads it is told that it is stale, and why."""
+        slot = page.reserved.get(note.slot)
+        if slot is not None and slot.generation == note.generation:
+            self._pool.store.endings.note(slot, Ending.REFUSED)
+            landed = page.has_written(note.slot, note.generation)
+            give_up = messages.GiveUpReserved(note.slot, note.generation, landed)
+            self._give_up(page.session, give_up)
+
+    def _written(
+        self, page: SessionPage, index: int, generation: int, specs: tuple[TensorSpec, ...]
+    ) -> Slot:
+        """Return a slot that a session wrote and may publish with these specs, or raise."""
+        pool = self._pool
+        slot = pool.pending_writes.find_reserved(page, index, generation)
+        if len(specs) > (most := pool.settings.tensors):
+            raise SettingsError(f"{len(specs)} tensors: the pool's owner takes at most {most}")
+        # Raises MalformedRef for specs that no feature of this slot has.
+        FeatureRef(
+            *(pool.pool_id, pool.endpoint, slot.index, slot.generation),
+            *(slot.offset_bytes, slot.nbytes, specs),
+        )
+        return slot
+
+    def _reserve_many(self, session: int, message: many.ReserveMany) -> Answer | Wait:
+        writer, turn = self._writer, self._pool.turn
+        members = [
+            Request(nbytes, readers, message.ttl_s, None, session)
+            for nbytes, readers in zip(message.sizes, self._readers_of(message), strict=True)
+        ]
+        batch = self._pool.store.batch(members, session)
+        slot = None if turn.has_callers else writer.reserve_batch(batch)  # none is overtaken
+        if slot is not None:
+            return self._reserved_many(session, message.request, slot)
+        turn.left -= WAKE_UNITS  # a task of its own
+        place = writer.ask(batch, wait=message.waits)
+        return Begun(self._rooms(session, message, place), lambda: writer.withdraw(place))
+
+    def _readers_of(self, message: many.ReserveMany) -> list[int | frozenset[str]]:
+        most = self._pool.settings.readers
+        if message.names:
+            return [parse_readers(message.names, most, least=1)] * len(message.sizes)
+        if len(message.counts) != len(message.sizes):
+            raise SettingsError("a batch says of each of its members how many reads it owes")
+        for count in set(message.counts):
+            parse_readers(count, most, least=0)
+        return [*message.counts]
+
+    async def _rooms(self, session: int, message: many.ReserveMany, place: Place) -> Answer:
+        """Wait for the room of a batch, as `_room`."""
+        slot = await self._writer.slot_of(place, message.timeout_s, wait=message.waits)
+        return self._reserved_many(session, message.request, slot)
+
+    def _reserved_many(self, session: int, request: int, first: Slot) -> many.ReservedMany:
+        slots, page = self._pool.store.apart(first), self._pool.pages[session]
+        for slot in slots:
+            self._pool.pending_writes.reserve(slot, page)
+        found = [(slot.index, slot.generation, slot.offset_bytes) for slot in slots]
+        return many.ReservedMany(request, found)
+
+    def _publish_many(self, session: int, message: many.PublishMany) -> Answer:
+        """Publish slots that the session wrote: all of a message, or none."""
+        pool, page = self._pool, self._page(session)
+        slots = []
+        for index, (number, generation, specs, _) in enumerate(message.members):
+            try:
+                slots.append(self._written(page, number, generation, specs))
+            except FeatcacheError as error:
+                raise at_member(error, index) from None
+        if len({slot.index for slot in slots}) < len(slots):
+            raise StaleRef("a slot is published once")
+        pool.turn.left -= len(slots)
+        for slot, (_, _, specs, key) in zip(slots, message.members, strict=True):
+            slot.wanted_key = key
+            pool.publish_from(slot, specs, page)
         return messages.Reply(message.request)
 
     def _give_up(self, session: int, note: messages.GiveUpReserved) -> None:
         """Give up a slot; if the session's stream may still write it, only after its word has landed."""
         pool, page = self._pool, self._page(session)
         try:
-            slot = pool.pending_writes.find_reserved(page, note.slot, note.generation)
+            slot = pool.ahead.find(page, note.slot, note.generation)
         except StaleRef:
             return  # a note has no answer
         if note.landed:
@@ -164,6 +348,7 @@ class RequestHandlers:
         else:
             pool.apply(pool.store.give_up_reserved(slot, time.monotonic()))
             pool.pending_writes.add(slot, page)
+            pool.pending_writes.end_reserved(note.slot, note.generation)
             pool.recycler.poll_after(0.0)
 
     def writable(self) -> Sequence[int]:
@@ -184,13 +369,29 @@ class RequestHandlers:
             for key, claim in self._pool.store.key_waiters.claims_of(session):
                 if claim == answer.claim:
                     self._lookups.release_claim(Claim(key, claim))
-        elif page is None or self._pool.closed:
-            return
-        elif isinstance(answer, messages.Granted):
+        elif page is not None and not self._pool.closed:
+            self._revoke_of(session, page, answer)
+
+    def _revoke_of(self, session: int, page: SessionPage, answer: Answer) -> None:
+        """Undo the grants or reservations of an answer to a session that is there."""
+        if isinstance(answer, messages.Granted):
             grant = page.grants.get(answer.index)
             if grant is not None and grant.serial == answer.serial:
                 self._lookups.return_lease(page, grant)
+        elif isinstance(answer, many.GrantedMany):
+            for one in answer.found:
+                grant = None if one is None else page.grants.get(one[0])
+                if one is not None and grant is not None and grant.serial == one[1]:
+                    self._lookups.return_lease(page, grant)
+        elif isinstance(answer, many.ReservedMany):
+            for slot, generation, _ in answer.slots:
+                self._give_up(session, messages.GiveUpReserved(slot, generation, landed=True))
         elif isinstance(answer, messages.Reserved):
             self._give_up(
                 session, messages.GiveUpReserved(answer.slot, answer.generation, landed=True)
             )
+
+
+def _owes_nothing(slot: Slot) -> bool:
+    """Whether a slot was given ahead and has no put's terms yet. Names that have died are terms."""
+    return not slot.reads_left and slot.owed_by_names is None and slot.wanted_key is None

@@ -86,6 +86,8 @@ class Sessions:
             endpoint=pool.endpoint,
             grants=pool.settings.grants,
             message_bytes=pool.settings.message_bytes,
+            tensors=pool.settings.tensors,
+            readers=pool.settings.readers,
         )
         own = [self._pidfd, pool.words_fd, page.fd, pool.recycler.eventfd]
         return welcome, own + pool.slab.descriptors()
@@ -165,10 +167,18 @@ class Sessions:
 
         It reads nothing any more. A read that it owed and that is not paid by now waits for its ttl.
         """
-        page = self._pool.pages.pop(session.number, None)
+        pool, page = self._pool, self._pool.pages.pop(session.number, None)
         if page is not None:
+            # Whatever failed, its grants and its slots keep nothing any more; each is tried.
+            for steps in (
+                self._grants_paid(page, time.monotonic()),
+                pool.abandon_writes_by_steps(page),
+            ):
+                with contextlib.suppress(Exception):  # the first fault is told
+                    for effects in steps:
+                        pool.apply(effects)
             page.close()
-        self._pool.loop.call_exception_handler(
+        pool.loop.call_exception_handler(
             {
                 "message": f"featcache: the end of session {session.number} could not be settled",
                 "exception": error,

@@ -1,6 +1,7 @@
 """One session's page of control words, as the owner reads it, with its grants and reservations."""
 
 import os
+from collections import deque
 from collections.abc import Collection
 from typing import Final
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from featcache.core.slots import Slot
 from featcache.errors import PoolFull
 from featcache.memory.key_table import place_of
-from featcache.memory.words import Counts, SessionWords
+from featcache.memory.words import Counts, RoomClaim, SessionWords
 
 _WORD_BYTES: Final = 8
 
@@ -57,6 +58,10 @@ class SessionPage:
         """Grants that are out, by index."""
         self.reserved: dict[int, Slot] = {}
         """Slots that it may write and has not published yet, by index (`WriteState.RESERVED`)."""
+        self.ahead: dict[int, Slot] = {}
+        """Slots that it may claim for its next puts (`pool.ahead`), by index, the oldest first."""
+        self.put_sizes: deque[int] = deque(maxlen=4)
+        """Bytes of its last puts."""
 
     def newly_released(self, high: int, most: int | None = None) -> list[tuple[int, int]]:
         """Return (slot, generation) for each `released` word that changed since the last call.
@@ -143,6 +148,10 @@ class SessionPage:
     def has_written(self, index: int, generation: int) -> bool:
         """Whether the bytes that the session was to write there have landed."""
         return self._written[index] == generation
+
+    def has_claimed(self, index: int, generation: int) -> bool:
+        """Whether it has taken, or written, a slot that it was given ahead (`RoomClaim`)."""
+        return self._written[index] & RoomClaim.GENERATION == generation
 
     # --- grants -----------------------------------------------------------------------------------
 

@@ -25,8 +25,9 @@ from featcache.core.slots import Slot, SlotState
 from featcache.errors import BackendUnavailable, CacheClosed, MalformedRef
 from featcache.memory.key_table import OwnKeyTable
 from featcache.memory.slab import Order, Slab
-from featcache.memory.words import Header, OwnerWords
+from featcache.memory.words import Header, OwnerWords, fence_full
 from featcache.pool import gauges
+from featcache.pool.ahead import RoomsAhead
 from featcache.pool.attendance import Attendance
 from featcache.pool.collector import Collector
 from featcache.pool.debtors import Debtors
@@ -91,7 +92,10 @@ class Pool:
         self.own_writes: dict[int, tuple[int, Order]] = {}
         """By slot: the generation that this process wrote there last on a stream, and where on it."""
         self.is_held = Holds(self.words, self.store.table, self.pages)
-        self.pending_writes = PendingWrites(self.words.published, self._set_busy)
+        self.pending_writes = PendingWrites(
+            self.words.published, self.words.reserved, self._set_busy
+        )
+        self.ahead = RoomsAhead(self)
         self.attendance = Attendance(self.pages)
         self._reports = Reports(self.name, settings, self.turn, self.attendance)
         self.debtors = Debtors(self.store, self.attendance)
@@ -155,8 +159,11 @@ class Pool:
         self, slot: Slot, specs: tuple[TensorSpec, ...], page: SessionPage
     ) -> FeatureRef:
         """Publish a slot that a session wrote, or that its stream will write; return its ref."""
+        index, generation = slot.index, slot.generation
         self.pending_writes.add(slot, page)
-        return self.announce(slot, specs, _now())
+        ref = self.announce(slot, specs, _now())
+        self.ahead.published(slot, index, generation)
+        return ref
 
     def announce(self, slot: Slot, specs: tuple[TensorSpec, ...], now_s: float) -> FeatureRef:
         """Publish a slot whose `published` word is signalled already; return its ref."""
@@ -189,6 +196,25 @@ class Pool:
         if keyed and store.queue.count:
             self.collect()  # a waiting put may have the room of a feature that can be evicted now
         return ref
+
+    def share(self, base: Slot, readers: int | frozenset[str], ttl_s: float | None) -> FeatureRef:
+        """Return a ref of its own of a kept slot whose bytes are there; a grant on it goes with it.
+
+        Raises:
+            PoolFull: no slot is free; the grant is still the caller's.
+
+        """
+        slot = self.store.share(base, readers, ttl_s, _now())
+        index, generation, nbytes = slot.index, slot.generation, slot.nbytes
+        # The word of the bytes was seen; the share's vouches for them too, so it comes after that.
+        fence_full()
+        self.words.published[index] = generation
+        self.words.make_live(index, generation, slot.offset_bytes, nbytes)
+        self._observe()
+        specs = self.kept[base.index].specs  # of this generation: it has a grant
+        return FeatureRef(
+            self.pool_id, self.endpoint, index, generation, slot.offset_bytes, nbytes, specs
+        )
 
     def give_up_reserved(self, slot: Slot, order: Order) -> None:
         """Give up the slot of a put that failed. On a GPU some of its bytes may still be on their way."""
@@ -286,13 +312,14 @@ class Pool:
             if slot is not None and slot.state is SlotState.PUBLISHED:
                 yield self.store.fail_write(slot, now_s)
         while page.reserved:
-            _, slot = page.reserved.popitem()
-            yield self.store.free_reserved(slot, now_s)
+            yield self.ahead.free_reserved(page, now_s)
+        self.ahead.end_session(page)
 
     def _tick(self) -> bool:
         """Expire, trim, shrink, compact and report; return whether releases stream in."""
         now_s = _now()
         self.collect()  # first: what was paid in time does not expire
+        self.ahead.take_back_idle(now_s)
         if not self._upkeep:
             self._upkeep = True
             self.turn.do(self._keep_up)

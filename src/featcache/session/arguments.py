@@ -1,13 +1,15 @@
 """Argument parsing and validation of puts and keys, the same for owners and clients."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, TypeAlias
+
+import torch
 
 from featcache.core.keyed_store import key_label
 from featcache.core.put_queue import Request
-from featcache.errors import KeyNotFound, KeyTimeout, SettingsError
+from featcache.errors import KeyNotFound, KeyTimeout, SettingsError, of_member
 from featcache.memory.pack import MAX_NAME, Packed, is_name, pack
-from featcache.ref import TensorSpec
+from featcache.ref import FeatureRef, TensorSpec
 from featcache.settings import MAX_KEY_BYTES, Settings, parse_seconds
 
 TTL_DEFAULT: Final[Any] = ...
@@ -15,6 +17,9 @@ TTL_DEFAULT: Final[Any] = ...
 
 NOWAIT_RPC_TIMEOUT_S: Final = 5.0
 """RPC timeout for non-waiting calls (``timeout=0``): the owner may be busy, or stopped."""
+
+MAX_MEMBERS: Final = 1024
+"""Members of one `get_many`, `contains_many` or `put_many`."""
 
 ParsedPut: TypeAlias = tuple[Request, tuple[TensorSpec, ...], Packed]
 """A put's request, its specs, and its tensors."""
@@ -42,6 +47,38 @@ def key_bytes(key: Any) -> bytes:
             f"a key has 1 to {MAX_KEY_BYTES} bytes, not {len(key)}: hash what is longer"
         )
     return key
+
+
+def parse_many(values: Any, call: str, what: str) -> list[Any]:
+    """Return the members of a call with many, or raise SettingsError."""
+    if isinstance(values, str | bytes | FeatureRef | Mapping | torch.Tensor) or not isinstance(
+        values, Iterable
+    ):
+        raise SettingsError(f"{call} takes a list of {what}, not {type(values).__name__}")
+    members = list(values)
+    if len(members) > MAX_MEMBERS:
+        raise SettingsError(
+            f"{call} takes up to {MAX_MEMBERS} {what}, not {len(members)}: call it again for the rest"
+        )
+    return members
+
+
+def member_label(member: Any) -> str:
+    """Return a ref or a key as the errors of calls with many name it."""
+    if isinstance(member, FeatureRef):
+        return f"ref {member.slot}:{member.generation}"
+    return f"key {key_label(member)[:64]!r}" if isinstance(member, bytes) else type(member).__name__
+
+
+def parse_keys(values: Any, call: str) -> list[bytes]:
+    """Return the keys of a call with many, or raise SettingsError, which says which is none."""
+    keys = parse_many(values, call, "keys")
+    for index, key in enumerate(keys):
+        try:
+            keys[index] = key_bytes(key)
+        except SettingsError as error:
+            raise of_member(error, index, len(keys), "a key") from None
+    return keys
 
 
 def check_on_full(on_full: Any, key: Any) -> None:
@@ -82,16 +119,18 @@ def parse_put(feature: Any, readers: Any, ttl: Any, key: Any, settings: Settings
     `readers` left out (``...``) is one read, or none of a feature that is kept under a key.
     """
     specs, packed, nbytes = pack(feature, settings.tensors)
-    if ttl is TTL_DEFAULT:
-        ttl_s = settings.ttl
-    else:
-        ttl_s = None if ttl is None else parse_seconds(ttl, "ttl", exclusive=True)
+    ttl_s = settings.ttl if ttl is TTL_DEFAULT else parse_ttl(ttl)
     kept = None if key is None else key_bytes(key)
     if readers is ...:
         readers = 1 if kept is None else 0
     elif type(readers) is not int or not 0 < readers <= settings.readers:
         readers = parse_readers(readers, settings.readers, least=1 if kept is None else 0)
     return Request(nbytes, readers, ttl_s, kept), specs, packed
+
+
+def parse_ttl(ttl: Any) -> float | None:
+    """Return seconds until a ref expires, None for never; or raise SettingsError."""
+    return None if ttl is None else parse_seconds(ttl, "ttl", exclusive=True)
 
 
 def parse_readers(readers: Any, most: int, *, least: int) -> int | frozenset[str]:

@@ -1,6 +1,6 @@
 """A read by key (a lease), in the place of a ref's attachment; and the claim to make a key."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 import torch
@@ -21,6 +21,13 @@ class MakeClaim:
 
     def __init__(self, end: Callable[[], None]) -> None:
         self.end = end
+
+
+def return_all(leases: "Iterable[KeyLease | None]") -> None:
+    """End the leases that read nothing."""
+    for lease in leases:
+        if lease is not None:
+            lease.return_lease()
 
 
 class KeyLease:

@@ -91,8 +91,8 @@ class LeasedReads:
         """Entries whose `ended` words are on a stream, with the serials that are to land."""
         self._high = 0
         self._serials = self._revoked = self._misses = 0
-        self._leases_out = 0
-        """Reads of lease entries that have begun, and not ended for their callers."""
+        self._leases_out = self._grants_out = 0
+        """Reads by key that have begun, and not ended for their callers: of entries, and granted."""
 
     # --- lease entries ----------------------------------------------------------------------------
 
@@ -107,7 +107,8 @@ class LeasedReads:
         with self._lock:
             if self._landing:
                 self._take_landed()
-            if not self._free:
+            # A session may have as many reads by key out as it has entries, whoever gave them out.
+            if not self._free or self._leases_out + self._grants_out >= len(self._lease):
                 return NO_ENTRY, 0
             index = self._free.pop()
             self._serials = serial = self._serials + 1
@@ -200,12 +201,14 @@ class LeasedReads:
     def take_grant(self, index: int, serial: int) -> None:
         """Pin a read granted by the owner. No `held` word: the owner tracks grants."""
         with self._lock:
+            self._grants_out += 1
             self._pins[-1 - index, serial] = ONE_USE  # further uses are counted by the lease
 
     def pay_grant(self, index: int, serial: int, order: Order, behind: list[Order] | None) -> None:
         """Pay it, once, behind `order` and all of `behind`."""
         with self._lock:
             del self._pins[-1 - index, serial]
+            self._grants_out -= 1
             if behind:
                 order = self.mapping.follow(order, behind)
             self._signal(_GRANTED, index, serial, order)

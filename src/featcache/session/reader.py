@@ -56,6 +56,7 @@ class Reader:
     def __init__(self, pools: Pools, offload: Offload, inline_bytes: int) -> None:
         self.pools = pools
         self.turn = turn_of(asyncio.get_running_loop())
+        self.offload, self.inline_bytes = offload, inline_bytes
         self._copier = Copier(offload, inline_bytes, self.turn)
         self.gets = 0
         self._home = Home()

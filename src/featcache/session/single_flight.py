@@ -1,7 +1,7 @@
 """`get_or_put`: of all callers that want a key at once, in all processes, one makes it."""
 
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal, Protocol, TypeAlias
 
 import anyio
@@ -10,6 +10,7 @@ import torch
 from featcache.errors import KeyNotFound, KeyTimeout
 from featcache.memory.pack import Feature
 from featcache.memory.slab import uncopied
+from featcache.ref import FeatureRef
 from featcache.session.arguments import rpc_timeout
 from featcache.session.lease import KeyLease, MakeClaim
 
@@ -56,6 +57,24 @@ class Keys(Protocol):
 
         Unless it `waits`, raise KeyNotFound while another makes it.
         """
+
+    async def find_many(self, keys: Sequence[bytes], device: Device) -> list[KeyLease | None]:
+        """Return a read of each key that is there, and None of the others; all or, if it fails, none.
+
+        An error says by its `member` which key it is of, where it is of one.
+        """
+
+    async def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """Return whether each of these keys is there. Not a use of them."""
+
+    async def share(
+        self,
+        key: bytes,
+        readers: int | frozenset[str],
+        ttl_s: float | None,
+        timeout_s: float | None,
+    ) -> FeatureRef:
+        """Return a ref of the feature under a key that owes these reads; `timeout_s` as in `find`."""
 
     async def command(self, command: Command, key: bytes) -> bool:
         """Do this to a key; return whether it was there. KeyNotFound of pin and unpin if it was not."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -37,6 +37,15 @@ class Writer(Protocol):
 
     async def put(self, staged: Staged, timeout_s: float | None, *, wait: bool) -> FeatureRef:
         """Copy a feature in and return its ref; without `wait`, PoolFull if there is no room."""
+
+    @property
+    def stages_at_call(self) -> bool:
+        """Whether a put is to note its place on the caller's stream before it waits for anything."""
+
+    async def put_many(
+        self, staged: Sequence[Staged], timeout_s: float | None, *, wait: bool
+    ) -> list[FeatureRef]:
+        """As `put`, of many together: all are put, or none."""
 
 
 class Writers(NamedTuple):

@@ -11,7 +11,7 @@ are bytes, devices are ordinals of this process; between processes they are UUID
 import importlib
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -277,6 +277,24 @@ class Driver:
         """Return a new stream that does not synchronise with the default one."""
         flags = self.api.CUstream_flags.CU_STREAM_NON_BLOCKING
         return self._call("cuStreamCreate", flags)
+
+    def word_batch(self, most: int) -> list[Any]:
+        """Return the records of so many words for `write_words`."""
+        api = self.api
+        operation = api.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_64
+        records = [api.CUstreamBatchMemOpParams() for _ in range(most)]
+        for record in records:
+            word = record.writeValue
+            word.operation, word.flags = operation, 0
+        return records
+
+    def write_words(self, batch: list[Any], words: Sequence[tuple[int, int]], stream: Any) -> None:
+        """Enqueue the stores of 64-bit words, by address and value: no more than there are records."""
+        records = batch[: len(words)]
+        for record, (address, value) in zip(records, words, strict=True):
+            word = record.writeValue
+            word.address, word.value64 = address, value
+        self._call("cuStreamBatchMemOp", stream, len(words), records, 0)
 
     def finish(self, stream: Any) -> None:
         """Wait for a stream. Blocks."""

@@ -8,7 +8,7 @@ private stream: it may block, and belongs in a thread.
 import ctypes
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Final, NamedTuple, NoReturn
+from typing import Final, NoReturn
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from featcache.errors import AttachRefused, BackendUnavailable, CacheClosed, Set
 from featcache.memory import strided as copies
 from featcache.memory.cuda.backing import Backing, SegmentBacking
 from featcache.memory.cuda.driver import Driver
-from featcache.memory.cuda.streams import DeviceStreams, StreamOrder
+from featcache.memory.cuda.streams import DeviceStreams, StreamOrder, Words, signal_many
 from featcache.memory.dense import NOT_MADE, dense, lend
 from featcache.memory.pack import DTYPES, check_parts, contiguous_strides
 from featcache.memory.slab import Parts, Unreachable, Word, torch_copies, uncopied
@@ -27,15 +27,6 @@ from featcache.ref import TensorSpec
 
 _SLOWDOWN: Final = 16
 """A copy over PCIe from pageable memory, waited for, takes so many times a copy in host memory."""
-
-
-class Words(NamedTuple):
-    """Control words that a stream writes."""
-
-    here: memoryview
-    """The words as the CPU sees them."""
-    address: int
-    """The first word's address on the devices."""
 
 
 class CudaMapping:
@@ -213,6 +204,9 @@ class CudaMapping:
             address = self._backing.open_for_writing()
             self._target = (address, self._backing.storage(address, self.device))
 
+    def warm(self, end_bytes: int) -> None:
+        pass
+
     def stage(self, parts: Parts) -> tuple[Parts, StreamOrder | None]:
         """Return the parts, moved to this device if on another, and the caller's stream position.
 
@@ -309,6 +303,8 @@ class CudaMapping:
             words.here[index] = value
             return
         order.streams.write_word(words.address + 8 * index, value, order.stream)
+
+    signal_many = staticmethod(signal_many)
 
     def can_follow(self, order: StreamOrder | None) -> bool:
         return order is not None and order.lasts

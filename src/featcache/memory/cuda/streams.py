@@ -6,9 +6,9 @@ the CPU does the work itself, at once, None stands in its place.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -16,9 +16,14 @@ from featcache.errors import CacheClosed
 from featcache.memory.cuda.driver import Driver
 from featcache.memory.pack import DTYPES, contiguous_strides
 from featcache.memory.views import view_over
+from featcache.memory.words import store_words
 from featcache.ref import TensorSpec
 
 _MAX_VIEWS: Final = 4096
+_MAX_WORDS: Final = 128
+"""Words of one call, of which the driver takes less than 256."""
+_FEW_WORDS: Final = 3
+"""So few are written one by one."""
 _MAX_ORDERS: Final = 256  # torch has 32 streams to a device and priority; others come and go
 
 
@@ -33,6 +38,25 @@ class StreamOrder:
         self.stream = streams.driver.api.CUstream(raw)
         self.lasts = lasts
         """Whether it lives as long as the process: another's stream may be gone, its handle a new one's."""
+
+
+class Words(NamedTuple):
+    """Control words that a stream writes."""
+
+    here: memoryview
+    """The words as the CPU sees them."""
+    address: int
+    """The first word's address on the devices."""
+
+
+def signal_many(words: Words, values: Sequence[tuple[int, int]], order: StreamOrder | None) -> None:
+    """As `Mapping.signal_many`: a stream stores the words in batches, or the CPU does now."""
+    if order is None:
+        store_words(words.here, values)
+    else:
+        address = words.address
+        at = [(address + 8 * index, value) for index, value in values]
+        order.streams.write_words(at, order.stream)
 
 
 class DeviceStreams:
@@ -55,6 +79,10 @@ class DeviceStreams:
         self._own: Any = None
         """A stream for copies to and from the host, created by the first of them."""
         self._lock = threading.Lock()
+        self._batch: list[Any] = []
+        """The driver's records of the words of one call, used again and again: to make one takes longer
+        than to write a word."""
+        self._batch_lock = threading.Lock()
 
     def order(self) -> StreamOrder:
         """Return the caller's position: torch's current stream of this device."""
@@ -128,6 +156,18 @@ class DeviceStreams:
                 code = self._write(stream, address, value, 0)[0]
         if code != 0:
             self.driver.fail("cuStreamWriteValue64", code)
+
+    def write_words(self, words: Sequence[tuple[int, int]], stream: Any) -> None:
+        """As `write_word`, of many words by address and value, so many a call of the driver."""
+        if len(words) < _FEW_WORDS:
+            for address, value in words:
+                self.write_word(address, value, stream)
+            return
+        with self._batch_lock, self.driver.on(self.ordinal):
+            if not self._batch:
+                self._batch = self.driver.word_batch(_MAX_WORDS)
+            for first in range(0, len(words), _MAX_WORDS):
+                self.driver.write_words(self._batch, words[first : first + _MAX_WORDS], stream)
 
     def copy_now(self, target: int, source: int, nbytes: int) -> None:
         """Copy between the host and the device, and return when the copy is complete. Blocks.
