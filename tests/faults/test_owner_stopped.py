@@ -11,7 +11,7 @@ import pytest
 import featcache
 import featcache.blocking
 from faults.agents import feature, is_right
-from faults.keyed import client, host_only, owner
+from faults.keyed import CAPACITY, client, host_only, owner
 from featcache import (
     AttachRefused,
     FeatureClient,
@@ -233,6 +233,24 @@ async def test_what_needs_the_owner_times_out_without_a_loop(start: Start, slab:
             await asyncio.to_thread(ask)
         await account(child)
         assert not cache.contains("k")
+
+
+async def test_puts_without_a_key(start: Start, slab: Slab) -> None:
+    """They go on while there is room ahead, then time out; each that has returned is read afterwards."""
+    child, endpoint = await owner(start, slab)
+    async with (
+        featcache.connect(endpoint, settings=slab.settings()) as cache,
+        featcache.connect(endpoint, settings=slab.settings()) as other,
+    ):
+        refs = [await cache.put(feature(0, SIZE).to(slab.device))]
+        with stopped(child), pytest.raises(PutTimeout):
+            for seed in range(1, 2 * CAPACITY // SIZE):
+                value = feature(seed, SIZE).to(slab.device)
+                refs.append(await cache.put(value, timeout=SHORT_S))
+        for seed, ref in enumerate(refs):
+            assert is_right(await asyncio.wait_for(other.get(ref), PATIENT_S), seed)
+        await account(child)
+        assert await child.ask("used") == ("used", 0)
 
 
 async def test_what_waits_goes_on_afterwards(start: Start, slab: Slab) -> None:

@@ -23,9 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 NUMBER = 3
 
 
-def test_a_short_storm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_short_storm(tmp_path: Path, device: str) -> None:
     result = tmp_path / "keyed.json"
     command = [sys.executable, "-m", "tests.soak", "--keyed", "--reads", "10000", "--seed", "1"]
+    command += ["--device", device]
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [*command, "--minutes", "1", "--out", str(result)],

@@ -24,6 +24,8 @@ from soak.plan import Role
 from soak.process import Process, served
 
 _BATCH: Final = 48
+_AGAIN: Final = 3
+"""Times that the keys of a batch are read: what is decoded at the first read is known at the next."""
 _THREADS: Final = 3
 _ROUNDS: Final = 6
 """Batches of a thread, before its process looks whether it is to end."""
@@ -41,6 +43,28 @@ def note(me: Process, tally: Tally) -> None:
     me.row.beat()
 
 
+class Counting:
+    """Reads and misses of a block, counted however it ends."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+        self.reads = self.misses = 0
+
+    def __enter__(self) -> Counting:
+        """Begin."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Count."""
+        self._tally[Word.READS] += self.reads
+        self._tally[Word.MISSES] += self.misses
+
+
+def batch(eyes: Eyes) -> list[int]:
+    """Keys to read, several times each."""
+    return eyes.choice.next(_BATCH // _AGAIN) * _AGAIN
+
+
 def made_here(eyes: Eyes, number: int) -> torch.Tensor:
     """Make the feature of a key that whoever wants it makes."""
     world = eyes.me.world
@@ -54,17 +78,18 @@ def made_here(eyes: Eyes, number: int) -> torch.Tensor:
 
 async def get_all(cache: Cache, eyes: Eyes, tally: Tally) -> None:
     """Get one after the other, and now and then wait for one that is not there."""
-    for number in eyes.choice.next(_BATCH):
-        least = eyes.done[number]
-        with eyes.lane():
-            try:
-                found = await cache.get(NAMES[number])
-            except KeyNotFound:
-                tally[Word.MISSES] += 1
-                continue
-            eyes.work()
-            eyes.check(number, found, least)
-        tally[Word.READS] += 1
+    with Counting(tally) as counting:
+        for number in batch(eyes):
+            least = eyes.done[number]
+            with eyes.lane():
+                try:
+                    found = await cache.get(NAMES[number])
+                except KeyNotFound:
+                    counting.misses += 1
+                    continue
+                eyes.work()
+                eyes.check(number, found, least)
+            counting.reads += 1
 
 
 async def get_now(cache: Cache, eyes: Eyes, tally: Tally) -> None:
@@ -74,17 +99,18 @@ async def get_now(cache: Cache, eyes: Eyes, tally: Tally) -> None:
 
 async def borrow_all(cache: Cache, eyes: Eyes, tally: Tally) -> None:
     """Borrow one after the other."""
-    for number in eyes.choice.next(_BATCH):
-        least = eyes.done[number]
-        with eyes.lane():
-            try:
-                async with cache.borrow(NAMES[number]) as view:
-                    eyes.work()
-                    eyes.check(number, view, least)
-            except KeyNotFound:
-                tally[Word.MISSES] += 1
-                continue
-        tally[Word.READS] += 1
+    with Counting(tally) as counting:
+        for number in batch(eyes):
+            least = eyes.done[number]
+            with eyes.lane():
+                try:
+                    async with cache.borrow(NAMES[number]) as view:
+                        eyes.work()
+                        eyes.check(number, view, least)
+                except KeyNotFound:
+                    counting.misses += 1
+                    continue
+            counting.reads += 1
 
 
 async def borrow_now(cache: Cache, eyes: Eyes, tally: Tally) -> None:
@@ -188,32 +214,34 @@ async def read_awaiting(me: Process) -> None:
 
 def get_nowait_all(cache: Any, eyes: Eyes, tally: Tally) -> None:
     """Get one after the other, in whichever thread."""
-    for number in eyes.choice.next(_BATCH):
-        least = eyes.done[number]
-        with eyes.lane():
-            try:
-                found = cache.get_nowait(NAMES[number])
-            except KeyNotFound:
-                tally[Word.MISSES] += 1
-                continue
-            eyes.work()
-            eyes.check(number, found, least)
-        tally[Word.READS] += 1
+    with Counting(tally) as counting:
+        for number in batch(eyes):
+            least = eyes.done[number]
+            with eyes.lane():
+                try:
+                    found = cache.get_nowait(NAMES[number])
+                except KeyNotFound:
+                    counting.misses += 1
+                    continue
+                eyes.work()
+                eyes.check(number, found, least)
+            counting.reads += 1
 
 
 def borrow_nowait_all(cache: Any, eyes: Eyes, tally: Tally) -> None:
     """Borrow one after the other, in whichever thread."""
-    for number in eyes.choice.next(_BATCH):
-        least = eyes.done[number]
-        with eyes.lane():
-            try:
-                with cache.borrow(NAMES[number]) as view:
-                    eyes.work()
-                    eyes.check(number, view, least)
-            except KeyNotFound:
-                tally[Word.MISSES] += 1
-                continue
-        tally[Word.READS] += 1
+    with Counting(tally) as counting:
+        for number in batch(eyes):
+            least = eyes.done[number]
+            with eyes.lane():
+                try:
+                    with cache.borrow(NAMES[number]) as view:
+                        eyes.work()
+                        eyes.check(number, view, least)
+                except KeyNotFound:
+                    counting.misses += 1
+                    continue
+            counting.reads += 1
 
 
 def in_a_thread(cache: FeatureClient, eyes: Eyes) -> Tally:
