@@ -18,7 +18,7 @@ from featcache import FeatcacheError, FeatureCache, FeatureClient, KeyNotFound
 from soak.board import Step, Word
 from soak.keyed.eyes import Eyes, eyes_of
 from soak.keyed.perils import Perils
-from soak.keyed.plan import KeyedWorld, lengths_of
+from soak.keyed.plan import TTL_S, KeyedWorld, lengths_of
 from soak.keyed.words import MADE, NAMES, make, who_puts
 from soak.plan import Role
 from soak.process import Process, served
@@ -146,11 +146,27 @@ async def hold_some(cache: Cache, eyes: Eyes, tally: Tally) -> None:
             await asyncio.sleep(0)
 
 
+async def get_many(cache: Cache, eyes: Eyes, tally: Tally) -> None:
+    """Get several in one call, which fails whole if one of them went meanwhile."""
+    some = eyes.choice.next(16)
+    numbers = [number for number in some if cache.contains_nowait(NAMES[number])]
+    least = [eyes.done[number] for number in numbers]
+    with eyes.lane():
+        try:
+            found = await cache.get_many([NAMES[number] for number in numbers])
+        except KeyNotFound:
+            tally[Word.MISSES] += 1
+            return
+        for at, number in enumerate(numbers):
+            eyes.check(number, found[at], least[at])
+    tally[Word.READS] += len(numbers)
+
+
 async def ask(cache: Cache, eyes: Eyes, tally: Tally) -> None:
     """What needs the owner, at times: waits for keys, pins; what does not: whether keys are there."""
     number, least = eyes.choice.one(), 0
     name = NAMES[number]
-    match eyes.chance.randrange(4):
+    match eyes.chance.randrange(5):
         case 0:
             with eyes.lane():
                 least = eyes.done[number]
@@ -160,7 +176,12 @@ async def ask(cache: Cache, eyes: Eyes, tally: Tally) -> None:
             await cache.pin(name)
             await asyncio.sleep(eyes.chance.random() * 0.01)
             await cache.unpin(name)
-        case 2:
+        case 2:  # look up for another, who reads by the ref
+            least = eyes.done[number]
+            ref = await cache.share(name, readers=1, ttl=TTL_S)
+            with eyes.lane():
+                eyes.check(number, await cache.get(ref), least)
+        case 3:
             for other in eyes.choice.next(_BATCH):
                 await cache.contains(NAMES[other])
                 cache.contains_nowait(NAMES[other])
@@ -181,6 +202,7 @@ _WAYS: Final[tuple[Callable[[Any, Eyes, Tally], Awaitable[None]], ...]] = (
     *(borrow_all,) * 3,
     *(borrow_now,) * 6,
     *(hold_some,) * 2,
+    get_many,
     ask,
 )
 
