@@ -243,10 +243,14 @@ async def test_puts_without_a_key(start: Start, slab: Slab) -> None:
         featcache.connect(endpoint, settings=slab.settings()) as other,
     ):
         refs = [await cache.put(feature(0, SIZE).to(slab.device))]
-        with stopped(child), pytest.raises(PutTimeout):
+
+        async def put_all() -> None:
             for seed in range(1, 2 * CAPACITY // SIZE):
                 value = feature(seed, SIZE).to(slab.device)
                 refs.append(await cache.put(value, timeout=SHORT_S))
+
+        with stopped(child), pytest.raises(PutTimeout):
+            await put_all()
         for seed, ref in enumerate(refs):
             assert is_right(await asyncio.wait_for(other.get(ref), PATIENT_S), seed)
         await account(child)

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from bench.patterns import POISON
 from soak.board import Board, Word
+from soak.keyed import eyes as eyes_module
 from soak.keyed import plan
 from soak.keyed.eyes import DeviceEyes, Eyes, HostEyes
 from soak.keyed.perils import STEPS
@@ -112,3 +115,65 @@ def test_keys_that_are_made_have_one_version() -> None:
     nbytes = plan.lengths_of("cpu").of_made(made[0])
     assert nbytes == plan.lengths_of("cpu").of_made(made[0])
     assert version_of(made[0], bytes_of(made[0], nbytes, 1)) == 1
+
+
+class Stream:
+    """A stream of a device that does its work at once, and tells which one is the current one."""
+
+    now: Any = None
+    waits = marks = 0
+
+    def synchronize(self) -> None:
+        self.waits += 1
+
+    def record(self) -> None:
+        assert Stream.now is not None, "recorded on the default stream"
+        Stream.now.marks += 1
+
+    def __enter__(self) -> None:
+        self.before, Stream.now = Stream.now, self
+
+    def __exit__(self, *_: object) -> None:
+        Stream.now = self.before
+
+
+class OnStreams(DeviceEyes):
+    """The eyes of a GPU, over such streams."""
+
+    @staticmethod
+    def has_streams(device: torch.device) -> bool:
+        return True
+
+
+def test_reads_take_streams_by_turns(me: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gets so far ahead and no further, and each one's count of wrong words is told."""
+    worked: list[int] = []
+    stubs = SimpleNamespace(
+        Stream=lambda _: Stream(),
+        Event=Stream,
+        stream=lambda stream: stream,
+        current_stream=lambda: Stream.now,
+        set_device=lambda _: None,
+        synchronize=lambda _: None,
+        _sleep=worked.append,
+    )
+    monkeypatch.setattr(eyes_module, "_cuda", stubs)
+    eyes = OnStreams(me)
+    right, wrong = make(NUMBER, 64, 5, "cpu"), make(NUMBER + 1, 64, 5, "cpu")
+    taken = []
+    for _ in range(3 * 200):
+        with eyes.lane():
+            taken.append(Stream.now)
+            eyes.work()
+            eyes.check(NUMBER, right, 5)
+    assert taken[:3] == taken[3:6]
+    assert len(set(taken)) == 3
+    assert [stream.marks for stream in taken[:3]] == [3, 3, 3]
+    assert worked
+    for _ in range(3):
+        with eyes.lane():
+            eyes.check(NUMBER, wrong, 0)
+            eyes.finish()
+    eyes.settle(at_once=True)
+    assert me.row[Word.WRONG] == 1, "one look, which says how many"
+    assert "3" in (me.world.folder / "faults.txt").read_text()

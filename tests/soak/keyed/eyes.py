@@ -93,27 +93,32 @@ class DeviceEyes(Eyes):
     def __init__(self, me: Process) -> None:
         super().__init__(me)
         device = torch.device(me.made_on)
-        self._is_gpu = device.type == "cuda"
+        self._is_gpu = self.has_streams(device)
         if self._is_gpu:
-            torch.cuda.set_device(device)  # of this thread
+            _cuda.set_device(device)  # of this thread
         self._streams: list[Any] = [
             _cuda.Stream(device) if self._is_gpu else None for _ in range(_STREAMS)
         ]
         self._counts = [torch.zeros(2, dtype=torch.int64, device=device) for _ in self._streams]
         if self._is_gpu:
-            torch.cuda.synchronize(device)
+            _cuda.synchronize(device)
         self._marks: list[Any] = [None] * _STREAMS
         self._since = [0] * _STREAMS
         self._turn = 0
         self._told = [0, 0]
         self._look_s = time.monotonic() + _LOOK_S
 
+    @staticmethod
+    def has_streams(device: torch.device) -> bool:
+        """Whether a device has streams."""
+        return device.type == "cuda"
+
     @contextlib.contextmanager
     def lane(self) -> Iterator[None]:
         """As `Eyes.lane`: the streams come by turns."""
         self._turn = turn = (self._turn + 1) % _STREAMS
         stream = self._streams[turn]
-        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+        with contextlib.nullcontext() if stream is None else _cuda.stream(stream):
             yield
             if stream is not None:
                 self._bound(turn)
@@ -137,7 +142,7 @@ class DeviceEyes(Eyes):
     def finish(self) -> None:
         """As `Eyes.finish`."""
         if self._is_gpu:
-            torch.cuda.current_stream().synchronize()
+            _cuda.current_stream().synchronize()
 
     def check(self, number: int, found: Any, least: int) -> None:
         """As `Eyes.check`, when the current stream comes to it."""

@@ -100,6 +100,7 @@ class KeyedOwner:
         me = self.me
         events.remove_hook(events.log_to_structlog)
         events.add_hook(self.note)
+        asyncio.get_running_loop().set_exception_handler(self._faulty)
         me.row[Word.AT] = Step.ATTACH
         created = featcache.create(
             device=me.made_on, endpoint=me.endpoint, settings=me.world.sizes.settings()
@@ -122,6 +123,10 @@ class KeyedOwner:
             account["last"] = figures()
         if not me.place.mortal:
             account_file(me.world, me.place).write_text(json.dumps(account))
+
+    def _faulty(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Count what only the loop is told: no call of this process fails by it."""
+        self.me.outside(context.get("exception") or RuntimeError(context["message"]))
 
     async def fill(self, cache: FeatureCache) -> None:
         """Put keys of one's own, with other sizes each time."""
