@@ -288,7 +288,7 @@ class Server:
     # --- departures -----------------------------------------------------------------------------
 
     def _goodbye(self, peer: Peer) -> None:
-        if peer.state is SessionState.SETTLING:  # by its page's word or its death already
+        if peer.state in {SessionState.SETTLING, SessionState.ENDED}:  # by word or death already
             return
         peer.state = SessionState.SETTLING
 

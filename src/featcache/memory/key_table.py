@@ -14,8 +14,11 @@ however the owner stopped:
 
 A reader takes the count of changes, finds the digest, takes its place, and takes the count again. If the
 count is the same, no entry of the set got another digest and a place with it meanwhile, so the place was
-the key's. (Counted before the digest is written, a reader that begins between the two could take the old
-digest with the new place.) A key that is neither in its set nor counted as left out is kept nowhere.
+the key's. (Counted before the digest is written, a reader that begins between the two could take the
+old digest with the new place. A processor weaker than x86 may also load the place before the digest that
+leads to it, and so take the place of the entry's last key with the digest of its next: there the changes
+are counted before the digest is written as well.) A key that is neither in its set nor counted as left
+out is kept nowhere.
 
 Behind the table each slot has a record: the wire form of its ref, written before the slot is made live.
 A place names a generation of a slot, and while `live` is that generation its record is as it was
@@ -165,6 +168,9 @@ class OwnKeyTable(KeyTable):
             words[at + 1] = words[at + 1] + 1
             return
         # The order on which readers rely: see the module's text.
+        if not TSO:
+            words[at] = words[at] + 1
+            fence_stores()
         words[word - 2], words[word - 1] = low, high
         if not TSO:
             fence_stores()

@@ -245,6 +245,7 @@ class Pool:
     def apply(self, effects: Sequence[Effect]) -> None:
         """Carry out the store's decisions."""
         due_now, grace_s = 0, 0.0
+        told: list[Evicted | Expired] = []
         if self.store.endings.untold:  # before `live` is cleared: then a session asks why
             self.words.tell_endings(self.store.endings.untold)
         for effect in effects:
@@ -257,20 +258,22 @@ class Pool:
                     due_now += 1
             elif type(effect) is Woken or type(effect) is Found or type(effect) is ClaimPassed:
                 self.wakes.wake(effect.waiter.tag)
-            elif type(effect) is Expired:
-                self._reports.expired(effect)
-            elif type(effect) is Evicted:
-                self.key_table.drop(effect.key)  # before its `live` is cleared, by the next effect
-                self._reports.evicted(effect)
+            elif type(effect) is Evicted or type(effect) is Expired:
+                told.append(effect)
+                if type(effect) is Evicted:
+                    self.key_table.drop(
+                        effect.key
+                    )  # before its `live` is cleared, by the next effect
             elif type(effect) is Grow:
                 self.growth.grow(effect.end_bytes)
         if grace_s:
             self.recycler.poll_after(grace_s)
-        self._go_on(due_now)
+        self._go_on(due_now, told)
         self._observe()
 
-    def _go_on(self, due_now: int) -> None:
+    def _go_on(self, due_now: int, told: Sequence[Evicted | Expired]) -> None:
         """See to what effects leave to do: slots that may be free, waiters that may have room."""
+        self._reports.tell(told)  # now that every `live` is cleared: a hook may put, which recycles
         if self.store.serving:
             self.turn.left -= LEAST
             self.collector.go_on()
@@ -379,8 +382,7 @@ class Pool:
         self.pending_writes.close()
         self.own_writes.clear()
         self.is_held.close()
-        # Unmapped now, not when the collector of cycles comes by.
-        del self.words, self.key_table, self.complete
+        del self.words, self.key_table, self.complete  # unmapped now, not when the gc comes by
 
     def forget(self) -> None:
         """Drop descriptors and mappings in a forked child; the parent's pool is not touched.

@@ -102,16 +102,16 @@ class LeasedReads:
         The index is REVOKED if the slot was taken back meanwhile, NO_ENTRY if none is free. Raises as
         `check`.
         """
-        if self._gone is not None:
-            self.check()
         slot = place & SLOT_MASK
         if slot >= self._slots:
             return NO_ENTRY, 0  # no owner writes that
         with self._lock:
+            if self._gone is not None:  # in the lock, in which its end looks for reads that are out
+                self.check()
             if self._landing:
                 self._take_landed()
             # A session may have as many reads by key out as it has entries, whoever gave them out.
-            if not self._free or self._leases_out + self._grants_out >= len(self._lease):
+            if len(self._free) <= self._grants_out:
                 return NO_ENTRY, 0
             index = self._free.pop()
             self._serials = serial = self._serials + 1
@@ -143,6 +143,8 @@ class LeasedReads:
             self._ended[index] = serial
             self._free.append(index)
             idle = None if self._on_idle is None else self._idle()
+        if self.header[_WAITING]:  # the owner may have found the entry in use
+            self._ring_if_due()
         if idle is not None:
             idle()
 
