@@ -137,15 +137,6 @@ class Pool:
         """Tell sessions the tick with which they mark what they use (`Header.TICK`)."""
         self.words.header[_TICK] = self.store.recency.tick
 
-    @property
-    def lookups(self) -> tuple[int, int, int]:
-        """Hits, misses, and reads that were paid, with those that sessions counted in their pages."""
-        store, hits, misses, out = self.store, 0, 0, 0
-        for page in self.pages.values():
-            own = page.own_lookups
-            hits, misses, out = hits + own[0], misses + own[1], out + page.leases_out
-        return store.hits + hits, store.misses + misses, store.reads_paid + max(0, hits - out)
-
     def publish(self, slot: Slot, specs: tuple[TensorSpec, ...], order: Order) -> FeatureRef:
         """Publish a slot whose bytes were written, or will be at `order`; return its ref."""
         if self.closed:
