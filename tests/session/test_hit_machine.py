@@ -60,7 +60,7 @@ def look_at(world: World) -> None:
 
 def nothing_left(world: World) -> None:
     """Lookups are counted, entries are free, and an owner that drops its keys has all its room."""
-    hits, misses, _ = world.pool.lookups
+    hits, misses, _ = world.pool.uses.lookups(world.pool.store)
     doubt = sum(len(reader.actors) for reader in world.readers if reader.died)  # it died inside one
     told_hits = sum(reader.hits_had for reader in world.readers)
     told_misses = sum(reader.misses_had for reader in world.readers)
