@@ -37,8 +37,8 @@ from support.processes import NotSo, until
 
 _AT_ONCE: Final = 6
 _TO_FILL: Final = 600
-_EMPTY_EVERY_S: Final = 20.0
-_EMPTY_S: Final = 0.3
+_EMPTY_EVERY_S: Final = 8.0
+_EMPTY_S: Final = 0.4
 
 
 class PoisonAtOnce(Poison):
