@@ -41,6 +41,9 @@ class SessionView:
     writing: int
     """Slots that are reserved for it and not published yet."""
     writing_bytes: int
+    ahead: int
+    """Slots that it was given before it asked, for its next puts."""
+    ahead_bytes: int
     pins: int
     """Keys that it has pinned."""
     pinned_bytes: int
@@ -130,7 +133,8 @@ class KeyView:
     unused_s: float
     """Since it was last used, as far as the eviction order knows."""
     hits: int
-    """Lookups that found it."""
+    """Lookups that found it and that the owner answered, and those looks of the owner, one a second at most,
+    at which a session had found it itself since the look before: which key is hit most, not how often."""
     pinned: bool
     reads: int
     """Reads of it that are out or owed, as far as the owner counts them itself."""

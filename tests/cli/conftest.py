@@ -15,7 +15,7 @@ def _server() -> None:
 
 
 @pytest.fixture
-def command(runtime_dir: Path) -> Iterator[Run]:
+def command(runtime_dir: Path) -> Run:
     """Run a command to its end."""
     return run_command(runtime_dir)
 

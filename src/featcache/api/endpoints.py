@@ -62,7 +62,7 @@ def _listening() -> Iterator[Path]:
             path = Path(fields[_PATH_FIELD])
             with contextlib.suppress(OSError):
                 lock = path.with_name(path.name + ".lock")
-                if path.is_socket() and lock.lstat().st_uid == os.geteuid():
+                if lock.lstat().st_uid == os.geteuid() and endpoints.is_endpoint(path):
                     yield path
 
 

@@ -125,7 +125,7 @@ def _sessions(sessions: tuple[SessionView, ...]) -> Table:
             age(one.age_s),
             _both(one.reading, one.reading_bytes),
             _both(one.owes, one.owes_bytes),
-            _both(one.writing, one.writing_bytes),
+            _both(one.writing + one.ahead, one.writing_bytes + one.ahead_bytes),
             _both(one.pins, one.pinned_bytes),
         )
     return table

@@ -27,7 +27,7 @@ from featcache.control.frames import (
     frame_end,
     pack_header,
 )
-from featcache.control.hangup import hang_up, has_hung_up
+from featcache.control.hangup import hang_up, has_hung_up, is_readable
 from featcache.control.messages import VERSION, ProtocolError, SocketFailed
 from featcache.control.turns import FRAME_UNITS, QUANTUM_UNITS, turn_of
 
@@ -82,12 +82,10 @@ class Channel:
     (None) or misbehaved (the error), never after `close`; with a `ProtocolError` it is called before the
     channel closes. Both run in the loop and must not block.
 
-    Frames that the loop's turn has no units for (`control.turns`) wait for a later one, and nothing more is
-    read until then.
+    Frames that the loop's turn has no units left for (`control.turns`) wait, and nothing more is read.
 
     Frames that are sent while those of one read are handled go with one system call, so a peer with many
-    requests wakes once for their answers; a `requester` also batches what it sends by `send_next`
-    (`Batching`).
+    requests wakes once for their answers; a `requester` batches what it sends by `send_next` (`Batching`).
     """
 
     def __init__(
@@ -105,8 +103,8 @@ class Channel:
         self._limit_bytes = limit_bytes
         self.send_bytes = limit_bytes
         """The longest payload that may be sent: the peer's own limit, once it is known."""
-        self._on_message = on_message
-        self._on_lost = on_lost
+        self.on_message = on_message
+        self.on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._turn = turn_of(self._loop)
         self._incoming = bytearray()
@@ -122,10 +120,6 @@ class Channel:
         self._outgoing_bytes = 0
         self.state = _OPEN
         self._loop.add_reader(self._fd, self._readable)
-
-    def hand_over(self, on_message: OnMessage, on_lost: OnLost) -> None:
-        """Have these called from now on."""
-        self._on_message, self._on_lost = on_message, on_lost
 
     # --- sending --------------------------------------------------------------------------------
 
@@ -265,32 +259,43 @@ class Channel:
         return False
 
     def _readable(self) -> None:
-        if self._turn.left <= 0:
+        if self._turn.left <= 0 or (self._receive(0) and self.state is _OPEN):
             self._pause()
-            return
+
+    def read_rest(self, until: int) -> bool:
+        """Handle what has come by now; True if there is more, when the turn has `until` units left."""
+        while self.state is _OPEN:
+            if self._incoming and self._take(b"", until):
+                return True
+            if self.state is not _OPEN or not is_readable(self._fd) or self._receive(until):
+                return self.state is _OPEN and bool(self._incoming) and self._turn.left <= until
+        return False
+
+    def _receive(self, until: int) -> bool:
+        """Read once; return whether whole frames are kept for later (`_take`)."""
         try:
             data, ancillary, flags, _ = self._sock.recvmsg(
                 _RECEIVE_BYTES, ANCILLARY_BYTES, _CLOSE_ON_EXEC
             )
         except (BlockingIOError, InterruptedError):
-            return
+            return False
         except ConnectionError as error:
             self._lose(error)
-            return
+            return False
         except OSError as error:
             self._lose(SocketFailed("messages can't be received", error))
-            return
+            return False
         if ancillary or flags & _CUT:
             try:
                 self._descriptors.add(ancillary, cut=bool(flags & _CUT))
             except ProtocolError as error:
                 self._lose(error)
-                return
+                return False
         if not data:
             cut = ProtocolError("the peer hung up in the middle of a message")
             self._lose(cut if self._incoming else None)
-        elif self._take(data, 0) and self.state is _OPEN:
-            self._pause()
+            return False
+        return self._take(data, until)
 
     def _take(self, data: bytes, until: int) -> bool:
         """Handle the frames that are whole, and keep the beginning of the next.
@@ -315,7 +320,7 @@ class Channel:
                 done = end
                 if done < len(whole):  # the answer to a frame that came alone need not wait
                     self._batching = _READ
-                self._on_message(payload, fds)
+                self.on_message(payload, fds)
         except ProtocolError as error:
             self._lose(error)
         finally:
@@ -349,12 +354,12 @@ class Channel:
             return
         if isinstance(error, ProtocolError):
             self.state = ChannelState.FAILING
-            self._on_lost(error)
+            self.on_lost(error)
             self.close()
         else:
             # Closed first: there is no peer for a last frame, and `on_lost` finds its state as it stays.
             self.close()
-            self._on_lost(error)
+            self.on_lost(error)
 
     def close(self) -> None:
         """Close the socket and the descriptors that nobody took. Idempotent."""
@@ -371,8 +376,7 @@ class Channel:
         self._sock.close()
 
     @property
-    def backlog(self) -> int:
-        """Frames that the socket has no room for: the peer has not read what came before."""
+    def backlog(self) -> int:  # frames that the socket has no room for
         return len(self._outgoing)
 
     @property

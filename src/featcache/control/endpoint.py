@@ -340,10 +340,18 @@ def is_stale(path: Path) -> bool:
 
     An owner that is just opening has its lock but no socket yet.
     """
+    with contextlib.suppress(OSError):
+        kind = _kind(path)
+        return kind is None or (kind == stat.S_IFSOCK and _is_stale(path))
+    return False
+
+
+def _kind(path: Path) -> int | None:
+    """Return what kind of file is at a path, None if there is none."""
     try:
-        return not path.exists() or (path.is_socket() and _is_stale(path))
-    except OSError:
-        return False
+        return stat.S_IFMT(path.lstat().st_mode)
+    except FileNotFoundError:
+        return None
 
 
 def holder_of(path: Path) -> int | None:
@@ -358,9 +366,8 @@ def holder_of(path: Path) -> int | None:
 def is_endpoint(path: Path) -> bool:
     """Whether what is at a path is a socket, or gone with its lock still there."""
     with contextlib.suppress(OSError):
-        if path.exists():
-            return path.is_socket()
-        return holder_of(path) is not None
+        kind = _kind(path)
+        return holder_of(path) is not None if kind is None else kind == stat.S_IFSOCK
     return False
 
 

@@ -99,7 +99,8 @@ class Observers:
         peer.state = SessionState.ACTIVE
         self.peers.add(peer)
         channel = peer.channel
-        channel.hand_over(partial(self._on_message, peer), partial(self._on_lost, peer))
+        channel.on_message = partial(self._on_message, peer)
+        channel.on_lost = partial(self._on_lost, peer)
         channel.send_bytes = min(limit_bytes, hello.message_bytes)
         channel.send(encode(welcome), descriptors)
 

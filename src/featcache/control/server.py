@@ -6,9 +6,9 @@ closes while the process lives is neither: the process may still be reading the 
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Literal
 
 from featcache import events
 from featcache.control import messages
@@ -19,17 +19,19 @@ from featcache.control.dispatch import Dispatcher, RequestHandlers
 from featcache.control.endpoint import Listener
 from featcache.control.messages import Hello, ProtocolError, decode_from_client, encode, is_request
 from featcache.control.observers import ObserverHost, Observers
-from featcache.control.peer import Peer, Segment, SessionHost, SessionState
+from featcache.control.peer import Peer, SessionHost, SessionState
+from featcache.control.slab_changes import SlabChanges
 from featcache.control.turns import ATTACH_UNITS, QUANTUM_UNITS, turn_of
 from featcache.errors import OUT_OF_DESCRIPTORS, AttachRefused, FeatcacheError, explain
 from featcache.settings import Settings
 
 _ACTIVE = SessionState.ACTIVE  # members of an enum are slow to look up
 _QUARANTINE_EVENT_S = 0.1
+_ALL = -(1 << 30)  # of a turn's units that are left: whatever it takes
 _ACCEPT_AGAIN_S = 1.0
 
 
-class Server:
+class Server(SlabChanges):
     """Accepts, greets and keeps the sessions. Everything runs in the loop, nothing blocks."""
 
     def __init__(
@@ -52,8 +54,7 @@ class Server:
         self.sessions: dict[int, Peer] = {}
         """ACTIVE and QUARANTINED sessions by number."""
         self.observers = Observers(settings.observers, observed, self._end, self._report_refusal)
-        self._shrinking: dict[int, asyncio.Future[None]] = {}
-        """By shrink epoch: done once every session has unmapped the tail."""
+        self._shrinking = {}
         self._ended: list[Peer] = []
         """Those that were attached at `close`."""
         self._refusals = events.Throttle(settings.log_interval, burst=16)
@@ -234,6 +235,7 @@ class Server:
         for peer in list(self.sessions.values()):
             over = self._host.is_abandoned(peer) and peer.gone
             if over and (self._host.has_left(peer) or full or peer.is_process_of(newcomer)):
+                peer.channel.read_rest(_ALL)  # puts that it had told of as its loop was closed
                 self._goodbye(peer)
 
     def _refuse(self, peer: Peer, reason: str) -> None:
@@ -250,50 +252,10 @@ class Server:
                 )
             )
 
-    # --- the slab's size --------------------------------------------------------------------------
-
-    def announce(self, segments: Sequence[Segment]) -> None:
-        for peer in self.sessions.values():
-            self._send_segments(peer, segments)
-
-    def _send_segments(self, peer: Peer, segments: Sequence[Segment]) -> None:
-        for first in range(0, len(segments), messages.MAX_SEGMENTS):
-            starts, sizes, fds = zip(*segments[first : first + messages.MAX_SEGMENTS], strict=True)
-            peer.channel.send(encode(messages.Segments(starts[0], list(sizes))), fds)
-
-    def retire(
-        self, shrink_epoch: int, end_bytes: int, timeout_s: float
-    ) -> Coroutine[Any, Any, int]:
-        """Have every session unmap the segments from `end_bytes` on.
-
-        The messages are sent before this returns, so they come before any segment that is announced
-        later. The coroutine returns how many sessions have not acknowledged within `timeout_s`; these
-        keep the memory.
-        """
-        for peer in self.sessions.values():
-            peer.channel.send(encode(messages.UnmapTail(shrink_epoch, end_bytes)))
-        return self._await_unmapped(shrink_epoch, timeout_s)
-
-    async def _await_unmapped(self, shrink_epoch: int, timeout_s: float) -> int:
-        done = self._shrinking[shrink_epoch] = self._loop.create_future()
-        self._settle_shrinking()  # there may be no session to wait for
-        await asyncio.wait([done], timeout=timeout_s)
-        del self._shrinking[shrink_epoch]
-        return self._behind(shrink_epoch)
-
-    def _behind(self, shrink_epoch: int) -> int:
-        """Return how many sessions may still map the tail that this epoch took away."""
-        return sum(peer.shrink_epoch < shrink_epoch for peer in self.sessions.values())
-
-    def _settle_shrinking(self) -> None:
-        for shrink_epoch, done in self._shrinking.items():
-            if not done.done() and not self._behind(shrink_epoch):
-                done.set_result(None)
-
     # --- departures -----------------------------------------------------------------------------
 
     def _goodbye(self, peer: Peer) -> None:
-        if peer.state is SessionState.SETTLING:  # by its page's word or its death already
+        if peer.state in {SessionState.SETTLING, SessionState.ENDED}:  # by word or death already
             return
         peer.state = SessionState.SETTLING
 
@@ -329,14 +291,23 @@ class Server:
             peer.deadline = self._loop.call_later(_QUARANTINE_EVENT_S, report)
 
     def _on_death(self, peer: Peer) -> None:
+        """Settle a dead process's session, once what it sent is handled: its pidfd may fire before that."""
+
+        def reads_rest() -> bool:
+            more = peer.channel.read_rest(max(0, self._turn.left - QUANTUM_UNITS))
+            return more or self._died(peer)
+
+        self._turn.do(reads_rest)
+
+    def _died(self, peer: Peer) -> Literal[False]:
         if peer.state is SessionState.SETTLING:
-            return
+            return False
         if peer.state not in {_ACTIVE, SessionState.QUARANTINED} or peer in self.observers.peers:
             self._end(peer)
-            return
+            return False
         if self._host.has_left(peer):
             self._goodbye(peer)
-            return
+            return False
         peer.state = SessionState.SETTLING
         self._stop_greeting(peer)
 
@@ -345,6 +316,7 @@ class Server:
             self._emit(events.ReaderLost, peer, reads_paid=paid)
 
         self._host.end(peer, settled, died=True)
+        return False
 
     def _end(self, peer: Peer) -> None:
         if peer.state is SessionState.ENDED:

@@ -26,6 +26,11 @@ def listed(pool: Pool, request: observing.ListKeys, limit_bytes: int) -> Work:
     pool.check_open()
     after = _cursor(request.after)
     table = pool.store.table
+    for page in list(pool.pages.values()):
+        pool.check_open()
+        pool.uses.count_of(page, pool.words.live, table.high)
+        yield
+    pool.check_open()
     found: list[tuple[Rank, Slot]] = []
     for first in range(0, table.high, _PIECE):
         some = [
@@ -52,8 +57,8 @@ def listed(pool: Pool, request: observing.ListKeys, limit_bytes: int) -> Work:
             yield
             pool.check_open()
     following = f"{last[0]!r}:{last[1].hex()}" if is_more else None
-    page = KeysPage(keys=tuple(views), total=len(pool.store.directory), next=following)
-    return observing.KeyList(request.request, page)
+    found_keys = KeysPage(keys=tuple(views), total=len(pool.store.directory), next=following)
+    return observing.KeyList(request.request, found_keys)
 
 
 def _rank(pool: Pool, slot: Slot, order: observing.Order) -> Rank:

@@ -124,7 +124,7 @@ class Observations:
     def _own(self) -> Statistics:
         pool, store = self._pool, self._pool.store
         refresh(pool)
-        hits, misses, reads_paid = pool.lookups
+        hits, misses, reads_paid = pool.uses.lookups(store)
         return Statistics(
             **gauges.of_store(store),
             sessions=0 if self.server is None else len(self.server.sessions),

@@ -12,6 +12,7 @@ from featcache.control.server import Server
 from featcache.core.effects import Limits
 from featcache.errors import BackendUnavailable, system_errors
 from featcache.memory.slab import Slab
+from featcache.owner.draining import refuse_puts
 from featcache.owner.keys import Lookups
 from featcache.owner.observing import Observations
 from featcache.owner.own_session import OwnSession
@@ -102,7 +103,8 @@ class ServedPool:
 
     def refuse_puts(self) -> None:
         """Take no more puts, and end all waits; what is read now may go on."""
-        self.handlers.refuse_puts()
+        refuse_puts(self.handlers.answers)
+        self.pool.ahead.stop()
         self.pool.stop()
 
     async def aclose(self) -> None:

@@ -110,6 +110,8 @@ def _view(pool: Pool, page: SessionPage, state: str, owed: Sums, pinned: Sums) -
         owes_bytes=owed.nbytes[name],
         writing=len(page.reserved),
         writing_bytes=written,
+        ahead=len(page.ahead),
+        ahead_bytes=sum(slot.nbytes for slot in page.ahead.values()),
         pins=pinned.counts[page.session],
         pinned_bytes=pinned.nbytes[page.session],
         hits=hits,

@@ -86,6 +86,8 @@ class Sessions:
             endpoint=pool.endpoint,
             grants=pool.settings.grants,
             message_bytes=pool.settings.message_bytes,
+            tensors=pool.settings.tensors,
+            readers=pool.settings.readers,
         )
         own = [self.pidfd, pool.words_fd, page.fd, pool.recycler.eventfd]
         return welcome, own + pool.slab.descriptors()
@@ -200,6 +202,7 @@ class Sessions:
         if died:
             paid += yield from self._paying_for(page, now_s, named=not session.name_passed_on)
             self.readers_lost += 1
+        pool.uses.count_of(page, pool.words.live, pool.store.table.high)
         pool.uses.fold(page, pool.store.recency.tick)
         del pool.pages[session.number]
         page.close()
