@@ -232,6 +232,94 @@ async def test_the_spill_pool_can_be_observed_too() -> None:
             assert (seen.statistics.puts, seen.unpaid_refs) == (1, 1)
 
 
+# --- in pieces ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ask", "least"),
+    [
+        (lambda observer: observer.snapshot(), 600 // 256),
+        (lambda observer: observer.keys(limit=200), 600 // 256 + 200 // 16),
+        (lambda observer: observer.map(64), 600 // 256),
+    ],
+)
+async def test_an_answer_is_made_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, ask: Any, least: int
+) -> None:
+    async with pair(name="r1", slots=1024) as (owner, _):
+        for number in range(600):
+            await owner.put(filled(256), key=f"{number}", readers=["r1"])
+        assert owner._life.engine is not None
+        table = owner._life.engine.main.server.observers
+        steps, real = [0], table._step
+
+        def counted(*args: Any) -> Any:
+            steps[0] += 1
+            return real(*args)
+
+        monkeypatch.setattr(table, "_step", counted)
+        async with featcache.observe(owner.endpoint) as observer:
+            await ask(observer)
+        assert steps[0] > least
+
+
+async def test_the_pool_may_change_between_two_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece is followed by a put and an eviction, and sessions come and go."""
+    async with pair(slots=1024, observers=1) as (owner, client):
+        for number in range(600):
+            await owner.put(filled(256), key=f"{number}")
+        assert owner._life.engine is not None
+        table = owner._life.engine.main.server.observers
+        real, store = table._step, owner._life.engine.pool.store
+        made = [600]
+
+        def changed(*args: Any) -> Any:
+            result = real(*args)
+            made[0] += 1
+            owner.put_nowait(filled(256 * (made[0] % 7 + 1)), key=f"{made[0]}")
+            owner._life.engine.pool.apply(store.evict(f"{made[0] - 600}".encode(), 0.0))  # type: ignore[union-attr]
+            return result
+
+        monkeypatch.setattr(table, "_step", changed)
+        async with featcache.observe(owner.endpoint) as observer:
+            for _ in range(3):
+                await observer.snapshot()
+                assert len((await observer.map(64)).states) == 64
+                found = await all_keys(observer, "size", 50)
+                assert len({one.key for one in found}) == len(found)
+                async with featcache.connect(owner.endpoint):
+                    await observer.snapshot()
+        assert await client.contains(f"{made[0]}")
+
+
+async def test_a_pool_that_closes_between_two_pieces_ends_the_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owner = featcache.create(settings=small(slots=1024))
+    await owner.open()
+    for number in range(600):
+        await owner.put(filled(256), key=f"{number}")
+    assert owner._life.engine is not None
+    table = owner._life.engine.main.server.observers
+    real, closing = table._step, list[asyncio.Task[None]]()
+
+    def closes(*args: Any) -> Any:
+        result = real(*args)
+        closing.append(asyncio.get_running_loop().create_task(owner.aclose()))
+        return result
+
+    monkeypatch.setattr(table, "_step", closes)
+    async with featcache.observe(owner.endpoint) as observer:
+
+        async def looks_on() -> None:
+            while True:  # until a look is met by the end
+                await observer.map(64)
+
+        with pytest.raises(OwnerLost):
+            await looks_on()
+        await asyncio.gather(*closing)
+
+
 # --- bounds, and ends -------------------------------------------------------------------------------
 
 
@@ -374,6 +462,15 @@ async def test_a_drained_cache_takes_no_more_puts_and_ends_waits() -> None:
         with pytest.raises(OwnerLost):
             await client.get("absent", timeout=60)
         await client.get(ref)  # reads go on
+
+
+async def test_a_drain_takes_back_what_was_given_ahead() -> None:
+    async with pair() as (owner, client):
+        for _ in range(8):  # from the second on, without asking
+            await client.release(await client.put(filled(KIB)))
+        await owner.drain(0)
+        with pytest.raises(OwnerLost, match="shutting down"):
+            await client.put(filled(KIB))
 
 
 @pytest.mark.parametrize("key", [None, "k"])
