@@ -1,12 +1,17 @@
 """``featcache serve``: started, told of, used, and ended by signals."""
 
 import asyncio
+import contextlib
+import errno
 import json
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -14,7 +19,8 @@ import featcache
 from cli.commands import Run
 from cli.conftest import Serve
 from featcache import OwnerLost
-from support.caches import KIB, MIB, filled, until
+from featcache.cli.exits import Failure
+from support.caches import KIB, MIB, filled, small, until
 
 
 def endpoints(folder: Path) -> list[str]:
@@ -236,9 +242,71 @@ def test_a_bad_variable_is_named(command: Run, variable: str, value: str) -> Non
     assert variable in command("serve", **{variable: value}).failed_with(2)
 
 
-def test_metrics_without_their_package_are_told_before_it_serves(command: Run) -> None:
-    ended = command("serve", "--metrics-port", "0", FEATCACHE_LOG_LEVEL="error")
-    assert "pip install 'featcache[metrics]'" in ended.failed_with(6)
+# --- metrics, of which the module is another's ------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def service(*arguments: str) -> AsyncIterator[Any]:
+    from featcache.cli import serve as module
+    from featcache.cli.config import options_of
+
+    options = options_of(dict(zip(arguments[::2], arguments[1::2], strict=True)), None)
+    async with featcache.create(settings=small()) as owner:
+        yield module._Service(owner, options)
+
+
+def modules(monkeypatch: pytest.MonkeyPatch, found: Any) -> None:
+    """Have this found for any module that is imported by its name, or raised."""
+
+    def load(_: str) -> Any:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr("importlib.import_module", load)
+
+
+async def test_metrics_without_their_package_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with service("metrics_port", "0") as served:
+        modules(monkeypatch, ModuleNotFoundError("No module", name="prometheus_client"))
+        with pytest.raises(Failure, match=r"pip install 'featcache\[metrics\]'") as told:
+            served._metrics()
+        assert told.value.code == 6
+
+
+async def test_metrics_are_served_on_the_loopback_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[Any] = []
+
+    def start(port: int, *caches: Any, host: str) -> Any:
+        calls.append((port, caches, host))
+        return contextlib.nullcontext()
+
+    async with service("metrics_port", "9464") as served:
+        modules(monkeypatch, SimpleNamespace(serve=start))
+        served._metrics()
+        assert calls == [(9464, (served._cache,), "127.0.0.1")]
+    async with service("metrics_port", "0", "metrics_host", "0.0.0.0") as served:  # noqa: S104 - as asked
+        served._metrics()
+        assert calls[1][2] == "0.0.0.0"  # noqa: S104 - as asked
+    async with service() as served:
+        served._metrics()
+        assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EADDRINUSE, 5), (errno.EACCES, 2)])
+async def test_a_port_that_can_t_be_had_is_told(
+    monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    def start(*_: Any, **__: Any) -> Any:
+        raise featcache.SettingsError("metrics can't listen") from OSError(number, "why")
+
+    async with service("metrics_port", "80") as served:
+        modules(monkeypatch, SimpleNamespace(serve=start))
+        with pytest.raises((Failure, featcache.SettingsError)) as told:
+            served._metrics()
+        assert getattr(told.value, "code", 2) == code
 
 
 async def test_as_a_user_runs_it(runtime_dir: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any, Final, get_args
 
 import msgspec
 
-from featcache import FeatureRef
-from featcache.control import many, messages, rooms
+from featcache import FeatureRef, observation, statistics
+from featcache.control import many, messages, observing, rooms
 from featcache.ref import TensorSpec
 
 _BARE: Final = FeatureRef(
@@ -20,6 +20,30 @@ _PACKED: Final = FeatureRef(
 )
 _SPEC: Final = (TensorSpec(None, "uint8", (8,), 0),)
 _PUT: Final[tuple[Any, ...]] = (1, 256, ["tp0"], 2.5, b"key", True)
+
+
+_KEY = observation.KeyView(
+    key=b"a", nbytes=256, age_s=1.0, unused_s=1.0, hits=0, pinned=False, reads=0, ref="1:1"
+)
+_POOL = observation.PoolView(
+    pool="00",
+    endpoint="/e.sock",
+    name=None,
+    kind="host",
+    device="cpu",
+    version="0",
+    protocol=messages.VERSION,
+    pid=1,
+    uptime_s=1.0,
+    level="normal",
+    holders=(),
+    remedy="",
+    statistics=statistics.Statistics(),
+    observers=1,
+    unpaid_refs=0,
+    unpaid=(),
+    waiting=(),
+)
 
 
 def all_messages() -> list[tuple[int, msgspec.Struct]]:
@@ -65,12 +89,32 @@ def all_messages() -> list[tuple[int, msgspec.Struct]]:
         messages.Farewell(),
         messages.Closing(),
     ]
-    return [(0, message) for message in client] + [(1, message) for message in owner]
+    observer: list[msgspec.Struct] = [
+        messages.Goodbye(),
+        observing.Observe(1),
+        observing.ListSessions(1, -1),
+        observing.ListKeys(1, "size", "", 9),
+        observing.MapSlab(1, 64),
+        observing.Evict(1, b"key"),
+    ]
+    to_observer: list[msgspec.Struct] = [
+        observing.ObserverWelcome(messages.VERSION, bytes(16), "/e.sock", 1 << 16),
+        messages.Refused("why"),
+        messages.Closing(),
+        messages.Reply(1, flag=True),
+        observing.Observed(1, _POOL),
+        observing.SessionList(1, (), more=False),
+        observing.KeyList(1, observation.KeysPage(keys=(_KEY,), total=1, next="1:61")),
+        observing.SlabCells(1, 1 << 20, 1 << 16, b"kf", b"\xff\0", bytes(8)),
+    ]
+    senders = (client, owner, observer, to_observer)
+    return [(who, message) for who, sent in enumerate(senders) for message in sent]
 
 
 def missing() -> set[str]:
     """The kinds of message that have no seed."""
-    kinds = {*get_args(messages.FromClient), *get_args(messages.FromOwner)}
+    unions = (messages.FromClient, messages.FromOwner, observing.FromObserver, observing.FromOwner)
+    kinds = {kind for union in unions for kind in get_args(union)}
     return {kind.__name__ for kind in kinds - {type(message) for _, message in all_messages()}}
 
 

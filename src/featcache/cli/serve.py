@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import click
 
@@ -20,6 +20,7 @@ from featcache.cli.logs import configure
 from featcache.cli.notify import notify
 
 _METRICS: Final = "featcache.integrations.metrics"
+_ServeMetrics: TypeAlias = Callable[..., contextlib.AbstractContextManager[object]]
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -141,15 +142,14 @@ class _Service:
         port, host = self._options.metrics_port, self._options.metrics_host
         if port is None:
             return contextlib.nullcontext()
-        start: Callable[..., contextlib.AbstractContextManager[object]]
         try:
-            start = importlib.import_module(_METRICS).serve_metrics
-        except (ImportError, AttributeError):
-            raise Failure(
-                "--metrics-port needs the extra: pip install 'featcache[metrics]'", Exit.UNAVAILABLE
-            ) from None
+            serve_metrics: _ServeMetrics = importlib.import_module(_METRICS).serve
+        except ImportError:
+            told = "--metrics-port needs the extra: pip install 'featcache[metrics]'"
+            raise Failure(told, Exit.UNAVAILABLE) from None
         try:
-            return start(self._cache, host=host, port=port)
-        except OSError as error:
-            code = Exit.IN_USE if error.errno == errno.EADDRINUSE else Exit.FAILED
-            raise Failure(f"no metrics at {host}:{port}: {error.strerror}", code) from error
+            return serve_metrics(port, self._cache, host=host)
+        except SettingsError as error:
+            if getattr(error.__cause__, "errno", None) == errno.EADDRINUSE:
+                raise Failure(str(error), Exit.IN_USE) from error
+            raise
