@@ -6,7 +6,8 @@ The owner has 4,096 slots, 4,000 keys and 64 sessions, and puts and gets a featu
 in its loop. Meanwhile, in every other period, observers in a process of their own take a snapshot each ten
 times a second. A period is a fifth of a second; beside each one with observers stands the one before it, of
 these ratios the median is told, with the quartiles. What counts is the CPU time of the loop's thread:
-other load on the machine comes and goes.
+other load on the machine comes and goes. In the other periods the observers look at another owner, so that
+what their own process does to the machine's caches is the same in both.
 Then come, with nothing else to do, the seconds of the owner that each request took, and the longest piece
 of it that ran in one go, which is what adds to a turn of the loop.
 """
@@ -44,19 +45,25 @@ async def sessions(endpoint: str, count: int) -> None:
     await asyncio.Event().wait()
 
 
-async def looking(endpoint: str, count: int, gate: str, hertz: float) -> None:
-    """Take snapshots as long as a file is there."""
+async def another(endpoint: str) -> None:
+    """Own a pool in which nothing happens."""
+    async with featcache.create(endpoint=endpoint, capacity="1MiB", segment="1MiB"):
+        await asyncio.Event().wait()
+
+
+async def looking(endpoint: str, other: str, count: int, gate: str, hertz: float) -> None:
+    """Take snapshots, of the loaded owner as long as a file is there, else of the other."""
     open_gate = Path(gate)
 
-    async def look(observer: Observer) -> None:
+    async def look(here: Observer, there: Observer) -> None:
         while True:
-            if open_gate.exists():  # noqa: ASYNC240 - it is on tmpfs
-                await observer.snapshot()
+            observer = here if open_gate.exists() else there  # noqa: ASYNC240 - it is on tmpfs
+            await observer.snapshot()
             await asyncio.sleep(1.0 / hertz)
 
-    all_of_them = [featcache.observe(endpoint) for _ in range(count)]
-    await asyncio.gather(*(each.open() for each in all_of_them))
-    await asyncio.gather(*(look(each) for each in all_of_them))
+    pairs = [(featcache.observe(endpoint), featcache.observe(other)) for _ in range(count)]
+    await asyncio.gather(*(each.open() for pair in pairs for each in pair))
+    await asyncio.gather(*(look(*pair) for pair in pairs))
 
 
 async def loaded(cache: FeatureCache, feature: torch.Tensor, out: torch.Tensor) -> float:
@@ -83,7 +90,12 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             await cache.put(small, key=f"key-{number}")
         endpoint = cache.endpoint
         attached = Process(lambda: sessions(endpoint, SESSIONS))
-        lookers = Process(lambda: looking(endpoint, options.observers, str(gate), options.hertz))
+        other = str(folder / "other.sock")
+        beside = Process(lambda: another(other))
+        while not Path(other).exists():  # noqa: ASYNC110, ASYNC240 - of another process
+            await asyncio.sleep(0.05)
+        count, hertz = options.observers, options.hertz
+        lookers = Process(lambda: looking(endpoint, other, count, str(gate), hertz))
         try:
             while cache.statistics().sessions < SESSIONS:  # noqa: ASYNC110 - of other processes
                 await asyncio.sleep(0.05)
@@ -104,6 +116,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         finally:
             lookers.kill()
             attached.kill()
+            beside.kill()
     return found
 
 

@@ -1,6 +1,6 @@
 """Keys in an order, a page at a time, for observers."""
 
-from heapq import nsmallest
+from operator import itemgetter
 from time import monotonic
 from typing import Final
 
@@ -17,8 +17,11 @@ _PIECE_OF_VIEWS: Final = 16
 _OVERHEAD_BYTES: Final = 3200
 """Of a page besides its keys, its cursor most of all."""
 
+_rank_of: Final = itemgetter(0)
 Rank = tuple[float, bytes]
 """What keys are ordered by, least first: the key itself tells apart those of one value."""
+
+_LAST: Final[Rank] = (float("inf"), b"")
 
 
 def listed(pool: Pool, request: observing.ListKeys, limit_bytes: int) -> Work:
@@ -33,13 +36,12 @@ def listed(pool: Pool, request: observing.ListKeys, limit_bytes: int) -> Work:
     pool.check_open()
     found: list[tuple[Rank, Slot]] = []
     for first in range(0, table.high, _PIECE):
-        some = [
-            (rank, slot)
-            for slot in table.slots[first : first + _PIECE]
-            if slot.key is not None and (rank := _rank(pool, slot, request.order)) > after
-        ]
-        # Ranks never tie, so that no two slots are compared.
-        found = nsmallest(request.limit + 1, found + some, key=lambda each: each[0])
+        some = _ranked(pool, table.slots[first : first + _PIECE], request.order)
+        # One more than is asked for tells whether more follow.
+        before = found[-1][0] if len(found) > request.limit else _LAST
+        found += [each for each in some if after < each[0] < before]
+        found.sort(key=_rank_of)
+        del found[request.limit + 1 :]
         yield
     views: list[KeyView] = []
     last, left_bytes = after, limit_bytes - _OVERHEAD_BYTES
@@ -61,15 +63,14 @@ def listed(pool: Pool, request: observing.ListKeys, limit_bytes: int) -> Work:
     return observing.KeyList(request.request, found_keys)
 
 
-def _rank(pool: Pool, slot: Slot, order: observing.Order) -> Rank:
-    assert slot.key is not None, "the caller has looked"
+def _ranked(pool: Pool, slots: list[Slot], order: observing.Order) -> list[tuple[Rank, Slot]]:
+    """Return the slots that are under keys, each with its rank."""
     if order == "size":
-        value = -float(slot.nbytes)
-    elif order == "age":
-        value = slot.born_s
-    else:
-        value = -float(pool.uses.hits_of(slot))
-    return value, slot.key
+        return [((-float(slot.nbytes), slot.key), slot) for slot in slots if slot.key is not None]
+    if order == "age":
+        return [((slot.born_s, slot.key), slot) for slot in slots if slot.key is not None]
+    hits_of = pool.uses.hits_of
+    return [((-float(hits_of(slot)), slot.key), slot) for slot in slots if slot.key is not None]
 
 
 def _cursor(text: str) -> Rank:

@@ -35,6 +35,7 @@ def drawn(pool: Pool, request: observing.MapSlab, limit_bytes: int) -> Work:
     capacity_bytes, committed = pool.store.limits.capacity_bytes, pool.store.committed_bytes
     borders = np.linspace(0.0, float(capacity_bytes), cells + 1)
     widths = np.diff(borders)
+    extents = extents[np.argsort(extents[:, 0], kind="stable")]
     by_state: list[Floats] = []
     for state in range(len(STATES)):
         chosen = extents[extents[:, 2] == state]
@@ -59,15 +60,14 @@ def drawn(pool: Pool, request: observing.MapSlab, limit_bytes: int) -> Work:
 
 
 def _spread(borders: Floats, extents: Floats, amounts: Floats) -> Floats:
-    """Return how much of the extents' amounts falls between each two borders."""
+    """Return how much of the amounts of extents, which are in order, falls between each two borders."""
     if not len(extents):
         return np.zeros(len(borders) - 1)
-    order = np.argsort(extents[:, 0], kind="stable")
-    starts, sizes = extents[order, 0], extents[order, 1]
+    starts, sizes = extents[:, 0], extents[:, 1]
     edges = np.stack([starts, starts + sizes], axis=1).ravel()
     # Extents that were looked at at different moments may overlap.
     edges = np.maximum.accumulate(edges)
-    sums = np.cumsum(amounts[order])
+    sums = np.cumsum(amounts)
     levels = np.stack([np.concatenate([[0.0], sums[:-1]]), sums], axis=1).ravel()
     spread: Floats = np.diff(np.interp(borders, edges, levels))
     return spread
@@ -77,7 +77,7 @@ def _extents(pool: Pool) -> Generator[None, None, Floats]:
     """Return the offset, size, state and age of each extent in use."""
     read = yield from _read_now(pool)
     table, pins = pool.store.table, pool.store.directory.pins
-    rows: list[tuple[int, int, int, float]] = []
+    offsets, sizes, states, ages = list[int](), list[int](), list[int](), list[float]()
     shares: Counter[int] = Counter()
     granted: list[tuple[int, int, int]] = []
     for first in range(0, table.high, _PIECE):
@@ -91,11 +91,18 @@ def _extents(pool: Pool) -> Generator[None, None, Floats]:
                 continue
             state = _READ if slot.index in read else _state(slot, pins)
             if slot.grants:
-                granted.append((len(rows), slot.index, slot.grants))
-            rows.append((extent.offset_bytes, extent.size_bytes, state, now_s - slot.born_s))
+                granted.append((len(states), slot.index, slot.grants))
+            offsets.append(extent.offset_bytes)
+            sizes.append(extent.size_bytes)
+            states.append(state)
+            ages.append(now_s - slot.born_s)
         yield
         pool.check_open()
-    found = np.array(rows, np.float64).reshape(-1, 4)
+    # Column by column, which is several times as quick as a list of rows.
+    found = np.empty((len(states), 4))
+    found[:, 0], found[:, 1], found[:, 2], found[:, 3] = offsets, sizes, states, ages
+    yield
+    pool.check_open()
     for row, index, grants in granted:
         # A share has a grant on its feature, which owes what the share owes; the others are reads.
         if grants > shares[index]:
