@@ -37,7 +37,7 @@ class RequestHandlers:
         self._sessions = sessions
         self._wire_refs: dict[int, tuple[FeatureRef, bytes]] = {}
         """Refs of features under keys, in wire form, by slot: as `Pool.kept`, each with its very ref."""
-        self.answers: dict[type, Callable[[int, Any], Answer | Wait]] = {
+        self._answers: dict[type, Callable[[int, Any], Answer | Wait]] = {
             messages.Find: self._find,
             messages.Share: self._share,
             many.FindMany: self._find_many,
@@ -58,7 +58,7 @@ class RequestHandlers:
 
     def answer(self, session: int, message: messages.Request) -> Answer | Wait:
         """Handle a request; return the answer, or the coroutine that will."""
-        return self.answers[type(message)](session, message)
+        return self._answers[type(message)](session, message)
 
     def note(
         self,

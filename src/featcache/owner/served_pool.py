@@ -103,7 +103,7 @@ class ServedPool:
 
     def refuse_puts(self) -> None:
         """Take no more puts, and end all waits; what is read now may go on."""
-        refuse_puts(self.handlers.answers)
+        refuse_puts(self.handlers._answers)  # noqa: SLF001 - the one change of what it answers
         self.pool.ahead.stop()
         self.pool.stop()
 
