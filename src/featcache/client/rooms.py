@@ -13,6 +13,10 @@ class RoomsAhead:
         self.come = False
         """Whether any ever came."""
 
+    def __len__(self) -> int:
+        """As far as is known, those that are left."""
+        return len(self._rooms)
+
     def add(self, rooms: Sequence[Room]) -> None:
         """Add new ones, and forget the oldest beyond a bound."""
         self.come = True
