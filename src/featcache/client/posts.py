@@ -20,40 +20,38 @@ class PublishPosts:
 
     def __init__(
         self,
-        ring: PostRing,
+        posts: PostRing,
         bell: Callable[[], object],
         requests: PendingRequests,
         rooms: RoomsAhead,
     ) -> None:
-        self._ring = ring
+        self._posts = posts
         self._bell = bell
         self._requests = requests
         self._rooms = rooms
         self._call_soon = asyncio.get_running_loop().call_soon
-        self._unrung = 0
-        """Posts since the doorbell was rung."""
+        self._rung_at = 0
+        """How many posts there were when the doorbell was rung last."""
         self._rings_soon = False
 
     def post(self, note: PublishUnkeyed) -> None:
         """Tell the owner of a put, or raise what a request would."""
         self._requests.check()
         payload = encode(note)
-        if not self._ring.post(payload):
+        if not self._posts.post(payload):
             self._requests.post(payload)  # behind the posts: the owner takes them first
             return
-        self._unrung += 1
-        if self._unrung >= len(self._rooms):
-            self._ring_now()
+        if self._rooms.run_low():
+            self._ring()
         elif not self._rings_soon:
             self._rings_soon = True
             self._call_soon(self._ring_soon)
 
     def _ring_soon(self) -> None:
         self._rings_soon = False
-        if self._unrung:
-            self._ring_now()
+        self._ring()
 
-    def _ring_now(self) -> None:
-        self._unrung = 0
-        if not self._ring.is_heard:  # a frame that was sent since makes the owner take them
+    def _ring(self) -> None:
+        if not self._posts.is_heard and self._rung_at != self._posts.count:
+            self._rung_at = self._posts.count
             self._bell()

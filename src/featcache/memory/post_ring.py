@@ -38,11 +38,13 @@ class PostRing:
 
     def __init__(self, page: SessionWords) -> None:
         self._header, self._entries = page.header, page.posts
-        self._posted = self._free_until = 0
+        self.count = 0
+        """Messages posted."""
+        self._free_until = 0
 
     def post(self, message: bytes) -> bool:
         """Post a message; False if it is too long, or the ring is full."""
-        number, length = self._posted, len(message)
+        number, length = self.count, len(message)
         if length > MESSAGE_BYTES:
             return False
         if number >= self._free_until:
@@ -55,13 +57,13 @@ class PostRing:
         self._entries[at : at + _LENGTH + length] = length.to_bytes(_LENGTH, "little") + message
         if not TSO:
             fence_stores()
-        self._header[_POSTED] = self._posted = number + 1
+        self._header[_POSTED] = self.count = number + 1
         return True
 
     @property
     def is_heard(self) -> bool:
         """Whether the owner has taken all of them."""
-        return self._header[_TAKEN] == self._posted
+        return self._header[_TAKEN] == self.count
 
     def forget(self) -> None:
         """Cut a forked child off."""
