@@ -115,14 +115,14 @@ def test_at_no_step_is_there_more_than_was_posted(
     def look(when: str, at: Any) -> None:
         at_steps.add((when, isinstance(at, slice)))
         found.extend(taken.take())
-        expected = number + (when == "after" and at == Posts.POSTED)
+        expected = posting + (when == "after" and at == Posts.POSTED)
         assert found == messages[:expected]
 
     monkeypatch.setattr(posts, "_header", Steps(posts._header, look))
     monkeypatch.setattr(posts, "_entries", Steps(posts._entries, look))
     messages = [bytes([number % 251]) * (1 + number % MESSAGE_BYTES) for number in range(3 * POSTS)]
-    for number, message in enumerate(messages):
-        assert posts.post(message)
+    for posting in range(len(messages)):
+        assert posts.post(messages[posting])
     assert found == messages
     assert len(at_steps) == 5
 
