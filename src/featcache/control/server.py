@@ -375,6 +375,7 @@ class Server:
     def forget(self) -> None:
         """Drop descriptors in a forked child; the parent's sessions and socket file stay."""
         for peer in [*self.sessions.values(), *self._greeting]:
+            peer.posts = None  # or its page stays mapped
             peer.channel.forget()
             if peer.watch is not None:
                 peer.watch.forget()
