@@ -264,7 +264,7 @@ class Server:
     # --- departures -----------------------------------------------------------------------------
 
     def _goodbye(self, peer: Peer) -> None:
-        if peer.state is SessionState.SETTLING:  # by its page's word or its death already
+        if peer.state in {SessionState.SETTLING, SessionState.ENDED}:  # by word or death already
             return
         self.posts.take_rest(peer)
         peer.state = SessionState.SETTLING

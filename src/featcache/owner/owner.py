@@ -224,7 +224,7 @@ class Owner:
             for each in self.served:
                 refresh(each.pool)
         main, store, spilled = self.main, self.main.pool.store, self.spills.count
-        hits, misses, reads_paid = main.pool.lookups
+        hits, misses, reads_paid = main.pool.uses.lookups(store)
         return Statistics(
             **(gauges.of_store(store) if in_loop else _published(main.pool)),
             sessions=len(main.server.sessions),

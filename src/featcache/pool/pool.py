@@ -137,15 +137,6 @@ class Pool:
         """Tell sessions the tick with which they mark what they use (`Header.TICK`)."""
         self.words.header[_TICK] = self.store.recency.tick
 
-    @property
-    def lookups(self) -> tuple[int, int, int]:
-        """Hits, misses, and reads that were paid, with those that sessions counted in their pages."""
-        store, hits, misses, out = self.store, 0, 0, 0
-        for page in self.pages.values():
-            own = page.own_lookups
-            hits, misses, out = hits + own[0], misses + own[1], out + page.leases_out
-        return store.hits + hits, store.misses + misses, store.reads_paid + max(0, hits - out)
-
     def publish(self, slot: Slot, specs: tuple[TensorSpec, ...], order: Order) -> FeatureRef:
         """Publish a slot whose bytes were written, or will be at `order`; return its ref."""
         if self.closed:
@@ -245,6 +236,7 @@ class Pool:
     def apply(self, effects: Sequence[Effect]) -> None:
         """Carry out the store's decisions."""
         due_now, grace_s = 0, 0.0
+        told: list[Evicted | Expired] = []
         if self.store.endings.untold:  # before `live` is cleared: then a session asks why
             self.words.tell_endings(self.store.endings.untold)
         for effect in effects:
@@ -257,20 +249,22 @@ class Pool:
                     due_now += 1
             elif type(effect) is Woken or type(effect) is Found or type(effect) is ClaimPassed:
                 self.wakes.wake(effect.waiter.tag)
-            elif type(effect) is Expired:
-                self._reports.expired(effect)
-            elif type(effect) is Evicted:
-                self.key_table.drop(effect.key)  # before its `live` is cleared, by the next effect
-                self._reports.evicted(effect)
+            elif type(effect) is Evicted or type(effect) is Expired:
+                told.append(effect)
+                if type(effect) is Evicted:
+                    self.key_table.drop(
+                        effect.key
+                    )  # before its `live` is cleared, by the next effect
             elif type(effect) is Grow:
                 self.growth.grow(effect.end_bytes)
         if grace_s:
             self.recycler.poll_after(grace_s)
-        self._go_on(due_now)
+        self._go_on(due_now, told)
         self._observe()
 
-    def _go_on(self, due_now: int) -> None:
+    def _go_on(self, due_now: int, told: Sequence[Evicted | Expired]) -> None:
         """See to what effects leave to do: slots that may be free, waiters that may have room."""
+        self._reports.tell(told)  # now that every `live` is cleared: a hook may put, which recycles
         if self.store.serving:
             self.turn.left -= LEAST
             self.collector.go_on()
@@ -379,8 +373,7 @@ class Pool:
         self.pending_writes.close()
         self.own_writes.clear()
         self.is_held.close()
-        # Unmapped now, not when the collector of cycles comes by.
-        del self.words, self.key_table, self.complete
+        del self.words, self.key_table, self.complete  # unmapped now, not when the gc comes by
 
     def forget(self) -> None:
         """Drop descriptors and mappings in a forked child; the parent's pool is not touched.

@@ -103,11 +103,12 @@ class Attachment(Payments, EarlyPins, SlotWrites):
 
         """
         index, generation = key = ref.slot, ref.generation
-        if self._gone is not None:
-            self.check()
         if index >= self._slots:
+            self.check()
             raise MalformedRef(f"slot {index} of a pool with {self._slots} slots")
         with self._lock:
+            if self._gone is not None:  # in the lock, in which its end looks for reads that are out
+                self.check()
             uses = self._pins[key] if key in self._pins else None  # noqa: SIM401 - no call
             # Paid, whether or not its word has landed: `released` comes by a stream, and the bytes
             # are the next tenant's as soon as the owner sees it.
