@@ -5,21 +5,23 @@ A plain store tells nobody and has no call for it: `observe` gives a store that 
 """
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Final, Protocol
 
 from featcache.core.effects import Effect
 from featcache.core.keyed_store import KeyedStore
 from featcache.core.slots import Slot
 
+_publish: Final = KeyedStore.publish
+
 
 class StoreObserver(Protocol):
-    """What is called, at each decision: it must return at once."""
+    """What counts, at each decision."""
 
-    def published(self, nbytes: int) -> None:
-        """Note a feature of so many bytes that was published, by whichever process."""
+    published_bytes: int
+    """Grows by each feature that is published, by whichever process."""
 
-    def released(self, age_s: float) -> None:
-        """Note how old a ref was as its room was taken back: nothing owed, kept or read it any more."""
+    def released(self, ages_s: list[float]) -> None:
+        """Note how old refs were as their room was taken back: nothing owed, kept or read them any more."""
 
 
 class ObservedStore(KeyedStore):
@@ -29,15 +31,13 @@ class ObservedStore(KeyedStore):
 
     def publish(self, slot: Slot, now_s: float) -> list[Effect]:
         """Make a slot readable; its age counts from now."""
-        self.observer.published(slot.nbytes)
-        return super().publish(slot, now_s)
+        self.observer.published_bytes += slot.nbytes
+        return _publish(self, slot, now_s)
 
     def recycle(self, slots: Iterable[Slot], now_s: float) -> list[Effect]:
         """Free the extents of retired slots that no session holds, and serve the queue."""
         slots = list(slots)
-        released = self.observer.released
-        for slot in slots:
-            released(now_s - slot.born_s)
+        self.observer.released([now_s - slot.born_s for slot in slots])
         return super().recycle(slots, now_s)
 
 
@@ -50,6 +50,7 @@ def observe(store: KeyedStore, observer: StoreObserver) -> None:
 
 def unobserve(store: KeyedStore) -> None:
     """Tell nobody any more."""
+    plain = store
     if isinstance(store, ObservedStore):
         del store.observer
-        store.__class__ = KeyedStore
+        plain.__class__ = KeyedStore

@@ -33,21 +33,18 @@ class CacheCollector(Collector):
         series = self.sources.read()
         for gauge in GAUGES:
             gauges = GaugeMetricFamily(gauge.name, gauge.help, labels=LABELS)
-            for (name, labels), value in series.gauges.items():
-                if name == gauge.name:
-                    gauges.add_metric(labels, value)
+            for labels, value in series.gauges[gauge.name].items():
+                gauges.add_metric(labels, value)
             yield gauges
         for counter in COUNTERS:
             counts = CounterMetricFamily(counter.name, counter.help, labels=LABELS)
-            for (name, labels), value in series.counters.items():
-                if name == counter.name:
-                    counts.add_metric(labels, value)
+            for labels, value in series.counters[counter.name].items():
+                counts.add_metric(labels, value)
             yield counts
         for row in HISTOGRAMS:
             histograms = HistogramMetricFamily(row.name, row.help, labels=LABELS)
             bounds = [*map(floatToGoString, row.bounds_s), "+Inf"]
-            for (name, labels), histogram in series.histograms.items():
-                if name == row.name:
-                    buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
-                    histograms.add_metric(labels, buckets, histogram.total)
+            for labels, histogram in series.histograms[row.name].items():
+                buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
+                histograms.add_metric(labels, buckets, histogram.total)
             yield histograms

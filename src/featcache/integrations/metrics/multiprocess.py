@@ -15,7 +15,8 @@ from typing import Any, Final
 from prometheus_client import values
 from prometheus_client.utils import floatToGoString
 
-from featcache.integrations.metrics.sources import Labels, Series, Sources
+from featcache.integrations.metrics import table
+from featcache.integrations.metrics.sources import Histogram, Labels, Series, Sources
 from featcache.integrations.metrics.table import COUNTERS, GAUGES, HISTOGRAMS, LABELS
 
 INTERVAL_S: Final = 1.0
@@ -80,22 +81,23 @@ class Files:
     def _write(self, series: Series) -> None:
         now_s = time.time()
         for gauge in GAUGES:
-            for (name, labels), value in series.gauges.items():
-                if name == gauge.name:
-                    self._value("gauge", name, name, labels, gauge.help).set(value, now_s)
+            name = gauge.name
+            for labels, value in series.gauges[name].items():
+                self._value("gauge", name, name, labels, gauge.help).set(value, now_s)
         for counter in COUNTERS:
-            for (name, labels), value in series.counters.items():
-                if name == counter.name:
-                    self._value("counter", name, f"{name}_total", labels, counter.help).set(value)
+            name = counter.name
+            for labels, value in series.counters[name].items():
+                self._value("counter", name, f"{name}_total", labels, counter.help).set(value)
         for row in HISTOGRAMS:
-            bounds = [*map(floatToGoString, row.bounds_s), "+Inf"]
-            for (name, labels), histogram in series.histograms.items():
-                if name != row.name:
-                    continue
-                self._value("histogram", name, f"{name}_sum", labels, row.help).set(histogram.total)
-                for bound, count in zip(bounds, histogram.counts, strict=True):
-                    bucket = self._value("histogram", name, f"{name}_bucket", labels, row.help, bound)
-                    bucket.set(count)  # not cumulated: whoever merges the files does that
+            for labels, histogram in series.histograms[row.name].items():
+                self._write_histogram(row, labels, histogram)
+
+    def _write_histogram(self, row: table.Histogram, labels: Labels, histogram: Histogram) -> None:
+        name, bounds = row.name, [*map(floatToGoString, row.bounds_s), "+Inf"]
+        self._value("histogram", name, f"{name}_sum", labels, row.help).set(histogram.total)
+        for bound, count in zip(bounds, histogram.counts, strict=True):
+            bucket = self._value("histogram", name, f"{name}_bucket", labels, row.help, bound)
+            bucket.set(count)  # not cumulated: whoever merges the files does that
 
     def _value(
         self, kind: str, metric: str, sample: str, labels: Labels, text: str, bound: str = ""

@@ -15,18 +15,20 @@ import featcache
 from featcache import CacheClosed, FeatureCache, FeatureClient, Statistics
 from featcache.api import observing
 from featcache.errors import SettingsError
-from featcache.integrations.metrics.meter import Meter
 from featcache.integrations.metrics.table import COUNTERS, GAUGES, HISTOGRAMS
 
 Cache = (
-    FeatureCache | FeatureClient | featcache.blocking.FeatureCache | featcache.blocking.FeatureClient
+    FeatureCache
+    | FeatureClient
+    | featcache.blocking.FeatureCache
+    | featcache.blocking.FeatureClient
 )
 Labels = tuple[str, str]
 
-_OWN: Final = frozenset(
-    ("gets", "get_bytes", "spilled", "put_host", "get_host")
-)
+_OWN: Final = frozenset(("gets", "get_bytes", "spilled", "put_host", "get_host"))
 """What each object counts of itself alone; all else an owner counts for all processes."""
+
+_fields: Final = {row.name: row.field for row in (*COUNTERS, *HISTOGRAMS)}
 
 
 class Histogram(NamedTuple):
@@ -44,9 +46,9 @@ class Histogram(NamedTuple):
 class Series(NamedTuple):
     """The figures of a scrape, by name and labels."""
 
-    gauges: dict[tuple[str, Labels], float]
-    counters: dict[tuple[str, Labels], float]
-    histograms: dict[tuple[str, Labels], Histogram]
+    gauges: dict[str, dict[Labels, float]]
+    counters: dict[str, dict[Labels, float]]
+    histograms: dict[str, dict[Labels, Histogram]]
 
 
 class Source:
@@ -55,9 +57,9 @@ class Source:
     def __init__(self, cache: Cache) -> None:
         """Observe an open object; what it counts besides `statistics` begins at 0 now."""
         portal = getattr(cache, "_portal", None)
-        inner: FeatureCache | FeatureClient = cache if portal is None else portal.inner
+        inner: Any = cache if portal is None else portal.inner
         self.is_owner = isinstance(inner, FeatureCache)
-        self.meter = Meter(is_owner=self.is_owner, on_closing=self.look)
+        self.meter = observing.Meter()
         # Weakly: an object that is forgotten closes, metrics or not.
         self._inner = weakref.ref(inner)
         self._outer = None if portal is None else weakref.ref(cache)
@@ -65,12 +67,12 @@ class Source:
         """Registries that it is in."""
         self._last: observing.Figures | None = None
         self._closed = False
-        observing.observe(inner, self.meter, blocking=None if portal is None else cache)
+        observing.observe(inner, self.meter, self.look, blocking=None if portal is None else cache)
         if self.is_owner:
             self._pool = observing.figures(inner).own.pool
             observing.observe_waits(self._waited)
 
-    def _waited(self, pool: str, waited_s: float, granted: bool) -> None:  # noqa: ARG002, FBT001 - as it is called
+    def _waited(self, pool: str, waited_s: float, granted: bool) -> None:  # noqa: ARG002 - as it is called
         if pool == self._pool:
             self.meter.put_wait.add(waited_s)
 
@@ -214,31 +216,36 @@ def _together(
     """Return the figures of all sources, the owners' first."""
     live = sorted(live, key=lambda each: not each[0].is_owner)
     owned = {_labels(found.own) for source, found in live if source.is_owner}
-    series = Series({}, {}, {})
-    totals: dict[tuple[str, Labels], Any] = {}
+    told = [
+        (key, value, source.is_owner)
+        for source, found in live
+        for key, value in _counts(source, found)
+    ]
+    told += [(key, value, False) for key, value in ended.items()]
+    totals: dict[str, dict[Labels, Any]] = {name: {} for name in _fields}
+    for (name, labels), value, by_owner in told:
+        if by_owner or labels not in owned or _fields[name] in _OWN:
+            total = totals[name]
+            total[labels] = total[labels] + value if labels in total else value
+    gauges: dict[str, dict[Labels, float]] = {gauge.name: {} for gauge in GAUGES}
     for source, found in live:
         for pool in found.pools:
-            labels = _labels(pool)
-            for gauge in GAUGES:
-                if gauge.field == "sessions":
-                    continue
-                series.gauges.setdefault((gauge.name, labels), getattr(pool.statistics, gauge.field))
-        own = _labels(found.own)
-        if source.is_owner:
-            series.gauges.setdefault(("featcache_sessions", own), found.own.statistics.sessions)
-        for key, value in _counts(source, found):
-            if source.is_owner or own not in owned or _fields[key[0]] in _OWN:
-                totals[key] = totals[key] + value if key in totals else value
-    for key, value in ended.items():
-        if key[1] not in owned or _fields[key[0]] in _OWN:
-            totals[key] = totals[key] + value if key in totals else value
-    for key, value in totals.items():
-        into: dict[Any, Any] = series.histograms if isinstance(value, Histogram) else series.counters
-        into[key] = value
-    return series
+            _gauge(gauges, pool, is_owners=source.is_owner and pool is found.own)
+    return Series(
+        gauges,
+        {row.name: totals[row.name] for row in COUNTERS},
+        {row.name: totals[row.name] for row in HISTOGRAMS},
+    )
 
 
-_fields: Final = {row.name: row.field for row in (*COUNTERS, *HISTOGRAMS)}
+def _gauge(
+    gauges: dict[str, dict[Labels, float]], pool: observing.PoolFigures, *, is_owners: bool
+) -> None:
+    """Take the gauges of a pool that nobody before told of."""
+    for gauge in GAUGES:
+        if is_owners or gauge.field != "sessions":  # which only an owner knows
+            value = getattr(pool.statistics, gauge.field)
+            gauges[gauge.name].setdefault(_labels(pool), value)
 
 
 def _counts(source: Source, found: observing.Figures) -> Iterator[tuple[tuple[str, Labels], Any]]:
@@ -246,8 +253,11 @@ def _counts(source: Source, found: observing.Figures) -> Iterator[tuple[tuple[st
     labels, meter, statistics = _labels(found.own), source.meter, found.own.statistics
     for counter in COUNTERS:
         if source.is_owner or counter.by_clients:
-            of: Statistics | Meter = meter if counter.metered else statistics
-            yield (counter.name, labels), getattr(of, counter.field)
+            of: Statistics | observing.Meter = meter if counter.metered else statistics
+            # An owner's pool is told of what all processes put.
+            everybodys = source.is_owner and counter.field == "put_bytes"
+            field = "published_bytes" if everybodys else counter.field
+            yield (counter.name, labels), getattr(of, field)
     for histogram in HISTOGRAMS:
         if source.is_owner or histogram.by_clients:
             buckets = getattr(meter, histogram.field)

@@ -2,21 +2,9 @@
 
 from typing import Final, NamedTuple
 
-LABELS: Final = ("pool", "device")
+from featcache.api.meter import AGE_BOUNDS_S, HOST_BOUNDS_S, WAIT_BOUNDS_S
 
-_US, _MS = 1e-6, 1e-3
-HOST_BOUNDS_S: Final = (
-    *(1 * _US, 2 * _US, 5 * _US, 10 * _US, 20 * _US, 50 * _US, 100 * _US, 200 * _US, 500 * _US),
-    *(1 * _MS, 2 * _MS, 5 * _MS, 10 * _MS, 50 * _MS, 0.2, 1.0),
-)
-WAIT_BOUNDS_S: Final = (
-    *(10 * _US, 50 * _US, 200 * _US, 1 * _MS, 2 * _MS, 5 * _MS, 10 * _MS, 20 * _MS, 50 * _MS),
-    *(0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0),
-)
-AGE_BOUNDS_S: Final = (
-    *(50 * _US, 200 * _US, 500 * _US, 1 * _MS, 2 * _MS, 5 * _MS, 10 * _MS, 20 * _MS, 50 * _MS),
-    *(0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0),
-)
+LABELS: Final = ("pool", "device")
 
 
 class Gauge(NamedTuple):
@@ -81,9 +69,7 @@ COUNTERS: Final = (
     Counter("featcache_gets", "gets", "Gets and borrows through this object", by_clients=True),
     Counter("featcache_hits", "hits", "Lookups by key that found something"),
     Counter("featcache_misses", "misses", "Lookups by key that found nothing"),
-    Counter(
-        "featcache_put_bytes", "put_bytes", "Bytes published", by_clients=True, metered=True
-    ),
+    Counter("featcache_put_bytes", "put_bytes", "Bytes published", by_clients=True, metered=True),
     Counter(
         "featcache_get_bytes",
         "get_bytes",
@@ -97,9 +83,7 @@ COUNTERS: Final = (
     Counter("featcache_evicted", "evicted", "Keys dropped"),
     Counter("featcache_expired", "expired", "Refs whose ttl passed with reads unpaid"),
     Counter("featcache_discarded", "discarded", "Refs taken back"),
-    Counter(
-        "featcache_spilled", "spilled", "Puts that went to the host slab", by_clients=True
-    ),
+    Counter("featcache_spilled", "spilled", "Puts that went to the host slab", by_clients=True),
     Counter("featcache_relayed", "relayed", "Features copied to host memory for their readers"),
     Counter("featcache_readers_lost", "readers_lost", "Sessions whose process died"),
 )
@@ -114,14 +98,14 @@ HISTOGRAMS: Final = (
     Histogram(
         "featcache_put_host_seconds",
         "put_host",
-        "Time that a put takes of its thread, its waits not included",
+        "Time from the call of a put to its return, a wait for room included",
         HOST_BOUNDS_S,
         by_clients=True,
     ),
     Histogram(
         "featcache_get_host_seconds",
         "get_host",
-        "Time that a get takes of its thread, its waits not included",
+        "Time from the call of a get to its return, a wait for its bytes included",
         HOST_BOUNDS_S,
         by_clients=True,
     ),
