@@ -128,7 +128,8 @@ def observe(
     each: Any
     for each in {id(watched): watched, id(outer): outer}.values():
         vars(each).update(_meter=meter, _borrow_classes=borrows, _on_closing=on_closing)
-        each.__class__ = _observed(type(each), is_outer=each is outer)
+        kind: Any = type(each)
+        each.__class__ = _observed(kind, is_outer=each is outer)
     if isinstance(engine, Owner):
         observe_store(engine.pool.store, meter)
 

@@ -65,12 +65,15 @@ def register(cache: Cache, registry: CollectorRegistry | None = None) -> None:
             _files[0].start()
             return
         chosen = prometheus_client.REGISTRY if registry is None else registry
-        collector = _collectors.get(chosen)
-        if collector is None:
-            collector = CacheCollector()
-            chosen.register(collector)
-            _collectors[chosen] = collector
+        collector = _collectors.get(chosen) or CacheCollector()
         collector.sources.add(cache)
+        if chosen not in _collectors:
+            try:
+                chosen.register(collector)
+            except BaseException:
+                collector.sources.remove(cache)
+                raise
+            _collectors[chosen] = collector
 
 
 def unregister(cache: Cache, registry: CollectorRegistry | None = None) -> None:
