@@ -12,7 +12,7 @@ import pytest
 
 import featcache
 from integrations.scraping import Scraped, parsed
-from support.caches import small
+from support.caches import filled, small
 
 # A worker of a server: its figures are told by itself or, once it says so, by another worker.
 WORKER = """
@@ -34,9 +34,8 @@ async def main(endpoint, gets):
         for line in sys.stdin:
             if line == "scrape\\n":
                 print(json.dumps(await answer(app)), flush=True)
-            elif line == "wait\\n":
-                await asyncio.sleep(0)
-                (await answer(app))
+            else:
+                await answer(app)
                 print("[]", flush=True)
 
 asyncio.run(main(sys.argv[1], int(sys.argv[2])))
@@ -80,13 +79,13 @@ def figures(answered: Any) -> Scraped:
 @pytest.mark.timeout(120)  # each worker imports torch
 async def test_a_scrape_of_one_worker_tells_of_all(tmp_path: Path) -> None:
     async with featcache.create(settings=small()) as owner:
-        await owner.put(featcache_feature(), key="kept")
+        await owner.put(filled(40), key="kept")
         workers = [
             await asyncio.to_thread(Worker, tmp_path, owner.endpoint, gets) for gets in (3, 5)
         ]
         try:
             for worker in workers:  # has each write its figures
-                await asyncio.to_thread(worker.say, "wait")
+                await asyncio.to_thread(worker.say, "write")
             first, second = [
                 figures(await asyncio.to_thread(worker.say, "scrape")) for worker in workers
             ]
@@ -101,9 +100,3 @@ async def test_a_scrape_of_one_worker_tells_of_all(tmp_path: Path) -> None:
             assert found["featcache_get_host_seconds_count"] == {pool: 20}
             assert found["featcache_get_host_seconds_bucket"][*pool, "+Inf"] == 20
             assert found["featcache_capacity_bytes"] == {pool: owner.statistics().capacity_bytes}
-
-
-def featcache_feature() -> Any:
-    import torch
-
-    return torch.ones(10)
