@@ -123,3 +123,17 @@ def test_each_alert_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
     cases = tmp_path / "cases.yml"
     cases.write_text(CASES.read_text().replace("RULES", str(MONITORING / "alerts.yml")))
     run("test", "rules", str(cases))
+
+
+def test_the_page_has_a_row_for_every_metric() -> None:
+    page = (MONITORING.parents[1] / "docs" / "metrics.md").read_text()
+    table = page.split("| metric | kind | of | meaning |\n")[1].split("\n\n")[0]
+    rows = [
+        [cell.strip(" `") for cell in line.strip("|").split(" | ")] for line in table.splitlines()
+    ]
+    told = {name: (kind, of) for name, kind, of, _ in rows[1:]}
+    both = {True: "owner, client", False: "owner"}
+    wanted = {row.name: ("gauge", both[row.field != "sessions"]) for row in GAUGES}
+    wanted |= {f"{row.name}_total": ("counter", both[row.by_clients]) for row in COUNTERS}
+    wanted |= {row.name: ("histogram", both[row.by_clients]) for row in HISTOGRAMS}
+    assert told == wanted
