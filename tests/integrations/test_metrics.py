@@ -422,7 +422,6 @@ async def test_off_a_call_runs_the_code_that_it_ran_before(registry: CollectorRe
         assert all(on > off for on, off in zip(during, before, strict=True))
         assert type(owner) is FeatureCache
         assert type(store) is KeyedStore
-        assert not any(name.startswith(("_meter", "_borrow_classes")) for name in vars(owner))
 
 
 ALONE = """
@@ -509,3 +508,19 @@ def test_a_port_in_use_is_told_in_one_line(taken: int, registry: CollectorRegist
     )
     with pytest.raises(SettingsError, match="port 70000"):
         metrics.serve(70000, registry=registry)
+
+
+async def test_a_call_in_progress_counts_though_it_is_registered_no_more(
+    registry: CollectorRegistry,
+) -> None:
+    async with pair() as (owner, client):
+        metrics.register(owner, registry)
+        metrics.register(client, registry)
+        ref = await full(owner)
+        waiting = [asyncio.create_task(each.put(filled(KIB))) for each in (owner, client)]
+        await until(lambda: owner.statistics().waiters == 2)
+        metrics.unregister(owner, registry)
+        metrics.unregister(client, registry)
+        await owner.release(ref)
+        for put in waiting:
+            assert (await put).nbytes == KIB

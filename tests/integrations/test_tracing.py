@@ -64,8 +64,8 @@ async def test_a_put_a_get_and_a_borrow_have_spans_with_the_pool_and_the_bytes(
     async with pair() as (owner, client):
         with spans.tracer.start_as_current_span("request") as request:
             ref = await owner.put(filled(KIB))
-            await client.get(ref)
-            ref = await client.put(filled(KIB))
+            await client.get(ref=ref)
+            ref = await client.put(feature=filled(KIB))
             async with client.borrow(ref):
                 assert spans.names() == ["put", "get", "put"]
         borrowed, asked = spans.take()

@@ -44,6 +44,16 @@ class Buckets:
 class Meter:
     """The counts of one object. The host time of a call is from its begin to its return, waits included."""
 
+    __slots__ = (
+        "get_bytes",
+        "get_host",
+        "published_bytes",
+        "put_bytes",
+        "put_host",
+        "put_wait",
+        "release_age",
+    )
+
     def __init__(self) -> None:
         self.put_bytes = 0
         """Bytes put through the object."""

@@ -36,13 +36,14 @@ __all__ = [
     "WaitObserver",
     "borrow_as",
     "figures",
+    "is_observed",
     "observe",
     "observe_waits",
     "unobserve",
     "unobserve_waits",
 ]
 
-_now: Final = time.perf_counter
+_now: Final = time.monotonic
 Watched = FeatureCache | FeatureClient
 
 
@@ -122,11 +123,12 @@ def observe(
     """
     outer: Any = watched if blocking is None else blocking
     engine = watched._opened()  # noqa: SLF001 - one object in two rooms' words
-    if "_meter" in vars(outer):
+    if is_observed(outer):
         raise SettingsError(f"{outer!r} is observed already")
     borrows: dict[type[Borrow], type[Borrow]] = {}
     each: Any
     for each in {id(watched): watched, id(outer): outer}.values():
+        # Before the class: another thread may be about to call.
         vars(each).update(_meter=meter, _borrow_classes=borrows, _on_closing=on_closing)
         kind: Any = type(each)
         each.__class__ = _observed(kind, is_outer=each is outer)
@@ -135,14 +137,20 @@ def observe(
 
 
 def unobserve(watched: Watched, *, blocking: Any = None) -> None:
-    """Undo `observe`, of an object that may be closed by now."""
+    """Undo `observe`, of an object that may be closed by now.
+
+    It keeps its meter: a call that is in progress counts as it returns.
+    """
     for each in (watched, blocking):
-        if each is not None and "_meter" in vars(each):
+        if is_observed(each):
             each.__class__ = type(each).__base__
-            for name in ("_meter", "_borrow_classes", "_on_closing"):
-                del vars(each)[name]
     if isinstance(watched, FeatureCache) and watched.is_open:
         unobserve_store(watched._opened().pool.store)  # noqa: SLF001 - one object in two rooms' words
+
+
+def is_observed(watched: Any) -> bool:
+    """Whether an object has an observer."""
+    return "_observed" in vars(type(watched))
 
 
 @functools.cache
@@ -161,9 +169,8 @@ def _observed(base: Any, *, is_outer: bool) -> Any:
         calls |= {"get_nowait": _get_nowait(base), "borrow": _borrow(base), "aclose": _aclose(base)}
     for name, call in calls.items():
         functools.update_wrapper(call, getattr(base, name))
-    return type(
-        base.__name__, (base,), calls | {"__module__": base.__module__, "__doc__": base.__doc__}
-    )
+    told = {"__module__": base.__module__, "__doc__": base.__doc__, "_observed": True}
+    return type(base.__name__, (base,), calls | told)
 
 
 def _async_calls(base: Any) -> dict[str, Callable[..., Any]]:

@@ -42,15 +42,11 @@ class ObservedStore(KeyedStore):
 
 
 def observe(store: KeyedStore, observer: StoreObserver) -> None:
-    """Tell `observer` from now on, in the store's loop."""
+    """Tell `observer` from now on, in the store's loop. Any thread."""
+    vars(store)["observer"] = observer  # first: the loop may be at it
     store.__class__ = ObservedStore
-    assert isinstance(store, ObservedStore), "it was made one"
-    store.observer = observer
 
 
 def unobserve(store: KeyedStore) -> None:
-    """Tell nobody any more."""
-    plain = store
-    if isinstance(store, ObservedStore):
-        del store.observer
-        plain.__class__ = KeyedStore
+    """Tell nobody any more. Any thread: a call in progress has its observer to its end."""
+    store.__class__ = KeyedStore

@@ -128,6 +128,11 @@ def _get_attributes(ref: Any, feature: Any) -> dict[str, Any]:
     return {"featcache.bytes": sum(each.nbytes for each in tensors), "featcache.key": True}
 
 
+def _first(args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Return what is put, got or borrowed."""
+    return args[0] if args else options.get("ref", options.get("feature"))
+
+
 _putting: Final = ContextVar("_putting", default=False)
 """Whether this is the context of a put that has a span: its wait for room is a span of its own."""
 
@@ -136,15 +141,15 @@ def _traced_async(tracer: Tracer, name: str, attributes: Attributes) -> Callable
     is_put = name == "featcache.put"
 
     def traced(method: Any) -> Any:
-        async def call(self: Any, what: Any, *args: Any, **options: Any) -> Any:
+        async def call(self: Any, *args: Any, **options: Any) -> Any:
             with tracer.start_as_current_span(name) as span:
                 token = _putting.set(is_put)
                 try:
-                    result = await method(self, what, *args, **options)
+                    result = await method(self, *args, **options)
                 finally:
                     _putting.reset(token)
                 if span.is_recording():
-                    span.set_attributes(attributes(what, result))
+                    span.set_attributes(attributes(_first(args, options), result))
                 return result
 
         return call
@@ -154,11 +159,11 @@ def _traced_async(tracer: Tracer, name: str, attributes: Attributes) -> Callable
 
 def _traced(tracer: Tracer, name: str, attributes: Attributes) -> Callable[[Any], Any]:
     def traced(method: Any) -> Any:
-        def call(self: Any, what: Any, *args: Any, **options: Any) -> Any:
+        def call(self: Any, *args: Any, **options: Any) -> Any:
             with tracer.start_as_current_span(name) as span:
-                result = method(self, what, *args, **options)
+                result = method(self, *args, **options)
                 if span.is_recording():
-                    span.set_attributes(attributes(what, result))
+                    span.set_attributes(attributes(_first(args, options), result))
                 return result
 
         return call
@@ -281,12 +286,13 @@ _blocking_borrow: Final = ContextVar("_blocking_borrow", default=False)
 
 def _traced_borrow(tracer: Tracer) -> Callable[[Any], Any]:
     def traced(method: Any) -> Any:
-        def borrow(self: Any, what: Any, *args: Any, **options: Any) -> Any:
-            borrowed = method(self, what, *args, **options)
+        def borrow(self: Any, *args: Any, **options: Any) -> Any:
+            borrowed = method(self, *args, **options)
             if _blocking_borrow.get():
                 return borrowed
             made = observing.borrow_as(_TracedBorrow, borrowed)
-            made.by_key, made.span = not isinstance(what, FeatureRef), _BorrowSpan(tracer)
+            by_key = not isinstance(_first(args, options), FeatureRef)
+            made.by_key, made.span = by_key, _BorrowSpan(tracer)
             return made
 
         return borrow
@@ -296,10 +302,10 @@ def _traced_borrow(tracer: Tracer) -> Callable[[Any], Any]:
 
 def _traced_blocking_borrow(tracer: Tracer) -> Callable[[Any], Any]:
     def traced(method: Any) -> Any:
-        def borrow(self: Any, what: Any, *args: Any, **options: Any) -> Any:
+        def borrow(self: Any, *args: Any, **options: Any) -> Any:
             token = _blocking_borrow.set(True)
             try:
-                borrowed = method(self, what, *args, **options)
+                borrowed = method(self, *args, **options)
             finally:
                 _blocking_borrow.reset(token)
             made = _TracedBlockingBorrow(borrowed._cache, borrowed._borrow)  # noqa: SLF001 - its class's parent

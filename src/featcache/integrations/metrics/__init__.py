@@ -33,7 +33,7 @@ Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_lock: Final = threading.Lock()
+_lock: Final = threading.RLock()
 _collectors: "weakref.WeakKeyDictionary[CollectorRegistry, CacheCollector]" = (
     weakref.WeakKeyDictionary()
 )

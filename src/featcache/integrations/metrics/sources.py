@@ -156,7 +156,7 @@ class Sources:
 
     def forget(self) -> None:
         """Begin anew: in a forked child, whose parent goes on counting."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a look may emit an event, and a hook may look
         self._live: list[Source] = []
         self._ended: dict[tuple[str, Labels], Any] = {}
         """What clients had counted as they closed, while others count under the same labels."""
