@@ -66,14 +66,14 @@ format: $(STAMP) ## put the sources in format and mend what ruff can
 bench: $(STAMP) ## measure on host memory
 	$(BIN)/python tests/bench/host.py $(ARGS)
 
-MINUTES ?= 1
+MINUTES ?=
 
-soak: $(STAMP) ## a storm of kills, stops and limits: make soak MINUTES=30
-	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(ARGS)
+soak: $(STAMP) ## a storm of kills, stops and limits: make soak MINUTES=30, ARGS="--keyed --reads 10000000"
+	$(BIN)/python -m tests.soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 fuzz: $(STAMP) ## fuzz what decodes refs, messages and frames: make fuzz MINUTES=30
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e '.[fuzz]'
-	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(ARGS)
+	$(BIN)/python -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 clean: ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

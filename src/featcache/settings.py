@@ -294,6 +294,11 @@ class Settings:
     """Longest control message."""
     inline_bytes: int = attrs.field(default=4 << 20, converter=_SIZE, validator=_within(0))
     """Bytes above which a copy leaves the event loop for a thread (about a millisecond)."""
+    rooms_ahead: int = attrs.field(default=4, converter=_COUNT, validator=_within(0, 64))
+    """Slots that the owner gives a session that puts, ahead of its next puts, so that these wait for no
+    answer; 0 is none. A session has at most a 32nd of the capacity ahead, all together an eighth."""
+    rooms_idle: float = attrs.field(default=0.5, converter=_SECONDS)
+    """Seconds after which a slot that was given ahead is taken back unused; at once if a put needs it."""
     backend: str = attrs.field(default="auto", validator=_one_of("auto", "vmm", "ipc"))
     """How a slab on a GPU is shared: ``"vmm"`` (segments by descriptor, elastic, read-only in readers),
     ``"ipc"`` (one legacy allocation of a fixed size), or ``"auto"``, the first that the device supports."""

@@ -81,7 +81,7 @@ def feature_of(size: int, number: int) -> torch.Tensor:
 
 
 async def wire_bytes(key: str) -> tuple[int, int]:
-    """Return the bytes of a lookup of a key and of its answer, as they go over the socket."""
+    """Return the bytes of a lookup of a key by message and of its answer, as they go over the socket."""
     sent: list[int] = []
     send = Channel.send
     header_bytes = 8
@@ -97,6 +97,9 @@ async def wire_bytes(key: str) -> tuple[int, int]:
         await owner.put(torch.zeros(4096, dtype=torch.uint8), key=key)
         Channel.send = counted  # type: ignore[method-assign,assignment]
         try:
+            hits = client._opened().keys.hits
+            assert hits is not None, "it is attached"
+            hits.forget()  # so that it asks
             await client.get(key)
         finally:
             Channel.send = send  # type: ignore[method-assign]

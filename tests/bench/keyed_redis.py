@@ -68,6 +68,19 @@ def serve(program: str | None, folder: Path) -> Iterator[Served]:
             server.wait(10)
 
 
+@contextlib.contextmanager
+def maybe(device: str, program: str | None, folder: Path) -> Iterator[Served | str]:
+    """As `serve`, or say why there is none: a GPU has none beside it, and `program` may be ``"none"``."""
+    with contextlib.ExitStack() as stack:
+        served: Served | str = "left out"
+        if device == "cpu" and program != "none":
+            try:
+                served = stack.enter_context(serve(program, folder))
+            except NoRedis as error:
+                served = str(error)
+        yield served
+
+
 def version(program: str | None) -> str | None:
     found = shutil.which(program or "redis-server")
     if found is None:

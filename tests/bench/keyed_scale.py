@@ -2,13 +2,14 @@
 
     PYTHONPATH=src python tests/bench/keyed_scale.py --out tests/bench/results/keyed-scale.json
 
-Pools with 100, 1,000 and 4,000 features of 1 KiB that are kept under keys, and pools of 1,000 with 1, 8,
-32 and 64 sessions attached, all open at once in one process. They take turns; a figure is the median
-over the rounds of the CPU time of one call, in batches.
+Pools with 100, 1,000, 4,000 and 100,000 features of 1 KiB that are kept under keys, and pools of 1,000
+with 1, 8, 32 and 64 sessions attached, all open at once in one process. They take turns; a figure is the
+median over the rounds of the CPU time of one call, in batches.
 
 - put: with room for it. put, evicting: of a new key into a pool that has room for nothing else, so that
   the longest unused feature goes first.
-- lookup: `get(key)` by the owner, copy and all; by a client, both ends together, socket and all.
+- lookup: `get(key)`, copy and all, by the owner and by a client, which needs no owner. Of so many keys
+  that the session does not remember them all, the first reads the slot's record; then the same again.
 - recycle: a collection of paid reads, for each ref and each grant that it finds paid, 64 of them; and for
   itself, where nothing was.
 - compare: numpy's time to compare as many words as one session's page has in use, and find none.
@@ -27,6 +28,7 @@ from pathlib import Path
 from time import thread_time_ns
 from typing import Any
 
+import attrs
 import numpy as np
 import torch
 
@@ -46,8 +48,10 @@ GROWTH = 1.25
 FIGURES = {
     "put": "put",
     "put_evicting": "put, evicting",
-    "lookup_own": "lookup by the owner",
-    "lookup": "lookup by a client",
+    "lookup_own_first": "lookup by the owner, of any key",
+    "lookup_own": "lookup by the owner, again",
+    "lookup_first": "lookup by a client, of any key",
+    "lookup": "lookup by a client, again",
     "recycle_ref": "recycle, a ref",
     "recycle_grant": "recycle, a grant",
     "recycle_again": "recycle, a grant of what was just read before",
@@ -75,7 +79,7 @@ class Case:
         full_bytes = self.features * FEATURE_BYTES
         self.cache, self.full = [
             await stack.enter_async_context(
-                featcache.create(capacity=size, initial=size, settings=SETTINGS)
+                featcache.create(capacity=size, initial=size, settings=self.settings)
             )
             for size in (room_bytes, full_bytes)
         ]
@@ -89,6 +93,10 @@ class Case:
                 await cache.put(self.feature, key=f"kept {n}")
         assert self.full.statistics().keys == self.features
         return self
+
+    @property
+    def settings(self) -> featcache.Settings:
+        return attrs.evolve(SETTINGS, slots=max(SETTINGS.slots, 2 * self.features))
 
     def keys(self) -> list[str]:
         """Each once: two reads of a key between two collections are collected together."""
@@ -118,10 +126,19 @@ class Case:
         began_ns = thread_time_ns()
         for key in keys:
             await cache.get(key)
+        found["lookup_own_first"] = since(began_ns)
+        began_ns = thread_time_ns()
+        for key in keys:
+            await cache.get(key)
         found["lookup_own"] = since(began_ns)
         self.collect()
 
         keys = self.keys()
+        began_ns = thread_time_ns()
+        for key in keys:
+            await client.get(key)
+        found["lookup_first"] = since(began_ns)
+        self.collect()
         began_ns = thread_time_ns()
         for key in keys:
             await client.get(key)
@@ -222,7 +239,7 @@ def report(result: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--features", type=parse_counts, default=[100, 1000, 4000])
+    parser.add_argument("--features", type=parse_counts, default=[100, 1000, 4000, 100_000])
     parser.add_argument("--sessions", type=parse_counts, default=[1, 8, 32, 64])
     parser.add_argument("--among", type=int, default=1000, help="features of the pools by sessions")
     parser.add_argument("--rounds", type=int, default=60)

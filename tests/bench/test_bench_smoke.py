@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import (
     hit_rate,
     hit_rate_policies,
+    keyed_hits,
     keyed_redis,
     keyed_scale,
     keyed_speed,
@@ -107,6 +108,23 @@ def test_the_benchmark_of_keys_compares_every_byte_and_says_what_was_not_run(
     assert "- Ray: not run: left out" in capsys.readouterr().out
 
 
+def test_the_benchmark_of_hits_times_every_call_by_key_and_by_ref(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "result.json"
+    small = ["--sizes", "4KiB", "--keys", "3", "--clients", "2", "--flight", "3", "--rounds", "2"]
+    few = ["--pipe-rounds", "1", "--seconds", "0.02", "--hits", "50", "--loops", "asyncio"]
+    assert keyed_hits.main([*small, *few, "--redis", "none", "--no-ray", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["loops"]["asyncio"]
+    alone, piped = found["alone"]["4096"], found["pipelined"]["4096"]
+    assert {"get(key)", "get(ref)", "borrow(key)", "a miss", "echo", "copy"} < set(alone)
+    assert all(cell["us"] >= cell["best_us"] > 0 for cell in alone.values())
+    assert set(piped) == {"get(key)", "borrow(key)", "copy"}
+    # A goal beside Redis needs Redis.
+    assert not any("Redis" in one["goal"] for one in found["goals"])
+    assert "get(key) over get(ref)" in capsys.readouterr().out
+
+
 def test_redis_that_is_not_there_is_said_not_failed_for(tmp_path: Path) -> None:
     with (
         pytest.raises(keyed_redis.NoRedis, match="no redis-server"),
@@ -169,6 +187,8 @@ def test_the_optimum_knows_the_future_and_the_store_is_an_lru_of_one_size() -> N
 def test_the_calls_of_each_path_are_those_of_that_path_alone() -> None:
     found = paths.measure(runs=1)
     assert len(found) == 17
+    hit = found.pop("client.get(key), a hit: owner")
+    assert not any(hit[name] for name in ("calls", "crossings", "rooms"))  # it needs no owner
     assert all(row["calls"] >= row["crossings"] >= row["rooms"] > 0 for row in found.values())
     # One call costs more frames than another only for more work; an idle tick is in none of them.
     assert found["client.get_nowait(ref)"]["calls"] < found["client.get(ref)"]["calls"]

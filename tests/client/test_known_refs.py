@@ -167,7 +167,9 @@ async def test_what_has_landed_is_vouched_for_at_once() -> None:
         page, words = page_with(64)
         changes: list[bool] = []
         pending_writes = PendingWrites(
-            pool.words.published, lambda: changes.append(bool(pending_writes.in_flight))
+            pool.words.published,
+            pool.words.reserved,
+            lambda: changes.append(bool(pending_writes.in_flight)),
         )
         try:
             words.written[5] = 8

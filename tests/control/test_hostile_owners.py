@@ -80,6 +80,8 @@ def welcome_of(**changes: Any) -> bytes:
         "endpoint": "",
         "grants": GRANTS,
         "message_bytes": 64 << 10,
+        "tensors": 256,
+        "readers": 1024,
     }
     return msgspec.msgpack.encode(fields | changes)
 

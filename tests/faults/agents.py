@@ -587,6 +587,15 @@ class KeyedReader(KeyedAgent, ReaderAgent):
 class KeyedOwner(KeyedAgent, OwnerAgent):
     """An owner that is asked."""
 
+    async def account(self) -> tuple[Any, ...]:
+        """Hits, misses, and what is used beyond that which keys keep."""
+        pool = self.cache._opened().pool
+        pool.collect()
+        now = self.cache.statistics()
+        out = sum(page.reads_by_key + len(page.reserved) for page in pool.pages.values())
+        beyond = now.used_bytes - now.resident_bytes, now.slots_used - now.keys
+        return ("account", now.hits, now.misses, (*beyond, now.waiters, out))
+
 
 async def keyed_reader(
     pipe: Pipe,

@@ -16,6 +16,8 @@ from faults.agents import feature, is_right
 from faults.checks import Log, assert_whole, events
 from featcache import AttachRefused, FeatcacheError, FeatureClient, FeatureRef
 from featcache.control.messages import ProtocolError
+from featcache.control.peer import Peer
+from featcache.memory.words import Parting
 from featcache.pool.attendance import Attendance
 from featcache.settings import Settings
 from support.caches import small
@@ -442,3 +444,21 @@ async def test_an_owner_closes_though_a_sessions_settlement_failed(
         assert owner.statistics().sessions == 0
         async with featcache.connect(owner.endpoint, name="tp0") as again:
             assert not await again.contains("k")
+
+
+async def test_a_goodbye_that_a_newcomer_has_read_ends_its_session_once(log: Log) -> None:
+    """An owner that was stopped finds all at once: word, goodbye, closed socket, newcomer."""
+    failures = list[object]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+    async with featcache.create(settings=small()) as owner:
+        client = await featcache.connect(owner.endpoint).open()
+        await client.contains("k")
+        (connection,) = client._opened().registry.connections
+        connection.attachment.part(Parting.LEFT)
+        connection.link.say_goodbye()
+        server = owner._opened().main.server
+        server._end_those_left(Peer(99, os.getpid()))
+        await until(lambda: not server.sessions)
+        await client.aclose()
+        assert not failures
+        assert len(events(log, "reader.left")) == 1

@@ -8,7 +8,7 @@ from typing import Any, Final, get_args
 import msgspec
 
 from featcache import FeatureRef
-from featcache.control import many, messages
+from featcache.control import many, messages, rooms
 from featcache.ref import TensorSpec
 
 _BARE: Final = FeatureRef(
@@ -42,6 +42,7 @@ def all_messages() -> list[tuple[int, msgspec.Struct]]:
         messages.HostPool(1),
         messages.Upload(1, 256, 2, None, None, False, _BARE.to_bytes()),
         messages.Publish(1, 2, 3, _PACKED.specs),
+        rooms.PublishUnkeyed(1, 2, _SPEC, rooms.PutTerms(8, ["tp0"], 2.5)),
         messages.GiveUpReserved(1, 2, landed=True),
         messages.OpenForWriting(1),
         messages.TailUnmapped(1),
@@ -56,6 +57,8 @@ def all_messages() -> list[tuple[int, msgspec.Struct]]:
         messages.ClaimGranted(1, 2),
         messages.Reserved(1, 2, 3, 256),
         many.ReservedMany(1, [(2, 3, 256), (4, 5, 512)]),
+        messages.Published(1, (rooms.Room(1, 2, 256, 512),)),
+        rooms.Rooms((rooms.Room(1, 2, 256, 512),)),
         messages.WriteDescriptors(1),
         messages.Segments(0, [1 << 20]),
         messages.UnmapTail(1, 4096),

@@ -21,7 +21,7 @@ async def test_many_are_put_and_read_in_the_order_of_streams(slab: Slab, who: st
         for turn in range(5):
             with torch.cuda.stream(stream_on()):
                 busy(0.02)
-                features = [full_of((n + turn) % 256, 64 * KIB) for n in range(COUNT)]
+                features = [full_of((n + turn) % 256, 16 * KIB) for n in range(COUNT)]
                 refs = await writer.put_many(features, readers=2)
                 for feature in features:
                     feature.fill_(255)  # behind the copies
@@ -29,7 +29,7 @@ async def test_many_are_put_and_read_in_the_order_of_streams(slab: Slab, who: st
                 with torch.cuda.stream(stream_on()):
                     found = await reader.get_many(refs)
                     sums = torch.stack([tensor(one).long().sum() for one in found]).cpu()
-                expected = [((n + turn) % 256) * 64 * KIB for n in range(COUNT)]
+                expected = [((n + turn) % 256) * 16 * KIB for n in range(COUNT)]
                 assert sums.tolist() == expected
             await spent(owner)
 

@@ -61,6 +61,17 @@ class Word(enum.IntEnum):
     """The same while a limit was on."""
     FDS_LEFT = 17
     """Descriptors that a process which is never killed has between two clients, more than at first."""
+    READS = 18
+    """By key, each checked; of the keyed storm, as the following."""
+    MISSES = 19
+    MADE_OR_FOUND = 20
+    """By `get_or_put`."""
+    STALE = 21
+    """Reads that found a version which another had replaced before."""
+    STOPPED_NS = 22
+    """Until when the process has stopped itself."""
+    DYING_AT = 23
+    """One more than the step of a hit at which the process has killed itself."""
 
 
 OPERATIONS: Final = (
@@ -109,7 +120,7 @@ class Row:
 
     def begin(self) -> None:
         """A new process has the place."""
-        for word in (Word.LIMITED_NS, Word.AT, Word.BEGUN):
+        for word in (Word.LIMITED_NS, Word.AT, Word.BEGUN, Word.STOPPED_NS, Word.DYING_AT):
             self[word] = 0
         self.beat()
 
@@ -163,6 +174,10 @@ class Board:
     def fault(self, text: str) -> None:
         """Write down what went wrong."""
         os.write(self._faults, f"{text.rstrip()}\n".encode(errors="replace")[-4000:])
+
+    def total(self, word: Word) -> int:
+        """The sum of one column."""
+        return int(self._words[:, word].sum())
 
     def totals(self) -> Counter[str]:
         """The sums of all rows, by the names of the columns."""

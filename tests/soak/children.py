@@ -16,6 +16,9 @@ import attrs
 import torch
 
 from featcache import events
+from soak.keyed.plan import KeyedWorld
+from soak.keyed.readers import READERS, read_blocking
+from soak.keyed.writers import KeyedOwner, write_by_key
 from soak.owners import OwnerScript, is_owner
 from soak.plan import Place, Role, World
 from soak.process import Process
@@ -101,12 +104,16 @@ def _run(world: World, place: Place, number: int) -> int:
     selector = TimedSelector()
     if is_owner(place):
         with timed_runner(selector) as runner:
-            runner.run(OwnerScript(me, selector).run())
+            script = KeyedOwner if isinstance(world, KeyedWorld) else OwnerScript
+            runner.run(script(me, selector).run())
     else:
         events.remove_hook(events.log_to_structlog)
+        scripts = SCRIPTS | READERS | {Role.KEYED_WRITER: write_by_key}
         if place.role is Role.BLOCKING:
             without_loop(me)
+        elif place.role is Role.KEYED_BLOCKING:
+            read_blocking(me)
         else:
-            asyncio.run(SCRIPTS[place.role](me))  # type: ignore[arg-type]  # any coroutine
+            asyncio.run(scripts[place.role](me))  # type: ignore[arg-type]  # any coroutine
     sys.stdout.flush()
     return 0

@@ -30,6 +30,11 @@ class Role(enum.Enum):
     FICKLE = "cancels"
     FORGER = "forged refs"
     VANDAL = "forged frames"
+    KEYED = "by key, itself"
+    KEYED_ON_DEVICE = "by key, itself, checked on the device"
+    KEYED_THREADS = "by key, itself, in threads"
+    KEYED_BLOCKING = "by key, itself, blocking"
+    KEYED_WRITER = "puts by key"
 
 
 @attrs.frozen

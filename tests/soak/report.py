@@ -27,7 +27,7 @@ def summary(storm: Storm, seconds: float, argv: list[str]) -> dict[str, Any]:
     return {
         "date": machine.now(),
         "command": " ".join(["python -m tests.soak", *argv]),
-        "machine": _machine(world.device),
+        "machine": machine_of(world.device),
         "versions": machine.versions(None, machine.CUDA_PACKAGES),
         "seed": world.seed,
         "seconds": round(seconds, 1),
@@ -70,7 +70,8 @@ def summary(storm: Storm, seconds: float, argv: list[str]) -> dict[str, Any]:
     }
 
 
-def _machine(device: str) -> dict[str, Any]:
+def machine_of(device: str) -> dict[str, Any]:
+    """The machine, and its GPUs if they were used."""
     return machine.machine() | ({} if device == "cpu" else {"gpus": machine.gpus()})
 
 
@@ -102,7 +103,7 @@ def show(result: dict[str, Any], wrong: list[str]) -> None:
     """Print the table."""
     print(f"{result['seconds']} s, {os.cpu_count()} cores, seed {result['seed']}")
     for section in ("operations", "storm", "killed_at", "wrong", "lost", "reads_back_ms", "owner"):
-        _show_section(section, result[section])
+        show_section(section, result[section])
     for name in ("endpoints_left", "descriptors_left_in_clients"):
         print(f"{name.replace('_', ' '):<34}{result[name] or 0!s:>12}")
     if result["figures"]:
@@ -110,11 +111,12 @@ def show(result: dict[str, Any], wrong: list[str]) -> None:
         for row in result["figures"]["first"]:
             values = [result["figures"][column][row] for column in _COLUMNS]
             print(f"{row.replace('_', ' '):<34}" + "".join(f"{value:>12,}" for value in values))
-    _show_section("errors", result["errors"])
+    show_section("errors", result["errors"])
     print("\n" + ("\n".join(["FAILED", *wrong]) if wrong else "nothing wrong, nothing lost"))
 
 
-def _show_section(name: str, rows: dict[str, Any] | None) -> None:
+def show_section(name: str, rows: dict[str, Any] | None) -> None:
+    """Print one section of the table."""
     print(f"\n{name.replace('_', ' ')}")
     for row, value in (rows or {}).items():
         shown = f"{value:,}" if isinstance(value, int) else str(value)

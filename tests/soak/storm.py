@@ -108,12 +108,17 @@ class Storm:
             if is_owner(place):
                 self._await_start(place)
         ends_s = time.monotonic() + seconds
-        while (now_s := time.monotonic()) < ends_s:
+        while (now_s := time.monotonic()) < ends_s and not self.over:
             self.reap(again=True)
             for child in self.children.values():
                 child.lift(now_s)
             self._act(now_s)
             time.sleep(0.002)
+
+    @property
+    def over(self) -> bool:
+        """Whether it has done what it was for before its time is over."""
+        return False
 
     def _await_start(self, place: Place) -> None:
         give_up_s = time.monotonic() + 60
@@ -199,7 +204,8 @@ class Storm:
     def _hangs(self, child: Child) -> None:
         row = self._row(child.place)
         self.counts["hung"] += 1
-        self.world.board.fault(f"HUNG at {Step(row[Word.AT]).name}: {child.place}")
+        status = Path(f"/proc/{child.pid}/status").read_text().splitlines()[2]
+        self.world.board.fault(f"HUNG at {Step(row[Word.AT]).name}: {child.place}, {status}")
         child.signal(signal.SIGUSR1)
         time.sleep(0.2)  # its traceback goes to the file of faults
         child.killed = True

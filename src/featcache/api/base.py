@@ -1,7 +1,6 @@
 """The calls that owners and clients have in common: reading, and the directory."""
 
 import time
-from collections.abc import Awaitable
 from typing import Any, NoReturn, Self
 
 import torch
@@ -11,6 +10,7 @@ from featcache.api.lifecycle import Engine, LifeState
 from featcache.api.many import ManyCalls
 from featcache.control.turns import CALL_UNITS
 from featcache.errors import SettingsError, StaleRef
+from featcache.memory.key_table import ABSENT, UNKNOWN
 from featcache.memory.pack import Feature
 from featcache.ref import FeatureRef
 from featcache.session.arguments import check_make, key_bytes
@@ -113,9 +113,26 @@ class CacheBase(ManyCalls):
         """
         if type(ref) is not FeatureRef:
             if isinstance(ref, str | bytes):
-                place = self._place if device is None and out is None else self._target(device, out)
-                key, timeout_s = key_bytes(ref), None if timeout is None else parse_timeout(timeout)
-                return await self._get_key(key, place, out, timeout_s)
+                plain = type(ref) is str or type(ref) is bytes
+                if not plain or device is not None or out is not None or timeout is not None:
+                    place, key = self._target(device, out), key_bytes(ref)
+                    return await self._get_key(key, place, out, parse_timeout(timeout), None)
+                engine: Engine = self._life.here()
+                turn = engine.reader.turn
+                turn.left -= CALL_UNITS
+                if turn.left < 0:
+                    # Before anything is done: a cancellation that comes here loses nothing.
+                    await turn.wait()
+                place, hits = self._place, engine.keys.hits
+                if hits is None:
+                    return await self._get_key(key_bytes(ref), place, None, None, None)
+                found = hits.fetch(ref, place, engine.reader, in_loop=True)
+                if isinstance(found, torch.Tensor):
+                    return found
+                if found == ABSENT:
+                    raise hits.missed(ref)
+                lease = found if type(found) is KeyLease else None
+                return await self._get_key(key_bytes(ref), place, None, None, lease)
             check_ref(ref)
         reader: Reader = self._life.here().reader
         place = self._place if device is None and out is None else self._target(device, out)
@@ -123,24 +140,25 @@ class CacheBase(ManyCalls):
         return await reader.get(ref, place, out, timeout_s)
 
     async def _get_key(
-        self, key: bytes, place: torch.device | None, out: Feature | None, timeout_s: float | None
+        self,
+        key: bytes,
+        place: torch.device | None,
+        out: Feature | None,
+        timeout_s: float | None,
+        lease: KeyLease | None,
     ) -> Feature:
+        """Read the lease, or one that is looked up."""
         engine: Engine = self._life.here()
         keys, reader = engine.keys, engine.reader
         since_s, left_s = 0.0 if timeout_s is None else time.monotonic(), timeout_s
-        turn = reader.turn
         while True:
-            turn.left -= CALL_UNITS
-            if turn.left < 0:
-                # Before anything is done: a cancellation that comes here loses nothing.
-                await turn.wait()
-            lease = keys.at_hand(key, place) or await keys.find(key, left_s, place)
+            lease = lease or await keys.find(key, left_s, place)
             if timeout_s is not None:
                 left_s = max(0.0, since_s + timeout_s - time.monotonic())
             try:
                 return await reader.get_leased(lease, place, out, left_s)
             except StaleRef:
-                pass  # its writer died before its bytes came, and the key went with it: look again
+                lease = None  # its writer died before its bytes came, and the key went with it: look again
 
     def get_nowait(
         self, ref: FeatureRef | str | bytes, *, device: Any = None, out: Feature | None = None
@@ -160,7 +178,8 @@ class CacheBase(ManyCalls):
         place = self._place if device is None and out is None else self._target(device, out)
         if type(ref) is not FeatureRef:
             if isinstance(ref, str | bytes):
-                return self._get_key_nowait(key_bytes(ref), place, out)
+                plain = type(ref) is str or type(ref) is bytes
+                return self._get_key_nowait(ref if plain else key_bytes(ref), place, out)
             check_ref(ref)
         engine = self._life.engine
         if engine is None:  # as `_opened`, inline
@@ -169,16 +188,23 @@ class CacheBase(ManyCalls):
         return copied
 
     def _get_key_nowait(
-        self, key: bytes, place: torch.device | None, out: Feature | None
+        self, key: str | bytes, place: torch.device | None, out: Feature | None
     ) -> Feature:
         engine: Engine = self._opened()
+        hits, lease = engine.keys.hits, None
+        if out is None and hits is not None:
+            found = hits.fetch(key, place, engine.reader, in_loop=False)
+            if isinstance(found, torch.Tensor):
+                return found
+            lease = found if type(found) is KeyLease else None
         while True:
-            lease = engine.keys.find_now(key, place)
+            lease = lease or engine.keys.find_now(key_bytes(key), place)
             lease.check_at_hand(place)
             try:
                 copied: Feature | None = engine.reader.get_leased_blocking(lease, place, out)
             except StaleRef:
-                continue  # as in `_get_key`
+                lease = None  # as in `_get_key`
+                continue
             assert copied is not None, "it was found for this device"
             return copied
 
@@ -201,25 +227,13 @@ class CacheBase(ManyCalls):
         """
         if type(ref) is not FeatureRef:
             if isinstance(ref, str | bytes):
-                return self._borrow_key(key_bytes(ref), parse_timeout(timeout))
+                key, plain = key_bytes(ref), type(ref) is str or type(ref) is bytes
+                timeout_s = None if timeout is None else parse_timeout(timeout)
+                reader = self._opened().reader
+                return Borrow(reader, None, timeout_s, self._life, ref if plain else key)
             check_ref(ref)
         timeout_s = None if timeout is None else parse_timeout(timeout)
         return Borrow(self._opened().reader, ref, timeout_s)
-
-    def _borrow_key(self, key: bytes, timeout_s: float | None) -> Borrow:
-        def find() -> Awaitable[KeyLease]:
-            keys: Keys = self._life.here().keys
-            return keys.find(key, timeout_s, None)
-
-        def find_now() -> KeyLease:
-            keys: Keys = self._opened().keys
-            return keys.find_now(key, None)
-
-        def at_hand() -> KeyLease | None:
-            keys: Keys = self._opened().keys
-            return keys.at_hand(key, None)
-
-        return Borrow(self._opened().reader, None, timeout_s, find, find_now, at_hand)
 
     async def release(self, ref: FeatureRef, *, timeout: float | None = None) -> None:
         """Pay this session's read without reading. Raises as `get` does."""
@@ -290,23 +304,44 @@ class CacheBase(ManyCalls):
         """
         check_make(make)
         wanted, timeout_s = key_bytes(key), parse_timeout(timeout)
-        place = self._target(device, None)
+        place = self._place if device is None else parse_device(device)
+        # Looked up once: a lease that comes as this object is closed is still to be ended.
+        engine: Engine = self._life.here()
+        turn = engine.reader.turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
+        hits = engine.keys.hits
+        at_hand = (
+            UNKNOWN if hits is None else hits.fetch(wanted, place, engine.reader, in_loop=True)
+        )
+        if isinstance(at_hand, torch.Tensor):
+            return at_hand
+        lease = at_hand if type(at_hand) is KeyLease else None
         while True:
-            # Looked up once: a lease that comes as this object is closed is still to be ended.
-            engine: Engine = self._life.here()
-            found = await find_or_claim(engine.keys, wanted, place, timeout_s)
+            found = lease or await find_or_claim(engine.keys, wanted, place, timeout_s)
             if isinstance(found, MakeClaim):
                 made = await make_and_put(found, make, lambda made: self.put(made, key=wanted))
                 return moved(made, place)
             try:
                 return await engine.reader.get_leased(found, place, None, None)
             except StaleRef:
-                pass  # its maker died before its bytes came: one of the waiters makes it
+                # Its maker died before its bytes came: one of the waiters makes it.
+                lease, engine = None, self._life.here()
 
     async def contains(self, key: str | bytes) -> bool:
         """Whether a feature is kept under a key now. It does not count as a use."""
-        keys: Keys = self._life.here().keys
-        return await keys.command("contains", key_bytes(key))
+        engine: Engine = self._life.here()
+        turn = engine.reader.turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
+        plain = key if type(key) is str or type(key) is bytes else key_bytes(key)
+        hits = engine.keys.hits
+        there = None if hits is None else hits.contains(plain)
+        return await engine.keys.command("contains", key_bytes(key)) if there is None else there
 
     def contains_nowait(self, key: str | bytes) -> bool | None:
         """`contains` by this process's own look at the key table: no await, no message, in any thread.
@@ -314,7 +349,8 @@ class CacheBase(ManyCalls):
         None if the table can't tell: the owner must be asked, or the pool is not attached yet.
         """
         keys: Keys = self._opened().keys
-        return keys.contains_now(key_bytes(key))
+        plain, hits = key if type(key) is str or type(key) is bytes else key_bytes(key), keys.hits
+        return None if hits is None else hits.contains(plain)
 
     async def evict(self, key: str | bytes) -> bool:
         """Drop a key, pinned or not; return whether it was there.

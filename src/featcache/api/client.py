@@ -21,6 +21,7 @@ from featcache.control import endpoint as endpoints
 from featcache.control.turns import CALL_UNITS
 from featcache.pool import gauges
 from featcache.ref import FeatureRef
+from featcache.session.line import Line
 from featcache.session.offload import Offload
 from featcache.session.reader import Reader
 from featcache.session.staging import SpillCounter, Writers
@@ -41,6 +42,8 @@ class OpenClient:
         self.puts = ClientPuts(registry, settings, offload)
         self.entering = 0
         """Puts that wait for their turn of the loop, or were let in and have not gone on yet."""
+        self._line = Line()
+        """Puts that wait for a pool to be attached."""
         self.spills = SpillCounter(registry.bound_name, settings.log_interval)
 
     @classmethod
@@ -66,6 +69,8 @@ class OpenClient:
         self.entering += 1
         try:
             await self.reader.turn.wait()
+            if self._line.busy:
+                await self._line.go(self.reader.turn.wait)
         finally:
             self.entering -= 1
 
@@ -75,8 +80,12 @@ class OpenClient:
         return None if writer is None or on_full not in ("wait", "raise") else Writers(writer)
 
     async def writers(self, on_full: str, key: Any) -> Writers:
-        """Return the writers of the pools that a put may go to, attaching first."""
-        return await self.puts.writers(on_full, key)
+        """Return the writers of the pools that a put may go to, attaching first, in the order of calls."""
+        self.entering += 1
+        try:
+            return await self._line.go(lambda: self.puts.writers(on_full, key))
+        finally:
+            self.entering -= 1
 
     async def discard(self, ref: FeatureRef) -> None:
         """Have the owner cancel the reads that a ref still owes."""
@@ -182,7 +191,9 @@ class FeatureClient(CacheBase):
 
         The arguments, the errors and the promises are those of `FeatureCache.put`; `ttl` left out
         is as in this client's Settings. Waiting puts of all processes, the owner's too, stand in one
-        queue. The copy is this process's own, on its torch stream; it takes two round trips besides.
+        queue. The copy is this process's own, on its torch stream. After the first few, puts of about one
+        size wait for no answer: their room was given ahead, and the ref is good at once (a reader that is
+        faster than the owner waits). Under a key a put takes one round trip: then every session finds it.
         Where this client's device can't access the slab, the feature goes into host memory, and the
         owner copies it from there.
 

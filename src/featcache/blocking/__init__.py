@@ -97,7 +97,9 @@ class _BlockingBase(Generic[A]):
         portal = self._portal
         if type(ref) is not FeatureRef:
             if isinstance(ref, str | bytes):
-                return get_by_key(portal, key_bytes(ref), device, out, parse_timeout(timeout))
+                timeout_s = None if timeout is None else parse_timeout(timeout)
+                plain = type(ref) is str or type(ref) is bytes
+                return get_by_key(portal, ref if plain else key_bytes(ref), device, out, timeout_s)
             check_ref(ref)
         reader, place = portal.engine.reader, portal.place(device, out)
         if reader.pools.has(ref):

@@ -13,6 +13,7 @@ import torch
 from featcache.blocking.portal import Portal
 from featcache.errors import CacheClosed, GetTimeout, StaleRef
 from featcache.memory.pack import Feature
+from featcache.session.arguments import key_bytes
 from featcache.session.lease import KeyLease, MakeClaim
 from featcache.session.reader import BYTES_LATE
 from featcache.session.single_flight import find_or_claim, moved
@@ -21,22 +22,32 @@ from featcache.session.waiting import wait_ready_blocking
 
 def get_by_key(
     portal: Portal[Any],
-    key: bytes,
+    key: str | bytes,
     device: Any,
     out: Feature | None,
     timeout_s: float | None,
 ) -> Feature:
     """Return a copy of the feature under a key, as `featcache.FeatureClient.get`."""
-    keys, place = portal.engine.keys, portal.place(device, out)
+    engine, place = portal.engine, portal.place(device, out)
+    keys, hits = engine.keys, engine.keys.hits
+    if hits is None or out is not None:
+        lease = keys.at_hand(key, place)
+    else:
+        found = hits.fetch(key, place, engine.reader, in_loop=False)
+        if isinstance(found, torch.Tensor):
+            return found
+        lease = found if type(found) is KeyLease else None
+    wanted = key_bytes(key)
     give_up_s = None if timeout_s is None else time.monotonic() + timeout_s
     while True:
-        lease = keys.at_hand(key, place) or portal.call(
-            lambda: keys.find(key, timeout_s, place),  # noqa: B023 - called here
+        lease = lease or portal.call(
+            lambda: keys.find(wanted, timeout_s, place),  # noqa: B023 - called here
             _undo,
         )
         try:
             return _copy(portal, lease, place, out, give_up_s)
         except StaleRef:  # its writer died before its bytes came, and the key went with it
+            lease = None
             if give_up_s is not None:
                 timeout_s = max(0.0, give_up_s - time.monotonic())
 

@@ -76,6 +76,8 @@ class PoolConnection:
         """Where the owner listens, as its refs say it."""
         self.spill_endpoint = ""
         """Where the spill pool listens, if puts may spill."""
+        self.tensors, self.readers = 256, 1024
+        """The owner's bounds of a put, as it said."""
         self.state = ConnectionState.OPEN
         self._mapping: Mapping = attachment.mapping
         self.hits = hits

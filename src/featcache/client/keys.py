@@ -16,6 +16,7 @@ from featcache.errors import FeatcacheError, KeyNotFound, at_member
 from featcache.memory.key_table import ABSENT, UNKNOWN
 from featcache.ref import FeatureRef
 from featcache.session.arguments import key_timeout, not_found, rpc_timeout
+from featcache.session.hits import KeyHits
 from featcache.session.lease import KeyLease, MakeClaim, return_all
 from featcache.session.single_flight import Command, Device
 
@@ -45,21 +46,28 @@ class ClientKeys:
 
     def __init__(self, registry: ConnectionRegistry) -> None:
         self._registry = registry
+        self._connections = registry.by_pool
         self._turn = turn_of(asyncio.get_running_loop())
         self._known: dict[bytes, FeatureRef] = {}
         """Refs by the bytes that they were decoded from, and found sound."""
 
-    def at_hand(self, key: bytes, device: Device) -> KeyLease | None:
+    @property
+    def hits(self) -> KeyHits | None:
+        """Lookups in the key table of the pool that this client is connected to, if it is open."""
+        connection = self._connections.get(self._registry.bound_pool)
+        return None if connection is None else connection.hits
+
+    def at_hand(self, key: str | bytes, device: Device) -> KeyLease | None:
         """Return a read by the key table alone, or None, in any thread."""
         connection = self._registry.peek_bound()
         found = UNKNOWN if connection is None else connection.hits.find(key, device)
         return found if type(found) is KeyLease else None
 
-    def find_now(self, key: bytes, device: Device) -> KeyLease:
+    def find_now(self, key: str | bytes, device: Device) -> KeyLease:
         """Return a read by the key table alone, or raise, in any thread."""
         return self._registry.bound_now().hits.find_now(key, device)
 
-    def contains_now(self, key: bytes) -> bool | None:
+    def contains_now(self, key: str | bytes) -> bool | None:
         """Whether a key is there, by the key table alone; None if the owner is to say."""
         connection = self._registry.peek_bound()
         return None if connection is None else connection.hits.contains(key)

@@ -60,7 +60,10 @@ class ClientPuts:
         pool_id = connection.attachment.pool_id
         made: PoolWriter
         if isinstance(connection.attachment.mapping, UnreachableSlab):
-            made = Uploader(connection, await self._host_pool(connection), self._settings)
+            host_pool = await self._host_pool(connection)
+            if (writer := self._known(connection)) is not None:  # made meanwhile, for another put
+                return writer
+            made = Uploader(connection, host_pool, self._settings)
         else:
             made = ClientWriter(connection, self._settings, self._offload)
         self._drop(pool_id)

@@ -59,6 +59,8 @@ class ConnectionRegistry:
         self._lost: str | None = None  # why the pool that this client is bound to is gone
         self._lost_pools: dict[bytes, str] = {}  # and others, of a client that is bound to none
         self._connections: OrderedDict[bytes, PoolConnection] = OrderedDict()
+        self.by_pool = self._connections
+        """The open connections by the ids of their pools; for a hot path to look into."""
         self._opening: dict[str, SharedTask[PoolConnection]] = {}
         self._siblings: set[bytes] = set()  # host pools beside those of other connections
         self._tasks: set[asyncio.Task[None]] = set()
@@ -287,6 +289,7 @@ class ConnectionRegistry:
             ),
         )
         connection.spill_endpoint = welcome.sibling_endpoint
+        connection.tensors, connection.readers = welcome.tensors, welcome.readers
         link.requests.on_orphan = lambda request, answer: self._return_unclaimed(
             connection, request, answer
         )

@@ -1,9 +1,11 @@
-"""A client's puts: a reservation from the owner's one queue, bytes written here, then a publish.
+"""A client's puts: room from the owner's one queue, or given ahead; bytes written here; then a publish.
 
-Two round trips: `Reserve`, then `Publish`. Between them the slot is this session's alone
+Room that was given ahead is claimed by a word (`memory.words.RoomClaim`); where there is none that fits
+the owner is asked (`Reserve`), which takes a round trip. From then on the slot is this session's alone
 (`pool.pending_writes.WriteState` draws its life). The bytes go into a mapping of the slab that can be
 written, apart from the one that views are lent from. A word in the session's page, stored behind the
-copy, says that they have landed.
+copy, says that they have landed. The publish is told one way, and the ref is good at once: a reader that
+is faster than the owner waits (`session.early`). Under a key it is asked for: then every session finds it.
 """
 
 import asyncio
@@ -16,20 +18,25 @@ import anyio
 
 from featcache.client.batch_puts import ClientBatchPuts
 from featcache.client.connection import PoolConnection
+from featcache.client.rooms import RoomsAhead
 from featcache.control import messages
 from featcache.control.descriptors import close_taken
 from featcache.control.many import ReservedMany
 from featcache.control.messages import ProtocolError, Reserved
+from featcache.control.rooms import PublishUnkeyed, PutTerms, Room
 from featcache.core.put_queue import Request
 from featcache.errors import (
     BackendUnavailable,
     FeatcacheError,
     PoolFull,
     PutTimeout,
+    SettingsError,
     system_errors,
 )
-from featcache.ref import FeatureRef
-from featcache.session.arguments import parse_put, rpc_timeout
+from featcache.memory.words import Header
+from featcache.ref import FeatureRef, TensorSpec
+from featcache.session.arguments import parse_put, parse_readers, rpc_timeout
+from featcache.session.line import Line
 from featcache.session.offload import Offload, SharedTask
 from featcache.session.staging import Staged
 from featcache.session.waiting import wait_mapped
@@ -43,6 +50,11 @@ def wire_form(
     readers = request.readers
     owed = readers if isinstance(readers, int) else sorted(readers)
     return request.nbytes, owed, request.ttl_s, request.key
+
+
+def _terms(request: Request) -> PutTerms:
+    nbytes, readers, ttl_s, key = wire_form(request)
+    return PutTerms(nbytes, readers, ttl_s, key)
 
 
 T = TypeVar("T")
@@ -102,6 +114,11 @@ class ClientWriter(ClientBatchPuts):
         self._settings = settings
         self._offload = offload
         self._opening = SharedTask(partial(_open, connection, offload))
+        self._line = Line()
+        """Puts that wait for the slab to be opened for writing."""
+        self._rooms = RoomsAhead()
+        self._requests = connection.link.requests
+        connection.link.on_rooms = self._rooms.add
         self.puts = 0
 
     def stage(self, feature: Any, readers: Any, ttl: Any, key: Any = None) -> Staged:
@@ -113,6 +130,7 @@ class ClientWriter(ClientBatchPuts):
 
         """
         request, specs, packed = parse_put(feature, readers, ttl, key, self._settings)
+        self._check(request, specs)
         parts, order = self.connection.attachment.mapping.stage(packed)
         return Staged(request, specs, parts, order)
 
@@ -125,6 +143,9 @@ class ClientWriter(ClientBatchPuts):
         """
         self.connection.attachment.check()
         request = staged.request
+        room = self._claim(request.nbytes)
+        if room is not None:
+            return await self._fill(room, staged, _terms(request))
         if timeout_s is None:  # a scope takes as long as a third of a round trip
             reserved = await self._reserve(request, wait=wait)
         else:
@@ -134,13 +155,56 @@ class ClientWriter(ClientBatchPuts):
                 request.nbytes,
                 lambda waits, deadline_s: self._reserve(request, deadline_s, wait=waits),
             )
-        return await self._fill(reserved, staged)
+        attachment = self.connection.attachment
+        try:
+            at = reserved.offset_bytes
+            attachment.begin_write(reserved.slot, reserved.generation, at, request.nbytes)
+        except BaseException:  # closed meanwhile, or no room at all: nothing was written
+            self._give_up(reserved, landed=True)
+            raise
+        return await self._fill(reserved, staged, None)
+
+    def _check(self, request: Request, specs: tuple[TensorSpec, ...]) -> None:
+        """Raise SettingsError for what the owner's bounds do not allow: it is told of a put one way."""
+        connection, readers = self.connection, request.readers
+        if len(specs) > connection.tensors:
+            raise SettingsError(
+                f"{len(specs)} tensors: the pool's owner takes at most {connection.tensors}"
+            )
+        if (readers if isinstance(readers, int) else len(readers)) > connection.readers:
+            parse_readers(readers, connection.readers, least=0)
+
+    def _claim(self, nbytes: int) -> Room | None:
+        """Take a room that was given ahead; None if there is none that fits.
+
+        None also while an earlier put of this client asks for room: it is not overtaken.
+        """
+        rooms, attachment = self._rooms, self.connection.attachment
+        if not rooms.come or self._requests.asked_rooms or self._line.busy:
+            return None
+        room = rooms.pop(nbytes)
+        if room is None:
+            self.connection.link.read_now()  # puts in a row never let the loop read
+            room = rooms.pop(nbytes)
+        while room is not None:
+            claimed = attachment.claim(room.slot, room.generation, room.offset_bytes, nbytes)
+            if claimed:
+                return room
+            if claimed is False:
+                attachment.end_write(room.slot, room.generation)
+                self._give_up(room, landed=True)
+            room = rooms.pop(nbytes)
+        return None
 
     async def _open(self) -> None:
-        """Map the slab for writing, if it is not yet."""
+        """Map the slab for writing, if it is not yet, and go on in the order of the calls."""
+        if self._line.busy or not self.connection.attachment.mapping.writable:
+            await self._line.go(self._join_opening)
+            self.connection.attachment.check()  # it may have been closed meanwhile
+
+    async def _join_opening(self) -> None:
         if not self.connection.attachment.mapping.writable:
             await self._opening.join()
-            self.connection.attachment.check()  # it may have been closed meanwhile
 
     async def _in_time(
         self,
@@ -159,7 +223,7 @@ class ClientWriter(ClientBatchPuts):
     async def _reserve(
         self, request: Request, deadline_s: float | None = None, *, wait: bool
     ) -> Reserved:
-        if not self.connection.attachment.mapping.writable:
+        if self._line.busy or not self.connection.attachment.mapping.writable:
             await self._open()
         link = self.connection.link
         left_s = None if deadline_s is None else left(deadline_s)
@@ -168,18 +232,15 @@ class ClientWriter(ClientBatchPuts):
         )
         if not isinstance(answer, Reserved):
             raise ProtocolError(f"the owner answered a put with {type(answer).__name__}")
+        self._rooms.add(answer.rooms)
         return answer
 
-    async def _fill(self, reserved: Reserved, staged: Staged) -> FeatureRef:
-        """Write a reserved slot and publish it; give it up if that fails."""
+    async def _fill(
+        self, room: Reserved | Room, staged: Staged, terms: PutTerms | None
+    ) -> FeatureRef:
+        """Write a slot that is this session's and publish it; give it up if that fails."""
         attachment, parts, order = self.connection.attachment, staged.parts, staged.order
-        mapping, at = attachment.mapping, reserved.offset_bytes
-        try:
-            nbytes = staged.request.nbytes
-            attachment.begin_write(reserved.slot, reserved.generation, at, nbytes)
-        except BaseException:  # closed meanwhile, or no room at all: nothing was written
-            self._give_up(reserved, landed=True)
-            raise
+        mapping, at = attachment.mapping, room.offset_bytes
         wrote = False
         try:
             if not attachment.is_mapped(at, staged.request.nbytes):
@@ -193,41 +254,48 @@ class ClientWriter(ClientBatchPuts):
                 wrote = True
                 await self._offload.run(
                     lambda: mapping.write(at, parts, order),
-                    lambda _: self._withdraw(reserved, staged, wrote=True),
+                    lambda _: self._withdraw(room, staged, wrote=True),
                 )
-            attachment.tell_written(reserved.slot, reserved.generation, order)
+            attachment.tell_written(room.slot, room.generation, order)
         except asyncio.CancelledError:
             if not wrote:
-                self._withdraw(reserved, staged, wrote=False)
+                self._withdraw(room, staged, wrote=False)
             raise
         except BaseException:
-            self._withdraw(reserved, staged, wrote=wrote)
+            self._withdraw(room, staged, wrote=wrote)
             raise
         try:
-            return await self._publish(reserved, staged)
+            return await self._publish(room, staged, terms)
         except FeatcacheError:
-            self._give_up(reserved, landed=False)  # refused: the slot is still reserved
+            self._give_up(room, landed=False)  # refused: the slot is still reserved
             raise
         finally:
-            attachment.end_write(reserved.slot, reserved.generation)
+            attachment.end_write(room.slot, room.generation)
 
-    async def _publish(self, reserved: Reserved, staged: Staged) -> FeatureRef:
-        connection, request = self.connection, staged.request
-        link, slot, generation = connection.link, reserved.slot, reserved.generation
+    async def _publish(
+        self, room: Reserved | Room, staged: Staged, terms: PutTerms | None
+    ) -> FeatureRef:
+        connection, request, specs = self.connection, staged.request, staged.specs
+        link, slot, generation = connection.link, room.slot, room.generation
         # Made first: an invalid ref is refused here, before any reader can have the slot.
         ref = FeatureRef(
             *(connection.attachment.pool_id, connection.endpoint, slot, generation),
-            *(reserved.offset_bytes, request.nbytes, staged.specs),
+            *(room.offset_bytes, request.nbytes, specs),
         )
-        answer, _ = await link.request(
-            messages.Publish(link.number(), slot, generation, staged.specs)
-        )
-        if not isinstance(answer, messages.Reply):
-            raise ProtocolError(f"the owner answered a put with {type(answer).__name__}")
+        if request.key is None:
+            link.post(PublishUnkeyed(slot, generation, specs, terms))
+            connection.attachment.note_put(ref)
+        else:
+            answer, _ = await link.request(
+                messages.Publish(link.number(), slot, generation, specs, terms)
+            )
+            if not isinstance(answer, messages.Published):
+                raise ProtocolError(f"the owner answered a put with {type(answer).__name__}")
+            self._rooms.add(answer.rooms)
         self.puts += 1
         return ref
 
-    def _withdraw(self, reserved: Reserved, staged: Staged, *, wrote: bool) -> None:
+    def _withdraw(self, reserved: Reserved | Room, staged: Staged, *, wrote: bool) -> None:
         """Give a slot up, after the writes that a stream may still have for it."""
         attachment, order = self.connection.attachment, staged.order
         slot, generation = reserved.slot, reserved.generation
@@ -240,7 +308,7 @@ class ClientWriter(ClientBatchPuts):
         self._give_up(reserved, landed=landed)
         attachment.end_write(slot, generation)
 
-    def _give_up(self, reserved: Reserved, *, landed: bool) -> None:
+    def _give_up(self, reserved: Reserved | Room, *, landed: bool) -> None:
         self.connection.link.tell(
             messages.GiveUpReserved(reserved.slot, reserved.generation, landed)
         )
@@ -259,6 +327,8 @@ async def _open(connection: PoolConnection, offload: Offload) -> None:
         # The descriptors are the thread's, which closes them even if the loop is gone by then.
         with system_errors(BackendUnavailable, "the slab can't be mapped for writing"):
             await offload.run(partial(_open_for_writing, mapping, fds))
+        end_bytes = connection.attachment.header[Header.COMMITTED]
+        offload.spawn(lambda: mapping.warm(end_bytes))  # the first put need not wait for it
     except Exception:
         close_taken(fds)  # the thread has not, if it was refused
         raise

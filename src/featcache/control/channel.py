@@ -27,7 +27,7 @@ from featcache.control.frames import (
     frame_end,
     pack_header,
 )
-from featcache.control.hangup import hang_up, has_hung_up
+from featcache.control.hangup import hang_up, has_hung_up, is_readable
 from featcache.control.messages import VERSION, ProtocolError, SocketFailed
 from featcache.control.turns import FRAME_UNITS, QUANTUM_UNITS, turn_of
 
@@ -261,32 +261,43 @@ class Channel:
         return False
 
     def _readable(self) -> None:
-        if self._turn.left <= 0:
+        if self._turn.left <= 0 or (self._receive(0) and self.state is _OPEN):
             self._pause()
-            return
+
+    def read_rest(self, until: int) -> bool:
+        """Handle what has come by now; True if there is more, when the turn has `until` units left."""
+        while self.state is _OPEN:
+            if self._incoming and self._take(b"", until):
+                return True
+            if self.state is not _OPEN or not is_readable(self._fd) or self._receive(until):
+                return self.state is _OPEN and bool(self._incoming) and self._turn.left <= until
+        return False
+
+    def _receive(self, until: int) -> bool:
+        """Read once; return whether whole frames are kept for later (`_take`)."""
         try:
             data, ancillary, flags, _ = self._sock.recvmsg(
                 _RECEIVE_BYTES, ANCILLARY_BYTES, _CLOSE_ON_EXEC
             )
         except (BlockingIOError, InterruptedError):
-            return
+            return False
         except ConnectionError as error:
             self._lose(error)
-            return
+            return False
         except OSError as error:
             self._lose(SocketFailed("messages can't be received", error))
-            return
+            return False
         if ancillary or flags & _CUT:
             try:
                 self._descriptors.add(ancillary, cut=bool(flags & _CUT))
             except ProtocolError as error:
                 self._lose(error)
-                return
+                return False
         if not data:
             cut = ProtocolError("the peer hung up in the middle of a message")
             self._lose(cut if self._incoming else None)
-        elif self._take(data, 0) and self.state is _OPEN:
-            self._pause()
+            return False
+        return self._take(data, until)
 
     def _take(self, data: bytes, until: int) -> bool:
         """Handle the frames that are whole, and keep the beginning of the next.

@@ -13,6 +13,7 @@ from featcache.control import messages
 from featcache.control.channel import ChannelState
 from featcache.control.messages import Answer, ProtocolError, Request, encode, is_answer
 from featcache.control.peer import Peer, SessionState
+from featcache.control.rooms import PublishUnkeyed, Rooms
 from featcache.errors import FeatcacheError, SettingsError
 
 _MAX_COPIES: Final = 8192
@@ -73,8 +74,13 @@ class RequestHandlers(Protocol):
     def answer(self, session: int, request: Request, /) -> Answer | Wait:
         """Return the answer, or the work that will return it. Raise FeatcacheError to refuse."""
 
-    def note(self, session: int, note: messages.ReleaseClaim | messages.GiveUpReserved, /) -> None:
-        """Carry out a message that has no answer."""
+    def note(
+        self,
+        session: int,
+        note: messages.ReleaseClaim | messages.GiveUpReserved | PublishUnkeyed,
+        /,
+    ) -> Rooms | None:
+        """Carry out a message that has no answer; return what the session is to be told all the same."""
 
     def writable(self) -> Sequence[int]:
         """Return the slab's write descriptors; they stay the pool's."""
@@ -92,7 +98,9 @@ class Dispatcher:
 
     def note(self, peer: Peer, note: messages.Note) -> None:
         if not isinstance(note, messages.Cancel):
-            self._handlers.note(peer.number, note)
+            told = self._handlers.note(peer.number, note)
+            if told is not None:
+                peer.channel.send(encode(told))
         elif (task := peer.tasks.get(note.request)) is not None:
             task.cancel()  # `_finish` answers it; a request without a task is answered already
 

@@ -11,6 +11,13 @@ def hang_up(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_RDWR)
 
 
+def is_readable(fd: int) -> bool:
+    """Whether a read would find something now, the end perhaps."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def has_hung_up(fd: int) -> bool:
     """Whether the peer has; what it sent before may be yet to be read."""
     poll = select.poll()

@@ -6,7 +6,7 @@ import enum
 import errno
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import anyio
 
@@ -16,6 +16,7 @@ from featcache.control.credentials import PidWatch, check_uid, own_pidfd
 from featcache.control.descriptors import NO_DESCRIPTOR, close_all
 from featcache.control.messages import ProtocolError, Welcome, decode_from_owner, encode, is_answer
 from featcache.control.pending import PendingRequests
+from featcache.control.rooms import Room, Rooms
 from featcache.errors import (
     OUT_OF_DESCRIPTORS,
     AttachRefused,
@@ -76,6 +77,8 @@ class Link:
         self._farewell: asyncio.Future[None] = loop.create_future()
         self._on_slab: Callable[[SlabChange, list[int]], None] | None = None
         self._untaken: list[tuple[SlabChange, list[int]]] = []
+        self.on_rooms: Callable[[Sequence[Room]], object] | None = None
+        """Told of the slots that the owner gives ahead of this session's puts; it may do without."""
         self._watch: PidWatch | None = None
         self._message_bytes = settings.message_bytes
         self._channel = Channel(
@@ -86,6 +89,7 @@ class Link:
         self.number = self.requests.number
         self.request = self.requests.request
         self.tell = self.requests.tell
+        self.post = self.requests.post
 
     async def greet(self, name: str | None, device: str) -> tuple[Welcome, list[int]]:
         """Send the hello; return the welcome and its descriptors but for the owner's pidfd."""
@@ -136,6 +140,11 @@ class Link:
         for change, fds in untaken:
             take(change, fds)
 
+    def read_now(self) -> None:
+        """Handle what has come from the owner, in a call of one's own: the loop may not have run since."""
+        if self._state not in _OVER:
+            self._channel.read_rest(0)
+
     def tail_unmapped(self, shrink_epoch: int) -> None:
         """Acknowledge an `UnmapTail`: nothing of its segments is mapped here any more."""
         self._channel.send(encode(messages.TailUnmapped(shrink_epoch)))
@@ -171,7 +180,9 @@ class Link:
         if self._watch is not None:
             self._watch.close()
         self._close_welcome()
-        self._on_slab = None  # it refers to the connection that holds this link: no cycle is left
+        self._on_slab = self.on_rooms = (
+            None  # it refers to the connection that holds this link: no cycle is left
+        )
         self._end()
 
     def forget(self) -> None:
@@ -205,7 +216,7 @@ class Link:
             elif is_answer(message):
                 taken, fds = fds, []
                 self.requests.deliver(message, taken)
-            elif isinstance(message, SlabChange) and self._state is not LinkState.GREETING:
+            elif isinstance(message, SlabChange | Rooms) and self._state is not LinkState.GREETING:
                 taken, fds = fds, []
                 self._change_slab(message, taken)
             elif isinstance(message, Welcome) and self._state is LinkState.GREETING:
@@ -243,10 +254,14 @@ class Link:
         else:
             raise ProtocolError(f"a {type(message).__name__} with descriptors")
 
-    def _change_slab(self, change: SlabChange, fds: list[int]) -> None:
+    def _change_slab(self, change: SlabChange | Rooms, fds: list[int]) -> None:
         if len(fds) != (len(change.sizes) if isinstance(change, messages.Segments) else 0):
             close_all(fds)
             raise ProtocolError("a change of the slab needs one descriptor for each new segment")
+        if isinstance(change, Rooms):
+            if self.on_rooms is not None:
+                self.on_rooms(change.rooms)
+            return
         if self._on_slab is not None:
             self._on_slab(change, fds)
             return

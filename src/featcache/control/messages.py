@@ -21,6 +21,7 @@ from featcache.control.many import (
     ReservedMany,
     ReserveMany,
 )
+from featcache.control.rooms import PublishUnkeyed, PutTerms, RoomList, Rooms
 from featcache.control.wire import Handle as _Handle
 from featcache.control.wire import Key as _Key
 from featcache.control.wire import Lane, Numbered
@@ -30,9 +31,9 @@ from featcache.control.wire import Natural as _Natural
 from featcache.control.wire import PoolId as _PoolId
 from featcache.control.wire import Ref as _Ref
 from featcache.control.wire import Seconds as _Seconds
+from featcache.control.wire import Specs as _Specs
 from featcache.control.wire import Text as _Text
 from featcache.errors import FeatcacheError, explain
-from featcache.ref import TensorSpec
 
 VERSION: Final = 5
 """Protocol version: grows when a message or a shared layout changes; both sides must have the same."""
@@ -160,11 +161,13 @@ class Upload(PutSpec, tag="upload", frozen=True):
 
 
 class Publish(Numbered, tag="publish", frozen=True):
-    """Client: a reserved slot is written, or will be in stream order. Answered by `Reply`."""
+    """Client: a reserved slot is written, or will be in stream order. Answered by `Published` or `Reply`."""
 
     slot: _Natural
     generation: _Natural
-    specs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=4096)]
+    specs: _Specs
+    terms: PutTerms | None = None
+    """Of a slot that was given ahead."""
     lane = None  # there are no more of them than rooms that were given
 
 
@@ -224,6 +227,10 @@ class Welcome(
     """Grants that the session may hold at once."""
     message_bytes: _MessageBytes = 64 << 10
     """The longest message that the owner accepts."""
+    tensors: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 256
+    """Tensors that one feature may pack."""
+    readers: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 1024
+    """Reads that one ref may owe."""
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True):
@@ -269,6 +276,15 @@ class Reserved(msgspec.Struct, tag="reserved", frozen=True):
     slot: _Natural
     generation: _Natural
     offset_bytes: _Natural
+    rooms: RoomList = ()
+    """For the next puts."""
+
+
+class Published(msgspec.Struct, tag="published", frozen=True):
+    """Owner, in answer to `Publish`: every session finds it now."""
+
+    request: _Natural
+    rooms: RoomList = ()
 
 
 class WriteDescriptors(msgspec.Struct, tag="writable", frozen=True):
@@ -315,7 +331,7 @@ Request = (
     | HostPool
     | Upload
 )
-Note = Cancel | ReleaseClaim | GiveUpReserved
+Note = Cancel | ReleaseClaim | GiveUpReserved | PublishUnkeyed
 """Messages of a client that have no answer."""
 Answer = (
     Reply
@@ -325,10 +341,11 @@ Answer = (
     | ClaimGranted
     | Reserved
     | ReservedMany
+    | Published
     | WriteDescriptors
 )
 FromClient = Hello | Goodbye | TailUnmapped | Request | Note
-FromOwner = Welcome | Refused | Farewell | Closing | Segments | UnmapTail | Answer
+FromOwner = Welcome | Refused | Farewell | Closing | Segments | UnmapTail | Rooms | Answer
 
 REQUESTS: Final[frozenset[type[Numbered]]] = frozenset(get_args(Request))
 _ANSWERS: Final = frozenset(get_args(Answer))

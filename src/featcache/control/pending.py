@@ -29,6 +29,7 @@ Answered: TypeAlias = asyncio.Future[tuple[Answer, list[int]]]
 # The types that are tested on every message.
 _Find = messages.Find
 _Reply = messages.Reply
+_Reserve = messages.Reserve
 _WriteDescriptors = messages.WriteDescriptors
 
 
@@ -43,6 +44,8 @@ class PendingRequests:
         self._unanswered: dict[int, tuple[Request, Answered]] = {}
         self._orphans: dict[int, Request] = {}
         """Requests that nobody awaits any more and whose answers are still to come."""
+        self.asked_rooms = 0
+        """Those of them that ask for room: a put that comes after one of these must not overtake it."""
         self.on_orphan: Callable[[Request, Answer], None] | None = None
         """Returns the resources of an answer whose task was cancelled."""
         self._closing: FeatcacheError | None = None
@@ -62,6 +65,15 @@ class PendingRequests:
         """Send a message whose answer, if it has one, nobody awaits. No-op once the channel is closed."""
         if self._ended is None:
             self._channel.send(encode(note))
+
+    def post(self, note: messages.Note) -> None:
+        """Send a message that has no answer, or raise what `request` would."""
+        if self._ended is not None:
+            raise _copy(self._ended)
+        try:
+            self._channel.send(encode(note))
+        except ValueError as error:
+            raise _too_long(error) from None
 
     async def request(self, request: Request) -> tuple[Answer, list[int]]:
         """Return the owner's answer and its descriptors, or raise the error that it names.
@@ -88,11 +100,13 @@ class PendingRequests:
                 self._channel.send_next(payload)
             else:  # at once: other sessions may be waiting for its effect
                 self._channel.send(payload)
+                if type(request) is _Reserve:
+                    self.asked_rooms += 1
         except ValueError as error:
             del self._unanswered[number]
             if lane is not None:
                 lane.release()
-            raise SettingsError(f"{error}: raise Settings.message_bytes, the owner's too") from None
+            raise _too_long(error) from None
         try:
             return await answer
         except asyncio.CancelledError:
@@ -155,6 +169,8 @@ class PendingRequests:
         # Once a request: it is taken out of its table first, so a second answer frees no other place.
         if request is not None and (lane := self._lanes.get(type(request))) is not None:
             lane.release()
+            if type(request) is _Reserve:
+                self.asked_rooms -= 1
         refusal = answer if type(answer) is _Reply and answer.error is not None else None
         if future is None or future.done():
             # Cancelled: the task has run since and made this an orphan, or is yet to run and will find
@@ -204,6 +220,10 @@ class PendingRequests:
     def forget(self) -> None:
         """Refuse new requests in a forked child, whose copy of the loop must not be touched."""
         self._ended = CacheClosed("the session was closed")
+
+
+def _too_long(error: ValueError) -> SettingsError:
+    return SettingsError(f"{error}: raise Settings.message_bytes, the owner's too")
 
 
 def _copy(error: FeatcacheError) -> FeatcacheError:

@@ -8,7 +8,7 @@ closes while the process lives is neither: the process may still be reading the 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from featcache import events
 from featcache.control import messages
@@ -25,6 +25,7 @@ from featcache.settings import Settings
 
 _ACTIVE = SessionState.ACTIVE  # members of an enum are slow to look up
 _QUARANTINE_EVENT_S = 0.1
+_ALL = -(1 << 30)  # of a turn's units that are left: whatever it takes
 _ACCEPT_AGAIN_S = 1.0
 
 
@@ -227,6 +228,7 @@ class Server:
         for peer in list(self.sessions.values()):
             over = self._host.is_abandoned(peer) and peer.gone
             if over and (self._host.has_left(peer) or full or peer.is_process_of(newcomer)):
+                peer.channel.read_rest(_ALL)  # puts that it had told of as its loop was closed
                 self._goodbye(peer)
 
     def _refuse(self, peer: Peer, reason: str) -> None:
@@ -286,7 +288,7 @@ class Server:
     # --- departures -----------------------------------------------------------------------------
 
     def _goodbye(self, peer: Peer) -> None:
-        if peer.state is SessionState.SETTLING:  # by its page's word or its death already
+        if peer.state in {SessionState.SETTLING, SessionState.ENDED}:  # by word or death already
             return
         peer.state = SessionState.SETTLING
 
@@ -322,14 +324,23 @@ class Server:
             peer.deadline = self._loop.call_later(_QUARANTINE_EVENT_S, report)
 
     def _on_death(self, peer: Peer) -> None:
+        """Settle a dead process's session, once what it sent is handled: its pidfd may fire before that."""
+
+        def reads_rest() -> bool:
+            more = peer.channel.read_rest(max(0, self._turn.left - QUANTUM_UNITS))
+            return more or self._died(peer)
+
+        self._turn.do(reads_rest)
+
+    def _died(self, peer: Peer) -> Literal[False]:
         if peer.state is SessionState.SETTLING:
-            return
+            return False
         if peer.state not in {_ACTIVE, SessionState.QUARANTINED}:
             self._end(peer)
-            return
+            return False
         if self._host.has_left(peer):
             self._goodbye(peer)
-            return
+            return False
         peer.state = SessionState.SETTLING
         self._stop_greeting(peer)
 
@@ -338,6 +349,7 @@ class Server:
             self._emit(events.ReaderLost, peer, reads_paid=paid)
 
         self._host.end(peer, settled, died=True)
+        return False
 
     def _end(self, peer: Peer) -> None:
         if peer.state is SessionState.ENDED:

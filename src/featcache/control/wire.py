@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar
 
 import msgspec
 
+from featcache.ref import TensorSpec
 from featcache.settings import MAX_KEY_BYTES
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
@@ -16,6 +17,7 @@ Ref = Annotated[bytes, msgspec.Meta(max_length=64 << 10)]
 Key = Annotated[bytes, msgspec.Meta(min_length=1, max_length=MAX_KEY_BYTES)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 MessageBytes = Annotated[int, msgspec.Meta(ge=1024)]
+Specs = Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=4096)]
 
 
 class Lane(enum.Enum):

@@ -170,6 +170,26 @@ class OffsetAllocator:
         else:
             self._link(extent, _bin_of(size))
 
+    def trim(self, extent: Extent, size_bytes: int) -> None:
+        """Takes back what an extent in use has beyond the size for so many bytes."""
+        size = aligned_size(size_bytes)
+        rest = extent.size_bytes - size
+        if extent._owner is not self or rest < 0:
+            raise ValueError(f"{extent!r} can't be cut to {size_bytes} bytes")
+        if not rest:
+            return
+        extent.size_bytes = size
+        self.used_bytes -= rest
+        following = extent._next
+        if following._owner is None:
+            following.offset_bytes -= rest
+            self._resize(following, following.size_bytes + rest)
+            return
+        cut = Extent(extent.offset_bytes + size, rest, None)
+        cut._previous, cut._next = extent, following
+        extent._next = following._previous = cut
+        self._link(cut, _bin_of(rest))
+
     @property
     def first(self) -> Extent | None:
         """The extent at the beginning, or None if there are no bytes."""

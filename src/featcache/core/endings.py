@@ -17,11 +17,21 @@ class Ending(enum.Enum):
     EVICTED = f"was evicted with its key: {_AGAIN}, and pin the key of one that must stay"
     REPLACED = "was replaced, as its key was given to another feature: get it by key"
     READER_LOST = f"was given up, as the readers that owed it died: {_AGAIN} for those that live"
+    REFUSED = (
+        "was refused by the pool's owner, whose settings (tensors, readers) or records its put did not fit: "
+        f"{_AGAIN} within them"
+    )
     WRITER_LOST = f"never came, as its writer died or gave it up: {_AGAIN}"
 
+    code: int
+    """Its number in an `ending` word; an attribute, since members of an enum are slow to look up."""
 
-_CODES: Final = {ending: code for code, ending in enumerate(Ending, 1)}
-_BY_CODE: Final = {code: ending for ending, code in _CODES.items()}
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.code = len(type(self).__members__) + 1
+
+
+_BY_CODE: Final = {ending.code: ending for ending in Ending}
 _CODE_BITS: Final = 4
 _PAID: Final = (
     "was recycled, as every read that it owed was paid: put it with as many readers as read it, or "
@@ -48,7 +58,7 @@ def why_by_word(word: int, generation: int, *, published: bool, recycled: bool) 
     """
     told = word >> _CODE_BITS
     if told == generation and (ending := _BY_CODE.get(word & (1 << _CODE_BITS) - 1)):
-        return ending.value
+        return ending.text
     if told < generation and published:
         return _PAID
     return RECYCLED if recycled else UNKNOWN
@@ -69,7 +79,7 @@ class Endings:
         known = self._known
         if (slot.index, slot.generation) not in known:
             known[slot.index, slot.generation] = ending
-            self.untold.append((slot.index, slot.generation << _CODE_BITS | _CODES[ending]))
+            self.untold.append((slot.index, slot.generation << _CODE_BITS | ending.code))
         if len(known) > self._most:
             known.popitem(last=False)
             self._forgot = True
@@ -83,7 +93,7 @@ class Endings:
             return _NEVER
         known = self._known.get((index, generation))
         if known is not None:
-            return known.value
+            return known.text
         slot = table.slots[index]
         if slot.generation == generation and slot.state is SlotState.RESERVED:
             return _NEVER

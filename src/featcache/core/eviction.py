@@ -13,7 +13,6 @@ A rank costs a look at the sessions' words, which the policy bounds in each sear
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from math import inf
 from operator import itemgetter
 from typing import Final
@@ -44,16 +43,24 @@ def victims(
     Tries windows around the coldest few. `growth_bytes` more may be committed behind the last extent,
     once the victims have gone.
     """
-    search = _Search(recency.rank, allocator, size_bytes, held, growth_bytes)
+    search: _Search | None = None
     best, warmest = list[tuple[float, Slot]](), inf
-    with closing(recency.by_rank(FEW, held)) as coldest:
+    coldest = recency.by_rank(FEW, held)
+    try:
         for rank, slot in coldest:
+            if search is None:  # hot path: the coldest alone makes the room, as where all are alike
+                extent = slot.extent
+                if extent is not None and extent.size_bytes >= size_bytes:
+                    return [slot]
+                search = _Search(recency.rank, allocator, size_bytes, held, growth_bytes)
             if search.steps > _MAX_STEPS or rank > warmest:
                 break  # a window is no colder than its centre, and the next centres are warmer still
             if window := search.window(slot, rank, warmest):
                 best, warmest = window, window[0][0]
                 if len(best) == 1:
                     break  # no other window can be colder than one of the coldest alone
+    finally:
+        coldest.close()
     return [slot for _, slot in best]
 
 

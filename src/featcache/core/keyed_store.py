@@ -56,7 +56,7 @@ class KeyedStore(Store):
     @property
     def unevictable_bytes(self) -> int:
         """Used bytes that no put can have: all but those of evictable slots."""
-        return self.allocator.used_bytes - self.directory.idle_bytes
+        return self.used_bytes - self.directory.idle_bytes
 
     @property
     def retiring_bytes(self) -> int:
@@ -263,9 +263,9 @@ class KeyedStore(Store):
         if above is None:
             return []
         from_bytes = (self.limits.evict_to if was_trimming else above) * capacity_bytes
-        if self.allocator.used_bytes <= from_bytes:
+        if self.used_bytes <= from_bytes:
             return []
-        kept_bytes = self.allocator.used_bytes - self.retiring_bytes
+        kept_bytes = self.used_bytes - self.retiring_bytes
         if kept_bytes <= from_bytes:
             return []
         effects: list[Effect] = []

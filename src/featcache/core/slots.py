@@ -34,8 +34,8 @@ class Slot:
     """One entry of the table. `generation` grows at each `SlotTable.allocate` and never repeats."""
 
     __slots__ = (
-        "born_s", "due_s", "extent", "generation", "grants", "idle", "index", "key", "listed", "mark",
-        "mates", "nbytes", "of", "owed_by_names", "paid_by", "place", "reads_left", "retired_s",
+        "born_s", "due_s", "early_paid", "extent", "generation", "grants", "idle", "index", "key", "listed",
+        "mark", "mates", "nbytes", "of", "owed_by_names", "paid_by", "place", "reads_left", "retired_s",
         "state", "tick", "ttl_s", "used_s", "wanted_key",
     )  # fmt: skip
 
@@ -55,6 +55,8 @@ class Slot:
         """Names of the readers that owe them; None if the reads are anonymous."""
         self.paid_by: set[int] | None = None
         """Sessions that paid already; each pays once."""
+        self.early_paid: dict[int, str | None] | None = None
+        """Sessions, with their names, that paid a read before the slot was published."""
         self.born_s = 0.0
         self.ttl_s: float | None = None
         self.retired_s = 0.0
@@ -126,7 +128,7 @@ class SlotTable:
         """Free a slot. Its generation stays, so that old refs never match again."""
         slot.state = _FREE
         slot.extent = None
-        slot.owed_by_names = slot.paid_by = slot.wanted_key = None
+        slot.owed_by_names = slot.paid_by = slot.wanted_key = slot.early_paid = None
         slot.reads_left = 0
         self.free_slots.append(slot)
 

@@ -26,17 +26,17 @@ from featcache.core.key_queue import KeyQueue
 from featcache.core.put_queue import Batch, Request, Waiter, WaitQueue
 from featcache.core.recency import Lru, Recency
 from featcache.core.ripening import Ripening
-from featcache.core.slab_size import SizeState, SlabSize
+from featcache.core.rooms import Rooms
+from featcache.core.slab_size import SlabSize
 from featcache.core.slots import Slot, SlotState, SlotTable
 from featcache.errors import PoolFull, StaleRef
 
 # Members of an enum are slow to look up, and these are looked up at every put and payment.
 _RESERVED, _PUBLISHED, _RETIRING = SlotState.RESERVED, SlotState.PUBLISHED, SlotState.RETIRING
-_STEADY = SizeState.STEADY
 _BOUND = "{} puts wait already, the bound: shed load, or raise Settings.waiters"
 
 
-class Store(Batches):
+class Store(Batches, Rooms):
     """Slots of one pool, and what keeps each: its writer, reads owed, its key, grants.
 
     `KeyedStore` adds the calls that name a key.
@@ -46,6 +46,8 @@ class Store(Batches):
         self.limits = limits
         self.max_feature_bytes = limits.capacity_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
         """Bytes of the largest feature that an empty pool could hold."""
+        self.ahead: dict[int, Slot] = {}
+        self.ahead_bytes = 0
         self.table = SlotTable(limits.slots)
         self.queue = WaitQueue()
         self.allocator = OffsetAllocator(0)
@@ -65,25 +67,6 @@ class Store(Batches):
         self.puts = self.recycled = self.expired = self.waited = self.reads_paid = 0
 
     # --- room -----------------------------------------------------------------------------------
-
-    @property
-    def committed_bytes(self) -> int:
-        return self.allocator.end_bytes
-
-    @property
-    def free_bytes(self) -> int:
-        """Bytes not allocated, committed or not: with `used_bytes` they make up the capacity."""
-        return self.limits.capacity_bytes - self.allocator.used_bytes
-
-    @property
-    def largest_free_bytes(self) -> int:
-        """The largest feature that would fit now, counting what the slab may still grow by."""
-        return max(self.allocator.largest_free_bytes, self.size.tail_room_bytes)
-
-    @property
-    def blocked_puts(self) -> int:
-        """Puts that wait for others' bytes: none while the slab changes its size."""
-        return len(self.queue) if self.size.state is _STEADY else 0
 
     def reserve(self, request: Request, now_s: float, *, first: bool = False) -> Slot | None:
         """Return a RESERVED slot, or None if there is no room or others wait.
@@ -218,6 +201,8 @@ class Store(Batches):
             slot = slots[index]
             if slot.generation != generation or slot.state is not _PUBLISHED or not slot.reads_left:
                 unowed += 1
+                if slot.generation == generation and slot.state is _RESERVED:
+                    self.paid_early(slot, session, name)  # its publish is still on its way
                 continue
             if slot.owed_by_names is not None:
                 if name not in slot.owed_by_names:

@@ -14,8 +14,11 @@ however the owner stopped:
 
 A reader takes the count of changes, finds the digest, takes its place, and takes the count again. If the
 count is the same, no entry of the set got another digest and a place with it meanwhile, so the place was
-the key's. (Counted before the digest is written, a reader that begins between the two could take the old
-digest with the new place.) A key that is neither in its set nor counted as left out is kept nowhere.
+the key's. (Counted before the digest is written, a reader that begins between the two could take the
+old digest with the new place. A processor weaker than x86 may also load the place before the digest that
+leads to it, and so take the place of the entry's last key with the digest of its next: there the changes
+are counted before the digest is written as well.) A key that is neither in its set nor counted as left
+out is kept nowhere.
 
 Behind the table each slot has a record: the wire form of its ref, written before the slot is made live.
 A place names a generation of a slot, and while `live` is that generation its record is as it was
@@ -66,7 +69,7 @@ class KeyTable:
     """The table and the records as any process reads them. Safe in any thread."""
 
     def __init__(self, words: OwnerWords) -> None:
-        self._words = words.whole
+        self._words = self.words = words.whole
         self._mapping = words.mapping
         self._find = words.mapping.find
         sets = key_sets(words.slots)
@@ -86,6 +89,14 @@ class KeyTable:
 
     def find(self, key: bytes) -> int:
         """Return the place of a key, ABSENT, or UNKNOWN."""
+        return self.entry(key)[0]
+
+    def entry(self, key: bytes) -> tuple[int, int]:
+        """Return the place of a key, ABSENT, or UNKNOWN; and the index of the word that has a place.
+
+        While that word is still that place, it is still the key's: a generation of a slot is kept under
+        one key, once, so no other entry's word ever has it. Whoever remembers the two need look no further.
+        """
         state = self._keyed()
         state.update(key)
         digest = state.digest()
@@ -100,16 +111,17 @@ class KeyTable:
                 fence_loads()
             found = self._find(digest, start + _HEAD_BYTES, start + KEY_SET_BYTES)
             if found < 0:
-                place = UNKNOWN if words[at + 1] else ABSENT
+                place, word = UNKNOWN if words[at + 1] else ABSENT, 0
             elif (found - start - _HEAD_BYTES) % _ENTRY_BYTES:
-                return UNKNOWN  # across words: no digest of ours is there
+                return UNKNOWN, 0  # across words: no digest of ours is there
             else:
-                place = words[(found >> 3) + 2]
+                word = (found >> 3) + 2
+                place = words[word]
             if not TSO:
                 fence_loads()
             if words[at] == changes:
-                return place
-        return UNKNOWN
+                return place, word
+        return UNKNOWN, 0
 
     def record(self, index: int) -> bytes:
         """Return a slot's record; nothing if it did not fit. To be called while the slot is leased."""
@@ -130,47 +142,52 @@ class OwnKeyTable(KeyTable):
             _SECRET_WORDS * _WORD_BYTES
         )
         super().__init__(words)
-        self._left_out: set[bytes] = set()
+        self._kept: dict[bytes, int] = {}
+        """By key, the word of its place; of one that did not fit, minus its set's first word."""
 
     def keep(self, key: bytes, index: int, generation: int) -> None:
         """Keep a slot, which is live, under a key, in the place of the one that was there."""
-        words, digest = self._words, self.digest(key)
-        start = self._start_bytes + KEY_SET_BYTES * (_words_of(digest)[0] & self._mask)
-        at, place = start >> 3, place_of(index, generation)
+        words, place = self._words, index | generation << SLOT_BITS  # as `place_of`, inline
         if not TSO:
             fence_stores()  # the slot's words before the place that leads to them
-        found = self._find(digest, start + _HEAD_BYTES, start + KEY_SET_BYTES)
-        if found >= 0:
-            words[(found >> 3) + 2] = place
+        word = self._kept.get(key)
+        if word is not None:
+            if word > 0:
+                words[word] = place
             return
-        if digest in self._left_out:
-            return
+        state = self._keyed()
+        state.update(key)
+        low, high = _words_of(state.digest())
+        at = self._start_bytes + KEY_SET_BYTES * (low & self._mask) >> 3
         for way in _PLACES:
-            if not words[at + way]:
+            word = at + way
+            if not words[word]:
                 break
         else:
-            self._left_out.add(digest)
+            self._kept[key] = -at
             words[at + 1] = words[at + 1] + 1
             return
         # The order on which readers rely: see the module's text.
-        words[at + way - 2], words[at + way - 1] = _words_of(digest)
+        if not TSO:
+            words[at] = words[at] + 1
+            fence_stores()
+        words[word - 2], words[word - 1] = low, high
         if not TSO:
             fence_stores()
         words[at] = words[at] + 1
         if not TSO:
             fence_stores()
-        words[at + way] = place
+        words[word] = place
+        self._kept[key] = word
 
     def drop(self, key: bytes) -> None:
         """Drop a key. One that is not there is no error."""
-        words, digest = self._words, self.digest(key)
-        start = self._start_bytes + KEY_SET_BYTES * (_words_of(digest)[0] & self._mask)
-        found = self._find(digest, start + _HEAD_BYTES, start + KEY_SET_BYTES)
-        if found >= 0:
-            words[(found >> 3) + 2] = 0
-        elif digest in self._left_out:
-            self._left_out.remove(digest)
-            words[(start >> 3) + 1] = words[(start >> 3) + 1] - 1
+        word = self._kept.pop(key, 0)
+        if word > 0:
+            self._words[word] = 0
+        elif word:
+            left_out = 1 - word
+            self._words[left_out] = self._words[left_out] - 1
 
     def write_record(self, index: int, data: bytes) -> None:
         """Write the record of a slot that is not live; one that does not fit is left empty."""

@@ -144,6 +144,9 @@ class Mapping(Protocol):
     def open_for_writing(self, fds: Sequence[int]) -> None:
         """Map the slab for writing, by the descriptors that the owner sent for this. May block."""
 
+    def warm(self, end_bytes: int) -> None:
+        """Make first writes below `end_bytes`, committed now, as quick as later ones. May block."""
+
     def stage(self, parts: Parts) -> tuple[Parts, Order]:
         """Return the arguments of `write`: the parts, where it can copy from, and the caller's order."""
 

@@ -55,4 +55,4 @@ class UnreachableSlab:
         pass
 
     # Orders are None, since the CPU writes the words; no segment is mapped, and no work in progress.
-    order = follow = extend = cut = finish = close = forget = _do_nothing
+    order = follow = extend = cut = finish = close = forget = warm = _do_nothing

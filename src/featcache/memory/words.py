@@ -70,6 +70,20 @@ class Header:
     """The age, in microseconds, of the oldest ref that still owes a read; 0 if none does."""
 
 
+class RoomClaim:
+    """How a session takes a slot that was reserved for it ahead of a put, without a message.
+
+    The owner stores `OPEN` with the generation in its `reserved` word: the session may claim the slot. The
+    session stores `CLAIMED` with the generation in its `written` word, fences, and looks at `reserved`
+    again; the owner, to take the room back, stores `reserved` without `OPEN`, fences, and looks at `written`.
+    So either the session finds that the room is gone, or the owner that it is claimed, as with a pin.
+    Whoever only reads sees the same generation with and without the bit: a publish may still come.
+    """
+
+    OPEN = CLAIMED = 1 << 63
+    GENERATION = OPEN - 1
+
+
 class Counts:
     """Indices of the header words of a session's page in which the session counts what it did itself."""
 

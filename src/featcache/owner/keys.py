@@ -20,6 +20,7 @@ from featcache.pool.page import Grant, SessionPage
 from featcache.pool.pool import Pool
 from featcache.ref import FeatureRef
 from featcache.session.arguments import key_timeout, not_found, rpc_timeout
+from featcache.session.hits import KeyHits
 from featcache.session.lease import KeyLease, MakeClaim, return_all
 from featcache.session.single_flight import Command, Device
 
@@ -241,19 +242,24 @@ class OwnerKeys:
         grant, ref = granted
         return KeyLease.granted(self._own.attach(), ref, grant.index, grant.serial)
 
-    def at_hand(self, key: bytes, device: Device) -> KeyLease | None:
+    @property
+    def hits(self) -> KeyHits | None:
+        """The owner's own lookups in the key table, once it has read."""
+        return self._own.hits
+
+    def at_hand(self, key: str | bytes, device: Device) -> KeyLease | None:
         """Return a read by the key table alone, or None, in any thread."""
         hits = self._own.hits
         found = UNKNOWN if hits is None else hits.find(key, device)
         return found if type(found) is KeyLease else None
 
-    def find_now(self, key: bytes, device: Device) -> KeyLease:
+    def find_now(self, key: str | bytes, device: Device) -> KeyLease:
         """Return a read by the key table alone, or raise, in any thread."""
         self._own.attach()
         assert self._own.hits is not None, "its page is open"
         return self._own.hits.find_now(key, device)
 
-    def contains_now(self, key: bytes) -> bool | None:
+    def contains_now(self, key: str | bytes) -> bool | None:
         """Whether a key is there, by the key table alone; None if the owner is to say."""
         hits = self._own.hits
         return None if hits is None else hits.contains(key)

@@ -17,6 +17,7 @@ from featcache.memory.slab import PageWords, Unreachable
 from featcache.owner.sessions import OWN_SESSION, Sessions
 from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
+from featcache.pool.refresh import hear
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
 from featcache.session.hits import KeyHits
@@ -67,6 +68,7 @@ class OwnSession:
         )
         attachment.covered_bytes = pool.store.limits.capacity_bytes
         attachment.why_stale = pool.store.why_stale
+        attachment.hear = lambda: hear(pool)
         # Its own mapping is never behind: nothing lies in memory that it has given back.
         attachment.shrink_epoch = None
         self.hits = KeyHits(attachment, pool.key_table)

@@ -208,6 +208,8 @@ class Owner:
             await turn.wait()
         for served in self.served:
             if served.pool.pool_id == ref.pool_id:
+                if served.pool.ahead.is_coming(ref.slot, ref.generation):
+                    await served.pool.ahead.arrival(ref.slot, ref.generation)
                 served.sessions.discard_ref(ref)
                 return
         raise UnknownPool(f"the ref is of pool {ref.pool_id.hex()}, not of this cache")
@@ -222,7 +224,7 @@ class Owner:
             for each in self.served:
                 refresh(each.pool)
         main, store, spilled = self.main, self.main.pool.store, self.spills.count
-        hits, misses, reads_paid = main.pool.lookups
+        hits, misses, reads_paid = main.pool.uses.lookups(store)
         return Statistics(
             **(gauges.of_store(store) if in_loop else _published(main.pool)),
             sessions=len(main.server.sessions),

@@ -42,6 +42,8 @@ class Relay:
         source = self._source.pool
         if ref.pool_id != source.pool_id:
             raise UnknownPool(f"the ref is of pool {ref.pool_id.hex()}, not of this owner's")
+        if source.ahead.is_coming(ref.slot, ref.generation):
+            await source.ahead.arrival(ref.slot, ref.generation)
         source.find(ref)
         target = await self._target()
         attachment = self._source.relaying.attach()

@@ -7,10 +7,12 @@ from typing import Any, Final
 from featcache.control import many, messages
 from featcache.control.dispatch import Begun, Wait
 from featcache.control.messages import Answer
+from featcache.control.rooms import PublishUnkeyed, Room, Rooms
 from featcache.control.turns import WAKE_UNITS
+from featcache.core.endings import Ending
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot
-from featcache.errors import FeatcacheError, SettingsError, StaleRef, at_member
+from featcache.errors import FeatcacheError, MalformedRef, SettingsError, StaleRef, at_member
 from featcache.owner.keys import Claim, Granted, Lookups
 from featcache.owner.sessions import Sessions
 from featcache.pool.page import SessionPage
@@ -58,18 +60,35 @@ class RequestHandlers:
         """Handle a request; return the answer, or the coroutine that will."""
         return self._answers[type(message)](session, message)
 
-    def note(self, session: int, note: messages.ReleaseClaim | messages.GiveUpReserved) -> None:
+    def note(
+        self,
+        session: int,
+        note: messages.ReleaseClaim | messages.GiveUpReserved | PublishUnkeyed,
+    ) -> Rooms | None:
         """Handle a message that has no answer."""
+        if type(note) is PublishUnkeyed:
+            return self._publish_unkeyed(session, note)
         if isinstance(note, messages.ReleaseClaim):
             if self._pool.store.key_waiters.has(note.key, note.claim, session):
                 self._lookups.release_claim(Claim(note.key, note.claim))
-        else:
+        elif isinstance(note, messages.GiveUpReserved):
             self._give_up(session, note)
+        return None
 
     def _page(self, session: int) -> SessionPage:
         return self._pool.pages[session]
 
-    def _discard(self, _: int, message: messages.Discard) -> Answer:
+    def _discard(self, _: int, message: messages.Discard) -> Answer | Wait:
+        if self._pool.ahead.is_coming(message.slot, message.generation):
+            return self._discard_later(
+                message
+            )  # another session's, which was faster than its publish
+        self._sessions.discard(message.slot, message.generation)
+        return messages.Reply(message.request)
+
+    async def _discard_later(self, message: messages.Discard) -> Answer:
+        await self._pool.ahead.arrival(message.slot, message.generation)
+        self._pool.check_open()
         self._sessions.discard(message.slot, message.generation)
         return messages.Reply(message.request)
 
@@ -186,15 +205,67 @@ class RequestHandlers:
         return Request(message.nbytes, readers, message.ttl_s, message.key, session)
 
     def _reserved(self, session: int, request: int, slot: Slot) -> messages.Reserved:
-        self._pool.pending_writes.reserve(slot, self._pool.pages[session])
-        return messages.Reserved(request, slot.index, slot.generation, slot.offset_bytes)
+        page = self._pool.pages[session]
+        self._pool.pending_writes.reserve(slot, page)
+        page.put_sizes.append(slot.nbytes)
+        rooms = self._rooms_ahead(page)
+        return messages.Reserved(request, slot.index, slot.generation, slot.offset_bytes, rooms)
+
+    def _rooms_ahead(self, page: SessionPage, *, least: int = 1) -> tuple[Room, ...]:
+        """Give a session room for its next puts, if that is due; return what it is told of it."""
+        given = self._pool.ahead.give(page, self._writer, least=least)
+        return tuple(
+            Room(slot.index, slot.generation, slot.offset_bytes, slot.nbytes) for slot in given
+        )
 
     def _publish(self, session: int, message: messages.Publish) -> Answer:
-        """Publish a slot that the session wrote; readers see it once its word has landed."""
         page = self._page(session)
-        slot = self._written(page, message.slot, message.generation, message.specs)
-        self._pool.publish_from(slot, message.specs, page)
-        return messages.Reply(message.request)
+        self._publish_from(page, message)
+        return messages.Published(message.request, self._rooms_ahead(page))
+
+    def _publish_unkeyed(self, session: int, note: PublishUnkeyed) -> Rooms | None:
+        page = self._page(session)
+        try:
+            self._publish_from(page, note)
+        except FeatcacheError:
+            self._refuse(page, note)
+            return None
+        rooms = self._rooms_ahead(page, least=max(1, self._pool.settings.rooms_ahead // 2))
+        return Rooms(rooms) if rooms else None
+
+    def _publish_from(self, page: SessionPage, message: messages.Publish | PublishUnkeyed) -> None:
+        """Publish a slot that the session wrote; readers see it once its word has landed."""
+        pool, terms = self._pool, message.terms
+        slot = pool.ahead.find(page, message.slot, message.generation)
+        if len(message.specs) > (most := pool.settings.tensors):
+            raise SettingsError(
+                f"{len(message.specs)} tensors: the pool's owner takes at most {most}"
+            )
+        nbytes = slot.nbytes if terms is None else terms.nbytes
+        if nbytes > slot.nbytes or (terms is None and _owes_nothing(slot)):
+            raise MalformedRef("this put does not fit the room that it has")
+        # Raises MalformedRef for specs that no feature of this slot has.
+        FeatureRef(
+            *(pool.pool_id, pool.endpoint, slot.index, slot.generation),
+            *(slot.offset_bytes, nbytes, message.specs),
+        )
+        if terms is not None:
+            least = 1 if terms.key is None else 0
+            readers = parse_readers(terms.readers, pool.settings.readers, least=least)
+            request = Request(nbytes, readers, terms.ttl_s, terms.key, page.session)
+            if effects := pool.store.fit_ahead(slot, request, time.monotonic()):
+                pool.apply(effects)
+            page.put_sizes.append(nbytes)
+        pool.publish_from(slot, message.specs, page)
+
+    def _refuse(self, page: SessionPage, note: PublishUnkeyed) -> None:
+        """End a put whose ref is out already: whoever reads it is told that it is stale, and why."""
+        slot = page.reserved.get(note.slot)
+        if slot is not None and slot.generation == note.generation:
+            self._pool.store.endings.note(slot, Ending.REFUSED)
+            landed = page.has_written(note.slot, note.generation)
+            give_up = messages.GiveUpReserved(note.slot, note.generation, landed)
+            self._give_up(page.session, give_up)
 
     def _written(
         self, page: SessionPage, index: int, generation: int, specs: tuple[TensorSpec, ...]
@@ -268,7 +339,7 @@ class RequestHandlers:
         """Give up a slot; if the session's stream may still write it, only after its word has landed."""
         pool, page = self._pool, self._page(session)
         try:
-            slot = pool.pending_writes.find_reserved(page, note.slot, note.generation)
+            slot = pool.ahead.find(page, note.slot, note.generation)
         except StaleRef:
             return  # a note has no answer
         if note.landed:
@@ -277,6 +348,7 @@ class RequestHandlers:
         else:
             pool.apply(pool.store.give_up_reserved(slot, time.monotonic()))
             pool.pending_writes.add(slot, page)
+            pool.pending_writes.end_reserved(note.slot, note.generation)
             pool.recycler.poll_after(0.0)
 
     def writable(self) -> Sequence[int]:
@@ -318,3 +390,8 @@ class RequestHandlers:
             self._give_up(
                 session, messages.GiveUpReserved(answer.slot, answer.generation, landed=True)
             )
+
+
+def _owes_nothing(slot: Slot) -> bool:
+    """Whether a slot was given ahead and has no put's terms yet. Names that have died are terms."""
+    return not slot.reads_left and slot.owed_by_names is None and slot.wanted_key is None

@@ -86,6 +86,8 @@ class Sessions:
             endpoint=pool.endpoint,
             grants=pool.settings.grants,
             message_bytes=pool.settings.message_bytes,
+            tensors=pool.settings.tensors,
+            readers=pool.settings.readers,
         )
         own = [self._pidfd, pool.words_fd, page.fd, pool.recycler.eventfd]
         return welcome, own + pool.slab.descriptors()

@@ -53,7 +53,9 @@ class BatchPuts:
         pool.collect()
         slot = pool.store.reserve_batch(batch, _now())
         if slot is None and not pool.store.queue.count:
-            while pool.collector.evict_some(batch):
+            if pool.store.ahead and pool.ahead.take_back():
+                slot = pool.store.reserve_batch(batch, _now())
+            while slot is None and pool.collector.evict_some(batch):
                 slot = pool.store.reserve_batch(batch, _now())
                 if slot is not None or self.turn.left <= 0:
                     break

@@ -6,12 +6,15 @@ Looked at only when an error is raised or an event emitted, and then at so many 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from featcache.core.keyed_store import KeyedStore, key_label
 from featcache.core.slots import Slot
 from featcache.pool.attendance import Attendance, clipped, label_of
 from featcache.pool.page import SessionPage
+
+if TYPE_CHECKING:
+    from featcache.pool.pool import Pool
 
 _MOST: Final = 3
 """Entries of a kind that are named."""
@@ -24,6 +27,18 @@ _MOST_CHARS: Final = 800
 _KEPT_S: Final = 0.02
 """How long an answer serves again while nothing is put or paid: puts that fail may come in floods."""
 _now: Final = time.monotonic
+
+
+def describe_room(pool: "Pool", *, besides: bool) -> str:
+    """Describe the room there is, and who holds the rest; `besides` the waiter that is told."""
+    store, refused = pool.store, pool.growth.refused
+    grows = f"; the slab can't grow: {refused}" if refused else ""
+    return (
+        f"{store.free_bytes} of {store.limits.capacity_bytes} bytes are free, at most "
+        f"{store.largest_free_bytes} in one piece, {store.table.count - store.table.used} of "
+        f"{store.table.count} slots, and {len(store.queue) - besides} puts wait; "
+        f"{pool.debtors.holders()}{grows}"
+    )
 
 
 class Holders(NamedTuple):

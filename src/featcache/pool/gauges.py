@@ -36,10 +36,10 @@ def _oldest_unpaid_us(store: KeyedStore) -> int:
 GAUGES: Final = (
     Gauge("capacity_bytes", Header.CAPACITY, lambda store: store.limits.capacity_bytes),
     Gauge("committed_bytes", Header.COMMITTED, lambda store: store.committed_bytes),
-    Gauge("used_bytes", Header.USED, lambda store: store.allocator.used_bytes),
+    Gauge("used_bytes", Header.USED, lambda store: store.used_bytes),
     Gauge("largest_free_bytes", Header.LARGEST_FREE, lambda s: s.largest_free_bytes, _largest),
     Gauge("slots", Header.SLOTS, lambda store: store.table.count),
-    Gauge("slots_used", Header.SLOTS_USED, lambda store: store.table.used),
+    Gauge("slots_used", Header.SLOTS_USED, lambda store: store.table.used - len(store.ahead)),
     Gauge("waiters", Header.WAITERS, lambda store: store.queue.count),
     Gauge("waiting_bytes", Header.WAITING_BYTES, lambda store: store.queue.waiting_bytes),
     Gauge("keys", Header.KEYS, lambda store: len(store.directory)),

@@ -8,7 +8,7 @@ import numpy as np
 
 from featcache.core.keyed_store import KeyedStore
 from featcache.core.slots import Slot, SlotTable
-from featcache.memory.key_table import SLOT_BITS, SLOT_MASK
+from featcache.memory.key_table import SLOT_BITS, SLOT_MASK, place_of
 from featcache.memory.words import OwnerWords
 from featcache.pool.page import SessionPage
 
@@ -39,16 +39,24 @@ class Holds:
     def of_many(self) -> Callable[[Slot], bool]:
         """Return what says the same of many features under keys, as long as no other task runs."""
         known: list[bool] = []
+        leased: set[int] | None = None
         asked = 0
 
         def held(slot: Slot) -> bool:
-            nonlocal asked, known
+            nonlocal asked, known, leased
             if known:
                 return known[slot.index]
             asked += 1
             if asked > _FEW:
                 known = self._now()
-            return self(slot)
+            if leased is None:  # once: a session may have thousands
+                leased = set().union(*(page.leased() for page in self._pages.values()))
+            index, generation = slot.index, slot.generation
+            return (
+                self._words.published[index] != generation
+                or place_of(index, generation) in leased
+                or any(page.holds(index, generation) for page in self._pages.values())
+            )
 
         return held
 
@@ -66,7 +74,8 @@ class Holds:
 
     def count_leased(self, store: KeyedStore) -> None:
         """Note the bytes that can't be evicted with any gain, as sessions read them by lease entries."""
-        places = set(islice(chain(*(page.leased() for page in self._pages.values())), _MOST))
+        leased = (page.leased() for page in self._pages.values())  # no more of them than it takes
+        places = set(islice(chain.from_iterable(leased), _MOST))
         slots = (self._table.find(place & SLOT_MASK, place >> SLOT_BITS) for place in places)
         store.leased_bytes = sum(
             slot.extent.size_bytes

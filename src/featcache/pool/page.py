@@ -1,6 +1,7 @@
 """One session's page of control words, as the owner reads it, with its grants and reservations."""
 
 import os
+from collections import deque
 from collections.abc import Collection
 from typing import Final
 
@@ -11,9 +12,10 @@ from numpy.typing import NDArray
 from featcache.core.slots import Slot
 from featcache.errors import PoolFull
 from featcache.memory.key_table import place_of
-from featcache.memory.words import Counts, SessionWords
+from featcache.memory.words import Counts, RoomClaim, SessionWords
 
 _WORD_BYTES: Final = 8
+_NONE: Final = np.zeros(0, np.uint64)
 
 
 class Grant(msgspec.Struct, frozen=True, gc=False):
@@ -46,7 +48,9 @@ class SessionPage:
         self._seen_bytes = b""
         """The beginning of `_seen` that the last poll went over."""
         self._header = words.header
-        self._lease_words = words.lease, words.serial.cast("B"), words.ended.cast("B")
+        self._lease_words = tuple(
+            each.cast("B") for each in (words.lease, words.serial, words.ended)
+        )
         self._paid = words.granted_array()
         self._paid_seen = np.zeros_like(self._paid)
         self._serials = 0
@@ -57,6 +61,10 @@ class SessionPage:
         """Grants that are out, by index."""
         self.reserved: dict[int, Slot] = {}
         """Slots that it may write and has not published yet, by index (`WriteState.RESERVED`)."""
+        self.ahead: dict[int, Slot] = {}
+        """Slots that it may claim for its next puts (`pool.ahead`), by index, the oldest first."""
+        self.put_sizes: deque[int] = deque(maxlen=4)
+        """Bytes of its last puts."""
 
     def newly_released(self, high: int, most: int | None = None) -> list[tuple[int, int]]:
         """Return (slot, generation) for each `released` word that changed since the last call.
@@ -87,7 +95,9 @@ class SessionPage:
 
     def uses(self, index: int, generation: int) -> bool:
         """Whether the session may be reading these bytes now, by a ref or by their key."""
-        return self.holds(index, generation) or place_of(index, generation) in self.leased()
+        return self.holds(index, generation) or bool(
+            (self._leased_now() == place_of(index, generation)).any()
+        )
 
     def holds(self, index: int, generation: int) -> bool:
         """Whether the session may be reading these bytes by a ref now."""
@@ -101,18 +111,24 @@ class SessionPage:
 
     def leased(self) -> Collection[int]:
         """Return the places of the features that the session may be reading by their keys now."""
-        high = min(self._header[Counts.LEASES_HIGH], len(self._lease_words[0]))
-        if not high:
-            return ()
+        places = self._leased_now()
+        return set(places.tolist()) if places.size else ()
+
+    def _leased_now(self) -> NDArray[np.uint64]:
+        """Return the same, one for each entry, at the cost of a few vectors whatever the session wrote."""
         places, serials, ended = self._lease_words
+        high = min(self._header[Counts.LEASES_HIGH], len(serials) // _WORD_BYTES)
+        if not high:
+            return _NONE
         size_bytes = high * _WORD_BYTES
         # An entry that is in use has the same words for as long as it is, so it does not matter that
         # these are looked at one after the other.
         taken, done = serials[:size_bytes].tobytes(), ended[:size_bytes].tobytes()
         if taken == done:
-            return ()
-        numbers = np.frombuffer(taken, dtype=np.uint64) != np.frombuffer(done, dtype=np.uint64)
-        return {places[index] for index in numbers.nonzero()[0].tolist()}
+            return _NONE
+        in_use = np.frombuffer(taken, dtype=np.uint64) != np.frombuffer(done, dtype=np.uint64)
+        leased: NDArray[np.uint64] = np.frombuffer(places[:size_bytes].tobytes(), np.uint64)[in_use]
+        return leased
 
     @property
     def leases_out(self) -> int:
@@ -131,6 +147,8 @@ class SessionPage:
 
     def not_held(self, slots: list[Slot]) -> list[Slot]:
         """Return those of the slots that it does not use, as `uses` says of each."""
+        if not slots:
+            return slots
         held, released = self._held, self._released
         if leased := self.leased():
             slots = [slot for slot in slots if place_of(slot.index, slot.generation) not in leased]
@@ -143,6 +161,10 @@ class SessionPage:
     def has_written(self, index: int, generation: int) -> bool:
         """Whether the bytes that the session was to write there have landed."""
         return self._written[index] == generation
+
+    def has_claimed(self, index: int, generation: int) -> bool:
+        """Whether it has taken, or written, a slot that it was given ahead (`RoomClaim`)."""
+        return self._written[index] & RoomClaim.GENERATION == generation
 
     # --- grants -----------------------------------------------------------------------------------
 

@@ -5,13 +5,17 @@ vouches for the bytes with a word of its own, so that readers look at one block 
 host slab the word is there before the message that publishes the slot.
 """
 
+import asyncio
 import enum
 from collections.abc import Callable
+from typing import Final
 
 from featcache.core.slots import Slot
 from featcache.errors import StaleRef
-from featcache.memory.words import fence_full
+from featcache.memory.words import RoomClaim, fence_full, fence_stores
 from featcache.pool.page import SessionPage
+
+_GENERATION: Final = RoomClaim.GENERATION
 
 
 class WriteState(enum.Enum):
@@ -19,7 +23,8 @@ class WriteState(enum.Enum):
 
     | from      | by                                                   | to                   |
     | --------- | ---------------------------------------------------- | -------------------- |
-    |           | `reserve`: the session may write the slot            | RESERVED             |
+    |           | `reserve`: the session may write the slot, or has    | RESERVED             |
+    |           | claimed one that it was given ahead (`pool.ahead`)   |                      |
     | RESERVED  | `add`: published, or withdrawn with work on a stream | IN_FLIGHT, or LANDED |
     |           |                                                      | if its word is there |
     | RESERVED  | `drop`: withdrawn with nothing on a stream           | none: the slot frees |
@@ -37,13 +42,18 @@ class WriteState(enum.Enum):
 class PendingWrites:
     """The writes of all sessions. RESERVED slots are kept in their session's page, by slot."""
 
-    def __init__(self, published: memoryview, on_change: Callable[[], object]) -> None:
+    def __init__(
+        self, published: memoryview, reserved: memoryview, on_change: Callable[[], object]
+    ) -> None:
         """`on_change` is called when the first write is in flight, and when none is any more."""
         self._published = published
+        self._reserved = reserved
         self._on_change = on_change
         self.in_flight: dict[int, tuple[int, SessionPage]] = {}
         """By slot: the generation that is being written, and the page of its writer."""
         self._abandoned: dict[int, int] = {}
+        self._awaited: dict[int, list[asyncio.Future[None]]] = {}
+        """By slot: who waits for its publish, or its end."""
 
     def state_of(self, slot: Slot) -> WriteState | None:
         """Return the state of a published slot's write; None of one that its owner wrote or landed."""
@@ -67,12 +77,40 @@ class PendingWrites:
     # --- transitions ------------------------------------------------------------------------------
 
     def reserve(self, slot: Slot, page: SessionPage) -> None:
-        """Let a session write a slot."""
+        """Let a session write a slot; `reserved` says to who meets its ref that its publish may come."""
         page.reserved[slot.index] = slot
+        self._reserved[slot.index] = slot.generation
 
     def drop(self, slot: Slot, page: SessionPage) -> None:
         """End a reservation of which no byte is, or will be, on its way."""
         del page.reserved[slot.index]
+        self.end_reserved(slot.index, slot.generation)
+
+    def end_reserved(self, index: int, generation: int) -> None:
+        """Say that no publish of a slot is on its way any more: it has come, or never will.
+
+        A slot that is published is live by now, and its `live` word was stored before this one: a reader
+        that finds neither looks at `live` again.
+        """
+        if self._reserved[index] & _GENERATION == generation:  # not of the slot's next tenant
+            fence_stores()
+            self._reserved[index] = 0
+        if self._awaited:
+            for waiting in self._awaited.pop(index, ()):
+                if not waiting.done():
+                    waiting.set_result(None)
+
+    async def arrival(self, is_coming: Callable[[], bool], index: int) -> None:
+        """Return once a publish of a slot is not on its way any more."""
+        while is_coming():
+            waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._awaited.setdefault(index, []).append(waiting)
+            try:
+                await waiting
+            finally:
+                others = self._awaited.get(index)
+                if others is not None and waiting in others:
+                    others.remove(waiting)
 
     def add(self, slot: Slot, page: SessionPage) -> None:
         """Count a slot as complete once its session's word says so; it may say so already."""
@@ -122,4 +160,7 @@ class PendingWrites:
     def close(self) -> None:
         """Release the words, which must be unmapped with the pool."""
         self.in_flight.clear()
-        del self._published
+        for waiting in [each for others in self._awaited.values() for each in others]:
+            waiting.cancel()
+        self._awaited.clear()
+        del self._published, self._reserved

@@ -27,6 +27,7 @@ from featcache.memory.key_table import OwnKeyTable
 from featcache.memory.slab import Order, Slab
 from featcache.memory.words import Header, OwnerWords, fence_full
 from featcache.pool import gauges
+from featcache.pool.ahead import RoomsAhead
 from featcache.pool.attendance import Attendance
 from featcache.pool.collector import Collector
 from featcache.pool.debtors import Debtors
@@ -91,7 +92,10 @@ class Pool:
         self.own_writes: dict[int, tuple[int, Order]] = {}
         """By slot: the generation that this process wrote there last on a stream, and where on it."""
         self.is_held = Holds(self.words, self.store.table, self.pages)
-        self.pending_writes = PendingWrites(self.words.published, self._set_busy)
+        self.pending_writes = PendingWrites(
+            self.words.published, self.words.reserved, self._set_busy
+        )
+        self.ahead = RoomsAhead(self)
         self.attendance = Attendance(self.pages)
         self._reports = Reports(self.name, settings, self.turn, self.attendance)
         self.debtors = Debtors(self.store, self.attendance)
@@ -133,15 +137,6 @@ class Pool:
         """Tell sessions the tick with which they mark what they use (`Header.TICK`)."""
         self.words.header[_TICK] = self.store.recency.tick
 
-    @property
-    def lookups(self) -> tuple[int, int, int]:
-        """Hits, misses, and reads that were paid, with those that sessions counted in their pages."""
-        store, hits, misses, out = self.store, 0, 0, 0
-        for page in self.pages.values():
-            own = page.own_lookups
-            hits, misses, out = hits + own[0], misses + own[1], out + page.leases_out
-        return store.hits + hits, store.misses + misses, store.reads_paid + max(0, hits - out)
-
     def publish(self, slot: Slot, specs: tuple[TensorSpec, ...], order: Order) -> FeatureRef:
         """Publish a slot whose bytes were written, or will be at `order`; return its ref."""
         if self.closed:
@@ -155,8 +150,11 @@ class Pool:
         self, slot: Slot, specs: tuple[TensorSpec, ...], page: SessionPage
     ) -> FeatureRef:
         """Publish a slot that a session wrote, or that its stream will write; return its ref."""
+        index, generation = slot.index, slot.generation
         self.pending_writes.add(slot, page)
-        return self.announce(slot, specs, _now())
+        ref = self.announce(slot, specs, _now())
+        self.ahead.published(slot, index, generation)
+        return ref
 
     def announce(self, slot: Slot, specs: tuple[TensorSpec, ...], now_s: float) -> FeatureRef:
         """Publish a slot whose `published` word is signalled already; return its ref."""
@@ -238,6 +236,7 @@ class Pool:
     def apply(self, effects: Sequence[Effect]) -> None:
         """Carry out the store's decisions."""
         due_now, grace_s = 0, 0.0
+        told: list[Evicted | Expired] = []
         if self.store.endings.untold:  # before `live` is cleared: then a session asks why
             self.words.tell_endings(self.store.endings.untold)
         for effect in effects:
@@ -250,20 +249,22 @@ class Pool:
                     due_now += 1
             elif type(effect) is Woken or type(effect) is Found or type(effect) is ClaimPassed:
                 self.wakes.wake(effect.waiter.tag)
-            elif type(effect) is Expired:
-                self._reports.expired(effect)
-            elif type(effect) is Evicted:
-                self.key_table.drop(effect.key)  # before its `live` is cleared, by the next effect
-                self._reports.evicted(effect)
+            elif type(effect) is Evicted or type(effect) is Expired:
+                told.append(effect)
+                if type(effect) is Evicted:
+                    self.key_table.drop(
+                        effect.key
+                    )  # before its `live` is cleared, by the next effect
             elif type(effect) is Grow:
                 self.growth.grow(effect.end_bytes)
         if grace_s:
             self.recycler.poll_after(grace_s)
-        self._go_on(due_now)
+        self._go_on(due_now, told)
         self._observe()
 
-    def _go_on(self, due_now: int) -> None:
+    def _go_on(self, due_now: int, told: Sequence[Evicted | Expired]) -> None:
         """See to what effects leave to do: slots that may be free, waiters that may have room."""
+        self._reports.tell(told)  # now that every `live` is cleared: a hook may put, which recycles
         if self.store.serving:
             self.turn.left -= LEAST
             self.collector.go_on()
@@ -305,13 +306,14 @@ class Pool:
             if slot is not None and slot.state is SlotState.PUBLISHED:
                 yield self.store.fail_write(slot, now_s)
         while page.reserved:
-            _, slot = page.reserved.popitem()
-            yield self.store.free_reserved(slot, now_s)
+            yield self.ahead.free_reserved(page, now_s)
+        self.ahead.end_session(page)
 
     def _tick(self) -> bool:
         """Expire, trim, shrink, compact and report; return whether releases stream in."""
         now_s = _now()
         self.collect()  # first: what was paid in time does not expire
+        self.ahead.take_back_idle(now_s)
         if not self._upkeep:
             self._upkeep = True
             self.turn.do(self._keep_up)
@@ -371,8 +373,7 @@ class Pool:
         self.pending_writes.close()
         self.own_writes.clear()
         self.is_held.close()
-        # Unmapped now, not when the collector of cycles comes by.
-        del self.words, self.key_table, self.complete
+        del self.words, self.key_table, self.complete  # unmapped now, not when the gc comes by
 
     def forget(self) -> None:
         """Drop descriptors and mappings in a forked child; the parent's pool is not touched.

@@ -5,9 +5,30 @@ import time
 from typing import TYPE_CHECKING
 
 from featcache import events
+from featcache.control.turns import TURN_UNITS
 
 if TYPE_CHECKING:
     from featcache.pool.pool import Pool
+
+
+def hear(pool: "Pool") -> None:
+    """Handle what sessions that may write have told by now: a publish that has not been read yet, say.
+
+    As `refresh`, in the pool's loop, in a call of the owner's own.
+    """
+    server = pool.growth.server
+    if server is None or pool.closed or events.is_emitting():
+        return
+    try:
+        here = asyncio.get_running_loop() is pool.loop
+    except RuntimeError:
+        return
+    if not here:
+        return
+    until = min(0, pool.turn.left) - TURN_UNITS  # as much as another turn would
+    for number in [number for number, page in pool.pages.items() if page.reserved or page.ahead]:
+        if (peer := server.sessions.get(number)) is not None:
+            peer.channel.read_rest(until)
 
 
 def refresh(pool: "Pool") -> None:
@@ -22,6 +43,7 @@ def refresh(pool: "Pool") -> None:
     except RuntimeError:
         return
     if here:
+        hear(pool)
         pool.collect()
         pool.is_held.count_leased(pool.store)
         pool.pressure.report(time.monotonic())

@@ -1,6 +1,7 @@
 """Evictions and expiries told as events, at a bounded rate."""
 
 import time
+from collections.abc import Sequence
 from typing import Final
 
 from featcache import events
@@ -25,6 +26,14 @@ class Reports:
         self._attendance = attendance
         self._expiries = events.Throttle(settings.log_interval, burst=256)
         self._evictions = events.Throttle(settings.log_interval, burst=16)
+
+    def tell(self, effects: Sequence[Evicted | Expired]) -> None:
+        """Tell of what was carried out."""
+        for effect in effects:
+            if type(effect) is Evicted:
+                self.evicted(effect)
+            elif type(effect) is Expired:
+                self.expired(effect)
 
     def evicted(self, evicted: Evicted) -> None:
         unlogged = self._evictions.pass_(_now())

@@ -5,6 +5,7 @@ from typing import Final
 
 import numpy as np
 
+from featcache.core.keyed_store import KeyedStore
 from featcache.pool.page import SessionPage
 
 
@@ -22,7 +23,8 @@ class SessionUses:
         latest: int = self._past_words[index]
         for page in self._pages.values():
             use = page.words.used[index]
-            latest = max(latest, use)
+            if use > latest:  # noqa: PLR1730 - `max` is a call, and each eviction comes here
+                latest = use
         return latest
 
     def latest_up_to(self, high: int) -> memoryview:
@@ -31,6 +33,14 @@ class SessionUses:
         for page in self._pages.values():
             np.maximum(latest, np.frombuffer(page.words.used, np.uint64, high), out=latest)
         return latest.data
+
+    def lookups(self, store: KeyedStore) -> tuple[int, int, int]:
+        """Return hits, misses, and reads that were paid, with those that sessions counted themselves."""
+        hits = misses = out = 0
+        for page in self._pages.values():
+            own = page.own_lookups
+            hits, misses, out = hits + own[0], misses + own[1], out + page.leases_out
+        return store.hits + hits, store.misses + misses, store.reads_paid + max(0, hits - out)
 
     def fold(self, page: SessionPage, tick: int) -> None:
         """Remember what a session said that ends, of which nothing can be later than now."""

@@ -13,8 +13,10 @@ from featcache.core.slots import Slot
 from featcache.errors import BackendUnavailable, CacheClosed, PoolFull, PutTimeout
 from featcache.memory.pack import check_parts
 from featcache.pool.batch_puts import BatchPuts
+from featcache.pool.debtors import describe_room
 from featcache.pool.late_puts import LatePut, Leavers
 from featcache.pool.pool import Pool
+from featcache.pool.refresh import hear
 from featcache.pool.waits import PutWaits
 from featcache.ref import FeatureRef
 from featcache.session.arguments import parse_put
@@ -252,8 +254,7 @@ class OwnerWriter(BatchPuts):
         As much as the loop's turn has units for, or all `at_once`; what is left is done for the queue.
         """
         pool = self._pool
-        nbytes = request.nbytes
-        pool.put_bytes += max(nbytes, self._put_bytes)
+        pool.put_bytes += max(request.nbytes, self._put_bytes)
         if pool.put_bytes > self._least_bytes and self._is_due(pool.put_bytes):
             (pool.collector.collect_all if at_once else pool.collect)()
         slot = pool.store.reserve(request, _now())
@@ -261,11 +262,20 @@ class OwnerWriter(BatchPuts):
             pool.collect()
             slot = pool.store.reserve(request, _now())
             if slot is None and not pool.store.queue.count:
-                while pool.collector.evict_some(request):
+                if pool.store.ahead and pool.ahead.take_back():  # before anything is evicted for it
                     slot = pool.store.reserve(request, _now())
-                    if slot is not None or self.turn.left <= 0:
+                while slot is None and pool.collector.evict_some(request):
+                    slot = pool.store.reserve(request, _now())
+                    if self.turn.left <= 0:
                         break
         return slot
+
+    def count_bytes(self, nbytes: int) -> None:
+        """Count a put's bytes, and recycle released slots if that is due."""
+        pool = self._pool
+        pool.put_bytes += max(nbytes, self._put_bytes)
+        if self._is_due(pool.put_bytes):
+            pool.collect()
 
     def _reserve_now(self, request: Request) -> Slot | None:
         """Reserve after `reserve` found no room, whatever it takes: a put that may not wait.
@@ -273,6 +283,7 @@ class OwnerWriter(BatchPuts):
         Nobody is overtaken: with others in the queue there is no room.
         """
         pool = self._pool
+        hear(pool)  # a put that is paid may still be in a socket
         pool.collector.collect_all()
         slot = pool.store.reserve(request, _now())
         while slot is None and not pool.store.queue.count and pool.collector.make_room(request):
@@ -356,7 +367,7 @@ class OwnerWriter(BatchPuts):
             if waiter.state is not WaiterState.GRANTED:
                 raise PutTimeout(
                     f"no room for {request.nbytes} bytes within {timeout_s} s: "
-                    + self._room(besides=waiter.state is WaiterState.WAITING)
+                    + describe_room(self._pool, besides=waiter.state is WaiterState.WAITING)
                 ) from None
             granted = True
             return self._pool.store.accept(waiter)
@@ -384,15 +395,6 @@ class OwnerWriter(BatchPuts):
 
     def full(self, request: Request) -> PoolFull:
         """Return the PoolFull of a put that does not wait."""
-        return PoolFull(f"no room for {request.nbytes} bytes now: {self._room()}")
-
-    def _room(self, *, besides: bool = False) -> str:
-        """Describe the room there is, and who holds the rest; `besides` the waiter that is told."""
-        store, refused = self._pool.store, self._pool.growth.refused
-        grows = f"; the slab can't grow: {refused}" if refused else ""
-        return (
-            f"{store.free_bytes} of {store.limits.capacity_bytes} bytes are free, at most "
-            f"{store.largest_free_bytes} in one piece, {store.table.count - store.table.used} of "
-            f"{store.table.count} slots, and {len(store.queue) - besides} puts wait; "
-            f"{self._pool.debtors.holders()}{grows}"
+        return PoolFull(
+            f"no room for {request.nbytes} bytes now: {describe_room(self._pool, besides=False)}"
         )

@@ -24,11 +24,12 @@ from featcache.memory.words import (
     fence_stores,
 )
 from featcache.ref import FeatureRef
+from featcache.session.early import EarlyPins
 from featcache.session.leased_reads import ONE_USE, Uses
 from featcache.session.payments import Payments
+from featcache.session.writes import SlotWrites
 
 _WAITING, _SHRINK_EPOCH = Header.WAITING, Header.SHRINK_EPOCH
-_WRITTEN = 2  # an index into PageWords
 _PAID_HERE = (
     "was paid by this session already, and each session reads a ref once: keep what was read, or keep "
     "the feature under a key"
@@ -36,10 +37,9 @@ _PAID_HERE = (
 _FORKED = (
     "this process was forked from the one that attached the pool: connect again, after the fork"
 )
-_WRITES = 1 << 40  # beyond any slot: pins for writing and for reading never share a key
 
 
-class Attachment(Payments):
+class Attachment(Payments, EarlyPins, SlotWrites):
     """One mapped pool and this session's page. No call blocks; a lock makes them thread-safe."""
 
     def __init__(
@@ -65,7 +65,7 @@ class Attachment(Payments):
         """Of the owner's own session where words come late: by slot, the generation that this process
         wrote there last and the order behind which its bytes are; None elsewhere."""
         self._gone: FeatcacheError | None = None
-        self._live, self._published = words.live, words.published
+        self._live, self._published, self._reserved = words.live, words.published, words.reserved
         self._offset, self._nbytes, self._ending = words.offset, words.nbytes, words.ending
         self._held, self._released = page.held, page.released
         self._page_header = page.header
@@ -80,10 +80,13 @@ class Attachment(Payments):
         self._lock = threading.Lock()
         self._pins: dict[tuple[int, int], Uses] = {}
         """By slot and generation; grants by -1 - index and serial."""
+        self._early: dict[tuple[int, int], bool] = {}
+        self._own_puts: dict[int, FeatureRef] = {}
         self._on_idle: Callable[[], object] | None = None
         super().__init__(page)
         self.why_stale: Callable[[int, int], str] | None = None
         """In the owner: says why a ref is stale, as its store knows."""
+        self.hear = None
 
     # --- reads by ref ---------------------------------------------------------------------------
 
@@ -98,18 +101,20 @@ class Attachment(Payments):
 
         """
         index, generation = key = ref.slot, ref.generation
-        if self._gone is not None:
-            self.check()
         if index >= self._slots:
+            self.check()
             raise MalformedRef(f"slot {index} of a pool with {self._slots} slots")
         with self._lock:
+            if self._gone is not None:  # in the lock, in which its end looks for reads that are out
+                self.check()
             uses = self._pins[key] if key in self._pins else None  # noqa: SIM401 - no call
             # Paid, whether or not its word has landed: `released` comes by a stream, and the bytes
             # are the next tenant's as soon as the owner sees it.
             paid = uses is None and self._held[index] == generation
             if paid or self._released[index] == generation:
                 raise StaleRef(f"ref {index}:{generation} {_PAID_HERE}")
-            if self._live[index] != generation:  # never overwrite the pin of the slot's next tenant
+            # Never overwrite the pin of the slot's next tenant.
+            if self._live[index] != generation and not self._is_coming(index, generation):
                 raise StaleRef(self._why_stale(index, generation))
             if uses is None:
                 self._held[index] = generation
@@ -122,8 +127,7 @@ class Attachment(Payments):
         # the owner could revoke, find no pin, and recycle the extent under this read.
         fence_after_lock()
         if self._live[index] != generation:
-            self.unpin(ref, pays=False)
-            raise StaleRef(self._why_stale(index, generation))
+            return self._pin_early(ref)
         if self._offset[index] != ref.offset_bytes or self._nbytes[index] != ref.nbytes:
             self.unpin(ref, pays=False)
             raise MalformedRef("the ref's extent is not its slot's: it was forged or damaged")
@@ -135,6 +139,8 @@ class Attachment(Payments):
 
     def is_ready(self, ref: FeatureRef) -> bool:
         """Whether the bytes of a pinned or leased ref are complete, and mapped as the owner has them."""
+        if self._early and (ref.slot, ref.generation) in self._early and not self._has_come(ref):
+            return False
         return (  # hot path: as `is_mapped`, inline
             self._published[ref.slot] == ref.generation
             and ref.offset_bytes + ref.nbytes <= self.covered_bytes
@@ -172,6 +178,8 @@ class Attachment(Payments):
                     uses.behind.append(order)
                 return
             del self._pins[key]
+            if self._early:
+                self._early.pop(key, None)
             if pays or uses.pays:
                 # `held` stays: until `released` lands behind the stream's last use of the bytes,
                 # the owner must still find the pin.
@@ -191,34 +199,6 @@ class Attachment(Payments):
         """Pay the read without reading (`release`)."""
         self.pin(ref)
         self.unpin(ref, pays=True)
-
-    # --- slots that this session writes -----------------------------------------------------------
-
-    def begin_write(self, index: int, generation: int, offset_bytes: int, nbytes: int) -> None:
-        """Pin a reserved slot until `end_write`: the session stays attached for it.
-
-        Raises:
-            MalformedRef: the slot, or its extent, is not in this pool.
-            OwnerLost, CacheClosed: nothing may begin any more.
-
-        """
-        self.check()
-        if index >= self._slots or offset_bytes + nbytes > self.capacity_bytes:
-            raise MalformedRef("the owner gave room that its slab does not have")
-        with self._lock:
-            self._pins[_WRITES + index, generation] = ONE_USE
-
-    def end_write(self, index: int, generation: int) -> None:
-        """Unpin it: it is published, or given up."""
-        with self._lock:
-            del self._pins[_WRITES + index, generation]
-            idle = self._idle()
-        if idle is not None:
-            idle()
-
-    def tell_written(self, index: int, generation: int, order: Order) -> None:
-        """Say, behind `order`, that a slot which the owner reserved for this session is written."""
-        self._signal(_WRITTEN, index, generation, order)
 
     # --- words ------------------------------------------------------------------------------------
 
@@ -244,11 +224,10 @@ class Attachment(Payments):
 
     # --- the end ----------------------------------------------------------------------------------
 
-    def check_coming(self, ref: FeatureRef) -> None:
-        """Raise StaleRef if a pinned ref was revoked before its bytes came; as `check` besides."""
-        self.check()
-        if self._live[ref.slot] != ref.generation:
-            raise StaleRef(self._why_stale(ref.slot, ref.generation))
+    def check(self) -> None:
+        """Raise the reason why no new read may begin, if there is one."""
+        if self._gone is not None:
+            raise type(self._gone)(*self._gone.args)
 
     def _why_stale(self, index: int, generation: int) -> str:
         """Say what is known of a ref that can't be read; a session knows it by the slot's words."""
@@ -300,7 +279,8 @@ class Attachment(Payments):
         self._held, self._released = (
             memoryview(bytearray(8 * self._slots)).cast("Q") for _ in range(2)
         )
-        self._live = self._published = self._offset = self._nbytes = self._ending = self._held
+        self._live = self._published = self._offset = self._nbytes = self._held
+        self._reserved = self._ending = self._held
         self._paid = self._released
         self._in_flight.clear()
         self.own_writes = None

@@ -1,19 +1,47 @@
 """Borrowing: views in the slab for the length of a block."""
 
 import time
-from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 import torch
 
+from featcache.control.turns import CALL_UNITS
 from featcache.errors import GetTimeout, SettingsError, StaleRef
+from featcache.memory.key_table import UNKNOWN
 from featcache.memory.pack import Feature, unpack
 from featcache.memory.views import invalidate
 from featcache.ref import FeatureRef
+from featcache.session.arguments import key_bytes
 from featcache.session.copier import Readable
 from featcache.session.lease import KeyLease
 from featcache.session.reader import Reader
+from featcache.session.single_flight import Keys
 
-Find = Callable[[], Awaitable[KeyLease]]
+
+class Opened(Protocol):
+    """The open half of the object that a borrow is of."""
+
+    @property
+    def reader(self) -> Reader:
+        """get, borrow and release."""
+
+    @property
+    def keys(self) -> Keys:
+        """The directory."""
+
+
+class Life(Protocol):
+    """The life of that object, which may have ended when its borrow is entered."""
+
+    @property
+    def engine(self) -> Opened | None:
+        """Its open half; None while it is not open."""
+
+    def here(self) -> Opened:
+        """Return its open half, for a call in its loop; or raise CacheClosed or WrongLoop."""
+
+    def closed(self) -> Exception:
+        """Return the error of a call while it is not open."""
 
 
 class Borrow:
@@ -31,10 +59,9 @@ class Borrow:
     """
 
     __slots__ = (
-        "_at_hand",
         "_copied",
-        "_find",
-        "_find_now",
+        "_key",
+        "_life",
         "_reader",
         "_source",
         "_tensors",
@@ -47,16 +74,15 @@ class Borrow:
         reader: Reader,
         ref: FeatureRef | None,
         timeout_s: float | None,
-        find: Find | None = None,
-        find_now: Callable[[], KeyLease] | None = None,
-        at_hand: Callable[[], KeyLease | None] | None = None,
+        life: Life | None = None,
+        key: str | bytes | None = None,
     ) -> None:
-        """Borrow a ref, or the feature that `find` (or one of the others) looks up by its key on entry."""
+        """Borrow a ref, or the feature under a key, which is looked up on entry."""
         self._reader = reader
         self.ref = ref
         """The borrowed ref; None of a key's, before it is found."""
-        self._find = find
-        self._find_now, self._at_hand = find_now, at_hand
+        self._life = life
+        self._key = key
         self.timeout_s = timeout_s
         self._source: Readable | None = None
         self._tensors: list[torch.Tensor] = []
@@ -100,18 +126,43 @@ class Borrow:
         """Return the view, once its bytes are there."""
         if self._source is not None:
             self._check_unused()
-        if self._find is None:
+        key = self._key
+        if key is None:
             assert self.ref is not None, "a ref or a key"
             return self._enter(self.ref, *await self._reader.hold(self.ref, self.timeout_s))
+        assert self._life is not None, "of a key"
+        engine = self._life.here()
+        turn = engine.reader.turn
+        turn.left -= CALL_UNITS
+        if turn.left < 0:
+            # Before anything is done: a cancellation that comes here loses nothing.
+            await turn.wait()
+        hits = engine.keys.hits
+        found = UNKNOWN if hits is None else hits.find(key, None)
+        if type(found) is not KeyLease:
+            return await self._enter_key(None)
+        attachment = found.attachment
+        if not attachment.mapping.zero_copy or not attachment.is_ready(found.ref):
+            return await self._enter_key(found)
+        self.ref = found.ref
+        return self._enter(found.ref, found)
+
+    async def _enter_key(self, lease: KeyLease | None) -> Feature:
+        """Return the view of a lease, or of one that is looked up."""
+        assert self._life is not None, "of a key"
+        assert self._key is not None, "of a key"
         give_up_s = None if self.timeout_s is None else time.monotonic() + self.timeout_s
         while True:
-            lease = await self._find()
+            if lease is None:
+                keys = self._life.here().keys
+                lease = await keys.find(key_bytes(self._key), self.timeout_s, None)
             left_s = None if give_up_s is None else max(0.0, give_up_s - time.monotonic())
             self.ref = lease.ref
             try:
                 held = await self._reader.hold_leased(lease, left_s)
             except StaleRef:
-                continue  # its writer died before its bytes came, and the key went with it
+                lease = None  # its writer died before its bytes came, and the key went with it
+                continue
             return self._enter(lease.ref, *held)
 
     async def __aexit__(self, *_: object) -> None:
@@ -122,8 +173,13 @@ class Borrow:
         """Return the view of bytes that are there now."""
         if self._source is not None:
             self._check_unused()
-        if self._find_now is not None:
-            return self._enter_leased(self._find_now())
+        if self._key is not None:
+            keys = self._opened().keys
+            hits = keys.hits
+            found = UNKNOWN if hits is None else hits.find(self._key, None)
+            return self._enter_leased(
+                found if type(found) is KeyLease else keys.find_now(self._key, None)
+            )
         assert self.ref is not None, "a ref or a key"
         return self._enter(self.ref, self._reader.hold_nowait(self.ref))
 
@@ -131,9 +187,16 @@ class Borrow:
         """As plain ``with`` of a key, but return None if the owner must be asked."""
         if self._source is not None:
             self._check_unused()
-        assert self._at_hand is not None, "of a key"
-        lease = self._at_hand()
+        assert self._key is not None, "of a key"
+        lease = self._opened().keys.at_hand(self._key, None)
         return None if lease is None else self._enter_leased(lease)
+
+    def _opened(self) -> Opened:
+        assert self._life is not None, "of a key"
+        engine = self._life.engine
+        if engine is None:
+            raise self._life.closed()
+        return engine
 
     def _enter_leased(self, lease: KeyLease) -> Feature:
         lease.check_at_hand(None)

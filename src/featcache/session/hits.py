@@ -1,20 +1,30 @@
 """Lookups in the key table by a session itself: a hit sends nothing and wakes nobody."""
 
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import torch
 
-from featcache.errors import GetTimeout, MalformedRef
+from featcache.control.turns import BYTES_SHIFT
+from featcache.errors import GetTimeout, KeyNotFound, MalformedRef
 from featcache.memory.key_table import ABSENT, SLOT_BITS, SLOT_MASK, UNKNOWN, KeyTable
 from featcache.ref import FeatureRef
-from featcache.session.arguments import not_found
+from featcache.session.arguments import key_bytes, not_found
 from featcache.session.attachment import Attachment
 from featcache.session.lease import KeyLease
 from featcache.session.leased_reads import NO_ENTRY
 
+if TYPE_CHECKING:
+    from featcache.session.reader import Reader
+
 _TRIES: Final = 8
 _MAX_KNOWN: Final = 1 << 16
+_MAX_FOUND: Final = 1 << 14
+_MAX_FOUND_KEY: Final = 128
+"""Longer keys, in characters or bytes, are digested anew each time."""
+_Found: TypeAlias = tuple[int, int, FeatureRef | None]
+"""Of a key: the word of the table that had its place, the place, and the ref, once it was read."""
+_NOWHERE: _Found = (0, UNKNOWN, None)  # no word is that
 
 
 class KeyHits:
@@ -22,12 +32,54 @@ class KeyHits:
 
     def __init__(self, attachment: Attachment, table: KeyTable) -> None:
         self._attachment = attachment
-        self._place_of: Callable[[bytes], int] = table.find
+        self._entry: Callable[[bytes], tuple[int, int]] = table.entry
+        self._words = table.words
         self._record: Callable[[int], bytes] = table.record
         self._known: dict[int, FeatureRef] = {}
         """Refs by slot, decoded from its record and found sound."""
+        self._found: dict[str | bytes, _Found] = {}
+        """Where keys were found: a key whose place is there still needs neither digest nor search."""
 
-    def find(self, key: bytes, device: torch.device | None) -> KeyLease | int:
+    def fetch(
+        self, key: str | bytes, device: torch.device | None, reader: "Reader", *, in_loop: bool
+    ) -> torch.Tensor | KeyLease | int:
+        """Copy the feature under a key, here and now; ABSENT, UNKNOWN as `find`.
+
+        A lease instead if its bytes are yet to come, a copy would hold up the loop that this is called
+        in, or there are several tensors: the caller reads it. Raises as `find`, and what a copy raises.
+        """
+        word, place, ref = self._found.get(key, _NOWHERE)
+        attachment = self._attachment
+        mapping = attachment.mapping
+        if self._words[word] != place or ref is None or not mapping.can_copy_to(device):
+            lease = self.find(key, device)
+            if type(lease) is not KeyLease:
+                return lease
+            ref, index, serial = lease.ref, lease.index, lease.serial
+        else:
+            index, serial = attachment.begin_lease(place)
+            if index < 0:
+                return self.find(key, device)
+        blocking_bytes, spec, order = 0, ref.specs[0], None
+        if in_loop:
+            blocking_bytes = mapping.blocking_read_bytes(ref.nbytes, device)
+        if (
+            blocking_bytes > reader.inline_bytes
+            or spec.name is not None
+            or not attachment.is_ready(ref)
+        ):
+            return KeyLease(attachment, ref, index, serial, attachment.end_lease)
+        try:
+            order = mapping.order(device)
+            feature = mapping.fetch(ref.offset_bytes, spec, device, order)
+        finally:
+            attachment.end_lease(index, serial, order, None)
+        if in_loop:
+            reader.turn.left -= blocking_bytes >> BYTES_SHIFT
+        reader.gets += 1
+        return feature
+
+    def find(self, key: str | bytes, device: torch.device | None) -> KeyLease | int:
         """Return a read of the feature under a key; ABSENT if there is none, UNKNOWN if the owner is to say.
 
         The owner is to say what the table, the records or the session's entries have no room for, and
@@ -41,9 +93,14 @@ class KeyHits:
         attachment.check()
         if not attachment.mapping.can_copy_to(device):
             return UNKNOWN
-        tries = _TRIES
+        word, place, ref = self._found.get(key, _NOWHERE)
+        if ref is not None and self._words[word] == place:
+            index, serial = attachment.begin_lease(place)
+            if index >= 0:
+                return KeyLease(attachment, ref, index, serial, attachment.end_lease)
+        tries, digested = _TRIES, key_bytes(key)
         while True:
-            place = self._place_of(key)
+            place, word = self._entry(digested)
             if place <= ABSENT:
                 return place
             index, serial = attachment.begin_lease(place)
@@ -58,9 +115,16 @@ class KeyHits:
             ref = self._read(place, index, serial)
             if ref is None:
                 return UNKNOWN
+        self._remember(key, (word, place, ref))
         return KeyLease(attachment, ref, index, serial, attachment.end_lease)
 
-    def find_now(self, key: bytes, device: torch.device | None) -> KeyLease:
+    def _remember(self, key: str | bytes, found: _Found) -> None:
+        if len(key) <= _MAX_FOUND_KEY:
+            if len(self._found) >= _MAX_FOUND:
+                self._found.clear()
+            self._found[key] = found
+
+    def find_now(self, key: str | bytes, device: torch.device | None) -> KeyLease:
         """As `find`, for a caller that does not ask the owner.
 
         Raises:
@@ -71,15 +135,25 @@ class KeyHits:
         if type(found) is KeyLease:
             return found
         if found == ABSENT:
-            self._attachment.count_miss()
-            raise not_found(key)
+            raise self.missed(key)
         raise GetTimeout("the owner must be asked for what is under this key: await get instead")
 
-    def contains(self, key: bytes) -> bool | None:
+    def missed(self, key: str | bytes) -> KeyNotFound:
+        """Count a miss; return its error."""
+        self._attachment.count_miss()
+        return not_found(key_bytes(key))
+
+    def contains(self, key: str | bytes) -> bool | None:
         """Whether a feature is kept under a key; None if the owner is to say."""
         self._attachment.check()
-        place = self._place_of(key)
-        return None if place == UNKNOWN else place != ABSENT
+        word, place, _ = self._found.get(key, _NOWHERE)
+        if self._words[word] == place:
+            return True
+        place, word = self._entry(key_bytes(key))
+        if place <= ABSENT:
+            return None if place == UNKNOWN else False
+        self._remember(key, (word, place, None))
+        return True
 
     def _read(self, place: int, index: int, serial: int) -> FeatureRef | None:
         """Read the ref of a leased slot from its record; None, with the lease ended, if it has none."""
@@ -105,12 +179,14 @@ class KeyHits:
 
     def forget(self) -> None:
         """Drop the owner's block in a forked child."""
-        self._place_of, self._record = _unknown, _no_record
+        self._entry, self._record = _unknown, _no_record
+        self._words = memoryview(bytes(8)).cast("Q")
         self._known.clear()
+        self._found.clear()
 
 
-def _unknown(_: bytes) -> int:
-    return UNKNOWN
+def _unknown(_: bytes) -> tuple[int, int]:
+    return UNKNOWN, 0
 
 
 def _no_record(_: int) -> bytes:

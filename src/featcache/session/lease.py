@@ -1,7 +1,7 @@
 """A read by key (a lease), in the place of a ref's attachment; and the claim to make a key."""
 
 from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from typing import TypeAlias, final
 
 import torch
 
@@ -30,6 +30,7 @@ def return_all(leases: "Iterable[KeyLease | None]") -> None:
             lease.return_lease()
 
 
+@final
 class KeyLease:
     """One read by key of one session: a lease entry that it took, or a grant of the owner's.
 
@@ -39,15 +40,15 @@ class KeyLease:
     at. Its calls are those of an `Attachment` for one ref, which is always the lease's own.
     """
 
-    __slots__ = ("_behind", "_end", "_index", "_serial", "_uses", "attachment", "ref")
+    __slots__ = ("_behind", "_end", "_uses", "attachment", "index", "ref", "serial")
 
     def __init__(
         self, attachment: Attachment, ref: FeatureRef, index: int, serial: int, end: End
     ) -> None:
         self.attachment = attachment
         self.ref = ref
-        self._index = index
-        self._serial = serial
+        self.index = index
+        self.serial = serial
         self._uses = 1
         self._behind: list[Order] | None = None
         self._end = end
@@ -77,7 +78,7 @@ class KeyLease:
             if pays:
                 self._behind = [*(self._behind or ()), order]
             return
-        self._end(self._index, self._serial, order, self._behind)
+        self._end(self.index, self.serial, order, self._behind)
 
     def check_at_hand(self, device: torch.device | None) -> None:
         """End it, and raise GetTimeout, unless its bytes are there now for this device."""

@@ -99,16 +99,19 @@ class LeasedReads:
     def begin_lease(self, place: int) -> tuple[int, int]:
         """Take an entry for a read of the slot at a place; return its index and serial.
 
-        The index is REVOKED if the slot was taken back meanwhile, NO_ENTRY if none is free.
+        The index is REVOKED if the slot was taken back meanwhile, NO_ENTRY if none is free. Raises as
+        `check`.
         """
         slot = place & SLOT_MASK
         if slot >= self._slots:
             return NO_ENTRY, 0  # no owner writes that
         with self._lock:
+            if self._gone is not None:  # in the lock, in which its end looks for reads that are out
+                self.check()
             if self._landing:
                 self._take_landed()
             # A session may have as many reads by key out as it has entries, whoever gave them out.
-            if not self._free or self._leases_out + self._grants_out >= len(self._lease):
+            if len(self._free) <= self._grants_out:
                 return NO_ENTRY, 0
             index = self._free.pop()
             self._serials = serial = self._serials + 1
@@ -140,6 +143,8 @@ class LeasedReads:
             self._ended[index] = serial
             self._free.append(index)
             idle = None if self._on_idle is None else self._idle()
+        if self.header[_WAITING]:  # the owner may have found the entry in use
+            self._ring_if_due()
         if idle is not None:
             idle()
 
@@ -162,10 +167,13 @@ class LeasedReads:
             self._leases_out -= 1
             if behind:
                 order = self.mapping.follow(order, behind)
-            self.mapping.signal(self._adopted[_ENDED], index, serial, order)
             if order is not None and self.mapping.deferred:
+                self.mapping.signal(self._adopted[_ENDED], index, serial, order)
                 self._landing.append((index, serial))
-            else:
+            else:  # as a mapping's `signal` of what is done, inline
+                if not TSO:
+                    fence_stores()  # the reads before the word that ends them
+                self._ended[index] = serial
                 self._free.append(index)
             idle = None if self._on_idle is None else self._idle()
         # After the word: an owner that is woken must find it.

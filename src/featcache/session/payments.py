@@ -15,6 +15,7 @@ class Payments(LeasedReads):
     """The part of an `Attachment` that ends the uses of many refs at once."""
 
     _paid: Words
+    _early: dict[tuple[int, int], bool]
 
     def pay_many(self, reads: Sequence[tuple[FeatureRef, Order]]) -> None:
         """End one use of each of these pinned refs, behind its order, and pay their reads.
@@ -32,6 +33,8 @@ class Payments(LeasedReads):
                     uses.behind.append(order)
                     continue
                 del self._pins[key]
+                if self._early:
+                    self._early.pop(key, None)
                 # `held` stays until `released` lands, as in `unpin`.
                 if uses.behind:
                     order = self.mapping.follow(order, uses.behind)

@@ -12,6 +12,7 @@ from featcache.memory.pack import Feature
 from featcache.memory.slab import uncopied
 from featcache.ref import FeatureRef
 from featcache.session.arguments import rpc_timeout
+from featcache.session.hits import KeyHits
 from featcache.session.lease import KeyLease, MakeClaim
 
 Device: TypeAlias = torch.device | None
@@ -22,14 +23,18 @@ Command: TypeAlias = Literal["contains", "evict", "pin", "unpin"]
 class Keys(Protocol):
     """The directory, as its owner or an attached client uses it."""
 
-    def at_hand(self, key: bytes, device: Device) -> KeyLease | None:
+    @property
+    def hits(self) -> KeyHits | None:
+        """Lookups in the key table, in any thread; None before its pool is attached."""
+
+    def at_hand(self, key: str | bytes, device: Device) -> KeyLease | None:
         """Return a read of the feature under a key if the key table is enough to find it, or None.
 
         Safe in any thread. `device` is where the read is to be, None is the pool's own. What it does not
         find is no miss: the owner is asked next.
         """
 
-    def find_now(self, key: bytes, device: Device) -> KeyLease:
+    def find_now(self, key: str | bytes, device: Device) -> KeyLease:
         """As `at_hand`, for a caller that does not ask the owner.
 
         Raises:
@@ -39,7 +44,7 @@ class Keys(Protocol):
 
         """
 
-    def contains_now(self, key: bytes) -> bool | None:
+    def contains_now(self, key: str | bytes) -> bool | None:
         """Whether a key is there, by the key table alone; None if the owner is to say. In any thread."""
 
     async def find(self, key: bytes, timeout_s: float | None, device: Device) -> KeyLease:

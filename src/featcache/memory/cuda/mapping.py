@@ -204,6 +204,9 @@ class CudaMapping:
             address = self._backing.open_for_writing()
             self._target = (address, self._backing.storage(address, self.device))
 
+    def warm(self, end_bytes: int) -> None:
+        pass
+
     def stage(self, parts: Parts) -> tuple[Parts, StreamOrder | None]:
         """Return the parts, moved to this device if on another, and the caller's stream position.
 

@@ -220,7 +220,20 @@ class HostMapping:
             why = explain(error)
             raise AttachRefused(f"the slab can't be mapped for writing: {why}") from error
         whole = torch.frombuffer(mapping, dtype=torch.uint8)
+        _advise_huge_pages((mapping, whole.data_ptr()), self.end_bytes)
         self._target = _Target(whole.data_ptr(), whole.untyped_storage())
+
+    def warm(self, end_bytes: int) -> None:
+        """Take the page faults of writes to what is committed now; else they cost the puts."""
+        region, target = self._region, self._target
+        if region is None or target is None:
+            return
+        for start_bytes in range(0, min(end_bytes, self.end_bytes), _ADVICE_BYTES):
+            if self._target is not target:  # closed meanwhile
+                return
+            piece_bytes = min(_ADVICE_BYTES, end_bytes - start_bytes)
+            with contextlib.suppress(OSError):  # they are taken one by one then
+                _advise((region[0], target.address), _MADV_POPULATE_READ, start_bytes, piece_bytes)
 
     def stage(self, parts: Parts) -> tuple[Parts, Streams]:
         """Return the parts, and the caller's streams of the GPUs that they are on."""
