@@ -2,8 +2,8 @@
 
 `register` has an owner or a client told of at each scrape of a registry; `asgi_app` answers scrapes in
 a server that runs already, `serve` in a small one of its own. An object that is not registered runs the
-code that it would run without this module; of one that is, a put or a get costs less than a
-microsecond more.
+code that it would run without this module; of one that is, a put or a get costs about a microsecond
+more.
 """
 
 import threading
