@@ -24,6 +24,7 @@ LONGEST_LINES = 400
 # are named here.
 FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("featcache.cli", "featcache.cli.*", "featcache.__main__"),),
+    (("featcache.integrations", "featcache.integrations.*"),),
     (("featcache",),),
     (("featcache.blocking", "featcache.blocking.*"),),
     (("featcache.api", "featcache.api.*"),),
@@ -69,6 +70,11 @@ FORBIDDEN: Rules = {
         "threading",
         "concurrent",
         "structlog",
+    ),
+    # the library is whole without what only its integrations need
+    tuple(name for floor, names in ROOMS if floor > 0 for name in names): (
+        "prometheus_client",
+        "opentelemetry",
     ),
     # only memory/ calls the driver
     tuple(name for _, names in ROOMS for name in names if names is not MEMORY): ("cuda",),
@@ -246,6 +252,8 @@ def test_no_module_is_longer_than_its_bound() -> None:
         ("featcache.session.reader", "from featcache.pool.pool import Pool", "which is above it"),
         ("featcache.api.cache", "from featcache import blocking", "which is above it"),
         ("featcache.api.cache", "from .. import blocking", "which is above it"),
+        ("featcache.blocking", "from featcache.integrations import metrics", "which is above it"),
+        ("featcache.api.cache", "import prometheus_client", "imports prometheus_client"),
         ("featcache.pool.pool", "from cuda.bindings import driver", "imports cuda"),
         ("featcache.ref", "import torch", "reaches torch"),
         ("featcache.ref", "import featcache.events", "reaches torch"),
@@ -257,6 +265,8 @@ def test_no_module_is_longer_than_its_bound() -> None:
 def test_a_violation_is_found(module: str, source: str, message: str) -> None:
     sound = [
         Module("featcache", "from featcache import blocking", is_package=True),
+        Module("featcache.integrations", "", is_package=True),
+        Module("featcache.integrations.metrics", "import featcache\nimport prometheus_client"),
         Module("featcache.blocking", "from featcache.api.cache import create", is_package=True),
         Module("featcache.api", "", is_package=True),
         Module("featcache.api.cache", "from featcache.pool.pool import Pool"),

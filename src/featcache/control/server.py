@@ -6,7 +6,7 @@ closes while the process lives is neither: the process may still be reading the 
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -19,8 +19,9 @@ from featcache.control.dispatch import Dispatcher, RequestHandlers
 from featcache.control.endpoint import Listener
 from featcache.control.messages import Hello, ProtocolError, decode_from_client, encode, is_request
 from featcache.control.observers import ObserverHost, Observers
-from featcache.control.peer import Peer, SessionHost, SessionState
-from featcache.control.slab_changes import SlabChanges
+from featcache.control.peer import Peer, Segment, SessionHost, SessionState
+from featcache.control.posts import PostedNotes
+from featcache.control.tails import Tails
 from featcache.control.turns import ATTACH_UNITS, QUANTUM_UNITS, turn_of
 from featcache.errors import OUT_OF_DESCRIPTORS, AttachRefused, FeatcacheError, explain
 from featcache.settings import Settings
@@ -31,7 +32,7 @@ _ALL = -(1 << 30)  # of a turn's units that are left: whatever it takes
 _ACCEPT_AGAIN_S = 1.0
 
 
-class Server(SlabChanges):
+class Server:
     """Accepts, greets and keeps the sessions. Everything runs in the loop, nothing blocks."""
 
     def __init__(
@@ -54,7 +55,9 @@ class Server(SlabChanges):
         self.sessions: dict[int, Peer] = {}
         """ACTIVE and QUARANTINED sessions by number."""
         self.observers = Observers(settings.observers, observed, self._end, self._report_refusal)
-        self._shrinking = {}
+        self.posts = PostedNotes(self._dispatcher, self.sessions, self._on_lost)
+        self._tails = Tails(self.sessions)
+        self.retire = self._tails.retire
         self._ended: list[Peer] = []
         """Those that were attached at `close`."""
         self._refusals = events.Throttle(settings.log_interval, burst=16)
@@ -115,6 +118,8 @@ class Server(SlabChanges):
         try:
             message = decode_from_client(payload)
             if peer.state is _ACTIVE:
+                if peer.posts:  # they come first: they were posted before this was sent
+                    self.posts.take(peer)
                 if is_request(message):
                     self._dispatcher.answer(peer, message)
                 else:
@@ -136,7 +141,7 @@ class Server(SlabChanges):
             self._dispatcher.note(peer, message)
         elif isinstance(message, messages.TailUnmapped):
             peer.shrink_epoch = max(peer.shrink_epoch, message.shrink_epoch)
-            self._settle_shrinking()
+            self._tails.settle()
         elif isinstance(message, messages.Goodbye):
             self._goodbye(peer)
         else:
@@ -252,11 +257,23 @@ class Server(SlabChanges):
                 )
             )
 
+    # --- the slab's size --------------------------------------------------------------------------
+
+    def announce(self, segments: Sequence[Segment]) -> None:
+        for peer in self.sessions.values():
+            self._send_segments(peer, segments)
+
+    def _send_segments(self, peer: Peer, segments: Sequence[Segment]) -> None:
+        for first in range(0, len(segments), messages.MAX_SEGMENTS):
+            starts, sizes, fds = zip(*segments[first : first + messages.MAX_SEGMENTS], strict=True)
+            peer.channel.send(encode(messages.Segments(starts[0], list(sizes))), fds)
+
     # --- departures -----------------------------------------------------------------------------
 
     def _goodbye(self, peer: Peer) -> None:
         if peer.state in {SessionState.SETTLING, SessionState.ENDED}:  # by word or death already
             return
+        self.posts.take_rest(peer)
         peer.state = SessionState.SETTLING
 
         # Folded first: once the client has its Farewell, whatever it paid is counted.
@@ -282,6 +299,7 @@ class Server(SlabChanges):
             if peer.watch.dead:
                 self._on_death(peer)
                 return
+            self.posts.take_rest(peer)
             peer.state = SessionState.QUARANTINED
             self._turn.do_all(peer.cancel_tasks(self._turn))
             self._host.quarantine(peer)
@@ -308,6 +326,7 @@ class Server(SlabChanges):
         if self._host.has_left(peer):
             self._goodbye(peer)
             return False
+        self.posts.take_rest(peer)  # its page has outlived it
         peer.state = SessionState.SETTLING
         self._stop_greeting(peer)
 
@@ -322,11 +341,12 @@ class Server(SlabChanges):
         if peer.state is SessionState.ENDED:
             return
         peer.state = SessionState.ENDED
+        peer.posts = None
         self._stop_greeting(peer)
         self.sessions.pop(peer.number, None)
         self.observers.drop(peer)
         self._turn.do_all(peer.cancel_tasks(self._turn))
-        self._settle_shrinking()  # an ended session is no longer behind
+        self._tails.settle()  # an ended session is no longer behind
         peer.channel.close()
         if peer.watch is not None:
             peer.watch.close()
@@ -350,6 +370,7 @@ class Server(SlabChanges):
         self._loop.remove_reader(self._sock.fileno())
         for peer in [*self.sessions.values(), *self.observers.peers, *self._greeting]:
             self._ended.append(peer)
+            self.posts.take_rest(peer)
             peer.channel.send(encode(messages.Closing()))
             self._end(peer)
         self._listener.close()
@@ -362,6 +383,7 @@ class Server(SlabChanges):
     def forget(self) -> None:
         """Drop descriptors in a forked child; the parent's sessions and socket file stay."""
         for peer in [*self.sessions.values(), *self.observers.peers, *self._greeting]:
+            peer.posts = None  # or its page stays mapped
             peer.channel.forget()
             if peer.watch is not None:
                 peer.watch.forget()
