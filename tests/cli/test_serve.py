@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -281,7 +282,7 @@ async def test_metrics_are_served_on_the_loopback_unless_told_otherwise(
 
     def start(port: int, *caches: Any, host: str) -> Any:
         calls.append((port, caches, host))
-        return contextlib.nullcontext()
+        return SimpleNamespace(url="http://127.0.0.1/metrics")
 
     async with service("metrics_port", "9464") as served:
         modules(monkeypatch, SimpleNamespace(serve=start))
@@ -293,6 +294,29 @@ async def test_metrics_are_served_on_the_loopback_unless_told_otherwise(
     async with service() as served:
         served._metrics()
         assert len(calls) == 2
+
+
+async def test_metrics_can_be_fetched_while_it_serves(serve: Serve) -> None:
+    pytest.importorskip("prometheus_client")
+    daemon = serve("--metrics-port", "0", "--log", "json")
+    async with featcache.connect(daemon.endpoint()) as client:
+        await client.put(filled(KIB), key="k")
+    (url,) = (line["url"] for line in map(json.loads, daemon.err.splitlines()) if "url" in line)
+    assert url.startswith("http://127.0.0.1:")
+    with urllib.request.urlopen(url) as answer:  # noqa: S310, ASYNC210 - its own, at once
+        assert b"featcache_keys" in answer.read()
+    assert daemon.stops().code == 0
+
+
+def test_a_port_in_use_is_refused(command: Run, runtime_dir: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ended = command("serve", "--metrics-port", port, "--log-level", "error")
+    assert f"port {port}" in ended.failed_with(5)
+    assert endpoints(runtime_dir) == []
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.EADDRINUSE, 5), (errno.EACCES, 2)])

@@ -8,9 +8,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 import click
+import structlog
 
 import featcache
 from featcache import FeatureCache, SettingsError
@@ -20,7 +21,13 @@ from featcache.cli.logs import configure
 from featcache.cli.notify import notify
 
 _METRICS: Final = "featcache.integrations.metrics"
-_ServeMetrics: TypeAlias = Callable[..., contextlib.AbstractContextManager[object]]
+
+
+class _MetricsServer(contextlib.AbstractContextManager[Any], Protocol):
+    url: str
+
+
+_ServeMetrics: TypeAlias = Callable[..., _MetricsServer]
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -137,7 +144,7 @@ class _Service:
             os._exit(128 + number)
         self._ends.set()
 
-    def _metrics(self) -> contextlib.AbstractContextManager[object]:
+    def _metrics(self) -> contextlib.AbstractContextManager[Any]:
         """Serve metrics for as long as the context lasts, if a port was given."""
         port, host = self._options.metrics_port, self._options.metrics_host
         if port is None:
@@ -148,8 +155,10 @@ class _Service:
             told = "--metrics-port needs the extra: pip install 'featcache[metrics]'"
             raise Failure(told, Exit.UNAVAILABLE) from None
         try:
-            return serve_metrics(port, self._cache, host=host)
+            server = serve_metrics(port, self._cache, host=host)
         except SettingsError as error:
             if getattr(error.__cause__, "errno", None) == errno.EADDRINUSE:
                 raise Failure(str(error), Exit.IN_USE) from error
             raise
+        structlog.get_logger("featcache").info("featcache.metrics", url=server.url)
+        return server
