@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python tests/bench/observers.py --rounds 20 --out tests/bench/results/observers.json
 
-The owner has 4,096 slots, 4,000 keys and 64 sessions, and puts and gets a feature of 64 KiB again and again
+The owner has 4,096 slots, 4,000 keys and 64 sessions (or as many as are asked for), and puts and gets a feature of 64 KiB again and again
 in its loop. Meanwhile, in every other period, observers in a process of their own take a snapshot each ten
 times a second. A period is a fifth of a second; beside each one with observers stands the one before it, of
 these ratios the median is told, with the quartiles. What counts is the CPU time of the loop's thread:
@@ -34,7 +34,7 @@ from bench.turns import Process
 from featcache import FeatureCache, Observer, Settings
 from featcache.control import observers as module
 
-SLOTS, KEYS, SESSIONS = 4096, 4000, 64
+SLOTS, KEYS = 4096, 4000
 PERIOD_S = 0.2
 FEATURE_BYTES = 64 << 10
 
@@ -79,7 +79,8 @@ async def loaded(cache: FeatureCache, feature: torch.Tensor, out: torch.Tensor) 
 
 
 async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    settings = Settings(slots=SLOTS, sessions=SESSIONS + 1, observers=options.observers + 1)
+    wanted = options.sessions
+    settings = Settings(slots=SLOTS, sessions=wanted + 1, observers=options.observers + 1)
     feature = torch.zeros(FEATURE_BYTES, dtype=torch.uint8)
     out = torch.empty_like(feature)
     gate = folder / "gate"
@@ -89,7 +90,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for number in range(KEYS):
             await cache.put(small, key=f"key-{number}")
         endpoint = cache.endpoint
-        attached = Process(lambda: sessions(endpoint, SESSIONS))
+        attached = Process(lambda: sessions(endpoint, wanted))
         other = str(folder / "other.sock")
         beside = Process(lambda: another(other))
         while not Path(other).exists():  # noqa: ASYNC110, ASYNC240 - of another process
@@ -97,10 +98,9 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         count, hertz = options.observers, options.hertz
         lookers = Process(lambda: looking(endpoint, other, count, str(gate), hertz))
         try:
-            while cache.statistics().sessions < SESSIONS:  # noqa: ASYNC110 - of other processes
+            while cache.statistics().sessions < wanted:  # noqa: ASYNC110 - of other processes
                 await asyncio.sleep(0.05)
-            for _ in range(3 * KEYS // SESSIONS):
-                await loaded_once(cache, feature, out)
+            await loaded(cache, feature, out)
             ratios = []
             for _ in range(options.rounds):
                 without = await loaded(cache, feature, out)
@@ -118,10 +118,6 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             attached.kill()
             beside.kill()
     return found
-
-
-async def loaded_once(cache: FeatureCache, feature: torch.Tensor, out: torch.Tensor) -> None:
-    await cache.get(await cache.put(feature), out=out)
 
 
 async def alone(cache: FeatureCache) -> dict[str, Any]:
@@ -166,6 +162,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--sessions", type=int, default=64)
     parser.add_argument("--observers", type=int, default=1)
     parser.add_argument("--hertz", type=float, default=10.0)
     parser.add_argument("--out", type=Path)
@@ -177,6 +174,7 @@ def main() -> None:
         "date": machine.now(),
         "command": machine.command(sys.argv[1:]),
         "machine": machine.machine(),
+        "sessions": options.sessions,
         "observers": options.observers,
         "hertz": options.hertz,
         **found,
