@@ -2,12 +2,12 @@
 
     PYTHONPATH=src python tests/bench/observers.py --rounds 20 --out tests/bench/results/observers.json
 
-The owner has 4,096 slots, 4,000 keys and 64 sessions (or as many as are asked for), and puts and gets a feature of 64 KiB again and again
-in its loop. Meanwhile, in every other period, observers in a process of their own take a snapshot each ten
-times a second. A period is a fifth of a second; beside each one with observers stands the one before it, of
-these ratios the median is told, with the quartiles. What counts is the CPU time of the loop's thread:
-other load on the machine comes and goes. In the other periods the observers look at another owner, so that
-what their own process does to the machine's caches is the same in both.
+The owner has 4,096 slots, 4,000 keys and 64 sessions (or as many as are asked for), and puts and gets a
+feature of 64 KiB again and again in its loop. Meanwhile observers in a process of their own take a snapshot
+each, ten times a second: in every other period of this owner, in the others of another, so that what their
+own process does to the machine's caches is the same in both. A period is a fifth of a second; beside each
+one with observers stands the one before it, and of these ratios the median is told, with the quartiles.
+What counts is the CPU time of the loop's thread: other load on the machine comes and goes.
 Then come, with nothing else to do, the seconds of the owner that each request took, and the longest piece
 of it that ran in one go, which is what adds to a turn of the loop.
 """
