@@ -107,6 +107,8 @@ class RequestHandlers:
     # --- keys -------------------------------------------------------------------------------------
 
     def _find(self, session: int, message: messages.Find) -> Answer | Wait:
+        if message.counted and message.waits:
+            return self._wait_for_key(session, message)
         granted = self._lookups.find(message.key, self._page(session))
         if granted is not None:
             return self._granted(message.request, granted)
