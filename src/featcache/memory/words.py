@@ -70,6 +70,8 @@ class Header:
     """The recency policy's present tick: a session copies it into `used` at each hit of a slot."""
     SECRET = 16
     """The first of the four words of the key under which this pool digests the keys of features."""
+    OLDEST_UNPAID = 20
+    """The age, in microseconds, of the oldest ref that still owes a read; 0 if none does."""
 
 
 class RoomClaim:
