@@ -62,7 +62,7 @@ class Statistics:
     discarded: int = 0
     """Refs that were taken back with `discard`."""
     hits: int = 0
-    """Lookups by key that found something."""
+    """Lookups by key that found something, with those that sessions made without a message."""
     misses: int = 0
     """Lookups by key that found nothing; some then waited for it, or made it."""
     evicted: int = 0

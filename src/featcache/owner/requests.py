@@ -107,7 +107,8 @@ class RequestHandlers:
     # --- keys -------------------------------------------------------------------------------------
 
     def _find(self, session: int, message: messages.Find) -> Answer | Wait:
-        granted = self._lookups.find(message.key, self._page(session))
+        page = self._page(session)
+        granted = None if message.counted else self._lookups.find(message.key, page)
         if granted is not None:
             return self._granted(message.request, granted)
         if not message.waits and (not message.makes or self._lookups.is_claimed(message.key)):
