@@ -46,6 +46,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
 
 ROOMS = tuple((floor, names) for floor, rooms in enumerate(FLOORS) for names in rooms)
 CORE, MEMORY, ROOT = FLOORS[-2][0], FLOORS[-3][0], FLOORS[-1][0]
+CLI, INTEGRATIONS = FLOORS[0][0], FLOORS[1][0]
 NAMED = frozenset(name for _, names in ROOMS for name in names if "*" not in name)
 
 Rules = dict[tuple[str, ...], tuple[str, ...]]  # for these modules: these others
@@ -72,10 +73,12 @@ FORBIDDEN: Rules = {
         "structlog",
     ),
     # the library is whole without what only its integrations need
-    tuple(name for floor, names in ROOMS if floor > 0 for name in names): (
+    tuple(name for _, names in ROOMS if names is not INTEGRATIONS for name in names): (
         "prometheus_client",
         "opentelemetry",
     ),
+    # and without what only the command line needs
+    tuple(name for _, names in ROOMS if names is not CLI for name in names): ("click", "rich"),
     # only memory/ calls the driver
     tuple(name for _, names in ROOMS for name in names if names is not MEMORY): ("cuda",),
 }

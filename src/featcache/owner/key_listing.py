@@ -31,7 +31,7 @@ def listed(pool: Pool, request: observing.ListKeys, limit_bytes: int) -> Work:
     table = pool.store.table
     for page in list(pool.pages.values()):
         pool.check_open()
-        pool.uses.count_of(page, pool.words.live, table.high)
+        pool.uses.count_of(page, table)
         yield
     pool.check_open()
     found: list[tuple[Rank, Slot]] = []

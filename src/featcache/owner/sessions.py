@@ -203,7 +203,7 @@ class Sessions:
         if died:
             paid += yield from self._paying_for(page, now_s, named=not session.name_passed_on)
             self.readers_lost += 1
-        pool.uses.count_of(page, pool.words.live, pool.store.table.high)
+        pool.uses.count_of(page, pool.store.table)
         pool.uses.fold(page, pool.store.recency.tick)
         del pool.pages[session.number]
         page.close()

@@ -325,7 +325,7 @@ class Pool:
         if (end_bytes := self.store.shrink(now_s)) is not None:
             self.growth.shrink(end_bytes, old_end_bytes)
         self.is_held.count_leased(self.store)
-        self.uses.count(self.words.live, self.store.table.high, now_s)
+        self.uses.count(self.store.table, now_s)
         self.pressure.observe()
         self.pressure.report(now_s)
         gauges.publish(self.store, self.words.header)

@@ -6,7 +6,7 @@ from typing import Final
 import numpy as np
 
 from featcache.core.keyed_store import KeyedStore
-from featcache.core.slots import Slot
+from featcache.core.slots import Slot, SlotTable
 from featcache.pool.page import SessionPage
 
 _COUNT_S: Final = 1.0
@@ -46,20 +46,22 @@ class SessionUses:
         of_it = int(self._counted[slot.index]) == slot.generation
         return slot.hits + (int(self._counts[slot.index]) if of_it else 0)
 
-    def count(self, live: memoryview, high: int, now_s: float) -> None:
+    def count(self, table: SlotTable, now_s: float) -> None:
         """Count, once a second at most, which slots each session has used since: for reports alone."""
         if now_s >= self._counts_at_s:
             self._counts_at_s = now_s + _COUNT_S
             for page in self._pages.values():
-                self.count_of(page, live, high)
+                self.count_of(page, table)
 
-    def count_of(self, page: SessionPage, live: memoryview, high: int) -> None:
+    def count_of(self, page: SessionPage, table: SlotTable) -> None:
         """As `count`, of one session, now."""
+        high = table.high
         used, seen = np.frombuffer(page.words.used, np.uint64, high), page.uses_seen[:high]
         changed = (used != seen).nonzero()[0]
         if changed.size:
             seen[changed] = used[changed]
-            generations = np.frombuffer(live, np.uint64, high)[changed]
+            slots = table.slots
+            generations = np.array([slots[i].generation for i in changed.tolist()], np.uint64)
             self._counts[changed[self._counted[changed] != generations]] = 0
             self._counted[changed] = generations
             self._counts[changed] += 1
