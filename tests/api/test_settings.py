@@ -264,3 +264,14 @@ def test_an_unknown_variable_is_told_of_to_structlog_where_that_is_configured(
     assert len(told) == 1
     assert "FEATCACHE_OF_ANOTHER_PROGRAM_ENTIRELY" in told[0]
     assert not caplog.records
+
+
+def test_the_command_line_s_variables_are_neither_settings_nor_slips(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("DEVICE", "ENDPOINT", "SPILL", "LOG", "LOG_LEVEL", "NAME", "CONFIG"):
+        monkeypatch.setenv(f"FEATCACHE_{name}", "x")
+    for name in ("METRICS_PORT", "METRICS_HOST", "SHUTDOWN_GRACE"):
+        monkeypatch.setenv(f"FEATCACHE_{name}", "x")
+    Settings()
+    assert caplog.records == []
