@@ -71,7 +71,7 @@ def runtime_dir() -> Iterator[Path]:
 @pytest.fixture
 def no_key_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions that can tell nothing by the key table: every lookup goes by message."""
-    monkeypatch.setattr(KeyTable, "find", lambda *_: UNKNOWN)
+    monkeypatch.setattr(KeyTable, "entry", lambda *_: (UNKNOWN, 0))
 
 
 @pytest.fixture

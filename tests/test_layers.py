@@ -23,6 +23,7 @@ LONGEST_LINES = 400
 # The floors, from the top; on each, its rooms. A room is a folder, or the modules at the root that
 # are named here.
 FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
+    (("featcache.integrations", "featcache.integrations.*"),),
     (("featcache", "featcache.__main__"),),
     (("featcache.blocking", "featcache.blocking.*"),),
     (("featcache.api", "featcache.api.*"),),
@@ -40,7 +41,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
 )
 
 ROOMS = tuple((floor, names) for floor, rooms in enumerate(FLOORS) for names in rooms)
-CORE, MEMORY, ROOT = FLOORS[7][0], FLOORS[6][0], FLOORS[8][0]
+CORE, MEMORY, ROOT = FLOORS[-2][0], FLOORS[-3][0], FLOORS[-1][0]
 NAMED = frozenset(name for _, names in ROOMS for name in names if "*" not in name)
 
 Rules = dict[tuple[str, ...], tuple[str, ...]]  # for these modules: these others
@@ -65,6 +66,11 @@ FORBIDDEN: Rules = {
         "threading",
         "concurrent",
         "structlog",
+    ),
+    # the library is whole without what only its integrations need
+    tuple(name for floor, names in ROOMS if floor > 0 for name in names): (
+        "prometheus_client",
+        "opentelemetry",
     ),
     # only memory/ calls the driver
     tuple(name for _, names in ROOMS for name in names if names is not MEMORY): ("cuda",),
@@ -242,6 +248,8 @@ def test_no_module_is_longer_than_its_bound() -> None:
         ("featcache.session.reader", "from featcache.pool.pool import Pool", "which is above it"),
         ("featcache.api.cache", "from featcache import blocking", "which is above it"),
         ("featcache.api.cache", "from .. import blocking", "which is above it"),
+        ("featcache.blocking", "from featcache.integrations import metrics", "which is above it"),
+        ("featcache.api.cache", "import prometheus_client", "imports prometheus_client"),
         ("featcache.pool.pool", "from cuda.bindings import driver", "imports cuda"),
         ("featcache.ref", "import torch", "reaches torch"),
         ("featcache.ref", "import featcache.events", "reaches torch"),
@@ -253,6 +261,8 @@ def test_no_module_is_longer_than_its_bound() -> None:
 def test_a_violation_is_found(module: str, source: str, message: str) -> None:
     sound = [
         Module("featcache", "from featcache import blocking", is_package=True),
+        Module("featcache.integrations", "", is_package=True),
+        Module("featcache.integrations.metrics", "import featcache\nimport prometheus_client"),
         Module("featcache.blocking", "from featcache.api.cache import create", is_package=True),
         Module("featcache.api", "", is_package=True),
         Module("featcache.api.cache", "from featcache.pool.pool import Pool"),

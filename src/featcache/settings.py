@@ -294,7 +294,7 @@ class Settings:
     """Longest control message."""
     inline_bytes: int = attrs.field(default=4 << 20, converter=_SIZE, validator=_within(0))
     """Bytes above which a copy leaves the event loop for a thread (about a millisecond)."""
-    rooms_ahead: int = attrs.field(default=4, converter=_COUNT, validator=_within(0, 64))
+    rooms_ahead: int = attrs.field(default=8, converter=_COUNT, validator=_within(0, 64))
     """Slots that the owner gives a session that puts, ahead of its next puts, so that these wait for no
     answer; 0 is none. A session has at most a 32nd of the capacity ahead, all together an eighth."""
     rooms_idle: float = attrs.field(default=0.5, converter=_SECONDS)

@@ -32,6 +32,9 @@ class Statistics:
     """Puts in the queue now."""
     waiting_bytes: int = 0
     """Bytes that those puts wait for."""
+    oldest_unpaid_s: float = attrs.field(default=0.0, eq=False)
+    """Age of the oldest ref that still owes a read, 0 if none does. It grows between any two looks, so
+    records that differ in nothing else are equal."""
     sessions: int = 0
     keys: int = 0
     """Keys in the directory."""
@@ -59,7 +62,7 @@ class Statistics:
     discarded: int = 0
     """Refs that were taken back with `discard`."""
     hits: int = 0
-    """Lookups by key that found something."""
+    """Lookups by key that found something, with those that sessions made without a message."""
     misses: int = 0
     """Lookups by key that found nothing; some then waited for it, or made it."""
     evicted: int = 0

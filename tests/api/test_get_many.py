@@ -305,6 +305,26 @@ async def test_it_counts_as_so_many_gets(who: int) -> None:
         await nothing_lost(both[0])
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["by the table", "by the owner"])
+async def test_a_key_that_is_waited_for_counts_as_one_miss(
+    who: int, told: bool, monkeypatch: Any
+) -> None:
+    if not told:
+        monkeypatch.setattr(KeyHits, "find", lambda *_: UNKNOWN)  # as where the table has no room
+    async with pair() as both:
+        await both[0].put(filled(KIB), key="k")
+        with pytest.raises(KeyTimeout):
+            await both[who].get_many(["k", "a", "b"], timeout=0.01)
+        now = both[0].statistics()
+        assert (now.hits, now.misses) == (1, 2)
+        wait = asyncio.create_task(both[who].get_many(["k", "c"], timeout=100))
+        await until(lambda: both[0].statistics().misses == 3)
+        await both[0].put(filled(KIB, 7), key="c")
+        assert values(await wait) == [0, 7]
+        assert both[0].statistics().misses == 3
+        await nothing_lost(both[0])
+
+
 async def test_what_comes_through_host_memory_is_all_or_nothing() -> None:
     async with relayed() as (owner, client):
         refs = await client.put_many(some_of(3))

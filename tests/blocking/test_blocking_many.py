@@ -7,6 +7,7 @@ import featcache
 from api.test_get_many import values
 from blocking.test_blocking_keys import blocking, holds, threads
 from featcache import FeatureTooLarge, KeyNotFound, PoolFull, SettingsError, StaleRef
+from featcache.blocking.portal import Portal
 from support.caches import KIB, MIB, filled, small
 from support.hosted import through_host
 from support.keyed import CAPACITY, ONE
@@ -106,3 +107,19 @@ def test_what_comes_through_host_memory() -> None:
         assert values(owner.get_many(["a", again[1], "c"])) == [0, 1, 2]
         assert owner.statistics().relayed == 4
         holds(owner, lambda now: now.slots_used == 3)
+
+
+def test_what_the_key_table_tells_enters_no_loop(who: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with blocking() as both:
+        both[0].put(BASE, key="a")
+        assert same(both[who].get("a"), BASE)
+
+        def enter(*_: object) -> None:
+            raise AssertionError("the loop was entered")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Portal, "call", enter)
+            assert both[who].contains_many(["a", b"b", "a"]) == [True, False, True]
+            with pytest.raises(KeyNotFound):
+                both[who].get("b")
+        holds(both[0], lambda now: (now.hits, now.misses) == (1, 1))

@@ -21,6 +21,7 @@ from featcache import (
 )
 from featcache.client.writer import ClientWriter
 from featcache.control.channel import Channel
+from featcache.control.server import Server
 from featcache.core.endings import Ending
 from featcache.memory.host.slab import HostMapping
 from featcache.pool import ahead
@@ -41,8 +42,12 @@ def asked(client: FeatureClient) -> int:
     return writer_of(client).connection.link.requests._last_number
 
 
+def server_of(owner: FeatureCache) -> Server:
+    return owner._opened().main.server
+
+
 def far_end(owner: FeatureCache, session: int = 1) -> Channel:
-    return owner._opened().main.server.sessions[session].channel
+    return server_of(owner).sessions[session].channel
 
 
 def rooms(owner: FeatureCache) -> int:
@@ -128,17 +133,20 @@ async def test_without_rooms_ahead_each_put_asks() -> None:
 
 
 class Deaf:
-    """An owner that does not hear a session: what it sends stays in the socket."""
+    """An owner that does not hear a session: what it sends or posts stays where it is."""
 
     def __init__(self, owner: FeatureCache, patch: pytest.MonkeyPatch) -> None:
         self._channel = far_end(owner)
+        self._posts = server_of(owner).posts
         self._patch = patch
         patch.setattr(self._channel, "read_rest", lambda _: False)
+        patch.setattr(server_of(owner).sessions[1], "posts", None)
         asyncio.get_running_loop().remove_reader(self._channel._fd)
 
     def hears(self) -> None:
         self._patch.undo()
         asyncio.get_running_loop().add_reader(self._channel._fd, self._channel._readable)
+        self._posts.hear_all()
 
 
 async def early(

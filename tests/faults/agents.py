@@ -35,6 +35,7 @@ from featcache.owner.requests import RequestHandlers
 from featcache.pool.pool import Pool
 from featcache.session import attachment as attachment_module
 from featcache.session.attachment import Attachment
+from featcache.session.lease import KeyLease
 from featcache.settings import Settings
 from support.processes import Pipe
 
@@ -83,6 +84,8 @@ KEY_STEPS: Final[dict[str, tuple[Any, str, str]]] = {
     "copying": (HostMapping, "fetch", BEFORE),  # before it touches a byte
     "copied": (HostMapping, "fetch", AFTER),  # has the bytes
     "ending": (Attachment, "end_lease", BEFORE),  # before it ends its entry's read
+    "ended": (Attachment, "end_lease", AFTER),  # its word says so, nobody was told
+    "leaving": (KeyLease, "unpin", BEFORE),  # the block of its borrow
     "giving back": (Attachment, "pay_grant", BEFORE),  # before it pays a grant
     "paying": (HostMapping, "signal", BEFORE),  # in it, before its word
     "paid": (HostMapping, "signal", AFTER),  # the word is written, nobody was told

@@ -30,7 +30,7 @@ from featcache import FeatureCache, KeyNotFound
 from support.processes import Child, Start, until
 from support.slabs import Slab
 
-BY_MESSAGE: Final = {"sent find", "answered", "taken", "giving back"}
+BY_MESSAGE: Final = {"sent find", "answered", "taken", "giving back", "paying"}
 """Steps of a read that the owner granted; the others are of one that the session found by itself."""
 # The step, what leads to it, whether the read is paid by then, and its name.
 STEPS: Final[list[tuple[str | None, str, bool, str]]] = [
@@ -41,15 +41,15 @@ STEPS: Final[list[tuple[str | None, str, bool, str]]] = [
     ("copying", "get", False, "before the bytes"),
     ("copied", "get", False, "after the bytes"),
     ("ending", "get", False, "before paying"),
-    ("paying", "get", False, "paying"),
-    ("paid", "get", True, "paid"),
+    ("paying", "get", False, "paying a grant"),
+    ("ended", "get", True, "paid"),
     ("answered", "borrow", False, "granted to borrow"),
     ("giving back", "get", False, "before paying a grant"),
     ("leased", "borrow", False, "leased to borrow"),
     (None, "borrow", False, "in a borrow"),
-    ("paying", "leave", False, "leaving a borrow"),
+    ("leaving", "leave", False, "leaving a borrow"),
 ]
-ON_GPU: Final = {"asked", "after the bytes", "paying", "paid", "in a borrow"}
+ON_GPU: Final = {"asked", "after the bytes", "paying a grant", "in a borrow"}
 
 
 def cases() -> list[Any]:

@@ -220,7 +220,7 @@ async def test_killed_and_another_process_reads_on(start: Start, log: Log, slab:
 
 
 @host_only  # whose steps those are
-@pytest.mark.parametrize("step", ["found", "leased", "copying", "paying"])
+@pytest.mark.parametrize("step", ["found", "leased", "copying", "ending"])
 async def test_killed_at_a_step_of_a_clients_read(
     start: Start, log: Log, slab: Slab, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

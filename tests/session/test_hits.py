@@ -252,3 +252,16 @@ async def test_a_pool_that_is_not_attached_yet() -> None:
                 unbound.get_nowait("a")
             assert unbound.contains_nowait("a") is None
         assert torch.equal(tensor(owner.get_nowait("a")), BASE)
+
+
+async def test_a_pool_whose_owner_is_gone() -> None:
+    owner = await featcache.create(settings=small()).open()
+    async with featcache.connect(owner.endpoint, settings=small()) as client:
+        await owner.put(BASE, key="a")
+        assert client.contains_nowait("a")
+        await owner.aclose()
+        with pytest.raises(featcache.OwnerLost):
+            await client.get("b", timeout=100)
+        for call in (client.contains_nowait, client.get_nowait):
+            with pytest.raises(featcache.OwnerLost):
+                call("a")

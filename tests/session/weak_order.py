@@ -64,7 +64,7 @@ def main() -> None:
     try:
         reader = Reader(world, 1, deferred=False)
         world.owner.do(lambda: world.put(b"k0", 1))
-        page, table = reader.page, reader.hits._place_of.__self__  # type: ignore[attr-defined]
+        page, table = reader.page, reader.hits._entry.__self__  # type: ignore[attr-defined]
         tell(reader.attachment, _lease="lease", _serial="serial", _live="live")
         tell(table, _words="table")
         tell(world.pool.words, live="live", offset="extent")

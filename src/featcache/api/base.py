@@ -346,11 +346,12 @@ class CacheBase(ManyCalls):
     def contains_nowait(self, key: str | bytes) -> bool | None:
         """`contains` by this process's own look at the key table: no await, no message, in any thread.
 
-        None if the table can't tell: the owner must be asked, or the pool is not attached yet.
+        None if the table can't tell: the owner must be asked, or the pool is not attached yet. Raises
+        OwnerLost if the owner died or closed the pool.
         """
         keys: Keys = self._opened().keys
         plain, hits = key if type(key) is str or type(key) is bytes else key_bytes(key), keys.hits
-        return None if hits is None else hits.contains(plain)
+        return keys.contains_now(plain) if hits is None else hits.contains(plain)
 
     async def evict(self, key: str | bytes) -> bool:
         """Drop a key, pinned or not; return whether it was there.

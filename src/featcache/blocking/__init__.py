@@ -29,7 +29,7 @@ from featcache.core.pressure import PressureLevel
 from featcache.errors import GetTimeout, StaleRef
 from featcache.memory.pack import Feature
 from featcache.ref import FeatureRef
-from featcache.session.arguments import check_make, key_bytes
+from featcache.session.arguments import check_make, key_bytes, parse_keys
 from featcache.session.batch_staging import parse_features
 from featcache.session.borrow import Borrow
 from featcache.session.copier import targets_of
@@ -234,7 +234,11 @@ class _BlockingBase(Generic[A]):
 
     def contains_many(self, keys: Iterable[str | bytes]) -> list[bool]:
         """Return whether a feature is kept under each key now."""
-        return self._portal.call(lambda: self._portal.inner.contains_many(keys))
+        wanted, hits = parse_keys(keys, "contains_many"), self._portal.engine.keys.hits
+        told = [None] if hits is None else [hits.contains(key) for key in wanted]
+        if None not in told:
+            return [bool(there) for there in told]
+        return self._portal.call(lambda: self._portal.inner.contains_many(wanted))
 
     def put_many(
         self,

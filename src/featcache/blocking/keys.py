@@ -12,6 +12,7 @@ import torch
 
 from featcache.blocking.portal import Portal
 from featcache.errors import CacheClosed, GetTimeout, StaleRef
+from featcache.memory.key_table import ABSENT
 from featcache.memory.pack import Feature
 from featcache.session.arguments import key_bytes
 from featcache.session.lease import KeyLease, MakeClaim
@@ -36,6 +37,8 @@ def get_by_key(
         found = hits.fetch(key, place, engine.reader, in_loop=False)
         if isinstance(found, torch.Tensor):
             return found
+        if found == ABSENT and timeout_s is None:
+            raise hits.missed(key)
         lease = found if type(found) is KeyLease else None
     wanted = key_bytes(key)
     give_up_s = None if timeout_s is None else time.monotonic() + timeout_s

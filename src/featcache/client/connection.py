@@ -82,6 +82,7 @@ class PoolConnection:
         self._mapping: Mapping = attachment.mapping
         self.hits = hits
         self._doorbell = doorbell
+        self.ring = doorbell.ring
         self._offload = offload
         self._spawn = spawn
         self._on_unreachable = on_unreachable

@@ -70,9 +70,14 @@ class ClientKeys:
     def contains_now(self, key: str | bytes) -> bool | None:
         """Whether a key is there, by the key table alone; None if the owner is to say."""
         connection = self._registry.peek_bound()
-        return None if connection is None else connection.hits.contains(key)
+        if connection is None:
+            self._registry.check_not_lost()
+            return None
+        return connection.hits.contains(key)
 
-    async def find(self, key: bytes, timeout_s: float | None, device: Device) -> KeyLease:
+    async def find(
+        self, key: bytes, timeout_s: float | None, device: Device, *, counted: bool = False
+    ) -> KeyLease:
         """Return a read of the feature under a key; with a timeout, wait for it that long."""
         turn = self._turn
         turn.left -= CALL_UNITS
@@ -84,14 +89,15 @@ class ClientKeys:
         if type(at_hand) is KeyLease:
             return at_hand
         if at_hand == ABSENT and not timeout_s:
-            connection.attachment.count_miss()
+            if not counted:
+                connection.attachment.count_miss()
             raise not_found(key) if timeout_s is None else key_timeout(key_label(key), timeout_s)
         if timeout_s is None:
             found = await self._find(key, waits=False, makes=False)
         else:
             try:
                 with anyio.fail_after(rpc_timeout(timeout_s)):
-                    found = await self._find(key, waits=timeout_s > 0, makes=False)
+                    found = await self._find(key, waits=timeout_s > 0, makes=False, counted=counted)
             except (KeyNotFound, TimeoutError):
                 raise key_timeout(key_label(key), timeout_s) from None
         if isinstance(found, MakeClaim):
@@ -113,10 +119,13 @@ class ClientKeys:
             return at_hand
         return await self._find(key, waits=waits, makes=True)
 
-    async def _find(self, key: bytes, *, waits: bool, makes: bool) -> KeyLease | MakeClaim:
+    async def _find(
+        self, key: bytes, *, waits: bool, makes: bool, counted: bool = False
+    ) -> KeyLease | MakeClaim:
         """Ask the owner."""
         connection = self._registry.peek_bound() or await self._registry.bound()
-        answer, _ = await connection.link.request(Find(connection.link.number(), key, waits, makes))
+        number = connection.link.number()
+        answer, _ = await connection.link.request(Find(number, key, waits, makes, counted))
         if isinstance(answer, messages.ClaimGranted):
             release = messages.ReleaseClaim(key, answer.claim)
             return MakeClaim(lambda: connection.link.tell(release))

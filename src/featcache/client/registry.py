@@ -122,6 +122,11 @@ class ConnectionRegistry:
         """Return the connection of the pool that this client is connected to, if it is open."""
         return self._connections.get(self.bound_pool)
 
+    def check_not_lost(self) -> None:
+        """Raise OwnerLost if the pool that this client is connected to is gone."""
+        if self._lost is not None:
+            raise OwnerLost(self._lost)
+
     def bound_now(self) -> PoolConnection:
         """Return the connection of the pool that this client is connected to, in any thread.
 
@@ -144,8 +149,7 @@ class ConnectionRegistry:
             raise CacheClosed("this client was closed, or is another process's")
         if self._bound is None:
             raise SettingsError("keys and puts need a client that is connected: connect(endpoint)")
-        if self._lost is not None:
-            raise OwnerLost(self._lost)
+        self.check_not_lost()
         return self._bound
 
     async def bound(self) -> PoolConnection:

@@ -12,13 +12,24 @@ class RoomsAhead:
         self._rooms: list[Room] = []
         self.come = False
         """Whether any ever came."""
+        self._low = 0
 
     def add(self, rooms: Sequence[Room]) -> None:
         """Add new ones, and forget the oldest beyond a bound."""
         self.come = True
+        if not rooms:
+            return
         self._rooms += rooms
         if len(self._rooms) > MAX_ROOMS:
             del self._rooms[:-MAX_ROOMS]
+        self._low = len(self._rooms) // 2
+
+    def run_low(self) -> bool:
+        """Return whether half of them are used up; said once, until new ones come."""
+        if len(self._rooms) > self._low:
+            return False
+        self._low = -1
+        return True
 
     def pop(self, nbytes: int) -> Room | None:
         """Return the newest that is large enough: its bytes are the likeliest to be in the cache."""

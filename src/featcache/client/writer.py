@@ -4,8 +4,9 @@ Room that was given ahead is claimed by a word (`memory.words.RoomClaim`); where
 the owner is asked (`Reserve`), which takes a round trip. From then on the slot is this session's alone
 (`pool.pending_writes.WriteState` draws its life). The bytes go into a mapping of the slab that can be
 written, apart from the one that views are lent from. A word in the session's page, stored behind the
-copy, says that they have landed. The publish is told one way, and the ref is good at once: a reader that
-is faster than the owner waits (`session.early`). Under a key it is asked for: then every session finds it.
+copy, says that they have landed. The publish is told one way, by a post in the page that takes no system
+call (`client.posts`), and the ref is good at once: a reader that is faster than the owner waits
+(`session.early`). Under a key it is asked for: then every session finds it.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ import anyio
 
 from featcache.client.batch_puts import ClientBatchPuts
 from featcache.client.connection import PoolConnection
+from featcache.client.posts import PublishPosts
 from featcache.client.rooms import RoomsAhead
 from featcache.control import messages
 from featcache.control.descriptors import close_taken
@@ -119,6 +121,9 @@ class ClientWriter(ClientBatchPuts):
         self._rooms = RoomsAhead()
         self._requests = connection.link.requests
         connection.link.on_rooms = self._rooms.add
+        self._posts = PublishPosts(
+            connection.attachment.posts, connection.ring, self._requests, self._rooms
+        )
         self.puts = 0
 
     def stage(self, feature: Any, readers: Any, ttl: Any, key: Any = None) -> Staged:
@@ -293,7 +298,7 @@ class ClientWriter(ClientBatchPuts):
             *(room.offset_bytes, request.nbytes, specs),
         )
         if request.key is None:
-            link.post(PublishUnkeyed(slot, generation, specs, terms))
+            self._posts.post(PublishUnkeyed(slot, generation, specs, terms))
             connection.attachment.note_put(ref)
         else:
             publish = messages.Publish(link.number(), slot, generation, specs, terms)

@@ -24,6 +24,7 @@ _REFUSAL_BYTES: Final = 256
 """Bytes of a refusal besides its text."""
 _ACTIVE: Final = SessionState.ACTIVE  # members of an enum are slow to look up
 _CLOSED: Final = ChannelState.CLOSED
+_Published: Final = messages.Published
 _WriteDescriptors: Final = messages.WriteDescriptors
 
 Wait = Coroutine[Any, Any, Answer]
@@ -82,6 +83,9 @@ class RequestHandlers(Protocol):
     ) -> Rooms | None:
         """Carry out a message that has no answer; return what the session is to be told all the same."""
 
+    def more_rooms(self, session: int, /) -> Rooms | None:
+        """Return the room that a session is to be told of once it has the answer to a publish."""
+
     def writable(self) -> Sequence[int]:
         """Return the slab's write descriptors; they stay the pool's."""
 
@@ -117,6 +121,10 @@ class Dispatcher:
             answer = _fault(request.request)
         if is_answer(answer):
             self._send(peer, answer)
+            if type(answer) is _Published and peer.state is _ACTIVE:
+                told = self._handlers.more_rooms(peer.number)
+                if told is not None:
+                    peer.channel.send(encode(told))
         else:
             assert isinstance(answer, Coroutine), "a handler returns an answer or its work"
             self._wait(peer, request, answer)

@@ -89,7 +89,6 @@ class Link:
         self.number = self.requests.number
         self.request = self.requests.request
         self.tell = self.requests.tell
-        self.post = self.requests.post
 
     async def greet(self, name: str | None, device: str) -> tuple[Welcome, list[int]]:
         """Send the hello; return the welcome and its descriptors but for the owner's pidfd."""

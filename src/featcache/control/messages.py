@@ -94,6 +94,8 @@ class Find(Numbered, tag="find", frozen=True):
     """Whether the answer waits until the key is there."""
     makes: bool = False
     """Whether the client can compute the feature; while another session does, it waits for that one."""
+    counted: bool = False
+    """Whether this lookup was counted as a miss before, so that only a wait for the key is left."""
     lane = Lane.FIND
 
 

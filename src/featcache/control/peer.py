@@ -36,6 +36,16 @@ class SessionState(enum.Enum):
     ENDED = "ended"
 
 
+class Posts(Protocol):
+    """What a session posts in its page: notes, each a frame's payload."""
+
+    def __bool__(self) -> bool:
+        """Whether any wait there."""
+
+    def take(self) -> Sequence[bytes]:
+        """Return those that wait, or raise ValueError: they are not as a session writes them."""
+
+
 class Peer:
     """One attached process, and its session's state."""
 
@@ -45,6 +55,8 @@ class Peer:
         self.pid = pid
         self.name: str | None = None
         self.state = SessionState.GREETING
+        self.posts: Posts | None = None
+        """While any can come."""
         self.channel: Channel
         """Set as the session is accepted."""
         self.watch: PidWatch | None = None

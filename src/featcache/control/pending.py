@@ -66,12 +66,15 @@ class PendingRequests:
         if self._ended is None:
             self._channel.send(encode(note))
 
-    def post(self, note: messages.Note) -> None:
-        """Send a message that has no answer, or raise what `request` would."""
+    def check(self) -> None:
+        """Raise what `request` would."""
         if self._ended is not None:
             raise _copy(self._ended)
+
+    def post(self, payload: bytes) -> None:
+        """Send a message that has no answer, or raise SettingsError if it is too long."""
         try:
-            self._channel.send(encode(note))
+            self._channel.send(payload)
         except ValueError as error:
             raise _too_long(error) from None
 

@@ -6,9 +6,9 @@ closes while the process lives is neither: the process may still be reading the 
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from featcache import events
 from featcache.control import messages
@@ -19,6 +19,8 @@ from featcache.control.dispatch import Dispatcher, RequestHandlers
 from featcache.control.endpoint import Listener
 from featcache.control.messages import Hello, ProtocolError, decode_from_client, encode, is_request
 from featcache.control.peer import Peer, Segment, SessionHost, SessionState
+from featcache.control.posts import PostedNotes
+from featcache.control.tails import Tails
 from featcache.control.turns import ATTACH_UNITS, QUANTUM_UNITS, turn_of
 from featcache.errors import OUT_OF_DESCRIPTORS, AttachRefused, FeatcacheError, explain
 from featcache.settings import Settings
@@ -50,8 +52,9 @@ class Server:
         self._greeting: set[Peer] = set()
         self.sessions: dict[int, Peer] = {}
         """ACTIVE and QUARANTINED sessions by number."""
-        self._shrinking: dict[int, asyncio.Future[None]] = {}
-        """By shrink epoch: done once every session has unmapped the tail."""
+        self.posts = PostedNotes(self._dispatcher, self.sessions, self._on_lost)
+        self._tails = Tails(self.sessions)
+        self.retire = self._tails.retire
         self._ended: list[Peer] = []
         """Those that were attached at `close`."""
         self._refusals = events.Throttle(settings.log_interval, burst=16)
@@ -112,6 +115,8 @@ class Server:
         try:
             message = decode_from_client(payload)
             if peer.state is _ACTIVE:
+                if peer.posts:  # they come first: they were posted before this was sent
+                    self.posts.take(peer)
                 if is_request(message):
                     self._dispatcher.answer(peer, message)
                 else:
@@ -133,7 +138,7 @@ class Server:
             self._dispatcher.note(peer, message)
         elif isinstance(message, messages.TailUnmapped):
             peer.shrink_epoch = max(peer.shrink_epoch, message.shrink_epoch)
-            self._settle_shrinking()
+            self._tails.settle()
         elif isinstance(message, messages.Goodbye):
             self._goodbye(peer)
         else:
@@ -256,40 +261,12 @@ class Server:
             starts, sizes, fds = zip(*segments[first : first + messages.MAX_SEGMENTS], strict=True)
             peer.channel.send(encode(messages.Segments(starts[0], list(sizes))), fds)
 
-    def retire(
-        self, shrink_epoch: int, end_bytes: int, timeout_s: float
-    ) -> Coroutine[Any, Any, int]:
-        """Have every session unmap the segments from `end_bytes` on.
-
-        The messages are sent before this returns, so they come before any segment that is announced
-        later. The coroutine returns how many sessions have not acknowledged within `timeout_s`; these
-        keep the memory.
-        """
-        for peer in self.sessions.values():
-            peer.channel.send(encode(messages.UnmapTail(shrink_epoch, end_bytes)))
-        return self._await_unmapped(shrink_epoch, timeout_s)
-
-    async def _await_unmapped(self, shrink_epoch: int, timeout_s: float) -> int:
-        done = self._shrinking[shrink_epoch] = self._loop.create_future()
-        self._settle_shrinking()  # there may be no session to wait for
-        await asyncio.wait([done], timeout=timeout_s)
-        del self._shrinking[shrink_epoch]
-        return self._behind(shrink_epoch)
-
-    def _behind(self, shrink_epoch: int) -> int:
-        """Return how many sessions may still map the tail that this epoch took away."""
-        return sum(peer.shrink_epoch < shrink_epoch for peer in self.sessions.values())
-
-    def _settle_shrinking(self) -> None:
-        for shrink_epoch, done in self._shrinking.items():
-            if not done.done() and not self._behind(shrink_epoch):
-                done.set_result(None)
-
     # --- departures -----------------------------------------------------------------------------
 
     def _goodbye(self, peer: Peer) -> None:
         if peer.state in {SessionState.SETTLING, SessionState.ENDED}:  # by word or death already
             return
+        self.posts.take_rest(peer)
         peer.state = SessionState.SETTLING
 
         # Folded first: once the client has its Farewell, whatever it paid is counted.
@@ -315,6 +292,7 @@ class Server:
             if peer.watch.dead:
                 self._on_death(peer)
                 return
+            self.posts.take_rest(peer)
             peer.state = SessionState.QUARANTINED
             self._turn.do_all(peer.cancel_tasks(self._turn))
             self._host.quarantine(peer)
@@ -341,6 +319,7 @@ class Server:
         if self._host.has_left(peer):
             self._goodbye(peer)
             return False
+        self.posts.take_rest(peer)  # its page has outlived it
         peer.state = SessionState.SETTLING
         self._stop_greeting(peer)
 
@@ -355,10 +334,11 @@ class Server:
         if peer.state is SessionState.ENDED:
             return
         peer.state = SessionState.ENDED
+        peer.posts = None
         self._stop_greeting(peer)
         self.sessions.pop(peer.number, None)
         self._turn.do_all(peer.cancel_tasks(self._turn))
-        self._settle_shrinking()  # an ended session is no longer behind
+        self._tails.settle()  # an ended session is no longer behind
         peer.channel.close()
         if peer.watch is not None:
             peer.watch.close()
@@ -382,6 +362,7 @@ class Server:
         self._loop.remove_reader(self._sock.fileno())
         for peer in [*self.sessions.values(), *self._greeting]:
             self._ended.append(peer)
+            self.posts.take_rest(peer)
             peer.channel.send(encode(messages.Closing()))
             self._end(peer)
         self._listener.close()
@@ -394,6 +375,7 @@ class Server:
     def forget(self) -> None:
         """Drop descriptors in a forked child; the parent's sessions and socket file stay."""
         for peer in [*self.sessions.values(), *self._greeting]:
+            peer.posts = None  # or its page stays mapped
             peer.channel.forget()
             if peer.watch is not None:
                 peer.watch.forget()

@@ -5,8 +5,8 @@ Two kinds of block. The *owner's* block has a header, one `live`, `published`, `
 and the key table (`memory.key_table`); it is sealed so that readers can map it
 only for reading. A *session's* page has one `held`, `released`, `written` and `used` word per slot, one
 `granted` word per grant that it may have out, a lease entry per read by key that it may hold (`lease`,
-`serial` and `ended`), and one word that says how far it has ended (`Parting`); that session and the
-owner map it, nobody else.
+`serial` and `ended`), a ring of posts (`memory.post_ring`), and one word that says how far it has ended
+(`Parting`); that session and the owner map it, nobody else.
 
 Aligned 8-byte stores through a memoryview are enough: CPython packs an item with one 8-byte move,
 which x86-64 and arm64 make single-copy atomic when aligned. `fence_stores` orders bytes before their
@@ -34,12 +34,16 @@ _B = TypeVar("_B")
 _WORD_BYTES: Final = 8
 _HEADER_WORDS: Final = 64
 _OWNER_MAGIC: Final = int.from_bytes(b"fcOwner\x02", "little")
-_SESSION_MAGIC: Final = int.from_bytes(b"fcSessn\x03", "little")
+_SESSION_MAGIC: Final = int.from_bytes(b"fcSessn\x04", "little")
 _OWNER_ARRAYS: Final = 6
 _SESSION_ARRAYS: Final = 4
 _ENTRY_ARRAYS: Final = 4
 GRANTS: Final = 4096
 """Grants that a session may hold by default."""
+POSTS: Final = 64
+"""Messages that wait in a session's page at most."""
+POST_BYTES: Final = 256
+"""Each of them, with its length."""
 KEY_SET_BYTES: Final = 256
 """A set of the key table."""
 RECORD_BYTES: Final = 256
@@ -66,6 +70,8 @@ class Header:
     """The recency policy's present tick: a session copies it into `used` at each hit of a slot."""
     SECRET = 16
     """The first of the four words of the key under which this pool digests the keys of features."""
+    OLDEST_UNPAID = 20
+    """The age, in microseconds, of the oldest ref that still owes a read; 0 if none does."""
 
 
 class RoomClaim:
@@ -91,6 +97,14 @@ class Counts:
     """Lookups that the key table alone answered with no."""
     LEASES_HIGH = 6
     """One more than the highest index of a lease entry that was ever taken."""
+
+
+class Posts:
+    """Indices of the header words of a session's page that count its posts (`memory.post_ring`)."""
+
+    POSTED = 7
+    TAKEN = 8
+    """As the owner tells it: the one word of the page, but for its size, that the owner writes."""
 
 
 class Parting:
@@ -214,7 +228,7 @@ def owner_block_bytes(slots: int) -> int:
 def session_page_bytes(slots: int, grants: int = GRANTS) -> int:
     """Return the size of a session's page."""
     words = _HEADER_WORDS + _SESSION_ARRAYS * slots + _ENTRY_ARRAYS * grants
-    return round_up(words * _WORD_BYTES, mmap.PAGESIZE)
+    return round_up(words * _WORD_BYTES + POSTS * POST_BYTES, mmap.PAGESIZE)
 
 
 class Block:
@@ -302,6 +316,8 @@ class SessionWords(Block):
         self.granted, self.lease, self.serial, self.ended = (
             self.whole[start : start + grants] for start in starts
         )
+        posts_at_bytes = (first + _ENTRY_ARRAYS * grants) * _WORD_BYTES
+        self.posts = memoryview(mapping)[posts_at_bytes : posts_at_bytes + POSTS * POST_BYTES]
 
     @classmethod
     def create(cls, slots: int, grants: int = GRANTS) -> tuple["SessionWords", int]:

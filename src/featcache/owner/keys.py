@@ -276,7 +276,9 @@ class OwnerKeys:
         granted = self._lookups.find(key, page)  # which counts a miss
         return None if granted is None else self._lease(granted)
 
-    async def find(self, key: bytes, timeout_s: float | None, device: Device) -> KeyLease:
+    async def find(
+        self, key: bytes, timeout_s: float | None, device: Device, *, counted: bool = False
+    ) -> KeyLease:
         """Return a read of the feature under a key; with a timeout, wait for it that long."""
         turn = self._turn
         turn.left -= CALL_UNITS
@@ -284,7 +286,7 @@ class OwnerKeys:
             # Before anything is done: a cancellation that comes here loses nothing.
             await turn.wait()
         page = self._own.page()
-        at_hand = self._find(key, device, page)
+        at_hand = None if counted else self._find(key, device, page)
         if at_hand is not None:
             return at_hand
         if timeout_s is None:

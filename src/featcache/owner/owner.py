@@ -267,7 +267,7 @@ class Owner:
             served.forget()
 
 
-def _published(pool: Pool) -> dict[str, int]:
+def _published(pool: Pool) -> dict[str, Any]:
     """Return a pool's gauges as sessions see them, in any thread: another may be closing it."""
     try:
         header = pool.words.header

@@ -107,7 +107,8 @@ class RequestHandlers:
     # --- keys -------------------------------------------------------------------------------------
 
     def _find(self, session: int, message: messages.Find) -> Answer | Wait:
-        granted = self._lookups.find(message.key, self._page(session))
+        page = self._page(session)
+        granted = None if message.counted else self._lookups.find(message.key, page)
         if granted is not None:
             return self._granted(message.request, granted)
         if not message.waits and (not message.makes or self._lookups.is_claimed(message.key)):
@@ -221,7 +222,8 @@ class RequestHandlers:
     def _publish(self, session: int, message: messages.Publish) -> Answer:
         page = self._page(session)
         self._publish_from(page, message)
-        return messages.Published(message.request, self._rooms_ahead(page))
+        # While it has any, new ones are given once it has its answer (`more_rooms`).
+        return messages.Published(message.request, () if page.ahead else self._rooms_ahead(page))
 
     def _publish_unkeyed(self, session: int, note: PublishUnkeyed) -> Rooms | None:
         page = self._page(session)
@@ -230,7 +232,12 @@ class RequestHandlers:
         except FeatcacheError:
             self._refuse(page, note)
             return None
-        rooms = self._rooms_ahead(page, least=max(1, self._pool.settings.rooms_ahead // 2))
+        return self.more_rooms(session)
+
+    def more_rooms(self, session: int) -> Rooms | None:
+        """Return what a session that has published is given for its next puts, if half is due."""
+        least = max(1, self._pool.settings.rooms_ahead // 2)
+        rooms = self._rooms_ahead(self._page(session), least=least)
         return Rooms(rooms) if rooms else None
 
     def _publish_from(self, page: SessionPage, message: messages.Publish | PublishUnkeyed) -> None:
@@ -245,10 +252,8 @@ class RequestHandlers:
         if nbytes > slot.nbytes or (terms is None and _owes_nothing(slot)):
             raise MalformedRef("this put does not fit the room that it has")
         # Raises MalformedRef for specs that no feature of this slot has.
-        FeatureRef(
-            *(pool.pool_id, pool.endpoint, slot.index, slot.generation),
-            *(slot.offset_bytes, nbytes, message.specs),
-        )
+        place = slot.index, slot.generation, slot.offset_bytes, nbytes
+        FeatureRef(pool.pool_id, pool.endpoint, *place, message.specs)
         if terms is not None:
             least = 1 if terms.key is None else 0
             readers = parse_readers(terms.readers, pool.settings.readers, least=least)
@@ -276,10 +281,8 @@ class RequestHandlers:
         if len(specs) > (most := pool.settings.tensors):
             raise SettingsError(f"{len(specs)} tensors: the pool's owner takes at most {most}")
         # Raises MalformedRef for specs that no feature of this slot has.
-        FeatureRef(
-            *(pool.pool_id, pool.endpoint, slot.index, slot.generation),
-            *(slot.offset_bytes, slot.nbytes, specs),
-        )
+        place = slot.index, slot.generation, slot.offset_bytes, slot.nbytes
+        FeatureRef(pool.pool_id, pool.endpoint, *place, specs)
         return slot
 
     def _reserve_many(self, session: int, message: many.ReserveMany) -> Answer | Wait:

@@ -68,6 +68,7 @@ class Sessions:
             raise AttachRefused(f"the owner itself is named {session.name!r}")
         with system_errors(AttachRefused, "the owner can't make this session's page"):
             page = self.open_page(session.number, session.name, session.pid)
+        session.posts = page.posts
         limits = pool.store.limits
         welcome = Welcome(
             version=VERSION,

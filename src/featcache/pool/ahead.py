@@ -147,6 +147,11 @@ class RoomsAhead:
 
     def is_coming(self, index: int, generation: int) -> bool:
         """Whether a ref, of which no number is trusted, may be of a put whose publish is on its way."""
+        return self._is_coming(index, generation) and (
+            not self._pool.collector.hear_posts() or self._is_coming(index, generation)
+        )
+
+    def _is_coming(self, index: int, generation: int) -> bool:
         pool = self._pool
         slot = None if pool.closed else pool.store.table.find(index, generation)
         if slot is None or pool.words.reserved[index] & RoomClaim.GENERATION != generation:

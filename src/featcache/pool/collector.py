@@ -40,6 +40,21 @@ class Collector:
         if self._collect(max(self._turn.left, LEAST)):
             self.go_on()
 
+    def on_ring(self) -> None:
+        """Hear what sessions rang for: posts, or releases if they were told to ring at these."""
+        if not self.hear_posts() or self._pool.ring_at:
+            self.collect()
+
+    def look(self) -> None:
+        """Hear and collect unasked: a session's loop may not have come to ring."""
+        self.hear_posts()
+        self.collect()
+
+    def hear_posts(self) -> bool:
+        """Begin to handle what sessions have posted in their pages; return whether any have."""
+        server = self._pool.growth.server
+        return server is not None and not self._pool.closed and server.posts.hear_all()
+
     def collect_all(self) -> None:
         """As `collect`, but all of it now, however long it takes: for a call that may not wait."""
         while self._collect(self._pool.store.limits.slots):

@@ -4,8 +4,9 @@ The owner publishes them in the header of its block of control words once per re
 client reads them there, for each pool that it has attached.
 """
 
+import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from featcache.core.keyed_store import KeyedStore
 from featcache.memory.words import Header
@@ -15,7 +16,7 @@ class Gauge(NamedTuple):
     """One figure of a pool."""
 
     name: str
-    """The field of `Statistics`."""
+    """The field of `Statistics`; of one in microseconds, the field is in seconds."""
     word: int
     """The index of its header word."""
     read: Callable[[KeyedStore], int]
@@ -25,6 +26,11 @@ class Gauge(NamedTuple):
 
 def _largest(values: Iterable[int]) -> int:
     return max(values, default=0)
+
+
+def _oldest_unpaid_us(store: KeyedStore) -> int:
+    oldest = next(iter(store.owing.values()), None)
+    return 0 if oldest is None else max(1, int((time.monotonic() - oldest.born_s) * 1e6))
 
 
 GAUGES: Final = (
@@ -40,6 +46,7 @@ GAUGES: Final = (
     Gauge("resident_bytes", Header.RESIDENT, lambda store: store.directory.resident_bytes),
     Gauge("pinned_bytes", Header.PINNED, lambda store: store.directory.pinned_bytes),
     Gauge("evicted", Header.EVICTED, lambda store: store.evicted),
+    Gauge("oldest_unpaid_us", Header.OLDEST_UNPAID, _oldest_unpaid_us, _largest),
 )
 
 
@@ -49,17 +56,19 @@ def publish(store: KeyedStore, header: memoryview) -> None:
         header[gauge.word] = gauge.read(store)
 
 
-def of_store(store: KeyedStore) -> dict[str, int]:
+def of_store(store: KeyedStore) -> dict[str, Any]:
     """Return the gauges of a pool as its owner has them now, by field of `Statistics`."""
-    return _with_free({gauge.name: gauge.read(store) for gauge in GAUGES})
+    return _fields({gauge.name: gauge.read(store) for gauge in GAUGES})
 
 
-def of_headers(headers: Sequence[memoryview]) -> dict[str, int]:
+def of_headers(headers: Sequence[memoryview]) -> dict[str, Any]:
     """Return the gauges of several pools together, as their owners last published them."""
-    return _with_free(
+    return _fields(
         {gauge.name: gauge.combine([header[gauge.word] for header in headers]) for gauge in GAUGES}
     )
 
 
-def _with_free(gauges: dict[str, int]) -> dict[str, int]:
-    return gauges | {"free_bytes": gauges["capacity_bytes"] - gauges["used_bytes"]}
+def _fields(gauges: dict[str, Any]) -> dict[str, Any]:
+    gauges["free_bytes"] = gauges["capacity_bytes"] - gauges["used_bytes"]
+    gauges["oldest_unpaid_s"] = gauges.pop("oldest_unpaid_us") / 1e6
+    return gauges

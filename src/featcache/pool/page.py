@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from featcache.core.slots import Slot
 from featcache.errors import PoolFull
 from featcache.memory.key_table import place_of
+from featcache.memory.post_ring import PostsTaken
 from featcache.memory.words import Counts, RoomClaim, SessionWords
 
 _WORD_BYTES: Final = 8
@@ -40,6 +41,8 @@ class SessionPage:
         self.pid = pid
         self.fd = fd
         self.words = words
+        self.posts = PostsTaken(words)
+        """What the session has posted and is not handled yet."""
         self._held, self._released, self._written = words.held, words.released, words.written
         self._now = words.released_array()
         self._held_now = np.frombuffer(words.held, dtype=np.uint64)

@@ -77,7 +77,7 @@ class Pool:
             self.complete = slab.adopt(self.words, self.words.published)
             """The `published` words as the slab signals them."""
             self.recycler = Recycler(
-                self.collect, self._tick, settings.recycle_interval, deferred=slab.deferred
+                self.collector, self._tick, settings.recycle_interval, deferred=slab.deferred
             )
         except BaseException:
             os.close(self.words_fd)
@@ -102,7 +102,7 @@ class Pool:
         self.pressure = PressureMonitor(self.name, self.store, settings, self.debtors)
         self.put_bytes = 0
         """Bytes reserved since the last `collect`; a small put counts for more."""
-        self._ring_at_now = 0
+        self.ring_at = 0
         gauges.publish(self.store, self.words.header)
 
     @property
@@ -180,7 +180,7 @@ class Pool:
         elif (
             store.allocator.used_bytes >= pressure.quiet_below_bytes
             or store.queue.count
-            or self._ring_at_now
+            or self.ring_at
             or not pressure.is_normal
         ):
             self._observe()  # else it would find nothing new
@@ -274,13 +274,13 @@ class Pool:
     def _observe(self) -> None:
         """Tell readers whether to ring, and follow the pressure."""
         ring_at = self._ring_at() if self.store.queue.count else 0
-        if ring_at != self._ring_at_now:
-            self._ring_at_now = self.words.header[Header.WAITING] = ring_at
+        if ring_at != self.ring_at:
+            self.ring_at = self.words.header[Header.WAITING] = ring_at
             self._set_busy()
         self.pressure.observe()
 
     def _set_busy(self) -> None:
-        self.recycler.set_busy(self._ring_at_now > 0 or bool(self.pending_writes.in_flight))
+        self.recycler.set_busy(self.ring_at > 0 or bool(self.pending_writes.in_flight))
 
     def _ring_at(self) -> int:
         """Return at which release of its own each session is to ring.
@@ -312,14 +312,14 @@ class Pool:
     def _tick(self) -> bool:
         """Expire, trim, shrink, compact and report; return whether releases stream in."""
         now_s = _now()
-        self.collect()  # first: what was paid in time does not expire
+        self.collector.look()  # first: what was paid in time does not expire
         self.ahead.take_back_idle(now_s)
         if not self._upkeep:
             self._upkeep = True
             self.turn.do(self._keep_up)
         if self.store.queue:
             self.apply(self.store.serve(now_s))  # a growth that failed may be tried again
-            if self._ring_at_now == 1:
+            if self.ring_at == 1:
                 self.collect()  # for releases before the sessions were told to ring at each
         old_end_bytes = self.store.committed_bytes
         if (end_bytes := self.store.shrink(now_s)) is not None:

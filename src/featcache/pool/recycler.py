@@ -6,13 +6,15 @@ import os
 import time
 from collections.abc import Callable
 
+from featcache.pool.collector import Collector
+
 _FIRST_DELAY_S = 0.001
 _SHARED_S = 0.001
 _now = time.monotonic
 
 
 class Recycler:
-    """Calls `collect` when readers ring, and `tick` on a timer; both run in the loop.
+    """Calls the collector when sessions ring, and `tick` on a timer; both run in the loop.
 
     While a put waits for room the timer starts at a millisecond. On a host slab the ring comes
     after the word, so the timer is only the net under a missed ring, and backs off as soon as a tick
@@ -22,13 +24,13 @@ class Recycler:
 
     def __init__(
         self,
-        collect: Callable[[], object],
+        collector: Collector,
         tick: Callable[[], bool],
         interval_s: float,
         *,
         deferred: bool,
     ) -> None:
-        self._collect = collect
+        self._collector = collector
         self._tick = tick
         self._interval_s = interval_s
         self._growth = 1.0 if deferred else 2.0
@@ -73,7 +75,7 @@ class Recycler:
 
         def look() -> None:
             self._dues.discard(handle)
-            self._collect()
+            self._collector.collect()
 
         handle = self._loop.call_later(delay_s, look)
         self._dues.add(handle)
@@ -81,7 +83,7 @@ class Recycler:
     def _on_ring(self) -> None:
         with contextlib.suppress(OSError):  # read by an earlier turn, or by the next one
             os.eventfd_read(self.eventfd)
-        self._collect()
+        self._collector.on_ring()
 
     def _on_timer(self) -> None:
         # Armed again before the work, so that a tick that raises is not the last (psycopg_pool).

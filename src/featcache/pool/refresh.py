@@ -28,6 +28,7 @@ def hear(pool: "Pool") -> None:
     until = min(0, pool.turn.left) - TURN_UNITS  # as much as another turn would
     for number in [number for number, page in pool.pages.items() if page.reserved or page.ahead]:
         if (peer := server.sessions.get(number)) is not None:
+            server.posts.hear(peer)
             peer.channel.read_rest(until)
 
 

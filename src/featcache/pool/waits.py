@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from featcache import events
 from featcache.core.put_queue import Waiter, WaiterState
@@ -16,6 +16,26 @@ _MOST_A_TURN: Final = 1024
 _EARLY_S: Final = 0.001
 """A loop's timer may come so much before its time."""
 _now: Final = time.monotonic
+
+
+WaitObserver: TypeAlias = Callable[[str, float, bool], object]
+"""Called with the pool's name, the seconds waited, and whether the put was granted its room."""
+_observers: tuple[WaitObserver, ...] = ()
+
+
+def observe_waits(observer: WaitObserver) -> None:
+    """Have `observer` called at the end of every wait for room in this process's pools. Any thread.
+
+    In the loop of the pool; of the owner's own puts, in the context of their caller.
+    """
+    global _observers  # noqa: PLW0603 - one process-wide tuple, replaced whole so that no end needs a lock
+    _observers = (*_observers, observer)
+
+
+def unobserve_waits(observer: WaitObserver) -> None:
+    """Undo `observe_waits`."""
+    global _observers  # noqa: PLW0603 - as above
+    _observers = tuple(known for known in _observers if known != observer)
 
 
 class PutWaits:
@@ -44,6 +64,8 @@ class PutWaits:
             self._timer.cancel()
             self._timer = None
         now_s = _now()
+        for observer in _observers:
+            observer(self._pool.name, now_s - since_s, granted)
         unlogged = self._ended.pass_(now_s)
         if unlogged is None:
             return

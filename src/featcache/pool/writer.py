@@ -278,13 +278,11 @@ class OwnerWriter(BatchPuts):
             pool.collect()
 
     def _reserve_now(self, request: Request) -> Slot | None:
-        """Reserve after `reserve` found no room, whatever it takes: a put that may not wait.
-
-        Nobody is overtaken: with others in the queue there is no room.
-        """
+        """Reserve after `reserve` found no room, whatever it takes. While others wait there is none."""
         pool = self._pool
-        hear(pool)  # a put that is paid may still be in a socket
+        hear(pool)  # a put that is paid may not have been read yet
         pool.collector.collect_all()
+        pool.ahead.take_back()  # what its session was given for the next
         slot = pool.store.reserve(request, _now())
         while slot is None and not pool.store.queue.count and pool.collector.make_room(request):
             slot = pool.store.reserve(request, _now())

@@ -13,6 +13,7 @@ import torch
 
 from featcache.core.endings import why_by_word
 from featcache.errors import CacheClosed, FeatcacheError, MalformedRef, StaleRef
+from featcache.memory.post_ring import PostRing
 from featcache.memory.slab import Mapping, Order, PageWords
 from featcache.memory.unreachable import UnreachableSlab
 from featcache.memory.words import (
@@ -69,6 +70,7 @@ class Attachment(Payments, EarlyPins, SlotWrites):
         self._offset, self._nbytes, self._ending = words.offset, words.nbytes, words.ending
         self._held, self._released = page.held, page.released
         self._page_header = page.header
+        self.posts = PostRing(page)
         self._plain = PageWords.plain(page)
         self._adopted = adopted
         self._paid = adopted.released
@@ -282,6 +284,7 @@ class Attachment(Payments, EarlyPins, SlotWrites):
         self._live = self._published = self._offset = self._nbytes = self._held
         self._reserved = self._ending = self._held
         self._paid = self._released
+        self.posts.forget()
         self._in_flight.clear()
         self.own_writes = None
         words = max(self._slots, len(self._plain.granted))

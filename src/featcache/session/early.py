@@ -20,6 +20,7 @@ class EarlyPins:
     _lock: threading.Lock
     _early: dict[tuple[int, int], bool]
     """Those that were pinned before their publish had come; whether it has come since."""
+    _ring: Callable[[], object]
     hear: Callable[[], object] | None
     """In the owner: handles what sessions have told by now."""
     _own_puts: dict[int, FeatureRef]
@@ -58,8 +59,12 @@ class EarlyPins:
         if not self._is_coming(index, generation):
             self.unpin(ref, pays=False)
             raise StaleRef(self._why_stale(index, generation))
-        if self.hear is not None:  # in its owner: the publish may have come, and not been read yet
+        # The publish may have come, and not be read yet; or stand in its writer's page, whose loop is held
+        # and has rung for nobody: then this is who rings.
+        if self.hear is not None:
             self.hear()
+        else:
+            self._ring()
         with self._lock:
             self._early.setdefault(key, False)
         # Its own it need not wait for: it has seen the bytes land, and knows their extent.

@@ -129,7 +129,7 @@ class Many:
             raise not_found(key)
         try:
             self._sources[self._at] = await self._keys.find(
-                key, max(0.0, give_up_s - time.monotonic()), self._device
+                *(key, max(0.0, give_up_s - time.monotonic()), self._device), counted=True
             )
         except TimeoutError:
             raise key_timeout(key_label(key), timeout_s or 0.0) from None

@@ -45,10 +45,19 @@ class Keys(Protocol):
         """
 
     def contains_now(self, key: str | bytes) -> bool | None:
-        """Whether a key is there, by the key table alone; None if the owner is to say. In any thread."""
+        """Whether a key is there, by the key table alone; None if the owner is to say. In any thread.
 
-    async def find(self, key: bytes, timeout_s: float | None, device: Device) -> KeyLease:
+        Raises:
+            OwnerLost: the owner is gone.
+
+        """
+
+    async def find(
+        self, key: bytes, timeout_s: float | None, device: Device, *, counted: bool = False
+    ) -> KeyLease:
         """Return a read of the feature under a key; with a timeout, wait for it that long.
+
+        `counted`: the caller looked it up before, and that was counted as a miss.
 
         Raises:
             KeyNotFound: there is none; KeyTimeout: nor came in time.

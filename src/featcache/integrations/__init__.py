@@ -1,0 +1,4 @@
+"""What other systems need of featcache: `metrics` for Prometheus, `tracing` for OpenTelemetry.
+
+Nothing here is imported by `import featcache`; each module needs an extra of its own.
+"""
