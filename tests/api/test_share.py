@@ -227,6 +227,29 @@ async def test_a_full_table_gives_a_share_the_slot_of_what_is_coldest(who: int) 
         await nothing_lost(owner)
 
 
+async def test_a_share_takes_the_slot_of_room_ahead_before_it_evicts(who: int) -> None:
+    """What a client has ahead, and has not claimed, is anybody's."""
+    async with pair(slots=16, rooms_idle=600.0) as both:
+        owner, client = both
+        await owner.put(filled(KIB), key="a")
+        await owner.put(filled(KIB), key="b")
+        for _ in range(3):
+            await owner.release(await client.put(filled(KIB)))
+        store = pool_of(owner).store
+
+        def settled() -> bool:
+            pool_of(owner).collect()
+            return bool(store.ahead) and store.table.used == 2 + len(store.ahead)
+
+        await until(settled)
+        await fill_slots(owner, len(store.table.free_slots))
+        assert store.table.full
+        assert store.ahead
+        await both[who].share("a", readers=1, ttl=None)
+        assert not store.ahead
+        assert await owner.contains("b")
+
+
 async def test_a_share_waits_for_bytes_that_are_on_their_way(who: int) -> None:
     async with pair() as both:
         owner = both[0]

@@ -1281,3 +1281,16 @@ def test_counters() -> None:
     store.evict(b"a", 0.0)
     assert counters(store) == (2, 1, 2)
     assert store.puts == 2
+
+
+def test_a_put_is_undone_with_its_key_while_that_is_its_own() -> None:
+    store = store_of()
+    old, new = put(store, readers=1), put(store, readers=2)
+    assert [type(each) for each in store.undo(old.index, old.generation, 0.0)] == [SlotRetired]
+    assert store.directory.find(b"a") is new
+    lease = look(store)
+    assert [type(each) for each in store.undo(new.index, new.generation, 0.0)] == [Evicted]
+    assert (b"a" in store.directory, new.reads_left, new.grants) == (False, 0, 1)
+    assert [type(each) for each in store.pay_grant(lease, 0.0)] == [SlotRetired]
+    with pytest.raises(StaleRef):
+        store.undo(new.index, new.generation, 0.0)

@@ -208,6 +208,7 @@ async def test_killed_before_the_bytes_that_it_published_came(
         await until(lambda: reads_out(cache) == 3)
         child.kill()
         await until(lambda: claims(cache) == 1 and key_waiters(cache) == 2)
+        await until(lambda: other.said() or "k" in makes.orders)  # it has begun
         if other.said():
             await other.expect("making", "k")
             other.tell("order", "k", "make")

@@ -302,3 +302,20 @@ async def test_a_reader_that_dies_meanwhile(start: Start, slab: Slab) -> None:
         assert await cache.evict("a")
     await account(child)
     assert await child.ask("used") == ("used", 0)
+
+
+async def test_a_put_under_a_key_times_out_with_room_ahead(start: Start, slab: Slab) -> None:
+    """It has its room, and can't tell the owner: what it wrote is taken back."""
+    child, endpoint = await owner(start, slab)
+    value = feature(1, SIZE).to(slab.device)
+    async with featcache.connect(endpoint, settings=slab.settings()) as cache:
+        for _ in range(3):
+            await cache.put(value, key="old")
+        await account(child)
+        with stopped(child):
+            for timeout in (SHORT_S, 0):
+                with pytest.raises(PutTimeout):
+                    await asyncio.wait_for(cache.put(value, key="k", timeout=timeout), PATIENT_S)
+        await account(child)
+        assert not await cache.contains("k"), "nobody put it in time"
+        assert is_right(await cache.get("old"), 1)

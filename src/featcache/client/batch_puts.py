@@ -196,11 +196,8 @@ class ClientBatchPuts:
         except BaseException as error:
             if isinstance(error, FeatcacheError) and error.member is not None:
                 error.member += published
-            for room, each in zip(rooms[:published], staged, strict=False):
-                link.discard_soon(room.slot, room.generation)
-                if each.request.key is not None:
-                    key = each.request.key
-                    link.tell(messages.KeyCommand(link.number(), key, "evict"))
+            for room in rooms[:published]:
+                link.undo_soon(room.slot, room.generation)
             # One that was cancelled may be published by now: it is discarded when that is known.
             first = published if isinstance(error, FeatcacheError) else sent
             for room in rooms[first:]:

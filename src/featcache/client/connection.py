@@ -350,7 +350,7 @@ def _return_many(
             link.tell(messages.GiveUpReserved(slot, generation, landed=True))
     elif isinstance(request, many.PublishMany):
         for slot, generation, _, _ in request.members:
-            link.discard_soon(slot, generation)
+            link.undo_soon(slot, generation)
 
 
 def _change(mapping: Mapping, change: SlabChange, fds: list[int]) -> None:

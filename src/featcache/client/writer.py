@@ -147,10 +147,12 @@ class ClientWriter(ClientBatchPuts):
 
         """
         self.connection.attachment.check()
-        request = staged.request
+        request, until_s = staged.request, None
+        if timeout_s is not None and request.key is not None:  # its publish needs the owner
+            until_s = time.monotonic() + (rpc_timeout(timeout_s) or 0.0)
         room = self._claim(request.nbytes)
         if room is not None:
-            return await self._fill(room, staged, _terms(request))
+            return await self._fill(room, staged, _terms(request), until_s)
         if timeout_s is None:  # a scope takes as long as a third of a round trip
             reserved = await self._reserve(request, wait=wait)
         else:
@@ -167,7 +169,7 @@ class ClientWriter(ClientBatchPuts):
         except BaseException:  # closed meanwhile, or no room at all: nothing was written
             self._give_up(reserved, landed=True)
             raise
-        return await self._fill(reserved, staged, None)
+        return await self._fill(reserved, staged, None, until_s)
 
     def _check(self, request: Request, specs: tuple[TensorSpec, ...]) -> None:
         """Raise SettingsError for what the owner's bounds do not allow: it is told of a put one way."""
@@ -241,7 +243,11 @@ class ClientWriter(ClientBatchPuts):
         return answer
 
     async def _fill(
-        self, room: Reserved | Room, staged: Staged, terms: PutTerms | None
+        self,
+        room: Reserved | Room,
+        staged: Staged,
+        terms: PutTerms | None,
+        until_s: float | None,
     ) -> FeatureRef:
         """Write a slot that is this session's and publish it; give it up if that fails."""
         attachment, parts, order = self.connection.attachment, staged.parts, staged.order
@@ -270,7 +276,7 @@ class ClientWriter(ClientBatchPuts):
             self._withdraw(room, staged, wrote=wrote)
             raise
         try:
-            return await self._publish(room, staged, terms)
+            return await self._publish(room, staged, terms, until_s)
         except FeatcacheError:
             self._give_up(room, landed=False)  # refused: the slot is still reserved
             raise
@@ -278,7 +284,11 @@ class ClientWriter(ClientBatchPuts):
             attachment.end_write(room.slot, room.generation)
 
     async def _publish(
-        self, room: Reserved | Room, staged: Staged, terms: PutTerms | None
+        self,
+        room: Reserved | Room,
+        staged: Staged,
+        terms: PutTerms | None,
+        until_s: float | None,
     ) -> FeatureRef:
         connection, request, specs = self.connection, staged.request, staged.specs
         link, slot, generation = connection.link, room.slot, room.generation
@@ -291,14 +301,28 @@ class ClientWriter(ClientBatchPuts):
             self._posts.post(PublishUnkeyed(slot, generation, specs, terms))
             connection.attachment.note_put(ref)
         else:
-            answer, _ = await link.request(
-                messages.Publish(link.number(), slot, generation, specs, terms)
-            )
+            publish = messages.Publish(link.number(), slot, generation, specs, terms)
+            answer = await self._published(publish, until_s)
             if not isinstance(answer, messages.Published):
                 raise ProtocolError(f"the owner answered a put with {type(answer).__name__}")
             self._rooms.add(answer.rooms)
         self.puts += 1
         return ref
+
+    async def _published(self, publish: messages.Publish, until_s: float | None) -> messages.Answer:
+        """Return the owner's answer. One that is not there in time is of a put that is taken back."""
+        request = self.connection.link.request
+        if until_s is None:
+            return (await request(publish))[0]
+        try:
+            with anyio.fail_after(max(_ANSWER_S, until_s - time.monotonic())):
+                return (await request(publish))[0]
+        except TimeoutError:
+            self.connection.link.undo_soon(publish.slot, publish.generation)
+            raise PutTimeout(
+                "the owner did not say in time that the feature is kept, and it was taken back: it is "
+                "busy, or stopped"
+            ) from None
 
     def _withdraw(self, reserved: Reserved | Room, staged: Staged, *, wrote: bool) -> None:
         """Give a slot up, after the writes that a stream may still have for it."""

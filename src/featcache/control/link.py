@@ -129,6 +129,10 @@ class Link:
     def discard_soon(self, slot: int, generation: int) -> None:
         self.tell(messages.Discard(self.number(), slot, generation))
 
+    def undo_soon(self, slot: int, generation: int) -> None:
+        """Have the owner drop what was put there: its reads, and its key if it is kept under one still."""
+        self.tell(messages.Discard(self.number(), slot, generation, undoes=True))
+
     def unpin_soon(self, key: bytes) -> None:
         self.tell(messages.KeyCommand(self.number(), key, "unpin"))
 

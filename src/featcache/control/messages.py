@@ -76,6 +76,8 @@ class Discard(Numbered, tag="discard", frozen=True):
 
     slot: _Natural
     generation: _Natural
+    undoes: bool = False
+    """Whether its key goes too, if it is kept under one still: nobody was told of the put."""
 
 
 class Relay(Numbered, tag="relay", frozen=True):

@@ -130,7 +130,7 @@ class PendingRequests:
     def _orphan(self, request: Request) -> None:
         if type(request) is PublishMany:
             for slot, generation, _, _ in request.members:
-                self.tell(messages.Discard(self.number(), slot, generation))
+                self.tell(messages.Discard(self.number(), slot, generation, undoes=True))
             return
         if type(request) is messages.Publish:
             # Nobody has its ref. At once, behind it and before any goodbye: its answer may come when the

@@ -137,6 +137,14 @@ class KeyedStore(Store):
         evicted = self._drop_key(slot, now_s, "asked")
         return [evicted, *self._unkept(slot, now_s, self.limits.grace_s)]
 
+    def undo(self, index: int, generation: int, now_s: float) -> list[Effect]:
+        """As `revoke`, of a put that nobody was told of: its key goes too, if that is its own still."""
+        slot = self.find(index, generation)
+        effects = [] if slot.key is None else self.evict(slot.key, now_s)
+        if slot.state is SlotState.PUBLISHED:  # else nothing else kept it
+            effects += self._cancel(slot, now_s, Ending.DISCARDED)
+        return effects
+
     def pin(self, key: bytes, session: int) -> None:
         """Pin a key against eviction, or raise KeyNotFound."""
         self._check_key(key)

@@ -182,6 +182,8 @@ class Lookups:
         pool, store = self._pool, self._pool.store
         if store.table.full:
             pool.collect()
+        if store.table.full and store.ahead:
+            pool.ahead.take_back()  # before anything is evicted for it
         while store.table.full:
             if pool.collector.behind:
                 await pool.turn.wait()

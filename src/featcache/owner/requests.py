@@ -83,13 +83,13 @@ class RequestHandlers:
             return self._discard_later(
                 message
             )  # another session's, which was faster than its publish
-        self._sessions.discard(message.slot, message.generation)
+        self._sessions.discard(message.slot, message.generation, undoes=message.undoes)
         return messages.Reply(message.request)
 
     async def _discard_later(self, message: messages.Discard) -> Answer:
         await self._pool.ahead.arrival(message.slot, message.generation)
         self._pool.check_open()
-        self._sessions.discard(message.slot, message.generation)
+        self._sessions.discard(message.slot, message.generation, undoes=message.undoes)
         return messages.Reply(message.request)
 
     async def _relay(self, message: messages.Relay) -> Answer:

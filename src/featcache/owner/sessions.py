@@ -269,9 +269,11 @@ class Sessions:
                 yield
         pool.apply(effects)
 
-    def discard(self, index: int, generation: int) -> None:
-        """Cancel the reads that a ref still owes, or raise StaleRef."""
-        self._pool.apply(self._pool.store.revoke(index, generation, time.monotonic()))
+    def discard(self, index: int, generation: int, *, undoes: bool = False) -> None:
+        """Cancel the reads that a ref still owes, and its key if it `undoes` the put; or raise StaleRef."""
+        store, now_s = self._pool.store, time.monotonic()
+        cancel = store.undo if undoes else store.revoke
+        self._pool.apply(cancel(index, generation, now_s))
         self.discarded += 1
         if self._pool.store.queue:
             self._pool.collect()  # a feature under a key may be evictable now
