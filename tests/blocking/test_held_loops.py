@@ -22,7 +22,7 @@ def _borrowed(client: FeatureClient, what: FeatureRef | str) -> None:
 
 CALLS: dict[str, Callable[[FeatureClient, FeatureRef], Any]] = {
     "put": lambda client, _: client.put(filled(1)),
-    "get of a key": lambda client, _: client.get("k"),
+    "get of a key": lambda client, _: client.get("k", timeout=20),
     "borrow of a key": lambda client, _: _borrowed(client, "k"),
     "get_or_put": lambda client, _: client.get_or_put("k", lambda: filled(1)),
     "release": lambda client, ref: client.release(ref),
