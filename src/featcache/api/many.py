@@ -128,7 +128,7 @@ class ManyCalls:
     ) -> list[FeatureRef]:
         """Copy many features into the slab and return their refs, in their order.
 
-        At the cost of little more than one `put`: they have one place in the queue and get the room of
+        They have one place in the queue and get the room of
         all at once, so a put of many never waits for itself; a client asks for it by one message and
         publishes by another; on a GPU the words that publish are one batch. Either all are put, or none:
         if one fails, or the call is cancelled, the others are taken back.

@@ -12,17 +12,18 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from types import EllipsisType
-from typing import Any, Generic, Literal, NoReturn, ParamSpec, Self, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 
-from featcache.api.arguments import check_ref, no_pickle
+from featcache.api.arguments import check_ref
 from featcache.api.cache import FeatureCache as AsyncCache
 from featcache.api.cache import create as _create
 from featcache.api.client import FeatureClient as AsyncClient
 from featcache.api.client import connect as _connect
 from featcache.api.many import parse_members
 from featcache.blocking.keys import get_by_key, get_or_put
+from featcache.blocking.life import BlockingLife
 from featcache.blocking.many import get_many, put_many
 from featcache.blocking.observer import Observer, observe
 from featcache.blocking.portal import C, Portal
@@ -53,40 +54,8 @@ B = TypeVar("B")
 OnFull = Literal["wait", "raise", "spill"]
 
 
-class _BlockingBase(Generic[C]):
-    """The API that owners and clients share, over an object of the async API and its portal."""
-
-    def __init__(self, inner: C) -> None:
-        self._portal: Portal[C] = Portal(inner)
-
-    # --- life -----------------------------------------------------------------------------------
-
-    def open(self) -> Self:
-        """Open it; ``with`` does. Raises as the async form."""
-        self._portal.open()
-        return self
-
-    def close(self) -> None:
-        """Close it; ``with`` does. Idempotent; an `open` in another thread raises CacheClosed."""
-        self._portal.close()
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it was opened, and not closed, in this process."""
-        return self._portal.inner.is_open
-
-    def __reduce__(self) -> NoReturn:
-        """Refuse to be pickled; the error says how to reach the pool from another process."""
-        no_pickle(self)
-
-    def __repr__(self) -> str:
-        return repr(self._portal)
-
-    def __enter__(self) -> Self:
-        return self.open()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+class _BlockingBase(BlockingLife[C]):
+    """The API that owners and clients share."""
 
     def statistics(self) -> Statistics:
         """Return counters and gauges, taken in the loop."""

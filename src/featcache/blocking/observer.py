@@ -1,59 +1,20 @@
 """An observer for code that has no event loop."""
 
-from types import TracebackType
-from typing import NoReturn, Self
-
-from featcache.api.arguments import no_pickle
 from featcache.api.observer import Observer as AsyncObserver
 from featcache.api.observer import observe as _observe
-from featcache.blocking.portal import Portal
+from featcache.blocking.life import BlockingLife
 from featcache.control.observing import Order
 from featcache.observation import KeysPage, SlabMap, Snapshot
 from featcache.settings import Settings
 
 
-class Observer:
+class Observer(BlockingLife[AsyncObserver]):
     """`featcache.Observer` with plain calls. Safe in any thread."""
-
-    def __init__(self, inner: AsyncObserver) -> None:
-        self._portal: Portal[AsyncObserver] = Portal(inner)
-
-    def open(self) -> Self:
-        """Attach; ``with`` does. Raises as the async form."""
-        self._portal.open()
-        return self
-
-    def close(self) -> None:
-        """Detach; ``with`` does. Idempotent."""
-        self._portal.close()
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it was opened, and not closed, in this process."""
-        return self._portal.inner.is_open
 
     @property
     def endpoint(self) -> str:
         """The owner's endpoint."""
         return self._portal.inner.endpoint
-
-    def __enter__(self) -> Self:
-        return self.open()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __reduce__(self) -> NoReturn:
-        """Refuse to be pickled."""
-        no_pickle(self)
-
-    def __repr__(self) -> str:
-        return repr(self._portal)
 
     def snapshot(self) -> Snapshot:
         """Return the pool as it is now, as `featcache.Observer.snapshot`."""

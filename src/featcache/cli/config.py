@@ -81,7 +81,7 @@ def _file(path: str) -> dict[str, Any]:
 
 
 def _parsed(name: str, value: Any, where: str) -> Any:
-    """Return the value of an option of one's own; one of Settings is left to Settings."""
+    """Return the value of an option of the command line alone; `Settings` reads its own."""
     try:
         return _value(name, value)
     except SettingsError as error:

@@ -144,7 +144,7 @@ class Link:
             take(change, fds)
 
     def read_now(self) -> None:
-        """Handle what has come from the owner, in a call of one's own: the loop may not have run since."""
+        """Handle what has come from the owner, in the caller's turn: the loop may not have run since."""
         if self._state not in _OVER:
             self._channel.read_rest(0)
 

@@ -35,7 +35,7 @@ class PostedNotes:
         """Numbers of sessions whose posts are handled as the loop's turns go."""
 
     def take(self, peer: Peer) -> None:
-        """Handle what a session has posted, or raise ProtocolError: then it posts nothing more."""
+        """Handle a session's new posts, or raise ProtocolError: its later posts are ignored."""
         if not peer.posts:
             return
         try:

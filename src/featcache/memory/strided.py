@@ -19,7 +19,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Reinterpret the elements as integers of the same size, which torch copies for every dtype."""
+    """Reinterpret the elements as integers of their size, for which torch has copy kernels."""
     integer = _INTEGERS.get(tensor.element_size())
     return tensor if integer is None or tensor.ndim == 0 else tensor.view(integer)
 

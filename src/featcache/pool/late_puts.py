@@ -139,7 +139,7 @@ class LatePut:
 
 
 class Leavers:
-    """Those of many puts cancelled in one turn for whom it has no units left.
+    """Cancelled waiters whose departure is settled in later turns: theirs had no units left.
 
     Each is out of the queue at once, so that no figure counts it and no slot goes to it. The rest,
     telling of the wait that ended and serving the next waiter, is done in later turns, for all in one.

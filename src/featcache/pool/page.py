@@ -44,7 +44,7 @@ class SessionPage:
         self.fd = fd
         self.words = words
         self.posts = PostsTaken(words)
-        """What the session has posted and is not handled yet."""
+        """The session's publish ring, with its unhandled posts."""
         self._held, self._released, self._written = words.held, words.released, words.written
         self._now = words.released_array()
         self._held_now = np.frombuffer(words.held, dtype=np.uint64)
