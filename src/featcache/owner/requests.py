@@ -268,8 +268,8 @@ class RequestHandlers:
         slot = page.reserved.get(note.slot)
         if slot is not None and slot.generation == note.generation:
             self._pool.store.endings.note(slot, Ending.REFUSED)
-            landed = page.has_written(note.slot, note.generation)
-            give_up = messages.GiveUpReserved(note.slot, note.generation, landed)
+            # Not as landed, which frees it at once: its ref is out, and an early reader may hold it.
+            give_up = messages.GiveUpReserved(note.slot, note.generation, landed=False)
             self._give_up(page.session, give_up)
 
     def _written(
