@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-VERSION = "toy-vit-1"  # part of every key: other weights make other features
+VERSION = b"toy-vit-1\0"  # part of every key: other weights make other features
 SIDE, PATCH, WIDTH = 224, 16, 192
 MAX_PIXELS = 64_000_000
 

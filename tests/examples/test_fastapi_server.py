@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
 import socket
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+import torch
+from PIL import Image
 
 import featcache
 from examples.waiting import SERVE, until
@@ -40,9 +43,9 @@ class Service:
         self.owner_life = ExitStack()
         self.server_life = ExitStack()
         self.start_owner()
-        arguments = ("--app-dir", FOLDER, "--workers", WORKERS, "--port", 0, "app:app")
+        arguments = ("--app-dir", FOLDER, "--workers", WORKERS, "--port", 0, "--no-access-log")
         program = Path(uvicorn.__file__).with_name("__main__.py")
-        self.server: Program = self.server_life.enter_context(start(program, *arguments))
+        self.server: Program = self.server_life.enter_context(start(program, *arguments, "app:app"))
         said = until(lambda: re.search(r"running on (http://\S+)", self.server.errors()))
         self.url = said[1]
 
@@ -78,6 +81,14 @@ class Service:
 
         until(all_said)
         return found
+
+    def look(self) -> featcache.Snapshot:
+        with blocking.observe(str(self.endpoint)) as observer:
+            return observer.snapshot()
+
+    def misses(self) -> int:
+        """Lookups of all workers that found nothing, also those that wait since then."""
+        return self.look().statistics.misses
 
     def close(self) -> None:
         self.server_life.close()
@@ -140,45 +151,46 @@ def key_of(data: bytes) -> bytes:
     return featcache.content_key(b"toy-vit-1\0" + data)
 
 
-def test_a_client_that_leaves_is_not_worked_for(
-    service: Service, photographs: list[bytes]
-) -> None:
+def test_a_client_that_leaves_is_not_worked_for(service: Service, photographs: list[bytes]) -> None:
     data = variant(photographs[0], 1)
     before = sum(one["cancelled"] for one in service.workers().values())
     url = httpx.URL(service.url)
     head = f"POST /embeddings HTTP/1.1\r\nHost: {url.host}\r\nContent-Length: {len(data)}\r\n\r\n"
 
-    def left() -> bool:
-        return sum(one["cancelled"] for one in service.workers().values()) == before + 1
+    def make() -> Any:  # a worker that asks meanwhile waits
+        misses = service.misses()
+        with socket.create_connection((url.host, url.port)) as connection:
+            connection.sendall(head.encode() + data)
+            until(lambda: service.misses() > misses)
+        until(lambda: sum(w["cancelled"] for w in service.workers().values()) == before + 1)
+        raise NotImplementedError
 
-    with blocking.connect(str(service.endpoint)) as cache:
-
-        def make() -> Any:  # holds the claim, so the server waits for it
-            with socket.create_connection((url.host, url.port)) as connection:
-                connection.sendall(head.encode() + data)
-                # Its request has begun when its worker waits for the key.
-                until(lambda: cache.statistics().misses or True)
-            until(left)
-            raise KeyboardInterrupt  # and so passes the claim on
-
-        with pytest.raises(KeyboardInterrupt):
-            cache.get_or_put(key_of(data), make)
+    with blocking.connect(str(service.endpoint)) as cache, pytest.raises(NotImplementedError):
+        cache.get_or_put(key_of(data), make)
     assert service.embed(data)["encoded"]
 
 
-def test_a_killed_worker_is_replaced_and_its_claim_passes_on(
-    service: Service, photographs: list[bytes]
-) -> None:
-    before = service.workers()
-    victim = next(iter(before))
-    os.kill(victim, signal.SIGKILL)
-    after = service.workers()
-    assert victim not in after
-    with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(service.embed, [variant(photographs[1], 2)] * 4))
-    assert sum(answer["encoded"] for answer in answers) == 1
-    with blocking.observe(str(service.endpoint)) as observer:
-        until(lambda: {one.pid for one in observer.snapshot().sessions} == set(after))
+def test_what_a_killed_worker_was_making_is_made_by_the_next(service: Service) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (8000, 7500)).save(file, "PNG")  # which takes long to decode
+    workers, misses = service.workers(), service.misses()
+    made = torch.zeros(3)
+    with ThreadPoolExecutor(2) as pool, blocking.connect(str(service.endpoint)) as cache:
+        asked = pool.submit(service.post, file.getvalue())
+        until(lambda: service.misses() > misses)
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)
+        found = pool.submit(cache.get_or_put, key_of(file.getvalue()), lambda: made)
+        until(lambda: service.misses() > misses + 1)
+        assert not found.done()
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+        assert torch.equal(found.result(), made)
+        assert isinstance(asked.exception(), httpx.TransportError)
+    replaced = service.workers()  # by uvicorn
+    assert not set(replaced) & set(workers)
+    pids = {one.pid for one in service.look().sessions}
+    assert pids == set(replaced)
 
 
 def test_requests_go_on_without_the_owner_and_share_again_with_the_next(
@@ -196,15 +208,29 @@ def test_requests_go_on_without_the_owner_and_share_again_with_the_next(
     assert not service.embed(data)["encoded"]
 
 
-def test_sigterm_finishes_what_was_accepted_and_leaves_nothing(service: Service) -> None:
+def test_sigterm_finishes_what_was_accepted_and_leaves_nothing(
+    service: Service, photographs: list[bytes]
+) -> None:
     workers = service.workers()
-    service.server.signal(signal.SIGTERM)
+    data = variant(photographs[0], 4)
+    with ThreadPoolExecutor(1) as pool, blocking.connect(str(service.endpoint)) as cache:
+
+        def make() -> torch.Tensor:
+            misses = service.misses()
+            asked.append(pool.submit(service.embed, data))
+            until(lambda: service.misses() > misses)
+            service.server.signal(signal.SIGTERM)
+            until(lambda: "Shutting down" in service.server.errors())
+            return torch.ones(196, 192)
+
+        asked: list[Future[dict[str, Any]]] = []
+        cache.get_or_put(key_of(data), make)
+        assert asked[0].result()["embedding"] == [1.0] * 192
     assert service.server.ends() == 0, service.server.errors()
     assert not any(map(is_running, workers))
-    with blocking.observe(str(service.endpoint)) as observer:
-        snapshot = observer.snapshot()
-    assert snapshot.sessions == ()
-    assert snapshot.statistics.readers_lost == 0  # each said goodbye
+    seen = service.look()
+    assert seen.sessions == ()
+    assert seen.statistics.readers_lost == 0  # each said goodbye
     service.owner.signal(signal.SIGTERM)
     assert service.owner.ends() == 0
     assert not service.endpoint.exists()
