@@ -50,7 +50,7 @@ class Service:
         self.url = said[1]
 
     def start_owner(self) -> None:
-        arguments = ("serve", "--capacity", "8MiB", "--endpoint", self.endpoint)
+        arguments = ("serve", "--capacity", "8MiB")  # at FEATCACHE_ENDPOINT
         self.owner: Program = self.owner_life.enter_context(self.start(SERVE, *arguments))
         assert self.owner.line("featcache serves ") == str(self.endpoint)
 
