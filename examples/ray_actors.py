@@ -77,6 +77,9 @@ class Model:
         self.cache.close()
 
 
+ACTORS: tuple[Any, Any] = Encoder, Model  # what `ray.remote` makes of a class has no type
+
+
 class Driver:
     def __init__(self, cache: blocking.FeatureCache, encoders: int, models: int) -> None:
         self.cache = cache
@@ -84,9 +87,9 @@ class Driver:
         node = ray.get_runtime_context().get_node_id()
         here = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
         options: dict[str, Any] = {"scheduling_strategy": here, "num_cpus": 0}
-        kinds: Any = Encoder.options(**options), Model.options(**options)
-        self.encoders = [kinds[0].remote(cache.endpoint) for _ in range(encoders)]
-        self.models = [kinds[1].remote(cache.endpoint, name) for name in self.names]
+        encoder, model = (actor.options(**options) for actor in ACTORS)
+        self.encoders = [encoder.remote(cache.endpoint) for _ in range(encoders)]
+        self.models = [model.remote(cache.endpoint, name) for name in self.names]
         self.turns = itertools.cycle(self.encoders)
         self.retries = 0
 

@@ -46,4 +46,5 @@ def encode(encoder: Encoder, data: bytes) -> Tensor:
             picture = np.array(image.convert("RGB").resize((SIDE, SIDE)))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadPicture(f"not a picture that can be read: {error}") from error
-    return encoder(torch.from_numpy(picture).permute(2, 0, 1).float().div_(255))
+    features: Tensor = encoder(torch.from_numpy(picture).permute(2, 0, 1).float().div_(255))
+    return features

@@ -47,6 +47,7 @@ class Service:
         program = Path(uvicorn.__file__).with_name("__main__.py")
         self.server: Program = self.server_life.enter_context(start(program, *arguments, "app:app"))
         said = until(lambda: re.search(r"running on (http://\S+)", self.server.errors()))
+        assert said is not None
         self.url = said[1]
 
     def start_owner(self) -> None:
@@ -185,7 +186,7 @@ def test_what_a_killed_worker_was_making_is_made_by_the_next(service: Service) -
         assert not found.done()
         for worker in workers:
             os.kill(worker, signal.SIGKILL)
-        assert torch.equal(found.result(), made)
+        assert found.result() is made
         assert isinstance(asked.exception(), httpx.TransportError)
     replaced = service.workers()  # by uvicorn
     assert not set(replaced) & set(workers)
