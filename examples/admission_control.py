@@ -14,16 +14,16 @@ before its body is even read.
 import argparse
 import asyncio
 import io
+import itertools
+import logging
 import math
 import os
 import signal
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import asynccontextmanager, suppress
-from functools import partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import Any
 
 import anyio
@@ -47,39 +47,91 @@ MOMENT_S = 0.1  # how long a request waits for the pressure to fall
 PUT_S = 1.0  # how long one that was let in waits for room: others were let in with it
 MAX_BYTES, MAX_PIXELS = 32 * 2**20, 64_000_000
 
+log = logging.getLogger("uvicorn.error")
+
 
 # --- the model's process ---------------------------------------------------------------------------
 
-model_cache: blocking.FeatureClient
 
-
-def attach(endpoint: str) -> None:
-    """Runs once in the model's process."""
-    global model_cache  # noqa: PLW0603 - the pool's functions have nothing else to share
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # ctrl-c is for the server, which ends this process
+def run_model(endpoint: str, pipe: Connection, delay: float) -> None:
+    """Stands for a model: the mean colour of what each ref names. Ends when its server has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c is for the server, which closes the pipe
     torch.set_num_threads(1)
-    model_cache = blocking.connect(endpoint, name="model").open()
-
-
-def end_with_parent() -> None:
-    """An executor's process waits for work for ever, also when a SIGKILL has ended who would send it."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def look(data: bytes, delay: float) -> list[float]:
-    """Stands for a model: the mean colour. Leaving the block pays the read, and frees the bytes."""
-    with model_cache.borrow(featcache.FeatureRef.from_bytes(data)) as picture:
-        assert isinstance(picture, Tensor)
-        time.sleep(delay)
-        return [round(value, 3) for value in picture.float().mean(dim=(0, 1)).tolist()]
+    with blocking.connect(endpoint, name="model") as cache, suppress(EOFError, ConnectionError):
+        while True:
+            number, data = pipe.recv()
+            answer = None
+            with suppress(featcache.StaleRef):  # its client has left: nobody waits for an answer
+                # Leaving the block pays the read, and so frees the bytes.
+                with cache.borrow(featcache.FeatureRef.from_bytes(data)) as picture:
+                    assert isinstance(picture, Tensor)
+                    time.sleep(delay)
+                    colour = picture.float().mean(dim=(0, 1)).tolist()
+                answer = [round(value, 3) for value in colour]
+            pipe.send((number, answer))
 
 
 # --- the server ------------------------------------------------------------------------------------
+
+
+class ModelLost(Exception):
+    """The model's process has ended; another is being started."""
+
+
+class Model:
+    """The model's process, started again should it die, and the answers that it owes."""
+
+    def __init__(self, endpoint: str, delay: float) -> None:
+        self.given = endpoint, delay
+        self.pipe: Connection | None = None  # there while the process is
+        self.numbers = itertools.count()
+        self.waiting: dict[int, asyncio.Future[list[float]]] = {}
+
+    async def ask(self, ref: featcache.FeatureRef) -> list[float]:
+        if self.pipe is None:
+            raise ModelLost("the model is being started again")
+        number = next(self.numbers)
+        answer: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
+        self.waiting[number] = answer
+        try:
+            self.pipe.send((number, ref.to_bytes()))  # 100 bytes: it does not block
+            return await answer
+        except ConnectionError as error:
+            raise ModelLost("the model's process has ended") from error
+        finally:
+            del self.waiting[number]
+
+    async def run(self) -> None:
+        endpoint, delay = self.given
+        spawn = get_context("spawn")
+        while True:
+            self.pipe, theirs = spawn.Pipe()
+            process = spawn.Process(target=run_model, args=(endpoint, theirs, delay))
+            await to_thread.run_sync(process.start)
+            theirs.close()  # so that ours ends when the model does
+            try:
+                await self.listen(self.pipe)
+            finally:
+                self.pipe.close()  # at which the model ends
+                self.pipe = None
+                for answer in self.waiting.values():
+                    if not answer.done():
+                        answer.set_exception(ModelLost("the model's process has ended"))
+                with anyio.CancelScope(shield=True):
+                    await to_thread.run_sync(process.join, 5)
+                    process.kill()
+            log.error("the model ended with exit code %s: starting another", process.exitcode)
+            await anyio.sleep(0.2)
+
+    async def listen(self, pipe: Connection) -> None:
+        """Hand out answers until the process ends."""
+        with suppress(EOFError, ConnectionError):
+            while True:
+                await anyio.wait_readable(pipe)
+                number, answer = pipe.recv()
+                waiting = self.waiting.get(number)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(answer)
 
 
 class Service:
@@ -87,14 +139,9 @@ class Service:
 
     def __init__(self, cache: featcache.FeatureCache, delay: float) -> None:
         self.cache = cache
-        self.delay = delay
+        self.model = Model(cache.endpoint, delay)
         self.seconds = 0.1  # that the model takes for a picture, as lately measured
         self.waiting = 0  # pictures that the model has before it
-        self.model = self.start_model()
-
-    def start_model(self) -> ProcessPoolExecutor:
-        given = (self.cache.endpoint,)
-        return ProcessPoolExecutor(1, get_context("spawn"), initializer=attach, initargs=given)
 
     async def admit(self) -> None:
         """Raise 503 while the slab is nearly full of what the model has not read yet."""
@@ -128,16 +175,10 @@ class Service:
                     await self.cache.discard(ref)
 
     async def ask_model(self, ref: featcache.FeatureRef) -> list[float]:
-        model = self.model
         begun, before = time.monotonic(), self.waiting
-        loop = asyncio.get_running_loop()
         try:
-            seen = await loop.run_in_executor(model, look, ref.to_bytes(), self.delay)
-        except BrokenProcessPool as error:  # its process was killed; what its name owed is paid
-            if self.model is model:  # the first who sees it starts another
-                self.model = self.start_model()
-            raise self.refusal(error) from error
-        except featcache.OwnerLost as error:  # this server's own pool, closed while it stops
+            seen = await self.model.ask(ref)
+        except ModelLost as error:  # what its name owed is paid
             raise self.refusal(error) from error
         self.seconds += 0.2 * ((time.monotonic() - begun) / before - self.seconds)
         return seen
@@ -206,10 +247,10 @@ def application(options: argparse.Namespace) -> Starlette:
     async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
         async with featcache.create(capacity=options.capacity) as cache:
             service = Service(cache, options.delay)
-            try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(service.model.run)
                 yield {"service": service}
-            finally:  # in a thread: the model says goodbye to this loop's owner as it ends
-                await to_thread.run_sync(partial(service.model.shutdown, cancel_futures=True))
+                group.cancel_scope.cancel()
 
     return Starlette(
         routes=[

@@ -62,7 +62,7 @@ class Server:
 @pytest.fixture(scope="module")
 def server(start: Start, pictures: list[Path]) -> Iterator[Server]:
     with start("admission_control.py", *OPTIONS) as example, closing(Server(example)) as server:
-        assert server.upload(pictures[0]).status_code == 200  # the model has started
+        until(lambda: server.upload(pictures[0]).status_code == 200)  # the model has started
         yield server
         # What was let in is answered before it stops.
         with server.full(pictures[0]) as asked:
@@ -134,6 +134,7 @@ def test_bad_pictures_are_refused(server: Server) -> None:
 
 def test_the_model_does_not_outlive_a_killed_server(start: Start, pictures: list[Path]) -> None:
     with start("admission_control.py", *OPTIONS) as example, closing(Server(example)) as server:
+        until(lambda: server.upload(pictures[0]).status_code == 200)
         with server.full(pictures[0]) as asked:
             assert len(example.children()) == 1
             example.signal(signal.SIGKILL)
