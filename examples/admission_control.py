@@ -196,11 +196,14 @@ def decode(data: bytes) -> Tensor:
 
 
 async def receive(request: Request) -> bytes:
+    too_large = HTTPException(413, f"an upload may have {MAX_BYTES} bytes")
+    if int(request.headers.get("content-length", 0)) > MAX_BYTES:
+        raise too_large
     data = bytearray()
     async for chunk in request.stream():
         data += chunk
-        if len(data) > MAX_BYTES:
-            raise HTTPException(413, f"an upload may have {MAX_BYTES} bytes")
+        if len(data) > MAX_BYTES:  # one that did not say how long it is
+            raise too_large
     return bytes(data)
 
 
@@ -238,7 +241,8 @@ async def post_picture(request: Request) -> Response:
 async def get_pressure(request: Request) -> Response:
     cache: featcache.FeatureCache = request.state.service.cache
     seen = cache.statistics()
-    figures = {name: getattr(seen, name) for name in ("used_bytes", "puts", "recycled", "waiters")}
+    names = ("used_bytes", "puts", "recycled", "discarded", "waiters")
+    figures = {name: getattr(seen, name) for name in names}
     return JSONResponse({"level": str(cache.pressure.level), "pid": os.getpid(), **figures})
 
 

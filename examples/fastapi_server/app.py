@@ -136,12 +136,14 @@ async def get_or_make(
 
 
 async def receive(request: Request) -> bytes:
-    """The body, given up as soon as it is too long, whatever its length was said to be."""
+    too_large = HTTPException(413, f"an upload may have {MAX_UPLOAD_BYTES} bytes")
+    if int(request.headers.get("content-length", 0)) > MAX_UPLOAD_BYTES:
+        raise too_large
     data = bytearray()
     async for chunk in request.stream():
         data += chunk
-        if len(data) > MAX_UPLOAD_BYTES:
-            raise HTTPException(413, f"an upload may have {MAX_UPLOAD_BYTES} bytes")
+        if len(data) > MAX_UPLOAD_BYTES:  # one that did not say how long it is
+            raise too_large
     return bytes(data)
 
 
