@@ -278,6 +278,7 @@ def _row(
         pad = " " * (room - text.cell_len)
         line.append(" " * bool(at))
         line.append(pad + text.plain if column.right else text.plain + pad)
+    line.pad_right(max(0, width - line.cell_len))
     return line
 
 

@@ -81,7 +81,7 @@ def graph(
     for row in reversed(range(height)):
         line = Text(" " * (width - len(recent)), no_wrap=True)
         for share, style in bars:
-            line.append(" " if share is None else look.bar(share, height, row), style)
+            line.append(*((" ", "") if share is None else look.bar(share, height, row, style)))
         lines.append(line)
     return lines
 

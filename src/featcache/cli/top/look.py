@@ -37,7 +37,7 @@ _RGB: Final = {
 }
 _BASIC: Final = {"s": "yellow", "o": "red", "k": "blue", "p": "magenta", "r": "green"}
 _SHADES: Final = (1.0, 0.82, 0.66, 0.52, 0.4)
-FREE: Final = "#2a2f38"
+FREE: Final = "#39404b"
 _LEVELS: Final = {
     "full": {"normal": "#00be87", "elevated": "#f0e442", "high": "#e68200", "exhausted": "#ff5555"},
     "basic": {"normal": "green", "elevated": "yellow", "high": "red", "exhausted": "bold red"},
@@ -111,15 +111,17 @@ class Look:
             return " " if self.unicode and not self.in_letters else "-"
         return "·" if self.unicode else "."
 
-    def bar(self, share: float, height: int, row: int) -> str:
-        """Return the part of a bar of a graph, `height` rows high, in a row counted from the bottom."""
+    def bar(self, share: float, height: int, row: int, style: str) -> tuple[str, str]:
+        """Return the part of a bar, `height` rows high, in a row counted from the bottom, and its style."""
         part = min(1.0, max(0.0, share * height - row))
         ramp = _EIGHTHS if self.unicode else _INK
         steps = len(ramp) - 1
         step = round(part * steps)
         if share > 0 and row == 0:
             step = max(1, step)
-        return ramp[step]
+        if step == steps and self.colours == "full" and self.unicode and style:
+            return " ", f"on {style}"
+        return ramp[step], style
 
 
 def shade_of(age_s: float) -> int:

@@ -84,7 +84,9 @@ class Model:
     def saw(self, seen: Seen, now_s: float) -> None:
         """Take what a look brought."""
         self.link, self.why, self.asked_s = "up", "", None
+        chosen = self._chosen()
         self.snapshot = seen.snapshot
+        self._choose_again(chosen)
         self.history.add(seen.snapshot, now_s)
         self.see_more(seen.slab, seen.keys, now_s)
 
@@ -93,7 +95,21 @@ class Model:
         if slab is not None:
             self.slab, self.slab_at_s = slab, now_s
         if keys is not None:
+            chosen = self._chosen()
             self.keys = keys
+            self._choose_again(chosen)
+
+    def _chosen(self) -> object:
+        """Return what the row under the cursor is about."""
+        rows = self.table(self.table_name).rows
+        return rows[self.cursor].ident if self.cursor < len(rows) else None
+
+    def _choose_again(self, ident: object) -> None:
+        """Move the cursor to the row that is about this, if there is one still."""
+        rows = self.table(self.table_name).rows
+        at = next((at for at, row in enumerate(rows) if row.ident == ident), None)
+        if self.view != "all" and self.cursor and at is not None:  # at the top it stays there
+            self.cursor = at
         self.move(0)
 
     def lost(self, why: str, now_s: float) -> None:
@@ -180,7 +196,7 @@ class Model:
         else:
             self.question = Question(key)
 
-    def answer(self, yes: bool, now_s: float) -> bytes | None:
+    def answer(self, yes: bool, now_s: float) -> KeyView | None:
         """Answer a question; return the key to evict once both were answered with yes."""
         question, self.question = self.question, None
         if question is None:
@@ -191,7 +207,7 @@ class Model:
         if not question.again:
             self.question = Question(question.key, again=True)
             return None
-        return question.key.key
+        return question.key
 
     def escape(self, now_s: float) -> None:
         """Leave what is open: a question, the help, a filter."""

@@ -11,11 +11,12 @@ from textual.binding import Binding, BindingType
 from textual.widget import Widget
 from textual.widgets import Input
 
-from featcache import FeatcacheError
+from featcache import FeatcacheError, KeyView
 from featcache.cli.exits import Exit
 from featcache.cli.top.frame import draw, map_cells
 from featcache.cli.top.look import Look
 from featcache.cli.top.model import VIEWS, Model, View
+from featcache.cli.top.short import plain
 from featcache.cli.top.watch import Watch, clock
 
 _PAGE: Final = 10
@@ -42,6 +43,7 @@ class Top(App[int | FeatcacheError]):
     """Shows a model, which a `Watch` keeps up to date; ends with an exit code, or an error."""
 
     ENABLE_COMMAND_PALETTE = False
+    AUTO_FOCUS = None  # the line to type in takes keys only while it is shown
     CSS = """
     Screen { background: ansi_default; color: ansi_default; layout: vertical; overflow: hidden; }
     Frame { height: 1fr; background: ansi_default; color: ansi_default; }
@@ -194,12 +196,13 @@ class Top(App[int | FeatcacheError]):
             self._begin(self._evict(key))
         self.frame.refresh()
 
-    async def _evict(self, key: bytes) -> None:
+    async def _evict(self, one: KeyView) -> None:
+        label = plain(one.label)
         try:
-            found = await self.watch.evict(key)
-            text = "evicted" if found else "not evicted: it was gone already"
+            found = await self.watch.evict(one.key)
+            text = f"{label} is evicted" if found else f"{label} was gone already"
         except FeatcacheError as error:
-            text = f"not evicted: {error}"
+            text = f"{label} is not evicted: {error}"
         self.model.say(text, clock())
         self.watch.wake()
         self.frame.refresh()

@@ -27,6 +27,8 @@ class Row:
     """One line: what stands in each column, and what a filter looks through."""
 
     cells: tuple[str, ...]
+    ident: object
+    """What it is about, in whatever order and wherever it stands."""
     key: KeyView | None = None
     alert: bool = False
 
@@ -173,6 +175,7 @@ def _session(one: SessionView) -> Row:
             both(one.writing + one.ahead, one.writing_bytes + one.ahead_bytes),
             both(one.pins, one.pinned_bytes),
         ),
+        one.session,
         alert=lost,
     )
 
@@ -189,6 +192,7 @@ def _ref(one: UnpaidRef) -> Row:
             str(one.reads_left),
             f"{owing}{reading}",
         ),
+        one.ref,
         alert=any(
             "pid " not in debtor for debtor in one.owed_by
         ),  # one who is not attached has none
@@ -198,7 +202,7 @@ def _ref(one: UnpaidRef) -> Row:
 def _put(numbered: tuple[int, WaitingPut]) -> Row:
     place, one = numbered
     who = f"{one.session} {plain(one.name)}".rstrip() if one.session else "the owner"
-    return Row((str(place), who, short_size(one.nbytes), short_age(one.age_s)))
+    return Row((str(place), who, short_size(one.nbytes), short_age(one.age_s)), place)
 
 
 def _key(one: KeyView) -> Row:
@@ -212,5 +216,6 @@ def _key(one: KeyView) -> Row:
             str(one.reads) if one.reads else "-",
             "yes" if one.pinned else "-",
         ),
+        one.key,
         key=one,
     )

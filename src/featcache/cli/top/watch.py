@@ -10,7 +10,7 @@ from typing import Final, Literal, cast
 import anyio
 
 import featcache
-from featcache import FeatcacheError, KeysPage, Observer
+from featcache import FeatcacheError, KeysPage, Observer, OwnerUnreachable
 from featcache.cli.top.model import Model, Seen
 
 MOST_CELLS: Final = 4096
@@ -82,7 +82,8 @@ class Watch:
             except FeatcacheError as error:
                 if not attached:
                     raise
-                model.lost(_why(error), clock())
+                again = model.link == "lost" and isinstance(error, OwnerUnreachable)
+                model.lost(model.why if again else _why(error), clock())
                 self._changed()
             await asyncio.sleep(_REDIAL_S)
 
