@@ -165,12 +165,9 @@ def _over_time(model: Model, look: Look, width: int, rows: int) -> list[Text]:
     if last is None:
         titles = ("pressure", "hit rate")
     else:
-        rate = "no lookups" if last.hit_rate is None else f"{last.hit_rate:.0%}"
         lookups = short_rate(last.rates["hits"] + last.rates["misses"])
-        titles = (
-            f"pressure {last.level}, {last.held:.0%} held",
-            f"hit rate {rate} of {lookups}",
-        )
+        rate = "no lookups" if last.hit_rate is None else f"{last.hit_rate:.0%} of {lookups}"
+        titles = (f"pressure {last.level}, {last.held:.0%} held", f"hit rate {rate}")
     left = [Text(titles[0], "bold"), *graphs.graph(samples, _held, look, half, rows)]
     right = [
         Text(titles[1], "bold"),

@@ -74,7 +74,7 @@ COLUMNS: Final[dict[Name, tuple[Column, ...]]] = {
         Column("age", 6, right=True),
         Column("ttl", 6, right=True),
         Column("reads", 6, right=True),
-        Column("owed by (read by)"),
+        Column("owed by; read by"),
     ),
     "puts": (
         Column("#", 5, right=True),
@@ -93,6 +93,8 @@ COLUMNS: Final[dict[Name, tuple[Column, ...]]] = {
     ),
 }
 
+_ATTACHED: Final = ", pid "
+"""In the label of a session that is attached."""
 _Value = Callable[[Any], Any]
 
 ORDERS: Final[dict[Name, dict[str, _Value]]] = {
@@ -181,8 +183,11 @@ def _session(one: SessionView) -> Row:
 
 
 def _ref(one: UnpaidRef) -> Row:
-    owing = ", ".join(map(plain, one.owed_by)) or "anyone"
-    reading = f" ({', '.join(map(plain, one.read_by))})" if one.read_by else ""
+    # Who is not there comes first, and what became of it; the others have a row among the sessions.
+    there = [debtor for debtor in one.owed_by if _ATTACHED in debtor]
+    absent = [debtor for debtor in one.owed_by if _ATTACHED not in debtor]
+    owing = ", ".join([*absent, *map(_named, there)]) or "anyone"
+    reading = f"; read by {', '.join(map(_named, one.read_by))}" if one.read_by else ""
     return Row(
         (
             plain(one.ref),
@@ -190,13 +195,16 @@ def _ref(one: UnpaidRef) -> Row:
             short_age(one.age_s),
             "-" if one.ttl_s is None else short_age(one.ttl_s),
             str(one.reads_left),
-            f"{owing}{reading}",
+            plain(f"{owing}{reading}"),
         ),
         one.ref,
-        alert=any(
-            "pid " not in debtor for debtor in one.owed_by
-        ),  # one who is not attached has none
+        alert=bool(absent),
     )
+
+
+def _named(label: str) -> str:
+    """Return a session's name of its label, which ends with its number and process in brackets."""
+    return label.rpartition(" (")[0] or label
 
 
 def _put(numbered: tuple[int, WaitingPut]) -> Row:
