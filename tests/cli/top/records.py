@@ -18,15 +18,22 @@ HOSTILE: Final = "\x1b[2J\x07[red]\u202e\n\x9b1m"
 
 def session(number: int, **changes: Any) -> SessionView:
     """An attached session that does nothing."""
-    nothing = {field.name: 0 for field in attrs.fields(SessionView) if field.type in {int, "int"}}
+    nothing: dict[str, Any] = {
+        field.name: 0 for field in attrs.fields(SessionView) if field.type in {int, "int"}
+    }
     given = {"session": number, "name": f"s{number}", "pid": 1000 + number, "state": "active"}
-    return SessionView(**(nothing | {"age_s": 60.0} | given | changes))
+    return SessionView(**(nothing | {"age_s": 60.0, **given} | changes))
 
 
 def unpaid(ref: str, age_s: float, *owed_by: str, **changes: Any) -> UnpaidRef:
     """A ref of a MiB that owes a read to each."""
-    given = {"nbytes": MIB, "ttl_s": None, "reads_left": max(1, len(owed_by)), "read_by": ()}
-    return UnpaidRef(**({"ref": ref, "age_s": age_s, "owed_by": owed_by} | given | changes))
+    given: dict[str, Any] = {
+        "nbytes": MIB,
+        "ttl_s": None,
+        "reads_left": max(1, len(owed_by)),
+        "read_by": (),
+    }
+    return UnpaidRef(**(given | {"ref": ref, "age_s": age_s, "owed_by": owed_by} | changes))
 
 
 def waiting(nbytes: int, age_s: float, number: int = 0, name: str | None = None) -> WaitingPut:
@@ -37,8 +44,15 @@ def waiting(nbytes: int, age_s: float, number: int = 0, name: str | None = None)
 def key(label: str | bytes, nbytes: int = MIB, **changes: Any) -> KeyView:
     """A feature under a key."""
     name = label.encode() if isinstance(label, str) else label
-    given = {"age_s": 5.0, "unused_s": 1.0, "hits": 3, "pinned": False, "reads": 0, "ref": "1:1"}
-    return KeyView(**({"key": name, "nbytes": nbytes} | given | changes))
+    given: dict[str, Any] = {
+        "age_s": 5.0,
+        "unused_s": 1.0,
+        "hits": 3,
+        "pinned": False,
+        "reads": 0,
+        "ref": "1:1",
+    }
+    return KeyView(**(given | {"key": name, "nbytes": nbytes} | changes))
 
 
 def page(*keys: KeyView, total: int | None = None) -> KeysPage:

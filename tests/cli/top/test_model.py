@@ -93,10 +93,10 @@ def test_sessions_go_by_what_they_read_owe_and_hold(order: str, first: str) -> N
 def test_every_order_of_every_table_can_be_chosen() -> None:
     for name in ("sessions", "refs", "puts", "keys"):
         model = lively()
-        model.choose(name)  # type: ignore[arg-type]  # one of them
+        model.choose(name)
         seen = [model.orders[name]]
         for _ in ORDERS[name]:
-            assert len(model.table(name).rows) >= 2  # type: ignore[arg-type]
+            assert len(model.table(name).rows) >= 2
             model.sort()
             seen.append(model.orders[name])
         assert set(seen) == set(ORDERS[name])

@@ -65,9 +65,9 @@ async def test_numbers_and_tab_choose_the_table(owner: FakeOwner) -> None:
             await pressed(pilot, number)
             await until(lambda wanted=title: wanted in text_of(app))  # type: ignore[misc]
         await pressed(pilot, "tab")
-        assert app.model.view == "all"
+        await until(lambda: "PUTS THAT WAIT" in text_of(app))
         await pressed(pilot, "shift+tab")
-        assert app.model.view == "keys"
+        await until(lambda: "KEYS 2" in text_of(app))
 
 
 async def test_s_sorts_and_r_turns_the_order_round(owner: FakeOwner) -> None:

@@ -1,6 +1,6 @@
 """What `top` shows and what was chosen at its keys: no terminal, no clock of its own."""
 
-from typing import Final, Literal, cast
+from typing import Final, Literal
 
 import attrs
 
@@ -128,7 +128,7 @@ class Model:
     @property
     def table_name(self) -> Name:
         """The table that the keys are about."""
-        return cast("Name", "sessions" if self.view == "all" else self.view)
+        return "sessions" if self.view == "all" else self.view
 
     def choose(self, view: View) -> None:
         """Show one table, or all."""

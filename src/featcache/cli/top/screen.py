@@ -2,7 +2,8 @@
 
 import asyncio
 import signal
-from typing import ClassVar, Final
+from collections.abc import Coroutine
+from typing import Any, ClassVar, Final
 
 from rich.text import Text
 from textual import events
@@ -81,7 +82,7 @@ class Top(App[int | FeatcacheError]):
         super().__init__(ansi_color=True)  # the terminal's own colours, where there are any
         self.model = model
         self.frame = Frame(model, look)
-        self.watch = Watch(model, self._cells, self.frame.refresh)
+        self.looker = Watch(model, self._cells, self.frame.refresh)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def compose(self) -> ComposeResult:
@@ -100,14 +101,14 @@ class Top(App[int | FeatcacheError]):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _begin(self, work: "asyncio._CoroutineLike[None]") -> None:
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _looking(self) -> None:
         try:
-            await self.watch.run()
+            await self.looker.run()
         except FeatcacheError as error:
             self.exit(error)
 
@@ -146,7 +147,7 @@ class Top(App[int | FeatcacheError]):
 
     def _chosen(self) -> None:
         if self.model.view == "keys" and not self.model.frozen:
-            self.watch.wake()  # only the owner has them, and in each order others
+            self.looker.wake()  # only the owner has them, and in each order others
         self.frame.refresh()
 
     def action_reverse(self) -> None:
@@ -157,7 +158,7 @@ class Top(App[int | FeatcacheError]):
     def action_freeze(self) -> None:
         """Freeze the frame, or let it follow again."""
         self.model.frozen = not self.model.frozen
-        self.watch.wake()
+        self.looker.wake()
         self.frame.refresh()
 
     def action_letters(self) -> None:
@@ -199,12 +200,12 @@ class Top(App[int | FeatcacheError]):
     async def _evict(self, one: KeyView) -> None:
         label = plain(one.label)
         try:
-            found = await self.watch.evict(one.key)
+            found = await self.looker.evict(one.key)
             text = f"{label} is evicted" if found else f"{label} was gone already"
         except FeatcacheError as error:
             text = f"{label} is not evicted: {error}"
         self.model.say(text, clock())
-        self.watch.wake()
+        self.looker.wake()
         self.frame.refresh()
 
     # --- the filter -------------------------------------------------------------------------------
