@@ -216,7 +216,14 @@ def test_a_silent_owner_is_told_with_the_seconds() -> None:
     assert model.status(11.0) == ("every 1 s", False)
     assert model.status(17.0) == ("no answer for 7 s", True)
     model.saw(Seen(snapshot=snapshot()), 18.0)
-    assert model.status(30.0) == ("every 1 s", False)
+    assert model.status(30.0) == ("answers take 8 s", False)
+    model.asking(30.0)
+    assert model.silent_s(40.0) == 0.0, "that is as usual"
+    assert model.silent_s(43.0) == 13.0
+    for at in range(20):
+        model.asking(43.0 + at)
+        model.answered(43.0 + at)
+    assert model.status(70.0) == ("every 1 s", False)
 
 
 def test_an_owner_that_went_is_told_from_when_it_did() -> None:

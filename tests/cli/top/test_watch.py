@@ -83,15 +83,45 @@ async def test_keys_are_asked_for_only_while_they_are_shown_and_in_their_order(
     assert owner.evicted == [b"k"]
 
 
-async def test_where_looks_take_long_maps_come_seldom(owner: FakeOwner, clock: Clock) -> None:
-    def take_long(what: str) -> None:
-        if what == "map":
-            clock.ahead_s += 0.35
+async def test_an_owner_that_answers_late_is_asked_for_no_map_till_it_is_quick_again(
+    owner: FakeOwner, clock: Clock
+) -> None:
+    def take_long(_: str) -> None:
+        if owner.asked[-2:] == ["map", "snapshot"]:
+            clock.ahead_s += 5.0
 
     owner.before_answer = take_long
     async with watching(Model("x", interval_s=0.1)):
         await until(lambda: len(owner.asked) >= 7)
-    assert owner.asked[:7] == ["snapshot", "map", *["snapshot"] * 4, "map"]
+    assert owner.asked[:7] == [
+        "snapshot",
+        "map",
+        "snapshot",
+        "snapshot",
+        "map",
+        "snapshot",
+        "snapshot",
+    ]
+
+
+async def test_a_map_is_asked_for_at_last_however_late_answers_are(
+    owner: FakeOwner, clock: Clock
+) -> None:
+    def take_long(what: str) -> None:
+        clock.ahead_s += 10.0 * (what == "snapshot")
+
+    owner.before_answer = take_long
+    async with watching(Model("x", interval_s=0.1)):
+        await until(lambda: len(owner.asked) >= 7)
+    assert owner.asked[:7] == [
+        "snapshot",
+        "map",
+        "snapshot",
+        "snapshot",
+        "snapshot",
+        "map",
+        "snapshot",
+    ]
 
 
 async def test_an_owner_that_comes_back_is_looked_at_again(owner: FakeOwner, clock: Clock) -> None:

@@ -12,6 +12,9 @@ from featcache.cli.top.tables import NAMES, ORDERS, Name, Table, table_of
 View = Literal["all", "sessions", "refs", "puts", "keys"]
 VIEWS: Final[tuple[View, ...]] = ("all", *NAMES)
 _SILENT_S: Final = 2.0
+_USUAL_MOST_S: Final = 10.0
+_FORGOTTEN: Final = 0.8
+"""Of the time that an answer took, by the next answer."""
 _SAID_S: Final = 6.0
 _LONGEST_FILTER: Final = 60
 Link = Literal["connecting", "up", "lost"]
@@ -57,6 +60,8 @@ class Model:
     """Why there is no owner."""
     asked_s: float | None = None
     """Since when an answer is awaited."""
+    usual_s: float = 0.0
+    """What an answer takes: that of an owner which is asked for much comes late."""
     snapshot: Snapshot | None = None
     slab: SlabMap | None = None
     slab_at_s: float = 0.0
@@ -81,9 +86,17 @@ class Model:
         """Note that an answer is awaited."""
         self.asked_s = now_s
 
+    def answered(self, now_s: float) -> None:
+        """Note that the answer came."""
+        if self.asked_s is not None:
+            took_s = now_s - self.asked_s
+            self.usual_s = min(_USUAL_MOST_S, max(took_s, self.usual_s * _FORGOTTEN))
+        self.asked_s = None
+
     def saw(self, seen: Seen, now_s: float) -> None:
         """Take what a look brought."""
-        self.link, self.why, self.asked_s = "up", "", None
+        self.answered(now_s)
+        self.link, self.why = "up", ""
         chosen = self._chosen()
         self.snapshot = seen.snapshot
         self._choose_again(chosen)
@@ -225,7 +238,8 @@ class Model:
         if self.asked_s is None or self.link == "lost":
             return 0.0
         silent_s = now_s - self.asked_s
-        return silent_s if silent_s >= max(_SILENT_S, 2 * self.interval_s) else 0.0
+        patience_s = max(_SILENT_S, 2 * self.interval_s, 1.5 * self.usual_s)
+        return silent_s if silent_s >= patience_s else 0.0
 
     def status(self, now_s: float) -> tuple[str, bool]:
         """Return how fresh the frame is, and whether that is bad."""
@@ -237,6 +251,8 @@ class Model:
             return "connecting", False
         if self.frozen:
             return "FROZEN", True
+        if self.usual_s > max(_SILENT_S, self.interval_s):
+            return f"answers take {self.usual_s:.0f} s", False
         return f"every {self.interval_s:g} s", False
 
     def changes_by_itself(self, now_s: float) -> bool:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import math
 import time
 from collections.abc import Callable
 from typing import Final, Literal, cast
@@ -23,7 +22,7 @@ _REDIAL_S: Final = 1.0
 _SOONEST_S: Final = 0.25
 """Between two looks where a key of the keyboard asks for one."""
 _SLOW_S: Final = 0.2
-_MOST_SKIPPED: Final = 30
+_OLDEST_MAP_S: Final = 30.0
 clock: Final = time.monotonic
 
 
@@ -52,7 +51,6 @@ class Watch:
         self._changed = changed
         self._observer: Observer | None = None
         self._wake = asyncio.Event()
-        self._maps_to_skip = 0
 
     def wake(self) -> None:
         """Look soon: something else is to be seen, or the frame is frozen no more."""
@@ -108,20 +106,17 @@ class Watch:
         model.saw(Seen(snapshot=snapshot), clock())
         if model.slab is None or clock() - began_s > _SLOW_S:
             self._changed()
+        # Looks cost the owner time, which it gives itself back by answering later. The map is what costs
+        # most in a pool of many slots: where answers come late, it is seldom asked for.
+        late = clock() - began_s > model.interval_s
         slab = keys = None
         if model.view == "keys":
             model.asking(clock())
             keys = await _keys(observer, model)
-        if self._maps_to_skip > 0:
-            self._maps_to_skip -= 1
-        else:
+        if not late or clock() - model.slab_at_s > _OLDEST_MAP_S:
             model.asking(clock())
             slab = await observer.map(max(1, min(self._cells(), MOST_CELLS)))
-            # Looks cost the owner time, which it gives back by answering late. The map is what costs
-            # most in a pool of many slots: where a look takes longer than a refresh, it comes seldom.
-            took_s = clock() - began_s
-            self._maps_to_skip = min(_MOST_SKIPPED, math.floor(took_s / model.interval_s))
-        model.asked_s = None
+        model.answered(clock())
         model.see_more(slab, keys, clock())
         self._changed()
 
