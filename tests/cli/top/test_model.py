@@ -207,6 +207,16 @@ def test_where_no_key_is_shown_none_is_evicted() -> None:
     assert "no key" in model.news(0.0)
 
 
+def test_an_answer_that_comes_to_a_frozen_frame_is_not_shown() -> None:
+    model = lively()
+    before = model.snapshot, model.slab, len(model.history.samples)
+    model.asking(103.0)
+    model.frozen = True
+    model.saw(Seen(snapshot=snapshot(), slab=slab("f")), 103.5)
+    assert (model.snapshot, model.slab, len(model.history.samples)) == before
+    assert model.asked_s is None
+
+
 # --- how fresh it is --------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from typing import Final
 
 import click
 from rich.console import Console
+from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
 import featcache
@@ -26,6 +27,15 @@ _PICTURE: Final = (120, 36)
 _SOONEST_S, _LATEST_S = 0.1, 3600.0
 _MOST_LOOKS: Final = 1000
 _MOST_COLUMNS, _MOST_ROWS = 1000, 500
+_NIGHT: Final = TerminalTheme(
+    (13, 17, 23),
+    (201, 209, 217),
+    [
+        *((72, 79, 88), (255, 85, 85), (0, 190, 135), (240, 228, 66)),
+        *((70, 150, 220), (222, 88, 176), (86, 182, 194), (201, 209, 217)),
+    ],
+)
+"""The colours of a picture that are the terminal's own elsewhere."""
 _SIZE: Final = re.compile(r"([1-9][0-9]{1,3})x([1-9][0-9]{0,3})")
 
 
@@ -186,7 +196,7 @@ def _write(model: Model, width: int, height: int, path: Path) -> None:
     )  # fmt: skip
     lines = draw(model, Look("full"), width, height, clock())
     console.print(Text("\n").join(lines), no_wrap=True, soft_wrap=True)
-    console.save_svg(str(path), title="featcache top", unique_id="featcache-top")
+    console.save_svg(str(path), title="featcache top", theme=_NIGHT, unique_id="featcache-top")
 
 
 async def _stream(model: Model, size: tuple[int, int] | None, *, plain: bool) -> None:

@@ -97,6 +97,8 @@ class Model:
         """Take what a look brought."""
         self.answered(now_s)
         self.link, self.why = "up", ""
+        if self.frozen:  # an answer that was on its way
+            return
         chosen = self._chosen()
         self.snapshot = seen.snapshot
         self._choose_again(chosen)
@@ -105,6 +107,8 @@ class Model:
 
     def see_more(self, slab: SlabMap | None, keys: KeysPage | None, now_s: float) -> None:
         """Take a map, or a page of keys, that followed."""
+        if self.frozen:
+            return
         if slab is not None:
             self.slab, self.slab_at_s = slab, now_s
         if keys is not None:

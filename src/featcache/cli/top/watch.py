@@ -104,6 +104,8 @@ class Watch:
         model.asking(began_s)
         snapshot = await observer.snapshot()
         model.saw(Seen(snapshot=snapshot), clock())
+        if model.frozen:
+            return
         if model.slab is None or clock() - began_s > _SLOW_S:
             self._changed()
         # Looks cost the owner time, which it gives itself back by answering later. The map is what costs
@@ -123,7 +125,8 @@ class Watch:
     async def _pause(self, began_s: float) -> None:
         """Wait for the next refresh, or for `wake`; while the frame is frozen, for as long as it is."""
         model = self._model
-        due_s = began_s + model.interval_s
+        # An owner that answers late gets some rest as well.
+        due_s = max(began_s + model.interval_s, clock() + min(model.interval_s, _SOONEST_S))
         while model.frozen or clock() < due_s:
             left_s = None if model.frozen else due_s - clock()
             with anyio.move_on_after(left_s):
