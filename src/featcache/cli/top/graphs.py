@@ -40,7 +40,9 @@ def legend(slab: SlabMap | None, look: Look, width: int) -> Text:
             text.append(*look.cell(letter, 1.0, 0.0)).append(f" {name} {few}{gap}")
         room = width - text.cell_len - ages.cell_len
         if room >= 0:
-            return text.append(" " * room).append_text(ages)
+            return text.append(f"{'older ' if room > len('older ') else '':>{room}}").append_text(
+                ages
+            )
     return text
 
 
