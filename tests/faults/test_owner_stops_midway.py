@@ -148,8 +148,8 @@ async def test_a_call_ends_in_its_time_wherever_its_owner_stops(
                 try:
                     found = await asyncio.wait_for(call(cache, values), LATE_S)
                 except TimeoutError as late:
-                    assert isinstance(late, FeatcacheError), "it did not end by itself"  # noqa: PT017
-                    assert stops.has_stopped or name in READS  # noqa: PT017 - it ends in two ways
+                    assert isinstance(late, FeatcacheError), "it did not end by itself"  # noqa: PT017 - it may end rightly, too
+                    assert stops.has_stopped or name in READS
             if found is None:
                 await account(child)
                 assert not await cache.contains("k"), "nobody put it in time"

@@ -14,7 +14,10 @@ T = TypeVar("T")
 
 ANSWER_S: Final = 0.25
 """How much longer than its `timeout` a put waits for the owner to say who holds the room."""
-UNTOLD: Final = "the owner did not say in time that the feature is kept, and it was taken back: it is busy, or stopped"
+UNTOLD: Final = (
+    "the owner did not say in time that the feature is kept, and it was taken back: it is busy, or "
+    "stopped"
+)
 UNMAPPED: Final = "the slab's new memory was not mapped here in time: nothing was put"
 
 

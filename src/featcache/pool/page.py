@@ -72,6 +72,8 @@ class SessionPage:
         """Slots that it may claim for its next puts (`pool.ahead`), by index, the oldest first."""
         self.put_sizes: deque[int] = deque(maxlen=4)
         """Bytes of its last puts."""
+        self.to_evict_bytes = 0
+        """How much may be evicted for its next puts, as its last ones have evicted (`pool.ahead`)."""
 
     def newly_released(self, high: int, most: int | None = None) -> list[tuple[int, int]]:
         """Return (slot, generation) for each `released` word that changed since the last call.
