@@ -12,18 +12,21 @@ from support.caches import KIB, filled, pair, steps, tensor, until
 from support.keyed import nothing_lost, page_of, party, pool_of, queued
 from support.slabs import same
 
-COUNT = 64
-FULL: dict[str, Any] = {"capacity": COUNT * KIB, "segment": COUNT * KIB, "slots": 512}
-"""A pool that so many features fill; a thirty-second part of it are two."""
-SPARE = 3
+COUNT = 512
+FULL: dict[str, Any] = {"capacity": COUNT * KIB, "segment": COUNT * KIB, "slots": 1024}
+"""A pool that so many features fill. A session may have two ahead that were evicted for."""
+SPARE = 4
 
 
 async def fill(owner: FeatureCache, client: FeatureClient, first: int = 0) -> None:
-    """Put under keys until the client's puts have evicted, with room made for the next."""
-    for number in range(first, first + COUNT + 4):
-        await client.put(filled(KIB, number % 251), key=f"old {number}")
+    """Fill the pool, and put until the client's puts have evicted, with room made for the next."""
+    for number in range(first, first + COUNT):
+        await owner.put(filled(KIB, number % 251), key=f"old {number}")
+    for number in range(first, first + 8):
+        await client.put(filled(KIB, number % 251), key=f"newer {number}")
         await quiet(owner)
-    await until(lambda: rooms(owner))
+    assert owner.statistics().evicted >= 8
+    await until(lambda: made(owner))
 
 
 async def quiet(owner: FeatureCache) -> None:
@@ -142,7 +145,7 @@ async def test_what_is_read_is_not_evicted_for_it() -> None:
         key = next(iter(pool_of(owner).store.directory))
         async with other.borrow(key) as view:
             kept = tensor(view).clone()
-            for number in range(2 * COUNT):
+            for number in range(COUNT + 16):
                 await client.put(filled(KIB, 250), key=f"{number}")
                 await quiet(owner)
             assert same(view, kept)

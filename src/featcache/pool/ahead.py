@@ -8,9 +8,9 @@ after a while when nobody uses it. So nobody waits, or is overtaken, for a room 
 
 Where a cache is full, room is what others leave. There a session's put that had to evict, or was made in a
 room that was evicted for, has as many bytes evicted for its next one, off its path. So these rooms cost
-no more than its puts would, but for those that are ahead: one a session, and more only while all have no
-more than a thirty-second part of the capacity together. Another put evicts for itself before it takes one
-of them back.
+no more than its puts would, but for those that are ahead, a hundred-and-twenty-eighth part of the capacity
+for all together: what is kept is hit as before. Another put evicts for itself before it takes one of them
+back.
 """
 
 import time
@@ -36,6 +36,8 @@ _SESSION_SHARE: Final = 32
 """The part of the capacity, as a divisor, that one session has ahead at most."""
 _SHARE: Final = 8
 """The part that all have ahead together."""
+_MADE_SHARE: Final = 128
+"""The part that all have ahead together when more is evicted for; one session may have half of it."""
 
 
 class RoomsAhead:
@@ -46,6 +48,7 @@ class RoomsAhead:
         capacity_bytes = pool.store.limits.capacity_bytes
         self._session_bytes = capacity_bytes // _SESSION_SHARE
         self._most_bytes = capacity_bytes // _SHARE
+        self._made_bytes = capacity_bytes // _MADE_SHARE
         self._most_slots = pool.store.table.count // _SHARE
         self._most = pool.settings.rooms_ahead
         self._idle_s = pool.settings.rooms_idle
@@ -70,6 +73,7 @@ class RoomsAhead:
         if nbytes > self._session_bytes:
             nbytes = sizes[-1]
         most = min(self._most, self._session_bytes // max(nbytes, 1))
+        evicts = evicts and self._may_make(page, nbytes)
         if store.free_bytes < self._most_bytes and not evicts:
             most = min(most, 1)
         given: list[Room] = []
@@ -89,7 +93,6 @@ class RoomsAhead:
         self, nbytes: int, page: SessionPage, writer: "OwnerWriter", *, evicts: bool
     ) -> Slot | None:
         """Reserve for a session's next put, if that takes nothing from anybody, or `evicts` as it would."""
-        evicts = evicts and page.to_evict_bytes >= nbytes
         writer.count_bytes(nbytes)
         slot = self._pool.store.reserve_ahead(nbytes, page.session, _now())
         if slot is None:
@@ -100,8 +103,7 @@ class RoomsAhead:
     def _make(self, nbytes: int, page: SessionPage) -> Slot | None:
         """Evict for a session's next put what its last ones would have, and reserve it."""
         pool = self._pool
-        too_much = page.ahead and pool.store.ahead_bytes + nbytes > self._session_bytes
-        if too_much or pool.turn.left <= 0 or pool.store.is_evicting:
+        if not self._may_make(page, nbytes) or pool.turn.left <= 0 or pool.store.is_evicting:
             return None
         page.to_evict_bytes -= nbytes
         pool.collector.evict_some(Request(nbytes, 0, None, None, page.session))
@@ -111,9 +113,19 @@ class RoomsAhead:
             self._made[slot.index] = slot.generation
         return slot
 
+    def _may_make(self, page: SessionPage, nbytes: int) -> bool:
+        """Whether another room may be evicted for, if there is none: see above."""
+        of_session = nbytes + sum(slot.nbytes for slot in page.ahead.values())
+        return (
+            page.to_evict_bytes >= nbytes
+            and self._pool.store.ahead_bytes + nbytes <= self._made_bytes
+            and (not page.ahead or 2 * of_session <= self._made_bytes)
+        )
+
     def count_put(self, page: SessionPage, nbytes: int) -> None:
         """Count a put that had to evict, or was made in a room that was evicted for."""
-        page.to_evict_bytes = min(self._session_bytes, page.to_evict_bytes + nbytes)
+        if nbytes <= self._made_bytes:
+            page.to_evict_bytes = min(self._made_bytes, page.to_evict_bytes + nbytes)
 
     def _was_made(self, slot: Slot) -> bool:
         return self._made.get(slot.index) == slot.generation

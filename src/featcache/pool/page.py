@@ -18,6 +18,10 @@ from featcache.memory.words import Counts, RoomClaim, SessionWords
 
 _WORD_BYTES: Final = 8
 _NONE: Final = np.zeros(0, np.uint64)
+_LOOKUPS_PER_S: Final = 50_000_000
+"""More than any session can make."""
+_LOOKUPS: Final = 1 << 16
+"""How many more it may have made by each look: its clock and this one may differ."""
 
 
 class Grant(msgspec.Struct, frozen=True, gc=False):
@@ -72,6 +76,8 @@ class SessionPage:
         """Slots that it may claim for its next puts (`pool.ahead`), by index, the oldest first."""
         self.put_sizes: deque[int] = deque(maxlen=4)
         """Bytes of its last puts."""
+        self._lookups = 0, 0
+        self._lookups_at_s = self.since_s
         self.to_evict_bytes = 0
         """How much may be evicted for its next puts, as its last ones have evicted (`pool.ahead`)."""
 
@@ -164,8 +170,17 @@ class SessionPage:
 
     @property
     def own_lookups(self) -> tuple[int, int]:
-        """Hits and misses that the session counted itself."""
-        return self.words.lookups
+        """Hits and misses that the session counted itself, as far as it can have made them.
+
+        A hit that was counted goes again if its entry turns out to have been taken for nothing.
+        """
+        now_s, (hits, misses) = time.monotonic(), self.words.lookups
+        old_hits, old_misses = self._lookups
+        most = int((now_s - self._lookups_at_s) * _LOOKUPS_PER_S) + _LOOKUPS
+        hits = min(max(hits, old_hits - len(self.words.serial)), old_hits + most)
+        misses = min(max(misses, old_misses), old_misses + most)
+        self._lookups, self._lookups_at_s = (hits, misses), now_s
+        return self._lookups
 
     def not_held(self, slots: list[Slot]) -> list[Slot]:
         """Return those of the slots that it does not use, as `uses` says of each."""
