@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from client.test_rooms_ahead import asked, rooms, server_of
+from client.test_rooms_ahead import asked, far_end, rooms, server_of, writer_of
 from core.books import check_books
 from featcache import FeatureCache, FeatureClient, PoolFull
+from featcache.control.channel import Channel
 from support.caches import KIB, filled, pair, steps, tensor, until
 from support.keyed import nothing_lost, page_of, party, pool_of, queued
 from support.slabs import same
@@ -60,6 +61,28 @@ async def test_in_a_full_cache_puts_in_a_row_ask_for_nothing(*, keyed: bool) -> 
             assert evicted + 100 - SPARE <= now.evicted <= evicted + 100 + SPARE
         assert now.keys >= COUNT - 2 * SPARE
         check_books(pool_of(owner).store.allocator)
+        await nothing_lost(owner)
+
+
+async def test_under_keys_the_next_rooms_come_with_the_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A frame each way for a put, no more."""
+    async with pair(**FULL) as (owner, client):
+        await fill(owner, client)
+        ends = [far_end(owner), writer_of(client).connection.link._channel]
+        frames, send = [0, 0], Channel.send
+
+        def sends(self: Channel, *given: Any) -> None:
+            frames[ends.index(self)] += 1
+            send(self, *given)
+
+        await client.put(filled(KIB, 1), key="first")
+        monkeypatch.setattr(Channel, "send", sends)
+        for number in range(20):
+            await client.put(filled(KIB, number), key=f"{number}")
+            await quiet(owner)
+        assert frames == [20, 20]
         await nothing_lost(owner)
 
 

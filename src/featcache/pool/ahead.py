@@ -8,9 +8,9 @@ after a while when nobody uses it. So nobody waits, or is overtaken, for a room 
 
 Where a cache is full, room is what others leave. There a session's put that had to evict, or was made in a
 room that was evicted for, has as many bytes evicted for its next one, off its path. So these rooms cost
-no more than its puts would, but for those that are ahead, a hundred-and-twenty-eighth part of the capacity
-for all together: what is kept is hit as before. Another put evicts for itself before it takes one of them
-back.
+no more than its puts would, but for those that are ahead: at most a hundred-and-twenty-eighth part of the
+capacity for all together, so what is kept is hit as before. Another put evicts for itself before it takes
+one of them back.
 """
 
 import time
@@ -62,13 +62,15 @@ class RoomsAhead:
     ) -> tuple[Room, ...]:
         """Return new rooms for a session's next puts, if `least` of them are due and their room is free.
 
-        If it `evicts`, also room that is made as the session's last puts made theirs (`count_put`).
+        If it `evicts`, also room that is made as the session's last puts made theirs (`count_asked`). What
+        the session has and was not told of yet comes with them.
         """
         pool, store, sizes = self._pool, self._pool.store, page.put_sizes
+        untold = self.untold(page)
         evicts = evicts and page.to_evict_bytes > 0
         due = self._most - len(page.ahead) >= least or evicts
         if not due or len(sizes) < _LEAST_PUTS or store.queue.count or writer.has_callers:
-            return ()
+            return untold
         nbytes = max(sizes)
         if nbytes > self._session_bytes:
             nbytes = sizes[-1]
@@ -87,7 +89,13 @@ class RoomsAhead:
             pool.words.reserved[slot.index] = slot.generation | _OPEN
             pool.turn.left -= FRAME_UNITS
             given.append(Room(slot.index, slot.generation, slot.offset_bytes, slot.nbytes))
-        return tuple(given)
+        return (*untold, *given)
+
+    @staticmethod
+    def untold(page: SessionPage) -> tuple[Room, ...]:
+        """Return the rooms that a session was given and not told of, for it to be told now."""
+        untold, page.untold = page.untold, ()
+        return untold
 
     def _reserve(
         self, nbytes: int, page: SessionPage, writer: "OwnerWriter", *, evicts: bool
@@ -122,8 +130,15 @@ class RoomsAhead:
             and (not page.ahead or 2 * of_session <= self._made_bytes)
         )
 
-    def count_put(self, page: SessionPage, nbytes: int) -> None:
-        """Count a put that had to evict, or was made in a room that was evicted for."""
+    def count_asked(self, page: SessionPage, nbytes: int) -> None:
+        """Count a put that had to ask, and to evict: its session is short of room for as much, and again.
+
+        With two rooms one is on its way while the other is written.
+        """
+        self._count(page, 2 * nbytes)
+
+    def _count(self, page: SessionPage, nbytes: int) -> None:
+        """Let so much be evicted for a session's next puts."""
         if nbytes <= self._made_bytes:
             page.to_evict_bytes = min(self._made_bytes, page.to_evict_bytes + nbytes)
 
@@ -136,7 +151,7 @@ class RoomsAhead:
             self._pool.apply(effects)
         page.put_sizes.append(request.nbytes)
         if self._was_made(slot):
-            self.count_put(page, request.nbytes)
+            self._count(page, request.nbytes)
 
     # --- claimed ----------------------------------------------------------------------------------
 

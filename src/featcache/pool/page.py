@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.control.rooms import Room
 from featcache.core.slots import Slot
 from featcache.errors import PoolFull
 from featcache.memory.key_table import place_of
@@ -74,6 +75,8 @@ class SessionPage:
         """Slots that it may write and has not published yet, by index (`WriteState.RESERVED`)."""
         self.ahead: dict[int, Slot] = {}
         """Slots that it may claim for its next puts (`pool.ahead`), by index, the oldest first."""
+        self.untold: tuple[Room, ...] = ()
+        """Those of them that the session is told of with the next answer to a publish."""
         self.put_sizes: deque[int] = deque(maxlen=4)
         """Bytes of its last puts."""
         self._lookups = 0, 0
