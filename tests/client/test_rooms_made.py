@@ -77,7 +77,9 @@ async def test_under_keys_the_next_rooms_come_with_the_answers(
             frames[ends.index(self)] += 1
             send(self, *given)
 
-        await client.put(filled(KIB, 1), key="first")
+        for number in range(3):
+            await client.put(filled(KIB, 1), key=f"first {number}")
+            await quiet(owner)
         monkeypatch.setattr(Channel, "send", sends)
         for number in range(20):
             await client.put(filled(KIB, number), key=f"{number}")
