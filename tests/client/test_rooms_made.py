@@ -14,7 +14,12 @@ from support.keyed import nothing_lost, page_of, party, pool_of, queued
 from support.slabs import same
 
 COUNT = 512
-FULL: dict[str, Any] = {"capacity": COUNT * KIB, "segment": COUNT * KIB, "slots": 1024}
+FULL: dict[str, Any] = {
+    "capacity": COUNT * KIB,
+    "segment": COUNT * KIB,
+    "slots": 1024,
+    "rooms_idle": 60.0,
+}
 """A pool that so many features fill. A session may have two ahead that were evicted for."""
 SPARE = 4
 
@@ -67,7 +72,7 @@ async def test_in_a_full_cache_puts_in_a_row_ask_for_nothing(*, keyed: bool) -> 
 async def test_under_keys_the_next_rooms_come_with_the_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A frame each way for a put, no more."""
+    """A frame each way for a put, and one more until the second room is there."""
     async with pair(**FULL) as (owner, client):
         await fill(owner, client)
         ends = [far_end(owner), writer_of(client).connection.link._channel]
@@ -84,7 +89,8 @@ async def test_under_keys_the_next_rooms_come_with_the_answers(
         for number in range(20):
             await client.put(filled(KIB, number), key=f"{number}")
             await quiet(owner)
-        assert frames == [20, 20]
+        assert frames[1] == 20
+        assert 20 <= frames[0] <= 21
         await nothing_lost(owner)
 
 
@@ -179,7 +185,7 @@ async def test_what_is_read_is_not_evicted_for_it() -> None:
 
 
 async def test_made_room_that_nobody_uses_goes_back() -> None:
-    async with pair(rooms_idle=0.05, **FULL) as (owner, client):
+    async with pair(**FULL | {"rooms_idle": 0.05}) as (owner, client):
         for number in range(COUNT + 4):
             await client.put(filled(KIB, 1), key=f"{number}")
         await until(lambda: not rooms(owner))
