@@ -233,6 +233,10 @@ class KeyedStore(Store):
         """Victims of a request that are still to go."""
         return len(self._plan)
 
+    def forget_plan(self) -> None:
+        """Evict nothing more for the request of the last `evict_for`: it is not made again."""
+        self._plan.clear()
+
     def _next_of_plan(self, held: Held, most: int | None) -> list[Slot]:
         """Take the next victims of the plan; none if one of them can't go any more."""
         plan = self._plan

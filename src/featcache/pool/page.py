@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.control.rooms import Room
 from featcache.core.slots import Slot
 from featcache.errors import PoolFull
 from featcache.memory.key_table import place_of
@@ -18,6 +19,10 @@ from featcache.memory.words import Counts, RoomClaim, SessionWords
 
 _WORD_BYTES: Final = 8
 _NONE: Final = np.zeros(0, np.uint64)
+_LOOKUPS_PER_S: Final = 50_000_000
+"""More than any session can make."""
+_LOOKUPS: Final = 1 << 16
+"""How many more it may have made by each look: its clock and this one may differ."""
 
 
 class Grant(msgspec.Struct, frozen=True, gc=False):
@@ -70,8 +75,14 @@ class SessionPage:
         """Slots that it may write and has not published yet, by index (`WriteState.RESERVED`)."""
         self.ahead: dict[int, Slot] = {}
         """Slots that it may claim for its next puts (`pool.ahead`), by index, the oldest first."""
+        self.untold: tuple[Room, ...] = ()
+        """Those of them that the session is told of with the next answer to a publish."""
         self.put_sizes: deque[int] = deque(maxlen=4)
         """Bytes of its last puts."""
+        self._lookups = 0, 0
+        self._lookups_at_s = self.since_s
+        self.to_evict_bytes = 0
+        """How much may be evicted for its next puts, as its last ones have evicted (`pool.ahead`)."""
 
     def newly_released(self, high: int, most: int | None = None) -> list[tuple[int, int]]:
         """Return (slot, generation) for each `released` word that changed since the last call.
@@ -162,8 +173,17 @@ class SessionPage:
 
     @property
     def own_lookups(self) -> tuple[int, int]:
-        """Hits and misses that the session counted itself."""
-        return self.words.lookups
+        """Hits and misses that the session counted itself, as far as it can have made them.
+
+        A hit that was counted goes again if its entry turns out to have been taken for nothing.
+        """
+        now_s, (hits, misses) = time.monotonic(), self.words.lookups
+        old_hits, old_misses = self._lookups
+        most = int((now_s - self._lookups_at_s) * _LOOKUPS_PER_S) + _LOOKUPS
+        hits = min(max(hits, old_hits - len(self.words.serial)), old_hits + most)
+        misses = min(max(misses, old_misses), old_misses + most)
+        self._lookups, self._lookups_at_s = (hits, misses), now_s
+        return self._lookups
 
     def not_held(self, slots: list[Slot]) -> list[Slot]:
         """Return those of the slots that it does not use, as `uses` says of each."""

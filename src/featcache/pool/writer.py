@@ -249,7 +249,7 @@ class OwnerWriter(BatchPuts):
                 self.leave(waiter)
 
     def reserve(self, request: Request, *, at_once: bool = False) -> Slot | None:
-        """Reserve, recycling released slots if that is due or needed, then evicting.
+        """Reserve, recycling released slots if that is due or needed, then evicting; at last what others did.
 
         As much as the loop's turn has units for, or all `at_once`; what is left is done for the queue.
         """
@@ -262,12 +262,14 @@ class OwnerWriter(BatchPuts):
             pool.collect()
             slot = pool.store.reserve(request, _now())
             if slot is None and not pool.store.queue.count:
-                if pool.store.ahead and pool.ahead.take_back():  # before anything is evicted for it
+                if pool.store.ahead and pool.ahead.take_back(made=False):
                     slot = pool.store.reserve(request, _now())
                 while slot is None and pool.collector.evict_some(request):
                     slot = pool.store.reserve(request, _now())
                     if self.turn.left <= 0:
                         break
+                if slot is None and pool.store.ahead and pool.ahead.take_back():
+                    slot = pool.store.reserve(request, _now())
         return slot
 
     def count_bytes(self, nbytes: int) -> None:
