@@ -6,11 +6,12 @@ key was dropped (evicted, or given to another feature) and the last grant on it 
 
 from collections.abc import Iterable, Iterator
 from contextlib import closing
+from operator import itemgetter
 
 from featcache.core.allocator import ALIGNMENT_BYTES
 from featcache.core.effects import ClaimPassed, Effect, Evicted, Limits
 from featcache.core.endings import Ending
-from featcache.core.eviction import FEW, best_victims, victims
+from featcache.core.eviction import FEW, Victim, VictimSearch
 from featcache.core.key_queue import KeyWaiter, KeyWaiterState
 from featcache.core.put_queue import Batch, Request
 from featcache.core.recency import POLICIES, Held, LatestUse, LatestUses, never_used
@@ -21,6 +22,8 @@ from featcache.errors import KeyNotFound, PoolFull
 from featcache.settings import round_up
 
 _FULL_SCAN_INTERVAL_S = 0.05
+STEPS_A_VICTIM = 16
+"""Extents that a search looks at in the time in which one feature is evicted."""
 
 
 def key_label(key: bytes) -> str:
@@ -47,9 +50,14 @@ class KeyedStore(Store):
         """Extents of evictable slots that sessions read now, as far as was last looked at."""
         self._failed_scan = (0, float("-inf"))
         """Size and expiry of the last full scan that found no victims (negative cache)."""
-        self._plan: list[tuple[Slot, int]] = []
-        """Victims that are still to go, the next last, with their generations: evicted in pieces."""
+        self._search: VictimSearch | None = None
+        """The search for the victims of a request, while it is done in pieces."""
+        self.search_steps = 0
+        """Extents that searches have looked at, about."""
+        self._plan: list[Victim] = []
+        """Victims that are still to go: evicted in pieces."""
         self._plan_for: Request | None = None
+        """Whose search and plan these are."""
         self.trimming = False
         """Whether `trim` has more to evict."""
 
@@ -167,15 +175,19 @@ class KeyedStore(Store):
         """Evict the victims that make room for a request, if there are any.
 
         Their extents are free once the caller has recycled them. A slab that can still grow evicts
-        nothing, unless by `Limits.evict_first`. If there are more than `most` of them, so many go now;
-        the others go when this is called again for the same request.
+        nothing, unless by `Limits.evict_first`. With `most`, so much is done now as evicts so many, the
+        search for them included; the rest when this is called again for the same request (`is_evicting`).
         """
         if isinstance(request, Batch):
             return self._evict_for_batch(request, held, now_s, most)
+        search, self._search = self._search, None  # kept only while it goes on
+        if self._plan_for is not request:
+            self._plan.clear()
+            search, self._plan_for = None, request
         if self._plan:
-            if self._plan_for is request and (going := self._next_of_plan(held, most)):
+            if going := self._next_of_plan(held, most):
                 return self._evict_all(going, now_s, "room")
-            self._plan.clear()  # another's, or one of them is in use by now: look again
+            self._plan.clear()  # one of them is in use by now: look again
         if self.unevictable_bytes + request.nbytes > self.limits.capacity_bytes:
             return []  # not even if everything went
         if self.table.full:
@@ -185,16 +197,16 @@ class KeyedStore(Store):
         grows = not steady or self.size.growth_for(request.nbytes, now_s) > 0
         if grows and not self.limits.evict_first:
             return []
-        size_bytes = max(round_up(request.nbytes, ALIGNMENT_BYTES), ALIGNMENT_BYTES)
-        # A window at the end of the slab may also count on the room to grow behind it.
-        growth_bytes = self.limits.capacity_bytes - self.committed_bytes
-        growths = [0, growth_bytes] if growth_bytes and not grows else [0]
-        going = self._victims(size_bytes, held, now_s, growths)
-        if most is not None and len(going) > most:
-            self._plan = [(slot, slot.generation) for slot in reversed(going[most:])]
-            self._plan_for = request
-            going = going[:most]
-        return self._evict_all(going, now_s, "room")
+        if search is None:
+            coldest = self.recency.coldest(held)
+            if coldest is None:
+                return []
+            size_bytes = max(round_up(request.nbytes, ALIGNMENT_BYTES), ALIGNMENT_BYTES)
+            if coldest.extent is not None and coldest.extent.size_bytes >= size_bytes:
+                return self._evict_all([coldest], now_s, "room")  # hot path: as where all are alike
+            search = self._new_search(size_bytes, now_s, grows=grows)
+        self._plan = self._go_on_searching(search, held, now_s, most)
+        return self._evict_all(self._next_of_plan(held, most), now_s, "room")
 
     def _evict_for_batch(
         self, batch: Batch, held: Held, now_s: float, most: int | None
@@ -225,42 +237,51 @@ class KeyedStore(Store):
 
     @property
     def is_evicting(self) -> bool:
-        """Whether some victims of a request are still to go."""
-        return bool(self._plan)
+        """Whether some victims of a request are still to be found, or to go."""
+        return self._search is not None or bool(self._plan)
 
     @property
-    def to_evict(self) -> int:
-        """Victims of a request that are still to go."""
-        return len(self._plan)
+    def is_searching(self) -> bool:
+        """Whether some are still to be found."""
+        return self._search is not None
 
     def _next_of_plan(self, held: Held, most: int | None) -> list[Slot]:
-        """Take the next victims of the plan; none if one of them can't go any more."""
+        """Take the next victims of the plan, the warmest first; none if one of them can't go any more."""
         plan = self._plan
-        cut = 0 if most is None else max(0, len(plan) - most)
-        going = [slot for slot, generation in plan[cut:] if slot.generation == generation]
-        if len(going) < len(plan) - cut or not all(slot.idle and not held(slot) for slot in going):
-            return []
-        del plan[cut:]
-        return going[::-1]
+        while plan:
+            cut = 0 if most is None else max(0, len(plan) - most)
+            piece = sorted(plan[cut:], key=itemgetter(0), reverse=True)
+            # What was freed meanwhile is room by now.
+            going = [slot for _, slot, generation in piece if slot.is_tenant(generation)]
+            if not all(slot.idle and not held(slot) for slot in going):
+                return []
+            del plan[cut:]
+            if going:
+                return going
+        return []
 
-    def _victims(self, size_bytes: int, held: Held, now_s: float, growths: list[int]) -> list[Slot]:
-        """Try windows around the coldest few features, then around all, with each growth."""
-        everything = len(self.directory)
+    def _new_search(self, size_bytes: int, now_s: float, *, grows: bool) -> VictimSearch:
+        # A window at the end of the slab may also count on the room to grow behind it.
+        growth_bytes = self.limits.capacity_bytes - self.committed_bytes
+        growths = [0, growth_bytes] if growth_bytes and not grows else [0]
         # While a put waits this runs at every poll, and a full scan costs time in proportion to all
         # features. A size that failed lately is not scanned for again, and no larger one is; a
         # smaller one may fit where that did not.
         failed_bytes, until_s = self._failed_scan
-        for growth_bytes in growths:
-            args = self.recency, self.allocator, size_bytes, held
-            if going := victims(*args, growth_bytes=growth_bytes):
-                return going
-        if everything > FEW and (size_bytes < failed_bytes or now_s >= until_s):
-            for growth_bytes in growths:
-                args = self.recency, self.allocator, size_bytes, held
-                if going := best_victims(*args, growth_bytes=growth_bytes):
-                    return going
-            self._failed_scan = (size_bytes, now_s + _FULL_SCAN_INTERVAL_S)
-        return []
+        scans = len(self.directory) > FEW and (size_bytes < failed_bytes or now_s >= until_s)
+        return VictimSearch(self.recency, self.allocator, size_bytes, growths, scans=scans)
+
+    def _go_on_searching(
+        self, search: VictimSearch, held: Held, now_s: float, most: int | None
+    ) -> list[Victim]:
+        """Search on, so far as finds so many victims; return them once all are found."""
+        self.search_steps += search.go_on(held, None if most is None else most * STEPS_A_VICTIM)
+        if search.found is None:
+            self._search = search
+            return []
+        if not search.found and search.scanned:
+            self._failed_scan = (search.size_bytes, now_s + _FULL_SCAN_INTERVAL_S)
+        return search.found
 
     def trim(self, held: Held, now_s: float, most: int | None = None) -> list[Effect]:
         """Evict down to `Limits.evict_to` if more than `Limits.evict_above` is in use.

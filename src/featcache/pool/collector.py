@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Final
 
 from featcache.control.turns import EVICT_UNITS, LEAST, QUANTUM_UNITS
 from featcache.core.effects import Effect, Evicted
+from featcache.core.keyed_store import STEPS_A_VICTIM
 from featcache.core.put_queue import Request
 from featcache.memory.words import fence_full
 from featcache.pool.page import SessionPage
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 _now: Final = time.monotonic
 _BUSY_S: Final = 0.004
+STEPS_A_UNIT: Final = STEPS_A_VICTIM // EVICT_UNITS
+"""Extents that a search for victims looks at for a unit of the turn."""
 
 
 class Collector:
@@ -93,7 +96,7 @@ class Collector:
                 return True
             gone = self.make_room(head.request, max(1, most // EVICT_UNITS))
             if not gone:
-                break
+                return more or self._pool.store.is_searching
             most -= gone * EVICT_UNITS
         return more
 
@@ -136,13 +139,17 @@ class Collector:
     def make_room(self, request: Request, most: int | None = None) -> int:
         """Evict for a request, if that is the way to room for it; return how many went.
 
-        No more than `most`; the others go when this is called again for the same request.
+        With `most`, no more than so many, or so much of the search for them as takes the same time; the rest
+        when this is called again for the same request.
         """
-        effects = self._pool.store.evict_for(request, self._pool.is_held.of_many(), _now(), most)
+        store = self._pool.store
+        steps_before = store.search_steps
+        effects = store.evict_for(request, self._pool.is_held.of_many(), _now(), most)
+        self._turn.left -= (store.search_steps - steps_before) // STEPS_A_UNIT
         if not effects:
             return 0
         gone = sum(type(effect) is Evicted for effect in effects)
-        self._turn.left -= gone * EVICT_UNITS + self._pool.store.to_evict // 32  # to look for them
+        self._turn.left -= gone * EVICT_UNITS
         self._pool.apply(effects)
         return gone
 
