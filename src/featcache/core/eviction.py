@@ -102,7 +102,7 @@ class VictimSearch:
         self._centres = iter(list(self._centres))  # out of the policy's hands: others may call it
         self._was_paused = True
         yield
-        self._recency.coldest(self._held)
+        self._recency.look_anew()
 
     # --- around the coldest few -------------------------------------------------------------------
 

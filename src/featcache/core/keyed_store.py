@@ -24,6 +24,8 @@ from featcache.settings import round_up
 _FULL_SCAN_INTERVAL_S = 0.05
 STEPS_A_VICTIM = 16
 """Extents that a search looks at in the time in which one feature is evicted."""
+_STEPS_TO_PASS = 128
+"""As many extents are looked at in the time in which a search for the coldest passes what is held."""
 
 
 def key_label(key: bytes) -> str:
@@ -52,6 +54,8 @@ class KeyedStore(Store):
         """Size and expiry of the last full scan that found no victims (negative cache)."""
         self._search: VictimSearch | None = None
         """The search for the victims of a request, while it is done in pieces."""
+        self._passing = False
+        """Whether the search is for the coldest still, past many that are held."""
         self.search_steps = 0
         """Extents that searches have looked at, about."""
         self._plan: list[Victim] = []
@@ -180,7 +184,11 @@ class KeyedStore(Store):
         """
         if isinstance(request, Batch):
             return self._evict_for_batch(request, held, now_s, most)
-        search, self._search = self._search, None  # kept only while it goes on
+        search, self._search, self._passing = (
+            self._search,
+            None,
+            False,
+        )  # kept only while it goes on
         if self._plan_for is not request:
             self._plan.clear()
             search, self._plan_for = None, request
@@ -191,14 +199,14 @@ class KeyedStore(Store):
         if self.unevictable_bytes + request.nbytes > self.limits.capacity_bytes:
             return []  # not even if everything went
         if self.table.full:
-            coldest = self.recency.coldest(held)
+            coldest = self._coldest(held, most)
             return [] if coldest is None else self._evict_all([coldest], now_s, "room")
         steady = self.size.state is SizeState.STEADY
         grows = not steady or self.size.growth_for(request.nbytes, now_s) > 0
         if grows and not self.limits.evict_first:
             return []
         if search is None:
-            coldest = self.recency.coldest(held)
+            coldest = self._coldest(held, most)
             if coldest is None:
                 return []
             size_bytes = max(round_up(request.nbytes, ALIGNMENT_BYTES), ALIGNMENT_BYTES)
@@ -238,12 +246,26 @@ class KeyedStore(Store):
     @property
     def is_evicting(self) -> bool:
         """Whether some victims of a request are still to be found, or to go."""
-        return self._search is not None or bool(self._plan)
+        return self.is_searching or bool(self._plan)
 
     @property
     def is_searching(self) -> bool:
         """Whether some are still to be found."""
-        return self._search is not None
+        return self._passing or self._search is not None
+
+    def _coldest(self, held: Held, most: int | None) -> Slot | None:
+        """Return the coldest that can go; with `most`, None may mean that it is not found yet."""
+        recency = self.recency
+        slot = recency.coldest(held)
+        while recency.unfinished:
+            self.search_steps += _STEPS_TO_PASS
+            if slot is not None:
+                break
+            if most is not None:
+                self._passing = True
+                break
+            slot = recency.coldest(held)
+        return slot
 
     def _next_of_plan(self, held: Held, most: int | None) -> list[Slot]:
         """Take the next victims of the plan, the warmest first; none if one of them can't go any more."""
@@ -300,11 +322,10 @@ class KeyedStore(Store):
             return []
         effects: list[Effect] = []
         left = len(self.directory) if most is None else most
-        while kept_bytes > self.limits.evict_to * capacity_bytes and (
-            slot := self.recency.coldest(held)
-        ):
-            if not left:
-                self.trimming = True
+        while kept_bytes > self.limits.evict_to * capacity_bytes:
+            slot = self.recency.coldest(held)
+            if slot is None or not left:
+                self.trimming = slot is not None or self.recency.unfinished
                 break
             left -= 1
             assert slot.extent is not None, "it is kept"

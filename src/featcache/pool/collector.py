@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _now: Final = time.monotonic
 _BUSY_S: Final = 0.004
+_LEASES_A_UNIT: Final = 512
+"""Leases that are asked for in a unit of the turn."""
 STEPS_A_UNIT: Final = STEPS_A_VICTIM // EVICT_UNITS
 """Extents that a search for victims looks at for a unit of the turn."""
 
@@ -51,7 +53,12 @@ class Collector:
     def look(self) -> None:
         """Hear and collect unasked: a session's loop may not have come to ring."""
         self.hear_posts()
-        self.collect()
+        self.collect_soon()
+
+    def collect_soon(self) -> None:
+        """As `collect`, for those who need not know at once: not in a turn that is used up, if it goes on."""
+        if not self.behind or self._turn.left > 0:
+            self.collect()
 
     def hear_posts(self) -> bool:
         """Begin to handle what sessions have posted in their pages; return whether any have."""
@@ -146,6 +153,7 @@ class Collector:
         steps_before = store.search_steps
         effects = store.evict_for(request, self._pool.is_held.of_many(), _now(), most)
         self._turn.left -= (store.search_steps - steps_before) // STEPS_A_UNIT
+        self._turn.left -= self._pool.is_held.leases // _LEASES_A_UNIT
         if not effects:
             return 0
         gone = sum(type(effect) is Evicted for effect in effects)

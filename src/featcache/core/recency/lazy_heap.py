@@ -1,6 +1,7 @@
 """What the policies share: a heap of slots that is put right only as far as a search comes."""
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Final
@@ -11,6 +12,12 @@ from featcache.core.slots import Slot
 
 _SLACK: Final = 64
 """Stale entries that are tolerated, beside a share of the heap, before it is rebuilt."""
+_PARKED_LOOKS: Final = 64
+"""Slots that were held as a search came to them, of which the next one asks anew."""
+_MOST_PASSED: Final = 256
+"""Slots that one search comes by because they were used or are held; the next goes on from there."""
+_MOST_REBUILT: Final = 2048
+"""Entries of the largest heap that is rebuilt in one piece; others are put right by searches alone."""
 LOOKS: Final = 8
 """Slots whose uses are looked at one by one in a search, beside a share of all, before all are."""
 LOOKS_SHARE: Final = 512
@@ -41,6 +48,10 @@ class LazyHeap(ABC):
         self._times = TickTimes()
         self._heap: list[tuple[int, int, Slot]] = []
         """Rank, number, slot: of equal ranks the one that was added first goes first."""
+        self._parked: deque[tuple[int, int, Slot]] = deque()
+        """Entries of slots that were held, out of the heap: thousands would be in each search's way."""
+        self.unfinished = False
+        """Whether the last search ended at the most that it may pass: the next may find more."""
         self._max_entries = _SLACK
         self._entries = 0
 
@@ -113,6 +124,10 @@ class LazyHeap(ABC):
 
     # --- searches ---------------------------------------------------------------------------------
 
+    def look_anew(self) -> None:
+        """Forget what sessions said before: `rank` is as of now."""
+        self._uses, self._looks = None, 0
+
     def add(self, slot: Slot) -> None:
         """Take in a slot that became evictable and has no entry."""
         slot.listed = True
@@ -120,7 +135,7 @@ class LazyHeap(ABC):
             self._high, self._uses = slot.index + 1, None
         self._entries += 1
         heappush(self._heap, (self._known(slot), self._entries, slot))
-        if len(self._heap) > self._max_entries:
+        if self._max_entries < len(self._heap) <= _MOST_REBUILT:
             self._rebuild(self._known)
 
     def coldest(self, held: Held) -> Slot | None:
@@ -135,35 +150,66 @@ class LazyHeap(ABC):
         """Go through the same, with their ranks. To be closed before any call but `rank`."""
         heap, taken, found = self._heap, list[tuple[int, int, Slot]](), 0
         self._uses, self._looks = None, 0
-        stale, most_stale = 0, _SLACK + len(heap) // 8
+        passed, most_stale = 0, _SLACK + len(heap) // 8
+        self.unfinished = False
+        unasked = len(self._parked)
+        if unasked:
+            unasked -= self._unpark(_PARKED_LOOKS, held)
         try:
-            while heap and found < most:
+            while found < most:
+                if not heap:
+                    if not unasked:
+                        break
+                    unasked -= self._unpark(unasked, held)
+                    continue
                 rank, number, slot = heap[0]
                 if slot.idle:
                     reached = self._reach(slot)
                     if reached == rank:
-                        taken.append(heappop(heap))
-                        if not held(slot):
+                        entry = heappop(heap)
+                        if held(slot):
+                            self._parked.append(entry)
+                        else:
+                            taken.append(entry)
                             if not found:
                                 self._stand_at(slot)
                             elif self._uses is None:
                                 self._look_ahead(most)
                             found += 1
                             yield rank, slot
-                        continue
-                    heapreplace(heap, (reached, number, slot))
+                            continue
+                    else:
+                        heapreplace(heap, (reached, number, slot))
                 else:
                     # `add` is due when it is evictable again, so the flag goes with the entry.
                     heappop(heap)
                     slot.listed = False
-                stale += 1
-                if stale == most_stale:
+                passed += 1
+                if passed == most_stale and len(heap) <= _MOST_REBUILT:
                     # Many slots were used since the last search: one heapify costs less than repairs.
                     self._rebuild(self._renew)
+                elif passed >= _MOST_PASSED:
+                    self.unfinished = True
+                    break
         finally:
-            # Back they go, the held and the found: the caller may drop none of them.
+            # Back they go: the caller may drop none of them.
             for entry in taken:
                 heappush(heap, entry)
+
+    def _unpark(self, most: int, held: Held) -> int:
+        """Put those of the next parked slots that are not held any more into the heap; return how many were asked."""
+        parked = self._parked
+        count = min(most, len(parked))
+        for _ in range(count):
+            entry = parked.popleft()
+            slot = entry[2]
+            if not slot.idle:
+                slot.listed = False  # as in a search
+            elif held(slot):
+                parked.append(entry)
+            else:
+                heappush(self._heap, entry)
+        return count
 
     def _look_ahead(self, count: int) -> None:
         """Look at all uses at once if so many looks at one would take longer."""
