@@ -3,14 +3,16 @@
     PYTHONPATH=src python tests/bench/turns.py --rounds 5 --out tests/bench/results/turns.json
     PYTHONPATH=src python tests/bench/turns.py evict attach
 
-Printed are, of the longest turn, the CPU time of the loop's thread, which is what is to stay under 5 ms; and of a
-task that wakes each millisecond beside each case, the longest wall time that it was late, and that the
-thread was blocked: it neither ran nor waited for a processor. Other load on the machine shows in the wall time alone, a slow machine in the
-CPU time too. All cases are gone through in each of several rounds, and the least of what they say is kept,
-each figure for itself: what the work takes is in every round, what the machine adds is not. A caller's own work counts: to make 4,000 tasks and step each once, or to cancel them, takes
-what the two cases called *floor* take, with no cache at all, since asyncio runs in one turn whatever is
-ready. So the two cases in which the owner's own 4,000 puts do so are to stay under their floor, which
-is printed beside them, and 5 ms.
+Printed are, of the longest turn, the CPU time of the loop's thread, which is what is to stay under 5 ms;
+and, of a task that wakes each millisecond beside each case, the longest wall time that it was late, and
+that the thread was blocked: it neither ran nor waited for a processor. Other load on the machine shows in
+the wall time alone, a slow machine in the CPU time too. The cases are gone through in rounds, and the
+least of each figure is kept: what the work takes is in every round, what the machine adds is not.
+
+A caller's own work counts: to make 4,000 tasks and step each once, or to cancel them, takes what the two
+cases called *floor* take, with no cache at all, since asyncio runs in one turn whatever is ready. So the
+two cases in which the owner's own 4,000 puts do so are to stay under their floor, which is printed beside
+them, and 5 ms.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class Loop(asyncio.SelectorEventLoop):
 
     def _run_once(self) -> None:
         began_s = time.thread_time()
-        super()._run_once()  # type: ignore[misc] - not in typeshed: where a turn begins and ends
+        super()._run_once()  # type: ignore[misc]  # not in typeshed: a turn, from poll to poll
         self.longest_s = max(self.longest_s, time.thread_time() - began_s)
 
 
@@ -436,7 +438,7 @@ async def many(found: Found) -> None:
         async with pool(found, capacity="64MiB") as case:
 
             async def calls() -> None:
-                async with featcache.connect(case.endpoint) as client:  # noqa: B023 - awaited here
+                async with featcache.connect(case.endpoint) as client:
                     await client.put_many(values, keys=keys)
                     await client.contains_many(keys)
                     await client.get_many(keys)
@@ -447,7 +449,7 @@ async def many(found: Found) -> None:
                 await case.timed(
                     "put_many, get_many of 1000 by client",
                     lambda: case.now.sessions == 0 and case.now.keys == 1000,
-                )  # noqa: B023
+                )
                 await process.ended()
                 continue
             cache = case.cache

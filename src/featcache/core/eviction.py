@@ -21,6 +21,7 @@ from operator import itemgetter
 from typing import Final, TypeAlias
 
 from featcache.core.allocator import Extent, OffsetAllocator
+from featcache.core.put_queue import Request
 from featcache.core.recency import Held, Recency
 from featcache.core.slots import Slot
 
@@ -33,9 +34,68 @@ FEW: Final = 32
 """Features, the coldest ones, around which a window is tried at first."""
 _MAX_STEPS: Final = 1024
 """Extents that are looked at for windows, after which no further window is tried."""
+_TRIES: Final = 3
+"""Searches around the coldest few, if what they find is used before they have ended."""
 _ALL: Final = 1 << 62
 _Passed: TypeAlias = tuple[Extent | None, int, float]
 """An extent that was looked at, its size and its rank; the last may be the room to grow by."""
+
+
+class EvictionPlan:
+    """The victims of one request, found and evicted in pieces."""
+
+    def __init__(self) -> None:
+        self._request: Request | None = None
+        self._victims: list[Victim] = []
+        """Those that are still to go, the next last."""
+        self.search: VictimSearch | None = None
+        """While it goes on."""
+        self.is_passing = False
+        """Whether the coldest is still to be found, behind many that were used or are held."""
+        self.steps = 0
+        """Extents that all searches have looked at, or as much work."""
+
+    @property
+    def is_searching(self) -> bool:
+        """Whether victims are still to be found."""
+        return self.is_passing or self.search is not None
+
+    @property
+    def in_progress(self) -> bool:
+        """Whether victims are still to be found, or to go."""
+        return self.is_searching or bool(self._victims)
+
+    def take_up(self, request: Request) -> "VictimSearch | None":
+        """Turn to a request; return its search, if one is under way, which goes on only by `go_on`."""
+        search, self.search, self.is_passing = self.search, None, False
+        if self._request is not request:
+            self._request, search = request, None
+            self._victims.clear()
+        return search
+
+    def go_on(self, search: "VictimSearch", held: Held, steps: int | None) -> None:
+        """Do so many steps of a search. Its victims, once they are found, are what is to go."""
+        self.steps += search.go_on(held, steps)
+        if search.found is None:
+            self.search = search
+        else:
+            self._victims = search.found
+
+    def next(self, held: Held, most: int | None) -> list[Slot]:
+        """Take the next to go, the warmest first; none, and no others, if one of them can't any more."""
+        victims = self._victims
+        while victims:
+            cut = 0 if most is None else max(0, len(victims) - most)
+            piece = sorted(victims[cut:], key=itemgetter(0), reverse=True)
+            # What was freed meanwhile is room by now.
+            going = [slot for _, slot, generation in piece if slot.is_tenant(generation)]
+            if not all(slot.idle and not held(slot) for slot in going):
+                victims.clear()  # one is in use by now: look again
+                return []
+            del victims[cut:]
+            if going:
+                return going
+        return []
 
 
 class VictimSearch:
@@ -85,8 +145,13 @@ class VictimSearch:
 
     def _find(self) -> Pieces:
         for growth_bytes in self._growths:
-            if found := (yield from self._around_few(growth_bytes)):
-                return found
+            for left in reversed(range(_TRIES)):
+                found = yield from self._around_few(growth_bytes)
+                if found and left and self._was_paused and (yield from self._has_warmed(found)):
+                    continue  # others may be colder by now
+                if found:
+                    return found
+                break
         if not self._scans:
             return []
         self.scanned = True
@@ -109,7 +174,8 @@ class VictimSearch:
     def _around_few(self, growth_bytes: int) -> Pieces:
         best, warmest = list[Victim](), inf
         self._window_steps, self._was_paused = 0, False
-        self._centres = ranked = self._recency.by_rank(FEW, self._held)
+        passes = None if self._left > _ALL // 2 else self._left
+        self._centres = ranked = self._recency.by_rank(FEW, self._held, passes)
         try:
             while centre := next(self._centres, None):
                 rank, slot = centre
@@ -126,6 +192,16 @@ class VictimSearch:
         finally:
             ranked.close()
         return best
+
+    def _has_warmed(self, found: list[Victim]) -> Generator[None, None, bool]:
+        """Whether one of these was used since it was looked at."""
+        for rank, slot, generation in found:
+            if self._left <= 0:
+                yield from self._pause()
+            self._left -= 1
+            if slot.is_tenant(generation) and self._rank(slot) > rank:
+                return True
+        return False
 
     def _window(self, slot: Slot, centre: int, before: float, growth_bytes: int) -> Pieces:
         """Return a feature and the neighbours that free one block with it.

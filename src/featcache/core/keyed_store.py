@@ -6,12 +6,11 @@ key was dropped (evicted, or given to another feature) and the last grant on it 
 
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from operator import itemgetter
 
 from featcache.core.allocator import ALIGNMENT_BYTES
 from featcache.core.effects import ClaimPassed, Effect, Evicted, Limits
 from featcache.core.endings import Ending
-from featcache.core.eviction import FEW, Victim, VictimSearch
+from featcache.core.eviction import FEW, EvictionPlan, VictimSearch
 from featcache.core.key_queue import KeyWaiter, KeyWaiterState
 from featcache.core.put_queue import Batch, Request
 from featcache.core.recency import POLICIES, Held, LatestUse, LatestUses, never_used
@@ -24,8 +23,8 @@ from featcache.settings import round_up
 _FULL_SCAN_INTERVAL_S = 0.05
 STEPS_A_VICTIM = 16
 """Extents that a search looks at in the time in which one feature is evicted."""
-_STEPS_TO_PASS = 128
-"""As many extents are looked at in the time in which a search for the coldest passes what is held."""
+_PASSES = 256
+"""Slots that were used or are held, which a search for the coldest passes in one piece."""
 
 
 def key_label(key: bytes) -> str:
@@ -52,16 +51,8 @@ class KeyedStore(Store):
         """Extents of evictable slots that sessions read now, as far as was last looked at."""
         self._failed_scan = (0, float("-inf"))
         """Size and expiry of the last full scan that found no victims (negative cache)."""
-        self._search: VictimSearch | None = None
-        """The search for the victims of a request, while it is done in pieces."""
-        self._passing = False
-        """Whether the search is for the coldest still, past many that are held."""
-        self.search_steps = 0
-        """Extents that searches have looked at, about."""
-        self._plan: list[Victim] = []
-        """Victims that are still to go: evicted in pieces."""
-        self._plan_for: Request | None = None
-        """Whose search and plan these are."""
+        self.evicting = EvictionPlan()
+        """What is evicted for the request that was asked for last."""
         self.trimming = False
         """Whether `trim` has more to evict."""
 
@@ -180,47 +171,51 @@ class KeyedStore(Store):
 
         Their extents are free once the caller has recycled them. A slab that can still grow evicts
         nothing, unless by `Limits.evict_first`. With `most`, so much is done now as evicts so many, the
-        search for them included; the rest when this is called again for the same request (`is_evicting`).
+        search for them included; the rest when this is called again for the same request (`evicting`).
         """
         if isinstance(request, Batch):
             return self._evict_for_batch(request, held, now_s, most)
-        search, self._search, self._passing = (
-            self._search,
-            None,
-            False,
-        )  # kept only while it goes on
-        if self._plan_for is not request:
-            self._plan.clear()
-            search, self._plan_for = None, request
-        if self._plan:
-            if going := self._next_of_plan(held, most):
-                return self._evict_all(going, now_s, "room")
-            self._plan.clear()  # one of them is in use by now: look again
+        search = self.evicting.take_up(request)
+        going = self.evicting.next(held, most) or self._look_for(request, search, held, now_s, most)
+        return self._evict_all(going, now_s, "room") if going else []
+
+    def _look_for(
+        self,
+        request: Request,
+        search: VictimSearch | None,
+        held: Held,
+        now_s: float,
+        most: int | None,
+    ) -> list[Slot]:
+        """Return the victims that are to go first for a request; none if there is no way, or not yet."""
         if self.unevictable_bytes + request.nbytes > self.limits.capacity_bytes:
             return []  # not even if everything went
-        if self.table.full:
-            coldest = self._coldest(held, most)
-            return [] if coldest is None else self._evict_all([coldest], now_s, "room")
-        steady = self.size.state is SizeState.STEADY
-        grows = not steady or self.size.growth_for(request.nbytes, now_s) > 0
+        grows = not self.table.full and (
+            self.size.state is not SizeState.STEADY
+            or self.size.growth_for(request.nbytes, now_s) > 0
+        )
         if grows and not self.limits.evict_first:
             return []
-        if search is None:
+        if search is None or self.table.full:
             coldest = self._coldest(held, most)
+            size_bytes = max(round_up(request.nbytes, ALIGNMENT_BYTES), ALIGNMENT_BYTES)
             if coldest is None:
                 return []
-            size_bytes = max(round_up(request.nbytes, ALIGNMENT_BYTES), ALIGNMENT_BYTES)
-            if coldest.extent is not None and coldest.extent.size_bytes >= size_bytes:
-                return self._evict_all([coldest], now_s, "room")  # hot path: as where all are alike
+            extent = coldest.extent
+            if self.table.full or (extent is not None and extent.size_bytes >= size_bytes):
+                return [coldest]  # hot path: as where all are alike
             search = self._new_search(size_bytes, now_s, grows=grows)
-        self._plan = self._go_on_searching(search, held, now_s, most)
-        return self._evict_all(self._next_of_plan(held, most), now_s, "room")
+        self.evicting.go_on(search, held, None if most is None else most * STEPS_A_VICTIM)
+        if search.found == [] and search.scanned:
+            self._failed_scan = (search.size_bytes, now_s + _FULL_SCAN_INTERVAL_S)
+        return self.evicting.next(held, most)
 
     def _evict_for_batch(
         self, batch: Batch, held: Held, now_s: float, most: int | None
     ) -> list[Effect]:
         """Evict the coldest, as much as a batch lacks; then for the member that does not fit."""
         limits, allocator = self.limits, self.allocator
+        self.evicting.is_passing = False
         if self.unevictable_bytes + batch.nbytes > limits.capacity_bytes:
             return []  # not even if everything went
         grows = self.size.state is not SizeState.STEADY or self.growth_of(batch, now_s) > 0
@@ -229,58 +224,32 @@ class KeyedStore(Store):
             return []
         nbytes = batch.nbytes - (allocator.end_bytes - allocator.used_bytes) - self.retiring_bytes
         going: list[Slot] = []
-        most = len(self.directory) if most is None else most
-        count = min(most, max(slots, nbytes // ALIGNMENT_BYTES, 0))
-        with closing(self.recency.by_rank(count, held)) as coldest:
+        passes = None if most is None else _PASSES
+        count = max(slots, nbytes // ALIGNMENT_BYTES, 0)
+        count = min(len(self.directory) if most is None else most, count)
+        with closing(self.recency.by_rank(count, held, passes)) as coldest:
             for _, slot in coldest:
                 if len(going) >= slots and nbytes <= 0:
                     break
                 assert slot.extent is not None, "it is kept"
                 nbytes -= slot.extent.size_bytes
                 going.append(slot)
-        if going or len(self.table.free_slots) < len(batch.members):
+        if not going and self.recency.unfinished:
+            self.evicting.is_passing = True
+        if going or self.recency.unfinished or len(self.table.free_slots) < len(batch.members):
             return self._evict_all(going, now_s, "room")
         missing = self.missing_of(batch, now_s)
         return [] if missing is None else self.evict_for(missing, held, now_s, most)
 
-    @property
-    def is_evicting(self) -> bool:
-        """Whether some victims of a request are still to be found, or to go."""
-        return self.is_searching or bool(self._plan)
-
-    @property
-    def is_searching(self) -> bool:
-        """Whether some are still to be found."""
-        return self._passing or self._search is not None
-
     def _coldest(self, held: Held, most: int | None) -> Slot | None:
         """Return the coldest that can go; with `most`, None may mean that it is not found yet."""
-        recency = self.recency
-        slot = recency.coldest(held)
-        while recency.unfinished:
-            self.search_steps += _STEPS_TO_PASS
-            if slot is not None:
-                break
-            if most is not None:
-                self._passing = True
-                break
-            slot = recency.coldest(held)
+        if most is None:
+            return self.recency.coldest(held)
+        slot = self.recency.coldest(held, _PASSES)
+        if self.recency.unfinished:
+            self.evicting.steps += _PASSES // 2
+            self.evicting.is_passing = slot is None
         return slot
-
-    def _next_of_plan(self, held: Held, most: int | None) -> list[Slot]:
-        """Take the next victims of the plan, the warmest first; none if one of them can't go any more."""
-        plan = self._plan
-        while plan:
-            cut = 0 if most is None else max(0, len(plan) - most)
-            piece = sorted(plan[cut:], key=itemgetter(0), reverse=True)
-            # What was freed meanwhile is room by now.
-            going = [slot for _, slot, generation in piece if slot.is_tenant(generation)]
-            if not all(slot.idle and not held(slot) for slot in going):
-                return []
-            del plan[cut:]
-            if going:
-                return going
-        return []
 
     def _new_search(self, size_bytes: int, now_s: float, *, grows: bool) -> VictimSearch:
         # A window at the end of the slab may also count on the room to grow behind it.
@@ -292,18 +261,6 @@ class KeyedStore(Store):
         failed_bytes, until_s = self._failed_scan
         scans = len(self.directory) > FEW and (size_bytes < failed_bytes or now_s >= until_s)
         return VictimSearch(self.recency, self.allocator, size_bytes, growths, scans=scans)
-
-    def _go_on_searching(
-        self, search: VictimSearch, held: Held, now_s: float, most: int | None
-    ) -> list[Victim]:
-        """Search on, so far as finds so many victims; return them once all are found."""
-        self.search_steps += search.go_on(held, None if most is None else most * STEPS_A_VICTIM)
-        if search.found is None:
-            self._search = search
-            return []
-        if not search.found and search.scanned:
-            self._failed_scan = (search.size_bytes, now_s + _FULL_SCAN_INTERVAL_S)
-        return search.found
 
     def trim(self, held: Held, now_s: float, most: int | None = None) -> list[Effect]:
         """Evict down to `Limits.evict_to` if more than `Limits.evict_above` is in use.
@@ -323,7 +280,7 @@ class KeyedStore(Store):
         effects: list[Effect] = []
         left = len(self.directory) if most is None else most
         while kept_bytes > self.limits.evict_to * capacity_bytes:
-            slot = self.recency.coldest(held)
+            slot = self.recency.coldest(held, None if most is None else _PASSES)
             if slot is None or not left:
                 self.trimming = slot is not None or self.recency.unfinished
                 break

@@ -103,7 +103,7 @@ class Collector:
                 return True
             gone = self.make_room(head.request, max(1, most // EVICT_UNITS))
             if not gone:
-                return more or self._pool.store.is_searching
+                return more or self._pool.store.evicting.is_searching
             most -= gone * EVICT_UNITS
         return more
 
@@ -135,7 +135,7 @@ class Collector:
     @property
     def makes_room(self) -> bool:
         """Whether more is recycled or evicted in the next turns."""
-        return self.behind or self._pool.store.is_evicting
+        return self.behind or self._pool.store.evicting.in_progress
 
     def evict_some(self, request: Request) -> int:
         """As `make_room`, as far as this turn goes; none while there is more to recycle."""
@@ -150,9 +150,9 @@ class Collector:
         when this is called again for the same request.
         """
         store = self._pool.store
-        steps_before = store.search_steps
+        steps_before = store.evicting.steps
         effects = store.evict_for(request, self._pool.is_held.of_many(), _now(), most)
-        self._turn.left -= (store.search_steps - steps_before) // STEPS_A_UNIT
+        self._turn.left -= (store.evicting.steps - steps_before) // STEPS_A_UNIT
         self._turn.left -= self._pool.is_held.leases // _LEASES_A_UNIT
         if not effects:
             return 0

@@ -79,7 +79,8 @@ class Holds:
             slots, generations = places & _SLOTS, places >> _SHIFT
             slots, generations = slots[slots < high], generations[slots < high]
             held[slots[live[slots] == generations]] = True
-        return held.tobytes()
+        known: bytes = held.tobytes()
+        return known
 
     def any_read(self) -> bool:
         """Whether any session, the owner's own too, reads a feature now."""

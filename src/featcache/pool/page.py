@@ -136,7 +136,7 @@ class SessionPage:
         return set(places.tolist()) if places.size else ()
 
     def leased_places(self) -> NDArray[np.uint64]:
-        """Return what `leased` does, one for each entry, at the cost of a few vectors whatever the session wrote."""
+        """Return the same, one for each entry, at the cost of a few vectors whatever it wrote."""
         places, serials, ended = self._lease_words
         high = min(self._header[Counts.LEASES_HIGH], len(serials) // _WORD_BYTES)
         if not high:

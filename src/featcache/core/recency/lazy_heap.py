@@ -14,8 +14,6 @@ _SLACK: Final = 64
 """Stale entries that are tolerated, beside a share of the heap, before it is rebuilt."""
 _PARKED_LOOKS: Final = 64
 """Slots that were held as a search came to them, of which the next one asks anew."""
-_MOST_PASSED: Final = 256
-"""Slots that one search comes by because they were used or are held; the next goes on from there."""
 _MOST_REBUILT: Final = 2048
 """Entries of the largest heap that is rebuilt in one piece; others are put right by searches alone."""
 LOOKS: Final = 8
@@ -138,66 +136,75 @@ class LazyHeap(ABC):
         if self._max_entries < len(self._heap) <= _MOST_REBUILT:
             self._rebuild(self._known)
 
-    def coldest(self, held: Held) -> Slot | None:
+    def coldest(self, held: Held, passes: int | None = None) -> Slot | None:
         """Return the evictable slot that should go first and is not held, or None."""
-        return next(iter(self.coldest_few(1, held)), None)
+        found = [slot for _, slot in self.by_rank(1, held, passes)]
+        return found[0] if found else None
 
     def coldest_few(self, count: int, held: Held) -> list[Slot]:
         """Return up to `count` evictable slots that are not held, the first to go first."""
         return [slot for _, slot in self.by_rank(count, held)]
 
-    def by_rank(self, most: int, held: Held) -> Generator[tuple[int, Slot]]:
+    def by_rank(  # noqa: C901 - one loop, on the path of each eviction
+        self, most: int, held: Held, passes: int | None = None
+    ) -> Generator[tuple[int, Slot]]:
         """Go through the same, with their ranks. To be closed before any call but `rank`."""
         heap, taken, found = self._heap, list[tuple[int, int, Slot]](), 0
-        self._uses, self._looks = None, 0
+        self._uses, self._looks, self.unfinished = None, 0, False
         passed, most_stale = 0, _SLACK + len(heap) // 8
-        self.unfinished = False
         unasked = len(self._parked)
         if unasked:
             unasked -= self._unpark(_PARKED_LOOKS, held)
         try:
             while found < most:
                 if not heap:
-                    if not unasked:
-                        break
-                    unasked -= self._unpark(unasked, held)
+                    unasked, asked = 0, self._unpark(unasked, held)
+                    if asked:
+                        continue
+                    break
+                if (entry := self._pop_first(held)) is not None:
+                    taken.append(entry)
+                    rank, _, slot = entry
+                    if not found:
+                        self._stand_at(slot)
+                    elif self._uses is None:
+                        self._look_ahead(most)
+                    found += 1
+                    yield rank, slot
                     continue
-                rank, number, slot = heap[0]
-                if slot.idle:
-                    reached = self._reach(slot)
-                    if reached == rank:
-                        entry = heappop(heap)
-                        if held(slot):
-                            self._parked.append(entry)
-                        else:
-                            taken.append(entry)
-                            if not found:
-                                self._stand_at(slot)
-                            elif self._uses is None:
-                                self._look_ahead(most)
-                            found += 1
-                            yield rank, slot
-                            continue
-                    else:
-                        heapreplace(heap, (reached, number, slot))
-                else:
-                    # `add` is due when it is evictable again, so the flag goes with the entry.
-                    heappop(heap)
-                    slot.listed = False
                 passed += 1
-                if passed == most_stale and len(heap) <= _MOST_REBUILT:
-                    # Many slots were used since the last search: one heapify costs less than repairs.
-                    self._rebuild(self._renew)
-                elif passed >= _MOST_PASSED:
+                if passed == passes:
                     self.unfinished = True
                     break
+                if passed == most_stale and (passes is None or len(heap) <= _MOST_REBUILT):
+                    # Many slots were used since the last search: one heapify costs less than repairs.
+                    self._rebuild(self._renew)
         finally:
             # Back they go: the caller may drop none of them.
             for entry in taken:
                 heappush(heap, entry)
 
+    def _pop_first(self, held: Held) -> tuple[int, int, Slot] | None:
+        """Take out the first entry if its slot can go; else put it where it belongs, and return None."""
+        heap = self._heap
+        rank, number, slot = heap[0]
+        if not slot.idle:
+            # `add` is due when it is evictable again, so the flag goes with the entry.
+            heappop(heap)
+            slot.listed = False
+            return None
+        reached = self._reach(slot)
+        if reached != rank:
+            heapreplace(heap, (reached, number, slot))
+            return None
+        entry = heappop(heap)
+        if not held(slot):
+            return entry
+        self._parked.append(entry)
+        return None
+
     def _unpark(self, most: int, held: Held) -> int:
-        """Put those of the next parked slots that are not held any more into the heap; return how many were asked."""
+        """Put the next parked slots that are held no more into the heap; return how many were asked."""
         parked = self._parked
         count = min(most, len(parked))
         for _ in range(count):

@@ -67,7 +67,7 @@ class Recency(Protocol):
     """The present: grows at each `enter` and `touch`, and as time passes. What sessions copy."""
 
     unfinished: bool
-    """Whether the last search ended at the most that it may pass: another, in a later turn, finds more."""
+    """Whether the last search ended because it had passed enough: another, in a later turn, finds more."""
 
     def enter(self, slot: Slot, now_s: float) -> None:
         """Count a feature as new: what sessions said of its slot's earlier tenants is void."""
@@ -81,10 +81,15 @@ class Recency(Protocol):
     def pass_time(self, now_s: float) -> None:
         """Advance the tick if it has stood still for long, so that uses can be told apart by time."""
 
-    def coldest(self, held: Held) -> Slot | None:
-        """Return the evictable slot that should go first and is not held, or None."""
+    def coldest(self, held: Held, passes: int | None = None) -> Slot | None:
+        """Return the evictable slot that should go first and is not held, or None.
 
-    def by_rank(self, most: int, held: Held) -> Generator[tuple[int, Slot]]:
+        The search ends `unfinished` once it has passed `passes` slots that were used, or are held.
+        """
+
+    def by_rank(
+        self, most: int, held: Held, passes: int | None = None
+    ) -> Generator[tuple[int, Slot]]:
         """Go through up to `most` of these, the first to go first, with their ranks.
 
         To be closed before any other call but `rank`.
