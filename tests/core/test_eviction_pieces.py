@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from contextlib import closing
 
 import attrs
 import pytest
@@ -118,7 +119,8 @@ def test_in_pieces_the_best_of_all_windows_is_found_too(seed: int) -> None:
 
     def pinned(most: int | None) -> tuple[set[bytes], int]:
         pool = Pool(uses=seed)
-        coldest = pool.store.recency.coldest_few(64, by_nobody)
+        with closing(pool.store.recency.by_rank(64, by_nobody)) as ranked:
+            coldest = [slot for _, slot in ranked]
         for slot in coldest:
             for near in (slot.index - 1, slot.index + 1):
                 key = pool.slots[near % MANY].key
