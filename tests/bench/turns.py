@@ -1,6 +1,6 @@
 """How long the longest turn of an event loop lasts when much comes at once, on the host slab.
 
-    PYTHONPATH=src python tests/bench/turns.py --rounds 5 --out tests/bench/results/turns.json
+    PYTHONPATH=src python tests/bench/turns.py --rounds 2 --out tests/bench/results/turns.json
     PYTHONPATH=src python tests/bench/turns.py evict attach
 
 Printed are, of the longest turn, the CPU time of the loop's thread, which is what is to stay under 5 ms;
