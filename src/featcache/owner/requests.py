@@ -286,17 +286,16 @@ class RequestHandlers:
         return slot, FeatureRef(pool.pool_id, pool.endpoint, *place, specs)
 
     def _reserve_many(self, session: int, message: many.ReserveMany) -> Answer | Wait:
-        writer, turn = self._writer, self._pool.turn
-        members = [
-            Request(nbytes, readers, message.ttl_s, None, session)
-            for nbytes, readers in zip(message.sizes, self._readers_of(message), strict=True)
-        ]
+        writer, turn, ttl_s = self._writer, self._pool.turn, message.ttl_s
+        sizes = zip(message.sizes, self._readers_of(message), strict=True)
+        members = [Request(nbytes, readers, ttl_s, None, session) for nbytes, readers in sizes]
         batch = self._pool.store.batch(members, session)
-        slot = None if turn.has_callers else writer.reserve_batch(batch)  # none is overtaken
+        late = turn.has_callers or turn.left < len(members) // 8  # as the owner's own
+        slot = None if late else writer.reserve_batch(batch)
         if slot is not None:
             return self._reserved_many(session, message.request, slot)
         turn.left -= WAKE_UNITS  # a task of its own
-        place = writer.ask(batch, wait=message.waits)
+        place = writer.ask(batch, wait=message.waits, late=late)
         return Begun(self._rooms(session, message, place), lambda: writer.withdraw(place))
 
     def _readers_of(self, message: many.ReserveMany) -> list[int | frozenset[str]]:

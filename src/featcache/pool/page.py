@@ -18,6 +18,7 @@ from featcache.memory.post_ring import PostsTaken
 from featcache.memory.words import Counts, RoomClaim, SessionWords
 
 _WORD_BYTES: Final = 8
+_FEW_SLOTS: Final = 100
 _NONE: Final = np.zeros(0, np.uint64)
 _LOOKUPS_PER_S: Final = 50_000_000
 """More than any session can make."""
@@ -114,7 +115,7 @@ class SessionPage:
     def uses(self, index: int, generation: int) -> bool:
         """Whether the session may be reading these bytes now, by a ref or by their key."""
         return self.holds(index, generation) or bool(
-            (self._leased_now() == place_of(index, generation)).any()
+            (self.leased_places() == place_of(index, generation)).any()
         )
 
     def holds(self, index: int, generation: int) -> bool:
@@ -142,11 +143,11 @@ class SessionPage:
 
     def leased(self) -> Collection[int]:
         """Return the places of the features that the session may be reading by their keys now."""
-        places = self._leased_now()
+        places = self.leased_places()
         return set(places.tolist()) if places.size else ()
 
-    def _leased_now(self) -> NDArray[np.uint64]:
-        """Return the same, one for each entry, at the cost of a few vectors whatever the session wrote."""
+    def leased_places(self) -> NDArray[np.uint64]:
+        """Return the same, one for each entry, at the cost of a few vectors whatever it wrote."""
         places, serials, ended = self._lease_words
         high = min(self._header[Counts.LEASES_HIGH], len(serials) // _WORD_BYTES)
         if not high:
@@ -190,7 +191,15 @@ class SessionPage:
         if not slots:
             return slots
         held, released = self._held, self._released
-        if leased := self.leased():
+        places = self.leased_places()
+        if places.size > _FEW_SLOTS * len(slots):  # quicker than a set of them
+            slots = [
+                slot
+                for slot in slots
+                if not (places == place_of(slot.index, slot.generation)).any()
+            ]
+        elif places.size:
+            leased = set(places.tolist())
             slots = [slot for slot in slots if place_of(slot.index, slot.generation) not in leased]
         return [
             slot

@@ -322,7 +322,7 @@ class Pool:
         if self.store.queue:
             self.apply(self.store.serve(now_s))  # a growth that failed may be tried again
             if self.ring_at == 1:
-                self.collect()  # for releases before the sessions were told to ring at each
+                self.collector.collect_soon()  # for releases before the sessions were told to ring at each
         old_end_bytes = self.store.committed_bytes
         if (end_bytes := self.store.shrink(now_s)) is not None:
             self.growth.shrink(end_bytes, old_end_bytes)

@@ -150,12 +150,12 @@ class OwnerWriter(BatchPuts):
             raise
         return pool.publish(slot, staged.specs, order)
 
-    def ask(self, request: Request, *, wait: bool) -> Place:
+    def ask(self, request: Request, *, wait: bool, late: bool = False) -> Place:
         """Take a place after `reserve` found no room, behind all who asked before; or raise PoolFull.
 
         `slot_of` returns the slot, `withdraw` gives the place up: one of them is the caller's to call.
         """
-        if self.turn.has_callers:
+        if late or self.turn.has_callers:
             return self.turn.place(lambda: self.enter(request, wait=wait))
         return self.enter_queue(request, wait=wait)
 
