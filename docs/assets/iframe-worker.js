@@ -8,10 +8,11 @@ if (location.protocol === "file:") {
       this.frame.hidden = true;
       document.body.append(this.frame);
       const inside = this.frame.contentWindow;
+      const base = new URL(url, location.href);
       const load = (address) =>
         new Promise((loaded, failed) => {
           const script = inside.document.createElement("script");
-          script.src = new URL(address, url).href;
+          script.src = new URL(address, base).href;
           script.onload = loaded;
           script.onerror = failed;
           inside.document.body.append(script);
@@ -19,7 +20,7 @@ if (location.protocol === "file:") {
       inside.postMessage = (data) => this.dispatchEvent(new MessageEvent("message", { data }));
       inside.importScripts = (...addresses) =>
         addresses.reduce((before, address) => before.then(() => load(address)), Promise.resolve());
-      this.loaded = load(url);
+      this.loaded = load(base.href);
     }
 
     postMessage(data) {

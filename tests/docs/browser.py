@@ -158,7 +158,7 @@ def _logged(browser: Any, host: str) -> Iterator[str]:
 
 
 def _search(browser: Any, url: str) -> Iterator[str]:
-    """Search as a reader does, and follow the first result."""
+    """Search as a reader does, and follow the first result that names it."""
     from selenium.common.exceptions import TimeoutException  # noqa: PLC0415 - of the extra docs
     from selenium.webdriver.support.ui import WebDriverWait  # noqa: PLC0415
 
@@ -174,14 +174,16 @@ def _search(browser: Any, url: str) -> Iterator[str]:
     except TimeoutException:
         yield f"{_SOUGHT} is not found"
         return
-    first = browser.find_elements("css selector", results)[0]
-    if _SOUGHT not in first.text:
-        yield f"the first result for {_SOUGHT} does not name it: {first.text}"
+    named = (each for each in browser.find_elements("css selector", results) if _SOUGHT in each.text)
+    first = next(named, None)
+    if first is None:
+        yield f"no result for {_SOUGHT} names it"
+        return
     target = first.get_attribute("href").partition("?")[0]
     browser.execute_script("arguments[0].click();", first)
     try:
         wait.until(lambda _: browser.current_url.startswith(target.partition("#")[0]))
         wait.until(lambda _: _SOUGHT in browser.find_element("css selector", ".md-content").text)
     except TimeoutException:
-        yield f"the first result leads to {browser.current_url}, without {_SOUGHT}"
+        yield f"the result leads to {browser.current_url}, without {_SOUGHT}"
     yield from _logged(browser, urlsplit(url).netloc)
