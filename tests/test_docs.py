@@ -24,12 +24,12 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 REFERENCE = ROOT / "docs" / "settings-and-events.md"
 MAX_README_WORDS = 1300
 
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(\w*)[^\n`]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)|^\[[^\]\n]+\]: (\S+)$", re.MULTILINE)
 USED_LABEL = re.compile(r"\]\[([^\]\n]+)\]")
@@ -194,7 +194,10 @@ def test_a_dotted_name_is_there(path: Path) -> None:
 )
 def test_a_path_is_there(path: Path) -> None:
     """A file or folder in code, from the root or, of a room, from the package."""
+    titles = re.findall(r'^```\w+ title="([^"]+)"', path.read_text(), re.MULTILINE)
     for name in names_in(prose(path)):
+        if name in titles:
+            continue  # a file that the reader makes
         looks = "/" in name or name.endswith((".py", ".md", ".toml"))
         if looks and re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", name):
             places = (ROOT / name, PACKAGE / name)
@@ -329,10 +332,16 @@ def test_a_link_leads_somewhere(path: Path) -> None:
             assert anchor in anchors(found), f"{path.name} links to {link}"
 
 
+def is_linked(path: Path, label: str) -> bool:
+    """Whether the site itself knows where a name is: in the pages that are made from docstrings."""
+    return path.parent.name == "reference" and label.startswith("featcache.")
+
+
 @page
 def test_a_label_is_defined_and_used(path: Path) -> None:
     text = prose(path)
-    assert set(USED_LABEL.findall(text)) == set(DEFINED_LABEL.findall(text))
+    used = {label for label in USED_LABEL.findall(text) if not is_linked(path, label)}
+    assert used == set(DEFINED_LABEL.findall(text))
 
 
 def test_the_readmes_links_work_on_pypi() -> None:

@@ -73,7 +73,7 @@ def _served(site: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _chromium(program: str, driver: str) -> Iterator[Any]:
-    from selenium import webdriver  # noqa: PLC0415 - of the extra docs
+    from selenium import webdriver
 
     with tempfile.TemporaryDirectory() as profile:
         options = webdriver.ChromeOptions()
@@ -128,8 +128,9 @@ def _picture(browser: Any, path: Path) -> None:
 
 def _look(browser: Any, address: str) -> Iterator[str]:
     browser.get(address)
-    heads = browser.execute_script("return Array.from(document.querySelectorAll('h1'))"
-                                   ".map((each) => each.innerText.trim());")
+    heads = browser.execute_script(
+        "return Array.from(document.querySelectorAll('h1')).map((each) => each.innerText.trim());"
+    )
     if len(heads) != 1 or not heads[0]:
         yield f"has {len(heads)} headings of the first level: {heads}"
     for script, what in (
@@ -159,8 +160,8 @@ def _logged(browser: Any, host: str) -> Iterator[str]:
 
 def _search(browser: Any, url: str) -> Iterator[str]:
     """Search as a reader does, and follow the first result that names it."""
-    from selenium.common.exceptions import TimeoutException  # noqa: PLC0415 - of the extra docs
-    from selenium.webdriver.support.ui import WebDriverWait  # noqa: PLC0415
+    from selenium.common.exceptions import TimeoutException
+    from selenium.webdriver.support.ui import WebDriverWait
 
     browser.get(f"{url}/index.html")
     wait = WebDriverWait(browser, _WITHIN_S)
@@ -174,7 +175,9 @@ def _search(browser: Any, url: str) -> Iterator[str]:
     except TimeoutException:
         yield f"{_SOUGHT} is not found"
         return
-    named = (each for each in browser.find_elements("css selector", results) if _SOUGHT in each.text)
+    named = (
+        each for each in browser.find_elements("css selector", results) if _SOUGHT in each.text
+    )
     first = next(named, None)
     if first is None:
         yield f"no result for {_SOUGHT} names it"

@@ -82,7 +82,7 @@ class Terminal:
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         self._shell = subprocess.Popen(
-            ["bash", "--noprofile", "--norc"],
+            ["/bin/bash", "--noprofile", "--norc"],
             cwd=folder,
             env=dict(environment),
             stdin=subprocess.PIPE,
@@ -105,7 +105,9 @@ class Terminal:
         pattern = pattern_of(step.expected)
         if step.stays:
             matched = self._until(lambda: re.match(pattern, self._said) is not None)
-            wrong = "" if matched and self._status is None else "it does not run on with this output"
+            wrong = (
+                "" if matched and self._status is None else "it does not run on with this output"
+            )
             # What comes later is compared with what was not: a `…` alone takes what is left over.
             found = re.match(pattern, self._said)
             self._said = self._said[found.end() :] if found else self._said
@@ -174,7 +176,10 @@ class Transcript:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
     ) -> None:
         for terminal in self._terminals.values():
             terminal.close()
