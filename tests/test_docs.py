@@ -349,36 +349,7 @@ def test_the_readmes_links_work_on_pypi() -> None:
     assert all("://" in link or link.startswith("#") for link in links(ROOT / "README.md"))
 
 
-# --- snippets and size ----------------------------------------------------------------------------
-
-
-def snippets() -> list[Any]:
-    return [
-        pytest.param(block, id=f"{path.name}-{number}")
-        for path in PAGES
-        for number, (language, block) in enumerate(FENCE.findall(path.read_text()))
-        if language == "python"
-    ]
-
-
-@pytest.mark.parametrize("source", snippets())
-def test_a_snippet_compiles(source: str) -> None:
-    compile(source, "snippet", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-
-
-@pytest.mark.parametrize("source", snippets())
-def test_a_snippet_names_what_featcache_has(source: str) -> None:
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module == "featcache":
-            assert all(hasattr(featcache, alias.name) for alias in node.names)
-        if (
-            isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name)
-            and node.value.id in {"featcache", "events", "blocking"}
-        ):
-            name = node.value.id
-            module = featcache if name == "featcache" else getattr(featcache, name)
-            assert hasattr(module, node.attr), node.attr
+# --- size (the blocks of code run in tests/docs) ----------------------------------------------------
 
 
 def test_the_readme_stays_short() -> None:

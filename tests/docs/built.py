@@ -1,7 +1,7 @@
 """The site that ``make docs`` built: every link leads somewhere, and nothing comes from a network.
 
 ``python -m docs.built site``, with `tests` in PYTHONPATH, checks the files; with ``--check`` it opens the
-site in Chromium as well (`browser.py`), or says why it can't. The files need nothing but the standard library.
+site in Chromium as well (`browser.py`), or says why it can't. The files need the standard library alone.
 """
 
 import argparse

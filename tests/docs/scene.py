@@ -75,6 +75,7 @@ async def scene() -> AsyncIterator[dict[str, Any]]:
             "keys": keys,
             "pixel_values": pixel_values,
             "ref": ref,
+            "side": torch.cuda.Stream() if torch.cuda.is_available() else None,
             "socket": Socket(),
             "torch": torch,
             "x": pixel_values,

@@ -17,6 +17,7 @@ import click
 import pytest
 import torch
 
+import featcache
 from docs.pages import PAGES, ROOT, Block, blocks, blocks_of
 from docs.scene import scene
 from featcache import events, hooks
@@ -125,6 +126,19 @@ async def ends_by_signal(main: Callable[[], Any]) -> None:
     await running
     asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
     asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
+
+
+@pytest.mark.parametrize("block", [named(block) for block in PYTHON])
+def test_a_snippet_names_what_featcache_has(block: Block) -> None:
+    """Also those that run on a GPU alone."""
+    compile(block.text, "snippet", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    known = {"featcache": featcache, "events": events, "blocking": featcache.blocking}
+    for node in ast.walk(ast.parse(block.text)):
+        if isinstance(node, ast.ImportFrom) and node.module == "featcache":
+            assert all(hasattr(featcache, alias.name) for alias in node.names)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = known.get(node.value.id)
+            assert module is None or hasattr(module, node.attr), node.attr
 
 
 async def test_a_snippet_that_fails_would_be_seen() -> None:
