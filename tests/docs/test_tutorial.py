@@ -65,6 +65,7 @@ def at_port(block: Block, port: int) -> Block:
     return block._replace(text=block.text.replace(str(METRICS_PORT), str(port)))
 
 
+@pytest.mark.timeout(240)  # seven times a new interpreter imports torch
 def test_the_tutorial_can_be_done(runtime_dir: Path) -> None:
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
