@@ -46,6 +46,7 @@ def encode(image: bytes) -> torch.Tensor:
 @contextlib.asynccontextmanager
 async def scene() -> AsyncIterator[dict[str, Any]]:
     """Lend the names that snippets use, by name."""
+    stream: Any = torch.cuda.Stream  # torch has no types for it
     pixel_values = torch.arange(32.0).reshape(4, 8)
     images = [pixel_values + number for number in range(4)]
     keys = ["image-a", "image-b"]
@@ -75,7 +76,7 @@ async def scene() -> AsyncIterator[dict[str, Any]]:
             "keys": keys,
             "pixel_values": pixel_values,
             "ref": ref,
-            "side": torch.cuda.Stream() if torch.cuda.is_available() else None,
+            "side": stream() if torch.cuda.is_available() else None,
             "socket": Socket(),
             "torch": torch,
             "x": pixel_values,

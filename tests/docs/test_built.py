@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from docs import browser
 from docs.built import faults
 
 
@@ -53,3 +54,11 @@ def test_a_fault_is_told(tmp_path: Path, body: str, why: str) -> None:
 def test_a_site_that_was_not_built_is_a_fault(tmp_path: Path) -> None:
     (found,) = faults(tmp_path)
     assert "make docs" in found
+
+
+def test_without_a_browser_the_look_is_skipped_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert browser.check(site(tmp_path, ""), shots=None) == []
+    assert capsys.readouterr().out.startswith("skipped in a browser: needs chromium")
