@@ -86,7 +86,7 @@ $(DOCS_STAMP): pyproject.toml
 	@touch $@
 
 docs: $(DOCS_STAMP) ## build the site of docs/ into site/ and check its links; ARGS=--check opens it in Chromium too
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 	PYTHONPATH=tests $(DOCS_VENV)/bin/python -m docs.built site $(ARGS)
 
 MINUTES ?=

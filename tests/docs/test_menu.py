@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 
@@ -23,9 +24,9 @@ REFERENCE = "".join(path.read_text() for path in sorted((DOCS / "reference").glo
 
 
 @pytest.mark.parametrize("path", sorted(DOCS.rglob("*.md")), ids=lambda path: str(path.name))
-def test_a_page_stands_in_the_menu_once(path: object) -> None:
+def test_a_page_stands_in_the_menu_once(path: Path) -> None:
     page = re.escape(str(path).removeprefix(f"{DOCS}/"))
-    assert len(re.findall(rf"^ +- [^#\n]*{page}$", MENU, re.MULTILINE)) == 1
+    assert len(re.findall(rf"^ +- (?:[^:#\n]+: )?{page}$", MENU, re.MULTILINE)) == 1
 
 
 @pytest.mark.parametrize("name", ERRORS)
@@ -69,3 +70,12 @@ def test_the_sizes_of_tables_are_the_codes() -> None:
     assert len(found) == 3
     for slots, table, page in found:
         assert (table, page) == (owner_block_bytes(slots), session_page_bytes(slots))
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.rglob("*.md")), ids=lambda path: str(path.name))
+def test_a_link_stays_in_the_site_or_is_an_address(path: Path) -> None:
+    """The rest of the repository is linked to by its address: the site has no such file."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s#]+)[^)]*\)", text):
+        found = (path.parent / link).resolve()
+        assert "://" in link or (found.is_file() and found.is_relative_to(DOCS)), link
