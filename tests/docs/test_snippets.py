@@ -28,7 +28,7 @@ from featcache.integrations import tracing
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 PYTHON = blocks("python")
-SHELL = blocks("sh")
+SHELL = blocks("sh", "bash")
 DRAWN = {"": {"architecture.md"}, "text": {"sizing.md"}}
 """Blocks that are no code: the pictures, and formulas."""
 LOOKS = {"stat", "keys", "ls", "doctor"}
@@ -152,9 +152,25 @@ async def test_a_snippet_that_fails_would_be_seen() -> None:
 
 
 def commands(block: Block) -> list[list[str]]:
-    """The commands of a block, as words; one that goes on after a backslash is one."""
-    lines = block.text.replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    """The commands of a block, as words, without variables before and `&` behind them.
+
+    One that goes on after a backslash, or within quotes, is one.
+    """
+    found, open_quotes = [], ""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        open_quotes += line
+        try:
+            words = [word for word in shlex.split(open_quotes, comments=True) if word != "&"]
+        except ValueError:  # no closing quotation
+            open_quotes += "\n"
+            continue
+        open_quotes = ""
+        while words and re.match(r"[A-Z_]+=", words[0]):
+            del words[0]
+        if words:
+            found.append(words)
+    assert not open_quotes, f"{block.name}: {open_quotes}"
+    return found
 
 
 def featcache_words(words: list[str]) -> list[str] | None:
@@ -168,7 +184,7 @@ async def test_a_command_of_the_shell_does_what_is_said(
     block: Block, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Looks run; what stays, or changes the machine, is parsed by the program that it starts."""
-    known = {"featcache", "docker", "pip", "mkdir", "make", "python"}
+    known = {"featcache", "docker", "pip", "mkdir", "make", "python", "sglang", "vllm"}
     async with scene() as names:
         monkeypatch.setenv("FEATCACHE_ENDPOINT", names["endpoint"])
         for words in commands(block):
@@ -232,10 +248,12 @@ def test_a_unit_of_systemd_starts_what_there_is(block: Block) -> None:
 
 def test_no_block_is_left_out() -> None:
     """A block in another language gets a test here, or stands in the table of what is no code."""
-    run_in = {"python", "console", "sh", "toml", "ini"}
+    run_in = {"python", "console", "sh", "bash", "toml", "ini"}
     for page in PAGES:
         for block in blocks_of(page):
-            assert block.language in run_in or page.name in DRAWN[block.language], block.name
+            assert block.language in run_in or page.name in DRAWN.get(block.language, ()), (
+                block.name
+            )
     assert {block.page for block in blocks("console")} == {TUTORIAL}, "replayed by test_tutorial"
     titled = [block for block in blocks("python") if block.title]
     assert {block.page for block in titled} == {TUTORIAL}, "as above"
