@@ -135,6 +135,11 @@ class Forked(ForkServerProcess):
         super().run()
 
 
+def preload(module: str) -> None:
+    """Have the server import one more module before it starts."""
+    _PRELOAD.append(module)
+
+
 class Server(ForkServerContext):
     """The context of the server; it starts at the first use, `warm_up` does one."""
 

@@ -1,0 +1,28 @@
+"""Tests of the plugin in SGLang run where SGLang is installed; each in the server's own environment."""
+
+import importlib.util
+
+from collections.abc import Iterator
+
+import pytest
+
+from featcache.integrations.sglang.clients import close_clients
+from support import processes
+
+if importlib.util.find_spec("sglang") is not None:
+    processes.preload("integrations.sglang.real")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "integrations/sglang" in item.path.as_posix():
+            item.add_marker(pytest.mark.filterwarnings("default"))  # SGLang has warnings of its own
+
+
+@pytest.fixture(autouse=True)
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server's id of each test's own; the sessions that it read in are closed."""
+    name = "test"  # each test has a runtime folder of its own
+    monkeypatch.setenv("FEATCACHE_SGLANG_SERVER", name)
+    yield name
+    close_clients()
