@@ -24,5 +24,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A server's id of each test's own; the sessions that it read in are closed."""
     name = "test"  # each test has a runtime folder of its own
     monkeypatch.setenv("FEATCACHE_SGLANG_SERVER", name)
+    monkeypatch.setenv("FEATCACHE_SGLANG_SPILL", "16MiB")  # made whole at the start
+    monkeypatch.setenv("FEATCACHE_PREFAULT", "no")
     yield name
     close_clients()
