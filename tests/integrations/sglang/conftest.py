@@ -1,7 +1,6 @@
 """Tests of the plugin in SGLang run where SGLang is installed; each in the server's own environment."""
 
 import importlib.util
-
 from collections.abc import Iterator
 
 import pytest

@@ -21,8 +21,11 @@ _operators: list[Any] = []
 
 def declare_torchvision_operators() -> None:
     """Declare what torchvision's import looks for, where its own library does not load."""
-    with contextlib.suppress(RuntimeError):  # declared already: it loads, or this is the second call
-        operators = torch.library.Library("torchvision", "DEF")
+    with contextlib.suppress(
+        RuntimeError
+    ):  # declared already: it loads, or this is the second call
+        library: Any = torch.library.Library  # torch has no types for it
+        operators = library("torchvision", "DEF")
         operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _operators.append(operators)
@@ -39,10 +42,6 @@ def import_sglang() -> None:
         from sglang.srt.plugins import load_plugins
 
         load_plugins()
-        import sglang.srt.managers.positional_embeds_transport
-        import sglang.srt.managers.tokenizer_manager
-        import sglang.srt.models.qwen3_vl
-        import sglang.srt.multimodal.processors.base_processor
 
 
 import_sglang()

@@ -14,11 +14,11 @@ from support.processes import Pipe
 class OnGpu(torch.Tensor):
     """A tensor that SGLang takes for one on a GPU: it wraps no other."""
 
-    is_cuda = True  # type: ignore[assignment]  # torch has a descriptor there
+    is_cuda = True
 
 
 def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> Any:
-    return torch.randn(*shape).to(dtype).as_subclass(OnGpu)  # type: ignore[no-untyped-call]
+    return torch.randn(*shape).to(dtype).as_subclass(OnGpu)
 
 
 @contextlib.contextmanager
@@ -55,15 +55,15 @@ def processor() -> Any:
 
         async def process_mm_data_async(self, *_: Any, **__: Any) -> None: ...
 
-    return Processor(SimpleNamespace(), SimpleNamespace(base_gpu_id=0), SimpleNamespace(), "default")
+    return Processor(
+        SimpleNamespace(), SimpleNamespace(base_gpu_id=0), SimpleNamespace(), "default"
+    )
 
 
 def item(feature: Any, **more: Any) -> Any:
     from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 
-    return MultimodalDataItem(
-        modality=Modality.IMAGE, hash=1, pad_value=1, feature=feature, **more
-    )
+    return MultimodalDataItem(modality=Modality.IMAGE, hash=1, pad_value=1, feature=feature, **more)
 
 
 def output(*items: Any) -> Any:
@@ -74,8 +74,9 @@ def output(*items: Any) -> Any:
 
 async def rank(pipe: Pipe, number: int) -> None:
     """A scheduler rank: reads or gives up the requests that it hears, until it hears of no more."""
-    from integrations.sglang import real  # noqa: F401 - preloaded
     from sglang.srt.managers.schedule_batch import MultimodalInputs
+
+    from integrations.sglang import real  # noqa: F401 - preloaded
 
     while True:
         what, request = await pipe.hear()

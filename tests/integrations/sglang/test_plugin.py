@@ -22,11 +22,12 @@ def test_it_is_an_entry_point_of_sglangs_plugins() -> None:
 
 
 def test_loaded_it_replaces_the_pools_wherever_they_were_imported() -> None:
-    from featcache.integrations.sglang.ipc import FeatcacheItemPool
-    from featcache.integrations.sglang.vmm import FeatcacheFeatureTransport, FeatcacheVmmPool
     from sglang.srt.managers import positional_embeds_transport, tokenizer_manager
     from sglang.srt.multimodal.processors import base_processor
     from sglang.srt.utils import cuda_vmm_transport_utils
+
+    from featcache.integrations.sglang.ipc import FeatcacheItemPool
+    from featcache.integrations.sglang.vmm import FeatcacheFeatureTransport, FeatcacheVmmPool
 
     assert base_processor.MmItemMemoryPool is FeatcacheItemPool
     assert positional_embeds_transport.MmItemMemoryPool is FeatcacheItemPool

@@ -11,7 +11,7 @@ import torch
 
 from integrations.sglang.real import needs_sglang
 from integrations.sglang.scenes import as_rank, item, on_gpu, output, processor, published, rank
-from support.processes import Child, Start, starting, until
+from support.processes import Start, starting, until
 
 pytestmark = needs_sglang
 
@@ -163,6 +163,8 @@ async def test_qwen3_vl_borrows_and_gives_back() -> None:
     from sglang.srt.models import qwen3_vl
     from sglang.srt.multimodal.transport.cuda_ipc import (
         BORROW_CUDA_IPC_FEATURE_KEY as BORROW,
+    )
+    from sglang.srt.multimodal.transport.cuda_ipc import (
         RETAINED_CUDA_IPC_FEATURE_PROXY_KEY as RETAINED,
     )
 
@@ -186,8 +188,10 @@ async def test_qwen3_vl_borrows_and_gives_back() -> None:
                 lambda features, **more: materialize(features, **more | {"device": "cpu"}),
             ),
         ):
-            packed, borrowed, _ = qwen3_vl.Qwen3VLForConditionalGeneration._materialize_visual_items(
-                model, [one], [0], preserve_for_reprefill=True
+            packed, borrowed, _ = (
+                qwen3_vl.Qwen3VLForConditionalGeneration._materialize_visual_items(
+                    model, [one], [0], preserve_for_reprefill=True
+                )
             )
 
         assert torch.equal(packed, feature)
@@ -237,7 +241,7 @@ async def worker(pipe: Any) -> None:
 
     with published(mm_feature_transport="cuda_ipc", tp_size=1, tokenizer_worker_num=2):
         made = processor()
-        request = wrapped(made, torch.ones(2, 2).as_subclass(type(on_gpu(1))))  # type: ignore[no-untyped-call]
+        request = wrapped(made, torch.ones(2, 2).as_subclass(type(on_gpu(1))))
         plan = made.cudaipc_mmfeature_pool._end.slab.plan
         pipe.say("up", plan.capacity_bytes, request, plan.endpoint)
         await pipe.hear()

@@ -1,7 +1,7 @@
 """What stands for a feature in a request: its ref, and how each rank reads and pays it."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import msgspec
@@ -101,11 +101,11 @@ class FeatureProxy:
         everyone = self._is_all(consumer_count)
         client = self._client(device, consumer_rank)
         with _on(device), _told(self.ref):
-            made = client.get(self.ref)
-        assert isinstance(made, torch.Tensor), "a pool puts bare tensors"
+            read = client.get(self.ref)
+        assert isinstance(read, torch.Tensor), "a pool puts bare tensors"
         self._paid(client, everyone=everyone)
-        self.reconstruct_tensor = made
-        return made
+        self.reconstruct_tensor = read
+        return read
 
     def borrow_on_target_device(self, rebuild_device_idx: int) -> torch.Tensor | None:
         """Return a view in the slab, to be ended by `release_borrowed_on_current_stream`; None if paid."""
@@ -193,7 +193,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _told(ref: FeatureRef) -> Any:
+def _told(ref: FeatureRef) -> Iterator[None]:
     """Say which feature could not be read, in an error that SGLang's callers expect."""
     try:
         yield

@@ -226,9 +226,10 @@ class Slab:
             except FeatcacheError:
                 continue
             with self._lock:
-                if not self._closed.is_set():
-                    self._cache, found = found, None  # type: ignore[assignment]
-            if found is not None:
+                closed = self._closed.is_set()
+                if not closed:
+                    self._cache = found
+            if closed:
                 found.close()
             else:
                 _log.info("the slab at %s is back", self.plan.endpoint)
