@@ -238,11 +238,11 @@ class Child:
 Start = Callable[..., Child]
 
 
-def warm_up() -> None:
+def warm_up(patience_s: float = 2 * PATIENCE_S) -> None:
     """Start the server, whose descriptors this process then keeps to its end."""
     process = Server().Process(target=int)
     process.start()
-    process.join(2 * PATIENCE_S)
+    process.join(patience_s)
     process.close()
 
 

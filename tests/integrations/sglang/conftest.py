@@ -8,8 +8,18 @@ import pytest
 from featcache.integrations.sglang.clients import close_clients
 from support import processes
 
-if importlib.util.find_spec("sglang") is not None:
+HAS_SGLANG = importlib.util.find_spec("sglang") is not None
+_IMPORTS_S = 300.0
+"""How long the import of SGLang may take, where ranks are forked from: it needs 13 s of a processor."""
+
+if HAS_SGLANG:
     processes.preload("integrations.sglang.real")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Import SGLang where ranks are forked from before the first test's time runs."""
+    if HAS_SGLANG and session.items and not session.config.option.collectonly:
+        processes.warm_up(_IMPORTS_S)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
