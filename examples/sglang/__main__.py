@@ -7,7 +7,10 @@ import argparse
 import os
 from typing import Any
 
-QUESTION = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is this?<|im_end|>\n<|im_start|>assistant\n"
+QUESTION = (
+    "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is this?<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
 
 
 def main() -> None:

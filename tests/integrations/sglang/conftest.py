@@ -1,7 +1,9 @@
 """Tests of the plugin in SGLang run where SGLang is installed; each in the server's own environment."""
 
 import importlib.util
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,9 @@ _IMPORTS_S = 300.0
 """How long the import of SGLang may take, where ranks are forked from: it needs 13 s of a processor."""
 
 if HAS_SGLANG:
+    # Where ranks are forked from, modules are looked for along PYTHONPATH alone.
+    found = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, found))
     processes.preload("integrations.sglang.real")
 
 
