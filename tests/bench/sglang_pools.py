@@ -137,7 +137,8 @@ class Tokenizer:
             pipe.send((data, expected, answers))
 
     def heard(self) -> None:
-        if not all([pipe.recv() for pipe in self.pipes]):
+        right = [pipe.recv() for pipe in self.pipes]  # of every rank, whatever the first says
+        if not all(right):
             raise SystemExit(f"{self.load.pool}: wrong bytes")
 
     def in_pool(self) -> int:
