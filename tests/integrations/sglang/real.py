@@ -32,7 +32,7 @@ def declare_torchvision_operators() -> None:
 
 
 def import_sglang() -> None:
-    """Import the modules that the tests use, with the plugin as SGLang loads it for a user."""
+    """Import the modules that the tests use, with the plugin as SGLang loads it for a user. Idempotent."""
     if importlib.util.find_spec("sglang") is None:
         return
     os.environ["SGLANG_PLUGINS"] = "featcache"

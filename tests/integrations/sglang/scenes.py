@@ -8,7 +8,10 @@ from unittest.mock import patch
 
 import torch
 
+from integrations.sglang import real
 from support.processes import Pipe
+
+real.import_sglang()  # before the imports in the functions here
 
 
 class OnGpu(torch.Tensor):
@@ -75,8 +78,6 @@ def output(*items: Any) -> Any:
 async def rank(pipe: Pipe, number: int) -> None:
     """A scheduler rank: reads or gives up the requests that it hears, until it hears of no more."""
     from sglang.srt.managers.schedule_batch import MultimodalInputs
-
-    from integrations.sglang import real  # noqa: F401 - preloaded
 
     while True:
         what, request = await pipe.hear()

@@ -237,8 +237,6 @@ async def test_tokenizer_workers_share_one_slab_of_the_whole_budget(start: Start
 
 async def worker(pipe: Any) -> None:
     """Another tokenizer worker of the same server."""
-    from integrations.sglang import real  # noqa: F401 - preloaded
-
     with published(mm_feature_transport="cuda_ipc", tp_size=1, tokenizer_worker_num=2):
         made = processor()
         request = wrapped(made, torch.ones(2, 2).as_subclass(type(on_gpu(1))))
