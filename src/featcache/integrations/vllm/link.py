@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 import featcache
-from featcache import FeatcacheError, blocking
+from featcache import FeatcacheError, OwnerLost, blocking
 
 logger: Final = logging.getLogger("vllm.featcache")
 """Under vLLM's own logger, whose handlers and level it has."""
@@ -75,13 +75,18 @@ class Link(Generic[C]):
         except FeatcacheError as error:
             self._failed(error)
 
+    def _level(self, error: BaseException) -> int:  # noqa: ARG002 - of some links it counts
+        """Return the level at which a loss is told."""
+        return logging.WARNING
+
     def _failed(self, error: BaseException) -> None:
         """Tell of an owner that is not there: once, until it is."""
         self.client = None
         if not self._down:
             self._down = True
             self._on_loss()
-            logger.warning(
+            logger.log(
+                self._level(error),
                 "featcache: no owner at %s (%s): every input is encoded here, and attempts to attach go on",
                 self._endpoint,
                 error,
@@ -101,6 +106,10 @@ class ThreadLink(Link[blocking.FeatureClient]):
         self._ends = False
         self._thread = threading.Thread(target=self._run, name="featcache-link", daemon=True)
         self._thread.start()
+
+    def _level(self, error: BaseException) -> int:
+        # Of an owner that is gone the scheduler warns, once for all ranks.
+        return logging.INFO if isinstance(error, OwnerLost) else logging.WARNING
 
     def lost(self, client: blocking.FeatureClient, error: FeatcacheError) -> None:
         """Take note that a call of this client found its owner gone. In any thread."""

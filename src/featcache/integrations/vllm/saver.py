@@ -73,7 +73,7 @@ class Saver:
         while (save := self._queue.get()) is not None:
             try:
                 self._save(save)
-            except Exception:  # the thread must go on, whatever one output has
+            except Exception:  # noqa: BLE001 - the thread goes on, whatever one output has
                 logger.exception("featcache: the encoder output %s was not saved", save.identifier)
                 self._drop(save.identifier)
 

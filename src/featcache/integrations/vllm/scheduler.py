@@ -167,13 +167,13 @@ class SchedulerSide:
         tokens = getattr(output, "num_scheduled_tokens", None)
         if not self._asked or not isinstance(tokens, dict):
             return []
-        found = []
-        for identifier, requests in self._asked.items():
-            key = self._keys.key(identifier)
-            if key is not None and self._flights.claimed_unused(key):
-                if any(request in tokens for request in requests):
-                    found.append(identifier)
-        return found
+        return [
+            identifier
+            for identifier, requests in self._asked.items()
+            if any(request in tokens for request in requests)
+            and (key := self._keys.key(identifier)) is not None
+            and self._flights.claimed_unused(key)
+        ]
 
     def _expire(self, now_s: float) -> None:
         self._flights.expire()

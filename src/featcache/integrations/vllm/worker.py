@@ -119,7 +119,7 @@ class WorkerSide:
         ended, self._ended = self._ended, Counter()
         saved, dropped = ([], []) if self._saver is None else self._saver.take_ended()
         told = WorkerMetadata(ended, saved, dropped, self._counts.take())
-        return told if told else None
+        return told or None
 
     def close(self) -> None:
         """Save what is queued, and end the threads and the connection."""

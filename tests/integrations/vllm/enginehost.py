@@ -1,0 +1,247 @@
+"""One vLLM engine in a process of its own, and the handle by which a test asks it.
+
+``python -m integrations.vllm.enginehost ADDRESS`` connects back to the test, is sent the engine's
+arguments, and answers one question after the other.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TESTS = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": "1",
+}
+MODULE = "featcache.integrations.vllm"
+_START_S = 180.0
+_ANSWER_S = 120.0
+
+
+class Answer(NamedTuple):
+    """What an engine answered to one request."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Of these tokens: they tell images apart where a random model's tokens do not."""
+
+
+class Engine:
+    """A handle on an engine's process."""
+
+    def __init__(self, model: Path, ec: dict[str, Any] | None = None, **engine: Any) -> None:
+        self._listener = Listener(family="AF_UNIX")
+        path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "integrations.vllm.enginehost", str(self._listener.address)],
+            env=os.environ | ENVIRONMENT | {"PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._connection = self._accepted()
+        self._connection.send((str(model), ec, engine))
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.lines.append(line.rstrip())
+
+    def _accepted(self) -> Connection:
+        done = threading.Event()
+
+        def watch() -> None:
+            self._process.wait()
+            if not done.is_set():  # it died before it called: this ends the accept
+                Client(self._listener.address).close()
+
+        threading.Thread(target=watch, daemon=True).start()
+        connection = self._listener.accept()
+        done.set()
+        return connection
+
+    def ready(self) -> "Engine":
+        """Wait for the engine to have started."""
+        self._answer(_START_S)
+        return self
+
+    def call(self, what: str, *arguments: Any) -> Any:
+        """Have the host do something, and return what it returns."""
+        self._connection.send((what, *arguments))
+        return self._answer(_ANSWER_S)
+
+    def begin(self, what: str, *arguments: Any) -> None:
+        """As `call`, without waiting: `result` returns it."""
+        self._connection.send((what, *arguments))
+
+    def result(self) -> Any:
+        """Return what was begun."""
+        return self._answer(_ANSWER_S)
+
+    def ask(self, *seeds: int, tokens: int = 8) -> list[Answer]:
+        """Ask about an image for each seed, all at once."""
+        answers: list[Answer] = self.call("ask", list(seeds), tokens)
+        return answers
+
+    @property
+    def encoded(self) -> int:
+        """How many inputs the engine's encoder has run for."""
+        count: int = self.call("encoded")
+        return count
+
+    def counts(self) -> dict[str, float]:
+        """Return the connector's counts since the engine's start."""
+        found: dict[str, float] = self.call("counts")
+        return found
+
+    def _answer(self, within_s: float) -> Any:
+        try:
+            if not self._connection.poll(within_s):
+                raise AssertionError(f"no answer in {within_s} s:\n{self._tail()}")
+            well, answer = self._connection.recv()
+        except (EOFError, ConnectionError):
+            self._process.wait()
+            self._reader.join()
+            raise AssertionError(f"the engine's process ended:\n{self._tail()}") from None
+        assert well, answer
+        return answer
+
+    def _tail(self) -> str:
+        return "\n".join(self.lines[-60:])
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self._listener.close()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.join()
+
+
+# --- in the engine's process ----------------------------------------------------------------------
+
+
+class Host:
+    """The engine, and what is counted of it."""
+
+    def __init__(self, model: str, ec: dict[str, Any] | None, engine: dict[str, Any]) -> None:
+        from vllm import LLM
+        from vllm.config import ECTransferConfig
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        self._encoded = 0
+        self._counts: dict[str, float] = {}
+        batch = GPUModelRunner._batch_mm_inputs_from_scheduler
+
+        def counted(runner: Any, output: Any) -> Any:
+            found = batch(runner, output)
+            self._encoded += len(found[0])
+            return found
+
+        GPUModelRunner._batch_mm_inputs_from_scheduler = counted
+        common: dict[str, Any] = {
+            "load_format": "dummy",
+            "dtype": "float32",
+            "max_model_len": 512,
+            "enforce_eager": True,
+            "seed": 0,
+            "enable_prefix_caching": False,
+            "limit_mm_per_prompt": {"image": 4},
+        }
+        self._llm = LLM(
+            model=model,
+            ec_transfer_config=None if ec is None else ECTransferConfig(**ec),
+            **(common | engine),
+        )
+        self._encoded = 0
+
+    def ask(self, seeds: list[int], tokens: int) -> list[Answer]:
+        from vllm import SamplingParams
+
+        prompts = [
+            {"prompt": "hello <image> what", "multi_modal_data": {"image": image(seed)}}
+            for seed in seeds
+        ]
+        sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=0)
+        done = self._llm.generate(prompts, sampling, use_tqdm=False)
+        return [self._answered(one.outputs[0]) for one in done]
+
+    @staticmethod
+    def _answered(output: Any) -> Answer:
+        tokens = tuple(output.token_ids)
+        logprobs = output.logprobs or []
+        return Answer(
+            tokens,
+            tuple(
+                round(each[token].logprob, 4) for each, token in zip(logprobs, tokens, strict=False)
+            ),
+        )
+
+    def encoded(self) -> int:
+        return self._encoded
+
+    @property
+    def scheduler(self) -> Any:
+        return self._llm.llm_engine.engine_core.engine_core.scheduler
+
+    def counts(self) -> dict[str, float]:
+        from vllm.distributed.ec_transfer import get_ec_transfer
+
+        for connector in (get_ec_transfer(), self.scheduler.ec_connector):
+            stats = connector.get_ec_connector_stats()
+            for name, value in ({} if stats is None else stats.data).items():
+                self._counts[name] = self._counts.get(name, 0) + value
+        return self._counts
+
+    def run(self, source: str) -> Any:
+        """Run a test's own function body here, with the host as `host`."""
+        names: dict[str, Any] = {"host": self}
+        exec(source, names)  # noqa: S102 - the test's own
+        return names.get("result")
+
+
+def image(seed: int) -> Any:
+    """Return a picture that its seed alone decides."""
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.random.default_rng(seed).integers(0, 255, (56, 56, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def main(address: str) -> None:
+    """Answer until the test hangs up."""
+    with Client(address, family="AF_UNIX") as connection:
+        model, ec, engine = connection.recv()
+        host = Host(model, ec, engine)
+        connection.send((True, None))
+        while True:
+            try:
+                what, *arguments = connection.recv()
+            except EOFError:
+                break
+            try:
+                connection.send((True, getattr(host, what)(*arguments)))
+            except Exception as error:  # noqa: BLE001 - the test's to see
+                connection.send((False, f"{type(error).__name__}: {error}"))
+    host._llm.llm_engine.engine_core.shutdown()
+
+
+if __name__ == "__main__":
+    sys.modules["integrations.vllm.enginehost"] = sys.modules["__main__"]  # what it pickles
+    Answer.__module__ = "integrations.vllm.enginehost"
+    main(sys.argv[1])
