@@ -17,6 +17,7 @@ __all__ = [
     "Event",
     "Hook",
     "KeyEvicted",
+    "OwnerBack",
     "OwnerGone",
     "PeerRefused",
     "PeerUnreachable",
@@ -30,6 +31,7 @@ __all__ = [
     "ReaderLeft",
     "ReaderLost",
     "ReaderQuarantined",
+    "ReconnectRefused",
     "RefExpired",
     "ReturnFailed",
     "SegmentsCommitted",
@@ -335,6 +337,25 @@ class OwnerGone(Event):
     """A client lost the owner of a pool."""
 
     name: ClassVar[str] = "featcache.owner.lost"
+    severity: ClassVar[Severity] = "warning"
+    endpoint: str
+    reason: str
+
+
+@attrs.frozen(kw_only=True)
+class OwnerBack(Event):
+    """A client with ``reconnect=True`` attached a pool again at the endpoint of one that it lost."""
+
+    name: ClassVar[str] = "featcache.owner.back"
+    endpoint: str
+    away_s: float
+
+
+@attrs.frozen(kw_only=True)
+class ReconnectRefused(Event):
+    """An owner is at a client's endpoint again, and refused it; it goes on trying. Once a reason."""
+
+    name: ClassVar[str] = "featcache.owner.refused"
     severity: ClassVar[Severity] = "warning"
     endpoint: str
     reason: str

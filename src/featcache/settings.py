@@ -302,6 +302,8 @@ class Settings:
     """Seconds that a put waits for room until ``put.waiting`` warns of it, once; None is never."""
     attach_timeout: float = attrs.field(default=10.0, converter=_SECONDS, validator=_positive)
     """Seconds for a handshake, on both sides."""
+    reconnect_interval: float = attrs.field(default=1.0, converter=_SECONDS, validator=_positive)
+    """Most seconds between two tries of a client with ``reconnect=True`` to reach a lost owner."""
     message_bytes: int = attrs.field(default=64 << 10, converter=_SIZE, validator=_within(1024))
     """Longest control message."""
     inline_bytes: int = attrs.field(default=4 << 20, converter=_SIZE, validator=_within(0))

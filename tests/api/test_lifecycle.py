@@ -397,11 +397,12 @@ def test_the_public_objects_have_the_api_and_nothing_else() -> None:
         return {name for name in dir(kind) if not name.startswith("_")}
 
     assert public(FeatureCache) == shared | {"endpoint", "pressure", "put_nowait", "drain"}
-    assert public(FeatureClient) == shared
+    bound = {"is_attached", "wait_attached"}
+    assert public(FeatureClient) == shared | bound
     assert public(featcache.blocking.FeatureCache) == blocking | {
         *("endpoint", "pressure", "put_nowait", "drain"),
     }
-    assert public(featcache.blocking.FeatureClient) == blocking
+    assert public(featcache.blocking.FeatureClient) == blocking | bound
     observer = {"open", "aclose", "is_open", "endpoint", "snapshot", "keys", "map", "evict"}
     assert public(featcache.Observer) == observer
     assert public(featcache.blocking.Observer) == observer - {"aclose"} | {"close"}

@@ -16,9 +16,11 @@ from featcache.api.base import CacheBase
 from featcache.api.lifecycle import Lifecycle
 from featcache.client.keys import ClientKeys
 from featcache.client.puts import ClientPuts
+from featcache.client.reconnect import Reconnector
 from featcache.client.registry import ConnectionRegistry
 from featcache.control import endpoint as endpoints
 from featcache.control.turns import CALL_UNITS
+from featcache.errors import SettingsError
 from featcache.pool import gauges
 from featcache.ref import FeatureRef
 from featcache.session.line import Line
@@ -45,17 +47,29 @@ class OpenClient:
         self._line = Line()
         """Puts that wait for a pool to be attached."""
         self.spills = SpillCounter(registry.bound_name, settings.log_interval)
+        self.reconnector: Reconnector | None = None
+        """Of a client that attaches anew when its owner is gone."""
 
     @classmethod
     async def open(
-        cls, endpoint: str | None, device: torch.device | None, name: str | None, settings: Settings
+        cls,
+        endpoint: str | None,
+        device: torch.device | None,
+        name: str | None,
+        settings: Settings,
+        *,
+        reconnect: bool,
     ) -> "OpenClient":
         """Attach, if an endpoint was given."""
         offload = Offload()
         registry = ConnectionRegistry(name, device, settings, offload, endpoint)
         opened = cls(registry, settings, offload)
         try:
-            if endpoint is not None:
+            if endpoint is not None and reconnect:
+                interval_s = settings.reconnect_interval
+                opened.reconnector = Reconnector(registry, endpoint, interval_s)
+                await opened.reconnector.start()
+            elif endpoint is not None:
                 await registry.attach(endpoint)
         except BaseException:
             await opened.registry.close()
@@ -111,6 +125,8 @@ class OpenClient:
     async def aclose(self) -> None:
         """Say goodbye to every owner."""
         try:
+            if self.reconnector is not None:
+                await self.reconnector.close()
             await self.registry.close()
             await self.registry.drain()
         finally:
@@ -133,25 +149,35 @@ class FeatureClient(CacheBase):
         device: torch.device | None,
         name: str | None,
         settings: Settings,
+        *,
+        reconnect: bool = False,
     ) -> None:
         self._life: Lifecycle[OpenClient] = Lifecycle("client", "connect")
         self._endpoint = endpoint
         self._device = self._place = device
         self._name = name
         self._settings = settings
+        self._reconnect = reconnect
 
     async def open(self) -> Self:
         """Attach, if an endpoint was given.
 
         Raises:
             AttachRefused: the owner refused, or does not speak this protocol.
-            OwnerUnreachable: (also AttachRefused and OwnerLost) nobody listens there.
+            OwnerUnreachable: (also AttachRefused and OwnerLost) nobody listens there, and it was made
+                without ``reconnect=True``.
             CacheClosed: it was opened before, or is closed meanwhile; connect another.
             WrongLoop: no asyncio loop runs here (trio's does, perhaps).
 
         """
         await self._life.open(
-            lambda: OpenClient.open(self._endpoint, self._device, self._name, self._settings)
+            lambda: OpenClient.open(
+                self._endpoint,
+                self._device,
+                self._name,
+                self._settings,
+                reconnect=self._reconnect,
+            )
         )
         forks.watch(self)
         loop = asyncio.get_running_loop()
@@ -164,6 +190,30 @@ class FeatureClient(CacheBase):
         Idempotent; an `open` in progress is cancelled and raises CacheClosed.
         """
         await super().aclose()
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the pool at this client's endpoint is attached now. Safe in any thread."""
+        client = self._life.engine
+        return client is not None and client.registry.peek_bound() is not None
+
+    async def wait_attached(self, *, timeout: float | None = None) -> None:
+        """Return when the pool at this client's endpoint is attached.
+
+        Args:
+            timeout: seconds to wait; None waits without limit. Only a client with ``reconnect=True`` waits.
+
+        Raises:
+            OwnerUnreachable: (also OwnerLost) no owner came in time.
+            OwnerLost: the owner is gone, and this client does not attach anew.
+            SettingsError: this client is connected to no endpoint.
+
+        """
+        timeout_s, client = parse_timeout(timeout), self._life.here()
+        if client.reconnector is None:
+            await client.registry.bound()
+        else:
+            await client.reconnector.wait(timeout_s)
 
     def _opened(self) -> OpenClient:
         client = self._life.engine
@@ -244,6 +294,7 @@ def connect(
     *,
     device: Any = None,
     name: str | None = None,
+    reconnect: bool = False,
     settings: Settings | None = None,
 ) -> FeatureClient:
     """Return a client to be opened with ``async with``.
@@ -254,6 +305,10 @@ def connect(
         device: where `get` puts its copies, and the GPU that maps a slab on a GPU; None is the pool's
             own device where it is visible here, else torch's current one.
         name: the name by which puts may call for this session's reads; one session at a time has it.
+        reconnect: whether the client outlives its owner. It then opens although nobody listens at
+            `endpoint` yet; while no owner is there its calls raise OwnerLost at once, and it attaches the
+            pool of the next owner that listens there, with back-off (`Settings.reconnect_interval`). Refs
+            of a pool that is gone stay lost; pins went with it.
         settings: bounds and intervals; without it, the environment's ``FEATCACHE_…``.
 
     Raises:
@@ -263,4 +318,9 @@ def connect(
     """
     target = None if device is None else parse_device(device)
     path = None if endpoint is None else endpoints.check_endpoint(endpoint)
-    return FeatureClient(path, target, parse_name(name), settings_with(settings))
+    if not isinstance(reconnect, bool):
+        raise SettingsError(f"reconnect={reconnect!r} must be True or False")
+    if reconnect and path is None:
+        raise SettingsError("reconnect=True needs the endpoint to come back to")
+    chosen = settings_with(settings)
+    return FeatureClient(path, target, parse_name(name), chosen, reconnect=reconnect)

@@ -278,6 +278,15 @@ class BlockingBorrow:
 class FeatureClient(_BlockingBase[AsyncClient]):
     """`featcache.FeatureClient` for code with no loop. Made by `connect`."""
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether the pool at this client's endpoint is attached now."""
+        return self._portal.inner.is_attached
+
+    def wait_attached(self, *, timeout: float | None = None) -> None:
+        """Return when the pool is attached, as `featcache.FeatureClient.wait_attached`."""
+        self._portal.call(lambda: self._portal.inner.wait_attached(timeout=timeout))
+
 
 class FeatureCache(_BlockingBase[AsyncCache]):
     """`featcache.FeatureCache` for code with no loop. Made by `create`."""

@@ -27,7 +27,7 @@ class ClientPuts:
         self._offload = offload
         self._writers: dict[bytes, PoolWriter] = {}
         self._puts = 0  # of writers that are gone
-        registry.on_gone = self._drop
+        registry.on_gone.append(self._drop)
 
     def _drop(self, pool_id: bytes) -> None:
         """Drop a pool's writer, whose connection keeps the words mapped."""

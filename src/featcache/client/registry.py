@@ -66,7 +66,7 @@ class ConnectionRegistry:
         self._tasks: set[asyncio.Task[None]] = set()
         self._unreachable: set[tuple[bytes, torch.device]] = set()
         self._closed = False
-        self.on_gone: Callable[[bytes], object] | None = None
+        self.on_gone: list[Callable[[bytes], object]] = []
         """Told the id of a pool whose owner is gone."""
 
     # --- reader.Pools ---------------------------------------------------------------------------
@@ -80,8 +80,8 @@ class ConnectionRegistry:
         if self._closed:
             raise CacheClosed("this client was closed, or is another process's")
         if self._bound is not None and ref.pool_id not in self._siblings:
-            if self._lost is not None:
-                raise OwnerLost(self._lost)
+            self.check_not_lost()
+            self.check(ref)  # of an owner before this one
             raise UnknownPool(
                 f"the ref is of pool {ref.pool_id.hex()}, this client is connected to another"
             )
@@ -123,7 +123,7 @@ class ConnectionRegistry:
         return self._connections.get(self.bound_pool)
 
     def check_not_lost(self) -> None:
-        """Raise OwnerLost if the pool that this client is connected to is gone."""
+        """Raise OwnerLost while the pool that this client is connected to is gone."""
         if self._lost is not None:
             raise OwnerLost(self._lost)
 
@@ -267,7 +267,7 @@ class ConnectionRegistry:
         self._connections[welcome.pool_id] = connection
         self._lost_pools.pop(welcome.pool_id, None)
         if endpoint == self._bound:
-            self.bound_pool = welcome.pool_id
+            self.bound_pool, self._lost = welcome.pool_id, None
         link.on_lost = lambda reason: self._on_lost(welcome.pool_id, reason)
         return connection
 
@@ -276,10 +276,10 @@ class ConnectionRegistry:
         attachment, hits, doorbell, unreachable = await map_pool(
             welcome, fds, self._device, self._offload, through_host=self._settings.through_host
         )
-        device = attachment.mapping.device
+        device, report = attachment.mapping.device, self._report_unreachable
         # A reader on the CPU has chosen to be; only a GPU's way through the host is worth a warning.
         if unreachable is not None and (device.type != "cpu" or self._settings.through_host):
-            self._report_unreachable(welcome.pool_id, device, unreachable)
+            report(welcome.pool_id, device, unreachable)
         connection = PoolConnection(
             attachment,
             hits,
@@ -288,9 +288,7 @@ class ConnectionRegistry:
             doorbell,
             self._offload,
             self._spawn,
-            lambda reason: self._report_unreachable(
-                welcome.pool_id, attachment.mapping.device, reason
-            ),
+            lambda reason: report(welcome.pool_id, attachment.mapping.device, reason),
         )
         connection.spill_endpoint = welcome.sibling_endpoint
         connection.tensors, connection.readers = welcome.tensors, welcome.readers
@@ -345,19 +343,26 @@ class ConnectionRegistry:
             "Settings.attachments"
         )
 
+    def lose_bound(self, reason: str) -> None:
+        """Refuse what needs the pool that this client is bound to, until it is attached again."""
+        self._lost = reason
+        if self.peek_bound() is None:  # the host pools beside it went with it
+            self._siblings.clear()
+            self._unreachable.clear()
+
     def _on_lost(self, pool_id: bytes, reason: str) -> None:
         connection = self._connections.pop(pool_id, None)
         if connection is None:
             return
         lost = connection.link.lost or reason
         if self._bound is not None:
-            self._lost = lost
+            self.lose_bound(lost)
         if len(self._lost_pools) >= _MAX_LOST:
             self._lost_pools.clear()
         self._lost_pools[pool_id] = lost
         connection.lose(lost)
-        if self.on_gone is not None:
-            self.on_gone(pool_id)
+        for told in self.on_gone:
+            told(pool_id)
         events.emit(
             events.OwnerGone(pool=pool_id.hex(), endpoint=connection.link.endpoint, reason=reason)
         )
@@ -381,7 +386,7 @@ class ConnectionRegistry:
         ends = await asyncio.gather(
             *(connection.close() for connection in connections), return_exceptions=True
         )
-        self.on_gone = None  # it refers to the client's puts, which refer to this: no cycle is left
+        self.on_gone.clear()  # it refers to the client's puts, which refer to this: no cycle is left
         for end in ends:
             if end is not None:
                 raise end
