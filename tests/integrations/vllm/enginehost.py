@@ -162,11 +162,15 @@ class Host:
             "enable_prefix_caching": False,
             "limit_mm_per_prompt": {"image": 4},
         }
+        count_here(self._counts)
         self._llm = LLM(
             model=model,
             ec_transfer_config=None if ec is None else ECTransferConfig(**ec),
             **(common | engine),
         )
+        core = self._llm.llm_engine.engine_core.engine_core
+        sharpen(core.model_executor.driver_worker.worker.model_runner.model)
+        self.scheduler = core.scheduler
         self._encoded = 0
 
     def ask(self, seeds: list[int], tokens: int) -> list[Answer]:
@@ -194,24 +198,61 @@ class Host:
     def encoded(self) -> int:
         return self._encoded
 
-    @property
-    def scheduler(self) -> Any:
-        return self._llm.llm_engine.engine_core.engine_core.scheduler
-
     def counts(self) -> dict[str, float]:
+        return dict(self._counts)
+
+    def attached(self) -> bool:
+        """Whether both of the engine's connectors are attached to an owner."""
         from vllm.distributed.ec_transfer import get_ec_transfer
 
-        for connector in (get_ec_transfer(), self.scheduler.ec_connector):
-            stats = connector.get_ec_connector_stats()
-            for name, value in ({} if stats is None else stats.data).items():
-                self._counts[name] = self._counts.get(name, 0) + value
-        return self._counts
+        scheduler, worker = self.scheduler.ec_connector._scheduler, get_ec_transfer()._worker
+        return scheduler._link.client is not None and worker._link.client is not None
 
-    def run(self, source: str) -> Any:
-        """Run a test's own function body here, with the host as `host`."""
-        names: dict[str, Any] = {"host": self}
-        exec(source, names)  # noqa: S102 - the test's own
-        return names.get("result")
+    def leased(self) -> int:
+        return sum(self.scheduler.ec_connector._scheduler.leased.values())
+
+    def evict_what_is_planned(self, endpoint: str) -> None:
+        """From now on, drop every key between the scheduler's plan and the worker's load."""
+        from featcache import blocking
+
+        connector, client = self.scheduler.ec_connector, blocking.connect(endpoint)
+        client.open()
+        build = connector.build_connector_meta
+
+        def evicting(output: Any) -> Any:
+            step = build(output)
+            for load in step.loads:
+                client.evict(load.key)
+            return step
+
+        connector.build_connector_meta = evicting
+
+    def evict_no_more(self) -> None:
+        del self.scheduler.ec_connector.build_connector_meta
+
+
+def count_here(counts: dict[str, float]) -> None:
+    """Have all counts of this process's connectors added up, whoever takes them."""
+    from featcache.integrations.vllm.counts import Counts
+
+    add = Counts.add
+
+    def adding(self: Counts, name: str, amount: float = 1) -> None:
+        add(self, name, amount)
+        counts[name] = counts.get(name, 0) + amount
+
+    Counts.add = adding  # type: ignore[method-assign]
+
+
+def sharpen(model: Any) -> None:
+    """Give a model weights by which its answers tell images apart: vLLM's dummies are near zero."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            drawn = torch.randn(weights.shape, generator=generator) * 0.3
+            weights.copy_(1 + drawn if "norm" in name and weights.dim() == 1 else drawn)
 
 
 def image(seed: int) -> Any:

@@ -1,4 +1,4 @@
-"""A LLaVA of random weights that a CPU runs in a few seconds: config, byte tokenizer, processor, no weights."""
+"""A LLaVA that a CPU runs in seconds: its config, byte tokenizer and processor, and no weights."""
 
 import json
 import sys

@@ -13,8 +13,9 @@ from featcache.integrations.vllm import config as configs
 from featcache.integrations.vllm.counts import Counts
 from featcache.integrations.vllm.flights import Flights
 from featcache.integrations.vllm.keys import Keys, facts, hashes_contents
-from featcache.integrations.vllm.link import LoopLink, ThreadLink, logger
+from featcache.integrations.vllm.link import LoopLink, ThreadLink
 from featcache.integrations.vllm.metadata import StepMetadata, WorkerMetadata
+from featcache.integrations.vllm.outages import logger
 from featcache.integrations.vllm.places import Place, agree_on_loads, place_of
 from featcache.integrations.vllm.saver import Saver
 from featcache.integrations.vllm.scheduler import SchedulerSide
@@ -52,7 +53,7 @@ class FeatcacheECConnector(ECConnectorBase):
             link = self._open_scheduler(config, keys, place)
         else:
             link = self._open_worker(config, keys, place)
-        there = link.wait_tried(config.connect_wait)
+        there = link.wait_attached(config.connect_wait)
         logger.info(
             "featcache: %s of %s, %s, owner at %s %s, keys vllm:%s:…",
             place.name,
@@ -66,7 +67,7 @@ class FeatcacheECConnector(ECConnectorBase):
     def _open_scheduler(
         self, config: configs.ConnectorConfig, keys: Keys, place: Place
     ) -> LoopLink:
-        link = LoopLink(config.endpoint, self._on_loss, name=place.name)
+        link = LoopLink(config.endpoint, self._counts, name=place.name)
         flights = Flights(link, config.peer_wait, self._counts, keeps_claims=self.is_producer)
         self._scheduler = SchedulerSide(
             link,
@@ -80,7 +81,7 @@ class FeatcacheECConnector(ECConnectorBase):
         return link
 
     def _open_worker(self, config: configs.ConnectorConfig, keys: Keys, place: Place) -> ThreadLink:
-        link = ThreadLink(config.endpoint, self._on_loss, device=place.device, name=place.name)
+        link = ThreadLink(config.endpoint, self._counts, device=place.device, name=place.name)
         saves = self.is_producer and place.saves
         self._worker = WorkerSide(
             link,
@@ -90,9 +91,6 @@ class FeatcacheECConnector(ECConnectorBase):
             agree=agree_on_loads if place.ranks > 1 else None,
         )
         return link
-
-    def _on_loss(self) -> None:
-        self._counts.add("owner_losses")
 
     def shutdown(self) -> None:
         """Save what is queued, end leases and claims, and close the connection. Idempotent."""

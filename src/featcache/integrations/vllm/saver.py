@@ -6,10 +6,11 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from featcache import FeatcacheError, FeatureTooLarge, OwnerLost, PoolFull, blocking
+from featcache import FeatcacheError, blocking
 from featcache.integrations.vllm.counts import Counts
 from featcache.integrations.vllm.features import bytes_of, packed, tensors_of
-from featcache.integrations.vllm.link import ThreadLink, logger
+from featcache.integrations.vllm.link import ThreadLink
+from featcache.integrations.vllm.outages import logger
 
 _CLOSE_S: Final = 5.0
 
@@ -90,12 +91,8 @@ class Saver:
                 self._counts.add("saves")
                 self._counts.add("save_bytes", bytes_of(save.output))
                 self._ended.put((save.identifier, True))
-        except (PoolFull, FeatureTooLarge):
+        except FeatcacheError:  # full, too large for it, or the owner is gone
             self._drop(save.identifier)
-        except FeatcacheError as error:
-            self._drop(save.identifier)
-            if client is not None and (isinstance(error, OwnerLost) or not client.is_open):
-                self._link.lost(client, error)
 
     def _put(self, client: blocking.FeatureClient, save: _Save) -> None:
         feature = packed(save.output)

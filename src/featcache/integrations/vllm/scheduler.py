@@ -88,8 +88,7 @@ class SchedulerSide:
             lease = lease_now(client, key)
             if lease is None and not self._there(client.contains_nowait(key), key):
                 return False
-        except FeatcacheError as error:
-            self._link.lost(client, error)
+        except FeatcacheError:  # the owner is gone: the link is on its way back
             return False
         self._held[identifier] = lease
         return True
@@ -114,8 +113,7 @@ class SchedulerSide:
                 continue
             try:
                 there = self._there(client.contains_nowait(key), key)
-            except FeatcacheError as error:
-                self._link.lost(client, error)
+            except FeatcacheError:
                 return True
             if there:
                 self._flights.arrived(key)

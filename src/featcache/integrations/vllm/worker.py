@@ -5,12 +5,13 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
 
-from featcache import FeatcacheError, KeyNotFound, OwnerLost, StaleRef
+from featcache import FeatcacheError, KeyNotFound, StaleRef
 from featcache.integrations.vllm.counts import Counts
 from featcache.integrations.vllm.features import bytes_of, fits, unpacked
 from featcache.integrations.vllm.keys import Keys
-from featcache.integrations.vllm.link import ThreadLink, logger
+from featcache.integrations.vllm.link import ThreadLink
 from featcache.integrations.vllm.metadata import Load, StepMetadata, WorkerMetadata
+from featcache.integrations.vllm.outages import logger
 from featcache.integrations.vllm.saver import Saver
 
 _AT_ONCE: Final = 64
@@ -77,9 +78,6 @@ class WorkerSide:
                     some = [load for load in some if client.contains_nowait(load.key) is not False]
                     features = client.get_many([load.key for load in some], timeout=_LOAD_S)
                 except FeatcacheError as error:
-                    if isinstance(error, OwnerLost) or not client.is_open:
-                        self._link.lost(client, error)
-                        return found
                     some = _without(some, error)
                     continue
                 for load, feature in zip(some, features, strict=True):
