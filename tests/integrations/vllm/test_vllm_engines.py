@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Final
@@ -85,7 +86,7 @@ def attached(engines: Engines) -> None:
     """Return when all engines have attached to the owner that is there now."""
     for name, engine in engines.items():
         if name != "plain":
-            until(lambda engine=engine: engine.call("attached"))
+            until(partial(engine.call, "attached"))
 
 
 def until(holds: Callable[[], Any], patience_s: float = 30.0) -> None:

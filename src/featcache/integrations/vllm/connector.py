@@ -16,7 +16,12 @@ from featcache.integrations.vllm.keys import Keys, facts, hashes_contents
 from featcache.integrations.vllm.link import LoopLink, ThreadLink
 from featcache.integrations.vllm.metadata import StepMetadata, WorkerMetadata
 from featcache.integrations.vllm.outages import logger
-from featcache.integrations.vllm.places import Place, agree_on_loads, place_of
+from featcache.integrations.vllm.places import (
+    Place,
+    agree_on_loads,
+    encodable_here,
+    place_of,
+)
 from featcache.integrations.vllm.saver import Saver
 from featcache.integrations.vllm.scheduler import SchedulerSide
 from featcache.integrations.vllm.stats import FeatcachePromMetrics, FeatcacheStats
@@ -77,6 +82,7 @@ class FeatcacheECConnector(ECConnectorBase):
             loads=self.is_consumer,
             saves=self.is_producer,
             ranks=place.ranks,
+            encodable=encodable_here(self._vllm_config),
         )
         return link
 

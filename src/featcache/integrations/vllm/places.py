@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -35,7 +36,7 @@ def place_of(vllm_config: Any, *, scheduler: bool) -> Place:
         return Place(f"{begins}-scheduler-{os.getpid()}", ranks, False, torch.device("cpu"))
     rank, saves = _own_rank()
     device = torch.device("cpu")
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         device = torch.device("cuda", torch.cuda.current_device())
     return Place(f"{begins}-rank{rank}-{os.getpid()}", ranks, saves, device)
 
@@ -67,3 +68,39 @@ def agree_on_loads(well: list[bool]) -> list[bool]:
                 flags, torch.distributed.ReduceOp.MIN, group=group.cpu_group
             )
     return [bool(flag) for flag in flags.tolist()]
+
+
+def encodable_here(vllm_config: Any) -> Callable[[Any], bool]:
+    """Return what tells whether a feature of a request brings more than the sizes of its output.
+
+    vLLM lets requests to a consumer leave the embeddings out, and bring what sizes their place in the
+    prompt: such an input is in the pool, or can't be answered.
+    """
+    multimodal = getattr(vllm_config.model_config, "multimodal_config", None)
+    if getattr(multimodal, "allow_missing_mm_embeddings", False) is not True:
+        return _always
+    sizes = _sizes_by_modality(vllm_config.model_config)
+
+    def encodable(feature: Any) -> bool:
+        known = sizes.get(getattr(feature, "modality", ""))
+        data = getattr(feature, "data", None)
+        return not known or not data or not set(data) <= known
+
+    return encodable if any(sizes.values()) else _always
+
+
+def _always(_: Any) -> bool:
+    return True
+
+
+def _sizes_by_modality(model_config: Any) -> dict[str, set[str]]:
+    try:
+        from vllm.multimodal import MULTIMODAL_REGISTRY  # noqa: PLC0415 - of consumers alone
+
+        parser = MULTIMODAL_REGISTRY.create_processor(model_config).info.data_parser
+        return {
+            modality: set(parser.placeholder_metadata_fields(modality))
+            for modality in parser.embedding_fields
+        }
+    except Exception:  # noqa: BLE001 - a model's own code: without its word all is taken to be encodable
+        return {}

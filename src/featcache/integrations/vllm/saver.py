@@ -50,7 +50,7 @@ class Saver:
 
     def take_ended(self) -> tuple[list[str], list[str]]:
         """Return the identifiers that were saved, and those that were not, since the last call."""
-        saved, dropped = [], []
+        saved, dropped = list[str](), list[str]()
         while True:
             try:
                 identifier, well = self._ended.get_nowait()
@@ -101,7 +101,7 @@ class Saver:
             return
         tensors = tensors_of(save.output)
         if self._stream is None:
-            self._stream = torch.cuda.Stream(tensors[0].device)
+            self._stream = torch.cuda.Stream(tensors[0].device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(save.ready)
             for tensor in tensors:  # the step's allocator may not reuse it before the copy

@@ -49,10 +49,13 @@ class SchedulerSide:
         loads: bool,
         saves: bool,
         ranks: int,
+        encodable: Callable[[Any], bool] = lambda _: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._link, self._keys, self._flights, self._counts = link, keys, flights, counts
         self._loads, self._saves, self._ranks = loads, saves, ranks
+        self._encodable = encodable
+        """Whether a request brings what an input's output can be made of."""
         self._clock = clock
         # Of the step that is planned now:
         self._seen: dict[str, bool] = {}
@@ -118,7 +121,7 @@ class SchedulerSide:
             if there:
                 self._flights.arrived(key)
             elif self._flights.may_encode(key, client):
-                if feature.data is None and self._loads:  # there is nothing here to encode it from
+                if not self._encodable(feature):  # there is nothing here to encode it from
                     self._unavailable.add(request.request_id)
                     ready = False
             else:

@@ -14,6 +14,8 @@ from featcache.integrations.vllm.counts import COUNTERS
 class FeatcacheStats(ECConnectorStats):
     """Counts of one interval, by the names of `COUNTERS`."""
 
+    data: dict[str, Any]
+
     def reset(self) -> None:
         """Begin a new interval."""
         self.data = {}

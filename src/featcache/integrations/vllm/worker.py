@@ -49,7 +49,7 @@ class WorkerSide:
         began_s = time.perf_counter()
         loads = step.loads
         missing = [load for load in loads if load.identifier not in encoder_cache]
-        loaded = self._loaded(missing)
+        loaded = self._loaded(missing, checks=step.encodes is not None)
         well = [load.identifier in encoder_cache or load.identifier in loaded for load in loads]
         # The encoder runs on all ranks together: what one has not, all encode.
         if self._agree is not None:
@@ -67,8 +67,8 @@ class WorkerSide:
             self._counts.add("load_bytes", sum(map(bytes_of, loaded.values())))
             self._counts.add("load_seconds", time.perf_counter() - began_s)
 
-    def _loaded(self, loads: list[Load]) -> dict[str, Any]:
-        """Return what could be loaded, by identifier."""
+    def _loaded(self, loads: list[Load], *, checks: bool) -> dict[str, Any]:
+        """Return what could be loaded, by identifier; if it `checks`, only what fits its request."""
         found: dict[str, Any] = {}
         for first in range(0, len(loads), _AT_ONCE):
             some = loads[first : first + _AT_ONCE]
@@ -82,7 +82,7 @@ class WorkerSide:
                     continue
                 for load, feature in zip(some, features, strict=True):
                     output = unpacked(feature)
-                    if fits(output, load.rows):
+                    if not checks or fits(output, load.rows):
                         found[load.identifier] = output
                 break
         return found
