@@ -62,7 +62,7 @@ def install() -> None:
     }
     for name, members in contents.items():
         module = ModuleType(name)
-        module.__path__ = []  # type: ignore[attr-defined]  # a package
+        module.__path__ = []  # a package
         vars(module).update(members)
         sys.modules[name] = module
         parent, _, last = name.rpartition(".")
