@@ -27,6 +27,7 @@ from featcache.owner.keys import Lookups
 from featcache.owner.sessions import Sessions
 from featcache.pool import collector as collector_module
 from featcache.pool import pool as pool_module
+from featcache.pool.block import PoolBlock
 from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
 from featcache.ref import TensorSpec
@@ -98,7 +99,9 @@ class World:
             limits = Limits(units * UNIT, units * UNIT, units * UNIT, slots, 8, grace_s, 1e9)
 
             async def make() -> Pool:
-                return Pool(FakeSlab(), limits, Settings(), SimpleNamespace())  # type: ignore[arg-type]
+                slab: Any = FakeSlab()
+                offload: Any = SimpleNamespace()
+                return Pool(slab, PoolBlock.make(slab, slots), limits, Settings(), offload)
 
             self.pool = self.loop.run_until_complete(make())
             undo.callback(self.pool.close)

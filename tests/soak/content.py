@@ -10,6 +10,7 @@ import attrs
 import torch
 
 from featcache import FeatureRef
+from soak.turns import aside
 
 _MASK: Final = (1 << 64) - 1
 _PLACE: Final = 0x1E3779B97F4A7C15  # odd and irregular: no two features share a word at one place
@@ -29,6 +30,7 @@ class Content:
     seed: int
     words: int
 
+    @aside
     def make(self, device: Any) -> Feature:
         """Make the feature: a tensor, bytes of an odd number, or a dict of two."""
         whole = _words(self.seed, self.words, device)
@@ -40,6 +42,7 @@ class Content:
             case _:
                 return whole
 
+    @aside
     def is_right(self, found: Feature) -> bool:
         """Whether these are the bytes, all of them and no others."""
         wanted = self.make(_device(found))

@@ -21,7 +21,7 @@ from soak.cancelling import cancel_in_owner
 from soak.content import KEYS, of_key
 from soak.plan import TTL_S, Place, Role, World
 from soak.process import GPU_FILES, Process
-from soak.turns import TimedSelector
+from soak.turns import TimedSelector, aside
 from soak.workers import make
 from support.leaks import mapped_memfds, open_descriptors, threads_ended
 from support.processes import NotSo, until
@@ -233,6 +233,7 @@ def _left(cache: FeatureCache) -> dict[str, int]:
     }
 
 
+@aside
 def figures() -> dict[str, int]:
     """Memory and descriptors of this process, in KiB and numbers."""
     gc.collect()

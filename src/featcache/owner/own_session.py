@@ -1,8 +1,10 @@
 """The owner's own sessions: it reads its pools through its own mappings."""
 
+import asyncio
 import contextlib
 import os
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +16,7 @@ from featcache.errors import (
     system_errors,
 )
 from featcache.memory.slab import PageWords, Unreachable
+from featcache.memory.words import SessionWords
 from featcache.owner.sessions import OWN_SESSION, Sessions
 from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
@@ -23,6 +26,20 @@ from featcache.session.attachment import Attachment
 from featcache.session.hits import KeyHits
 from featcache.session.offload import Offload
 from featcache.session.waiting import Doorbell
+
+
+class OwnPage(NamedTuple):
+    """A page that is not a session's yet."""
+
+    words: SessionWords
+    fd: int
+    adopted: PageWords
+
+    @staticmethod
+    def close(page: "OwnPage | None") -> None:
+        """Close the descriptor; the slab still knows the words."""
+        if page is not None:
+            os.close(page.fd)
 
 
 class OwnSession:
@@ -39,10 +56,11 @@ class OwnSession:
         self.hits: KeyHits | None = None
         """Its lookups in the key table, once it has read."""
         self._doorbell: Doorbell | None = None
+        self._preparing = asyncio.Lock()
 
     @property
     def attached(self) -> Attachment | None:
-        """The owner's attachment, once it has read; the first read makes its page, in the loop."""
+        """The owner's attachment, once it was prepared or has read: the first read makes its page."""
         return self._attachment
 
     def attach(self) -> Attachment:
@@ -50,21 +68,43 @@ class OwnSession:
         if self._attachment is None:
             self._pool.check_open()
             with system_errors(BackendUnavailable, "the owner can't read its own pool"):
-                self._attachment = self._made()
+                self._attachment = self._made(self._page_made())
         return self._attachment
 
-    def _made(self) -> Attachment:
-        pool = self._pool
-        page = self._sessions.open_page(self._number, self._name, os.getpid())
+    async def prepare(self) -> None:
+        """Attach with the page made in a thread, where a driver pins its words: in tens of milliseconds."""
+        async with self._preparing:
+            if self._attachment is not None:
+                return
+            with system_errors(BackendUnavailable, "the owner can't read its own pool"):
+                made = await self._pool.offload.run(self._page_made, OwnPage.close)
+                if (
+                    self._attachment is not None or self._pool.closed
+                ):  # a read of this loop, or the end
+                    OwnPage.close(made)
+                    self._pool.check_open()
+                else:
+                    self._attachment = self._made(made)
+
+    def _page_made(self) -> OwnPage:
+        words, fd = self._sessions.make_page()
         try:
-            adopted = PageWords.adopted(pool.slab, page.words)
+            return OwnPage(words, fd, PageWords.adopted(self._pool.slab, words))
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _made(self, made: OwnPage) -> Attachment:
+        pool = self._pool
+        page = self._sessions.open_page(self._number, self._name, os.getpid(), made[:2])
+        try:
             self._doorbell = Doorbell(os.dup(pool.recycler.eventfd))
         except BaseException:  # the next read tries again
             del pool.pages[self._number]
             page.close()
             raise
         attachment = Attachment(
-            pool.pool_id, pool.words, page.words, pool.slab, adopted, self._doorbell.ring
+            pool.pool_id, pool.words, page.words, pool.slab, made.adopted, self._doorbell.ring
         )
         attachment.covered_bytes = pool.store.limits.capacity_bytes
         attachment.why_stale = pool.store.why_stale

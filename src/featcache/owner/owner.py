@@ -96,6 +96,8 @@ class Owner:
                 name,
             )
             opened = cls(main, plan, settings, spill_bytes, name)
+            if main.pool.slab.deferred:
+                await main.own.prepare()
             if spill_bytes is not None:
                 main.server.hold()  # a session is told of the spill pool when it is admitted
                 await opened.host_pool()

@@ -46,6 +46,7 @@ class Relay:
             await source.ahead.arrival(ref.slot, ref.generation)
         source.find(ref)
         target = await self._target()
+        await self._source.relaying.prepare()
         attachment = self._source.relaying.attach()
         request = Request(ref.nbytes, 1, source.settings.relay_ttl)
         there = attachment.pin(ref)
@@ -107,6 +108,7 @@ class Relay:
             )
         if ref.nbytes != request.nbytes:
             raise MalformedRef("the request's size is not the feature's")
+        await host.relaying.prepare()
         attachment = host.relaying.attach()
         there, done = attachment.pin(ref), False
         try:

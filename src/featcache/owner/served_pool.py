@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeVar
 
 import anyio
 
@@ -18,12 +20,14 @@ from featcache.owner.observing import Observations
 from featcache.owner.own_session import OwnSession
 from featcache.owner.requests import RequestHandlers
 from featcache.owner.sessions import RELAY_SESSION, Sessions
+from featcache.pool.block import PoolBlock
 from featcache.pool.pool import Pool
 from featcache.pool.writer import OwnerWriter
 from featcache.session.attachment import Attachment
-from featcache.session.offload import Offload
+from featcache.session.offload import Offload, OnAbandoned
 from featcache.settings import Settings
 
+T = TypeVar("T")
 _SETTLE_S = 10.0
 _POLL_S = 0.001
 
@@ -77,18 +81,18 @@ class ServedPool:
             slab = await offload.run(make, _close_made)
             undo.callback(slab.close)
             try:
-                await offload.run(
-                    lambda: slab.commit(0, limits.initial_bytes, prefault=settings.prefault)
+                await _to_its_end(
+                    offload,
+                    lambda: slab.commit(0, limits.initial_bytes, prefault=settings.prefault),
                 )
-            except asyncio.CancelledError:
-                # First: a thread is still committing to the slab's descriptor.
-                await offload.drain()
-                raise
             except MemoryError as error:
                 raise BackendUnavailable(f"the slab could not be made: {error}") from error
             listener = endpoints.listen(endpoint)
             undo.callback(listener.close)
-            pool = Pool(slab, limits, settings, offload)
+            make_block = partial(PoolBlock.make, slab, limits.slots)
+            block = [await _to_its_end(offload, make_block, PoolBlock.close)]
+            # Taken out: this frame may live in an error's traceback, and would keep the words mapped.
+            pool = Pool(slab, block.pop(), limits, settings, offload)
             undo.callback(pool.close)
             pool.endpoint = listener.path
             sessions = Sessions(pool, name)
@@ -167,6 +171,18 @@ async def take_each(*steps: Callable[[], Awaitable[object] | object]) -> None:
             raise first
     finally:
         first = None  # its traceback refers to this frame
+
+
+async def _to_its_end(
+    offload: Offload, work: Callable[[], T], on_abandoned: OnAbandoned[T] | None = None
+) -> T:
+    """Await work on a slab in a thread; if the caller is cancelled, until it is done."""
+    try:
+        return await offload.run(work, on_abandoned)
+    except asyncio.CancelledError:
+        # First: a thread is still at work on what is closed next.
+        await offload.drain()
+        raise
 
 
 def _close_made(slab: Slab | None) -> None:

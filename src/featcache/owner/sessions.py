@@ -104,10 +104,15 @@ class Sessions:
             raise BackendUnavailable("this pool is in host memory already: read it, and put, there")
         return self.through_host
 
-    def open_page(self, number: int, name: str | None, pid: int) -> SessionPage:
-        """Make the page of a session and begin to poll it."""
-        slots, grants = self._pool.store.limits.slots, self._pool.settings.grants
-        words, fd = SessionWords.create(slots, grants)
+    def make_page(self) -> tuple[SessionWords, int]:
+        """Make the words of a page, and their descriptor. Safe in any thread."""
+        return SessionWords.create(self._pool.store.limits.slots, self._pool.settings.grants)
+
+    def open_page(
+        self, number: int, name: str | None, pid: int, made: tuple[SessionWords, int] | None = None
+    ) -> SessionPage:
+        """Make the page of a session, unless it is `made`, and begin to poll it."""
+        words, fd = made or self.make_page()
         page = self._pool.pages[number] = SessionPage(number, name, words, fd, pid)
         return page
 

@@ -25,10 +25,11 @@ from featcache.core.slots import Slot, SlotState
 from featcache.errors import BackendUnavailable, CacheClosed, MalformedRef
 from featcache.memory.key_table import OwnKeyTable
 from featcache.memory.slab import Order, Slab
-from featcache.memory.words import Header, OwnerWords, fence_full
+from featcache.memory.words import Header, fence_full
 from featcache.pool import gauges
 from featcache.pool.ahead import RoomsAhead
 from featcache.pool.attendance import Attendance
+from featcache.pool.block import PoolBlock
 from featcache.pool.collector import Collector
 from featcache.pool.debtors import Debtors
 from featcache.pool.growth import Growth
@@ -52,7 +53,10 @@ _TICK: Final = Header.TICK
 class Pool:
     """One slab, its store and words, in the event loop that opened it."""
 
-    def __init__(self, slab: Slab, limits: Limits, settings: Settings, offload: Offload) -> None:
+    def __init__(
+        self, slab: Slab, block: PoolBlock, limits: Limits, settings: Settings, offload: Offload
+    ) -> None:
+        """Take `block` over, also if this fails."""
         self.pool_id = secrets.token_bytes(16)
         self.endpoint = ""
         self.slab = slab
@@ -71,18 +75,16 @@ class Pool:
         self.store.allocator.grow(limits.initial_bytes)
         self.collector = Collector(self)
         self.collect = self.collector.collect
-        self.words, self.words_fd = OwnerWords.create(limits.slots)
-        self.key_table = OwnKeyTable(self.words)
+        self.words, self.words_fd, self.complete = block
         try:
-            self.complete = slab.adopt(self.words, self.words.published)
-            """The `published` words as the slab signals them."""
+            self.key_table = OwnKeyTable(self.words)
             self.recycler = Recycler(
                 self.collector, self._tick, settings.recycle_interval, deferred=slab.deferred
             )
         except BaseException:
             os.close(self.words_fd)
-            del self.words, self.key_table  # unmapped now: the pool is in a cycle
-            vars(self).pop("complete", None)
+            for name in ("words", "key_table", "complete"):  # unmapped now: the pool is in a cycle
+                vars(self).pop(name, None)
             raise
         self.growth = Growth(
             *(self.name, slab, self.store, self.words.header, settings, offload, self.apply)
