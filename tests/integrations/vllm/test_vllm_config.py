@@ -123,6 +123,8 @@ def test_an_output_with_other_rows_does_not_fit() -> None:
 
 
 def test_without_vllm_the_connector_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("vllm.")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.delitem(sys.modules, "featcache.integrations.vllm.connector", raising=False)
     with pytest.raises(ImportError, match=r"needs vLLM 0\.32 or newer in this environment$"):
