@@ -79,7 +79,11 @@ FORBIDDEN: Rules = {
         "vllm",
     ),
     # and without what only the command line needs
-    tuple(name for _, names in ROOMS if names is not CLI for name in names): ("click", "rich"),
+    tuple(name for _, names in ROOMS if names is not CLI for name in names): (
+        "click",
+        "rich",
+        "textual",
+    ),
     # only memory/ calls the driver
     tuple(name for _, names in ROOMS for name in names if names is not MEMORY): ("cuda",),
 }
