@@ -25,7 +25,7 @@ import featcache
 from bench import proofs
 from bench.crew import Child, Crew, Pipe, until
 from bench.patterns import Patterns
-from bench.proofs import MIB, SLACK_BYTES, Proof, gpu_index, is_cuda, mib
+from bench.proofs import MIB, Proof, gpu_index, is_cuda, mib
 from integrations.vllm import stubs
 
 SIZES = (1, 4, 16, 64)
@@ -186,37 +186,41 @@ async def _scene(
     workers = first.workers + second.workers
     for child in workers:
         await child.expect("begun")
-    before = await proof.nvml.settled()
     for child in workers:
         child.tell("go")
     for child in workers:
         await child.expect("attached")
     await _transfers(proof, backend, cache, first, second)
-    await _contexts(proof, backend, before, devices)
+    await _contexts(proof, backend, [first, second])
     contexts += [await one.end() for one in (first, second)]
     proof.claim(
         f"{backend}: schedulers with a context on a GPU", sum(contexts), "0", not any(contexts)
     )
 
 
-async def _contexts(proof: Proof, backend: str, before: list[int], devices: list[str]) -> None:
-    """Claim that no rank of one GPU came to cost anything on another.
-
-    Each rank of GPU 0 began with its context there; what is more since then are features in flight of its
-    own, and a context of a rank of another GPU, which would be hundreds of MiB.
-    """
+async def _contexts(proof: Proof, backend: str, instances: list[Instance]) -> None:
+    """Claim that no process but those with a rank there has a context on the owner's GPU."""
     if not len(proof.nvml):
         proof.not_run(f"{backend}: foreign contexts", "needs a GPU")
         return
-    after = await proof.nvml.settled()
-    more = [mib(now - then) for now, then in zip(after, before, strict=True)]
-    proof.details[f"{backend}: MiB more by GPU since the ranks began"] = more
-    if len(devices) < 2 or devices[0] == devices[1]:
-        proof.not_run(f"{backend}: foreign contexts", "needs two GPUs")
+    index = gpu_index(proof.options.device)
+    await proof.nvml.settled()
+    users = proof.nvml.process_bytes(index)
+    there, foreign = 0, 0
+    for one in instances:
+        foreign += users.get(one.scheduler.pid, 0)
+        for child, device in zip(one.workers, one.devices, strict=True):
+            if gpu_index(device) == index:
+                there += users.get(child.pid, 0)
+            else:
+                foreign += users.get(child.pid, 0)
+    if not there or len({gpu_index(device) for one in instances for device in one.devices}) < 2:
+        proof.not_run(
+            f"{backend}: foreign contexts", "needs two GPUs, and NVML's word on processes"
+        )
         return
-    own = 4 * max(SIZES) + SLACK_BYTES // MIB  # what its own rank's allocator may keep of loads
-    found = more[gpu_index(proof.options.device)]
-    proof.claim(f"{backend}: MiB more on the owner's GPU", found, f"under {own}", found < own)
+    proof.note(f"{backend}: MiB of the ranks of the owner's GPU there", mib(there))
+    proof.claim(f"{backend}: MiB of all others there", mib(foreign), "0", foreign == 0)
 
 
 async def _transfers(

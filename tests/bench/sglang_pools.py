@@ -147,14 +147,14 @@ class Tokenizer:
         return int(self.pool.active_lease_count)
 
     def foreign_mib(self) -> float:
-        """MiB that other processes than this have on GPU 0, as the driver says; -1 if it does not."""
+        """MiB that ranks of other GPUs have on GPU 0, as the driver says; -1 if it does not."""
         try:
             import pynvml
         except ImportError:
             return -1.0
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        ranks = {process.pid for process in self.processes}
+        ranks = {process.pid for process in self.processes[1:]}
         users = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
         return sum((user.usedGpuMemory or 0) / MIB for user in users if user.pid in ranks)
 
