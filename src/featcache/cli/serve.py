@@ -15,7 +15,7 @@ import structlog
 
 import featcache
 from featcache import FeatureCache, SettingsError
-from featcache.cli.config import ServeOptions, options_of
+from featcache.cli.config import ServeOptions, no_setting, options_of
 from featcache.cli.exits import Exit, Failure
 from featcache.cli.logs import configure
 from featcache.cli.notify import notify
@@ -83,8 +83,9 @@ def _more(pairs: tuple[str, ...]) -> dict[str, str]:
         if not equals or not name:
             raise SettingsError(f"--set {pair}: write NAME=VALUE")
         name = name.strip().replace("-", "_")
-        if name not in {field.name for field in featcache.Settings.__attrs_attrs__}:
-            raise SettingsError(f"--set {pair}: {name} is no setting")
+        known = [field.name for field in featcache.Settings.__attrs_attrs__]
+        if name not in known:
+            raise SettingsError(f"--set {pair}: {no_setting(name, known)}")
         found[name] = value.strip()
     return found
 
