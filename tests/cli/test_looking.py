@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import attrs
 import pytest
 
 import featcache
-from cli.commands import Ended, Run
+from cli.commands import Ended, Run, started
 from cli.conftest import Serve
 from featcache import FeatureCache, Snapshot, Statistics
 from featcache.cli.exits import one_line
@@ -323,25 +322,25 @@ def test_no_command_at_all_shows_them_line_by_line(command: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "start"),
-    [(["stat"], b"endpoint"), (["stat", "--json"], b"{"), (["top"], b"featcache")],
+    ("command", "start"),
+    [
+        ("stat --watch --every 0.1", b"endpoint"),
+        ("stat --json --watch --every 0.1", b"{"),
+        ("top --interval 0.1", b"featcache"),
+    ],
 )
 async def test_an_output_that_nobody_reads_any_more_is_no_failure(
-    what: list[str], start: bytes
+    runtime_dir: Path, command: str, start: bytes
 ) -> None:
-    often = ["--watch", "--every", "0.1"] if "stat" in what else ["--interval", "0.1"]
+    out, err = runtime_dir / "out", runtime_dir / "err"
+    os.mkfifo(out)
     async with featcache.create(settings=small()) as owner:
-        reads, writes = os.pipe()
-        command = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "featcache", *what, owner.endpoint, *often),
-            stdout=writes,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        os.close(writes)
+        process = started([*command.split(), owner.endpoint], out, err)
+        reads = await asyncio.to_thread(os.open, out, os.O_RDONLY)
         assert await asyncio.to_thread(os.read, reads, len(start)) == start
         os.close(reads)
-        _, said = await command.communicate()
-    assert (command.returncode, said) == (0, b"")
+        await asyncio.to_thread(process.join)
+    assert (process.exitcode, err.read_text()) == (0, "")
 
 
 def test_an_error_of_the_system_is_told_without_its_number() -> None:
