@@ -107,7 +107,7 @@ def _pool(snapshot: Snapshot) -> Table:
                 f"{figures.evicted} evicted, {figures.expired} expired, {figures.spilled} spilled"
             ),
         ),
-        ("lost", f"{figures.readers_lost} readers, {figures.waited} puts waited"),
+        ("trouble", f"{figures.readers_lost} readers lost, {figures.waited} puts waited"),
     ]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
