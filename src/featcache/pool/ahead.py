@@ -111,7 +111,11 @@ class RoomsAhead:
     def _make(self, nbytes: int, page: SessionPage) -> Slot | None:
         """Evict for a session's next put what its last ones would have, and reserve it."""
         pool = self._pool
-        if not self._may_make(page, nbytes) or pool.turn.left <= 0 or pool.store.evicting.in_progress:
+        if (
+            not self._may_make(page, nbytes)
+            or pool.turn.left <= 0
+            or pool.store.evicting.in_progress
+        ):
             return None
         page.to_evict_bytes -= nbytes
         pool.collector.evict_some(Request(nbytes, 0, None, None, page.session))
