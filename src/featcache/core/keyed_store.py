@@ -286,6 +286,8 @@ class KeyedStore(Store):
             slot = self.recency.coldest(held, None if most is None else _PASSES)
             if slot is None or not left:
                 self.trimming = slot is not None or self.recency.unfinished
+                if self.recency.unfinished:
+                    self.evicting.steps += _PASSES // 2
                 break
             left -= 1
             assert slot.extent is not None, "it is kept"
