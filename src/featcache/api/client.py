@@ -206,7 +206,8 @@ class FeatureClient(CacheBase):
         Raises:
             OwnerUnreachable: (also OwnerLost) no owner came in time.
             OwnerLost: the owner is gone, and this client does not attach anew.
-            SettingsError: this client is connected to no endpoint.
+            CacheClosed: this client is closed, or meanwhile.
+            SettingsError: it is connected to no endpoint.
 
         """
         timeout_s, client = parse_timeout(timeout), self._life.here()
