@@ -14,6 +14,7 @@ from featcache.api import forks
 from featcache.api.arguments import parse_device, parse_name, settings_with
 from featcache.api.base import CacheBase
 from featcache.api.lifecycle import Lifecycle
+from featcache.client.deadlines import UNATTACHED, at_most, give_up_at
 from featcache.client.keys import ClientKeys
 from featcache.client.puts import ClientPuts
 from featcache.client.reconnect import Reconnector
@@ -93,11 +94,13 @@ class OpenClient:
         writer = self.puts.bound_writer()
         return None if writer is None or on_full not in ("wait", "raise") else Writers(writer)
 
-    async def writers(self, on_full: str, key: Any) -> Writers:
+    async def writers(self, on_full: str, key: Any, timeout_s: float | None) -> Writers:
         """Return the writers of the pools that a put may go to, attaching first, in the order of calls."""
+        until_s = None if timeout_s is None else give_up_at(timeout_s)
         self.entering += 1
         try:
-            return await self._line.go(lambda: self.puts.writers(on_full, key))
+            with at_most(until_s, UNATTACHED):
+                return await self._line.go(lambda: self.puts.writers(on_full, key))
         finally:
             self.entering -= 1
 
@@ -266,7 +269,7 @@ class FeatureClient(CacheBase):
             await client.enter()
         if on_full == "wait" and (writer := client.puts.bound_writer()) is not None:
             return await writer.put(writer.stage(feature, readers, ttl, key), timeout_s, wait=True)
-        staged = (await client.writers(on_full, key)).stage(feature, readers, ttl, key)
+        staged = (await client.writers(on_full, key, timeout_s)).stage(feature, readers, ttl, key)
         return await staged.put(timeout_s, client.spills, wait=on_full != "raise")
 
     def __repr__(self) -> str:

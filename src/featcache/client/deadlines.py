@@ -18,6 +18,9 @@ UNTOLD: Final = (
     "the owner did not say in time that the feature is kept, and it was taken back: it is busy, or "
     "stopped"
 )
+UNATTACHED: Final = (
+    "the pools that it may go to were not attached in time: their owner is busy, or stopped"
+)
 UNMAPPED: Final = "the slab's new memory was not mapped here in time: nothing was put"
 
 
