@@ -1,5 +1,6 @@
 """The timeout of a client's put covers all that it waits for, not only its room."""
 
+import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -34,5 +35,11 @@ async def test_a_put_that_may_spill_waits_no_longer_for_a_spill_pool_that_does_n
             with pytest.raises(PutTimeout, match="not attached in time"):
                 await call(client)
             await client.put(filled(8), timeout=0.01)  # its place in the line is free again
+            patient = asyncio.create_task(client.put(filled(8), on_full="spill"))
+            await asyncio.sleep(0)
+            with pytest.raises(PutTimeout, match="behind the puts before it"):
+                await client.put(filled(8), timeout=0.01)
+            patient.cancel()
+            await asyncio.wait([patient])
         connection.spill_endpoint = answers
         await client.put(filled(8), on_full="spill", timeout=30)
