@@ -31,10 +31,10 @@ endif
 EXAMPLES := $(sort $(dir $(wildcard examples/*/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench docs soak fuzz clean
+.PHONY: help venv demo test test-vllm test-sglang lint format bench docs soak fuzz clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
 
 venv: $(STAMP) ## make or repair .venv, with everything that the other targets need
 
@@ -49,7 +49,13 @@ demo: $(STAMP) ## run the demo
 	$(BIN)/python examples/demo $(ARGS)
 
 test: $(STAMP) ## run the tests; those that need a GPU are skipped where there is none
-	$(BIN)/pytest -q $(ARGS)
+	$(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+
+test-vllm: ## run the connector's tests in vLLM itself, in an environment of their own
+	@PYTHON=$(PYTHON) tests/integrations/vllm/run $(ARGS)
+
+test-sglang: ## run the plugin's tests in SGLang itself, in an environment of their own
+	@PYTHON=$(PYTHON) tests/integrations/sglang/run $(ARGS)
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .
@@ -99,5 +105,5 @@ fuzz: $(STAMP) ## fuzz what decodes refs, messages and frames: make fuzz MINUTES
 	$(BIN)/python -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) $(DOCS_VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DOCS_VENV) .venv-vllm .venv-sglang site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests $(wildcard examples) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -76,6 +76,7 @@ FORBIDDEN: Rules = {
     tuple(name for _, names in ROOMS if names is not INTEGRATIONS for name in names): (
         "prometheus_client",
         "opentelemetry",
+        "vllm",
     ),
     # and without what only the command line needs
     tuple(name for _, names in ROOMS if names is not CLI for name in names): (
