@@ -116,7 +116,7 @@ async def test_a_request_of_several_samples_is_read_as_often_as_it_is_sent(
     ranks = [start(rank, 0), start(rank, 1)]
     for _ in range(3):
         for child in ranks:
-            (read,) = await child.ask("read", tokenized.mm_inputs)
+            ((read,),) = await child.ask("read", tokenized.mm_inputs)
             assert torch.equal(read, feature)
     assert torch.equal(request.mm_items[0].model_specific_data["extra"], extra)
     await drained(tokenizer.cudaipc_mmfeature_pool)

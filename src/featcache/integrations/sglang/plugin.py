@@ -23,8 +23,7 @@ _VMM: Final = "sglang.srt.utils.cuda_vmm_transport_utils"
 _MSGPACK: Final = "sglang.srt.utils.msgpack_utils"
 _TOKENIZE: Final = "sglang.srt.managers.tokenizer_manager.TokenizerManager._tokenize_one_request"
 _APP: Final = "sglang.srt.entrypoints.http_server:app"
-_OUR_TOKENIZE: Final = "sglang.srt.managers.tokenizer_manager.TokenizerManager._tokenize_one_request"
-_APP: Final = "featcache.integrations.sglang.http_app:app"
+_OUR_APP: Final = "featcache.integrations.sglang.http_app:app"
 _FIELD: Final = "featcache"
 
 REPLACED: Final[dict[str, type]] = {

@@ -20,14 +20,14 @@ async def tokenize(
     inputs = getattr(tokenized, "mm_inputs", None)
     if inputs is not None and isinstance(sampling, dict) and (sampling.get("n") or 1) > 1:
         for item in getattr(inputs, "mm_items", ()):
-            _take_back(vars(item))
-            _take_back(item.model_specific_data)
+            for name in ("feature", "precomputed_embeddings"):
+                setattr(item, name, _at_hand(getattr(item, name)))
+            more = item.model_specific_data
+            more.update({name: _at_hand(value) for name, value in more.items()})
     return tokenized
 
 
-def _take_back(fields: dict[str, Any]) -> None:
-    for name, value in fields.items():
-        if isinstance(value, FeatureProxy):
-            feature = take_back(value.ref)
-            if feature is not None:
-                fields[name] = feature
+def _at_hand(value: Any) -> Any:
+    """Return the feature of a proxy in host memory; anything else as it is."""
+    found = take_back(value.ref) if isinstance(value, FeatureProxy) else None
+    return value if found is None else found
