@@ -103,8 +103,8 @@ async def test_a_request_of_several_samples_is_read_as_often_as_it_is_sent(
     """With ``n`` above 1 SGLang sends one tokenized request n + 1 times, its features with it."""
     feature, extra = on_gpu(4, 4), on_gpu(2, 3)
     request = wrapped(tokenizer, feature)
-    request.mm_items[0].model_specific_data["extra"] = (
-        tokenizer.cudaipc_mmfeature_pool.wrap_tensor(extra, use_pool_handle_cache=True)
+    request.mm_items[0].model_specific_data["extra"] = tokenizer.cudaipc_mmfeature_pool.wrap_tensor(
+        extra, use_pool_handle_cache=True
     )
 
     async def original(manager: Any, obj: Any) -> Any:

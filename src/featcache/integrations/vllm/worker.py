@@ -51,7 +51,7 @@ class WorkerSide:
         missing = [load for load in loads if load.identifier not in encoder_cache]
         try:
             loaded = self._loaded(missing, checks=step.encodes is not None)
-        except Exception:  # the other ranks are about to wait for this one
+        except Exception:  # noqa: BLE001 - whatever it is, the other ranks wait for this one
             logger.exception("featcache: %d loads failed: encoded instead", len(missing))
             loaded = {}
         well = [load.identifier in encoder_cache or load.identifier in loaded for load in loads]
