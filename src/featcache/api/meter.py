@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Final
 
-# In exact decimals: a query names a bucket by the text of its bound.
+# Each is written out: `5 * 1e-6` is 4.9999999999999996e-06, and stood so in the label `le`.
 HOST_BOUNDS_S: Final = (
     *(1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
     *(0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 1.0),
