@@ -252,8 +252,12 @@ def test_a_mapping_gives_its_pages_back_in_pieces_before_it_is_unmapped(
     view, written = mapping.view(0, spec), target.address  # view and target outlive the close
     assert resident_kib(read) == resident_kib(written) == nbytes // KIB
     madvise, pieces = host._libc.madvise, list[int]()
-    noted = types.SimpleNamespace(madvise=lambda *call: pieces.append(call[1]) or madvise(*call))
-    monkeypatch.setattr(host, "_libc", noted)
+
+    def noted(address: int, size_bytes: int, advice: int) -> int:
+        pieces.append(size_bytes)
+        return int(madvise(address, size_bytes, advice))
+
+    monkeypatch.setattr(host, "_libc", types.SimpleNamespace(madvise=noted))
     mapping.close()
     assert resident_kib(read) == resident_kib(written) == 0
     assert sorted(pieces) == [2 * MIB, 2 * MIB, 4 * MIB, 4 * MIB, 4 * MIB, 4 * MIB]
