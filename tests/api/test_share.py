@@ -231,7 +231,8 @@ async def test_a_full_table_gives_a_share_the_slot_of_what_is_coldest(who: int) 
 async def test_a_share_gets_the_slot_of_what_is_coldest_though_very_many_were_used(
     who: int, policy: str, count: int
 ) -> None:
-    changes = {"eviction": policy, "slots": count, "capacity": count * KIB, "rooms_ahead": 0}
+    changes: dict[str, Any] = {"slots": count, "capacity": count * KIB, "rooms_ahead": 0}
+    changes["eviction"] = policy
     async with pair(**changes) as both:
         owner, client = both
         for number in range(count):

@@ -253,9 +253,9 @@ def test_a_mapping_gives_its_pages_back_in_pieces_before_it_is_unmapped(
     assert resident_kib(read) == resident_kib(written) == nbytes // KIB
     madvise, pieces = host._libc.madvise, list[int]()
 
-    def noted(address: int, nbytes: int, advice: int) -> int:
-        pieces.append(nbytes)
-        return int(madvise(address, nbytes, advice))
+    def noted(address: int, size_bytes: int, advice: int) -> int:
+        pieces.append(size_bytes)
+        return int(madvise(address, size_bytes, advice))
 
     monkeypatch.setattr(host, "_libc", types.SimpleNamespace(madvise=noted))
     mapping.close()

@@ -617,9 +617,10 @@ async def test_a_writer_that_is_lost_takes_its_key_along() -> None:
 @pytest.mark.parametrize("policy", ["lru", "sieve"])
 async def test_a_watermark_goes_on_behind_very_many_that_were_used(policy: str) -> None:
     """All pieces that it takes follow one another, and each is a piece of work that is counted."""
-    count, marks = 2600, {"evict_above": 0.9, "evict_to": 0.85}
-    changes = {"eviction": policy, "capacity": count * KIB, "slots": 2 * count, "rooms_ahead": 0}
-    async with pair(**changes, **marks, recycle_interval=60.0) as (owner, client):
+    count = 2600
+    changes: dict[str, Any] = {"capacity": count * KIB, "slots": 2 * count, "rooms_ahead": 0}
+    changes |= {"eviction": policy, "evict_above": 0.9, "evict_to": 0.85, "recycle_interval": 60.0}
+    async with pair(**changes) as (owner, client):
         pool, full_bytes = pool_of(owner), int(0.9 * count) * KIB
         while pool.store.used_bytes <= full_bytes:
             owner.put_nowait(filled(KIB), key=b"%d" % pool.store.puts)

@@ -45,7 +45,7 @@ def test_what_is_left_out_has_a_default() -> None:
 
 def vllm_config(**changes: Any) -> SimpleNamespace:
     """As much of vLLM's config as keys are made of."""
-    multimodal = {
+    multimodal: dict[str, Any] = {
         "mm_processor_kwargs": None,
         "mm_processor_cache_gb": 4,
         "media_io_kwargs": {},
@@ -101,7 +101,7 @@ def test_a_model_from_an_object_store_is_told_by_where_it_came_from() -> None:
 def test_versions_of_vllm_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = set()
     for version in ("0.32.0", "0.33.0"):
-        monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))
         found.add(digest())
     assert len(found) == 2
 

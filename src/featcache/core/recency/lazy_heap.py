@@ -109,7 +109,7 @@ class LazyHeap(ABC):
         """Return a slot's rank as far as is known without a look; it may be too low."""
 
     @abstractmethod
-    def _reach(self, slot: Slot, rank: int) -> int:
+    def _reach(self, slot: Slot, rank: int, /) -> int:
         """Return the rank of a slot that a search has come to, up to date; its entry has `rank`."""
 
     @abstractmethod

@@ -57,7 +57,7 @@ class Sieve(LazyHeap):
     # Not `_reach`: the hand passes only those that the search has come to.
     _renew = _known
 
-    def _reach(self, slot: Slot, rank: int) -> int:
+    def _reach(self, slot: Slot, rank: int, /) -> int:
         if slot.place != rank:
             return slot.place  # an earlier tenant's entry: the hand has not come to this one yet
         self._look_up(slot)
