@@ -85,6 +85,9 @@ class _BlockingBase(BlockingLife[C]):
                 return reader.get_nowait(ref, place, out)
             except GetTimeout:
                 pass  # on its way
+        if reader.pools.is_far(ref):
+            limit_s = parse_timeout(timeout)
+            return portal.call(lambda: reader.get(ref, place, out, limit_s), ref=ref)
         # Only waited for: on a GPU it is the stream of this thread whose order counts.
         _, target = targets_of(ref, place, out)
         timeout_s = parse_timeout(timeout)

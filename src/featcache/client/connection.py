@@ -76,6 +76,8 @@ class PoolConnection:
         """Where the owner listens, as its refs say it."""
         self.spill_endpoint = ""
         """Where the spill pool listens, if puts may spill."""
+        self.reaches = False
+        """Whether the owner fetches features of other hosts."""
         self.tensors, self.readers = 256, 1024
         """The owner's bounds of a put, as it said."""
         self.state = ConnectionState.OPEN
@@ -95,6 +97,11 @@ class PoolConnection:
         attachment.covered_bytes = self._mapping.end_bytes
         link.take_slab_changes(self._take_change)
         _living.add(self)
+
+    def learn(self, welcome: messages.Welcome) -> None:
+        """Take what the owner says of itself."""
+        self.spill_endpoint, self.reaches = welcome.sibling_endpoint, welcome.reaches
+        self.tensors, self.readers = welcome.tensors, welcome.readers
 
     # --- the slab's size --------------------------------------------------------------------------
 

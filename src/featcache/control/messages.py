@@ -12,6 +12,7 @@ from typing import Annotated, Final, Literal, TypeGuard, TypeVar, get_args
 
 import msgspec
 
+from featcache.control.far import Bring, EndFar
 from featcache.control.many import (
     Contained,
     ContainsMany,
@@ -35,7 +36,7 @@ from featcache.control.wire import Specs as _Specs
 from featcache.control.wire import Text as _Text
 from featcache.errors import FeatcacheError, explain
 
-VERSION: Final = 5
+VERSION: Final = 6
 """Protocol version: grows when a message or a shared layout changes; both sides must have the same."""
 
 MAX_SEGMENTS: Final = 32
@@ -237,6 +238,8 @@ class Welcome(
     """Tensors that one feature may pack."""
     readers: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 1024
     """Reads that one ref may owe."""
+    reaches: bool = False
+    """Whether the owner fetches features of other hosts."""
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True):
@@ -336,6 +339,8 @@ Request = (
     | OpenForWriting
     | HostPool
     | Upload
+    | Bring
+    | EndFar
 )
 Note = Cancel | ReleaseClaim | GiveUpReserved | PublishUnkeyed
 """Messages of a client that have no answer."""

@@ -342,7 +342,8 @@ class HostSlab(HostMapping):
             raise BackendUnavailable("a host slab needs /proc to be mounted") from error
         super().__init__(mmap.mmap(self._fd, self.capacity_bytes, flags=mmap.MAP_SHARED))
         assert self._storage is not None, "a new mapping is open"
-        self._target = _Target(self._open()[1], self._storage)
+        self.address = self._open()[1]
+        self._target = _Target(self.address, self._storage)
         if huge_pages:
             _advise_huge_pages(self._open(), self.capacity_bytes)
 
