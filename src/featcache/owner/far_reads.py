@@ -103,9 +103,7 @@ class FarReads:
     async def _brought(
         self, copy: Copy, ref: FeatureRef, session: int, name: str | None
     ) -> FeatureRef:
-        slab = await self._slab()
-        home = await self._homes.home(ref)
-        found = await home.look(ref, session, name, slab)
+        home, found = await self._looked(ref, session, name)
         done = False
         try:
             while (local := await self._share(copy)) is None:
@@ -117,6 +115,20 @@ class FarReads:
             else:
                 home.drop(copy.place, session)
         return local
+
+    async def _looked(
+        self, ref: FeatureRef, session: int, name: str | None
+    ) -> tuple[Home, messages.Found]:
+        """Look a ref up at its home; again, once, if the connection was found to be broken already."""
+        slab, home = await self._slab(), await self._homes.home(ref)
+        link = home.link
+        try:
+            return home, await home.look(ref, session, name, slab)
+        except OwnerLost:
+            if not link.is_broken:
+                raise
+        home = await self._homes.home(ref)
+        return home, await home.look(ref, session, name, slab)
 
     async def release(self, ref: FeatureRef, session: int, name: str | None) -> FeatureRef | None:
         """Pay a session's read at its home; or return the ref here that stands for it, to be paid."""

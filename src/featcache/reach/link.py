@@ -40,6 +40,8 @@ class HomeLink:
         self.address = address
         self.lost: OwnerLost | None = None
         """Why it is lost, once it is."""
+        self.is_broken = False
+        """Whether it is lost because the connection ended, and not by silence."""
         self.on_told: Callable[[Paid | Alive], object] = lambda _: None
         self.on_lost: Callable[[], object] = lambda: None
         self._names = names
@@ -189,6 +191,7 @@ class HomeLink:
             future.set_result(message)
 
     def _on_closed(self, error: FeatcacheError | None) -> None:
+        self.is_broken = True
         self.lose(str(error) if error is not None else "it closed the connection")
 
     def _beat(self) -> None:
