@@ -39,9 +39,7 @@ class Network:
         """Return a ref whose home is behind this network."""
         return msgspec.structs.replace(ref, endpoint=self.address + path_of(ref.endpoint))
 
-    async def forward(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection."""
         self.connections += 1
         self._writers.add(writer)

@@ -238,9 +238,7 @@ async def test_a_payment_outlives_the_connection() -> None:
         await both.client.get(between.ref(ref))
         between.reset()
         await until(lambda: between.connections == 1)
-        assert torch.equal(
-            tensor(await both.client.get(between.ref(second))), filled(KIB, 2)
-        )
+        assert torch.equal(tensor(await both.client.get(between.ref(second))), filled(KIB, 2))
         await until(lambda: owed(both.home) == 1)
         await both.home.discard(ref)
 
