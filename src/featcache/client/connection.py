@@ -76,8 +76,6 @@ class PoolConnection:
         """Where the owner listens, as its refs say it."""
         self.spill_endpoint = ""
         """Where the spill pool listens, if puts may spill."""
-        self.reaches = False
-        """Whether the owner fetches features of other hosts."""
         self.tensors, self.readers = 256, 1024
         """The owner's bounds of a put, as it said."""
         self.state = ConnectionState.OPEN
@@ -100,7 +98,7 @@ class PoolConnection:
 
     def learn(self, welcome: messages.Welcome) -> None:
         """Take what the owner says of itself."""
-        self.spill_endpoint, self.reaches = welcome.sibling_endpoint, welcome.reaches
+        self.spill_endpoint = welcome.sibling_endpoint
         self.tensors, self.readers = welcome.tensors, welcome.readers
 
     # --- the slab's size --------------------------------------------------------------------------

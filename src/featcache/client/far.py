@@ -22,11 +22,10 @@ class FarPools:
         raise NotImplementedError
 
     def is_far(self, ref: FeatureRef) -> bool:
-        """Whether a ref is of another host, and the owner here reaches others."""
+        """Whether a ref may be of another host, which the owner here is to reach, if it reaches any."""
         if ref.endpoint.startswith("/") or not ref.address or ref.pool_id == self.bound_pool:
             return False
-        connection = self.peek_bound()
-        return connection is not None and connection.reaches
+        return self.peek_bound() is not None
 
     async def bring(self, ref: FeatureRef) -> FeatureRef:
         """Have another host's feature fetched; return the ref of it here."""

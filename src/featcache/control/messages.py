@@ -238,8 +238,6 @@ class Welcome(
     """Tensors that one feature may pack."""
     readers: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 1024
     """Reads that one ref may owe."""
-    reaches: bool = False
-    """Whether the owner fetches features of other hosts."""
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True):

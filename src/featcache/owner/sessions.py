@@ -93,7 +93,6 @@ class Sessions:
             message_bytes=pool.settings.message_bytes,
             tensors=pool.settings.tensors,
             readers=pool.settings.readers,
-            reaches=self.far is not None,
         )
         own = [self.pidfd, pool.words_fd, page.fd, pool.recycler.eventfd]
         return welcome, own + pool.slab.descriptors()
@@ -113,7 +112,10 @@ class Sessions:
     def reach(self) -> "FarReads":
         """What leads to other hosts, or raise UnknownPool."""
         if self.far is None:
-            raise UnknownPool("this owner reaches no other hosts: create(cluster_key=…)")
+            raise UnknownPool(
+                "the ref is of a pool of another host, and this owner reaches none: "
+                "create(cluster_key=…)"
+            )
         return self.far
 
     def make_page(self) -> tuple[SessionWords, int]:

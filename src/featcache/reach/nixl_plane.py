@@ -8,6 +8,7 @@ thread, and it is taken down, transfers first, before the thread ends.
 import asyncio
 import contextlib
 import importlib
+import logging
 import queue
 import threading
 import time
@@ -33,7 +34,10 @@ _DRAM: Final = "DRAM"
 def _api() -> Any:
     for name in _MODULES:
         with contextlib.suppress(ImportError):
-            return importlib.import_module(name)
+            api = importlib.import_module(name)
+            # It tells of each agent on stdout, which is the program's own.
+            getattr(api, "logger", logging.getLogger("nixl")).setLevel(logging.WARNING)
+            return api
     raise BackendUnavailable(_MISSING)
 
 
