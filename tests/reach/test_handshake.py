@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featcache.control.messages import ProtocolError
+from featcache.control.messages import ProtocolError, encode
 from featcache.errors import AttachRefused, FeatcacheError
 from featcache.reach import handshake
 from featcache.reach.handshake import MAX_FRAME_BYTES, Conversation, Phase, Role
@@ -202,7 +202,7 @@ def test_a_message_out_of_its_turn_closes(role: Role, kind: type) -> None:
     end.take_outgoing()
     secret = secrets.token_bytes(32)
     message = kind(secret) if kind in (ORDER[2], ORDER[3]) else kind(HOST_B, secret)
-    payload = handshake.encode(message)
+    payload = encode(message)
     frame = handshake._HEADER.pack(b"fN", handshake.VERSION, len(payload)) + payload
     expected = {Role.DIALER: handshake.Challenge, Role.LISTENER: handshake.Hello}[role]
     if kind is expected:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -90,20 +91,9 @@ def refusals() -> Any:
 
 
 def look(slot: int = 0, generation: int = 1, nbytes: int = KIB, **changes: Any) -> messages.Look:
-    return messages.Look(
-        **(
-            {
-                "request": 1,
-                "place": Place(b"p" * 16, slot, generation),
-                "offset_bytes": 0,
-                "nbytes": nbytes,
-                "reader": 1,
-                "name": None,
-                "epoch": 0,
-            }
-            | changes
-        )
-    )
+    place = Place(b"p" * 16, slot, generation)
+    asked = messages.Look(1, place, 0, nbytes, reader=1, name=None, epoch=0)
+    return msgspec.structs.replace(asked, **changes)
 
 
 async def test_a_peer_that_says_nothing_is_sent_away_in_time() -> None:

@@ -63,6 +63,8 @@ def test_a_slow_link_that_loses_packets_loses_no_byte(hosts: TwoHosts) -> None:
 
 @pytest.mark.parametrize("how", ["stopped", "link down", "packets lost"])
 def test_a_home_that_is_cut_off_is_lost_and_comes_back(hosts: TwoHosts, how: str) -> None:
+    home, reader = hosts.start(0), hosts.start(1, ranks=1)
+    read(reader, put(home, MIB, 1), MIB, 1)
     cuts = {
         "stopped": lambda: home.signal(signal.SIGSTOP),
         "link down": lambda: hosts.link("down"),
@@ -73,8 +75,6 @@ def test_a_home_that_is_cut_off_is_lost_and_comes_back(hosts: TwoHosts, how: str
         "link down": lambda: hosts.link("up"),
         "packets lost": hosts.redirect,
     }
-    home, reader = hosts.start(0), hosts.start(1, ranks=1)
-    read(reader, put(home, MIB, 1), MIB, 1)
     second, third = put(home, MIB, 2), put(home, 3 * MIB, 3)
     cuts[how]()
     reader.begin("get", ref=second, ranks=1)

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from itertools import islice
 from typing import Final, TypeVar
 
+from featcache.control.peer import SessionState
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot, SlotState
 from featcache.errors import CacheClosed, KeyNotFound, OwnerLost
@@ -68,6 +69,8 @@ class FarReads:
         self._homes = homes
         self._slab = slab
         self._copies: OrderedDict[Place, Copy] = OrderedDict()
+        self._begun: dict[int, list[tuple[Home, Place]]] = {}
+        """Reads of sessions that are ending, which are paid if they died."""
         self._closed = False
         self.fetched = self.fetched_bytes = self.failed = self.quarantined = 0
         homes.on_gone = self._ended
@@ -110,10 +113,12 @@ class FarReads:
                 await self._join(copy, home, ref, found)
             done = True
         finally:
-            if done or self._died(session):
+            if done:
                 home.pay(copy.place, session, name)
-            else:
+            elif self._is_active(session):
                 home.drop(copy.place, session)
+            else:  # its socket is gone: whether it died is yet to be known
+                self._begun.setdefault(session, []).append((home, copy.place))
         return local
 
     async def _looked(
@@ -150,17 +155,22 @@ class FarReads:
                 self._served.sessions.discard_unsent(given)
 
     def session_ended(self, session: int, name: str | None, *, died: bool) -> None:
-        """Take back what was made for a session; tell the homes of a name that died."""
+        """Take back what was made for a session; if it died, pay what it had begun, and tell of its name."""
         for copy in self._copies.values():
             given = copy.given.pop(session, None)
             if given is not None:
                 self._served.sessions.discard_unsent(given)
+        for home, place in self._begun.pop(session, ()):
+            if died:
+                home.pay(place, session, name)
+            else:
+                home.drop(place, session)
         if died and name is not None:
             self._homes.name_lost(name)
 
-    def _died(self, session: int) -> bool:
+    def _is_active(self, session: int) -> bool:
         peer = self._served.server.sessions.get(session)
-        return peer is not None and peer.watch is not None and peer.watch.dead
+        return peer is None or peer.state is SessionState.ACTIVE  # the owner's own is no peer
 
     # --- copies ---------------------------------------------------------------------------------------
 
@@ -250,7 +260,10 @@ class FarReads:
 
     async def _fetch(self, copy: Copy, home: Home, ref: FeatureRef, found: messages.Found) -> None:
         pool, slab = self._pool, await self._slab()
-        slot = await home.or_lost(self._room(Request(ref.nbytes, 0, None, copy.key)))
+        request, writer = Request(ref.nbytes, 0, None, copy.key), self._served.writer
+        slot = None if writer.has_callers else writer.reserve(request)
+        if slot is None:
+            slot = await home.or_lost(self._room(request))
         transfer: Transfer | None = None
         try:
             await slab.settled()
@@ -277,11 +290,9 @@ class FarReads:
             self._pool.apply(self._pool.store.pay_grant(slot, _now()))
 
     async def _room(self, request: Request) -> Slot:
-        """Return a slot, in the queue of all puts."""
+        """Return a slot in the queue of all puts, after `reserve` found none."""
         writer = self._served.writer
-        slot = None if writer.has_callers else writer.reserve(request)
-        place = slot if slot is not None else writer.ask(request, wait=True)
-        return await writer.slot_of(place, None, wait=True)
+        return await writer.slot_of(writer.ask(request, wait=True), None, wait=True)
 
     async def _landed(self, home: Home, transfer: Transfer, ref: FeatureRef) -> None:
         """Return once a read has landed; OwnerLost if its home is lost first, or it takes too long."""
