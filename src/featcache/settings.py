@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 import attrs
@@ -136,15 +137,15 @@ def _optional_share(value: float | str | None, field: "attrs.Attribute[Any]") ->
     return None if value is None or _is_none(value) else _share(value, field)
 
 
-def _optional_text(value: str | None, field: "attrs.Attribute[Any]") -> str | None:
+def _optional_file(value: str | None, field: "attrs.Attribute[Any]") -> str | None:
     if value is None or _is_none(value):
         return None
-    if not isinstance(value, str):
-        raise SettingsError(f"{field.name}={value!r} is not a text")
+    if not isinstance(value, str) or not Path(value).is_file():
+        raise SettingsError(f"{field.name}={value!r} is not the path of a file")
     return value
 
 
-_OPTIONAL_TEXT = attrs.Converter(_optional_text, takes_field=True)
+_OPTIONAL_FILE = attrs.Converter(_optional_file, takes_field=True)
 _SHARE = attrs.Converter(_share, takes_field=True)
 _OPTIONAL_SHARE = attrs.Converter(_optional_share, takes_field=True)
 _SIZE = attrs.Converter(_size, takes_field=True)
@@ -351,11 +352,11 @@ class Settings:
     """Seconds within which another host answers, in each step; one that does not is `OwnerLost`."""
     peer_lease: float = attrs.field(default=10.0, converter=_SECONDS, validator=_positive)
     """Seconds after its last sign of life that another host's reads are kept for it; then they are paid."""
-    tls_cert: str | None = attrs.field(default=None, converter=_OPTIONAL_TEXT)
+    tls_cert: str | None = attrs.field(default=None, converter=_OPTIONAL_FILE)
     """The PEM file of this host's certificate, for TLS between hosts."""
-    tls_key: str | None = attrs.field(default=None, converter=_OPTIONAL_TEXT)
+    tls_key: str | None = attrs.field(default=None, converter=_OPTIONAL_FILE)
     """The PEM file of the certificate's key."""
-    tls_ca: str | None = attrs.field(default=None, converter=_OPTIONAL_TEXT)
+    tls_ca: str | None = attrs.field(default=None, converter=_OPTIONAL_FILE)
     """The PEM file of the authorities that sign the hosts' certificates."""
     relay_ttl: float = attrs.field(default=30.0, converter=_SECONDS, validator=_positive)
     """Seconds that a copy made for a read through host memory is kept for its reader."""

@@ -192,6 +192,37 @@ async def test_a_home_with_another_key_refuses() -> None:
         assert owed(home) == 1
 
 
+async def test_a_read_that_failed_leaves_no_pin_when_the_connection_is_made_again() -> None:
+    async with apart() as (both, between):
+        both.reader_plane.held = True
+        ref = between.ref(await both.home.put(filled(KIB, 7), readers=2, ttl=None))
+        reading = asyncio.create_task(both.client.get(ref))
+        await until(lambda: len(both.reader_plane.transfers) == 2)
+        between.reset()
+        with pytest.raises(OwnerLost):
+            await reading
+        both.reader_plane.held = False
+        both.reader_plane.transfers[-1].land()
+        other = between.ref(await both.home.put(filled(KIB, 3)))
+        assert torch.equal(tensor(await both.client.get(other)), filled(KIB, 3))
+        await both.home.discard(ref)
+        await spent(both.home)
+        await spent(both.reader)
+
+
+async def test_a_ref_of_the_owner_that_was_at_ones_own_address_is_lost() -> None:
+    async with listening() as before:
+        ref = await before.put(filled(KIB))
+        address = before.address
+    async with (
+        featcache.create(settings=quick(), listen=address, cluster_key=KEY) as owner,
+        featcache.connect(owner.endpoint) as client,
+    ):
+        for each in (owner, client):
+            with pytest.raises(OwnerLost):
+                await each.get(ref)
+
+
 # --- payments ---------------------------------------------------------------------------------------
 
 

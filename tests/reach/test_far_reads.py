@@ -45,6 +45,8 @@ async def test_many_ranks_cost_the_network_one_transfer() -> None:
         got = await asyncio.gather(*(rank.get(ref) for rank in ranks))
         assert all(torch.equal(tensor(each), filled(30 * KIB, 3)) for each in got)
         assert len(both.reader_plane.transfers) == 1
+        now = both.reader.statistics()
+        assert (now.fetched, now.fetched_bytes, now.fetches_failed) == (1, 30 * KIB, 0)
         await spent(both.home)
         await spent(both.reader)
 

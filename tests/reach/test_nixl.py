@@ -69,6 +69,7 @@ async def test_a_plane_refuses_what_is_not_registered_and_goes_on() -> None:
         assert not target[4 * KIB :].any()
         heard = loop.create_future()
         one.on_notification = heard.set_result
+        one.expect(notifications=True)
         two.notify(peer, b"paid")
         assert await heard == b"paid"
     finally:

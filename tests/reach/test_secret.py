@@ -64,7 +64,12 @@ def test_a_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_tls_needs_a_certificate_and_its_key(tmp_path: Path) -> None:
     assert tls_contexts(Settings()) == (None, None)
+    for name in ("c", "k"):
+        (tmp_path / name).write_text("no certificate")
+    cert, key = (str(tmp_path / name) for name in ("c", "k"))
     with pytest.raises(SettingsError, match="both"):
-        tls_contexts(Settings(tls_cert="c.pem"))
+        tls_contexts(Settings(tls_cert=cert))
     with pytest.raises(SettingsError, match="tls_cert"):
-        tls_contexts(Settings(tls_cert=str(tmp_path / "c"), tls_key=str(tmp_path / "k")))
+        tls_contexts(Settings(tls_cert=cert, tls_key=key))
+    with pytest.raises(SettingsError, match="tls_ca"):
+        Settings(tls_ca=str(tmp_path / "missing"))

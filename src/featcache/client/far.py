@@ -12,6 +12,7 @@ class FarPools:
     """The part of a `ConnectionRegistry` that knows pools of other hosts."""
 
     bound_pool: bytes
+    _lost_pools: dict[bytes, str]
 
     def peek_bound(self) -> PoolConnection | None:
         """Return the connection of the pool that this client is connected to."""
@@ -25,7 +26,7 @@ class FarPools:
         """Whether a ref may be of another host, which the owner here is to reach, if it reaches any."""
         if ref.endpoint.startswith("/") or not ref.address or ref.pool_id == self.bound_pool:
             return False
-        return self.peek_bound() is not None
+        return self.peek_bound() is not None and ref.pool_id not in self._lost_pools
 
     async def bring(self, ref: FeatureRef) -> FeatureRef:
         """Have another host's feature fetched; return the ref of it here."""

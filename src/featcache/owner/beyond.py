@@ -1,7 +1,7 @@
 """What an owner has for other hosts, all of it off unless it was given an address or a cluster key."""
 
 import asyncio
-from pathlib import Path
+import os
 from typing import NamedTuple
 
 from featcache import events
@@ -62,6 +62,7 @@ class Beyond:
             )
             self.peers.forget_host = listener.forget_host
             await listener.listen(listen)
+            self.homes.own_address = listener.address
             pool.ref_endpoint = _spelled(listener.address, pool.endpoint)
         self._served.sessions.far = self.reads
 
@@ -84,6 +85,15 @@ class Beyond:
         slab = RegisteredSlab(pool, self._plane)
         await slab.open()
         return slab
+
+    def counts(self) -> dict[str, int]:
+        """Return its counters, by their names in `Statistics`."""
+        return {
+            "fetched": self.reads.fetched,
+            "fetched_bytes": self.reads.fetched_bytes,
+            "fetches_failed": self.reads.failed,
+            "hosts_lost": 0 if self.peers is None else self.peers.lost,
+        }
 
     def _names(self) -> list[str]:
         pages = self._served.pool.pages.values()
@@ -127,4 +137,4 @@ class Beyond:
 
 def _spelled(address: str, endpoint: str) -> str:
     """Return an endpoint as refs have it, behind the address."""
-    return address + str(Path(endpoint).absolute())
+    return address + os.path.realpath(endpoint)

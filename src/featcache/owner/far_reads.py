@@ -255,7 +255,7 @@ class FarReads:
     def _fetch_ended(self, copy: Copy, task: "asyncio.Task[None]") -> None:
         if copy.task is task:
             copy.task = None
-        if not task.cancelled() and task.exception() is not None:
+        if task.cancelled() or task.exception() is not None:
             self.failed += 1
 
     async def _fetch(self, copy: Copy, home: Home, ref: FeatureRef, found: messages.Found) -> None:

@@ -22,6 +22,7 @@ _now: Final = time.monotonic
 _TELL_AGAIN_S: Final = 0.2
 """Seconds after which a payment that was not acknowledged is told again, over TCP."""
 _UNKNOWN_EPOCH: Final = 0
+_MAX_UNTOLD: Final = 1 << 16
 
 
 class Home:
@@ -39,6 +40,8 @@ class Home:
         self.opening: SharedTask[HomeLink] | None = None
         self._link: HomeLink | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._untold: list[tuple[Place, int]] = []
+        """Reads that were given up while there was no connection: their pins may be left at the home."""
         self.pool_id = b""
         """The id of this host's own pool."""
 
@@ -59,9 +62,14 @@ class Home:
         if link.host != self.host:
             self.host, self.epoch, self.plane = link.host, _UNKNOWN_EPOCH, ""
             self.ledger.clear()
+            self._untold.clear()
         self._link = link
+        # In this order: what is paid is not dropped.
         for payments in self.ledger.all():
             link.tell(messages.Pay(self.pool_id, payments))
+        for place, session in self._untold:
+            link.tell(messages.Drop(place, session))
+        self._untold.clear()
 
     # --- requests -------------------------------------------------------------------------------------
 
@@ -82,8 +90,9 @@ class Home:
             if answer.metadata:
                 self.plane = await slab.plane.add_peer(answer.metadata)
                 self.epoch = answer.epoch
-        except asyncio.CancelledError:
-            link.tell(messages.Drop(place, session))
+        except BaseException:
+            # It may have been pinned: found as this call was cancelled, or what was found is of no use.
+            self.drop(place, session)
             raise
         return answer
 
@@ -103,6 +112,8 @@ class Home:
         """Have a session's pin taken back; its read is still owed."""
         if self.linked is not None:
             self.linked.tell(messages.Drop(place, session))
+        elif len(self._untold) < _MAX_UNTOLD:
+            self._untold.append((place, session))
 
     def pay(self, place: Place, session: int, name: str | None) -> None:
         """Pay a read: told by a notification, and over TCP until the home has it."""
@@ -174,6 +185,8 @@ class Homes:
         self._names = names
         self._homes: dict[str, Home] = {}
         self._closed = False
+        self.own_address: str | None = None
+        """Where this owner itself listens."""
         self.on_gone: Callable[[Place], object] = lambda _: None
         """Told of a ref that owes nothing any more at its home."""
         self.on_lost: Callable[[str], object] = lambda _: None
@@ -193,6 +206,8 @@ class Homes:
             PoolFull: `Settings.peers` others are connected and in use.
 
         """
+        if ref.address == self.own_address:
+            raise OwnerLost(f"the owner whose ref this is was at {ref.address} before this one")
         home = self._homes.get(ref.address)
         if home is None:
             self._make_place()

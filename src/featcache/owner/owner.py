@@ -258,6 +258,7 @@ class Owner:
             misses=misses,
             discarded=sum(each.sessions.discarded for each in self.served),
             readers_lost=main.sessions.readers_lost,
+            **({} if self.beyond is None else self.beyond.counts()),
         )
 
     # --- the end --------------------------------------------------------------------------------------

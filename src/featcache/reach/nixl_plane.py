@@ -76,7 +76,10 @@ class NixlPlane:
     @classmethod
     def make(cls, name: str, loop: asyncio.AbstractEventLoop) -> "NixlPlane":
         """Return a plane whose agent is made as its thread begins, or raise BackendUnavailable."""
-        return cls(_api(), name, loop)
+        try:
+            return cls(_api(), name, loop)
+        except RuntimeError as error:
+            raise BackendUnavailable(f"no thread can be started for NIXL: {error}") from error
 
     # --- in the loop ----------------------------------------------------------------------------------
 
@@ -108,9 +111,10 @@ class NixlPlane:
         self._commands.put(send)
 
     def expect(self, *, notifications: bool) -> None:
-        if notifications and not self._expects:
-            self._commands.put(lambda: None)  # it may sleep
+        begins = notifications and not self._expects
         self._expects = notifications
+        if begins:
+            self._commands.put(lambda: None)  # it may wait without end
 
     async def close(self) -> None:
         if not self._closed:
@@ -164,19 +168,21 @@ class NixlPlane:
                 command()
             now_s = time.monotonic()
             self._look(now_s)
-            if self._agent is not None and why is None:
-                every_s = _OFTEN_S if self._expects else _RARELY_S
-                if now_s - notified_s >= every_s:
-                    notified_s = now_s
-                    self._take_notifications()
+            due = self._expects and now_s - notified_s >= _OFTEN_S
+            if due and self._agent is not None and why is None:
+                notified_s = now_s
+                self._take_notifications()
         self._end()
 
-    def _wait_s(self, now_s: float) -> float:
+    def _wait_s(self, now_s: float) -> float | None:
+        """Return how long to wait for a command; None while there is nothing else to do."""
         waited = [each for each in self._transfers if not each.abandoned]
         if waited:
             young = any(now_s - each.since_s < _SPIN_S for each in waited)
             return 0.0 if young else _PAUSE_S
-        return _OFTEN_S if self._expects else _RARELY_S
+        if self._expects:
+            return _OFTEN_S
+        return _RARELY_S if self._transfers else None
 
     def _register(self, address: int, nbytes: int) -> None:
         self._registered[address] = self._agent.register_memory(

@@ -74,8 +74,9 @@ def parse_key(value: object, where: str = "cluster_key") -> bytes:
 def read_key(path: str) -> bytes:
     """Return the key that a file has, or raise SettingsError."""
     try:
-        with Path(path).open("rb") as file:
-            return parse_key(file.read(MAX_KEY_BYTES + 64), f"the key in {path}")
+        return parse_key(Path(path).read_text(), f"the key in {path}")
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"the cluster key in {path} is not a text") from error
     except OSError as error:
         raise SettingsError(f"the cluster key can't be read: {path}: {explain(error)}") from error
 
