@@ -64,7 +64,12 @@ async def main(listen: str, ranks: int) -> None:
     lines = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     settings = featcache.Settings(
-        capacity="64MiB", segment="8MiB", recycle_interval=0.01, peer_timeout=2.0, peer_lease=4.0
+        capacity="64MiB",
+        segment="8MiB",
+        recycle_interval=0.01,
+        peer_timeout=2.0,
+        peer_lease=4.0,
+        ttl=30.0,
     )
     async with contextlib.AsyncExitStack() as stack:
         owner = await stack.enter_async_context(
