@@ -20,7 +20,7 @@ PYTHON ?= $(shell for python in $(PYTHONS); do \
 # is tried on every call, so that an environment that lost something is repaired.
 CHECK = $(BIN)/python -c 'import re, importlib.metadata as metadata; \
 	[metadata.version(re.match(r"[\w.-]+", line)[0]) for line in metadata.requires("featcache") \
-	if not re.search("extra == .(cuda|fuzz)", line)]'
+	if not re.search("extra == .(cuda|docs|fuzz)", line)]'
 ifneq ($(wildcard $(STAMP)),)
 ifneq ($(shell $(CHECK) >/dev/null 2>&1 && echo whole),whole)
 $(shell rm -f $(STAMP))
@@ -31,10 +31,10 @@ endif
 EXAMPLES := $(sort $(dir $(wildcard examples/*/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench soak fuzz clean
+.PHONY: help venv demo test test-vllm test-sglang lint format bench docs soak fuzz clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
 
 venv: $(STAMP) ## make or repair .venv, with everything that the other targets need
 
@@ -51,6 +51,12 @@ demo: $(STAMP) ## run the demo
 test: $(STAMP) ## run the tests; those that need a GPU are skipped where there is none
 	$(BIN)/pytest -q $(ARGS)
 
+test-vllm: ## run the connector's tests in vLLM itself, in an environment of their own
+	@PYTHON=$(PYTHON) tests/integrations/vllm/run $(ARGS)
+
+test-sglang: ## run the plugin's tests in SGLang itself, in an environment of their own
+	@PYTHON=$(PYTHON) tests/integrations/sglang/run $(ARGS)
+
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,6 +72,29 @@ format: $(STAMP) ## put the sources in format and mend what ruff can
 bench: $(STAMP) ## measure on host memory
 	$(BIN)/python tests/bench/host.py $(ARGS)
 
+# The site has an environment of its own: it reads the sources, so it needs neither torch nor featcache.
+DOCS_VENV := .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.installed
+ifneq ($(filter docs,$(MAKECMDGOALS)),)
+ifneq ($(shell $(DOCS_VENV)/bin/mkdocs --version >/dev/null 2>&1 && echo whole),whole)
+$(shell rm -f $(DOCS_STAMP))
+endif
+endif
+# What the docs extra of pyproject.toml asks for, a line each.
+DOCS_NEEDS = import tomllib; \
+	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
+
+$(DOCS_STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "the site needs Python 3.11 or newer with venv (tried: $(PYTHONS)); name one with make PYTHON=..." >&2; exit 1; }
+	@echo "making $(DOCS_VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -c '$(DOCS_NEEDS)' > $(DOCS_VENV)/needs.txt
+	@$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r $(DOCS_VENV)/needs.txt
+	@touch $@
+
+docs: $(DOCS_STAMP) ## build the site of docs/ into site/ and check its links; ARGS=--check opens it in Chromium too
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+	PYTHONPATH=tests $(DOCS_VENV)/bin/python -m docs.built site $(ARGS)
+
 MINUTES ?=
 
 soak: $(STAMP) ## a storm of kills, stops and limits: make soak MINUTES=30, ARGS="--keyed --reads 10000000"
@@ -76,5 +105,5 @@ fuzz: $(STAMP) ## fuzz what decodes refs, messages and frames: make fuzz MINUTES
 	$(BIN)/python -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DOCS_VENV) .venv-vllm .venv-sglang site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests $(wildcard examples) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -38,7 +38,11 @@ async def own(pipe: Connection) -> None:
 
 
 async def read(pipe: Connection) -> None:
-    ref = featcache.FeatureRef.from_bytes(pipe.recv_bytes())
+    try:
+        data = pipe.recv_bytes()
+    except EOFError:  # the owner was stopped before it had put anything
+        return
+    ref = featcache.FeatureRef.from_bytes(data)
     async with featcache.connect(name="reader") as cache, cache.borrow(ref) as features:
         assert isinstance(features, torch.Tensor)  # not a dict of tensors, as may be put too
         print(f"reader: {features.numel():,} floats, read where the owner put them")
@@ -58,6 +62,7 @@ def main() -> None:
     theirs.close()  # so that ours ends, should the reader die
     with suppress(asyncio.CancelledError):
         anyio.run(own, ours)
+    ours.close()  # or the reader of an owner that was stopped early would wait for its ref
     process.join()
 
 

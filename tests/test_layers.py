@@ -80,9 +80,14 @@ FORBIDDEN: Rules = {
     tuple(name for _, names in ROOMS if names is not INTEGRATIONS for name in names): (
         "prometheus_client",
         "opentelemetry",
+        "vllm",
     ),
     # and without what only the command line needs
-    tuple(name for _, names in ROOMS if names is not CLI for name in names): ("click", "rich"),
+    tuple(name for _, names in ROOMS if names is not CLI for name in names): (
+        "click",
+        "rich",
+        "textual",
+    ),
     # only memory/ calls the driver
     tuple(name for _, names in ROOMS for name in names if names is not MEMORY): ("cuda",),
 }

@@ -5,8 +5,10 @@
 The owner is another process; in it runs a bare echo over a Unix socket, too (anyio's). Each round times a
 few of everything, in random order: echoes of 64 bytes, the owner's own puts, the client's puts, without a
 key and under one of a few keys that are given new features all the time, in a row or with a pause between
-them. Refs are paid, untimed, by who put them. The figures are the median of all calls, and their mean
-without the slowest twentieth; last comes what a client's put takes over the owner's own, in echoes.
+them. With ``--full`` the keys are new ones instead, in a pool that they fill: each put evicts, or is made in
+room that was evicted for. Refs are paid, untimed, by who put them. The figures are the median of all calls,
+and their mean without the slowest twentieth; last comes what a client's put takes over the owner's own, in
+echoes.
 """
 
 import argparse
@@ -40,6 +42,7 @@ SIZES = {"64KiB": 64 << 10, "1MiB": 1 << 20}
 KEYS = 8
 CAPACITY = "256MiB"
 ECHO = b"e" * 64
+_names = itertools.count()
 
 
 async def puts(
@@ -49,13 +52,15 @@ async def puts(
     *,
     keyed: bool,
     pause: bool,
+    new: str = "",
 ) -> list[float]:
-    """Return the microseconds of each of so many puts, one after the other."""
+    """Return the microseconds of each of so many puts, one after the other; under `new` keys, if any."""
     spent = list[float]()
     for number in range(count):
         if pause:  # as a program that does something else between its puts
             await asyncio.sleep(0.0005)
-        key = f"key {number % KEYS}" if keyed else None
+        name = f"{new} {next(_names)}" if new else f"key {number % KEYS}"
+        key = name if keyed else None
         since_ns = time.perf_counter_ns()
         ref = await cache.put(feature, key=key, readers=0 if keyed else 1)
         spent.append((time.perf_counter_ns() - since_ns) / 1e3)
@@ -78,16 +83,17 @@ async def own(pipe: Connection, path: str, loop: asyncio.AbstractEventLoop) -> N
     listener = await anyio.create_unix_listener(path)
     async with (
         featcache.create(
-            capacity=CAPACITY, settings=featcache.Settings(initial=256 << 20)
+            capacity=CAPACITY, settings=featcache.Settings(initial=256 << 20, slots=8192)
         ) as cache,
         anyio.create_task_group() as group,
     ):
         group.start_soon(listener.serve, echo)
         pipe.send(cache.endpoint)
         while (ask := await asked.get()) is not None:
-            size, count, keyed, pause = ask
+            size, count, keyed, pause, full = ask
             feature = torch.ones(size, dtype=torch.uint8)
-            pipe.send(await puts(cache, feature, count, keyed=keyed, pause=pause))
+            new = "owner" if full else ""
+            pipe.send(await puts(cache, feature, count, keyed=keyed, pause=pause, new=new))
         loop.remove_reader(pipe.fileno())
         group.cancel_scope.cancel()
 
@@ -112,7 +118,7 @@ def _run(main: Callable[[], Awaitable[Any]], kind: str) -> Any:
 
 
 async def measure(
-    pipe: Connection, path: str, rounds: int, count: int
+    pipe: Connection, path: str, rounds: int, count: int, *, full: bool
 ) -> dict[str, dict[str, float]]:
     """Return the median of each figure over the rounds."""
     endpoint = await asyncio.to_thread(pipe.recv)
@@ -131,7 +137,7 @@ async def measure(
     async with featcache.connect(endpoint) as client, stream:
 
         async def owners(size: int, *, keyed: bool, pause: bool) -> list[float]:
-            pipe.send((size, count, keyed, pause))
+            pipe.send((size, count, keyed, pause, full))
             answer: list[float] = await asyncio.to_thread(pipe.recv)
             return answer
 
@@ -142,7 +148,13 @@ async def measure(
             feature = torch.ones(SIZES[name], dtype=torch.uint8)
             how = {"keyed": keyed, "pause": pause}
             calls[f"owner {label}"] = partial(owners, SIZES[name], **how)
-            calls[f"client {label}"] = partial(puts, client, feature, count, **how)
+            new = "client" if full else ""
+            calls[f"client {label}"] = partial(puts, client, feature, count, new=new, **how)
+        if full:
+            small = torch.ones(SIZES["64KiB"], dtype=torch.uint8)
+            await puts(
+                client, small, (256 << 20) // len(small), keyed=True, pause=False, new="fill"
+            )
         for number in range(rounds + 1):
             for name in random.sample(list(calls), len(calls)):
                 taken = await calls[name]()
@@ -169,7 +181,7 @@ def ratios(us: dict[str, float]) -> dict[str, float]:
     }
 
 
-def measured(kind: str, rounds: int, count: int, *, pins: bool) -> dict[str, Any]:
+def measured(kind: str, rounds: int, count: int, *, pins: bool, full: bool) -> dict[str, Any]:
     """Measure with one kind of event loop."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "echo.sock")
@@ -181,7 +193,9 @@ def measured(kind: str, rounds: int, count: int, *, pins: bool) -> dict[str, Any
         os.sched_setaffinity(0, {cores[-1]} if pins else cores)  # the child has it, too
         process.start()
         os.sched_setaffinity(0, {cores[0]} if pins else cores)
-        us: dict[str, dict[str, float]] = _run(lambda: measure(mine, path, rounds, count), kind)
+        us: dict[str, dict[str, float]] = _run(
+            lambda: measure(mine, path, rounds, count, full=full), kind
+        )
         process.join()
         os.sched_setaffinity(0, cores)
     return us | {f"{kind[:-3]}_over_the_owners_in_echoes": ratios(us[kind]) for kind in us}
@@ -196,6 +210,7 @@ def main() -> None:
     parser.add_argument(
         "--pin", action="store_true", help="owner and client each on a core of its own"
     )
+    parser.add_argument("--full", action="store_true", help="puts into a cache that is full")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
@@ -205,7 +220,9 @@ def main() -> None:
         "when": machine.now(),
         "command": machine.command(sys.argv[1:], "client_puts.py"),
         "loops": {
-            kind: measured(kind, arguments.rounds, arguments.count, pins=arguments.pin)
+            kind: measured(
+                *(kind, arguments.rounds, arguments.count), pins=arguments.pin, full=arguments.full
+            )
             for kind in arguments.loops
         },
     }

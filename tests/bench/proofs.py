@@ -64,6 +64,11 @@ class Nvml:
     def used_bytes(self) -> list[int]:
         return [int(self._nvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in self._handles]
 
+    def process_bytes(self, index: int) -> dict[int, int]:
+        """Bytes of a GPU by process, as the driver says; empty where it tells of none."""
+        users = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handles[index])
+        return {int(user.pid): int(user.usedGpuMemory or 0) for user in users}
+
     async def settled(self, timeout_s: float = 10.0) -> list[int]:
         """Used bytes once they have not moved for half a second (or after `timeout_s`)."""
         give_up_s = time.monotonic() + timeout_s

@@ -1,16 +1,18 @@
 """How long the longest turn of an event loop lasts when much comes at once, on the host slab.
 
-    PYTHONPATH=src python tests/bench/turns.py --out tests/bench/results/turns.json
+    PYTHONPATH=src python tests/bench/turns.py --rounds 2 --out tests/bench/results/turns.json
     PYTHONPATH=src python tests/bench/turns.py evict attach
 
-Beside each case a task wakes each millisecond; between two of its wake-ups lies a turn of the loop, or two
-short ones. Of the longest are printed the CPU time of the loop's thread, which is what is to stay under
-5 ms, the wall time that the task was late, and the time that the thread was blocked: it neither ran
-nor waited for a processor. Other load on the machine shows in the wall time alone, a slow machine in the
-CPU time too. A caller's own work counts: to make 4,000 tasks and step each once, or to cancel them, takes
-what the two cases called *floor* take, with no cache at all, since asyncio runs in one turn whatever is
-ready. So the two cases in which the owner's own 4,000 puts do so are to stay under their floor, which
-is printed beside them, and 5 ms.
+Printed are, of the longest turn, the CPU time of the loop's thread, which is what is to stay under 5 ms;
+and, of a task that wakes each millisecond beside each case, the longest wall time that it was late, and
+that the thread was blocked: it neither ran nor waited for a processor. Other load on the machine shows in
+the wall time alone, a slow machine in the CPU time too. The cases are gone through in rounds, and the
+least of each figure is kept: what the work takes is in every round, what the machine adds is not.
+
+A caller's own work counts: to make 4,000 tasks and step each once, or to cancel them, takes what the two
+cases called *floor* take, with no cache at all, since asyncio runs in one turn whatever is ready. So the
+two cases in which the owner's own 4,000 puts do so are to stay under their floor, which is printed beside
+them, and 5 ms.
 """
 
 from __future__ import annotations
@@ -45,11 +47,25 @@ now = time.monotonic
 Found = dict[str, dict[str, Any]]
 
 
+class Loop(asyncio.SelectorEventLoop):
+    """A loop that notes the CPU time of its longest turn: of all that it calls before it polls again."""
+
+    longest_s = 0.0
+
+    def _run_once(self) -> None:
+        began_s = time.thread_time()
+        super()._run_once()  # type: ignore[misc]  # not in typeshed: a turn, from poll to poll
+        self.longest_s = max(self.longest_s, time.thread_time() - began_s)
+
+
 class Ticker:
-    """The longest turns since the last look."""
+    """The longest turns since the last look, and how late a task was."""
 
     def __init__(self) -> None:
-        self._wall_s = self._cpu_s = self._blocked_s = 0.0
+        self._wall_s = self._blocked_s = 0.0
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, Loop), "the cases run in it"
+        self._loop = loop
         self._stat = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat").open()  # noqa: SIM115 - as long as the loop
         self._task = asyncio.ensure_future(self._run())
 
@@ -66,18 +82,17 @@ class Ticker:
             ran_now_s, queued_now_s = self._times()
             cpu_s = ran_now_s - ran_s
             self._wall_s = max(self._wall_s, late_s)
-            self._cpu_s = max(self._cpu_s, cpu_s)
             self._blocked_s = max(self._blocked_s, late_s - cpu_s - (queued_now_s - queued_s))
 
     def take(self) -> dict[str, Any]:
         """Return what was found, and begin anew."""
         found = {
-            "cpu_ms": round(self._cpu_s * 1e3, 2),
+            "cpu_ms": round(self._loop.longest_s * 1e3, 2),
             "wall_ms": round(self._wall_s * 1e3, 2),
             "blocked_ms": round(max(0.0, self._blocked_s) * 1e3, 2),
-            "under_5_ms": self._cpu_s * 1e3 < LIMIT_MS,
+            "under_5_ms": self._loop.longest_s * 1e3 < LIMIT_MS,
         }
-        self._wall_s = self._cpu_s = self._blocked_s = 0.0
+        self._wall_s = self._blocked_s = self._loop.longest_s = 0.0
         return found
 
     def stop(self) -> None:
@@ -417,26 +432,142 @@ async def hits(found: Found) -> None:
             await case.timed(f"a loop of {name}")
 
 
+async def many(found: Found) -> None:
+    keys, values = [f"{number}" for number in range(1000)], [feature() for _ in range(1000)]
+    for who in ("owner", "client"):
+        async with pool(found, capacity="64MiB") as case:
+
+            async def calls() -> None:
+                async with featcache.connect(case.endpoint) as client:
+                    await client.put_many(values, keys=keys)
+                    await client.contains_many(keys)
+                    await client.get_many(keys)
+
+            if who == "client":
+                process = Process(calls)
+                await case.quiet()
+                await case.timed(
+                    "put_many, get_many of 1000 by client",
+                    lambda: case.now.sessions == 0 and case.now.keys == 1000,
+                )
+                await process.ended()
+                continue
+            cache = case.cache
+            await cache.put_many(values, keys=keys)
+            await case.timed("put_many of 1000")
+            await cache.put_many(values, keys=keys)
+            await case.timed("put_many of 1000 that replace 1000")
+            await cache.contains_many(keys)
+            await case.timed("contains_many of 1000")
+            await cache.get_many(keys)
+            await case.timed("get_many of 1000")
+    async with pool(found, **SMALL) as case:
+        await keep(case.cache, MANY, 1000)
+        await case.quiet()
+        await case.cache.put_many(values, keys=[f"new {key}" for key in keys], timeout=PATIENCE_S)
+        await case.timed("put_many of 1000 that evict 1000")
+
+
+async def cancels(found: Found) -> None:
+    async with pool(
+        found,
+        **SMALL,
+    ) as case:
+        await case.cache.put(feature(4 << 20), ttl=None)
+        value = feature()
+
+        async def canceller() -> None:
+            async with featcache.connect(case.endpoint) as client:
+                tasks = [asyncio.ensure_future(client.put(value)) for _ in range(2000)]
+                while client.statistics().waiters < 2000:  # noqa: ASYNC110 - the state is the event
+                    await asyncio.sleep(0.01)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+        process = Process(canceller)
+        await case.quiet(lambda: case.now.waiters == 2000)
+        await case.timed("2000 puts of client are cancelled", lambda: not case.now.sessions)
+        await process.ended()
+
+
+async def held(found: Found) -> None:
+    async with pool(found, **SMALL) as case:
+        await keep(case.cache, MANY, 1000)
+        ready, go_on = os.pipe()
+
+        async def reader() -> None:
+            async with featcache.connect(case.endpoint) as client:
+                for number in range(3000):
+                    await client.borrow(f"{number}").__aenter__()
+                os.write(go_on, b"x")
+                await forever()
+
+        process = Process(reader)
+        os.set_blocking(ready, False)
+
+        def is_ready() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                return bool(os.read(ready, 1))
+            return False
+
+        await case.quiet(is_ready)
+        for number in range(400):
+            await case.cache.put(feature(1000), key=f"new {number}")
+        await case.timed("400 puts, the coldest 3000 are borrowed")
+        await case.cache.put(feature(900_000), key="large")
+        await case.timed("a large put, the coldest 3000 are borrowed")
+        process.kill()
+        await process.ended()
+        os.close(ready)
+        os.close(go_on)
+
+
 CASES: dict[str, Callable[[Found], Coroutine[Any, Any, None]]] = {
     "floor": floor, "hits": hits, "evict": evict, "waiting": waiting, "seeking": seeking, "attach": attach,
     "expire": expire, "holding": holding, "growth": growth, "close": close,
+    "many": many, "cancels": cancels, "held": held,
 }  # fmt: skip
+
+
+def least(rounds: list[Found]) -> Found:
+    """Return the least of each figure over all rounds."""
+    found: Found = {}
+    for name in rounds[0]:
+        rows = [each[name] for each in rounds]
+        row = found[name] = {
+            key: min(row[key] for row in rows) for key in rows[0] if key.endswith("_ms")
+        }
+        row["under_5_ms"] = row["cpu_ms"] < LIMIT_MS
+        if "floor_ms" in row:
+            row["under_floor_and_5_ms"] = row["cpu_ms"] < row["floor_ms"] + LIMIT_MS
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="all of them by default")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     events.remove_hook(events.log_to_structlog)
-    found: Found = {}
-    for name in arguments.cases or CASES:
-        asyncio.run(CASES[name](found))
+    rounds: list[Found] = []
+    for _ in range(arguments.rounds):
+        rounds.append({})
+        for name in arguments.cases or CASES:
+            with asyncio.Runner(loop_factory=Loop) as runner:
+                runner.run(CASES[name](rounds[-1]))
+    found = least(rounds)
+    if len(rounds) > 1:
+        print(f"\nThe least of {len(rounds)} rounds:")
+        for name, row in found.items():
+            print(f"{name:56}", *(f"{key}={value}" for key, value in row.items()))
     result = {
         "machine": machine.machine(),
         "versions": machine.versions(None),
         "when": machine.now(),
+        "rounds": arguments.rounds,
         "longest_turns": found,
     }
     resultfile.write(arguments.out, result)

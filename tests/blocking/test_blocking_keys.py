@@ -27,7 +27,7 @@ from featcache.blocking import FeatureCache, FeatureClient
 from featcache.core.put_queue import Request
 from support.caches import KIB, MIB, filled, small, tensor
 from support.hosted import through_host
-from support.keyed import CAPACITY, ONE
+from support.keyed import CAPACITY, ONE, ref_of
 from support.slabs import Slab, same, same_dict
 
 BASE = torch.arange(720, dtype=torch.float32)
@@ -465,7 +465,7 @@ def test_a_writer_that_is_lost_takes_its_key_along() -> None:
         async def promise() -> None:
             slot = pool.store.reserve(Request(8, 0, None, b"a"), 0.0)
             assert slot is not None
-            pool.publish_from(slot, specs, pool.pages[1])
+            pool.publish_from(slot, ref_of(pool, slot, specs), pool.pages[1])
 
         portal.call(promise)
         hasty = run(client.get, "a")

@@ -91,6 +91,16 @@ class Daemon:
             time.sleep(0.005)
         raise AssertionError(f"no line began with {start!r}: {self.out}{self.err}")
 
+    def holds(self, text: str) -> None:
+        """Wait until this is somewhere in its output."""
+        import time
+
+        give_up_s = time.monotonic() + WITHIN_S
+        while text not in self.out:
+            assert self.process.exitcode is None, f"ended with {self.process.exitcode}: {self.err}"
+            assert time.monotonic() < give_up_s, f"no {text!r} in {self.out[-2000:]}"
+            time.sleep(0.005)
+
     def endpoint(self) -> str:
         """Return the endpoint, once it serves."""
         return self.line("featcache serves ")

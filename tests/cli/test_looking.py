@@ -298,7 +298,7 @@ def test_help_and_version_need_no_pool(command: Run) -> None:
     assert command("--version").out == f"featcache, version {featcache.__version__}\n"
     helped = command("--help")
     assert helped.code == 0
-    for name in ("serve", "ls", "stat", "keys", "evict", "sweep", "doctor", "bench"):
+    for name in ("serve", "ls", "stat", "top", "keys", "evict", "sweep", "doctor", "bench"):
         assert name in helped.out
         assert command(name, "--help").code == 0
 

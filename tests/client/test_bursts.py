@@ -20,8 +20,9 @@ from featcache import (
     SettingsError,
 )
 from featcache.control import pending
+from featcache.control.turns import FRAME_UNITS
 from support.caches import KIB, MIB, filled, pair, small, steps, tensor, until
-from support.keyed import nothing_lost, sought
+from support.keyed import nothing_lost, pool_of, sought
 
 MANY = 3000
 """More than a socket's buffer has room for, either way."""
@@ -35,6 +36,21 @@ Call = Callable[[FeatureClient, int], Awaitable[Any]]
 async def borrowed(client: FeatureClient, _: int) -> Any:
     async with client.borrow("a") as feature:
         return tensor(feature).shape
+
+
+async def test_what_a_look_between_turns_has_no_units_for_is_handled_later() -> None:
+    """It was read from the socket, which is not readable for it any more."""
+    async with pair(**ROOMY) as (owner, client):
+        refs = await client.put_many([filled(10)] * 40)
+        (connection,) = client._opened().registry.connections
+        for ref in refs:
+            connection.link.undo_soon(ref.slot, ref.generation)
+        far = owner._opened().main.server.sessions[1].channel
+        assert far.read_rest(far._turn.left - 2 * FRAME_UNITS)
+        owing = pool_of(owner).store.owing
+        assert 0 < len(owing) < 40
+        await until(lambda: not owing)
+        await nothing_lost(owner)
 
 
 @pytest.mark.parametrize(

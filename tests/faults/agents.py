@@ -7,7 +7,9 @@ import functools
 import gc
 import os
 import random
+import sys
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -288,6 +290,11 @@ class Agent:
 
     async def fork_raw(self) -> tuple[Any, ...]:
         """Fork with no hook of Python's run: the child keeps every socket of the parent's open."""
+        # A thread that asks for the GIL as this one forks asks in the child's copy too, where it is not:
+        # the child would hand the GIL over at its next step and wait for ever until somebody takes it.
+        # So whoever asks by now is given it, and nobody asks again: a thread that waits only waits.
+        sys.setswitchinterval(1000.0)
+        time.sleep(0)  # noqa: ASYNC251 - it gives the GIL away
         pid = ctypes.PyDLL(None).fork()  # PyDLL: with the GIL, which the child needs
         if pid == 0:
             self._hang()

@@ -115,6 +115,30 @@ async def test_a_first_put_without_a_descriptor_costs_no_session(start: Start) -
         assert owner.statistics().sessions == 0
 
 
+async def first_put_with_no_addresses(pipe: Pipe, endpoint: str) -> None:
+    async with featcache.connect(endpoint, settings=small()) as client:
+        assert await client.contains("k")
+        for _ in range(3):
+            with (
+                spare_addresses(0),
+                pytest.raises(BackendUnavailable, match=r"mapped for writing: .*ulimit -v"),
+            ):
+                await client.put(filled(KIB))
+        await client.put(filled(KIB), key="later")  # the session goes on
+        assert await client.contains("later")
+    pipe.say("done")
+
+
+async def test_a_first_put_without_addresses_costs_no_session(start: Start) -> None:
+    async with featcache.create(settings=small(capacity="64MiB")) as owner:
+        await owner.put(filled(KIB), key="k")
+        child = start(first_put_with_no_addresses, owner.endpoint)
+        assert await child.hear() == ("done",)
+        assert await child.ends() == 0
+        assert owner.statistics().keys == 2
+        await until(lambda: not owner.statistics().sessions)
+
+
 async def own_with_few(pipe: Pipe) -> None:
     """Open, read, and take sessions with few descriptors to spare; then with plenty."""
     for spare in range(30):

@@ -15,6 +15,7 @@ from featcache.memory.cuda.streams import StreamOrder
 from featcache.memory.pack import DTYPES, pack
 from featcache.memory.views import invalidate
 from featcache.memory.words import OwnerWords
+from featcache.settings import Settings
 from memory.cudaslabs import (
     CAPACITY,
     SECOND,
@@ -157,6 +158,42 @@ def test_a_dict_from_here_and_there(api: FakeApi, slab: CudaSlab) -> None:
     api.run_all()
     for spec, value in zip(specs, (here, there, there + 1, odd), strict=True):
         assert same(to_host(slab, 4096, spec), value)
+
+
+def test_while_the_device_is_busy_a_copy_from_the_host_is_a_threads(
+    api: FakeApi, slab: CudaSlab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To wait for one behind others' work keeps a processor busy."""
+    _, parts, _ = pack(torch.rand(4), 1)
+    inline_bytes, now_s = Settings().inline_bytes, [100.0]
+    monkeypatch.setattr("featcache.memory.cuda.streams._now", lambda: now_s[0])
+    finish = slab._driver.finish
+
+    def takes(time_s: float) -> None:
+        def late(stream: object) -> None:
+            now_s[0] += time_s
+            finish(stream)
+
+        monkeypatch.setattr(slab._driver, "finish", late)
+        slab.write(0, parts, None)
+
+    def is_inline() -> bool:
+        read_bytes = slab.blocking_read_bytes(16, torch.device("cpu"))
+        inline = slab.blocking_write_bytes(parts) <= inline_bytes
+        assert inline == (read_bytes <= inline_bytes)
+        return inline
+
+    assert is_inline()
+    takes(0.0)
+    assert is_inline()
+    takes(0.002)
+    assert not is_inline()
+    takes(0.0)  # in a thread meanwhile
+    assert is_inline()
+    takes(0.002)
+    now_s[0] += 1.1
+    assert is_inline()
+    assert slab.blocking_read_bytes(0, torch.device("cpu")) == 0
 
 
 def test_where_a_part_is_decides_the_order(api: FakeApi, slab: CudaSlab) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import featcache
 from featcache import FeatureCache, FeatureClient, PoolFull, PutTimeout, events
-from featcache.client import writer
+from featcache.client import deadlines
 from featcache.control.dispatch import Dispatcher
 from featcache.pool.debtors import Holders
 from support.caches import KIB, MIB, filled, full, pair, small, until
@@ -333,7 +333,7 @@ async def test_room_that_was_released_when_the_time_is_up_is_taken() -> None:
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine the owner's answer may take longer than a client waits for it."""
-    monkeypatch.setattr(writer, "_ANSWER_S", 20.0)
+    monkeypatch.setattr(deadlines, "ANSWER_S", 20.0)
 
 
 async def test_an_owner_that_does_not_answer_is_said_to_be_the_reason(
@@ -342,7 +342,7 @@ async def test_an_owner_that_does_not_answer_is_said_to_be_the_reason(
     async with pair(**ONE) as (owner, client):
         await client.release(await client.put(filled(1)))
         await full(owner)
-        monkeypatch.setattr(writer, "_ANSWER_S", 0.01)
+        monkeypatch.setattr(deadlines, "ANSWER_S", 0.01)
         monkeypatch.setattr(Dispatcher, "_send", lambda *_: None)
         with pytest.raises(PutTimeout, match="the owner did not say"):
             await client.put(filled(1), timeout=0.01)

@@ -24,7 +24,7 @@ from featcache import (
 from featcache.core.put_queue import Request
 from featcache.pool.recycler import Recycler
 from support.caches import KIB, MIB, filled, pair, slab_allocated, steps, tensor, until
-from support.keyed import CAPACITY, ONE, User, grants, nothing_lost, party, pool_of, queued
+from support.keyed import CAPACITY, ONE, User, grants, nothing_lost, party, pool_of, queued, ref_of
 from support.slabs import Slab, same
 
 Logs = list[MutableMapping[str, Any]]
@@ -600,7 +600,7 @@ async def test_a_writer_that_is_lost_takes_its_key_along() -> None:
             slot = pool.store.reserve(Request(SIZE, 0, None, b"a"), 0.0)
             assert slot is not None
             page = pool.pages[1]
-            pool.publish_from(slot, specs, page)  # and its word never lands
+            pool.publish_from(slot, ref_of(pool, slot, specs), page)  # and its word never lands
             patient = asyncio.create_task(owner.get("a", timeout=20))
             hasty = asyncio.create_task(other.get("a"))
             await until(lambda: grants(owner) == 2)

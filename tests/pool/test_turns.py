@@ -9,8 +9,9 @@ import pytest
 
 import featcache
 from featcache import CacheClosed, FeatureCache, FeatureClient, FeatureRef
-from featcache.control.turns import CALL_UNITS, EVICT_UNITS, LEAST, TURN_UNITS, turn_of
+from featcache.control.turns import CALL_UNITS, EVICT_UNITS, LEAST, TURN_UNITS, WAKE_UNITS, turn_of
 from featcache.memory.words import Header
+from featcache.pool.collector import STEPS_A_UNIT
 from featcache.pool.late_puts import A_UNIT
 from support.caches import KIB, MIB, filled, pair, steps, until
 
@@ -75,6 +76,31 @@ async def test_a_put_that_does_not_wait_for_others_waits_for_its_own_evictions()
         await owner.put(filled(250 * KIB), key="large", on_full="raise")
         await keep(owner, 1000)
         owner.put_nowait(filled(200 * KIB), key="at once")
+
+
+async def test_a_put_looks_for_its_victims_in_pieces() -> None:
+    async with pair(**ROOM | {"capacity": 256 * KIB, "initial": 256 * KIB}) as (owner, _):
+        await keep(owner, 1000)
+        plan = owner._opened().pool.store.evicting
+        async with sampled(lambda: plan.steps) as steps_done:
+            await owner.put(filled(250 * KIB), timeout=20)
+        assert plan.steps >= 900
+        # The units of a turn, and what a call and a poll may use though it has none left.
+        assert steps_done.most <= (TURN_UNITS + 2 * LEAST) * STEPS_A_UNIT
+        assert steps_done.turns > 1
+
+
+async def test_a_clients_many_cancelled_requests_end_in_pieces() -> None:
+    async with pair(capacity=64 * KIB, segment=64 * KIB, slots=1024) as (owner, client):
+        await owner.put(filled(64 * KIB), ttl=None)
+        tasks = [asyncio.create_task(client.put(filled(16))) for _ in range(MANY)]
+        await until(lambda: owner.statistics().waiters == MANY)
+        async with sampled(lambda: owner.statistics().waiters) as waiters:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await until(lambda: owner.statistics().waiters == 0)
+        assert waiters.most <= TURN_UNITS // WAKE_UNITS
 
 
 async def test_watermarks_evict_in_pieces() -> None:

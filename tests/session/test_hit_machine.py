@@ -1,5 +1,6 @@
 """Sessions that look keys up, and their owner, who overwrites and evicts, word by word in any order."""
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from session.hit_world import Reader, World
 from support.stepping import Actor
 
 KEYS = [b"k%d" % number for number in range(4)]
+IN_CI = bool(os.environ.get("CI"))
+ORDERS, STORMS = (200, 12) if IN_CI else (25, 4)
+"""Orders at random of each change, beside all with one interruption; and storms. CI takes more of them."""
 Work = Callable[[], object]
 
 
@@ -183,7 +187,7 @@ def test_a_reader_and_the_owner_word_by_word(changes: list[Change], *, deferred:
             changes, ((False, first), (True, everything), (False, everything)), deferred=deferred
         )
     chance = random.Random(1)
-    for _ in range(200):
+    for _ in range(ORDERS):
         moves = [
             (bool(number % 2), chance.randint(1, 9)) for number in range(2 * max(reads, writes))
         ]
@@ -274,7 +278,7 @@ def test_a_read_with_two_uses_ends_behind_the_streams_of_both() -> None:
 # --- whatever comes ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(STORMS))
 def test_a_storm(seed: int) -> None:
     chance = random.Random(seed)
     deferred = [chance.random() < 0.5 for _ in range(2)]

@@ -8,9 +8,11 @@ from typing import Any, Final
 import anyio
 
 import featcache
-from featcache import FeatureCache, FeatureClient
+from featcache import FeatureCache, FeatureClient, FeatureRef
+from featcache.core.slots import Slot
 from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
+from featcache.ref import TensorSpec
 from support.caches import KIB, small, spent, until
 
 User = FeatureCache | FeatureClient
@@ -39,6 +41,12 @@ async def party(
 
 def pool_of(owner: FeatureCache) -> Pool:
     return owner._opened().pool
+
+
+def ref_of(pool: Pool, slot: Slot, specs: tuple[TensorSpec, ...]) -> FeatureRef:
+    """The ref of what a slot is to have."""
+    place = slot.index, slot.generation, slot.offset_bytes, slot.nbytes
+    return FeatureRef(pool.pool_id, pool.endpoint, *place, specs)
 
 
 def page_of(owner: FeatureCache, session: int = 1) -> SessionPage:

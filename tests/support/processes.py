@@ -135,6 +135,11 @@ class Forked(ForkServerProcess):
         super().run()
 
 
+def preload(module: str) -> None:
+    """Have the server import one more module before it starts."""
+    _PRELOAD.append(module)
+
+
 class Server(ForkServerContext):
     """The context of the server; it starts at the first use, `warm_up` does one."""
 
@@ -233,11 +238,11 @@ class Child:
 Start = Callable[..., Child]
 
 
-def warm_up() -> None:
+def warm_up(patience_s: float = 2 * PATIENCE_S) -> None:
     """Start the server, whose descriptors this process then keeps to its end."""
     process = Server().Process(target=int)
     process.start()
-    process.join(2 * PATIENCE_S)
+    process.join(patience_s)
     process.close()
 
 

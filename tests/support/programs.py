@@ -1,7 +1,8 @@
 """Scripts run as their users run them, except that they are forked and so find torch imported.
 
 A script is ``__main__``, with arguments, output, environment and runtime folder of its own, and is seen
-from outside only. Processes that it spawns are forked as well; those that it executes are not.
+from outside only. Processes that it spawns are forked by the same server; those that it forks or executes
+itself are its own.
 """
 
 import multiprocessing
@@ -11,7 +12,7 @@ import signal
 import sys
 import time
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import psutil
@@ -44,8 +45,11 @@ class _Context(Server):
     Process = _Spawned
 
 
-def _context(_: str | None = None) -> ForkServerContext:
-    return _Context()
+_real_context = multiprocessing.get_context
+
+
+def _context(kind: str | None = None) -> BaseContext:
+    return _real_context("fork") if kind == "fork" else _Context()
 
 
 def _redirect(descriptor: int, to: Path) -> None:
@@ -60,7 +64,7 @@ def _main(script: Path, arguments: list[str], runtime: Path, output: Connection)
     output.close()
     _redirect(2, runtime / _ERRORS)
     sys.argv = [str(script), *arguments]
-    multiprocessing.get_context = _context  # type: ignore[assignment]  # of one kind only
+    multiprocessing.get_context = _context  # type: ignore[assignment]  # of two kinds only
     runpy.run_path(str(script), run_name="__main__")
 
 

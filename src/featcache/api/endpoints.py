@@ -66,13 +66,26 @@ def _listening() -> Iterator[Path]:
                     yield path
 
 
-def sweep() -> list[str]:
+def named_endpoint(name: str) -> str:
+    """Return the path of an endpoint of this name in this user's folder, which is made if need be.
+
+    Raises:
+        SettingsError: the folder can't be used.
+
+    """
+    return str(endpoints.default_directory() / f"{name}.sock")
+
+
+def sweep(prefix: str = "") -> list[str]:
     """Remove the sockets and locks of owners that died from this user's folder; return their paths.
 
-    Only those: what an owner listens at, and any other file, stays.
+    Only those, and of them those whose names begin with `prefix`: what an owner listens at, and any other
+    file, stays.
     """
     return [
         found.path
         for found in find_endpoints()
-        if found.state == "stale" and endpoints.sweep_one(Path(found.path))
+        if found.state == "stale"
+        and Path(found.path).name.startswith(prefix)
+        and endpoints.sweep_one(Path(found.path))
     ]

@@ -94,8 +94,9 @@ class ManyCalls:
             timeout: seconds for all together; as in `get`.
 
         Raises:
-            As `get` does, of the first member that fails: the message says which, and so does the error's
-            `member`, its index in `members`. SettingsError too if there are too many.
+            SettingsError: there are too many.
+            FeatcacheError: as `get` does, of the first member that fails: the message says which, and so
+                does the error's `member`, its index in `members`.
 
         """
         wanted = parse_members(members)
@@ -144,8 +145,8 @@ class ManyCalls:
 
         Raises:
             FeatureTooLarge: one can never fit, or all together can't: put fewer at a time.
-            As `put` does. Where the error is of one feature the message says of which, and so does the
-            error's `member`, its index in `features`.
+            FeatcacheError: as `put` does. Where the error is of one feature the message says of which, and
+                so does the error's `member`, its index in `features`.
 
         """
         given = parse_features(features, keys, readers, ttl)

@@ -16,6 +16,7 @@ COMMANDS: Final = {
     "serve": ("featcache.cli.serve", "own a pool, as a daemon"),
     "ls": ("featcache.cli.pools", "list the pools of this user on this host"),
     "stat": ("featcache.cli.stat", "show a pool: its figures, its sessions, who owes"),
+    "top": ("featcache.cli.top", "watch a pool, live: its slab, its sessions, who owes, who waits"),
     "keys": ("featcache.cli.keys", "list the keys of a pool"),
     "evict": ("featcache.cli.keys", "drop a key"),
     "sweep": ("featcache.cli.pools", "remove sockets and locks of owners that died"),

@@ -1,9 +1,10 @@
 """A client's puts of many features: one message for their room, one for their publish, all or none."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 from featcache.client.connection import PoolConnection
+from featcache.client.deadlines import UNMAPPED, UNTOLD, at_most, give_up_at, left, within
 from featcache.client.keys import ENVELOPE_BYTES
 from featcache.control import many, messages
 from featcache.control.messages import ProtocolError, Reserved
@@ -29,16 +30,6 @@ class ClientBatchPuts:
         """Map the slab for writing, if it is not yet."""
         raise NotImplementedError
 
-    async def _in_time(
-        self,
-        timeout_s: float | None,
-        wait: bool,
-        nbytes: int,
-        work: Callable[[bool, float | None], Awaitable[many.ReservedMany]],
-    ) -> many.ReservedMany:
-        """Await `work` within a time, as `within`."""
-        raise NotImplementedError
-
     def _withdraw(self, reserved: Reserved, staged: Staged, *, wrote: bool) -> None:
         """Give a slot up behind the writes that may be on their way."""
         raise NotImplementedError
@@ -56,24 +47,27 @@ class ClientBatchPuts:
     ) -> list[FeatureRef]:
         """Copy many features in, all or none, and return their refs. Raises as `ClientWriter.put`."""
         self.connection.attachment.check()
-        total_bytes = sum(each.request.nbytes for each in staged)
-        answer = await self._in_time(
-            timeout_s,
-            wait,
-            total_bytes,
-            lambda waits, left_s: self._reserve_many(staged, left_s, wait=waits),
-        )
+        until_s = None if timeout_s is None else give_up_at(timeout_s)
+        if timeout_s is None:
+            answer = await self._reserve_many(staged, None, wait=wait)
+        else:
+            answer = await within(
+                timeout_s,
+                wait,
+                sum(each.request.nbytes for each in staged),
+                lambda waits, deadline_s: self._reserve_many(staged, deadline_s, wait=waits),
+            )
         rooms = [Reserved(answer.request, *slot) for slot in answer.slots]
         self._begin(rooms, staged)
-        await self._write_many(rooms, staged)
+        await self._write_many(rooms, staged, until_s)
         try:
-            return await self._publish_many(rooms, staged)
+            return await self._publish_many(rooms, staged, until_s)
         finally:
             for room in rooms:
                 self.connection.attachment.end_write(room.slot, room.generation)
 
     async def _reserve_many(
-        self, staged: Sequence[Staged], left_s: float | None, *, wait: bool
+        self, staged: Sequence[Staged], deadline_s: float | None, *, wait: bool
     ) -> many.ReservedMany:
         await self._open()
         link, names, counts = self.connection.link, list[str](), list[int]()
@@ -85,6 +79,7 @@ class ClientBatchPuts:
                 names = sorted(readers)
         sizes = [each.request.nbytes for each in staged]
         ttl_s = staged[0].request.ttl_s
+        left_s = None if deadline_s is None else left(deadline_s)
         answer, _ = await link.request(
             many.ReserveMany(link.number(), sizes, counts, names, ttl_s, wait, left_s)
         )
@@ -108,7 +103,9 @@ class ClientBatchPuts:
 
     # --- the bytes --------------------------------------------------------------------------------
 
-    async def _write_many(self, rooms: list[Reserved], staged: Sequence[Staged]) -> None:
+    async def _write_many(
+        self, rooms: list[Reserved], staged: Sequence[Staged], until_s: float | None
+    ) -> None:
         """Write all: here what is soon copied, all else in one run of a thread. If one fails, none stays."""
         mapping, turn = self.connection.attachment.mapping, turn_of(asyncio.get_running_loop())
         wrote, large, at = set[int](), list[int](), [0]
@@ -116,7 +113,7 @@ class ClientBatchPuts:
         try:
             for member, (room, each) in enumerate(zip(rooms, staged, strict=True)):
                 at[0] = member
-                await self._wait_mapped(room, each)
+                await self._wait_mapped(room, each, until_s)
                 blocking_bytes = mapping.blocking_write_bytes(each.parts)
                 if blocking_bytes > self._settings.inline_bytes:
                     large.append(member)
@@ -140,10 +137,11 @@ class ClientBatchPuts:
             at_member(error, at[0])
             raise
 
-    async def _wait_mapped(self, room: Reserved, staged: Staged) -> None:
+    async def _wait_mapped(self, room: Reserved, staged: Staged, until_s: float | None) -> None:
         attachment, extent = self.connection.attachment, (room.offset_bytes, staged.request.nbytes)
         if not attachment.is_mapped(*extent):
-            await wait_mapped(attachment, *extent)
+            with at_most(until_s, UNMAPPED):
+                await wait_mapped(attachment, *extent)
 
     async def _write_large(
         self, rooms: list[Reserved], staged: Sequence[Staged], large: list[int], at: list[int]
@@ -172,10 +170,10 @@ class ClientBatchPuts:
     # --- the publish ------------------------------------------------------------------------------
 
     async def _publish_many(
-        self, rooms: list[Reserved], staged: Sequence[Staged]
+        self, rooms: list[Reserved], staged: Sequence[Staged], until_s: float | None
     ) -> list[FeatureRef]:
         connection, link = self.connection, self.connection.link
-        published = sent = 0
+        published = 0
         try:
             # Made first: an invalid ref is refused here, before any reader can have a slot.
             refs = [
@@ -188,19 +186,20 @@ class ClientBatchPuts:
             ]
             while published < len(rooms):
                 members = self._members(rooms[published:], staged[published:])
-                sent = published + len(members)
-                answer, _ = await link.request(many.PublishMany(link.number(), members))
+                publish = many.PublishMany(link.number(), members)
+                with at_most(until_s, UNTOLD):
+                    answer, _ = await link.request(publish)
                 if not isinstance(answer, messages.Reply):
                     raise ProtocolError("the owner answered a put of many with something else")
-                published = sent
+                published += len(members)
         except BaseException as error:
             if isinstance(error, FeatcacheError) and error.member is not None:
                 error.member += published
             for room in rooms[:published]:
                 link.undo_soon(room.slot, room.generation)
-            # One that was cancelled may be published by now: it is discarded when that is known.
-            first = published if isinstance(error, FeatcacheError) else sent
-            for room in rooms[first:]:
+            # What was sent and not answered (cancelled, or not in time) may be published by now: it is
+            # undone behind that message, as the request was cancelled. If it is refused it is given up.
+            for room in rooms[published:]:
                 self._give_up(room, landed=False)
             raise
         self.puts += len(refs)

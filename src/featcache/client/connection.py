@@ -336,7 +336,7 @@ def return_unclaimed(
         answer, messages.Reply
     ):
         ref = FeatureRef.from_bytes(answer.ref)
-        link.discard_soon(ref.slot, ref.generation)
+        link.undo_soon(ref.slot, ref.generation)  # of a share: a slot of its own, under no key
     else:
         _return_many(connection, request, answer)
 

@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 
 from featcache.client.connection import PoolConnection
-from featcache.client.writer import ClientWriter, left, wire_form, within
+from featcache.client.deadlines import left, within
+from featcache.client.writer import ClientWriter, wire_form
 from featcache.control import messages
 from featcache.control.messages import ProtocolError
 from featcache.core.put_queue import Request
@@ -54,15 +55,13 @@ class Uploader:
         refs: list[FeatureRef] = []
         try:
             for each in staged:
-                left_s = None if give_up_s is None else max(0.0, give_up_s - time.monotonic())
+                # 0 has a time of its own, so what is left of another is never 0.
+                left_s = left(give_up_s) if give_up_s is not None and timeout_s else timeout_s
                 refs.append(await self.put(each, left_s, wait=wait))
         except BaseException as error:
             link = self.connection.link
-            for ref, each in zip(refs, staged, strict=False):
-                link.discard_soon(ref.slot, ref.generation)
-                if each.request.key is not None:
-                    key = each.request.key
-                    link.tell(messages.KeyCommand(link.number(), key, "evict"))
+            for ref in refs:  # its key too, unless another has put there since
+                link.undo_soon(ref.slot, ref.generation)
             at_member(error, len(refs))
             raise
         return refs

@@ -10,34 +10,29 @@ call (`client.posts`), and the ref is good at once: a reader that is faster than
 """
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, Final, TypeVar
-
-import anyio
+from typing import Any
 
 from featcache.client.batch_puts import ClientBatchPuts
 from featcache.client.connection import PoolConnection
+from featcache.client.deadlines import UNMAPPED, UNTOLD, at_most, give_up_at, left, within
 from featcache.client.posts import PublishPosts
 from featcache.client.rooms import RoomsAhead
 from featcache.control import messages
 from featcache.control.descriptors import close_taken
-from featcache.control.many import ReservedMany
 from featcache.control.messages import ProtocolError, Reserved
 from featcache.control.rooms import PublishUnkeyed, PutTerms, Room
 from featcache.core.put_queue import Request
 from featcache.errors import (
     BackendUnavailable,
     FeatcacheError,
-    PoolFull,
     PutTimeout,
     SettingsError,
     system_errors,
 )
 from featcache.memory.words import Header
 from featcache.ref import FeatureRef, TensorSpec
-from featcache.session.arguments import parse_put, parse_readers, rpc_timeout
+from featcache.session.arguments import parse_put, parse_readers
 from featcache.session.line import Line
 from featcache.session.offload import Offload, SharedTask
 from featcache.session.staging import Staged
@@ -57,55 +52,6 @@ def wire_form(
 def _terms(request: Request) -> PutTerms:
     nbytes, readers, ttl_s, key = wire_form(request)
     return PutTerms(nbytes, readers, ttl_s, key)
-
-
-T = TypeVar("T")
-
-
-_ANSWER_S: Final = 0.25
-"""How much longer than its `timeout` a put waits for the owner to say who holds the room."""
-
-
-async def within(
-    timeout_s: float,
-    wait: bool,
-    nbytes: int,
-    work: Callable[[bool, float | None], Awaitable[T]],
-) -> T:
-    """Await ``work(waits, deadline_s)`` for `timeout_s`, which 0 makes a call that does not wait.
-
-    The owner is asked to give up at the deadline (of `time.monotonic`), and its error says why; only
-    an owner that does not is given up here.
-
-    Raises:
-        PutTimeout: not in time; PoolFull if it is not to `wait` at all.
-
-    """
-    at_once = timeout_s == 0
-    limit_s, deadline_s = rpc_timeout(timeout_s), None
-    if limit_s is not None and not at_once:
-        deadline_s = time.monotonic() + timeout_s
-        limit_s += _ANSWER_S
-    try:
-        with anyio.fail_after(limit_s):
-            return await work(wait and not at_once, deadline_s)
-    except PutTimeout as late:  # the owner's, which was told what was left of the time
-        why = str(late).partition(" s: ")[2] or str(late)
-        raise PutTimeout(f"no room for {nbytes} bytes within {timeout_s} s: {why}") from None
-    except PoolFull as full:
-        if not (at_once and wait):
-            raise
-        raise PutTimeout(f"within {timeout_s} s: {full}") from None
-    except TimeoutError:
-        raise PutTimeout(
-            f"no room for {nbytes} bytes within {timeout_s} s, and the owner did not say who holds "
-            "it: it is busy, or stopped"
-        ) from None
-
-
-def left(deadline_s: float) -> float:
-    """Return the time until a deadline as a message has it, more than 0."""
-    return max(0.001, deadline_s - time.monotonic())
 
 
 class ClientWriter(ClientBatchPuts):
@@ -147,9 +93,8 @@ class ClientWriter(ClientBatchPuts):
 
         """
         self.connection.attachment.check()
-        request, until_s = staged.request, None
-        if timeout_s is not None and request.key is not None:  # its publish needs the owner
-            until_s = time.monotonic() + (rpc_timeout(timeout_s) or 0.0)
+        request = staged.request
+        until_s = None if timeout_s is None else give_up_at(timeout_s)
         room = self._claim(request.nbytes)
         if room is not None:
             return await self._fill(room, staged, _terms(request), until_s)
@@ -213,20 +158,6 @@ class ClientWriter(ClientBatchPuts):
         if not self.connection.attachment.mapping.writable:
             await self._opening.join()
 
-    async def _in_time(
-        self,
-        timeout_s: float | None,
-        wait: bool,
-        nbytes: int,
-        work: Callable[[bool, float | None], Awaitable[ReservedMany]],
-    ) -> ReservedMany:
-        if timeout_s is None:
-            return await work(wait, None)
-        return await within(
-            *(timeout_s, wait, nbytes),
-            lambda waits, until_s: work(waits, None if until_s is None else left(until_s)),
-        )
-
     async def _reserve(
         self, request: Request, deadline_s: float | None = None, *, wait: bool
     ) -> Reserved:
@@ -255,7 +186,8 @@ class ClientWriter(ClientBatchPuts):
         wrote = False
         try:
             if not attachment.is_mapped(at, staged.request.nbytes):
-                await wait_mapped(attachment, at, staged.request.nbytes)
+                with at_most(until_s, UNMAPPED):
+                    await wait_mapped(attachment, at, staged.request.nbytes)
             if mapping.blocking_write_bytes(parts) <= self._settings.inline_bytes:
                 wrote = True
                 mapping.write(at, parts, order)
@@ -312,17 +244,14 @@ class ClientWriter(ClientBatchPuts):
     async def _published(self, publish: messages.Publish, until_s: float | None) -> messages.Answer:
         """Return the owner's answer. One that is not there in time is of a put that is taken back."""
         request = self.connection.link.request
-        if until_s is None:
+        if until_s is None:  # a scope takes as long as a third of a round trip
             return (await request(publish))[0]
         try:
-            with anyio.fail_after(max(_ANSWER_S, until_s - time.monotonic())):
+            with at_most(until_s, UNTOLD):
                 return (await request(publish))[0]
-        except TimeoutError:
+        except PutTimeout:
             self.connection.link.undo_soon(publish.slot, publish.generation)
-            raise PutTimeout(
-                "the owner did not say in time that the feature is kept, and it was taken back: it is "
-                "busy, or stopped"
-            ) from None
+            raise
 
     def _withdraw(self, reserved: Reserved | Room, staged: Staged, *, wrote: bool) -> None:
         """Give a slot up, after the writes that a stream may still have for it."""

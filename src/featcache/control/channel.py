@@ -110,6 +110,7 @@ class Channel:
         self._incoming = bytearray()
         """The beginning of a frame whose rest is still to come."""
         self._descriptors = Received()
+        self._paused = False
         self._requester = requester
         self._batching = _NONE
         self._gathered: list[bytes] = []
@@ -168,9 +169,6 @@ class Channel:
     def _flush(self) -> None:
         """Send the batch with one call; frames that the socket has no room for are queued one by one."""
         frames, self._gathered, self._gathered_bytes = self._gathered, [], 0
-        if len(frames) == 1:
-            self._send_now(frames[0], ())
-            return
         sent = self._send_some(b"".join(frames), ())
         for frame in frames:
             if sent >= len(frame):
@@ -244,8 +242,10 @@ class Channel:
 
     def _pause(self) -> None:
         """Go on in a later turn, and read nothing more until then."""
-        self._loop.remove_reader(self._fd)
-        self._turn.later(self._go_on)
+        if not self._paused:
+            self._paused = True
+            self._loop.remove_reader(self._fd)
+            self._turn.later(self._go_on)
 
     def _go_on(self) -> bool:
         """Handle frames that have waited; return whether there are more."""
@@ -254,6 +254,7 @@ class Channel:
         until = max(0, self._turn.left - QUANTUM_UNITS)
         if self._incoming and self._take(b"", until) and self.state is _OPEN:
             return True
+        self._paused = False
         if self.state is _OPEN:
             self._loop.add_reader(self._fd, self._readable)
         return False
@@ -263,13 +264,15 @@ class Channel:
             self._pause()
 
     def read_rest(self, until: int) -> bool:
-        """Handle what has come by now; True if there is more, when the turn has `until` units left."""
-        while self.state is _OPEN:
-            if self._incoming and self._take(b"", until):
-                return True
-            if self.state is not _OPEN or not is_readable(self._fd) or self._receive(until):
-                return self.state is _OPEN and bool(self._incoming) and self._turn.left <= until
-        return False
+        """Handle what has come by now; True if later turns go on, as this has `until` units left."""
+        while not (self._incoming and self._take(b"", until)):
+            if self.state is not _OPEN or not is_readable(self._fd):
+                return False
+            if self._receive(until):
+                break
+        if more := self.state is _OPEN:
+            self._pause()  # what is kept is in no socket any more: no readiness would come for it
+        return more
 
     def _receive(self, until: int) -> bool:
         """Read once; return whether whole frames are kept for later (`_take`)."""
@@ -279,11 +282,9 @@ class Channel:
             )
         except (BlockingIOError, InterruptedError):
             return False
-        except ConnectionError as error:
-            self._lose(error)
-            return False
         except OSError as error:
-            self._lose(SocketFailed("messages can't be received", error))
+            is_end = isinstance(error, ConnectionError)
+            self._lose(error if is_end else SocketFailed("messages can't be received", error))
             return False
         if ancillary or flags & _CUT:
             try:
@@ -385,8 +386,7 @@ class Channel:
         return self.state is _CLOSED or has_hung_up(self._fd)
 
     def _drop_descriptors(self) -> None:
-        for _, descriptors in self._outgoing:
-            close_all(descriptors)
+        close_all([each for _, descriptors in self._outgoing for each in descriptors])
         self._outgoing.clear()
         self._descriptors.close()
 

@@ -14,6 +14,10 @@ from featcache.control.messages import ProtocolError
 from featcache.errors import AttachRefused, BackendUnavailable, system_errors
 
 _UCRED: Final = struct.Struct("3i")
+_UID_MAP: Final = Path("/proc/self/uid_map")
+_ALL_UIDS: Final = (1 << 32) - 1
+_UNKNOWN_UID: Final = 65534
+"""What the kernel calls every user that a user namespace has no uid for (the default of its overflowuid)."""
 
 
 def _credentials(sock: socket.socket) -> tuple[int, int]:
@@ -32,6 +36,18 @@ def check_uid(sock: socket.socket) -> None:
     _, uid = _credentials(sock)
     if uid != os.geteuid():
         raise AttachRefused(f"the peer runs as uid {uid}, this process as uid {os.geteuid()}")
+    if uid == _UNKNOWN_UID and not _knows_all_users():
+        told = "which in this user namespace stands for every user that it does not know"
+        raise AttachRefused(f"both run as uid {uid}, {told}: run as another uid")
+
+
+def _knows_all_users() -> bool:
+    """Whether this user namespace has a uid for every user of the host, as the first one has."""
+    try:
+        lines = _UID_MAP.read_text().splitlines()
+        return sum(int(line.split()[2]) for line in lines) >= _ALL_UIDS
+    except (OSError, ValueError, IndexError):
+        return False
 
 
 def own_pidfd() -> int:

@@ -14,6 +14,7 @@ from featcache.control.channel import ChannelState
 from featcache.control.messages import Answer, ProtocolError, Request, encode, is_answer
 from featcache.control.peer import Peer, SessionState
 from featcache.control.rooms import PublishUnkeyed, Rooms
+from featcache.control.turns import WAKE_UNITS, turn_of
 from featcache.errors import CacheClosed, FeatcacheError, OwnerLost, SettingsError
 
 _MAX_COPIES: Final = 8192
@@ -99,6 +100,7 @@ class Dispatcher:
     def __init__(self, handlers: RequestHandlers) -> None:
         self._handlers = handlers
         self._loop = asyncio.get_running_loop()
+        self._turn = turn_of(self._loop)
 
     def note(self, peer: Peer, note: messages.Note) -> None:
         if not isinstance(note, messages.Cancel):
@@ -106,6 +108,7 @@ class Dispatcher:
             if told is not None:
                 peer.channel.send(encode(told))
         elif (task := peer.tasks.get(note.request)) is not None:
+            self._turn.left -= WAKE_UNITS  # its step, in the next turn
             task.cancel()  # `_finish` answers it; a request without a task is answered already
 
     def answer(self, peer: Peer, request: Request) -> None:

@@ -83,23 +83,30 @@ class WaitQueue:
         """Extents for them."""
 
     def __len__(self) -> int:
-        return len(self._queue)
+        return self.count
 
     def __bool__(self) -> bool:
-        return bool(self._queue)
+        return self.count > 0
 
     @property
     def head(self) -> Waiter | None:
         """The waiter that is served next, or None."""
-        return next(iter(self._queue.values())) if self.count else None
+        queue = self._queue
+        while self.count:
+            waiter = next(iter(queue.values()))
+            if waiter.state is _WAITING:
+                return waiter
+            del queue[waiter.ticket]  # it left by `leave_place`
+        return None
 
     def first(self, most: int) -> list[Waiter]:
         """Return the waiters that are served next, up to so many. For reports, not for hot paths."""
-        return list(islice(self._queue.values(), most))
+        return list(islice((w for w in self._queue.values() if w.state is _WAITING), most))
 
     def by_session(self, session: int) -> list[Waiter]:
         """Return the waiters of a session. For its end, not for hot paths."""
-        return [waiter for waiter in self._queue.values() if waiter.request.session == session]
+        waiting = (waiter for waiter in self._queue.values() if waiter.state is _WAITING)
+        return [waiter for waiter in waiting if waiter.request.session == session]
 
     def join(self, request: Request, tag: object, *, by_growth: bool = False) -> Waiter:
         self._tickets += 1
@@ -136,9 +143,24 @@ class WaitQueue:
         waiter.state = _GONE
         return waiter.slot
 
+    def leave_place(self, waiter: Waiter) -> None:
+        """As `drop` of one that waits, but its empty place stays until `forget`, or until it is the first.
+
+        Thousands may leave in one turn of the loop.
+        """
+        waiter.state = _GONE
+        self.count -= 1
+        self.waiting_bytes -= waiter.request.nbytes
+        if waiter.by_growth:
+            self._uncount_growth(waiter)
+
+    def forget(self, waiter: Waiter) -> None:
+        """Take away the place of a waiter that left."""
+        self._queue.pop(waiter.ticket, None)
+
     def clear(self) -> list[Waiter]:
         """Take all waiters out; return them."""
-        waiters = list(self._queue.values())
+        waiters = self.first(self.count)
         for waiter in waiters:
             waiter.state = WaiterState.GONE
         self._queue.clear()
@@ -150,5 +172,8 @@ class WaitQueue:
         self.count -= 1
         self.waiting_bytes -= waiter.request.nbytes
         if waiter.by_growth:
-            self.growing -= 1
-            self.growing_bytes -= aligned_size(waiter.request.nbytes)
+            self._uncount_growth(waiter)
+
+    def _uncount_growth(self, waiter: Waiter) -> None:
+        self.growing -= 1
+        self.growing_bytes -= aligned_size(waiter.request.nbytes)

@@ -93,6 +93,10 @@ class Slot:
         """The reads owed: names of readers, or a count of anonymous reads."""
         return self.reads_left if self.owed_by_names is None else tuple(sorted(self.owed_by_names))
 
+    def is_tenant(self, generation: int) -> bool:
+        """Whether this generation still has its extent."""
+        return self.generation == generation and self.extent is not None
+
     @property
     def label(self) -> str:
         """``slot:generation``, as logs and errors name it."""

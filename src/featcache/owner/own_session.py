@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from featcache.memory.words import SessionWords
 from featcache.owner.sessions import OWN_SESSION, Sessions
 from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
-from featcache.pool.refresh import hear
+from featcache.pool.refresh import comes, hear
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
 from featcache.session.hits import KeyHits
@@ -108,7 +109,7 @@ class OwnSession:
         )
         attachment.covered_bytes = pool.store.limits.capacity_bytes
         attachment.why_stale = pool.store.why_stale
-        attachment.hear = lambda: hear(pool)
+        attachment.hear, attachment.comes = lambda: hear(pool), partial(comes, pool)
         # Its own mapping is never behind: nothing lies in memory that it has given back.
         attachment.shrink_epoch = None
         self.hits = KeyHits(attachment, pool.key_table)

@@ -7,7 +7,7 @@ from typing import Any, Final
 from featcache.control import far, many, messages
 from featcache.control.dispatch import Begun, Wait
 from featcache.control.messages import Answer
-from featcache.control.rooms import PublishUnkeyed, Room, Rooms
+from featcache.control.rooms import PublishUnkeyed, Rooms
 from featcache.control.turns import WAKE_UNITS
 from featcache.core.endings import Ending
 from featcache.core.put_queue import Request
@@ -188,9 +188,12 @@ class RequestHandlers(FarRequests):
     def _reserve(self, session: int, message: messages.Reserve) -> Answer | Wait:
         request = self._request(session, message)
         turn = self._pool.turn
+        before = self._pool.store.evicted
         slot = None if turn.has_callers else self._writer.reserve(request)  # none is overtaken
         if slot is not None:
             self._writer.look_ahead()
+            if self._pool.store.evicted != before:
+                self._pool.ahead.count_asked(self._page(session), slot.nbytes)
             return self._reserved(session, message.request, slot)
         turn.left -= WAKE_UNITS  # a task of its own
         place = self._writer.ask(request, wait=message.waits)
@@ -212,21 +215,16 @@ class RequestHandlers(FarRequests):
         page = self._pool.pages[session]
         self._pool.pending_writes.reserve(slot, page)
         page.put_sizes.append(slot.nbytes)
-        rooms = self._rooms_ahead(page)
+        rooms = self._pool.ahead.give(page, self._writer)
         return messages.Reserved(request, slot.index, slot.generation, slot.offset_bytes, rooms)
-
-    def _rooms_ahead(self, page: SessionPage, *, least: int = 1) -> tuple[Room, ...]:
-        """Give a session room for its next puts, if that is due; return what it is told of it."""
-        given = self._pool.ahead.give(page, self._writer, least=least)
-        return tuple(
-            Room(slot.index, slot.generation, slot.offset_bytes, slot.nbytes) for slot in given
-        )
 
     def _publish(self, session: int, message: messages.Publish) -> Answer:
         page = self._page(session)
         self._publish_from(page, message)
-        # While it has any, new ones are given once it has its answer (`more_rooms`).
-        return messages.Published(message.request, () if page.ahead else self._rooms_ahead(page))
+        # While it has any, or they are to be made, new ones are given once it has its answer (`more_rooms`).
+        ahead, later = self._pool.ahead, page.ahead or page.to_evict_bytes
+        given = ahead.untold(page) if later else ahead.give(page, self._writer)
+        return messages.Published(message.request, given)
 
     def _publish_unkeyed(self, session: int, note: PublishUnkeyed) -> Rooms | None:
         page = self._page(session)
@@ -235,13 +233,19 @@ class RequestHandlers(FarRequests):
         except FeatcacheError:
             self._refuse(page, note)
             return None
-        return self.more_rooms(session)
+        return self.more_rooms(session, answered=False)
 
-    def more_rooms(self, session: int) -> Rooms | None:
-        """Return what a session that has published is given for its next puts, if half is due."""
-        least = max(1, self._pool.settings.rooms_ahead // 2)
-        rooms = self._rooms_ahead(self._page(session), least=least)
-        return Rooms(rooms) if rooms else None
+    def more_rooms(self, session: int, *, answered: bool = True) -> Rooms | None:
+        """Return what a session that has published is given for its next puts, if half is due.
+
+        If it is `answered`, and has other rooms yet, it is told with its next answer: a frame less.
+        """
+        page, least = self._page(session), max(1, self._pool.settings.rooms_ahead // 2)
+        given = self._pool.ahead.give(page, self._writer, least=least, evicts=True)
+        if answered and len(page.ahead) > len(given):
+            page.untold = given
+            return None
+        return Rooms(given) if given else None
 
     def _publish_from(self, page: SessionPage, message: messages.Publish | PublishUnkeyed) -> None:
         """Publish a slot that the session wrote; readers see it once its word has landed."""
@@ -256,15 +260,13 @@ class RequestHandlers(FarRequests):
             raise MalformedRef("this put does not fit the room that it has")
         # Raises MalformedRef for specs that no feature of this slot has.
         place = slot.index, slot.generation, slot.offset_bytes, nbytes
-        FeatureRef(pool.pool_id, pool.ref_endpoint, *place, message.specs)
+        ref = FeatureRef(pool.pool_id, pool.ref_endpoint, *place, message.specs)
         if terms is not None:
             least = 1 if terms.key is None else 0
             readers = parse_readers(terms.readers, pool.settings.readers, least=least)
             request = Request(nbytes, readers, terms.ttl_s, terms.key, page.session)
-            if effects := pool.store.fit_ahead(slot, request, time.monotonic()):
-                pool.apply(effects)
-            page.put_sizes.append(nbytes)
-        pool.publish_from(slot, message.specs, page)
+            pool.ahead.fit(page, slot, request)
+        pool.publish_from(slot, ref, page)
 
     def _refuse(self, page: SessionPage, note: PublishUnkeyed) -> None:
         """End a put whose ref is out already: whoever reads it is told that it is stale, and why."""
@@ -272,34 +274,31 @@ class RequestHandlers(FarRequests):
         if slot is not None and slot.generation == note.generation:
             self._pool.store.endings.note(slot, Ending.REFUSED)
             # Not as landed, which frees it at once: its ref is out, and an early reader may hold it.
-            give_up = messages.GiveUpReserved(note.slot, note.generation, landed=False)
-            self._give_up(page.session, give_up)
+            self._give_up(page.session, messages.GiveUpReserved(note.slot, note.generation, False))
 
     def _written(
         self, page: SessionPage, index: int, generation: int, specs: tuple[TensorSpec, ...]
-    ) -> Slot:
-        """Return a slot that a session wrote and may publish with these specs, or raise."""
+    ) -> tuple[Slot, FeatureRef]:
+        """Return a slot that a session wrote and may publish with these specs, and its ref, or raise."""
         pool = self._pool
         slot = pool.pending_writes.find_reserved(page, index, generation)
         if len(specs) > (most := pool.settings.tensors):
             raise SettingsError(f"{len(specs)} tensors: the pool's owner takes at most {most}")
         # Raises MalformedRef for specs that no feature of this slot has.
         place = slot.index, slot.generation, slot.offset_bytes, slot.nbytes
-        FeatureRef(pool.pool_id, pool.ref_endpoint, *place, specs)
-        return slot
+        return slot, FeatureRef(pool.pool_id, pool.ref_endpoint, *place, specs)
 
     def _reserve_many(self, session: int, message: many.ReserveMany) -> Answer | Wait:
-        writer, turn = self._writer, self._pool.turn
-        members = [
-            Request(nbytes, readers, message.ttl_s, None, session)
-            for nbytes, readers in zip(message.sizes, self._readers_of(message), strict=True)
-        ]
+        writer, turn, ttl_s = self._writer, self._pool.turn, message.ttl_s
+        sizes = zip(message.sizes, self._readers_of(message), strict=True)
+        members = [Request(nbytes, readers, ttl_s, None, session) for nbytes, readers in sizes]
         batch = self._pool.store.batch(members, session)
-        slot = None if turn.has_callers else writer.reserve_batch(batch)  # none is overtaken
+        late = turn.has_callers or turn.left < len(members) // 8  # as the owner's own
+        slot = None if late else writer.reserve_batch(batch)
         if slot is not None:
             return self._reserved_many(session, message.request, slot)
         turn.left -= WAKE_UNITS  # a task of its own
-        place = writer.ask(batch, wait=message.waits)
+        place = writer.ask(batch, wait=message.waits, late=late)
         return Begun(self._rooms(session, message, place), lambda: writer.withdraw(place))
 
     def _readers_of(self, message: many.ReserveMany) -> list[int | frozenset[str]]:
@@ -333,12 +332,12 @@ class RequestHandlers(FarRequests):
                 slots.append(self._written(page, number, generation, specs))
             except FeatcacheError as error:
                 raise at_member(error, index) from None
-        if len({slot.index for slot in slots}) < len(slots):
+        if len({slot.index for slot, _ in slots}) < len(slots):
             raise StaleRef("a slot is published once")
         pool.turn.left -= len(slots)
-        for slot, (_, _, specs, key) in zip(slots, message.members, strict=True):
-            slot.wanted_key = key
-            pool.publish_from(slot, specs, page)
+        for (slot, ref), member in zip(slots, message.members, strict=True):
+            slot.wanted_key = member[3]
+            pool.publish_from(slot, ref, page)
         return messages.Reply(message.request)
 
     def _give_up(self, session: int, note: messages.GiveUpReserved) -> None:

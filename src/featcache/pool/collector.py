@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Final
 
 from featcache.control.turns import EVICT_UNITS, LEAST, QUANTUM_UNITS
 from featcache.core.effects import Effect, Evicted
+from featcache.core.keyed_store import STEPS_A_VICTIM
 from featcache.core.put_queue import Request
 from featcache.memory.words import fence_full
 from featcache.pool.page import SessionPage
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 
 _now: Final = time.monotonic
 _BUSY_S: Final = 0.004
+_LEASES_A_UNIT: Final = 512
+"""Leases that are asked for in a unit of the turn."""
+STEPS_A_UNIT: Final = STEPS_A_VICTIM // EVICT_UNITS
+"""Extents that a search for victims looks at for a unit of the turn."""
 
 
 class Collector:
@@ -48,7 +53,12 @@ class Collector:
     def look(self) -> None:
         """Hear and collect unasked: a session's loop may not have come to ring."""
         self.hear_posts()
-        self.collect()
+        self.collect_soon()
+
+    def collect_soon(self) -> None:
+        """As `collect`, for those who need not know at once: not in a turn that is used up, if it goes on."""
+        if not self.behind or self._turn.left > 0:
+            self.collect()
 
     def hear_posts(self) -> bool:
         """Begin to handle what sessions have posted in their pages; return whether any have."""
@@ -93,7 +103,7 @@ class Collector:
                 return True
             gone = self.make_room(head.request, max(1, most // EVICT_UNITS))
             if not gone:
-                break
+                return more or self._pool.store.evicting.is_searching
             most -= gone * EVICT_UNITS
         return more
 
@@ -125,7 +135,7 @@ class Collector:
     @property
     def makes_room(self) -> bool:
         """Whether more is recycled or evicted in the next turns."""
-        return self.behind or self._pool.store.is_evicting
+        return self.behind or self._pool.store.evicting.in_progress
 
     def evict_some(self, request: Request) -> int:
         """As `make_room`, as far as this turn goes; none while there is more to recycle."""
@@ -136,13 +146,18 @@ class Collector:
     def make_room(self, request: Request, most: int | None = None) -> int:
         """Evict for a request, if that is the way to room for it; return how many went.
 
-        No more than `most`; the others go when this is called again for the same request.
+        With `most`, no more than so many, or so much of the search for them as takes the same time; the rest
+        when this is called again for the same request.
         """
-        effects = self._pool.store.evict_for(request, self._pool.is_held.of_many(), _now(), most)
+        store = self._pool.store
+        steps_before = store.evicting.steps
+        effects = store.evict_for(request, self._pool.is_held.of_many(), _now(), most)
+        self._turn.left -= (store.evicting.steps - steps_before) // STEPS_A_UNIT
+        self._turn.left -= self._pool.is_held.leases // _LEASES_A_UNIT
         if not effects:
             return 0
         gone = sum(type(effect) is Evicted for effect in effects)
-        self._turn.left -= gone * EVICT_UNITS + self._pool.store.to_evict // 32  # to look for them
+        self._turn.left -= gone * EVICT_UNITS
         self._pool.apply(effects)
         return gone
 

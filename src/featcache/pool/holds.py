@@ -16,6 +16,8 @@ _MOST: Final = 1024
 """Leases that are counted: more would hold up the loop at each tick."""
 _FEW: Final = 64
 """Slots that are asked for one by one; after that all are looked at, as vectors."""
+_SLOTS: Final = np.uint64(SLOT_MASK)
+_SHIFT: Final = np.uint64(SLOT_BITS)
 
 
 class Holds:
@@ -28,6 +30,8 @@ class Holds:
         self, words: OwnerWords, table: SlotTable, pages: Mapping[int, SessionPage]
     ) -> None:
         self._words, self._table, self._pages = words, table, pages
+        self.leases = 0
+        """Leases that were out, as `of_many` looked last."""
 
     def __call__(self, slot: Slot) -> bool:
         """Whether a slot is held."""
@@ -38,18 +42,22 @@ class Holds:
 
     def of_many(self) -> Callable[[Slot], bool]:
         """Return what says the same of many features under keys, as long as no other task runs."""
-        known: list[bool] = []
+        known = b""
         leased: set[int] | None = None
         asked = 0
 
         def held(slot: Slot) -> bool:
             nonlocal asked, known, leased
             if known:
-                return known[slot.index]
+                return known[slot.index] != 0
             asked += 1
             if asked > _FEW:
                 known = self._now()
             if leased is None:  # once: a session may have thousands
+                self.leases = sum(page.leased_places().size for page in self._pages.values())
+                if self.leases > _FEW:
+                    known = self._now()
+                    return known[slot.index] != 0
                 leased = set().union(*(page.leased() for page in self._pages.values()))
             index, generation = slot.index, slot.generation
             return (
@@ -60,17 +68,19 @@ class Holds:
 
         return held
 
-    def _now(self) -> list[bool]:
+    def _now(self) -> bytes:
+        """Return the same of each slot, 1 or 0."""
         high = self._table.high
         live = np.frombuffer(self._words.live, dtype=np.uint64)[:high]
         held = np.frombuffer(self._words.published, dtype=np.uint64)[:high] != live
         for page in self._pages.values():
             held |= page.holds_of(live)
-            for place in page.leased():
-                index, generation = place & SLOT_MASK, place >> SLOT_BITS
-                if index < high and live[index] == generation:
-                    held[index] = True
-        return [bool(one) for one in held.tolist()]
+            places = page.leased_places()  # a peer's words: any
+            slots, generations = places & _SLOTS, places >> _SHIFT
+            slots, generations = slots[slots < high], generations[slots < high]
+            held[slots[live[slots] == generations]] = True
+        known: bytes = held.tobytes()
+        return known
 
     def any_read(self) -> bool:
         """Whether any session, the owner's own too, reads a feature now."""

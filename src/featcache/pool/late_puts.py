@@ -131,11 +131,11 @@ class LatePut:
         waiter, writer = self.waiter, self._writer
         if waiter is None:
             writer.give_up(self._slot)
-        elif writer.turn.left > 0 or waiter.state is not _WAITING:
+        elif waiter.state is _WAITING and writer.turn.left <= 0:
+            writer.leavers.add(self, waiter)
+        else:
             writer.give_up(waiter)
             writer.waits.end(waiter, self.since_s, granted=False)
-        else:
-            writer.leavers.add(waiter, self)
 
 
 class Leavers:
@@ -151,9 +151,9 @@ class Leavers:
         self._waits = waits
         self._gone: list[LatePut] = []
 
-    def add(self, waiter: Waiter, put: LatePut) -> None:
+    def add(self, put: LatePut, waiter: Waiter) -> None:
         """Take a put's waiter, which has no slot, out of the queue."""
-        self._queue.drop(waiter)
+        self._queue.leave_place(waiter)
         gone = self._gone
         if not gone:
             self._turn.later(self._tell)
@@ -169,6 +169,7 @@ class Leavers:
             turn.left -= 1
             for put in gone[:A_UNIT]:
                 assert put.waiter is not None, "it waited"
+                self._queue.forget(put.waiter)
                 self._waits.end(put.waiter, put.since_s, granted=False)
             del gone[:A_UNIT]
         return bool(gone)

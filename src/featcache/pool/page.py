@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.control.rooms import Room
 from featcache.core.slots import Slot
 from featcache.errors import PoolFull
 from featcache.memory.key_table import place_of
@@ -17,7 +18,12 @@ from featcache.memory.post_ring import PostsTaken
 from featcache.memory.words import Counts, RoomClaim, SessionWords
 
 _WORD_BYTES: Final = 8
+_FEW_SLOTS: Final = 100
 _NONE: Final = np.zeros(0, np.uint64)
+_LOOKUPS_PER_S: Final = 50_000_000
+"""More than any session can make."""
+_LOOKUPS: Final = 1 << 16
+"""How many more it may have made by each look: its clock and this one may differ."""
 
 
 class Grant(msgspec.Struct, frozen=True, gc=False):
@@ -70,8 +76,14 @@ class SessionPage:
         """Slots that it may write and has not published yet, by index (`WriteState.RESERVED`)."""
         self.ahead: dict[int, Slot] = {}
         """Slots that it may claim for its next puts (`pool.ahead`), by index, the oldest first."""
+        self.untold: tuple[Room, ...] = ()
+        """Those of them that the session is told of with the next answer to a publish."""
         self.put_sizes: deque[int] = deque(maxlen=4)
         """Bytes of its last puts."""
+        self._lookups = 0, 0
+        self._lookups_at_s = self.since_s
+        self.to_evict_bytes = 0
+        """How much may be evicted for its next puts, as its last ones have evicted (`pool.ahead`)."""
 
     def newly_released(self, high: int, most: int | None = None) -> list[tuple[int, int]]:
         """Return (slot, generation) for each `released` word that changed since the last call.
@@ -103,7 +115,7 @@ class SessionPage:
     def uses(self, index: int, generation: int) -> bool:
         """Whether the session may be reading these bytes now, by a ref or by their key."""
         return self.holds(index, generation) or bool(
-            (self._leased_now() == place_of(index, generation)).any()
+            (self.leased_places() == place_of(index, generation)).any()
         )
 
     def holds(self, index: int, generation: int) -> bool:
@@ -131,11 +143,11 @@ class SessionPage:
 
     def leased(self) -> Collection[int]:
         """Return the places of the features that the session may be reading by their keys now."""
-        places = self._leased_now()
+        places = self.leased_places()
         return set(places.tolist()) if places.size else ()
 
-    def _leased_now(self) -> NDArray[np.uint64]:
-        """Return the same, one for each entry, at the cost of a few vectors whatever the session wrote."""
+    def leased_places(self) -> NDArray[np.uint64]:
+        """Return the same, one for each entry, at the cost of a few vectors whatever it wrote."""
         places, serials, ended = self._lease_words
         high = min(self._header[Counts.LEASES_HIGH], len(serials) // _WORD_BYTES)
         if not high:
@@ -162,15 +174,32 @@ class SessionPage:
 
     @property
     def own_lookups(self) -> tuple[int, int]:
-        """Hits and misses that the session counted itself."""
-        return self.words.lookups
+        """Hits and misses that the session counted itself, as far as it can have made them.
+
+        A hit that was counted goes again if its entry turns out to have been taken for nothing.
+        """
+        now_s, (hits, misses) = time.monotonic(), self.words.lookups
+        old_hits, old_misses = self._lookups
+        most = int((now_s - self._lookups_at_s) * _LOOKUPS_PER_S) + _LOOKUPS
+        hits = min(max(hits, old_hits - len(self.words.serial)), old_hits + most)
+        misses = min(max(misses, old_misses), old_misses + most)
+        self._lookups, self._lookups_at_s = (hits, misses), now_s
+        return self._lookups
 
     def not_held(self, slots: list[Slot]) -> list[Slot]:
         """Return those of the slots that it does not use, as `uses` says of each."""
         if not slots:
             return slots
         held, released = self._held, self._released
-        if leased := self.leased():
+        places = self.leased_places()
+        if places.size > _FEW_SLOTS * len(slots):  # quicker than a set of them
+            slots = [
+                slot
+                for slot in slots
+                if not (places == place_of(slot.index, slot.generation)).any()
+            ]
+        elif places.size:
+            leased = set(places.tolist())
             slots = [slot for slot in slots if place_of(slot.index, slot.generation) not in leased]
         return [
             slot

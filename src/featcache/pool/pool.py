@@ -150,25 +150,25 @@ class Pool:
             self.own_writes[slot.index] = slot.generation, order
         return self.announce(slot, specs, _now())
 
-    def publish_from(
-        self, slot: Slot, specs: tuple[TensorSpec, ...], page: SessionPage
-    ) -> FeatureRef:
-        """Publish a slot that a session wrote, or that its stream will write; return its ref."""
+    def publish_from(self, slot: Slot, ref: FeatureRef, page: SessionPage) -> None:
+        """Publish a slot that a session wrote, or that its stream will write, as this ref of it."""
         index, generation = slot.index, slot.generation
         self.pending_writes.add(slot, page)
-        ref = self.announce(slot, specs, _now())
+        self.announce(slot, ref.specs, _now(), ref)
         self.ahead.published(slot, index, generation)
-        return ref
 
-    def announce(self, slot: Slot, specs: tuple[TensorSpec, ...], now_s: float) -> FeatureRef:
+    def announce(
+        self, slot: Slot, specs: tuple[TensorSpec, ...], now_s: float, ref: FeatureRef | None = None
+    ) -> FeatureRef:
         """Publish a slot whose `published` word is signalled already; return its ref."""
         store, pressure, extent = self.store, self.pressure, slot.extent
         assert extent is not None, "it is reserved"
         index, generation, nbytes = slot.index, slot.generation, slot.nbytes
         offset_bytes, keyed = extent.offset_bytes, slot.wanted_key is not None
-        ref = FeatureRef(
-            self.pool_id, self.ref_endpoint, index, generation, offset_bytes, nbytes, specs
-        )
+        if ref is None:
+            ref = FeatureRef(
+                self.pool_id, self.ref_endpoint, index, generation, offset_bytes, nbytes, specs
+            )
         if keyed:  # before `live`, which vouches for it
             self.kept[index] = ref
             self.key_table.write_record(index, ref.to_bytes())
@@ -324,7 +324,7 @@ class Pool:
         if self.store.queue:
             self.apply(self.store.serve(now_s))  # a growth that failed may be tried again
             if self.ring_at == 1:
-                self.collect()  # for releases before the sessions were told to ring at each
+                self.collector.collect_soon()  # for releases before the sessions were told to ring at each
         old_end_bytes = self.store.committed_bytes
         if (end_bytes := self.store.shrink(now_s)) is not None:
             self.growth.shrink(end_bytes, old_end_bytes)

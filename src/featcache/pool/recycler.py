@@ -75,7 +75,7 @@ class Recycler:
 
         def look() -> None:
             self._dues.discard(handle)
-            self._collector.collect()
+            self._collector.collect_soon()
 
         handle = self._loop.call_later(delay_s, look)
         self._dues.add(handle)

@@ -150,12 +150,12 @@ class OwnerWriter(BatchPuts):
             raise
         return pool.publish(slot, staged.specs, order)
 
-    def ask(self, request: Request, *, wait: bool) -> Place:
+    def ask(self, request: Request, *, wait: bool, late: bool = False) -> Place:
         """Take a place after `reserve` found no room, behind all who asked before; or raise PoolFull.
 
         `slot_of` returns the slot, `withdraw` gives the place up: one of them is the caller's to call.
         """
-        if self.turn.has_callers:
+        if late or self.turn.has_callers:
             return self.turn.place(lambda: self.enter(request, wait=wait))
         return self.enter_queue(request, wait=wait)
 
@@ -249,7 +249,7 @@ class OwnerWriter(BatchPuts):
                 self.leave(waiter)
 
     def reserve(self, request: Request, *, at_once: bool = False) -> Slot | None:
-        """Reserve, recycling released slots if that is due or needed, then evicting.
+        """Reserve, recycling released slots if that is due or needed, then evicting; at last what others did.
 
         As much as the loop's turn has units for, or all `at_once`; what is left is done for the queue.
         """
@@ -262,12 +262,14 @@ class OwnerWriter(BatchPuts):
             pool.collect()
             slot = pool.store.reserve(request, _now())
             if slot is None and not pool.store.queue.count:
-                if pool.store.ahead and pool.ahead.take_back():  # before anything is evicted for it
+                if pool.store.ahead and pool.ahead.take_back(made=False):
                     slot = pool.store.reserve(request, _now())
                 while slot is None and pool.collector.evict_some(request):
                     slot = pool.store.reserve(request, _now())
                     if self.turn.left <= 0:
                         break
+                if slot is None and pool.store.ahead and pool.ahead.take_back():
+                    slot = pool.store.reserve(request, _now())
         return slot
 
     def count_bytes(self, nbytes: int) -> None:

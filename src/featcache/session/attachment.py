@@ -88,7 +88,7 @@ class Attachment(Payments, EarlyPins, SlotWrites):
         super().__init__(page)
         self.why_stale: Callable[[int, int], str] | None = None
         """In the owner: says why a ref is stale, as its store knows."""
-        self.hear = None
+        self.hear = self.comes = None
 
     # --- reads by ref ---------------------------------------------------------------------------
 

@@ -23,6 +23,8 @@ class EarlyPins:
     _ring: Callable[[], object]
     hear: Callable[[], object] | None
     """In the owner: handles what sessions have told by now."""
+    comes: Callable[[int, int], bool | None] | None
+    """In the owner, which knows who has claimed what: whether a publish is on its way; None if not here."""
     _own_puts: dict[int, FeatureRef]
     """By slot: the ref of this session's last put there, which it need not wait for."""
 
@@ -63,6 +65,11 @@ class EarlyPins:
         # and has rung for nobody: then this is who rings.
         if self.hear is not None:
             self.hear()
+            if not self._still_comes(
+                index, generation
+            ):  # room that nobody has claimed: a forged ref
+                self.unpin(ref, pays=False)
+                raise StaleRef(self._why_stale(index, generation))
         else:
             self._ring()
         with self._lock:
@@ -74,6 +81,14 @@ class EarlyPins:
         except MalformedRef:
             self.unpin(ref, pays=False)
             raise
+
+    def _still_comes(self, index: int, generation: int) -> bool:
+        if self._live[index] == generation:
+            return True
+        comes = None if self.comes is None else self.comes(index, generation)
+        return self._live[index] == generation or (
+            self._is_coming(index, generation) if comes is None else comes
+        )
 
     def _has_come(self, ref: FeatureRef) -> bool:
         """Whether the publish of a ref that was pinned early has come; MalformedRef if it is another's."""
@@ -91,5 +106,5 @@ class EarlyPins:
         """Raise StaleRef if a pinned ref was revoked before its bytes came; as `check` besides."""
         self.check()
         index, generation = ref.slot, ref.generation
-        if self._live[index] != generation and not self._is_coming(index, generation):
+        if not self._still_comes(index, generation):
             raise StaleRef(self._why_stale(index, generation))

@@ -79,7 +79,9 @@ class KeyHits:
         reader.gets += 1
         return feature
 
-    def find(self, key: str | bytes, device: torch.device | None) -> KeyLease | int:
+    def find(
+        self, key: str | bytes, device: torch.device | None, *, copies: bool = True
+    ) -> KeyLease | int:
         """Return a read of the feature under a key; ABSENT if there is none, UNKNOWN if the owner is to say.
 
         The owner is to say what the table, the records or the session's entries have no room for, and
@@ -91,7 +93,7 @@ class KeyHits:
         """
         attachment = self._attachment
         attachment.check()
-        if not attachment.mapping.can_copy_to(device):
+        if copies and not attachment.mapping.can_copy_to(device):
             return UNKNOWN
         word, place, ref = self._found.get(key, _NOWHERE)
         if ref is not None and self._words[word] == place:

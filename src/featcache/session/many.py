@@ -45,6 +45,9 @@ class Many:
         """Those whose bytes were not there as they were pinned, and the keys."""
         self._at = 0
         """The member that something is done for."""
+        self._give_up_s: float | None = None
+        """When (by `time.monotonic`) the call is late."""
+        self._timeout_s: float | None = None
         self._copies_behind = False
         """Whether copies were given to streams that have no word behind them yet."""
 
@@ -78,24 +81,30 @@ class Many:
 
         Where it `follows`, this process's own writes need not have landed: the copies come behind them.
         """
-        since_s = time.monotonic()
+        self._begin(timeout_s)
         with self._all_or_none():
             await self._look_up(timeout_s)
             try:
                 with anyio.fail_after(rpc_timeout(timeout_s)):
                     await self._pin_refs()
-                left_s = None if timeout_s is None else timeout_s - (time.monotonic() - since_s)
-                with anyio.fail_after(None if left_s is None else max(0.0, left_s)):
+                with anyio.fail_after(self._left_s()):
                     await self._wait_for_bytes(follows=follows)
             except TimeoutError as error:
                 if isinstance(error, FeatcacheError):
                     raise
-                raise self._late(timeout_s) from None
+                raise self._late() from None
 
-    def _late(self, timeout_s: float | None) -> GetTimeout:
+    def _begin(self, timeout_s: float | None) -> None:
+        self._timeout_s = timeout_s
+        self._give_up_s = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def _left_s(self) -> float | None:
+        return None if self._give_up_s is None else max(0.0, self._give_up_s - time.monotonic())
+
+    def _late(self) -> GetTimeout:
         if isinstance(self._wanted[self._at], bytes):
             return GetTimeout(BYTES_LATE)
-        return GetTimeout(f"the bytes did not come within {timeout_s} s; no read is paid")
+        return GetTimeout(f"the bytes did not come within {self._timeout_s} s; no read is paid")
 
     async def _look_up(self, timeout_s: float | None) -> None:
         """Take a lease of every key; with a timeout, wait for those that are not there."""
@@ -129,7 +138,7 @@ class Many:
             raise not_found(key)
         try:
             self._sources[self._at] = await self._keys.find(
-                *(key, max(0.0, give_up_s - time.monotonic()), self._device), counted=True
+                *(key, _rest_s(give_up_s, timeout_s), self._device), counted=True
             )
         except TimeoutError:
             raise key_timeout(key_label(key), timeout_s or 0.0) from None
@@ -145,8 +154,7 @@ class Many:
                 if (attachment := pools.peek(wanted)) is None and pools.is_far(wanted):
                     wanted = self._wanted[member] = await pools.bring(wanted)  # noqa: PLW2901 - it is here now
                 attachment = attachment or await pools.open(wanted)
-                ready = attachment.pin(wanted)
-                self._sources[member] = attachment
+                ready, self._sources[member] = attachment.pin(wanted), attachment
                 if not ready:
                     self._awaited.append(member)
             else:
@@ -274,13 +282,17 @@ class Many:
 
     async def _relayed(self, member: int, out: Feature | None) -> Feature:
         """Return the copy of a pinned member that comes through host memory."""
-        reader, ref = self._reader, self._ref(member)
-        there = await reader.pools.relay(ref)
+        reader, ref, there = self._reader, self._ref(member), None
         device = None if out is not None else self._device or self._source(member).mapping.device
         try:
-            feature = await reader.get(there, device, out, None)
-        except BaseException:
-            reader.pools.pay_copy(there)
+            with anyio.fail_after(self._left_s()):
+                there = await reader.pools.relay(ref)
+                feature = await reader.get(there, device, out, None)
+        except BaseException as error:
+            if there is not None:
+                reader.pools.pay_copy(there)
+            if isinstance(error, TimeoutError) and not isinstance(error, FeatcacheError):
+                raise self._late() from None
             raise
         reader.gets -= 1  # the copy's get is part of the read
         return feature
@@ -334,7 +346,8 @@ class Many:
         refs = [wanted for wanted in self._wanted if isinstance(wanted, FeatureRef)]
         if len(refs) < len(self._wanted) or not all(pools.has(ref) for ref in refs):
             return False
-        give_up_s = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        self._begin(timeout_s)
+        give_up_s = float("inf") if self._give_up_s is None else self._give_up_s
         with self._all_or_none():
             for member, ref in enumerate(refs):
                 self._at = member
@@ -347,7 +360,7 @@ class Many:
             for member, ref in enumerate(refs):
                 self._at = member
                 if not wait_ready_blocking(_attachment(self._source(member)), ref, give_up_s):
-                    raise self._late(timeout_s)
+                    raise self._late()
         return True
 
     def copy_blocking(
@@ -367,6 +380,11 @@ class Many:
                 features.append(run(lambda: self._relayed(member, out)))  # noqa: B023 - awaited now
         self.pay()
         return features
+
+
+def _rest_s(give_up_s: float, timeout_s: float | None) -> float:
+    """Return the rest of a time, more than 0: 0 has a time of its own (`rpc_timeout`)."""
+    return max(0.001, give_up_s - time.monotonic()) if timeout_s else 0.0
 
 
 def _attachment(source: Readable) -> Attachment:

@@ -1,6 +1,7 @@
 """What the policies share: a heap of slots that is put right only as far as a search comes."""
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Final
@@ -11,6 +12,10 @@ from featcache.core.slots import Slot
 
 _SLACK: Final = 64
 """Stale entries that are tolerated, beside a share of the heap, before it is rebuilt."""
+_PARKED_LOOKS: Final = 64
+"""Slots that were held as a search came to them, of which the next one asks anew."""
+_MOST_REBUILT: Final = 2048
+"""Entries of the largest heap that is rebuilt in one piece; others are put right by searches alone."""
 LOOKS: Final = 8
 """Slots whose uses are looked at one by one in a search, beside a share of all, before all are."""
 LOOKS_SHARE: Final = 512
@@ -41,6 +46,10 @@ class LazyHeap(ABC):
         self._times = TickTimes()
         self._heap: list[tuple[int, int, Slot]] = []
         """Rank, number, slot: of equal ranks the one that was added first goes first."""
+        self._parked: deque[tuple[int, int, Slot]] = deque()
+        """Entries of slots that were held, out of the heap: thousands would be in each search's way."""
+        self.unfinished = False
+        """Whether the last search ended at the most that it may pass: the next may find more."""
         self._max_entries = _SLACK
         self._entries = 0
 
@@ -113,6 +122,10 @@ class LazyHeap(ABC):
 
     # --- searches ---------------------------------------------------------------------------------
 
+    def look_anew(self) -> None:
+        """Forget what sessions said before: `rank` is as of now."""
+        self._uses, self._looks = None, 0
+
     def add(self, slot: Slot) -> None:
         """Take in a slot that became evictable and has no entry."""
         slot.listed = True
@@ -120,50 +133,90 @@ class LazyHeap(ABC):
             self._high, self._uses = slot.index + 1, None
         self._entries += 1
         heappush(self._heap, (self._known(slot), self._entries, slot))
-        if len(self._heap) > self._max_entries:
+        if self._max_entries < len(self._heap) <= _MOST_REBUILT:
             self._rebuild(self._known)
 
-    def coldest(self, held: Held) -> Slot | None:
+    def coldest(self, held: Held, passes: int | None = None) -> Slot | None:
         """Return the evictable slot that should go first and is not held, or None."""
-        return next(iter(self.coldest_few(1, held)), None)
+        found = [slot for _, slot in self.by_rank(1, held, passes)]
+        return found[0] if found else None
 
     def coldest_few(self, count: int, held: Held) -> list[Slot]:
         """Return up to `count` evictable slots that are not held, the first to go first."""
         return [slot for _, slot in self.by_rank(count, held)]
 
-    def by_rank(self, most: int, held: Held) -> Generator[tuple[int, Slot]]:
+    def by_rank(  # noqa: C901 - one loop, on the path of each eviction
+        self, most: int, held: Held, passes: int | None = None
+    ) -> Generator[tuple[int, Slot]]:
         """Go through the same, with their ranks. To be closed before any call but `rank`."""
         heap, taken, found = self._heap, list[tuple[int, int, Slot]](), 0
-        self._uses, self._looks = None, 0
-        stale, most_stale = 0, _SLACK + len(heap) // 8
+        self._uses, self._looks, self.unfinished = None, 0, False
+        passed, most_stale = 0, _SLACK + len(heap) // 8
+        unasked = len(self._parked)
+        if unasked:
+            unasked -= self._unpark(_PARKED_LOOKS, held)
         try:
-            while heap and found < most:
-                rank, number, slot = heap[0]
-                if slot.idle:
-                    reached = self._reach(slot)
-                    if reached == rank:
-                        taken.append(heappop(heap))
-                        if not held(slot):
-                            if not found:
-                                self._stand_at(slot)
-                            elif self._uses is None:
-                                self._look_ahead(most)
-                            found += 1
-                            yield rank, slot
+            while found < most:
+                if not heap:
+                    unasked, asked = 0, self._unpark(unasked, held)
+                    if asked:
                         continue
-                    heapreplace(heap, (reached, number, slot))
-                else:
-                    # `add` is due when it is evictable again, so the flag goes with the entry.
-                    heappop(heap)
-                    slot.listed = False
-                stale += 1
-                if stale == most_stale:
+                    break
+                if (entry := self._pop_first(held)) is not None:
+                    taken.append(entry)
+                    rank, _, slot = entry
+                    if not found:
+                        self._stand_at(slot)
+                    elif self._uses is None:
+                        self._look_ahead(most)
+                    found += 1
+                    yield rank, slot
+                    continue
+                passed += 1
+                if passed == passes:
+                    self.unfinished = True
+                    break
+                if passed == most_stale and (passes is None or len(heap) <= _MOST_REBUILT):
                     # Many slots were used since the last search: one heapify costs less than repairs.
                     self._rebuild(self._renew)
         finally:
-            # Back they go, the held and the found: the caller may drop none of them.
+            # Back they go: the caller may drop none of them.
             for entry in taken:
                 heappush(heap, entry)
+
+    def _pop_first(self, held: Held) -> tuple[int, int, Slot] | None:
+        """Take out the first entry if its slot can go; else put it where it belongs, and return None."""
+        heap = self._heap
+        rank, number, slot = heap[0]
+        if not slot.idle:
+            # `add` is due when it is evictable again, so the flag goes with the entry.
+            heappop(heap)
+            slot.listed = False
+            return None
+        reached = self._reach(slot)
+        if reached != rank:
+            heapreplace(heap, (reached, number, slot))
+            return None
+        entry = heappop(heap)
+        if not held(slot):
+            return entry
+        self._parked.append(entry)
+        return None
+
+    def _unpark(self, most: int, held: Held) -> int:
+        """Put the next parked slots that are held no more into the heap; return how many were asked."""
+        parked = self._parked
+        count = min(most, len(parked))
+        for _ in range(count):
+            entry = parked.popleft()
+            slot = entry[2]
+            if not slot.idle:
+                slot.listed = False  # as in a search
+            elif held(slot):
+                parked.append(entry)
+            else:
+                heappush(self._heap, entry)
+        return count
 
     def _look_ahead(self, count: int) -> None:
         """Look at all uses at once if so many looks at one would take longer."""

@@ -10,6 +10,7 @@
 | `pass_time(now_s)` | at the owner's upkeep, several times a second |
 | `coldest(held)`, `by_rank(most, held)` | a victim is needed: for room, by the watermark |
 | `rank(slot)` | after these, in the same turn: neighbours of a candidate, or all slots, are compared |
+| `look_anew()` | before `rank` in later turns: a search goes on |
 | `last_used_s(slot)` | the slot's key is dropped, by whatever cause |
 
 There is no call when a slot stops being evictable, or leaves its key: that would be one more call at
@@ -65,6 +66,9 @@ class Recency(Protocol):
     tick: int
     """The present: grows at each `enter` and `touch`, and as time passes. What sessions copy."""
 
+    unfinished: bool
+    """Whether the last search ended because it had passed enough: another, in a later turn, finds more."""
+
     def enter(self, slot: Slot, now_s: float) -> None:
         """Count a feature as new: what sessions said of its slot's earlier tenants is void."""
 
@@ -77,17 +81,28 @@ class Recency(Protocol):
     def pass_time(self, now_s: float) -> None:
         """Advance the tick if it has stood still for long, so that uses can be told apart by time."""
 
-    def coldest(self, held: Held) -> Slot | None:
-        """Return the evictable slot that should go first and is not held, or None."""
+    def coldest(self, held: Held, passes: int | None = None) -> Slot | None:
+        """Return the evictable slot that should go first and is not held, or None.
 
-    def by_rank(self, most: int, held: Held) -> Generator[tuple[int, Slot]]:
+        The search ends `unfinished` once it has passed `passes` slots that were used, or are held.
+        """
+
+    def by_rank(
+        self, most: int, held: Held, passes: int | None = None
+    ) -> Generator[tuple[int, Slot]]:
         """Go through up to `most` of these, the first to go first, with their ranks.
 
         To be closed before any other call but `rank`.
         """
 
     def rank(self, slot: Slot) -> int:
-        """Return a kept slot's rank, above 0: the lowest goes first. As of the last search at least."""
+        """Return a kept slot's rank, above 0: the lowest goes first.
+
+        As of the last search at least, or of `look_anew`.
+        """
+
+    def look_anew(self) -> None:
+        """Have `rank` look at the sessions' uses anew."""
 
     def last_used_s(self, slot: Slot) -> float:
         """Return when a kept slot was last entered or used, to about 0.1 s."""

@@ -8,7 +8,7 @@ private stream: it may block, and belongs in a thread.
 import ctypes
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Final, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -24,9 +24,6 @@ from featcache.memory.slab import Parts, Unreachable, Word, torch_copies, uncopi
 from featcache.memory.views import view_of
 from featcache.memory.words import Block, fence_stores
 from featcache.ref import TensorSpec
-
-_SLOWDOWN: Final = 16
-"""A copy over PCIe from pageable memory, waited for, takes so many times a copy in host memory."""
 
 
 class CudaMapping:
@@ -111,7 +108,9 @@ class CudaMapping:
         return None if device.type == "cpu" else self._streams_on(self._ordinal_at(device)).order()
 
     def blocking_read_bytes(self, nbytes: int, device: torch.device | None) -> int:
-        return nbytes * _SLOWDOWN if device is not None and device.type == "cpu" else 0
+        if device is not None and device.type == "cpu":
+            return self._home.blocking_bytes(nbytes)
+        return 0
 
     def view(
         self, offset_bytes: int, spec: TensorSpec, device: torch.device | None = None
@@ -235,7 +234,7 @@ class CudaMapping:
         for _, tensor in parts:
             if tensor.get_device() < 0:
                 total_bytes += tensor.nbytes
-        return total_bytes * _SLOWDOWN
+        return self._home.blocking_bytes(total_bytes) if total_bytes else 0
 
     def write(
         self, offset_bytes: int, parts: Parts, order: StreamOrder | None, word: Word | None = None

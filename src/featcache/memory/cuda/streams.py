@@ -5,7 +5,9 @@ it: the stream that was torch's current one at the user's call, whichever thread
 the CPU does the work itself, at once, None stands in its place.
 """
 
+import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
@@ -20,6 +22,13 @@ from featcache.memory.words import store_words
 from featcache.ref import TensorSpec
 
 _MAX_VIEWS: Final = 4096
+_SLOWDOWN: Final = 16
+"""A copy over PCIe from pageable memory, waited for, takes so many times a copy in host memory."""
+_LATE_S: Final = 1e-3
+"""A copy that is waited for so much longer than its bytes take stood behind others' work on the device."""
+_LATE_S_A_BYTE: Final = 1e-9
+_BUSY_S: Final = 1.0
+_now: Final = time.monotonic
 _MAX_WORDS: Final = 128
 """Words of one call, of which the driver takes less than 256."""
 _FEW_WORDS: Final = 3
@@ -78,6 +87,8 @@ class DeviceStreams:
         self._write = driver.api.cuStreamWriteValue64
         self._own: Any = None
         """A stream for copies to and from the host, created by the first of them."""
+        self._busy_until_s = 0.0
+        """Until then the next such copy may be late too."""
         self._lock = threading.Lock()
         self._batch: list[Any] = []
         """The driver's records of the words of one call, used again and again: to make one takes longer
@@ -169,6 +180,16 @@ class DeviceStreams:
             for first in range(0, len(words), _MAX_WORDS):
                 self.driver.write_words(self._batch, words[first : first + _MAX_WORDS], stream)
 
+    def blocking_bytes(self, nbytes: int) -> int:
+        """Return bytes of host memory that are copied in the time that `copy_now` of so many takes.
+
+        While the device is busy with others' work that has no bound, since to wait keeps a processor busy:
+        then a copy, even a small one, is a thread's.
+        """
+        if nbytes and _now() < self._busy_until_s:
+            return sys.maxsize
+        return nbytes * _SLOWDOWN
+
     def copy_now(self, target: int, source: int, nbytes: int) -> None:
         """Copy between the host and the device, and return when the copy is complete. Blocks.
 
@@ -181,8 +202,12 @@ class DeviceStreams:
                 with self._lock:  # these copies run in several threads
                     if self._own is None:
                         self._own = self.driver.stream()
+            began_s = _now()
             self.copy(target, source, nbytes, self._own)
             self.driver.finish(self._own)
+            ended_s = _now()
+            late = ended_s - began_s > _LATE_S + nbytes * _LATE_S_A_BYTE
+            self._busy_until_s = ended_s + _BUSY_S if late else 0.0
 
     @contextmanager
     def at(self, order: StreamOrder) -> Iterator[None]:

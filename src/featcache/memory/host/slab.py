@@ -208,17 +208,16 @@ class HostMapping:
         return self._target is not None
 
     def open_for_writing(self, fds: Sequence[int]) -> None:
-        """Map the slab a second time, for writing; views are over the first, which stays read-only."""
+        """Map the slab a second time, for writing; views are over the first, which stays read-only.
+
+        The caller says what it means that the system refuses (`errors.system_errors`).
+        """
         self._open()
         if self._target is not None:
             return
         if len(fds) != 1 or os.fstat(fds[0]).st_size != self.end_bytes:
             raise AttachRefused("a host slab is written by one descriptor, of the slab's size")
-        try:
-            mapping = mmap.mmap(fds[0], self.end_bytes, flags=mmap.MAP_SHARED)
-        except OSError as error:
-            why = explain(error)
-            raise AttachRefused(f"the slab can't be mapped for writing: {why}") from error
+        mapping = mmap.mmap(fds[0], self.end_bytes, flags=mmap.MAP_SHARED)
         whole = torch.frombuffer(mapping, dtype=torch.uint8)
         _advise_huge_pages((mapping, whole.data_ptr()), self.end_bytes)
         self._target = _Target(whole.data_ptr(), whole.untyped_storage())

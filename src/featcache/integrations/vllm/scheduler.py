@@ -1,0 +1,253 @@
+"""The scheduler's half: looks in shared memory, leases, and who encodes what is missing. Never waits."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Protocol
+
+import attrs
+
+from featcache import FeatcacheError
+from featcache.api.claiming import Lease, lease_now
+from featcache.integrations.vllm.counts import Counts
+from featcache.integrations.vllm.flights import Flights
+from featcache.integrations.vllm.keys import Keys
+from featcache.integrations.vllm.link import LoopLink
+from featcache.integrations.vllm.metadata import Load, StepMetadata, WorkerMetadata, rows_of
+
+_LEASE_S: Final = 60.0
+"""How long a lease is kept for ranks that do not tell the end of their loads."""
+
+
+class _Request(Protocol):
+    """What is used of vLLM's request."""
+
+    request_id: str
+    mm_features: list[Any]
+
+
+@attrs.define(eq=False)
+class _Leased:
+    """A feature that the ranks load now."""
+
+    lease: Lease | None
+    began_s: float
+    left: int
+    """Ranks that have not told the end of their load."""
+
+
+class SchedulerSide:
+    """What a `FeatcacheECConnector` of the role SCHEDULER does."""
+
+    def __init__(
+        self,
+        link: LoopLink,
+        keys: Keys,
+        flights: Flights,
+        counts: Counts,
+        *,
+        loads: bool,
+        saves: bool,
+        ranks: int,
+        encodable: Callable[[Any], bool] = lambda _: True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._link, self._keys, self._flights, self._counts = link, keys, flights, counts
+        self._loads, self._saves, self._ranks = loads, saves, ranks
+        self._encodable = encodable
+        """Whether a request brings what an input's output can be made of."""
+        self._clock = clock
+        # Of the step that is planned now:
+        self._seen: dict[str, bool] = {}
+        """What `has_cache_item` said, which stays so until the step's metadata is built."""
+        self._held: dict[str, Lease | None] = {}
+        """Leases by identifier of what it said is there."""
+        self._planned: dict[str, Load] = {}
+        # Of steps under way:
+        self._loading: dict[str, list[_Leased]] = {}
+        self._asked: dict[str, set[str]] = {}
+        """Requests by identifier that wait for it, or are to encode it."""
+        self._unavailable: set[str] = set()
+
+    # --- planning a step ------------------------------------------------------------------------------
+
+    def has(self, identifier: str) -> bool:
+        """Whether an input need not be encoded: its output is in the pool."""
+        told = self._seen.get(identifier)
+        if told is not None:
+            return told
+        there = self._look(identifier)
+        self._seen[identifier] = there
+        self._counts.add("hits" if there else "misses")
+        return there
+
+    def _look(self, identifier: str) -> bool:
+        key, client = self._keys.key(identifier), self._link.client
+        if key is None or client is None:
+            return False
+        try:
+            if not self._loads:
+                return self._there(client.contains_nowait(key), key)
+            lease = lease_now(client, key)
+            if lease is None and not self._there(client.contains_nowait(key), key):
+                return False
+        except FeatcacheError:  # the owner is gone: the link is on its way back
+            return False
+        self._held[identifier] = lease
+        return True
+
+    def _there(self, told: bool | None, key: str) -> bool:
+        """Whether a key is there, as the table tells, or else the owner did."""
+        return self._flights.found(key) if told is None else told
+
+    def is_ready(self, request: _Request, computed: int) -> bool:
+        """Whether a request can be planned now: each input that it needs is there, or to be encoded here."""
+        client = self._link.client
+        if client is None:
+            return True
+        ready = True
+        for feature in request.mm_features:
+            position = feature.mm_position
+            if position.offset + position.length <= computed:
+                continue
+            identifier = feature.identifier
+            key = self._keys.key(identifier)
+            if key is None or self._seen.get(identifier):
+                continue
+            try:
+                there = self._there(client.contains_nowait(key), key)
+            except FeatcacheError:
+                return True
+            if there:
+                self._flights.arrived(key)
+            elif self._flights.may_encode(key, client):
+                if not self._encodable(feature):  # there is nothing here to encode it from
+                    self._unavailable.add(request.request_id)
+                    ready = False
+            else:
+                ready = False  # and the others are asked for too
+            if not there:
+                self._asked.setdefault(identifier, set()).add(request.request_id)
+        return ready
+
+    def allocated(self, request: _Request, index: int) -> None:
+        """Take note that a step has room for an input: it is loaded, or encoded."""
+        identifier = request.mm_features[index].identifier
+        key = self._keys.key(identifier)
+        if key is None:
+            return
+        if not self.has(identifier):
+            self._flights.encoding(key)
+        elif self._loads:
+            self._planned[identifier] = Load(
+                identifier, key, request.request_id, index, rows_of(request, index)
+            )
+
+    def built(self, output: Any) -> StepMetadata:
+        """Return what the workers are told of this step; the next one is planned from here."""
+        encodes = getattr(output, "scheduled_encoder_inputs", None)
+        planned, self._planned = self._planned, {}
+        held, self._held = self._held, {}
+        self._seen.clear()
+        now_s = self._clock()
+        for identifier, lease in held.items():
+            if identifier in planned:
+                leased = _Leased(lease, now_s, self._ranks)
+                self._loading.setdefault(identifier, []).append(leased)
+            elif lease is not None:  # looked at, with no room in this step
+                lease.end()
+        self._expire(now_s)
+        return StepMetadata(
+            list(planned.values()),
+            self._unsaved(output) if self._saves else [],
+            encodes if isinstance(encodes, dict) else None,
+        )
+
+    def _unsaved(self, output: Any) -> list[str]:
+        """Return what this engine has the claim of, and workers may have from earlier steps."""
+        tokens = getattr(output, "num_scheduled_tokens", None)
+        if not self._asked or not isinstance(tokens, dict):
+            return []
+        return [
+            identifier
+            for identifier, requests in self._asked.items()
+            if any(request in tokens for request in requests)
+            and (key := self._keys.key(identifier)) is not None
+            and self._flights.claimed_unused(key)
+        ]
+
+    def _expire(self, now_s: float) -> None:
+        self._flights.expire()
+        for identifier, leased in list(self._loading.items()):
+            while leased and now_s - leased[0].began_s > _LEASE_S:
+                self._end(identifier)
+
+    # --- what came of steps -----------------------------------------------------------------------------
+
+    def told(self, output: Any) -> None:
+        """Take what the workers tell of a step, all ranks together."""
+        meta = getattr(output, "ec_connector_worker_meta", None)
+        if not isinstance(meta, WorkerMetadata):
+            return
+        self._counts.merge(meta.counts)
+        for identifier, ranks in meta.loaded.items():
+            self._loaded(identifier, ranks)
+        for identifier in (*meta.saved, *meta.dropped):
+            self._forget(identifier, ends=True)
+
+    def _loaded(self, identifier: str, ranks: int) -> None:
+        leased = self._loading.get(identifier)
+        if not leased:
+            return
+        leased[0].left -= ranks
+        if leased[0].left <= 0:
+            self._end(identifier)
+
+    def _end(self, identifier: str) -> None:
+        leased = self._loading[identifier]
+        first = leased.pop(0)
+        if not leased:
+            del self._loading[identifier]
+        if first.lease is not None:
+            first.lease.end()
+
+    def finished(self, request: _Request) -> None:
+        """Take note that a request has ended, however: what it alone waited for is waited for no more."""
+        self._unavailable.discard(request.request_id)
+        for identifier in {feature.identifier for feature in request.mm_features}:
+            waiting = self._asked.get(identifier)
+            if waiting is not None:
+                waiting.discard(request.request_id)
+                if not waiting:
+                    self._forget(identifier, ends=False)
+
+    def _forget(self, identifier: str, *, ends: bool) -> None:
+        self._asked.pop(identifier, None)
+        key = self._keys.key(identifier)
+        if key is not None:
+            (self._flights.end if ends else self._flights.abandon)(key)
+
+    def take_unavailable(self) -> set[str]:
+        """Return the requests that can't be answered: an input is neither in the pool nor here."""
+        taken, self._unavailable = self._unavailable, set()
+        return taken
+
+    @property
+    def leased(self) -> Counter[str]:
+        """Leases that are out, by identifier."""
+        return Counter({name: len(leased) for name, leased in self._loading.items()})
+
+    def close(self) -> None:
+        """End every lease and the connection."""
+        _end_all(self._held.values())
+        self._held.clear()
+        for identifier in list(self._loading):
+            while identifier in self._loading:
+                self._end(identifier)
+        self._link.close()
+
+
+def _end_all(leases: Iterable[Lease | None]) -> None:
+    for lease in leases:
+        if lease is not None:
+            lease.end()
