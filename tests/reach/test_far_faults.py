@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import socket
+import struct
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ import featcache
 from featcache import FeatureCache, OwnerLost, events
 from featcache.errors import AttachRefused, BackendUnavailable, OwnerUnreachable
 from featcache.owner import far_reads
+from featcache.ref import path_of
 from reach.hosts import KEY, Hosts, clients_of, hosts, listening, plane_of, quick
 from reach.proxy import Network, network
 from support.caches import KIB, filled, spent, tensor, until
@@ -64,6 +68,26 @@ async def test_a_home_that_says_nothing_is_lost_in_the_handshake() -> None:
                 with pytest.raises(OwnerLost, match="did not answer"):
                     await call(ref)
             assert owed(both.home) == 1
+
+
+@pytest.mark.parametrize("how", ["reset", "closed"])
+async def test_a_home_that_dies_in_the_handshake_is_lost(how: str) -> None:
+    async with hosts() as both:
+
+        def end(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if how == "reset":
+                linger = struct.pack("ii", 1, 0)
+                sock = writer.get_extra_info("socket")
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            writer.close()
+
+        server = await asyncio.start_server(end, "127.0.0.1", 0)
+        async with server:
+            ref = await both.home.put(filled(KIB))
+            address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            moved = msgspec.structs.replace(ref, endpoint=address + path_of(ref.endpoint))
+            with pytest.raises(OwnerLost, match=address):
+                await both.client.get(moved)
 
 
 async def test_a_home_that_is_cut_off_is_lost_at_the_look_up() -> None:

@@ -44,13 +44,19 @@ def test_what_is_no_address_is_told_so(text: object) -> None:
         parse_address(text)
 
 
-def test_a_key_is_long_enough_and_loses_the_files_newline(tmp_path: Path) -> None:
+def test_a_key_loses_the_files_newline_and_is_told_if_it_is_short(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = tmp_path / "key"
     file.write_text("0123456789abcdef\n")
     assert read_key(str(file)) == parse_key("0123456789abcdef") == b"0123456789abcdef"
-    with pytest.raises(SettingsError, match="16") as raised:
-        parse_key("hunter2-hunter2")
-    assert "hunter2" not in str(raised.value)
+    assert not caplog.records
+    assert parse_key("hunter2") == b"hunter2"
+    assert "only 7 bytes" in caplog.text
+    assert "hunter2" not in caplog.text
+    for wrong in ("", " \n", b"", 7):
+        with pytest.raises(SettingsError, match="cluster_key"):
+            parse_key(wrong)
     with pytest.raises(SettingsError, match="missing"):
         read_key(str(tmp_path / "missing"))
 

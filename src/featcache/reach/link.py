@@ -1,7 +1,6 @@
 """A reader's end of a connection to another host's owner: requests, heartbeats, its loss."""
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -84,7 +83,7 @@ class HomeLink:
 
         def ended(error: FeatcacheError | None) -> None:
             if not opened.done():
-                opened.set_exception(error or AttachRefused("the other host closed the connection"))
+                opened.set_exception(error or OwnerLost("the other host closed the connection"))
 
         stream.on_open, stream.on_closed = lambda: opened.set_result(None), ended
         try:
@@ -98,13 +97,15 @@ class HomeLink:
             raise OwnerUnreachable(
                 f"the owner at {address} did not answer within {timeout_s} s"
             ) from None
+        except OwnerLost as error:
+            raise OwnerUnreachable(f"the owner at {address} is lost: {error}") from None
+        except AttachRefused as error:
+            raise _at(address, error) from None
         except (OSError, UnicodeError) as error:
-            if isinstance(error, FeatcacheError):
-                raise _at(address, error) from error
             why = explain(error) if isinstance(error, OSError) else str(error)
             raise OwnerUnreachable(f"no owner answers at {address}: {why}") from error
         except ProtocolError as error:
-            raise _at(address, error) from error
+            raise _at(address, error) from None
         except BaseException:
             stream.abort()
             raise
@@ -262,6 +263,4 @@ def _error(failed: messages.Failed) -> FeatcacheError:
 
 
 def _at(address: str, error: FeatcacheError) -> AttachRefused:
-    with contextlib.suppress(AttributeError):
-        error.__traceback__ = None
     return AttachRefused(f"{address}: {error}")

@@ -1,5 +1,6 @@
 """The cluster key, the addresses of hosts, and the TLS contexts: what a user says of a cluster."""
 
+import logging
 import os
 import re
 import ssl
@@ -11,8 +12,9 @@ from featcache.ref import MAX_ADDRESS_BYTES
 from featcache.settings import Settings
 
 KEY_VARIABLE: Final = "FEATCACHE_CLUSTER_KEY"
-MIN_KEY_BYTES: Final = 16
+SHORT_KEY_BYTES: Final = 16
 MAX_KEY_BYTES: Final = 4096
+_log: Final = logging.getLogger("featcache")
 _MAX_PORT: Final = 65535
 _HOST: Final = re.compile(r"[A-Za-z0-9._:%-]+")
 
@@ -54,8 +56,10 @@ def parse_address(text: object, name: str = "listen") -> Address:
 def parse_key(value: object, where: str = "cluster_key") -> bytes:
     """Return the bytes of a key, without the whitespace around it. Never shown in an error.
 
+    One that is shorter than 16 bytes is warned of: whoever hears a handshake could try all of them.
+
     Raises:
-        SettingsError: it is shorter than 16 bytes, or no text.
+        SettingsError: it is empty, or no text.
 
     """
     if isinstance(value, str):
@@ -63,11 +67,13 @@ def parse_key(value: object, where: str = "cluster_key") -> bytes:
     if not isinstance(value, bytes):
         raise SettingsError(f"{where} is to be a str or bytes")
     key = value.strip()
-    if not MIN_KEY_BYTES <= len(key) <= MAX_KEY_BYTES:
+    if not 0 < len(key) <= MAX_KEY_BYTES:
         raise SettingsError(
-            f"{where} has {len(key)} bytes: {MIN_KEY_BYTES} to {MAX_KEY_BYTES} are needed, best random, "
-            "such as those of: openssl rand -hex 32"
+            f"{where} has {len(key)} bytes: 1 to {MAX_KEY_BYTES} are possible, and random ones best, such "
+            "as those of: openssl rand -hex 32"
         )
+    if len(key) < SHORT_KEY_BYTES:
+        _log.warning("%s has only %d bytes: make one with openssl rand -hex 32", where, len(key))
     return key
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from featcache.control.messages import ProtocolError
-from featcache.errors import AttachRefused, FeatcacheError, explain
+from featcache.errors import AttachRefused, FeatcacheError, OwnerLost, explain
 from featcache.reach.handshake import Conversation, Phase
 
 _MAX_UNSENT_BYTES: Final = 16 << 20
@@ -89,7 +89,7 @@ class Stream(asyncio.Protocol):
         if exc is None:
             self.close(None)
         else:
-            self.close(ProtocolError(f"the connection broke: {explain(exc)}"))
+            self.close(OwnerLost(f"the connection broke: {explain(exc)}"))
 
     def pause_writing(self) -> None:
         """End the connection: its writes are small, and so many wait that nobody reads them."""
