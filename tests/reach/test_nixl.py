@@ -4,7 +4,6 @@ import asyncio
 import importlib.util
 import subprocess
 import sys
-import textwrap
 from typing import Any
 
 import pytest
@@ -80,30 +79,45 @@ async def test_a_plane_refuses_what_is_not_registered_and_goes_on() -> None:
 
 
 ENDS = """
-import asyncio, featcache, torch
+import asyncio, contextlib, os, sys, featcache, torch
 KEY = "k" * 32
 async def main():
-    async with (
-        featcache.create(capacity="8MiB", listen="127.0.0.1:0", cluster_key=KEY) as home,
-        featcache.create(capacity="8MiB", cluster_key=KEY) as reader,
-    ):
+    async with contextlib.AsyncExitStack() as stack:
+        home = featcache.create(capacity="8MiB", listen="127.0.0.1:0", cluster_key=KEY)
+        reader = featcache.create(capacity="8MiB", cluster_key=KEY)
+        await home.open()
+        await reader.open()
         ref = await home.put(torch.ones(1000))
         assert (await reader.get(ref)).sum() == 1000
-        {}
-    print("closed", flush=True)
-asyncio.run(main())
+        HOW
+try:
+    asyncio.run(main())
+finally:
+    print("ended", flush=True)
 """
+WAYS = {
+    "closed": "await reader.aclose(); await home.aclose()",
+    "left open": "pass",
+    "left open by an exit": "sys.exit(0)",
+    "forked": """
+        if not os.fork():
+            sys.exit(0)
+        assert os.wait()[1] == 0
+        ref = await home.put(torch.ones(2000))
+        assert (await reader.get(ref)).sum() == 2000
+""",
+}
 
 
-@pytest.mark.parametrize("how", ["pass", "print('closed', flush=True); raise SystemExit"])
+@pytest.mark.parametrize("how", WAYS)
 def test_a_process_ends_in_order(how: str) -> None:
     """Agents that are left to the interpreter's end can crash it."""
     ended = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(ENDS.format(how))],
+        [sys.executable, "-W", "ignore", "-c", ENDS.replace("HOW", WAYS[how].strip())],
         capture_output=True,
         text=True,
         check=False,
         timeout=50,
     )
     assert ended.returncode == 0, ended.stderr
-    assert "closed" in ended.stdout
+    assert "ended" in ended.stdout

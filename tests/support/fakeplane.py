@@ -119,6 +119,9 @@ class FakePlane:
     def expect(self, *, notifications: bool) -> None:
         self.expects = notifications
 
+    def forget(self) -> None:
+        pass
+
     async def close(self) -> None:
         FakePlane.planes.pop(self.name, None)
         for transfer in self.transfers:

@@ -249,8 +249,8 @@ def create(  # noqa: PLR0913 - all by keyword, and each is an owner's
         listen: ``"HOST:PORT"`` at which other hosts may read this pool (port 0 is any); refs carry it. It
             needs the extra ``reach``, a pool in host memory, and a cluster key. None listens to none.
         cluster_key: the secret, best of 16 random bytes or more, that all hosts of a cluster prove to each
-            other; ``FEATCACHE_CLUSTER_KEY`` without it. With a key, refs of other hosts can be read here, and by
-            the clients of this cache. Neither, and no `listen`: this host alone.
+            other; ``FEATCACHE_CLUSTER_KEY`` without it. With a key, refs of other hosts can be read here,
+            and by the clients of this cache. Neither, and no `listen`: this host alone.
 
     Raises:
         SettingsError: an argument is invalid.

@@ -131,6 +131,8 @@ class Beyond:
     def forget(self) -> None:
         """Drop everything in a forked child."""
         self.homes.forget()
+        if self._plane is not None:
+            self._plane.forget()
         if self._listener is not None:
             self._listener.forget()
 

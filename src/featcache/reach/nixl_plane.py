@@ -6,12 +6,15 @@ thread, and it is taken down, transfers first, before the thread ends.
 """
 
 import asyncio
+import atexit
 import contextlib
+import ctypes
 import importlib
 import logging
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar
 
@@ -70,6 +73,7 @@ class NixlPlane:
         self._expects = False
         self._closed = False
         self._over: asyncio.Future[None] = loop.create_future()
+        _living.add(self)
         self._thread = threading.Thread(target=self._run, name="featcache-nixl", daemon=True)
         self._thread.start()
 
@@ -123,6 +127,18 @@ class NixlPlane:
         # The agent's end waits for nothing that a peer does; should it all the same, it keeps the process
         # from ending no longer than this, and its thread is a daemon.
         await asyncio.wait([self._over], timeout=_CLOSE_S)
+
+    def forget(self) -> None:
+        # Never destroyed in this process: it would end transfers, and connections, of its parent's.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._agent))
+        self._closed = True
+        _living.discard(self)
+
+    def end(self) -> None:
+        """Take the agent down at the process's end, if nobody closed it."""
+        self._closed = True
+        self._commands.put(None)
+        self._thread.join(_CLOSE_S)
 
     def _do(self, work: Callable[[], T]) -> "asyncio.Future[T]":
         future: asyncio.Future[T] = self._loop.create_future()
@@ -278,7 +294,18 @@ class NixlPlane:
                 self._agent = _Broken(closed)
                 command()
         self._agent = None
+        _living.discard(self)
         self._tell(_set_result, self._over, None)
+
+
+_living: "weakref.WeakSet[NixlPlane]" = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Take down the agents of owners that nobody closed: left to the interpreter's end they can crash it."""
+    for plane in list(_living):
+        plane.end()
 
 
 class _Broken:

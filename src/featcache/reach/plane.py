@@ -57,6 +57,9 @@ class DataPlane(Protocol):
     def expect(self, *, notifications: bool) -> None:
         """Say whether notifications are to be looked for often."""
 
+    def forget(self) -> None:
+        """Leave everything as it is, in a forked child: the parent's plane goes on."""
+
     def close(self) -> Awaitable[None]:
         """End all reads and registrations; nothing is written any more once it returns."""
 

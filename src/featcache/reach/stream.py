@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from featcache.control.messages import ProtocolError
 from featcache.errors import AttachRefused, FeatcacheError, OwnerLost, explain
-from featcache.reach.handshake import Conversation, Phase
+from featcache.reach.handshake import Conversation, Phase, Role
 
 _MAX_UNSENT_BYTES: Final = 16 << 20
 """Bytes that may wait for a peer that does not read; above that the connection ends."""
@@ -135,7 +135,11 @@ class Stream(asyncio.Protocol):
         self.on_open = self.on_message = self.on_closed = _nothing
 
     def _too_late(self) -> None:
-        self.refuse(f"no handshake within {self._timeout_s} s")
+        late = f"no handshake within {self._timeout_s} s"
+        if self._talk.role is Role.LISTENER:
+            self.refuse(late)
+        else:
+            self.close(OwnerLost(late))
 
     def _stop_deadline(self) -> None:
         if self._deadline is not None:
