@@ -303,6 +303,11 @@ class FeatureCache(_BlockingBase[AsyncCache]):
         """The path of the socket that `connect` takes."""
         return self._portal.inner.endpoint
 
+    @property
+    def address(self) -> str | None:
+        """Where other hosts find it, as `featcache.FeatureCache.address`."""
+        return self._portal.inner.address
+
     def drain(self, timeout: float) -> bool:
         """Take no more puts, and let those who read now finish, as `featcache.FeatureCache.drain`."""
         return self._portal.call(lambda: self._portal.inner.drain(timeout))
