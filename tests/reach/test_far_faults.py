@@ -191,6 +191,25 @@ async def test_bytes_that_came_after_the_lease_are_not_believed(
         await spent(both.reader)
 
 
+async def test_a_reader_keeps_to_the_lease_of_its_home() -> None:
+    """The home's is shorter than the time in which the reader expects an answer."""
+    async with (
+        listening(peer_lease=0.4) as home,
+        featcache.create(settings=quick(peer_timeout=60.0), cluster_key=KEY) as reader,
+    ):
+        await reader.get(await home.put(filled(KIB)))
+        beyond = reader._opened().beyond
+        assert beyond is not None
+        link = next(iter(beyond.homes._homes.values())).link
+        beats = link._beats
+        await until(lambda: link._beats >= beats + 8)
+        assert link.lost is None
+        await reader.get(await home.put(filled(KIB)))
+        peers = home._opened().beyond
+        assert peers is not None
+        assert peers.counts()["hosts_lost"] == 0
+
+
 async def test_a_home_that_comes_back_at_its_address_has_other_refs() -> None:
     async with apart() as (both, between):
         before = between.ref(await both.home.put(filled(KIB)))

@@ -123,7 +123,8 @@ class FarPeers:
             self._drop(peer, message.place, message.reader)
         elif isinstance(message, messages.Beat):
             peer.names = frozenset(message.names)
-            peer.send(messages.Alive(message.number, self._gone(peer)))
+            lease_s = self._settings.peer_lease
+            peer.send(messages.Alive(message.number, self._gone(peer), lease_s))
         elif isinstance(message, messages.Cancel):
             task = peer.tasks.get(message.request)
             if task is not None:

@@ -24,7 +24,7 @@ from featcache.reach.stream import Stream
 from featcache.settings import Settings
 
 _BEATS: Final = 4
-"""Heartbeats within `Settings.peer_timeout`."""
+"""Heartbeats within `Settings.peer_timeout`, or the home's lease if that is shorter."""
 _AGAIN_S: Final = 0.02
 """Once more a look, when the time is over: what came while this loop stood still is heard first."""
 
@@ -50,12 +50,14 @@ class HomeLink:
         self._requests: dict[int, asyncio.Future[Answer]] = {}
         self._numbers = self._beats = 0
         self._heard_s = self._kept_s = time.monotonic()
+        self._lease_s = settings.peer_timeout  # until the home tells its own
         self._sent: dict[int, float] = {}
         """When the heartbeats that are not answered were sent, by number."""
         self.gone: asyncio.Future[None] = self._loop.create_future()
         """Done when it is lost."""
         stream.on_message, stream.on_closed = self._on_message, self._on_closed
-        self._timers: list[asyncio.TimerHandle] = []
+        self._next_look: asyncio.TimerHandle | None = None
+        self._next_beat: asyncio.TimerHandle | None = None
         self._beat()
         self._watch()
 
@@ -173,7 +175,7 @@ class HomeLink:
         It does so for a lease after each heartbeat that it has; the time is counted from when the last
         one that it answered was sent, which is before it had it.
         """
-        return time.monotonic() - self._kept_s < self._settings.peer_lease
+        return time.monotonic() - self._kept_s < self._lease_s
 
     # --- what comes -----------------------------------------------------------------------------------
 
@@ -181,6 +183,9 @@ class HomeLink:
         message = decode_from_home(payload)
         self._heard_s = time.monotonic()
         if isinstance(message, Alive):
+            if message.lease_s != self._lease_s:
+                self._lease_s = message.lease_s
+                self._plan_beat()
             sent_s = self._sent.pop(message.number, None)
             if sent_s is not None:
                 self._kept_s = max(self._kept_s, sent_s)
@@ -205,7 +210,13 @@ class HomeLink:
             del self._sent[min(self._sent)]
         names = list(self._names())[: messages.MAX_NAMES]
         self._stream.send(encode(messages.Beat(self._beats, names)))
-        self._later(self._settings.peer_timeout / _BEATS, self._beat)
+        self._plan_beat()
+
+    def _plan_beat(self) -> None:
+        if self._next_beat is not None:
+            self._next_beat.cancel()
+        every_s = min(self._settings.peer_timeout, self._lease_s) / _BEATS
+        self._next_beat = self._loop.call_later(every_s, self._beat)
 
     def _watch(self, *, again: bool = False) -> None:
         """Lose it when it has been silent for too long."""
@@ -213,15 +224,11 @@ class HomeLink:
             return
         left_s = self._heard_s + self._settings.peer_timeout - time.monotonic()
         if left_s > 0:
-            self._later(left_s, self._watch)
+            self._next_look = self._loop.call_later(left_s, self._watch)
         elif not again:
-            self._later(_AGAIN_S, lambda: self._watch(again=True))
+            self._next_look = self._loop.call_later(_AGAIN_S, lambda: self._watch(again=True))
         else:
             self.lose(f"it has not been heard of for {self._settings.peer_timeout} s")
-
-    def _later(self, delay_s: float, call: Callable[[], object]) -> None:
-        self._timers = [timer for timer in self._timers if timer.when() > self._loop.time()]
-        self._timers.append(self._loop.call_later(delay_s, call))
 
     # --- the end --------------------------------------------------------------------------------------
 
@@ -242,8 +249,9 @@ class HomeLink:
 
     def _end(self, why: str) -> None:
         self.lost = OwnerLost(why)
-        for timer in self._timers:
-            timer.cancel()
+        for timer in (self._next_beat, self._next_look):
+            if timer is not None:
+                timer.cancel()
         for future in self._requests.values():
             if not future.done():
                 future.set_exception(OwnerLost(why))

@@ -9,7 +9,7 @@ from typing import Annotated, Final
 import msgspec
 
 from featcache.control.messages import checked_decoder, encode
-from featcache.control.wire import Name, Natural, PoolId, Text
+from featcache.control.wire import Name, Natural, PoolId, Seconds, Text
 
 __all__ = ["decode_from_home", "decode_from_reader", "encode"]
 
@@ -151,6 +151,8 @@ class Alive(msgspec.Struct, tag="alive", frozen=True):
 
     number: Natural
     gone: list[Place]
+    lease_s: Seconds
+    """For which the home keeps what it has pinned for this reader, from the `Beat` on."""
 
 
 Request = Look | Release | Discard
