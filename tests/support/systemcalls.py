@@ -73,6 +73,7 @@ ELSEWHERE: Final[dict[str, str]] = {
     "socket.gethostname": "of a listener at all addresses alone; an OSError of it is told as it is",
     "os.close": "the descriptor is closed whatever it says",
     "os.fsencode": "no system call",
+    "Path.cwd": "of a relative endpoint alone: tests/control/test_endpoints.py",
     "os.fspath": "no system call",
     "os.strerror": "no system call",
     "os.path.realpath": "takes a path that it can not follow as it is",

@@ -66,6 +66,11 @@ def _listening() -> Iterator[Path]:
                     yield path
 
 
+def check_endpoint(endpoint: str) -> None:
+    """Raise SettingsError if no Unix socket can have this path."""
+    endpoints.check_endpoint(endpoint)
+
+
 def named_endpoint(name: str) -> str:
     """Return the path of an endpoint of this name in this user's folder, which is made if need be.
 

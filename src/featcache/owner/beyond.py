@@ -1,7 +1,6 @@
 """What an owner has for other hosts, all of it off unless it was given an address or a cluster key."""
 
 import asyncio
-import os
 from typing import NamedTuple
 
 from featcache import events
@@ -63,7 +62,7 @@ class Beyond:
             self.peers.forget_host = listener.forget_host
             await listener.listen(listen)
             self.homes.own_address = listener.address
-            pool.ref_endpoint = _spelled(listener.address, pool.endpoint)
+            pool.ref_endpoint = listener.address + pool.endpoint
         self._served.sessions.far = self.reads
 
     @property
@@ -135,8 +134,3 @@ class Beyond:
             self._plane.forget()
         if self._listener is not None:
             self._listener.forget()
-
-
-def _spelled(address: str, endpoint: str) -> str:
-    """Return an endpoint as refs have it, behind the address."""
-    return address + os.path.realpath(endpoint)

@@ -8,6 +8,7 @@ from featcache.errors import BackendUnavailable, FeatcacheError
 from featcache.memory.host.slab import HostSlab
 from featcache.pool.pool import Pool
 from featcache.reach.plane import DataPlane, Registrations
+from featcache.ref import TensorSpec
 
 
 class RegisteredSlab:
@@ -22,7 +23,7 @@ class RegisteredSlab:
         self.epoch = 1
         """Counts the changes of what is registered."""
         self._pool = pool
-        self._base = pool.slab.address
+        self._base = pool.slab.view(0, TensorSpec(None, "uint8", (1,), 0)).data_ptr()
         self._registered = Registrations(pool.store.limits.segment_bytes)
         self._changes: set[asyncio.Task[None]] = set()
         self._last: asyncio.Task[None] | None = None

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from featcache import MalformedRef, SettingsError, blocking
+from featcache.integrations.sglang import clients
+from featcache.integrations.sglang import proxy as proxies
 from featcache.integrations.sglang.config import Config, capacity_bytes, server_id
 from featcache.integrations.sglang.pool import PoolEnd, SglangContext, open_end
 from featcache.integrations.sglang.proxy import FeatureProxy
@@ -126,6 +128,26 @@ async def test_each_rank_pays_once_however_often_it_says_so(slab: Slab, as_rank:
     with pytest.raises(RuntimeError, match="released"):
         second.reconstruct_on_target_device(0)
     assert second.borrow_on_target_device(0) is None
+
+
+async def test_a_payment_alone_opens_no_session_on_another_device(
+    slab: Slab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread's current GPU need not be its rank's: a session there were a context of its own."""
+    first, second = put(slab, torch.ones(4)), put(slab, torch.ones(4))
+    assert first is not None
+    assert second is not None
+    first.reconstruct_on_target_device(0)
+    opened: list[object] = []
+    monkeypatch.setattr(clients.blocking, "connect", lambda **how: opened.append(how))
+    monkeypatch.setattr(proxies, "device_of", lambda index: torch.device("cuda", 7))
+
+    second.acknowledge_consumption()
+
+    assert opened == []
+    for each in (first, second):
+        slab.discard(each.ref)
+    await until(lambda: slab.in_use == 0)
 
 
 async def test_a_borrow_is_paid_as_it_is_released(slab: Slab) -> None:

@@ -35,6 +35,14 @@ def test_loaded_it_replaces_the_pools_wherever_they_were_imported() -> None:
     assert cuda_vmm_transport_utils.CudaVmmMemoryPool is FeatcacheVmmPool
 
 
+def test_loaded_it_looks_at_each_request_that_is_tokenized() -> None:
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    target = f"{TokenizerManager.__module__}.TokenizerManager._tokenize_one_request"
+    assert target in HookRegistry._patched
+
+
 def test_tokenizer_workers_import_an_application_that_loads_plugins() -> None:
     from sglang.srt.environ import envs
 

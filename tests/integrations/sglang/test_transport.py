@@ -9,6 +9,7 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 
+from featcache.integrations.sglang.samples import tokenize
 from integrations.sglang.real import needs_sglang
 from integrations.sglang.scenes import as_rank, item, on_gpu, output, processor, published, rank
 from support.processes import Start, starting, until
@@ -94,6 +95,45 @@ async def test_a_failed_request_releases_what_is_left(tokenizer: Any) -> None:
         assert [proxy._consumer_acknowledged for proxy in proxies] == [True, True, True]
 
     await drained(pool)
+
+
+async def test_a_request_of_several_samples_is_read_as_often_as_it_is_sent(
+    tokenizer: Any, start: Start
+) -> None:
+    """With ``n`` above 1 SGLang sends one tokenized request n + 1 times, its features with it."""
+    feature, extra = on_gpu(4, 4), on_gpu(2, 3)
+    request = wrapped(tokenizer, feature)
+    request.mm_items[0].model_specific_data["extra"] = tokenizer.cudaipc_mmfeature_pool.wrap_tensor(
+        extra, use_pool_handle_cache=True
+    )
+
+    async def original(manager: Any, obj: Any) -> Any:
+        return SimpleNamespace(mm_inputs=request)
+
+    samples = SimpleNamespace(sampling_params={"n": 2})
+    tokenized = await tokenize(original, None, samples)
+
+    ranks = [start(rank, 0), start(rank, 1)]
+    for _ in range(3):
+        for child in ranks:
+            ((read,),) = await child.ask("read", tokenized.mm_inputs)
+            assert torch.equal(read, feature)
+    assert torch.equal(request.mm_items[0].model_specific_data["extra"], extra)
+    await drained(tokenizer.cudaipc_mmfeature_pool)
+
+
+@pytest.mark.parametrize("sampling", [None, {}, {"n": 1}, {"n": None}])
+async def test_a_request_of_one_sample_keeps_its_proxies(tokenizer: Any, sampling: Any) -> None:
+    request = wrapped(tokenizer, on_gpu(4, 4))
+    proxy = request.mm_items[0].feature
+
+    async def original(manager: Any, obj: Any) -> Any:
+        return SimpleNamespace(mm_inputs=request)
+
+    await tokenize(original, None, SimpleNamespace(sampling_params=sampling))
+
+    assert request.mm_items[0].feature is proxy
+    tokenizer.cudaipc_mmfeature_pool.cancel_proxy(proxy)
 
 
 async def test_wrapping_that_fails_halfway_is_undone(tokenizer: Any) -> None:

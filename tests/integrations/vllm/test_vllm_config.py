@@ -26,6 +26,8 @@ from support.slabs import same
         ({"endpoint": "a", "save_queue": 2.5}, "'save_queue' is a whole number, not 2.5"),
         ({"endpoint": "a", "save_queue": True}, "'save_queue' is a whole number, not True"),
         ({"endpoint": "a", "endpiont": "b"}, "'endpiont' is not known: it takes endpoint, "),
+        ({"endpoint": "x" * 120}, "is longer than a Unix socket's 107 bytes"),
+        ({"endpoint": "a\0b"}, "is not a path in UTF-8"),
         (["endpoint"], "it is a table of settings, not list"),
     ],
 )
@@ -43,8 +45,20 @@ def test_what_is_left_out_has_a_default() -> None:
 
 def vllm_config(**changes: Any) -> SimpleNamespace:
     """As much of vLLM's config as keys are made of."""
-    multimodal = {"mm_processor_kwargs": None, "mm_processor_cache_gb": 4}
-    model = {"model": "m", "revision": None, "dtype": torch.float16, "seed": 0}
+    multimodal = {
+        "mm_processor_kwargs": None,
+        "mm_processor_cache_gb": 4,
+        "media_io_kwargs": {},
+        "video_pruning_rate": None,
+    }
+    model = {
+        "model": "m",
+        "model_impl": "auto",
+        "model_weights": "",
+        "revision": None,
+        "dtype": torch.float16,
+        "seed": 0,
+    }
     rest = {"load_format": "auto", "enable_prefix_caching": True}
     for name, value in changes.items():
         next(each for each in (multimodal, model, rest) if name in each)[name] = value
@@ -66,6 +80,9 @@ def digest(namespace: str = "", **changes: Any) -> str:
         {"revision": "abc"},
         {"dtype": torch.bfloat16},
         {"mm_processor_kwargs": {"max_pixels": 1}},
+        {"media_io_kwargs": {"video": {"num_frames": 8}}},
+        {"video_pruning_rate": 0.5},
+        {"model_impl": "transformers"},
         {"load_format": "dummy"},
         {"namespace": "mine"},
     ],
@@ -73,6 +90,20 @@ def digest(namespace: str = "", **changes: Any) -> str:
 def test_what_an_output_depends_on_makes_another_key(change: dict[str, Any]) -> None:
     assert digest(**change) != digest()
     assert digest(**change) == digest(**change)
+
+
+def test_a_model_from_an_object_store_is_told_by_where_it_came_from() -> None:
+    one = digest(model="/run/one", model_weights="s3://m")
+    assert one == digest(model="/run/other", model_weights="s3://m")
+    assert one != digest(model="/run/one", model_weights="s3://other")
+
+
+def test_versions_of_vllm_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = set()
+    for version in ("0.32.0", "0.33.0"):
+        monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))  # type: ignore[arg-type]
+        found.add(digest())
+    assert len(found) == 2
 
 
 def test_the_order_of_processor_options_is_no_matter() -> None:

@@ -357,6 +357,41 @@ def test_encoder_decoder_models_go_without(made: Made) -> None:
     assert scheduler.ensure_cache_available(Request("r", "z"), 0)
 
 
+def test_engines_with_lora_in_the_encoder_share_nothing(owner: blocking.FeatureCache) -> None:
+    """Their identifiers have an adapter's name, which is another adapter in another engine."""
+    settings = config(owner.endpoint)
+    settings.lora_config = SimpleNamespace(enable_tower_connector_lora=True)
+    scheduler = FeatcacheECConnector(settings, SCHEDULER)
+    worker = FeatcacheECConnector(settings, WORKER)
+    try:
+        worker.save_caches({"a": OUTPUT}, "a")
+        worker.shutdown()  # saves what is queued
+        assert owner.statistics().puts == 0
+        assert scheduler.ensure_cache_available(Request("r", "a"), 0)
+    finally:
+        scheduler.shutdown()
+
+
+def test_a_load_that_fails_in_any_way_is_encoded(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that raised would leave the others waiting for it where all agree."""
+    scheduler, worker = made(SCHEDULER), made(WORKER)
+    saved(worker, "a")
+    step = planned(scheduler, Request("r", "a"))
+    side = worker._worker
+    assert side is not None
+
+    def no_memory(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(side, "_loaded", no_memory)
+    assert loaded(worker, step) == {}
+    assert step.scheduled_encoder_inputs == {"r": [0]}
+    tell(scheduler, worker)
+    assert leased(scheduler) == 0
+
+
 def test_counts_reach_vllms_log_line_and_prometheus(made: Made) -> None:
     worker, scheduler = made(WORKER), made(SCHEDULER)
     saved(worker, "a")

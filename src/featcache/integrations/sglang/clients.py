@@ -36,6 +36,17 @@ def client_for(name: str | None, device: torch.device) -> blocking.FeatureClient
     return client
 
 
+def paying_client(name: str | None, device: torch.device) -> blocking.FeatureClient:
+    """Return a client of a reader's name that pays without a read: one that is open, on any device.
+
+    A thread's current GPU need not be the one that its rank reads on.
+    """
+    for (other, _, pid), client in list(_clients.items()):
+        if other == name and pid == os.getpid():
+            return client
+    return client_for(name, device)
+
+
 def close_clients() -> None:
     """Close them all, as the end of the process does."""
     with _lock:

@@ -10,6 +10,7 @@ from sglang.srt.utils.common import SafeUnpickler
 from featcache.integrations.sglang.config import server_id
 from featcache.integrations.sglang.ipc import FeatcacheItemPool, restore_ipc
 from featcache.integrations.sglang.proxy import FeatureProxy
+from featcache.integrations.sglang.samples import tokenize
 from featcache.integrations.sglang.vmm import (
     FeatcacheFeatureTransport,
     FeatcacheVmmPool,
@@ -20,6 +21,7 @@ from featcache.integrations.sglang.vmm import (
 _IPC: Final = "sglang.srt.multimodal.transport.cuda_ipc"
 _VMM: Final = "sglang.srt.utils.cuda_vmm_transport_utils"
 _MSGPACK: Final = "sglang.srt.utils.msgpack_utils"
+_TOKENIZE: Final = "sglang.srt.managers.tokenizer_manager.TokenizerManager._tokenize_one_request"
 _APP: Final = "sglang.srt.entrypoints.http_server:app"
 _OUR_APP: Final = "featcache.integrations.sglang.http_app:app"
 _FIELD: Final = "featcache"
@@ -40,6 +42,7 @@ def register() -> None:
     # With SGLANG_USE_PICKLE_IPC=0 requests are MessagePack, which has no way for SGLang's own proxies.
     HookRegistry.register(f"{_MSGPACK}._encode_cuda_ipc_tensor_proxy", _encode, HookType.AROUND)
     HookRegistry.register(f"{_MSGPACK}._decode_cuda_ipc_tensor_proxy", _decode, HookType.AROUND)
+    HookRegistry.register(_TOKENIZE, tokenize, HookType.AROUND)
     # Proxies are rebuilt from bytes by these two, which check what they are given.
     SafeUnpickler.ALLOWED_GLOBALS.update(
         (one.__module__, one.__name__) for one in _RESTORES.values()

@@ -9,7 +9,7 @@ import torch
 
 from featcache import FeatcacheError, FeatureRef, MalformedRef, OwnerLost, StaleRef, UnknownPool
 from featcache.blocking import BlockingBorrow, FeatureClient
-from featcache.integrations.sglang.clients import client_for, device_of
+from featcache.integrations.sglang.clients import client_for, device_of, paying_client
 from featcache.integrations.sglang.readers import Readers
 
 _GONE: Final = (StaleRef, OwnerLost, UnknownPool)
@@ -141,7 +141,7 @@ class FeatureProxy:
         if self._consumer_acknowledged:
             return
         everyone = self._is_all(consumer_count)
-        client = self._client(device_of(current_device()), consumer_rank)
+        client = self._client(device_of(current_device()), consumer_rank, reads=False)
         if not everyone:
             with contextlib.suppress(*_GONE):
                 client.release(self.ref)
@@ -156,13 +156,16 @@ class FeatureProxy:
 
     # --- inside -------------------------------------------------------------------------------------
 
-    def _client(self, device: torch.device, rank: int | None) -> FeatureClient:
+    def _client(
+        self, device: torch.device, rank: int | None, *, reads: bool = True
+    ) -> FeatureClient:
+        find = client_for if reads else paying_client
         readers = self.readers
         if readers.group is None:
-            return client_for(None, device)
+            return find(None, device)
         if rank is None:
             rank = 0 if readers.count == 1 else self.rank_of(readers.count)
-        return client_for(readers.name_of(rank), device)
+        return find(readers.name_of(rank), device)
 
     def _is_all(self, consumer_count: int | None) -> bool:
         """Whether a payment is for the whole group.

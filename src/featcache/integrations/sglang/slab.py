@@ -146,6 +146,19 @@ class Slab:
             with contextlib.suppress(StaleRef, UnknownPool, *_LOST):
                 cache.discard(ref)
 
+    def take_back(self, ref: FeatureRef) -> torch.Tensor | None:
+        """Return a feature that was never sent, in host memory, and discard it; None if it is not here."""
+        cache = self._cache
+        if cache is None:
+            return None
+        try:
+            feature = cache.get(ref)
+        except (StaleRef, UnknownPool, *_LOST):
+            return None
+        self.discard(ref)
+        assert isinstance(feature, torch.Tensor), "a pool puts bare tensors"
+        return feature.cpu()
+
     @property
     def in_use(self) -> int:
         """The features that the slab holds now, of all workers."""
@@ -287,6 +300,13 @@ def acquire(plan: Plan) -> Slab:
             _slabs[plan] = slab
         slab.users += 1
         return slab
+
+
+def take_back(ref: FeatureRef) -> torch.Tensor | None:
+    """Return a feature that this process put and never sent, in host memory, and discard it."""
+    with _opening:
+        slabs = list(_slabs.values())
+    return next((found for slab in slabs if (found := slab.take_back(ref)) is not None), None)
 
 
 def release(slab: Slab) -> None:

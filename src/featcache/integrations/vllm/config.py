@@ -6,6 +6,7 @@ from typing import Any, Final
 import attrs
 
 from featcache import SettingsError
+from featcache.api.endpoints import check_endpoint
 
 _BOUNDS: Final = {
     "peer_wait": (0.0, 600.0),
@@ -53,6 +54,11 @@ def _checked(name: str, value: Any) -> Any:
     if bounds is None:
         if not isinstance(value, str) or (name == "endpoint" and not value):
             raise _wrong(f"{name!r} is a string, not {value!r}")
+        if name == "endpoint":
+            try:
+                check_endpoint(value)
+            except SettingsError as error:
+                raise _wrong(str(error)) from None
         return value
     low, high = bounds
     whole = isinstance(low, int)

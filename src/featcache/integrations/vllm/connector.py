@@ -20,6 +20,7 @@ from featcache.integrations.vllm.places import (
     Place,
     agree_on_loads,
     encodable_here,
+    passes_by,
     place_of,
 )
 from featcache.integrations.vllm.saver import Saver
@@ -50,8 +51,8 @@ class FeatcacheECConnector(ECConnectorBase):
         self._counts = Counts()
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
-        self._passive = bool(getattr(vllm_config.model_config, "is_encoder_decoder", False))
-        """Encoder-decoder models: vLLM does not run their encoder through a connector."""
+        self._passive = passes_by(vllm_config)
+        """Whether nothing is looked up, loaded or saved."""
         place = place_of(vllm_config, scheduler=role is ECConnectorRole.SCHEDULER)
         link: LoopLink | ThreadLink
         if role is ECConnectorRole.SCHEDULER:
@@ -88,7 +89,7 @@ class FeatcacheECConnector(ECConnectorBase):
 
     def _open_worker(self, config: configs.ConnectorConfig, keys: Keys, place: Place) -> ThreadLink:
         link = ThreadLink(config.endpoint, self._counts, device=place.device, name=place.name)
-        saves = self.is_producer and place.saves
+        saves = self.is_producer and place.saves and not self._passive
         self._worker = WorkerSide(
             link,
             keys,
@@ -145,6 +146,11 @@ class FeatcacheECConnector(ECConnectorBase):
         """Take note that an input is loaded or encoded by the step that is planned now."""
         if self._scheduler is not None and not self._passive:
             self._scheduler.allocated(request, index)
+
+    def update_state_after_free(self, request: Any, index: int) -> None:
+        """Take note that an input is no longer kept for a request in vLLM's encoder cache."""
+        if self._scheduler is not None:
+            self._scheduler.freed(request, index)
 
     def build_connector_meta(self, scheduler_output: Any) -> ECConnectorMetadata:
         """Return what the workers are to load in this step."""

@@ -7,7 +7,7 @@ link's event loop.
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import attrs
@@ -26,6 +26,8 @@ _LOOK_S: Final = 0.25
 """How often a claim looks whether its feature was put: an idle engine's workers tell nothing."""
 _ANSWER_S: Final = 0.5
 """How long the owner may take to say whether a key is claimed."""
+_UNUSED_S: Final = 0.1
+"""How long a claim is kept by an engine whose request waits for a key that comes before."""
 
 
 @attrs.define(eq=False)
@@ -34,7 +36,11 @@ class Flight:
 
     key: str
     began_s: float
+    asked: bool = False
+    """Whether the owner was asked who makes it."""
     claim: Claim | None = None
+    claimed_s: float = 0.0
+    """When the claim was granted."""
     answered: bool = False
     """Whether the owner said, within its time, that another has the claim."""
     decided: bool = False
@@ -75,15 +81,50 @@ class Flights:
             if self._wait_s <= 0 or len(self._flights) >= MAX_FLIGHTS:
                 return True
             flight = self._flights[key] = Flight(key, now_s)
-            self._link.spawn(lambda: self._ask(flight, client))
-            return False
         if flight.decided:
             return True
         waited_s = now_s - flight.began_s
+        if not flight.asked and waited_s < self._wait_s:
+            flight.asked = True
+            self._link.spawn(lambda: self._ask(flight, client))
+            return False
         if waited_s < (self._wait_s if flight.answered else min(self._wait_s, _ANSWER_S)):
             return False
         flight.decided = True
         self._counts.add("wait_timeouts")
+        return True
+
+    def missing(self, keys: Iterable[str], client: featcache.FeatureClient) -> set[str]:
+        """Return those keys of one request, none of which is there, that are to be awaited still.
+
+        Two engines whose requests want the same keys must not each claim one and await the other. So all
+        engines ask in one order: while a key is awaited, those behind it are not asked for, and a claim of
+        one that was granted before is given up.
+        """
+        awaited = set[str]()
+        blocked = False
+        for key in sorted(keys):
+            if blocked and self._yields(key):
+                awaited.add(key)
+            elif not self.may_encode(key, client):
+                awaited.add(key)
+                blocked = blocked or self._flights[key].answered
+        return awaited
+
+    def _yields(self, key: str) -> bool:
+        """Whether a key is to be asked for later: it was not yet, or its claim is given up here."""
+        flight = self._flights.get(key)
+        if flight is None or not flight.asked:
+            return True
+        if flight.claim is None or flight.encodes:
+            return False
+        # Others of this engine that want the key alone have had their pass to encode it.
+        if self._clock() - flight.claimed_s < _UNUSED_S:
+            return False
+        # The wait goes on from where it began; in the same place, as `expire` looks at the oldest first.
+        self._flights[key] = Flight(key, flight.began_s)
+        flight.ended = flight.decided = True
+        self._link.post(lambda: _release(flight))
         return True
 
     def arrived(self, key: str) -> None:
@@ -134,6 +175,7 @@ class Flights:
         """Ask the owner who makes it, and wait for that. In the link's loop."""
         try:
             flight.claim = await self._claimed(flight, client)
+            flight.claimed_s = self._clock()
             flight.there = flight.claim is None
         except FeatcacheError:  # in vain, or the owner is gone: it is encoded here
             pass

@@ -3,14 +3,31 @@
 import hashlib
 import json
 import re
+import sys
 from typing import Any, Final
 
 _MAX_IDENTIFIER_BYTES: Final = 160
 """Longer identifiers are digested: users may give their own."""
 _PER_REQUEST: Final = re.compile(r".*-[a-z_]+-\d+", re.DOTALL)
 """Identifiers that vLLM makes of a request's id, where it hashes no contents."""
-_MODEL: Final = ("model", "revision", "code_revision", "dtype", "quantization", "hf_overrides")
-_MULTIMODAL: Final = ("mm_processor_kwargs", "mm_encoder_attn_dtype", "mm_encoder_fp8_scale_path")
+_MODEL: Final = (
+    "model",
+    "model_impl",
+    "hf_config_path",
+    "revision",
+    "code_revision",
+    "dtype",
+    "quantization",
+    "hf_overrides",
+)
+_MULTIMODAL: Final = (
+    "mm_processor_kwargs",
+    "media_io_kwargs",
+    "mm_encoder_attn_dtype",
+    "mm_encoder_fp8_scale_path",
+    "video_pruning_rate",
+    "video_pruning_method",
+)
 
 
 def facts(vllm_config: Any, namespace: str) -> dict[str, Any]:
@@ -19,6 +36,11 @@ def facts(vllm_config: Any, namespace: str) -> dict[str, Any]:
     multimodal = getattr(model, "multimodal_config", None)
     found = {name: _plain(getattr(model, name, None)) for name in _MODEL}
     found |= {name: _plain(getattr(multimodal, name, None)) for name in _MULTIMODAL}
+    origin = getattr(model, "model_weights", None)
+    if origin:  # then `model` is the folder of this engine to which it was brought
+        found["model"] = _plain(origin)
+    # Another version may lay the same model's outputs out otherwise.
+    found["vllm"] = str(getattr(sys.modules.get("vllm"), "__version__", ""))
     found["namespace"] = namespace
     load = getattr(vllm_config, "load_config", None)
     if str(getattr(load, "load_format", "")) == "dummy":  # random weights, as the seed has them

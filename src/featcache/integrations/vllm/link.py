@@ -71,10 +71,10 @@ class ThreadLink(Link[blocking.FeatureClient]):
 
     def _open(self) -> None:
         while not self._ends.is_set():
-            client = blocking.connect(
-                self._endpoint, device=self._device, name=self._name, reconnect=True
-            )
             try:
+                client = blocking.connect(
+                    self._endpoint, device=self._device, name=self._name, reconnect=True
+                )
                 client.open()
             except FeatcacheError as error:
                 self._is_refused(error)

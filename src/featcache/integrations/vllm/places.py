@@ -70,6 +70,19 @@ def agree_on_loads(well: list[bool]) -> list[bool]:
     return [bool(flag) for flag in flags.tolist()]
 
 
+def passes_by(vllm_config: Any) -> bool:
+    """Whether an engine's encoder outputs are not to be shared.
+
+    Of encoder-decoder models, whose encoder vLLM does not run through a connector; and with LoRA in the
+    encoder, where identifiers have an adapter's name, by which another engine may mean another adapter.
+    """
+    lora = getattr(vllm_config, "lora_config", None)
+    return (
+        getattr(vllm_config.model_config, "is_encoder_decoder", False) is True
+        or getattr(lora, "enable_tower_connector_lora", False) is True
+    )
+
+
 def encodable_here(vllm_config: Any) -> Callable[[Any], bool]:
     """Return what tells whether a feature of a request brings more than the sizes of its output.
 

@@ -2,12 +2,12 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, Protocol
 
 import attrs
 
-from featcache import FeatcacheError
+from featcache import FeatcacheError, FeatureClient
 from featcache.api.claiming import Lease, lease_now
 from featcache.integrations.vllm.counts import Counts
 from featcache.integrations.vllm.flights import Flights
@@ -68,6 +68,8 @@ class SchedulerSide:
         self._asked: dict[str, set[str]] = {}
         """Requests by identifier that wait for it, or are to encode it."""
         self._unavailable: set[str] = set()
+        self._had: dict[str, tuple[int, set[str]]] = {}
+        """By request, how often it was preempted, and what vLLM's encoder cache keeps for it since."""
 
     # --- planning a step ------------------------------------------------------------------------------
 
@@ -103,36 +105,61 @@ class SchedulerSide:
     def is_ready(self, request: _Request, computed: int) -> bool:
         """Whether a request can be planned now: each input that it needs is there, or to be encoded here."""
         client = self._link.client
-        if client is None:
-            return True
-        ready = True
+        missing = dict[str, bool]()  # by key, whether it can be encoded here
+        lost = False
+        for feature in self._needed(request, computed):
+            identifier, encodable = feature.identifier, self._encodable(feature)
+            # What can't be encoded here is leased from now on, so that it does not go before the plan.
+            if self._seen.get(identifier) or (not encodable and self._is_leased(identifier)):
+                continue
+            key = self._keys.key(identifier)
+            there = None if key is None or client is None else self._told(client, key)
+            if key is None or there is None:
+                lost = lost or not encodable
+            elif there:
+                self._flights.arrived(key)
+            else:
+                missing[key] = missing.get(key, True) and encodable
+                self._asked.setdefault(identifier, set()).add(request.request_id)
+        awaited = self._flights.missing(missing, client) if client is not None else set[str]()
+        if lost or not all(missing[key] for key in missing.keys() - awaited):
+            self._unavailable.add(request.request_id)
+            return False
+        return not awaited
+
+    def _needed(self, request: _Request, computed: int) -> Iterator[Any]:
+        """Yield the features that a request needs from here on, and vLLM's encoder cache has not for it."""
+        preemptions, had = self._had.get(request.request_id, (0, ()))
+        if preemptions != _preemptions(request):  # what it had can be gone
+            had = ()
         for feature in request.mm_features:
             position = feature.mm_position
-            if position.offset + position.length <= computed:
-                continue
-            identifier = feature.identifier
-            key = self._keys.key(identifier)
-            if key is None or self._seen.get(identifier):
-                continue
-            try:
-                there = self._there(client.contains_nowait(key), key)
-            except FeatcacheError:
-                return True
-            if there:
-                self._flights.arrived(key)
-            elif self._flights.may_encode(key, client):
-                if not self._encodable(feature):  # there is nothing here to encode it from
-                    self._unavailable.add(request.request_id)
-                    ready = False
-            else:
-                ready = False  # and the others are asked for too
-            if not there:
-                self._asked.setdefault(identifier, set()).add(request.request_id)
-        return ready
+            if position.offset + position.length > computed and feature.identifier not in had:
+                yield feature
+
+    def _is_leased(self, identifier: str) -> bool:
+        """Take a lease of what is there, which `has` then answers by in this pass."""
+        if not self._look(identifier):
+            return False
+        self._seen[identifier] = True
+        self._counts.add("hits")
+        return True
+
+    def _told(self, client: FeatureClient, key: str) -> bool | None:
+        """Whether a key is there; None without an owner."""
+        try:
+            return self._there(client.contains_nowait(key), key)
+        except FeatcacheError:
+            return None
 
     def allocated(self, request: _Request, index: int) -> None:
         """Take note that a step has room for an input: it is loaded, or encoded."""
         identifier = request.mm_features[index].identifier
+        preemptions = _preemptions(request)
+        had = self._had.get(request.request_id)
+        if had is None or had[0] != preemptions:
+            had = self._had[request.request_id] = (preemptions, set())
+        had[1].add(identifier)
         key = self._keys.key(identifier)
         if key is None:
             return
@@ -142,6 +169,12 @@ class SchedulerSide:
             self._planned[identifier] = Load(
                 identifier, key, request.request_id, index, rows_of(request, index)
             )
+
+    def freed(self, request: _Request, index: int) -> None:
+        """Take note that vLLM keeps an input's output no longer for a request."""
+        had = self._had.get(request.request_id)
+        if had is not None:
+            had[1].discard(request.mm_features[index].identifier)
 
     def built(self, output: Any) -> StepMetadata:
         """Return what the workers are told of this step; the next one is planned from here."""
@@ -214,6 +247,7 @@ class SchedulerSide:
     def finished(self, request: _Request) -> None:
         """Take note that a request has ended, however: what it alone waited for is waited for no more."""
         self._unavailable.discard(request.request_id)
+        self._had.pop(request.request_id, None)
         for identifier in {feature.identifier for feature in request.mm_features}:
             waiting = self._asked.get(identifier)
             if waiting is not None:
@@ -245,6 +279,11 @@ class SchedulerSide:
             while identifier in self._loading:
                 self._end(identifier)
         self._link.close()
+
+
+def _preemptions(request: _Request) -> int:
+    """Return how often a request was preempted, and lost what it had."""
+    return int(getattr(request, "num_preemptions", 0))
 
 
 def _end_all(leases: Iterable[Lease | None]) -> None:

@@ -49,7 +49,11 @@ class WorkerSide:
         began_s = time.perf_counter()
         loads = step.loads
         missing = [load for load in loads if load.identifier not in encoder_cache]
-        loaded = self._loaded(missing, checks=step.encodes is not None)
+        try:
+            loaded = self._loaded(missing, checks=step.encodes is not None)
+        except Exception:  # noqa: BLE001 - whatever it is, the other ranks wait for this one
+            logger.exception("featcache: %d loads failed: encoded instead", len(missing))
+            loaded = {}
         well = [load.identifier in encoder_cache or load.identifier in loaded for load in loads]
         # The encoder runs on all ranks together: what one has not, all encode.
         if self._agree is not None:
