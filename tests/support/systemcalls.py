@@ -69,6 +69,8 @@ Python itself repeats what a signal interrupts, but for the calls that have EINT
 """
 
 ELSEWHERE: Final[dict[str, str]] = {
+    "Path.is_file": "takes any failure for: there is no such file",
+    "socket.gethostname": "of a listener at all addresses alone; an OSError of it is told as it is",
     "os.close": "the descriptor is closed whatever it says",
     "os.fsencode": "no system call",
     "Path.cwd": "of a relative endpoint alone: tests/control/test_endpoints.py",
