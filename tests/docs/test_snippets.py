@@ -184,7 +184,18 @@ async def test_a_command_of_the_shell_does_what_is_said(
     block: Block, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Looks run; what stays, or changes the machine, is parsed by the program that it starts."""
-    known = {"featcache", "docker", "pip", "mkdir", "make", "python", "sglang", "vllm"}
+    known = {
+        "featcache",
+        "docker",
+        "pip",
+        "openssl",
+        "chmod",
+        "mkdir",
+        "make",
+        "python",
+        "sglang",
+        "vllm",
+    }
     async with scene() as names:
         monkeypatch.setenv("FEATCACHE_ENDPOINT", names["endpoint"])
         for words in commands(block):
