@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from featcache import MalformedRef, SettingsError, blocking
-from featcache.integrations.sglang import clients
 from featcache.integrations.sglang import proxy as proxies
 from featcache.integrations.sglang.config import Config, capacity_bytes, server_id
 from featcache.integrations.sglang.pool import PoolEnd, SglangContext, open_end
@@ -139,7 +138,7 @@ async def test_a_payment_alone_opens_no_session_on_another_device(
     assert second is not None
     first.reconstruct_on_target_device(0)
     opened: list[object] = []
-    monkeypatch.setattr(clients.blocking, "connect", lambda **how: opened.append(how))
+    monkeypatch.setattr(blocking, "connect", lambda **how: opened.append(how))
     monkeypatch.setattr(proxies, "device_of", lambda index: torch.device("cuda", 7))
 
     second.acknowledge_consumption()

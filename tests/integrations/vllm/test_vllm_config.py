@@ -101,7 +101,7 @@ def test_a_model_from_an_object_store_is_told_by_where_it_came_from() -> None:
 def test_versions_of_vllm_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = set()
     for version in ("0.32.0", "0.33.0"):
-        monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))
         found.add(digest())
     assert len(found) == 2
 
