@@ -45,7 +45,7 @@ def test_what_is_left_out_has_a_default() -> None:
 
 def vllm_config(**changes: Any) -> SimpleNamespace:
     """As much of vLLM's config as keys are made of."""
-    multimodal = {
+    multimodal: dict[str, Any] = {
         "mm_processor_kwargs": None,
         "mm_processor_cache_gb": 4,
         "media_io_kwargs": {},
