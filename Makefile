@@ -49,7 +49,7 @@ demo: $(STAMP) ## run the demo
 	$(BIN)/python examples/demo $(ARGS)
 
 test: $(STAMP) ## run the tests; those that need a GPU are skipped where there is none
-	$(BIN)/pytest -q $(ARGS)
+	$(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-vllm: ## run the connector's tests in vLLM itself, in an environment of their own
 	@PYTHON=$(PYTHON) tests/integrations/vllm/run $(ARGS)

@@ -227,6 +227,23 @@ async def test_a_full_table_gives_a_share_the_slot_of_what_is_coldest(who: int) 
         await nothing_lost(owner)
 
 
+@pytest.mark.parametrize(("policy", "count"), [("lru", 2500), ("sieve", 600)])
+async def test_a_share_gets_the_slot_of_what_is_coldest_though_very_many_were_used(
+    who: int, policy: str, count: int
+) -> None:
+    changes: dict[str, Any] = {"slots": count, "capacity": count * KIB, "rooms_ahead": 0}
+    changes["eviction"] = policy
+    async with pair(**changes) as both:
+        owner, client = both
+        for number in range(count):
+            owner.put_nowait(filled(8), key=b"%d" % number)
+        for number in range(count):
+            assert client.get_nowait(b"%d" % number) is not None
+        assert pool_of(owner).store.table.full
+        await client.release(await both[who].share("5", readers=1))
+        assert owner.statistics().evicted == 1
+
+
 async def test_a_share_takes_the_slot_of_room_ahead_before_it_evicts(who: int) -> None:
     """What a client has ahead, and has not claimed, is anybody's."""
     async with pair(slots=16, rooms_idle=600.0) as both:

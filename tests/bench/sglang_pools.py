@@ -17,6 +17,7 @@ the tokenizer's GPU; and, after a rank was killed with features owed, how many s
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -149,7 +150,7 @@ class Tokenizer:
     def foreign_mib(self) -> float:
         """MiB that ranks of other GPUs have on GPU 0, as the driver says; -1 if it does not."""
         try:
-            import pynvml
+            pynvml = importlib.import_module("pynvml")
         except ImportError:
             return -1.0
         pynvml.nvmlInit()

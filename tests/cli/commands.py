@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -56,6 +57,15 @@ def _main(arguments: list[str], out: Path, err: Path, environment: dict[str, str
     runpy.run_path(str(MAIN), run_name="__main__")
 
 
+def started(
+    arguments: list[str], out: Path, err: Path, environment: dict[str, str] | None = None
+) -> BaseProcess:
+    """Start a command, whose output goes to two files."""
+    process = Server().Process(target=_main, args=(arguments, out, err, environment or {}))
+    process.start()
+    return process
+
+
 class Daemon:
     """A command that runs."""
 
@@ -64,9 +74,7 @@ class Daemon:
         self._out, self._err = (folder / f"command-{number}.{kind}" for kind in ("out", "err"))
         for path in (self._out, self._err):
             path.touch()
-        given = ([str(each) for each in arguments], self._out, self._err, env)
-        self.process = Server().Process(target=_main, args=given)
-        self.process.start()
+        self.process = started([str(each) for each in arguments], self._out, self._err, env)
         assert self.process.pid is not None, "started"
         self.pid = self.process.pid
 

@@ -13,9 +13,10 @@ import attrs
 import pytest
 
 import featcache
-from cli.commands import Ended, Run
+from cli.commands import Ended, Run, started
 from cli.conftest import Serve
 from featcache import FeatureCache, Snapshot, Statistics
+from featcache.cli.exits import one_line
 from featcache.observation import SessionView, UnpaidRef, WaitingPut
 from support.caches import KIB, filled, pair, small
 
@@ -152,14 +153,17 @@ async def test_one_observer_too_many_is_told(command: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["stat"], "Missing argument"),
+        (["stat"], "Missing argument 'ENDPOINT': give it, or set FEATCACHE_ENDPOINT"),
         (["stat", "x", "--every", "0"], "--every"),
         (["keys", "x", "--by", "colour"], "colour"),
         (["keys", "x", "--limit", "0"], "--limit"),
-        (["evict", "x"], "Missing argument"),
+        (["evict"], "Missing argument 'KEY'"),
+        (["evict", "x"], "Missing argument 'ENDPOINT'"),
+        (["evict", "x", "y", "z"], "unexpected extra argument (z)"),
         (["evict", "x", "zz", "--hex"], "is not hex"),
         (["stat", ""], "not the path of a Unix socket"),
         (["nonsense"], "No such command"),
+        (["srve"], "No such command 'srve'. Did you mean 'serve'?"),
         (["bench", "--sizes", "much"], "is not a size"),
         (["bench", "--device", "tpu"], "tpu"),
         (["bench", "--seconds", "0"], "--seconds"),
@@ -216,6 +220,13 @@ async def test_evict_drops_a_key_and_says_when_there_is_none(command: Run) -> No
         assert not await owner.contains("k2")
 
 
+async def test_evict_too_takes_its_endpoint_from_the_environment(command: Run) -> None:
+    async with some_keys() as owner:
+        ended = await ran(command, "evict", "k1", FEATCACHE_ENDPOINT=owner.endpoint)
+        assert (ended.code, ended.out) == (0, "evicted k1\n")
+        assert not await owner.contains("k1")
+
+
 # --- ls and sweep ---------------------------------------------------------------------------------------
 
 
@@ -237,6 +248,7 @@ def test_ls_and_sweep_tell_the_living_from_the_dead(
     assert str(note) not in found
     table = command("ls").out
     assert all(path in table for path in paths)
+    assert f"· {paths[1]}: its owner died: featcache sweep removes it\n" in table
     swept = command("sweep")
     assert (swept.code, swept.out) == (0, f"removed {paths[1]}\n")
     assert not Path(paths[1]).exists()
@@ -301,6 +313,40 @@ def test_help_and_version_need_no_pool(command: Run) -> None:
     for name in ("serve", "ls", "stat", "top", "keys", "evict", "sweep", "doctor", "bench"):
         assert name in helped.out
         assert command(name, "--help").code == 0
+
+
+def test_no_command_at_all_shows_them_line_by_line(command: Run) -> None:
+    ended = command()
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == command("--help").out
+
+
+@pytest.mark.parametrize(
+    ("command", "start"),
+    [
+        ("stat --watch --every 0.1", b"endpoint"),
+        ("stat --json --watch --every 0.1", b"{"),
+        ("top --interval 0.1", b"featcache"),
+    ],
+)
+async def test_an_output_that_nobody_reads_any_more_is_no_failure(
+    runtime_dir: Path, command: str, start: bytes
+) -> None:
+    out, err = runtime_dir / "out", runtime_dir / "err"
+    os.mkfifo(out)
+    async with featcache.create(settings=small()) as owner:
+        process = started([*command.split(), owner.endpoint], out, err)
+        reads = await asyncio.to_thread(os.open, out, os.O_RDONLY)
+        assert await asyncio.to_thread(os.read, reads, len(start)) == start
+        os.close(reads)
+        await asyncio.to_thread(process.join)
+    assert (process.exitcode, err.read_text()) == (0, "")
+
+
+def test_an_error_of_the_system_is_told_without_its_number() -> None:
+    error = FileNotFoundError(2, "No such file or directory", "top.svg")
+    assert one_line(error) == "No such file or directory: top.svg"
+    assert one_line(OSError(28, "No space left on device")) == "No space left on device"
 
 
 def test_a_missing_extra_is_told_in_one_line(

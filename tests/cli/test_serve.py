@@ -70,7 +70,9 @@ async def test_waits_end_and_borrows_may_finish(serve: Serve) -> None:
                 await client.put(filled(KIB))
             assert int(view[0]) == 3  # type: ignore[index]
             assert daemon.process.exitcode is None
-        assert daemon.ends().code == 0
+            await until(lambda: "featcache.stopping" in daemon.err)
+        ended = daemon.ends()
+        assert (ended.code, "featcache.grace_over" in ended.err) == (0, False)
 
 
 async def test_a_borrow_that_does_not_finish_is_waited_for_no_longer_than_the_grace(
@@ -80,7 +82,9 @@ async def test_a_borrow_that_does_not_finish_is_waited_for_no_longer_than_the_gr
     async with featcache.connect(daemon.endpoint()) as client:
         ref = await client.put(filled(KIB, 9))
         async with client.borrow(ref) as view:
-            assert daemon.stops().code == 0
+            ended = daemon.stops()
+            assert ended.code == 0
+            assert "featcache.grace_over" in ended.err
             assert int(view[0]) == 9  # type: ignore[index]
 
 
@@ -197,9 +201,10 @@ BAD = [
     (["--log-level", "loud"], 2, "log_level='loud'"),
     (["--metrics-port", "70000"], 2, "70000"),
     (["--metrics-port", "http"], 2, "is no port"),
-    (["--grace", "-1"], 2, "shutdown_grace"),
+    (["--grace", "-1"], 2, "--grace: shutdown_grace"),
     (["--config", "/nowhere.toml"], 2, "No such file"),
     (["--set", "colour=red"], 2, "colour is no setting"),
+    (["--set", "tll=5"], 2, "tll is no setting: did you mean ttl?"),
     (["--set", "slots"], 2, "NAME=VALUE"),
     (["--set", "slots=many"], 2, "slots='many' is not a whole number"),
     (["--colour"], 2, "No such option"),

@@ -12,11 +12,13 @@ import featcache
 import featcache.blocking
 from featcache import (
     AttachRefused,
+    CacheClosed,
     FeatureCache,
     FeatureClient,
     OwnerLost,
     OwnerUnreachable,
     SettingsError,
+    UnknownPool,
     events,
 )
 from support.caches import KIB, filled, full, raw, small, tensor, until
@@ -225,6 +227,37 @@ async def test_a_client_closes_while_its_owner_is_away(endpoint: str) -> None:
     assert not attached(client)
     tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     assert tasks == []
+
+
+async def test_who_waits_for_an_owner_is_told_that_the_client_was_closed(endpoint: str) -> None:
+    client = await client_of(endpoint).open()
+    waits = asyncio.create_task(client.wait_attached())
+    await asyncio.sleep(0)
+    await client.aclose()
+    with pytest.raises(CacheClosed):
+        await asyncio.wait_for(waits, 30)
+
+
+@pytest.mark.parametrize("reconnect", [False, True])
+async def test_a_spill_pool_that_is_lost_alone_is_attached_anew(
+    endpoint: str, *, reconnect: bool
+) -> None:
+    settings = small(spill_always=True)
+    async with (
+        featcache.create(endpoint=endpoint, settings=small(), spill="1MiB"),
+        featcache.connect(endpoint, reconnect=reconnect, settings=settings) as client,
+        featcache.create(settings=small()) as other,
+    ):
+        spilled = await client.put(filled(8), on_full="spill")
+        registry = client._opened().registry
+        (spill,) = (each for each in registry.connections if each is not registry.peek_bound())
+        spill.link._lose("the connection broke")
+        assert attached(client)
+        with pytest.raises(UnknownPool):  # not OwnerLost: this client's owner is there
+            await client.get(await other.put(filled(8)))
+        await client.put(filled(8), key="k")
+        await client.pin("k")
+        assert raw(tensor(await client.get(spilled))) == bytes(8)
 
 
 async def test_an_owner_that_refuses_the_first_attach_fails_the_open(endpoint: str) -> None:

@@ -304,6 +304,35 @@ async def test_a_short_name_in_a_long_folder(runtime_dir: Path) -> None:
     assert files(folder) == set()
 
 
+@pytest.mark.parametrize("given", ["one", "./one"])
+async def test_a_relative_endpoint_is_absolute_in_refs(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    elsewhere = runtime_dir / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(runtime_dir)
+    async with featcache.create(endpoint=given, settings=small()) as owner:
+        assert owner.endpoint == str(runtime_dir / "one")
+        async with featcache.connect(given) as bound:
+            ref = await bound.put(filled(KIB))
+        monkeypatch.chdir(elsewhere)
+        async with featcache.connect() as reader:
+            await reader.get(ref)
+    assert files(runtime_dir) == {"elsewhere"}
+
+
+def test_where_the_working_directory_is_gone_only_an_absolute_endpoint_will_do(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = runtime_dir / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(SettingsError, match="is in no directory: give it whole"):
+        featcache.create(endpoint="one")
+    assert endpoints.check_endpoint("/one") == "/one"
+
+
 async def test_a_folder_in_which_nothing_can_be_made(
     runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -253,3 +253,28 @@ def test_a_batch_gets_its_room_in_pieces(most: int | None) -> None:
         assert went or pool.store.evicting.in_progress
     else:
         pytest.fail("it never fits")
+
+
+def test_a_search_ends_with_its_request_where_a_batch_is_next_that_gets_no_room() -> None:
+    pool = Pool()
+    assert pool.piece(room(300), 1) == []  # its put is cancelled meanwhile
+    assert pool.store.evicting.is_searching
+    for number in range(MANY):
+        pool.store.pin(b"%d" % number, 1)
+    assert pool.piece(pool.store.batch([room(1), room(2)]), 4) == []
+    assert not pool.store.evicting.in_progress
+
+
+def test_the_search_for_a_member_ends_where_there_is_no_way_to_room_for_its_batch() -> None:
+    pool = Pool()
+    for number in range(0, MANY, 2):
+        pool.evict(b"%d" % number)
+    batch = pool.store.batch([room(1), room(200)])
+    assert pool.piece(batch, 1) == []
+    assert pool.store.evicting.is_searching
+    for number in range(1, MANY, 2):
+        pool.store.pin(b"%d" % number, 1)
+    for _ in range(100):
+        assert pool.store.reserve(room(1), 0.0) is not None
+    assert pool.piece(batch, 1) == []
+    assert not pool.store.evicting.in_progress

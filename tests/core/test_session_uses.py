@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import attrs
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from featcache.core.allocator import ALIGNMENT_BYTES
@@ -181,19 +181,39 @@ class ByHand:
         return self.order.pop(at)
 
     def enter(self, name: object) -> None:
+        self.visited.discard(name)
         self.order.insert(0, name)
 
+    def drop(self, name: object) -> None:
+        at = self.order.index(name)
+        if self.hand == name:
+            self.hand = self.order[at - 1] if at else None
+        del self.order[at]
 
+
+ONE_SLOT_AGAIN = [("ask", name) for name in (0, 2, 1, 1, 0, 0, 1, 2)]
+"""1 has the slot of 0, behind the hand, and is not met where 0 was."""
+LATE_ENTRY = [*(("ask", name) for name in (0, 1, 2, 0, 3)), ("drop", 0), ("ask", 4), ("ask", 5)]
+"""4 has the slot of 0, which the hand had passed, and is met at the end of this round, not in the next."""
+
+
+@example(steps=ONE_SLOT_AGAIN, capacity=2)
+@example(steps=LATE_ENTRY, capacity=3)
 @given(
     steps=st.lists(
-        st.tuples(st.sampled_from(["ask", "ask", "hit", "touch"]), st.integers(0, 11)), max_size=150
+        st.tuples(st.sampled_from(["ask", "ask", "hit", "touch", "drop"]), st.integers(0, 11)),
+        max_size=150,
     ),
     capacity=st.integers(1, 6),
 )
 def test_sieve_is_the_list_and_the_hand(steps: list[Step], capacity: int) -> None:
     cache, by_hand = Cache(Sieve, capacity), ByHand()
     for what, name in steps:
-        if name in cache.kept:
+        if what == "drop":  # the newest would take the hand's place with it
+            if name in by_hand.order[1:]:
+                cache.drop(name)
+                by_hand.drop(name)
+        elif name in cache.kept:
             cache.touch(name) if what == "touch" else cache.hit(name)
             by_hand.visited.add(name)
         elif what == "ask":
@@ -281,6 +301,23 @@ def test_what_was_not_evictable_when_the_hand_passed_keeps_its_place() -> None:
     a.idle = True
     cache.recency.add(a)
     assert list(cache.drain()) == ["a", "c"]
+
+
+def test_the_hand_does_not_go_back_with_what_it_had_passed_and_takes_now() -> None:
+    cache = Cache(Sieve, 4)
+    for name in "abcd":
+        cache.enter(name)
+    a = cache.kept["a"]
+    a.idle = False  # it is being read
+    for name in "bcd":
+        cache.hit(name)
+    assert cache.evict() == "b", "in its second round"
+    cache.enter("e")
+    a.idle = True
+    cache.recency.add(a)
+    assert cache.evict() == "a"
+    cache.enter("f")
+    assert list(cache.drain()) == ["c", "d", "e", "f"]
 
 
 # --- what sessions wrote of others, or lie --------------------------------------------------------

@@ -224,6 +224,11 @@ def test_blocking_objects_are_counted_alike(registry: CollectorRegistry) -> None
 # --- names and labels -----------------------------------------------------------------------------
 
 
+def test_the_bounds_of_histograms_are_short_numbers() -> None:
+    bounds = {bound for row in HISTOGRAMS for bound in row.bounds_s}
+    assert [bound for bound in bounds if bound != float(f"{bound:.2g}")] == []
+
+
 async def test_names_have_prefix_unit_and_total_and_labels_are_pool_and_device(
     registry: CollectorRegistry,
 ) -> None:

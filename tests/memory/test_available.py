@@ -203,9 +203,9 @@ async def fill_the_group(pipe: Pipe, group: Path) -> None:
     )
     async with featcache.create(capacity="2GiB") as cache:
         refs: list[featcache.FeatureRef] = []
-        with contextlib.suppress(featcache.PutTimeout):
-            while True:
-                value = torch.full((32 * MIB,), len(refs), dtype=torch.uint8)
+        while not failed:  # a put whose growth took long is tried again
+            value = torch.full((32 * MIB,), len(refs), dtype=torch.uint8)
+            with contextlib.suppress(featcache.PutTimeout):
                 refs.append(await cache.put(value, timeout=0.2))
         del value
         for number, ref in enumerate(refs):

@@ -8,6 +8,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -223,6 +224,46 @@ def test_page_faults_are_taken_in_pieces(slab: HostSlab, monkeypatch: pytest.Mon
     monkeypatch.setattr(host, "_libc", types.SimpleNamespace(madvise=madvise))
     slab.commit(MIB, 10 * MIB, prefault=True)
     assert pieces == [(1 * MIB, 4 * MIB), (5 * MIB, 4 * MIB), (9 * MIB, 1 * MIB)]
+
+
+def resident_kib(address: int) -> int:
+    """Return how much of the mapping at an address is in this process's page tables."""
+    with Path("/proc/self/smaps").open() as smaps:
+        lines = iter(smaps)
+        for line in lines:
+            if line.startswith(f"{address:x}-"):
+                return next(int(each.split()[1]) for each in lines if each.startswith("Rss:"))
+    return 0
+
+
+def test_a_mapping_gives_its_pages_back_in_pieces_before_it_is_unmapped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An unmap holds the address space's lock for all pages at once, and the loop needs it."""
+    nbytes = 10 * MIB
+    slab = HostSlab(nbytes, huge_pages=False)
+    slab.commit(0, nbytes, prefault=True)
+    spec = write(slab, 0, torch.arange(1000))
+    mapping = HostMapping.attach(slab.descriptors()[0], nbytes, nbytes)
+    mapping.open_for_writing(slab.write_descriptors())
+    mapping.warm(nbytes)
+    (_, read), target = mapping._open(), mapping._target
+    assert target is not None
+    view, written = mapping.view(0, spec), target.address  # view and target outlive the close
+    assert resident_kib(read) == resident_kib(written) == nbytes // KIB
+    madvise, pieces = host._libc.madvise, list[int]()
+
+    def noted(address: int, size_bytes: int, advice: int) -> int:
+        pieces.append(size_bytes)
+        return int(madvise(address, size_bytes, advice))
+
+    monkeypatch.setattr(host, "_libc", types.SimpleNamespace(madvise=noted))
+    mapping.close()
+    assert resident_kib(read) == resident_kib(written) == 0
+    assert sorted(pieces) == [2 * MIB, 2 * MIB, 4 * MIB, 4 * MIB, 4 * MIB, 4 * MIB]
+    assert torch.equal(view, torch.arange(1000))  # what still reads finds its bytes
+    monkeypatch.undo()
+    slab.close()
 
 
 def test_memory_that_torch_can_not_have_is_told_and_its_other_errors_too(

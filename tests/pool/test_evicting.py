@@ -612,3 +612,27 @@ async def test_a_writer_that_is_lost_takes_its_key_along() -> None:
             assert same(await patient, filled(SIZE, 9))
             await nothing_lost(owner)
     assert evictions(logs, "writer lost") == ["a"]
+
+
+@pytest.mark.parametrize("policy", ["lru", "sieve"])
+async def test_a_watermark_goes_on_behind_very_many_that_were_used(policy: str) -> None:
+    """All pieces that it takes follow one another, and each is a piece of work that is counted."""
+    count = 2600
+    changes: dict[str, Any] = {"capacity": count * KIB, "slots": 2 * count, "rooms_ahead": 0}
+    changes |= {"eviction": policy, "evict_above": 0.9, "evict_to": 0.85, "recycle_interval": 60.0}
+    async with pair(**changes) as (owner, client):
+        pool, full_bytes = pool_of(owner), int(0.9 * count) * KIB
+        while pool.store.used_bytes <= full_bytes:
+            owner.put_nowait(filled(KIB), key=b"%d" % pool.store.puts)
+        for number in range(pool.store.puts):
+            assert client.get_nowait(b"%d" % number) is not None
+        looked_at, pieces = pool.store.evicting.steps, 0
+        pool._upkeep = True
+        while pool._upkeep:
+            pool.turn.left = 128
+            more = pool._keep_up()
+            assert not more or pool.turn.left < 128, "it would be done again and again in one turn"
+            pieces += 1
+        assert pool.store.used_bytes <= 0.85 * count * KIB
+        assert pieces > 2
+        assert pool.store.evicting.steps > looked_at

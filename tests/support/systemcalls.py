@@ -71,6 +71,7 @@ Python itself repeats what a signal interrupts, but for the calls that have EINT
 ELSEWHERE: Final[dict[str, str]] = {
     "os.close": "the descriptor is closed whatever it says",
     "os.fsencode": "no system call",
+    "Path.cwd": "of a relative endpoint alone: tests/control/test_endpoints.py",
     "os.fspath": "no system call",
     "os.strerror": "no system call",
     "os.path.realpath": "takes a path that it can not follow as it is",

@@ -14,6 +14,7 @@ from featcache.api import forks
 from featcache.api.arguments import parse_device, parse_name, settings_with
 from featcache.api.base import CacheBase
 from featcache.api.lifecycle import Lifecycle
+from featcache.client.deadlines import UNATTACHED, UNENTERED, at_most, give_up_at
 from featcache.client.keys import ClientKeys
 from featcache.client.puts import ClientPuts
 from featcache.client.reconnect import Reconnector
@@ -78,8 +79,15 @@ class OpenClient:
             raise
         return opened
 
-    async def enter(self) -> None:
-        """Return at a put's turn; no later put overtakes it meanwhile."""
+    async def enter(self, timeout_s: float | None) -> None:
+        """Return at a put's turn; no later put overtakes it meanwhile. Raises PutTimeout if it is late."""
+        if timeout_s is None:  # a scope takes as long as a third of a round trip
+            await self._enter()
+            return
+        with at_most(give_up_at(timeout_s), UNENTERED):
+            await self._enter()
+
+    async def _enter(self) -> None:
         self.entering += 1
         try:
             await self.reader.turn.wait()
@@ -93,11 +101,13 @@ class OpenClient:
         writer = self.puts.bound_writer()
         return None if writer is None or on_full not in ("wait", "raise") else Writers(writer)
 
-    async def writers(self, on_full: str, key: Any) -> Writers:
+    async def writers(self, on_full: str, key: Any, timeout_s: float | None) -> Writers:
         """Return the writers of the pools that a put may go to, attaching first, in the order of calls."""
+        until_s = None if timeout_s is None else give_up_at(timeout_s)
         self.entering += 1
         try:
-            return await self._line.go(lambda: self.puts.writers(on_full, key))
+            with at_most(until_s, UNATTACHED):
+                return await self._line.go(lambda: self.puts.writers(on_full, key))
         finally:
             self.entering -= 1
 
@@ -206,7 +216,8 @@ class FeatureClient(CacheBase):
         Raises:
             OwnerUnreachable: (also OwnerLost) no owner came in time.
             OwnerLost: the owner is gone, and this client does not attach anew.
-            SettingsError: this client is connected to no endpoint.
+            CacheClosed: this client is closed, or meanwhile.
+            SettingsError: it is connected to no endpoint.
 
         """
         timeout_s, client = parse_timeout(timeout), self._life.here()
@@ -260,12 +271,12 @@ class FeatureClient(CacheBase):
             if writer is not None and writer.connection.attachment.mapping.deferred:
                 # At the call: the feature is ready on the stream that is current now.
                 staged_now = writer.stage(feature, readers, ttl, key)
-                await client.enter()
+                await client.enter(timeout_s)
                 return await writer.put(staged_now, timeout_s, wait=True)
-            await client.enter()
+            await client.enter(timeout_s)
         if on_full == "wait" and (writer := client.puts.bound_writer()) is not None:
             return await writer.put(writer.stage(feature, readers, ttl, key), timeout_s, wait=True)
-        staged = (await client.writers(on_full, key)).stage(feature, readers, ttl, key)
+        staged = (await client.writers(on_full, key, timeout_s)).stage(feature, readers, ttl, key)
         return await staged.put(timeout_s, client.spills, wait=on_full != "raise")
 
     def __repr__(self) -> str:

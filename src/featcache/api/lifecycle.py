@@ -46,8 +46,8 @@ class Engine(Closable, Protocol):
     def writers_nowait(self, on_full: str, key: Any) -> Writers | None:
         """Return the writers of the pools that a put may go to; None if one is yet to be attached."""
 
-    async def writers(self, on_full: str, key: Any) -> Writers:
-        """As `writers_nowait`, attaching first."""
+    async def writers(self, on_full: str, key: Any, timeout_s: float | None) -> Writers:
+        """As `writers_nowait`, attaching first; raises PutTimeout if that is not done in time."""
 
     async def discard(self, ref: FeatureRef) -> None:
         """Cancel the reads that a ref still owes."""

@@ -156,7 +156,7 @@ class ManyCalls:
         if not given.members:
             return []
         writers = engine.writers_nowait(on_full, given.key) or await engine.writers(
-            on_full, given.key
+            on_full, given.key, timeout_s
         )
         with given.telling():
             staged = await stage(writers, given, engine.reader.turn)

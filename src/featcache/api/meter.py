@@ -8,17 +8,17 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Final
 
-_US, _MS = 1e-6, 1e-3
+# Each is written out: `5 * 1e-6` is 4.9999999999999996e-06, and stood so in the label `le`.
 HOST_BOUNDS_S: Final = (
-    *(1 * _US, 2 * _US, 5 * _US, 10 * _US, 20 * _US, 50 * _US, 100 * _US, 200 * _US, 500 * _US),
-    *(1 * _MS, 2 * _MS, 5 * _MS, 10 * _MS, 50 * _MS, 0.2, 1.0),
+    *(1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
+    *(0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 1.0),
 )
 WAIT_BOUNDS_S: Final = (
-    *(10 * _US, 50 * _US, 200 * _US, 1 * _MS, 2 * _MS, 5 * _MS, 10 * _MS, 20 * _MS, 50 * _MS),
+    *(1e-5, 5e-5, 2e-4, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05),
     *(0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0),
 )
 AGE_BOUNDS_S: Final = (
-    *(50 * _US, 200 * _US, 500 * _US, 1 * _MS, 2 * _MS, 5 * _MS, 10 * _MS, 20 * _MS, 50 * _MS),
+    *(5e-5, 2e-4, 5e-4, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05),
     *(0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0),
 )
 

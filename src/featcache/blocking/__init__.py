@@ -162,7 +162,7 @@ class _BlockingBase(BlockingLife[C]):
         """Copy a feature in, waiting for room, as `featcache.FeatureCache.put`."""
         timeout_s, engine = parse_timeout(timeout), self._portal.engine
         writers = engine.writers_nowait(on_full, key) or self._portal.call(
-            lambda: engine.writers(on_full, key)
+            lambda: engine.writers(on_full, key, timeout_s)
         )
         staged = writers.stage(feature, readers, ttl, key)
         return self._portal.call(

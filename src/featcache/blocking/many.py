@@ -50,7 +50,7 @@ def put_many(
     if not given.members:
         return []
     writers = engine.writers_nowait(on_full, given.key) or portal.call(
-        lambda: engine.writers(on_full, given.key)
+        lambda: engine.writers(on_full, given.key, timeout_s)
     )
 
     async def take_back(refs: list[FeatureRef]) -> None:

@@ -3,7 +3,7 @@
 import difflib
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,7 +56,8 @@ def options_of(given: Mapping[str, Any], config: str | None) -> ServeOptions:
                 values[name] = _parsed(name, text, f"{variable} in the environment")
     for name, value in given.items():
         if value is not None:
-            values[name] = _parsed(name, value, f"--{name.replace('_', '-')}")
+            option = "grace" if name == "shutdown_grace" else name.replace("_", "-")
+            values[name] = _parsed(name, value, f"--{option}")
     own = {name: values.pop(name) for name in _OWN if name in values}
     return ServeOptions(**own, settings=Settings(**values))
 
@@ -73,11 +74,15 @@ def _file(path: str) -> dict[str, Any]:
     for written, value in read.items():
         name = written.replace("-", "_")
         if name not in _OWN and name not in _SETTINGS:
-            near = difflib.get_close_matches(name, [*_OWN, *_SETTINGS], 1)
-            hint = f": did you mean {near[0]}?" if near else ""
-            raise SettingsError(f"--config {path}: {written} is no setting{hint}")
+            raise SettingsError(f"--config {path}: {no_setting(written, [*_OWN, *_SETTINGS])}")
         values[name] = _parsed(name, value, f"--config {path}")
     return values
+
+
+def no_setting(written: str, known: Iterable[str]) -> str:
+    """Return what is said of a name that is none of those known."""
+    near = difflib.get_close_matches(written.replace("-", "_"), known, 1)
+    return f"{written} is no setting" + (f": did you mean {near[0]}?" if near else "")
 
 
 def _parsed(name: str, value: Any, where: str) -> Any:

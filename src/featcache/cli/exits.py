@@ -60,6 +60,9 @@ def code_of(error: FeatcacheError) -> Exit:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message on one line."""
-    text = " ".join(str(error).split())
+    """Return an error's message on one line; one of the system's without its number."""
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        said = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+    text = " ".join(said.split())
     return text or type(error).__name__

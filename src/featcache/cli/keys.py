@@ -1,6 +1,7 @@
 """``featcache keys`` and ``featcache evict``."""
 
 import json
+import os
 from typing import Literal
 
 import attrs
@@ -8,7 +9,14 @@ import click
 
 from featcache import Observer
 from featcache.cli.exits import Failure
-from featcache.cli.looking import endpoint_argument, json_option, observed
+from featcache.cli.looking import (
+    ENDPOINT_HELP,
+    ENDPOINT_VARIABLE,
+    NO_ENDPOINT,
+    endpoint_argument,
+    json_option,
+    observed,
+)
 from featcache.cli.showing import keys_table, plain_console
 from featcache.observation import KeysPage, KeyView
 
@@ -16,7 +24,7 @@ _ORDERS = {"largest": "size", "oldest": "age", "most-hit": "hits"}
 Order = Literal["size", "age", "hits"]
 
 
-@click.command
+@click.command(epilog=ENDPOINT_HELP)
 @endpoint_argument
 @click.option(
     *("--by", "by"),
@@ -67,15 +75,15 @@ def _plain(one: KeyView) -> dict[str, object]:
     return attrs.asdict(one) | {"key": one.label, "key_hex": one.key.hex()}
 
 
-@click.command
-@endpoint_argument
-@click.argument("key")
+@click.command(epilog=ENDPOINT_HELP)
+@click.argument("given", nargs=-1, metavar="[ENDPOINT] KEY")
 @click.option("--hex", "in_hex", is_flag=True, help="KEY is the key's bytes in hex.")
-def evict(endpoint: str, key: str, *, in_hex: bool) -> None:
+def evict(given: tuple[str, ...], *, in_hex: bool) -> None:
     """Drop KEY from the pool at ENDPOINT, pinned or not; its readers may finish.
 
     Ends with 1 if there is no such key.
     """
+    endpoint, key = _endpoint_and_key(given)
     try:
         name = bytes.fromhex(key) if in_hex else key.encode()
     except ValueError:
@@ -83,3 +91,18 @@ def evict(endpoint: str, key: str, *, in_hex: bool) -> None:
     if not observed(endpoint, lambda observer: observer.evict(name)):
         raise Failure(f"there is no key {key!r} at {endpoint}")
     click.echo(f"evicted {key}")
+
+
+def _endpoint_and_key(given: tuple[str, ...]) -> tuple[str, str]:
+    """Return both arguments of `evict`: the last is the key, the one before it may be left out."""
+    endpoint = os.environ.get(ENDPOINT_VARIABLE)
+    match given:
+        case (endpoint, key):
+            return endpoint, key
+        case (key,) if endpoint:
+            return endpoint, key
+        case ():
+            raise click.UsageError("Missing argument 'KEY'")
+        case (only,):
+            raise click.UsageError(f"{NO_ENDPOINT}; or is {only!r} that, and the KEY is missing?")
+    raise click.UsageError(f"Got unexpected extra argument ({given[2]})")

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import attrs
 import click
@@ -13,7 +13,26 @@ from featcache import Observer
 
 T = TypeVar("T")
 
-endpoint_argument = click.argument("endpoint", envvar="FEATCACHE_ENDPOINT")
+ENDPOINT_VARIABLE: Final = "FEATCACHE_ENDPOINT"
+ENDPOINT_HELP: Final = (
+    "ENDPOINT is what featcache serve prints; where it is left out it is that of "
+    f"{ENDPOINT_VARIABLE} in the environment."
+)
+NO_ENDPOINT: Final = (
+    f"Missing argument 'ENDPOINT': give it, or set {ENDPOINT_VARIABLE} (featcache ls lists the "
+    "pools here)"
+)
+
+
+def _given(_: click.Context, __: click.Parameter, endpoint: str | None) -> str:
+    if endpoint is None:
+        raise click.UsageError(NO_ENDPOINT)
+    return endpoint
+
+
+endpoint_argument = click.argument(
+    "endpoint", envvar=ENDPOINT_VARIABLE, required=False, callback=_given
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
 
 

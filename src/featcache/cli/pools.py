@@ -40,7 +40,11 @@ def ls(*, as_json: bool) -> None:
         table.add_column(column, overflow="fold")
     for endpoint, snapshot in zip(found, seen, strict=True):
         table.add_row(*_row(endpoint, snapshot))
-    plain_console().print(table)
+    console = plain_console()
+    console.print(table)
+    for endpoint, snapshot in zip(found, seen, strict=True):
+        if isinstance(snapshot, str):
+            console.print(f"· {printable(endpoint.path)}: {printable(snapshot)}", soft_wrap=True)
 
 
 async def _look_at_all(found: list[Endpoint]) -> list[Snapshot | str]:
@@ -55,14 +59,14 @@ async def _look(endpoint: Endpoint) -> Snapshot | str:
         async with featcache.observe(endpoint.path, timeout=_PATIENCE_S) as observer:
             return await observer.snapshot()
     except FeatcacheError as error:
-        return one_line(error)
+        return one_line(error).removeprefix(f"{endpoint.path}: ")
 
 
 def _row(endpoint: Endpoint, seen: Snapshot | str) -> list[str]:
     pid = "-" if endpoint.pid is None else str(endpoint.pid)
     first = [printable(endpoint.path), endpoint.state, pid]
     if isinstance(seen, str):
-        return [*first, printable(seen)]
+        return [*first, *"-----"]
     figures = seen.statistics
     used = f"{size(figures.used_bytes)} of {size(figures.capacity_bytes)}"
     return [

@@ -1,6 +1,7 @@
 """The program: its commands, each imported when it is called, and the end of whatever goes wrong."""
 
 import contextlib
+import difflib
 import importlib
 import os
 import sys
@@ -39,6 +40,22 @@ class _Commands(click.Group):
         assert isinstance(command, click.Command), "a module's command has its name"
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        if near and name not in COMMANDS and not ctx.resilient_parsing:
+            ctx.fail(f"No such command '{name}'. Did you mean '{near[0]}'?")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # here, since click would make a failure of it
+            _forget_output()
+            raise click.exceptions.Exit(Exit.OK) from None
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's
         with formatter.section("Commands"):
             formatter.write_dl([(name, help_) for name, (_, help_) in COMMANDS.items()])
@@ -46,13 +63,18 @@ class _Commands(click.Group):
 
 @click.group(
     cls=_Commands,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 ok, 1 failed, 2 usage, 3 no owner there, 4 refused by the owner, 5 endpoint or "
     "port in use, 6 device, memory or package not there, 7 owner lost.",
 )
 @click.version_option(VERSION, prog_name="featcache")
-def featcache() -> None:
+@click.pass_context
+def featcache(ctx: click.Context) -> None:
     """Tensors shared between the processes of a model server."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help(), err=True)
+        ctx.exit(Exit.USAGE)
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -71,15 +93,20 @@ def run(arguments: list[str] | None = None) -> int:
         code = _said(one_line(error), error.code)
     except FeatcacheError as error:
         code = _said(one_line(error), code_of(error))
-    except BrokenPipeError:  # as of `| head`
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:  # of the flush
+        _forget_output()
         code = Exit.OK
     except OSError as error:
         code = _said(one_line(error), Exit.FAILED)
     except KeyboardInterrupt:
         code = 130
     return int(code or 0)
+
+
+def _forget_output() -> None:
+    """Write nowhere from here on: whoever read the output has gone, as `| head` does."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _said(text: str, code: Exit) -> Exit:

@@ -15,7 +15,7 @@ import structlog
 
 import featcache
 from featcache import FeatureCache, SettingsError
-from featcache.cli.config import ServeOptions, options_of
+from featcache.cli.config import ServeOptions, no_setting, options_of
 from featcache.cli.exits import Exit, Failure
 from featcache.cli.logs import configure
 from featcache.cli.notify import notify
@@ -28,6 +28,8 @@ class _MetricsServer(contextlib.AbstractContextManager[Any], Protocol):
 
 
 _ServeMetrics: TypeAlias = Callable[..., _MetricsServer]
+_SOON_S: Final = 0.2
+"""An end that takes no longer is not told to wait."""
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -83,8 +85,9 @@ def _more(pairs: tuple[str, ...]) -> dict[str, str]:
         if not equals or not name:
             raise SettingsError(f"--set {pair}: write NAME=VALUE")
         name = name.strip().replace("-", "_")
-        if name not in {field.name for field in featcache.Settings.__attrs_attrs__}:
-            raise SettingsError(f"--set {pair}: {name} is no setting")
+        known = [field.name for field in featcache.Settings.__attrs_attrs__]
+        if name not in known:
+            raise SettingsError(f"--set {pair}: {no_setting(name, known)}")
         found[name] = value.strip()
     return found
 
@@ -112,9 +115,22 @@ class _Service:
                 notify(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=serves {self._cache.endpoint}")
                 await self._ends.wait()
                 notify("STOPPING=1")
-                await self._cache.drain(self._options.shutdown_grace)
+                await self._drained()
         finally:
             await self._cache.aclose()
+
+    async def _drained(self) -> None:
+        """Let reads finish, and tell where the end waits for them."""
+        grace_s = self._options.shutdown_grace
+        draining = asyncio.ensure_future(self._cache.drain(grace_s))
+        waiting = {"why": "reads are in progress", "grace_s": grace_s}
+        log = structlog.get_logger("featcache")
+        with contextlib.suppress(OSError):  # a log that nobody reads any more stops no end in order
+            if not (await asyncio.wait([draining], timeout=_SOON_S))[0]:
+                log.info("featcache.stopping", **waiting)
+        if not await draining:
+            with contextlib.suppress(OSError):
+                log.warning("featcache.grace_over", **waiting)
 
     async def _opened(self) -> bool:
         opening = asyncio.ensure_future(self._cache.open())

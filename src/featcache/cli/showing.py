@@ -1,5 +1,7 @@
 """Records as text for people."""
 
+import errno
+import os
 import sys
 
 from rich.console import Console, Group
@@ -15,11 +17,17 @@ _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 _STYLES = {"normal": "green", "elevated": "yellow", "high": "red", "exhausted": "bold red"}
 
 
+class _PlainConsole(Console):
+    def on_broken_pipe(self) -> None:
+        # Not as rich does, which ends the process with 1: `program.run` knows what it is.
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def plain_console() -> Console:
     """Return a console on which a text of others is just that: no markup, no pictures."""
     # Into a file or a pipe a row is a line, however long.
     width = None if sys.stdout.isatty() else _WIDE
-    return Console(highlight=False, markup=False, emoji=False, width=width)
+    return _PlainConsole(highlight=False, markup=False, emoji=False, width=width)
 
 
 def size(nbytes: float) -> str:
@@ -99,7 +107,7 @@ def _pool(snapshot: Snapshot) -> Table:
                 f"{figures.evicted} evicted, {figures.expired} expired, {figures.spilled} spilled"
             ),
         ),
-        ("lost", f"{figures.readers_lost} readers, {figures.waited} puts waited"),
+        ("trouble", f"{figures.readers_lost} readers lost, {figures.waited} puts waited"),
     ]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")

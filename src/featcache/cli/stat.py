@@ -7,14 +7,14 @@ from typing import Final
 import click
 
 from featcache import Observer
-from featcache.cli.looking import as_json, endpoint_argument, json_option, observed
+from featcache.cli.looking import ENDPOINT_HELP, as_json, endpoint_argument, json_option, observed
 from featcache.cli.showing import plain_console, snapshot_text
 
 SCHEMA: Final = 1
 """Of the JSON: grows when a field changes or goes, not when one comes."""
 
 
-@click.command
+@click.command(epilog=ENDPOINT_HELP)
 @endpoint_argument
 @json_option
 @click.option("--watch", is_flag=True, help="Again and again, until interrupted.")

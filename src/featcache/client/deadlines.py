@@ -18,6 +18,10 @@ UNTOLD: Final = (
     "the owner did not say in time that the feature is kept, and it was taken back: it is busy, or "
     "stopped"
 )
+UNATTACHED: Final = (
+    "the pools that it may go to were not attached in time: their owner is busy, or stopped"
+)
+UNENTERED: Final = "its turn did not come in time, behind the puts before it: nothing was put"
 UNMAPPED: Final = "the slab's new memory was not mapped here in time: nothing was put"
 
 

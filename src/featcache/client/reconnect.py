@@ -10,7 +10,7 @@ import anyio
 
 from featcache import events
 from featcache.client.registry import ConnectionRegistry
-from featcache.errors import OwnerUnreachable, explain
+from featcache.errors import CacheClosed, OwnerUnreachable, explain
 
 _FIRST_PAUSE_S: Final = 0.02
 
@@ -93,6 +93,7 @@ class Reconnector:
 
         Raises:
             OwnerUnreachable: not in time.
+            CacheClosed: the client is closed meanwhile.
 
         """
         try:
@@ -102,10 +103,13 @@ class Reconnector:
             raise OwnerUnreachable(
                 f"no owner came back to {self._endpoint} in {timeout_s:g} s"
             ) from None
+        if self._closed:
+            raise CacheClosed("the client was closed")
 
     async def close(self) -> None:
-        """Try no more."""
+        """Try no more; whoever waits is told."""
         self._closed = True
+        self._attached.set()
         task = self._task
         if task is not None:
             task.cancel()

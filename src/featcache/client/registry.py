@@ -355,7 +355,7 @@ class ConnectionRegistry:
         if connection is None:
             return
         lost = connection.link.lost or reason
-        if self._bound is not None:
+        if pool_id == self.bound_pool:  # not one beside it, which is attached anew
             self.lose_bound(lost)
         if len(self._lost_pools) >= _MAX_LOST:
             self._lost_pools.clear()

@@ -31,10 +31,18 @@ _OURS: Final = re.compile(r"[0-9]+-[0-9a-f]+\.sock")
 
 
 def check_endpoint(endpoint: object) -> str:
-    """Return the path as a str, or raise SettingsError if no Unix socket can have it."""
+    """Return the absolute path as a str, or raise SettingsError if no Unix socket can have it.
+
+    Absolute, since refs carry it to processes that run in other directories.
+    """
     if not isinstance(endpoint, str | os.PathLike) or not os.fspath(endpoint):
         raise SettingsError(f"endpoint={endpoint!r} is not the path of a Unix socket")
     path = os.fspath(endpoint)
+    if isinstance(path, str) and not path.startswith("/"):
+        try:
+            path = str(Path.cwd() / path)
+        except OSError as error:  # it was removed
+            raise _refused(f"endpoint={path!r} is in no directory: give it whole", error) from error
     try:  # the longer of its forms: the file system's, and UTF-8, as refs carry it
         nbytes = max(len(os.fsencode(path)), len(path.encode())) if isinstance(path, str) else 0
     except UnicodeEncodeError:
@@ -66,9 +74,7 @@ def default_directory() -> Path:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
         ours = stat.S_ISDIR(found.st_mode) and found.st_uid == uid
-        if (
-            ours and ~found.st_mode & stat.S_IRWXU
-        ):  # made under a umask that takes from its own user
+        if ours and ~found.st_mode & stat.S_IRWXU:  # made under a umask that takes from its user
             folder.chmod(stat.S_IRWXU)
             found = folder.lstat()
     except OSError as error:
@@ -228,7 +234,7 @@ def _clear(path: Path) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(found.st_mode):
-        raise _in_use(path, "it is no socket")
+        raise SettingsError(f"endpoint {path} is in use: it is no socket; name another")
     # The lock was free, but an owner whose lock file somebody removed still listens.
     if not _is_stale(path):
         raise _in_use(path, "another owner listens there")

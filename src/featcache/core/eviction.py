@@ -21,7 +21,7 @@ from operator import itemgetter
 from typing import Final, TypeAlias
 
 from featcache.core.allocator import Extent, OffsetAllocator
-from featcache.core.put_queue import Request
+from featcache.core.put_queue import Batch, Request
 from featcache.core.recency import Held, Recency
 from featcache.core.slots import Slot
 
@@ -72,6 +72,12 @@ class EvictionPlan:
             self._request, search = request, None
             self._victims.clear()
         return search
+
+    def turn_to(self, batch: Batch) -> None:
+        """Evict nothing more for a request that is no member of this batch: it is not made again."""
+        self.is_passing = False
+        if not any(member is self._request for member in batch.members):
+            self.give_up()
 
     def go_on(self, search: "VictimSearch", held: Held, steps: int | None) -> None:
         """Do so many steps of a search. Its victims, once they are found, are what is to go."""

@@ -215,12 +215,12 @@ class KeyedStore(Store):
     ) -> list[Effect]:
         """Evict the coldest, as much as a batch lacks; then for the member that does not fit."""
         limits, allocator = self.limits, self.allocator
-        self.evicting.is_passing = False
-        if self.unevictable_bytes + batch.nbytes > limits.capacity_bytes:
-            return []  # not even if everything went
+        self.evicting.turn_to(batch)
         grows = self.size.state is not SizeState.STEADY or self.growth_of(batch, now_s) > 0
         slots = len(batch.members) - len(self.table.free_slots) - len(self._retiring)
-        if grows and not limits.evict_first and slots <= 0:
+        never = self.unevictable_bytes + batch.nbytes > limits.capacity_bytes
+        if never or (grows and not limits.evict_first and slots <= 0):
+            self.evicting.give_up()  # not even if everything went, or others make room
             return []
         nbytes = batch.nbytes - (allocator.end_bytes - allocator.used_bytes) - self.retiring_bytes
         going: list[Slot] = []
@@ -239,7 +239,10 @@ class KeyedStore(Store):
         if going or self.recency.unfinished or len(self.table.free_slots) < len(batch.members):
             return self._evict_all(going, now_s, "room")
         missing = self.missing_of(batch, now_s)
-        return [] if missing is None else self.evict_for(missing, held, now_s, most)
+        if missing is None:
+            self.evicting.give_up()
+            return []
+        return self.evict_for(missing, held, now_s, most)
 
     def _coldest(self, held: Held, most: int | None) -> Slot | None:
         """Return the coldest that can go; with `most`, None may mean that it is not found yet."""
@@ -283,6 +286,8 @@ class KeyedStore(Store):
             slot = self.recency.coldest(held, None if most is None else _PASSES)
             if slot is None or not left:
                 self.trimming = slot is not None or self.recency.unfinished
+                if self.recency.unfinished:
+                    self.evicting.steps += _PASSES // 2
                 break
             left -= 1
             assert slot.extent is not None, "it is kept"

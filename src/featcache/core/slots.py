@@ -34,8 +34,8 @@ class Slot:
     """One entry of the table. `generation` grows at each `SlotTable.allocate` and never repeats."""
 
     __slots__ = (
-        "born_s", "due_s", "early_paid", "extent", "generation", "grants", "hits", "idle", "index", "key",
-        "listed", "mark", "mates", "nbytes", "of", "owed_by_names", "paid_by", "place", "reads_left",
+        "born_s", "due_s", "early_paid", "entry", "extent", "generation", "grants", "hits", "idle", "index",
+        "key", "listed", "mark", "mates", "nbytes", "of", "owed_by_names", "paid_by", "place", "reads_left",
         "retired_s", "state", "tick", "ttl_s", "used_s", "wanted_key",
     )  # fmt: skip
 
@@ -75,6 +75,7 @@ class Slot:
         # The eviction policy's own fields, written by `core.recency` alone and described in its
         # `policy`.
         self.listed = False
+        self.entry = 0
         self.tick = self.mark = self.place = 0
         self.used_s = 0.0
 

@@ -185,13 +185,17 @@ class Lookups:
         if store.table.full and store.ahead:
             pool.ahead.take_back()  # before anything is evicted for it
         while store.table.full:
-            if pool.collector.behind:
-                await pool.turn.wait()
-                pool.check_open()
-            elif store.queue.count or not pool.collector.make_room(_NO_ROOM, 1):
+            comes = pool.collector.behind
+            if not comes and not store.queue.count:
+                if pool.collector.make_room(_NO_ROOM, 1):
+                    continue
+                comes = store.evicting.is_searching  # for the coldest, behind many that were used
+            if not comes:
                 raise PoolFull(
                     f"all {store.table.count} slots are in use: {pool.debtors.holders()}"
                 )
+            await pool.turn.wait()
+            pool.check_open()
 
     def is_claimed(self, key: bytes) -> bool:
         """Whether a claim to make this key is out."""

@@ -202,7 +202,7 @@ class Owner:
             raise SettingsError("on_full='spill' needs a host slab: create(…, spill='2GiB')")
         return Writers(None if self._settings.spill_always else self.main.writer, self.spill.writer)
 
-    async def writers(self, on_full: str, key: Any) -> Writers:
+    async def writers(self, on_full: str, key: Any, timeout_s: float | None) -> Writers:  # noqa: ARG002 - see Engine
         """As `writers_nowait`."""
         return self.writers_nowait(on_full, key)
 

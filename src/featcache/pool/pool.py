@@ -30,7 +30,7 @@ from featcache.pool import gauges
 from featcache.pool.ahead import RoomsAhead
 from featcache.pool.attendance import Attendance
 from featcache.pool.block import PoolBlock
-from featcache.pool.collector import Collector
+from featcache.pool.collector import STEPS_A_UNIT, Collector
 from featcache.pool.debtors import Debtors
 from featcache.pool.growth import Growth
 from featcache.pool.holds import Holds
@@ -340,7 +340,7 @@ class Pool:
             return False
         now_s, turn, store = _now(), self.turn, self.store
         most = min(QUANTUM_UNITS, max(turn.left, LEAST))
-        before = store.expired, store.evicted
+        before, steps_before = (store.expired, store.evicted), store.evicting.steps
         store.recency.pass_time(now_s)
         self.tell_tick()
         self.apply(store.expire(now_s, max(1, most // EXPIRE_UNITS)))
@@ -349,7 +349,8 @@ class Pool:
         self.apply(store.compact(self.is_held.of_many(), now_s, to_evict))
         turn.left -= EXPIRE_UNITS * (store.expired - before[0])
         turn.left -= EVICT_UNITS * (store.evicted - before[1])
-        self._upkeep = (store.expired, store.evicted) != before
+        turn.left -= (store.evicting.steps - steps_before) // STEPS_A_UNIT
+        self._upkeep = (store.expired, store.evicted) != before or store.trimming
         return self._upkeep
 
     # --- the end --------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from rich.text import Text
 
 import featcache
 from featcache.cli.exits import Exit, Failure
-from featcache.cli.looking import endpoint_argument
+from featcache.cli.looking import ENDPOINT_HELP, endpoint_argument
 from featcache.cli.top.frame import draw, map_cells
 from featcache.cli.top.look import Look, this_look
 from featcache.cli.top.model import VIEWS, Model, View
@@ -39,7 +39,7 @@ _NIGHT: Final = TerminalTheme(
 _SIZE: Final = re.compile(r"([1-9][0-9]{1,3})x([1-9][0-9]{0,3})")
 
 
-@click.command
+@click.command(epilog=ENDPOINT_HELP)
 @endpoint_argument
 @click.option(
     "--interval", type=float, default=1.0, show_default=True, help="Seconds between two looks."

@@ -40,7 +40,7 @@ class Question:
     def text(self) -> str:
         """The question."""
         if self.again:
-            return f"Sure? Who needs {plain(self.key.label)} must make it again.  y evicts it, n does not"
+            return f"Sure? Whoever needs {plain(self.key.label)} must make it again.  y evicts it, n does not"
         how = "pinned, " if self.key.pinned else ""
         reads = f", {self.key.reads} reads of it may finish" if self.key.reads else ""
         label = plain(self.key.label)

@@ -23,7 +23,7 @@ LOOKS_SHARE: Final = 512
 
 
 class LazyHeap(ABC):
-    """Evictable slots by rank, the lowest first, with at most one entry of a slot.
+    """Evictable slots by rank, the lowest first, with one entry of a slot that counts: its last.
 
     A use writes the slot, or a word of a session, and no entry: an entry's rank may be too low from then
     on, never too high. So a search meets it too early, and repairs it. A hit costs neither a search nor
@@ -109,8 +109,8 @@ class LazyHeap(ABC):
         """Return a slot's rank as far as is known without a look; it may be too low."""
 
     @abstractmethod
-    def _reach(self, slot: Slot) -> int:
-        """Return the rank of a slot that a search has come to, up to date."""
+    def _reach(self, slot: Slot, rank: int, /) -> int:
+        """Return the rank of a slot that a search has come to, up to date; its entry has `rank`."""
 
     @abstractmethod
     def _stand_at(self, slot: Slot) -> None:
@@ -132,6 +132,7 @@ class LazyHeap(ABC):
         if slot.index >= self._high:
             self._high, self._uses = slot.index + 1, None
         self._entries += 1
+        slot.entry = self._entries
         heappush(self._heap, (self._known(slot), self._entries, slot))
         if self._max_entries < len(self._heap) <= _MOST_REBUILT:
             self._rebuild(self._known)
@@ -188,12 +189,15 @@ class LazyHeap(ABC):
         """Take out the first entry if its slot can go; else put it where it belongs, and return None."""
         heap = self._heap
         rank, number, slot = heap[0]
+        if number != slot.entry:
+            heappop(heap)  # there is a later one
+            return None
         if not slot.idle:
             # `add` is due when it is evictable again, so the flag goes with the entry.
             heappop(heap)
             slot.listed = False
             return None
-        reached = self._reach(slot)
+        reached = self._reach(slot, rank)
         if reached != rank:
             heapreplace(heap, (reached, number, slot))
             return None
@@ -210,6 +214,8 @@ class LazyHeap(ABC):
         for _ in range(count):
             entry = parked.popleft()
             slot = entry[2]
+            if entry[1] != slot.entry:
+                continue
             if not slot.idle:
                 slot.listed = False  # as in a search
             elif held(slot):
@@ -226,9 +232,10 @@ class LazyHeap(ABC):
     def _rebuild(self, ranked: Callable[[Slot], int]) -> None:
         """Drop the entries of slots that are not evictable and rank all others anew."""
         heap = self._heap
-        for *_, slot in heap:
+        last = [(number, slot) for _, number, slot in heap if number == slot.entry]
+        for _, slot in last:
             slot.listed = slot.idle
         # In place: `coldest_few` holds the list while it calls this.
-        heap[:] = [(ranked(slot), number, slot) for _, number, slot in heap if slot.idle]
+        heap[:] = [(ranked(slot), number, slot) for number, slot in last if slot.idle]
         heapify(heap)
         self._max_entries = 2 * len(heap) + _SLACK

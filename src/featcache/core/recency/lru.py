@@ -10,7 +10,7 @@ class Lru(LazyHeap):
     Exactly so, save that what sessions used by themselves within one tick is in no order among itself.
     """
 
-    def rank(self, slot: Slot) -> int:
+    def rank(self, slot: Slot, rank: int = 0) -> int:  # noqa: ARG002 - of an entry: see `_reach`
         """Return the tick of a slot's last use."""
         uses = self._uses
         use = self._look(slot) if uses is None else uses[slot.index]

@@ -28,6 +28,7 @@ The fields of `Slot` that belong to the policy, the only writer of them:
 
 - `listed`: the policy has an entry of the slot, so `add` is not called. False again once the entry is
   dropped, or the slot is never evicted.
+- `entry`: the number of its last entry; those before are void.
 - `tick`: when it was last used, as far as is known: even, if the owner counted that use, else odd.
 - `used_s`: when the owner last counted a use of it.
 - `mark`, `place`: `Sieve`'s.

@@ -36,12 +36,15 @@ class Sieve(LazyHeap):
         """Count a feature as new: at the end of the queue, not visited."""
         super().enter(slot, now_s)
         slot.mark = self._newest = slot.tick
-        slot.place = self._round + slot.tick
+        was, slot.place = slot.place, self._round + slot.tick
+        if was > slot.place:  # an earlier tenant's entry, if there is one, would come too late
+            slot.listed = False
 
     def _stand_at(self, slot: Slot) -> None:
         at, number = divmod(slot.place, _ROUND)
         # Behind the newest the hand begins anew: what enters now it meets at the end of that round.
-        self._round = (at + (number == self._newest)) * _ROUND
+        # Never back, to one that was not evictable as the hand came by.
+        self._round = max(self._round, (at + (number == self._newest)) * _ROUND)
 
     def rank(self, slot: Slot) -> int:
         """Return where the hand would take a slot: at its place, or a round later if it was visited."""
@@ -54,7 +57,9 @@ class Sieve(LazyHeap):
     # Not `_reach`: the hand passes only those that the search has come to.
     _renew = _known
 
-    def _reach(self, slot: Slot) -> int:
+    def _reach(self, slot: Slot, rank: int, /) -> int:
+        if slot.place != rank:
+            return slot.place  # an earlier tenant's entry: the hand has not come to this one yet
         self._look_up(slot)
         if slot.tick > slot.mark:
             slot.place, slot.mark = self._next_place(slot), slot.tick

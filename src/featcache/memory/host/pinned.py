@@ -43,4 +43,4 @@ class PinnedSlab(HostSlab):
     def forget(self) -> None:
         """Drop the mapping in a forked child, where CUDA calls fail."""
         self.pinned_bytes = 0
-        super().close()
+        super().forget()

@@ -56,10 +56,6 @@ Region = tuple[mmap.mmap, int]
 _memmove: Callable[[int, int, int], int] = ctypes.memmove  # drops the GIL, unlike a buffer's slice
 
 
-def _plain(tensor: torch.Tensor) -> bool:
-    return tensor.is_cpu and copies.is_plain(tensor)
-
-
 @contextlib.contextmanager
 def _on(streams: Streams) -> Iterator[None]:
     """Make torch use the caller's streams, in a thread whose current ones are others."""
@@ -188,7 +184,7 @@ class HostMapping:
 
     def read(self, offset_bytes: int, spec: TensorSpec, out: torch.Tensor, order: Streams) -> None:
         """Copy the slab's bytes into `out`; complete on return."""
-        if not _plain(out):
+        if not (out.is_cpu and copies.is_plain(out)):
             try:
                 with _on(order), copies.outside_modes():
                     copies.copy(out, self.view(offset_bytes, spec))
@@ -263,7 +259,7 @@ class HostMapping:
             check_parts(parts)  # a wait lies between their `stage` and this
         base = target.address
         for spec, tensor in parts:
-            plain = tensor.is_cpu and tensor.is_contiguous()  # _plain, inline
+            plain = tensor.is_cpu and tensor.is_contiguous()  # `is_plain`, inline
             if plain and not (tensor.is_neg() or tensor.is_conj()):
                 at = base + offset_bytes + spec.offset_bytes
                 _memmove(at, tensor.data_ptr(), tensor.nbytes)
@@ -305,10 +301,18 @@ class HostMapping:
         raise AttachRefused("the owner sent segments of a host slab, which has none")
 
     def forget(self) -> None:
-        self.close()
+        """Drop the mappings in a forked child, which has none of their pages yet."""
+        self._region = self._storage = self._target = None
 
     def close(self) -> None:
-        self._region = self._storage = self._target = None
+        """Drop the mappings. Takes the time that their pages take; a view finds its bytes still."""
+        region, target = self._region, self._target
+        self.forget()  # first: `warm` ends with its piece
+        if region is not None:
+            # Before the unmap, which would hold the lock of the address space for all pages at once.
+            for address in {region[1], target.address if target else region[1]}:
+                with contextlib.suppress(OSError):
+                    _advise((region[0], address), mmap.MADV_DONTNEED, 0, self.end_bytes)
 
     def _open(self) -> Region:
         if self._region is None:
@@ -326,7 +330,7 @@ class HostSlab(HostMapping):
             with system_errors(BackendUnavailable, f"no host slab of {capacity_bytes} bytes"):
                 self._make(huge_pages=huge_pages)
         except BaseException:
-            self.close()
+            self.forget()
             raise
 
     def _make(self, *, huge_pages: bool) -> None:
@@ -388,8 +392,8 @@ class HostSlab(HostMapping):
     def write_descriptors(self) -> list[int]:
         return [self._fd]
 
-    def close(self) -> None:
-        super().close()
+    def forget(self) -> None:
+        super().forget()
         for fd in (self._fd, self._reader_fd):
             if fd >= 0:
                 os.close(fd)
