@@ -174,9 +174,9 @@ class Flights:
     async def _ask(self, flight: Flight, client: featcache.FeatureClient) -> None:
         """Ask the owner who makes it, and wait for that. In the link's loop."""
         try:
-            flight.claim = await self._claimed(flight, client)
-            flight.claimed_s = self._clock()
-            flight.there = flight.claim is None
+            granted = await self._claimed(flight, client)
+            flight.claimed_s = self._clock()  # before the claim: the scheduler's thread reads both
+            flight.claim, flight.there = granted, granted is None
         except FeatcacheError:  # in vain, or the owner is gone: it is encoded here
             pass
         finally:
