@@ -29,7 +29,11 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("featcache.blocking", "featcache.blocking.*"),),
     (("featcache.api", "featcache.api.*"),),
     (("featcache.owner", "featcache.owner.*"),),
-    (("featcache.pool", "featcache.pool.*"), ("featcache.client", "featcache.client.*")),
+    (
+        ("featcache.pool", "featcache.pool.*"),
+        ("featcache.client", "featcache.client.*"),
+        ("featcache.reach", "featcache.reach.*"),
+    ),
     (("featcache.session", "featcache.session.*"),),
     (("featcache.memory", "featcache.memory.*"), ("featcache.control", "featcache.control.*")),
     (("featcache.core", "featcache.core.*"),),

@@ -4,18 +4,20 @@ A record's `name` is its event (``featcache.pool.pressure``, …), its `severity
 fields are the facts. `featcache.hooks` hands them on.
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar, Final, Literal
 
 import attrs
 
-from featcache.hooks import Hook, add_hook, emit, is_emitting, log_event, remove_hook
+from featcache.hooks import Hook, Throttle, add_hook, emit, is_emitting, log_event, remove_hook
 
 __all__ = [
     "BackendChosen",
     "CommitFailed",
     "Event",
     "Hook",
+    "HostAttached",
+    "HostLeft",
+    "HostLost",
     "KeyEvicted",
     "OwnerBack",
     "OwnerGone",
@@ -247,6 +249,34 @@ class PeerRefused(Event):
 
 
 @attrs.frozen(kw_only=True)
+class HostAttached(Event):
+    """Another host, which has proved the cluster key, reads this pool."""
+
+    name: ClassVar[str] = "featcache.host.attached"
+    host: str
+    """The id of its own pool, in hex."""
+    address: str
+
+
+@attrs.frozen(kw_only=True)
+class HostLeft(Event):
+    """Another host said goodbye."""
+
+    name: ClassVar[str] = "featcache.host.left"
+    host: str
+
+
+@attrs.frozen(kw_only=True)
+class HostLost(Event):
+    """Another host's lease ended: the reads it had begun, and those its names owed, were paid for it."""
+
+    name: ClassVar[str] = "featcache.host.lost"
+    severity: ClassVar[Severity] = "warning"
+    host: str
+    reads_paid: int
+
+
+@attrs.frozen(kw_only=True)
 class RefExpired(Event):
     """A ref outlived its ttl with reads unpaid; its bytes are taken back."""
 
@@ -359,32 +389,3 @@ class ReconnectRefused(Event):
     severity: ClassVar[Severity] = "warning"
     endpoint: str
     reason: str
-
-
-class Throttle:
-    """Lets `burst` events of a busy kind through in an interval, and counts the others."""
-
-    def __init__(self, interval_s: float, *, burst: int = 1) -> None:
-        self._interval_s = interval_s
-        self._burst = burst
-        self._left = 0
-        self._next_s = float("-inf")
-        self._held_back = 0
-
-    def pass_(self, now_s: float) -> int | None:
-        """Return how many were held back since the last that passed, or None to hold this one."""
-        if now_s >= self._next_s:
-            self._next_s = now_s + self._interval_s
-            self._left = self._burst
-        if not self._left:
-            self._held_back += 1
-            return None
-        self._left -= 1
-        held_back, self._held_back = self._held_back, 0
-        return held_back
-
-    def emit(self, now_s: float, make: Callable[[int], Event]) -> None:
-        """Emit the event that `make` returns, told how many were held back; or hold it back too."""
-        held_back = self.pass_(now_s)
-        if held_back is not None:
-            emit(make(held_back))

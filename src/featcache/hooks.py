@@ -21,7 +21,7 @@ from featcache.errors import SettingsError
 if TYPE_CHECKING:
     from featcache.events import Event
 
-__all__ = ["Hook", "add_hook", "emit", "is_emitting", "log_event", "remove_hook"]
+__all__ = ["Hook", "Throttle", "add_hook", "emit", "is_emitting", "log_event", "remove_hook"]
 
 Hook = Callable[["Event"], object]
 
@@ -124,3 +124,32 @@ def _call(hook: Hook, event: "Event") -> None:
         # Not through the log, which may be what failed; and stderr may be closed, or not there.
         with contextlib.suppress(Exception):
             sys.stderr.write(f"featcache: hook {hook!r} failed: {error!r}\n")
+
+
+class Throttle:
+    """Lets `burst` events of a busy kind through in an interval, and counts the others."""
+
+    def __init__(self, interval_s: float, *, burst: int = 1) -> None:
+        self._interval_s = interval_s
+        self._burst = burst
+        self._left = 0
+        self._next_s = float("-inf")
+        self._held_back = 0
+
+    def pass_(self, now_s: float) -> int | None:
+        """Return how many were held back since the last that passed, or None to hold this one."""
+        if now_s >= self._next_s:
+            self._next_s = now_s + self._interval_s
+            self._left = self._burst
+        if not self._left:
+            self._held_back += 1
+            return None
+        self._left -= 1
+        held_back, self._held_back = self._held_back, 0
+        return held_back
+
+    def emit(self, now_s: float, make: Callable[[int], "Event"]) -> None:
+        """Emit the event that `make` returns, told how many were held back; or hold it back too."""
+        held_back = self.pass_(now_s)
+        if held_back is not None:
+            emit(make(held_back))

@@ -17,11 +17,13 @@ from featcache.errors import MalformedRef
 
 __all__ = [
     "DTYPE_BYTES",
+    "MAX_ADDRESS_BYTES",
     "MAX_BYTES",
     "MAX_DIMS",
     "MAX_REF_BYTES",
     "FeatureRef",
     "TensorSpec",
+    "path_of",
     "ref_bytes",
 ]
 
@@ -31,11 +33,14 @@ _read_head: Final = _HEAD.unpack_from
 _HEAD_BYTES: Final = _HEAD.size
 MAX_REF_BYTES: Final = 64 << 10
 """Bytes of the longest ref."""
-_MAX_BUT_SPECS_BYTES: Final = 192  # of a ref: its head and all of its fields but the specs
+_MAX_BUT_SPECS_BYTES: Final = 320  # of a ref: its head and all of its fields but the specs
 MAX_DIMS: Final = 1024
 """Dimensions that a tensor may have. torch has no bound; real tensors have far fewer."""
 _POOL_ID_BYTES: Final = 16
-_MAX_ENDPOINT_BYTES: Final = 107  # sun_path, less its final zero
+_MAX_PATH_BYTES: Final = 107  # sun_path, less its final zero
+MAX_ADDRESS_BYTES: Final = 120
+"""Bytes of the longest address at which other hosts find an owner."""
+_MAX_ENDPOINT_BYTES: Final = MAX_ADDRESS_BYTES + _MAX_PATH_BYTES
 MAX_BYTES: Final = 1 << 48
 """Bytes of the largest feature that a ref can name, of any pool."""
 
@@ -91,6 +96,8 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
     pool_id: _PoolId
     endpoint: _Endpoint
+    """The path of the owner's socket; before it, if it listens to other hosts, its address there
+    (``10.0.0.7:7400/run/user/1000/featcache/12-ab.sock``)."""
     slot: _Slot
     generation: _Generation
     offset_bytes: _Size
@@ -122,6 +129,11 @@ class FeatureRef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
         if not known:
             _check(self)
             _remember_sound(self)
+
+    @property
+    def address(self) -> str:
+        """Where other hosts find the owner, ``host:port``; empty if it does not listen to them."""
+        return self.endpoint[: len(self.endpoint) - len(path_of(self.endpoint))]
 
     def to_bytes(self) -> bytes:
         """Return the ref's wire form, about 100 bytes for one tensor."""
@@ -192,6 +204,14 @@ def _as_bytes(data: Any) -> bytes:
     raise MalformedRef("these bytes are not a FeatureRef of this version")
 
 
+def path_of(endpoint: str) -> str:
+    """Return the path of the socket that a ref's endpoint names."""
+    if endpoint.startswith("/"):
+        return endpoint
+    address, slash, _ = endpoint.partition("/")
+    return endpoint[len(address) :] if slash and ":" in address else endpoint
+
+
 def ref_bytes(specs: tuple[TensorSpec, ...]) -> int:
     """Return an upper bound of the bytes of a ref with these specs."""
     return _MAX_BUT_SPECS_BYTES + len(_encode(specs))
@@ -224,8 +244,10 @@ def _check_fields(ref: FeatureRef) -> None:
 def _check(ref: FeatureRef) -> None:
     """Raise MalformedRef for a ref that no pool can have made."""
     _check_fields(ref)
-    if len(ref.endpoint.encode()) > _MAX_ENDPOINT_BYTES:
+    if len(path_of(ref.endpoint).encode()) > _MAX_PATH_BYTES:
         raise MalformedRef("the ref's endpoint is longer than a Unix socket's path can be")
+    if len(ref.address.encode()) > MAX_ADDRESS_BYTES:
+        raise MalformedRef("the ref's address is longer than one of a host can be")
     specs = ref.specs
     if len(specs) > 1:
         names = {spec.name for spec in specs}

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 import attrs
@@ -136,6 +137,15 @@ def _optional_share(value: float | str | None, field: "attrs.Attribute[Any]") ->
     return None if value is None or _is_none(value) else _share(value, field)
 
 
+def _optional_file(value: str | None, field: "attrs.Attribute[Any]") -> str | None:
+    if value is None or _is_none(value):
+        return None
+    if not isinstance(value, str) or not Path(value).is_file():
+        raise SettingsError(f"{field.name}={value!r} is not the path of a file")
+    return value
+
+
+_OPTIONAL_FILE = attrs.Converter(_optional_file, takes_field=True)
 _SHARE = attrs.Converter(_share, takes_field=True)
 _OPTIONAL_SHARE = attrs.Converter(_optional_share, takes_field=True)
 _SIZE = attrs.Converter(_size, takes_field=True)
@@ -201,7 +211,7 @@ _COMMAND_LINE: Final = frozenset(
     _ENVIRONMENT_PREFIX + name
     for name in (
         *("CONFIG", "DEVICE", "ENDPOINT", "LOG", "LOG_LEVEL", "METRICS_HOST", "METRICS_PORT"),
-        *("NAME", "SHUTDOWN_GRACE", "SPILL"),
+        *("NAME", "SHUTDOWN_GRACE", "SPILL", "LISTEN", "CLUSTER_KEY", "CLUSTER_KEY_FILE"),
         # of the plugin for SGLang
         *("SGLANG_SERVER", "SGLANG_SPILL", "SGLANG_TTL", "SGLANG_WAIT"),
     )
@@ -338,6 +348,18 @@ class Settings:
     compact: float = attrs.field(default=0.0, converter=_SHARE)
     """Share of the last segment (0 to 1) up to which idle features in it are evicted, after `idle`
     seconds, so that it can be released; 0 is never."""
+    peers: int = attrs.field(default=64, converter=_COUNT, validator=_within(1, 4096))
+    """Other hosts that can be connected at once, those that come in and those that are dialed each."""
+    peer_timeout: float = attrs.field(default=2.0, converter=_SECONDS, validator=_positive)
+    """Seconds within which another host answers, in each step; one that does not is `OwnerLost`."""
+    peer_lease: float = attrs.field(default=10.0, converter=_SECONDS, validator=_positive)
+    """Seconds after its last sign of life that another host's reads are kept for it; then they are paid."""
+    tls_cert: str | None = attrs.field(default=None, converter=_OPTIONAL_FILE)
+    """The PEM file of this host's certificate, for TLS between hosts."""
+    tls_key: str | None = attrs.field(default=None, converter=_OPTIONAL_FILE)
+    """The PEM file of the certificate's key."""
+    tls_ca: str | None = attrs.field(default=None, converter=_OPTIONAL_FILE)
+    """The PEM file of the authorities that sign the hosts' certificates."""
     relay_ttl: float = attrs.field(default=30.0, converter=_SECONDS, validator=_positive)
     """Seconds that a copy made for a read through host memory is kept for its reader."""
 

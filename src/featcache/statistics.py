@@ -57,6 +57,13 @@ class Statistics:
     and `discarded` are counted here; spills of clients are among their own `spilled`."""
     relayed: int = 0
     """Features copied to host memory for readers that can't reach the slab."""
+    fetched: int = 0
+    """Features of other hosts that were fetched, each once for all its readers here."""
+    fetched_bytes: int = 0
+    fetches_failed: int = 0
+    """Fetches that ended without the feature: its home was lost, or nobody waited for it any more."""
+    hosts_lost: int = 0
+    """Other hosts that read here and vanished: their reads were paid for them."""
     expired: int = 0
     """Refs whose ttl passed with reads unpaid."""
     discarded: int = 0

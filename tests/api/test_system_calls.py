@@ -213,14 +213,14 @@ def state(runtime_dir: Path) -> list[Counter[str]]:
 
 
 def failures(scene: Scene, runtime_dir: Path) -> Iterator[tuple[int, str, int]]:
-    """Yield each call that a scene makes, by index and name, with each error of its."""
+    """Yield each call that a scene makes, by name and number, with each error of its."""
     calls, made = Calls(), Counter[str]()
     assert play(scene, calls, runtime_dir).error is None
-    for index, call in enumerate(calls.made):
+    for call in calls.made:
         made[call] += 1
         if made[call] <= OFTEN.get(call, 1 << 10):
             for code in sorted(TABLE[call]):
-                yield index, call, code
+                yield made[call], call, code
 
 
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.__name__)
@@ -231,10 +231,10 @@ def test_each_call_fails_once(
     found = list(failures(scene, runtime_dir))
     gc.freeze()
     before = state(runtime_dir)
-    for index, call, code in found:
-        calls = Calls(index, code)
+    for number, call, code in found:
+        calls = Calls((call, number), code)
         story = play(scene, calls, runtime_dir)
-        at = f"{call}, call {index}, {errno.errorcode[code]}: {story.error!r}"
+        at = f"{call}, call {number}, {errno.errorcode[code]}: {story.error!r}"
         assert calls.error is not None, f"{at} did not come to it"
         try:
             check(scene, call, code, story)

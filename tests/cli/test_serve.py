@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import importlib.util
 import json
 import signal
 import socket
@@ -20,7 +21,7 @@ import featcache
 from cli.commands import Run
 from cli.conftest import Serve
 from featcache import OwnerLost
-from featcache.cli.exits import Failure
+from featcache.cli.exits import Exit, Failure
 from support.caches import KIB, MIB, filled, small, until
 
 
@@ -355,3 +356,34 @@ async def test_as_a_user_runs_it(runtime_dir: Path) -> None:
     assert (process.returncode, out) == (0, "")
     assert "Traceback" not in err
     await until(lambda: not endpoints(runtime_dir))
+
+
+def key_file(folder: Path) -> Path:
+    file = folder / "cluster.key"
+    file.write_text("a key of the cluster, for tests\n")
+    return file
+
+
+async def test_it_listens_to_other_hosts_or_names_the_extra(serve: Serve, tmp_path: Path) -> None:
+    key = ("--cluster-key-file", key_file(tmp_path))
+    daemon = serve("--listen", "127.0.0.1:0", *key, "--capacity", "1MiB")
+    if any(importlib.util.find_spec(name) for name in ("nixl_cu12", "nixl_cu13", "nixl")):
+        address = daemon.line("featcache listens to other hosts at ")
+        async with featcache.connect(daemon.endpoint()) as client:
+            assert (await client.put(filled(KIB))).address == address
+        assert daemon.stops().code == 0
+    else:
+        ended = daemon.ends()
+        assert ended.code == Exit.UNAVAILABLE
+        assert "featcache[reach]" in ended.err
+        assert "Traceback" not in ended.err
+
+
+def test_an_address_without_a_key_is_refused(command: Run, tmp_path: Path) -> None:
+    ended = command("serve", "--listen", "127.0.0.1:0")
+    assert ended.code == Exit.USAGE
+    assert "FEATCACHE_CLUSTER_KEY" in ended.err
+    missing = command("serve", "--listen", "127.0.0.1:0", "--cluster-key-file", tmp_path / "none")
+    assert missing.code == Exit.USAGE
+    assert "none" in missing.err
+    assert "--cluster-key " not in command("serve", "--help").out

@@ -8,7 +8,7 @@ from typing import Any, Final, get_args
 import msgspec
 
 from featcache import FeatureRef, observation, statistics
-from featcache.control import many, messages, observing, rooms
+from featcache.control import far, many, messages, observing, rooms
 from featcache.ref import TensorSpec
 
 _BARE: Final = FeatureRef(
@@ -70,6 +70,8 @@ def all_messages() -> list[tuple[int, msgspec.Struct]]:
         messages.GiveUpReserved(1, 2, landed=True),
         messages.OpenForWriting(1),
         messages.TailUnmapped(1),
+        far.Bring(1, _BARE.to_bytes()),
+        far.EndFar(1, _BARE.to_bytes(), "release"),
     ]
     owner: list[msgspec.Struct] = [
         messages.Welcome(messages.VERSION, bytes(16), 1, 64, "host", "cpu", 1 << 20, 1 << 20),

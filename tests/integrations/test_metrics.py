@@ -252,6 +252,8 @@ async def test_names_have_prefix_unit_and_total_and_labels_are_pool_and_device(
             assert row.bounds_s == tuple(sorted(row.bounds_s))
             assert row.bounds_s[0] <= 1e-4
             assert row.bounds_s[-1] >= 1
+            # A query names a bucket by its text: 1e-05, not 9.999999999999999e-06.
+            assert row.bounds_s == tuple(float(f"{bound:.2g}") for bound in row.bounds_s)
 
 
 async def test_an_owner_and_its_clients_in_one_registry_stand_once(

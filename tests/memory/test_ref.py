@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featcache import FeatureRef, MalformedRef, ref
-from featcache.ref import TensorSpec, ref_bytes
+from featcache.ref import TensorSpec, path_of, ref_bytes
 
 SPEC = TensorSpec(None, "bfloat16", (2, 1176), 0)
 REF = FeatureRef(
@@ -208,6 +208,25 @@ def test_text_that_is_no_utf8(field: bytes, text: bytes) -> None:
     body = msgspec.msgpack.encode(REF)
     with pytest.raises(MalformedRef):
         FeatureRef.from_bytes(sealed(body.replace(field, text)))
+
+
+FAR = msgspec.structs.replace(REF, endpoint=f"10.0.0.7:7400{REF.endpoint}")
+
+
+def test_a_ref_carries_the_address_of_an_owner_that_listens_to_other_hosts() -> None:
+    assert (REF.address, FAR.address) == ("", "10.0.0.7:7400")
+    assert FeatureRef.from_bytes(FAR.to_bytes()) == FAR
+    assert len(FAR.to_bytes()) < 150
+    assert path_of(FAR.endpoint) == path_of(REF.endpoint) == REF.endpoint
+
+
+def test_the_address_takes_nothing_of_the_paths_bound() -> None:
+    longest = f"{'h' * 114}:65535/{'p' * 106}"
+    ref = msgspec.structs.replace(REF, endpoint=longest)
+    assert FeatureRef.from_bytes(ref.to_bytes()) == ref
+    for wrong in (f"h{longest}", f"{longest}p", "/" + "p" * 107, f":1{'p' * 107}"):
+        with pytest.raises(MalformedRef, match=r"endpoint|address"):
+            msgspec.structs.replace(REF, endpoint=wrong)
 
 
 def test_another_versions_ref() -> None:

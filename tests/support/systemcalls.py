@@ -69,6 +69,8 @@ Python itself repeats what a signal interrupts, but for the calls that have EINT
 """
 
 ELSEWHERE: Final[dict[str, str]] = {
+    "Path.is_file": "takes any failure for: there is no such file",
+    "socket.gethostname": "of a listener at all addresses alone; an OSError of it is told as it is",
     "os.close": "the descriptor is closed whatever it says",
     "os.fsencode": "no system call",
     "Path.cwd": "of a relative endpoint alone: tests/control/test_endpoints.py",
@@ -90,9 +92,12 @@ ELSEWHERE: Final[dict[str, str]] = {
 
 
 class Calls:
-    """The calls made so far, by name; the one at `fail_at` fails with `code`."""
+    """The calls made so far, by name; the one at `fail_at` fails with `code`.
 
-    def __init__(self, fail_at: int | None = None, code: int = 0) -> None:
+    It is told by its name and its place among those of this name: threads make the others in any order.
+    """
+
+    def __init__(self, fail_at: tuple[str, int] | None = None, code: int = 0) -> None:
         self.made: list[str] = []
         self.error: OSError | None = None
         """The failure, once it came about."""
@@ -105,7 +110,7 @@ class Calls:
         if not caller.startswith("featcache."):
             return None
         self.made.append(name)
-        if len(self.made) - 1 != self._fail_at:
+        if self._fail_at is None or self._fail_at != (name, self.made.count(name)):
             return None
         self.error = OSError(self._code, os.strerror(self._code))
         return self.error

@@ -10,10 +10,12 @@ import torch
 from featcache.api import forks, serving
 from featcache.api.arguments import parse_device, parse_name, settings_with
 from featcache.api.base import CacheBase
+from featcache.api.cluster import parse_cluster
 from featcache.api.lifecycle import Lifecycle
 from featcache.control import endpoint as endpoints
 from featcache.control.turns import CALL_UNITS
 from featcache.memory.host.slab import HostSlab
+from featcache.owner.beyond import Cluster
 from featcache.owner.owner import Owner
 from featcache.pool.limits import limits_of
 from featcache.pool.pressure import Pressure
@@ -38,6 +40,7 @@ class FeatureCache(CacheBase):
         endpoint: str | None,
         name: str | None,
         spill_bytes: int | None = None,
+        cluster: Cluster | None = None,
     ) -> None:
         self._life: Lifecycle[Owner] = Lifecycle("cache", "create")
         self._device = device
@@ -45,6 +48,7 @@ class FeatureCache(CacheBase):
         self._wanted_endpoint = endpoint
         self._name = name
         self._spill_bytes = spill_bytes
+        self._cluster = cluster
         self._pressure = Pressure(lambda: self._opened().pool, lambda: self._life.here().pool)
 
     async def open(self) -> Self:
@@ -59,7 +63,8 @@ class FeatureCache(CacheBase):
         """
         await self._life.open(
             lambda: Owner.open(
-                self._device, self._settings, self._spill_bytes, self._wanted_endpoint, self._name
+                *(self._device, self._settings, self._spill_bytes, self._wanted_endpoint),
+                *(self._name, self._cluster),
             )
         )
         forks.watch(self)
@@ -109,6 +114,15 @@ class FeatureCache(CacheBase):
     def endpoint(self) -> str:
         """The path of the socket, a str, that `connect` takes. Safe in any thread."""
         return self._opened().pool.endpoint
+
+    @property
+    def address(self) -> str | None:
+        """Where other hosts find it, ``host:port``, as its refs carry it; None if it does not listen to them.
+
+        Safe in any thread.
+        """
+        beyond = self._opened().beyond
+        return None if beyond is None else beyond.address
 
     @property
     def pressure(self) -> Pressure:
@@ -202,7 +216,7 @@ class FeatureCache(CacheBase):
         return f"<FeatureCache on {self._device}: {where}>"
 
 
-def create(
+def create(  # noqa: PLR0913 - all by keyword, and each is an owner's
     *,
     device: Any = "cpu",
     capacity: int | str | None = None,
@@ -213,6 +227,8 @@ def create(
     initial: int | str | None = None,
     segment: int | str | None = None,
     idle: float | None = None,
+    listen: str | None = None,
+    cluster_key: str | bytes | None = None,
 ) -> FeatureCache:
     """Return a cache to be opened with ``async with``: this process will own its slab.
 
@@ -230,6 +246,11 @@ def create(
             than under load. One segment by default.
         segment: bytes committed and given back at a time, 64 MiB by default.
         idle: seconds an empty tail is kept, 30 by default.
+        listen: ``"HOST:PORT"`` at which other hosts may read this pool (port 0 is any); refs carry it. It
+            needs the extra ``reach``, a pool in host memory, and a cluster key. None listens to none.
+        cluster_key: the secret, best of 16 random bytes or more, that all hosts of a cluster prove to each
+            other; ``FEATCACHE_CLUSTER_KEY`` without it. With a key, refs of other hosts can be read here,
+            and by the clients of this cache. Neither, and no `listen`: this host alone.
 
     Raises:
         SettingsError: an argument is invalid.
@@ -241,4 +262,5 @@ def create(
     limits_of(chosen, HostSlab.granularity_bytes)  # sizes that clash are told now, not by `open`
     spill_bytes = None if spill is None else parse_bytes(spill, "spill")
     path = None if endpoint is None else endpoints.check_endpoint(endpoint)
-    return FeatureCache(target, chosen, path, parse_name(name), spill_bytes)
+    cluster = parse_cluster(listen, cluster_key)
+    return FeatureCache(target, chosen, path, parse_name(name), spill_bytes, cluster)

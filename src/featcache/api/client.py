@@ -118,6 +118,9 @@ class OpenClient:
         if turn.left < 0:
             # Before anything is done: a cancellation that comes here loses nothing.
             await turn.wait()
+        if not self.registry.has(ref) and self.registry.is_far(ref):
+            await self.registry.end_far(ref, "discard")
+            return
         link = (await self.registry.connection(ref)).link
         await link.discard(ref.slot, ref.generation)
 

@@ -85,6 +85,9 @@ class _BlockingBase(BlockingLife[C]):
                 return reader.get_nowait(ref, place, out)
             except GetTimeout:
                 pass  # on its way
+        if reader.pools.is_far(ref):
+            limit_s = parse_timeout(timeout)
+            return portal.call(lambda: reader.get(ref, place, out, limit_s), ref=ref)
         # Only waited for: on a GPU it is the stream of this thread whose order counts.
         _, target = targets_of(ref, place, out)
         timeout_s = parse_timeout(timeout)
@@ -299,6 +302,11 @@ class FeatureCache(_BlockingBase[AsyncCache]):
     def endpoint(self) -> str:
         """The path of the socket that `connect` takes."""
         return self._portal.inner.endpoint
+
+    @property
+    def address(self) -> str | None:
+        """Where other hosts find it, as `featcache.FeatureCache.address`."""
+        return self._portal.inner.address
 
     def drain(self, timeout: float) -> bool:
         """Take no more puts, and let those who read now finish, as `featcache.FeatureCache.drain`."""

@@ -18,7 +18,7 @@ from featcache.api.serving import served_here
 from featcache.blocking.loopthread import Call, LoopThread, Undo
 from featcache.errors import CacheClosed, WrongLoop
 from featcache.memory.pack import Feature
-from featcache.ref import FeatureRef
+from featcache.ref import FeatureRef, path_of
 
 T = TypeVar("T")
 A = TypeVar("A", FeatureCache, FeatureClient, Observer)
@@ -167,7 +167,7 @@ class Portal(Generic[A]):
         if isinstance(inner, FeatureCache):
             return set()
         found = inner._endpoints()  # noqa: SLF001 - one object in two classes
-        return found if ref is None else found | {ref.endpoint}
+        return found if ref is None else found | {path_of(ref.endpoint)}
 
     def call(
         self,

@@ -25,6 +25,8 @@ class ServeOptions:
     device: str = "cpu"
     endpoint: str | None = None
     name: str | None = None
+    listen: str | None = None
+    cluster_key_file: str | None = None
     spill: int | None = None
     log: str = "console"
     log_level: str = "info"

@@ -15,6 +15,7 @@ import structlog
 
 import featcache
 from featcache import FeatureCache, SettingsError
+from featcache.api.cluster import read_key
 from featcache.cli.config import ServeOptions, no_setting, options_of
 from featcache.cli.exits import Exit, Failure
 from featcache.cli.logs import configure
@@ -40,6 +41,12 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 @click.option("--spill", metavar="SIZE", help="Bytes of a second slab in host memory.")
 @click.option("--endpoint", metavar="PATH", help="Where to listen.  [default: a path of its own]")
 @click.option("--name", metavar="NAME", help="The owner's own name.")
+@click.option("--listen", metavar="HOST:PORT", help="Let other hosts read here; needs a key.")
+@click.option(
+    *("--cluster-key-file", "cluster_key_file"),
+    metavar="FILE",
+    help="The cluster's key; or FEATCACHE_CLUSTER_KEY.",
+)
 @click.option("--metrics-port", metavar="PORT", help="Serve Prometheus metrics there.")
 @click.option("--metrics-host", metavar="ADDRESS", help="On this address.  [default: 127.0.0.1]")
 @click.option("--log", metavar="FORM", help="console or json.  [default: console]")
@@ -74,6 +81,10 @@ def serve(config: str | None, more: tuple[str, ...], **given: Any) -> None:
         name=options.name,
         spill=options.spill,
         settings=options.settings,
+        listen=options.listen,
+        cluster_key=None
+        if options.cluster_key_file is None
+        else read_key(options.cluster_key_file),
     )
     asyncio.run(_Service(cache, options).run())
 
@@ -111,6 +122,8 @@ class _Service:
         try:
             with self._metrics():
                 click.echo(f"featcache serves {self._cache.endpoint}")
+                if self._cache.address is not None:
+                    click.echo(f"featcache listens to other hosts at {self._cache.address}")
                 sys.stdout.flush()
                 notify(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=serves {self._cache.endpoint}")
                 await self._ends.wait()

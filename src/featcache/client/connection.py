@@ -96,6 +96,11 @@ class PoolConnection:
         link.take_slab_changes(self._take_change)
         _living.add(self)
 
+    def learn(self, welcome: messages.Welcome) -> None:
+        """Take what the owner says of itself."""
+        self.spill_endpoint = welcome.sibling_endpoint
+        self.tensors, self.readers = welcome.tensors, welcome.readers
+
     # --- the slab's size --------------------------------------------------------------------------
 
     def _take_change(self, change: SlabChange, fds: list[int]) -> None:

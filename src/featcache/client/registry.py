@@ -11,6 +11,7 @@ import torch
 
 from featcache import events
 from featcache.client.connection import PoolConnection, abandon_the_loopless, return_unclaimed
+from featcache.client.far import FarPools
 from featcache.client.mapping import map_pool
 from featcache.control import messages
 from featcache.control.descriptors import close_all
@@ -29,7 +30,7 @@ from featcache.errors import (
 )
 from featcache.memory.slab import Unreachable
 from featcache.memory.unreachable import UnreachableSlab
-from featcache.ref import FeatureRef
+from featcache.ref import FeatureRef, path_of
 from featcache.session.attachment import Attachment
 from featcache.session.offload import Offload, SharedTask
 from featcache.settings import Settings
@@ -38,7 +39,7 @@ _MAX_LOST = 1024
 """Pools remembered as lost."""
 
 
-class ConnectionRegistry:
+class ConnectionRegistry(FarPools):
     """Connections by pool. A client bound to one endpoint has that pool's, and its spill pool's, only."""
 
     def __init__(
@@ -79,7 +80,7 @@ class ConnectionRegistry:
             pass  # the reason is found below
         if self._closed:
             raise CacheClosed("this client was closed, or is another process's")
-        if self._bound is not None and ref.pool_id not in self._siblings:
+        if not (self._bound is None or ref.pool_id in self._siblings or self.is_far(ref)):
             self.check_not_lost()
             self.check(ref)  # of an owner before this one
             raise UnknownPool(
@@ -105,7 +106,7 @@ class ConnectionRegistry:
         """Return the connection of the ref's pool, attaching first."""
         if self.peek(ref) is not None:
             return self._connections[ref.pool_id]
-        connection = await self.attach(ref.endpoint, sibling=ref.pool_id in self._siblings)
+        connection = await self.attach(path_of(ref.endpoint), sibling=ref.pool_id in self._siblings)
         if connection.attachment.pool_id != ref.pool_id:
             raise UnknownPool(f"{ref.endpoint} serves another pool now than {ref.pool_id.hex()}")
         return connection
@@ -197,7 +198,7 @@ class ConnectionRegistry:
 
     async def _attach_and_pay(self, copied: FeatureRef) -> None:
         with contextlib.suppress(FeatcacheError):
-            host_pool = await self.attach(copied.endpoint, sibling=True)
+            host_pool = await self.attach(path_of(copied.endpoint), sibling=True)
             if host_pool.attachment.pool_id == copied.pool_id:
                 host_pool.attachment.pay(copied)
 
@@ -290,8 +291,7 @@ class ConnectionRegistry:
             self._spawn,
             lambda reason: report(welcome.pool_id, attachment.mapping.device, reason),
         )
-        connection.spill_endpoint = welcome.sibling_endpoint
-        connection.tensors, connection.readers = welcome.tensors, welcome.readers
+        connection.learn(welcome)
         link.requests.on_orphan = lambda request, answer: self._return_unclaimed(
             connection, request, answer
         )

@@ -12,6 +12,7 @@ from typing import Annotated, Final, Literal, TypeGuard, TypeVar, get_args
 
 import msgspec
 
+from featcache.control.far import Bring, EndFar
 from featcache.control.many import (
     Contained,
     ContainsMany,
@@ -35,7 +36,7 @@ from featcache.control.wire import Specs as _Specs
 from featcache.control.wire import Text as _Text
 from featcache.errors import FeatcacheError, explain
 
-VERSION: Final = 5
+VERSION: Final = 6
 """Protocol version: grows when a message or a shared layout changes; both sides must have the same."""
 
 MAX_SEGMENTS: Final = 32
@@ -336,6 +337,8 @@ Request = (
     | OpenForWriting
     | HostPool
     | Upload
+    | Bring
+    | EndFar
 )
 Note = Cancel | ReleaseClaim | GiveUpReserved | PublishUnkeyed
 """Messages of a client that have no answer."""

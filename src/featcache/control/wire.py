@@ -30,6 +30,7 @@ class Lane(enum.Enum):
     FIND = "find"
     ROOM = "room"
     COPY = "copy"
+    FAR = "far"
     OTHER = "other"
 
 

@@ -85,6 +85,11 @@ class Slot:
         return self.extent.offset_bytes
 
     @property
+    def owes_nothing(self) -> bool:
+        """Whether it was given ahead and has no put's terms yet. Names that have died are terms."""
+        return not self.reads_left and self.owed_by_names is None and self.wanted_key is None
+
+    @property
     def owed_by(self) -> tuple[str, ...] | int:
         """The reads owed: names of readers, or a count of anonymous reads."""
         return self.reads_left if self.owed_by_names is None else tuple(sorted(self.owed_by_names))

@@ -5,7 +5,7 @@ import contextlib
 import os
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -141,9 +141,16 @@ class OwnPools:
     """The `session.reader.Pools` of the owner. `relay` copies a ref to the host pool."""
 
     def __init__(
-        self, offload: Offload, relay: Callable[[FeatureRef], Awaitable[FeatureRef]]
+        self,
+        offload: Offload,
+        relay: Callable[[FeatureRef], Awaitable[FeatureRef]],
+        sessions: Sessions,
+        name: str | None,
     ) -> None:
+        """`sessions` knows whether other hosts can be reached; `name` is the owner's own."""
         self._offload = offload
+        self._sessions = sessions
+        self._name = name
         self._pools: dict[bytes, OwnSession] = {}
         self.relay = relay
 
@@ -151,10 +158,12 @@ class OwnPools:
         """Read this pool too."""
         self._pools[pool_id] = own
 
-    def peek(self, ref: FeatureRef) -> Attachment:
-        """Return the owner's attachment; pools that are not its own are unknown to it."""
+    def peek(self, ref: FeatureRef) -> Attachment | None:
+        """Return the owner's attachment; None of another host's, to be brought. Others are unknown to it."""
         own = self._pools.get(ref.pool_id)
         if own is None:
+            if self.is_far(ref):
+                return None
             raise UnknownPool(f"the ref is of pool {ref.pool_id.hex()}: read it with a client")
         return own.attach()
 
@@ -167,13 +176,38 @@ class OwnPools:
         """No-op: own pools can't be lost."""
 
     async def open(self, ref: FeatureRef) -> Attachment:
-        """As `peek`, which never says that something is yet to be opened."""
-        return self.peek(ref)
+        """As `peek`, of a pool of its own."""
+        attachment = self.peek(ref)
+        if attachment is None:
+            raise UnknownPool(f"the ref is of pool {ref.pool_id.hex()}: read it with a client")
+        return attachment
+
+    def is_far(self, ref: FeatureRef) -> bool:
+        """Whether a ref is of another host, which this owner reaches."""
+        if self._sessions.far is None or ref.pool_id in self._pools:
+            return False
+        return bool(ref.address)
+
+    async def bring(self, ref: FeatureRef) -> FeatureRef:
+        """Fetch another host's feature; return a ref of it here."""
+        return await self._sessions.reach.bring(ref, OWN_SESSION, self._name)
+
+    async def end_far(
+        self, ref: FeatureRef, command: Literal["release", "discard"]
+    ) -> FeatureRef | None:
+        """Have a read paid, or all discarded; return the ref here that is to be paid instead, if any."""
+        reach = self._sessions.reach
+        if command == "release":
+            return await reach.release(ref, OWN_SESSION, self._name)
+        await reach.discard(ref)
+        return None
 
     def pay_copy(self, copied: FeatureRef) -> None:
         """Pay a relay's copy that nobody is going to get, if the pools are open."""
         with contextlib.suppress(FeatcacheError):
-            self.peek(copied).pay(copied)
+            attachment = self.peek(copied)
+            if attachment is not None:
+                attachment.pay(copied)
 
     async def reach(self, attachment: Attachment, device: torch.device | None) -> bool:
         """Enable another device of this process for the slab."""

@@ -14,6 +14,7 @@ from featcache.errors import CacheClosed, SettingsError, UnknownPool
 from featcache.memory.backends import make_host_slab, make_slab, plan_for
 from featcache.memory.host import slab as host
 from featcache.memory.slab import Plan
+from featcache.owner.beyond import Beyond, Cluster
 from featcache.owner.keys import OwnerKeys
 from featcache.owner.own_session import OwnPools
 from featcache.owner.relay import Relay
@@ -43,6 +44,7 @@ class Owner:
         settings: Settings,
         spill_bytes: int | None,
         name: str | None,
+        cluster: Cluster | None = None,
     ) -> None:
         self.main = main
         self.spill: ServedPool | None = None
@@ -56,7 +58,7 @@ class Owner:
         self._name = name
         self._opening_host_pool = SharedTask(self._open_host_pool)
         self.relay = Relay(main, self.host_pool, self.offload)
-        self._pools = OwnPools(self.offload, self.relay.copy)
+        self._pools = OwnPools(self.offload, self.relay.copy, main.sessions, name)
         self._pools.add(main.pool.pool_id, main.own)
         self.keys = OwnerKeys(main.lookups, main.own)
         self.reader = Reader(self._pools, self.offload, settings.inline_bytes)
@@ -64,6 +66,8 @@ class Owner:
         self._slab_only = Writers(main.writer)
         main.sessions.through_host = self.relay
         main.sessions.spills = spill_bytes is not None
+        self.beyond = None if cluster is None else Beyond(main, cluster)
+        """What it has for other hosts."""
         main.shown.statistics = partial(self.statistics, in_loop=True)
 
     @classmethod
@@ -74,6 +78,7 @@ class Owner:
         spill_bytes: int | None,
         endpoint: str | None,
         name: str | None,
+        cluster: Cluster | None = None,
     ) -> "Owner":
         """Open the pool, and the one that it spills to if there is to be one."""
         offload = Offload()
@@ -95,12 +100,16 @@ class Owner:
                 endpoint,
                 name,
             )
-            opened = cls(main, plan, settings, spill_bytes, name)
+            opened = cls(main, plan, settings, spill_bytes, name, cluster)
             if main.pool.slab.deferred:
                 await main.own.prepare()
-            if spill_bytes is not None:
-                main.server.hold()  # a session is told of the spill pool when it is admitted
-                await opened.host_pool()
+            if spill_bytes is not None or opened.beyond is not None:
+                # A session is told of the spill pool, and the address in refs, when it is admitted.
+                main.server.hold()
+                if spill_bytes is not None:
+                    await opened.host_pool()
+                if opened.beyond is not None:
+                    await opened.beyond.open()
                 main.server.resume()
         except BaseException:
             if opened is not None:
@@ -219,7 +228,9 @@ class Owner:
                     await served.pool.ahead.arrival(ref.slot, ref.generation)
                 served.sessions.discard_ref(ref)
                 return
-        raise UnknownPool(f"the ref is of pool {ref.pool_id.hex()}, not of this cache")
+        if not self._pools.is_far(ref):
+            raise UnknownPool(f"the ref is of pool {ref.pool_id.hex()}, not of this cache")
+        await self._pools.end_far(ref, "discard")
 
     def statistics(self, *, in_loop: bool) -> Statistics:
         """Return the pool's gauges, and its counters with those of the spill pool that belong to it.
@@ -247,6 +258,7 @@ class Owner:
             misses=misses,
             discarded=sum(each.sessions.discarded for each in self.served),
             readers_lost=main.sessions.readers_lost,
+            **({} if self.beyond is None else self.beyond.counts()),
         )
 
     # --- the end --------------------------------------------------------------------------------------
@@ -272,7 +284,8 @@ class Owner:
 
     async def _take_down(self) -> None:
         # The threads last: a host pool that is still being opened needs them to close.
-        await take_each(self.main.aclose, self._close_host_pool, self.offload.close)
+        beyond = () if self.beyond is None else (self.beyond.close,)
+        await take_each(*beyond, self.main.aclose, self._close_host_pool, self.offload.close)
 
     async def _close_host_pool(self) -> None:
         if self._opening_host_pool.task is not None:
@@ -282,6 +295,8 @@ class Owner:
 
     def forget(self) -> None:
         """Drop everything in a forked child."""
+        if self.beyond is not None:
+            self.beyond.forget()
         for served in self.served:
             served.forget()
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from featcache.control import many, messages
+from featcache.control import far, many, messages
 from featcache.control.dispatch import Begun, Wait
 from featcache.control.messages import Answer
 from featcache.control.rooms import PublishUnkeyed, Rooms
@@ -13,6 +13,7 @@ from featcache.core.endings import Ending
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot
 from featcache.errors import FeatcacheError, MalformedRef, SettingsError, StaleRef, at_member
+from featcache.owner.far_requests import FarRequests
 from featcache.owner.keys import Claim, Granted, Lookups
 from featcache.owner.sessions import Sessions
 from featcache.pool.page import SessionPage
@@ -25,7 +26,7 @@ _GRANT_BYTES: Final = 24
 """Bytes of a grant in an answer, besides its ref."""
 
 
-class RequestHandlers:
+class RequestHandlers(FarRequests):
     """The server's `control.dispatch.RequestHandlers`. No number in a session's message is trusted."""
 
     def __init__(
@@ -51,6 +52,8 @@ class RequestHandlers:
             messages.Discard: self._discard,
             messages.Relay: lambda _, message: self._relay(message),
             messages.HostPool: lambda _, message: self._host_pool(message),
+            far.Bring: self._bring,
+            far.EndFar: self._end_far,
             messages.Upload: lambda session, message: self._upload(
                 message, self._request(session, message)
             ),
@@ -253,11 +256,11 @@ class RequestHandlers:
                 f"{len(message.specs)} tensors: the pool's owner takes at most {most}"
             )
         nbytes = slot.nbytes if terms is None else terms.nbytes
-        if nbytes > slot.nbytes or (terms is None and _owes_nothing(slot)):
+        if nbytes > slot.nbytes or (terms is None and slot.owes_nothing):
             raise MalformedRef("this put does not fit the room that it has")
         # Raises MalformedRef for specs that no feature of this slot has.
         place = slot.index, slot.generation, slot.offset_bytes, nbytes
-        ref = FeatureRef(pool.pool_id, pool.endpoint, *place, message.specs)
+        ref = FeatureRef(pool.pool_id, pool.ref_endpoint, *place, message.specs)
         if terms is not None:
             least = 1 if terms.key is None else 0
             readers = parse_readers(terms.readers, pool.settings.readers, least=least)
@@ -283,7 +286,7 @@ class RequestHandlers:
             raise SettingsError(f"{len(specs)} tensors: the pool's owner takes at most {most}")
         # Raises MalformedRef for specs that no feature of this slot has.
         place = slot.index, slot.generation, slot.offset_bytes, slot.nbytes
-        return slot, FeatureRef(pool.pool_id, pool.endpoint, *place, specs)
+        return slot, FeatureRef(pool.pool_id, pool.ref_endpoint, *place, specs)
 
     def _reserve_many(self, session: int, message: many.ReserveMany) -> Answer | Wait:
         writer, turn, ttl_s = self._writer, self._pool.turn, message.ttl_s
@@ -392,8 +395,3 @@ class RequestHandlers:
             self._give_up(
                 session, messages.GiveUpReserved(answer.slot, answer.generation, landed=True)
             )
-
-
-def _owes_nothing(slot: Slot) -> bool:
-    """Whether a slot was given ahead and has no put's terms yet. Names that have died are terms."""
-    return not slot.reads_left and slot.owed_by_names is None and slot.wanted_key is None

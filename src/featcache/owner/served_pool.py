@@ -94,7 +94,7 @@ class ServedPool:
             # Taken out: this frame may live in an error's traceback, and would keep the words mapped.
             pool = Pool(slab, block.pop(), limits, settings, offload)
             undo.callback(pool.close)
-            pool.endpoint = listener.path
+            pool.endpoint = pool.ref_endpoint = listener.path
             sessions = Sessions(pool, name)
             undo.callback(sessions.close)
             writer, lookups = OwnerWriter(pool), Lookups(pool)

@@ -18,6 +18,7 @@ from featcache.errors import (
     BackendUnavailable,
     MalformedRef,
     StaleRef,
+    UnknownPool,
     system_errors,
 )
 from featcache.memory.slab import Segment
@@ -27,6 +28,7 @@ from featcache.pool.pool import Pool
 from featcache.ref import FeatureRef
 
 if TYPE_CHECKING:
+    from featcache.owner.far_reads import FarReads
     from featcache.owner.relay import Relay
 
 OWN_SESSION = 0
@@ -47,6 +49,8 @@ class Sessions:
         self.pidfd = own_pidfd()
         self.through_host: Relay | None = None
         """Copies for sessions that can't reach the slab; a pool in host memory has none."""
+        self.far: FarReads | None = None
+        """Refs of other hosts; None of a pool that reaches none."""
         self.siblings: list[Pool] = []
         """The owner's other pools: the reads that a dead name owed there are paid as well."""
         self.spills = False
@@ -84,7 +88,7 @@ class Sessions:
             relays=self.through_host is not None,
             sibling_pool=self.siblings[0].pool_id if self.siblings else None,
             sibling_endpoint=self.siblings[0].endpoint if self.spills else "",
-            endpoint=pool.endpoint,
+            endpoint=pool.ref_endpoint,
             grants=pool.settings.grants,
             message_bytes=pool.settings.message_bytes,
             tensors=pool.settings.tensors,
@@ -103,6 +107,16 @@ class Sessions:
         if self.through_host is None:
             raise BackendUnavailable("this pool is in host memory already: read it, and put, there")
         return self.through_host
+
+    @property
+    def reach(self) -> "FarReads":
+        """What leads to other hosts, or raise UnknownPool."""
+        if self.far is None:
+            raise UnknownPool(
+                "the ref is of a pool of another host, and this owner reaches none: "
+                "create(cluster_key=…)"
+            )
+        return self.far
 
     def make_page(self) -> tuple[SessionWords, int]:
         """Make the words of a page, and their descriptor. Safe in any thread."""
@@ -202,6 +216,8 @@ class Sessions:
         while pool.collector.counts_more(page):
             yield
         pool.attendance.ended(page, died=died)
+        if self.far is not None:
+            self.far.session_ended(page.session, page.name, died=died)
         paid = self._fold_lookups(page, died=died)
         yield from self._carry_out(pool, self._grants_paid(page, now_s))
         yield from self._carry_out(pool, pool.abandon_writes_by_steps(page))

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from featcache import events
 from featcache.control.server import Server
@@ -14,6 +14,14 @@ from featcache.memory.slab import Slab
 from featcache.memory.words import Header
 from featcache.session.offload import Offload
 from featcache.settings import Settings
+
+
+class Follower(Protocol):
+    """Told of the memory that is committed, and of that which is to be given back, before it is."""
+
+    def committed(self, start_bytes: int, end_bytes: int) -> None: ...
+
+    async def returning(self, end_bytes: int) -> None: ...
 
 
 class Growth:
@@ -40,6 +48,7 @@ class Growth:
         self._tasks: set[asyncio.Task[None]] = set()
         self.server: Server | None = None
         """Tells the sessions of the slab's size."""
+        self.follower: Follower | None = None
         self.closed = False
         self.in_progress: asyncio.Task[None] | None = None
         """A growth, until it is done."""
@@ -87,6 +96,8 @@ class Growth:
         start_bytes = self._store.committed_bytes
         added_bytes = end_bytes - start_bytes
         self._header[Header.COMMITTED] = end_bytes
+        if self.follower is not None:
+            self.follower.committed(start_bytes, end_bytes)
         segments = self._slab.segments(start_bytes, end_bytes)
         if segments and self.server is not None:
             self.server.announce(segments)  # before the store can give out a ref that lies there
@@ -118,6 +129,8 @@ class Growth:
             epoch = self._header[Header.SHRINK_EPOCH] = self._header[Header.SHRINK_EPOCH] + 1
             retiring = self.server.retire(epoch, end_bytes, timeout_s)
         try:
+            if self.follower is not None:
+                await self.follower.returning(end_bytes)
             await self._offload.run(lambda: slab.decommit(end_bytes, old_end_bytes))
         except (OSError, BackendUnavailable) as error:  # the slab tries again before it grows there
             events.emit(

@@ -59,6 +59,8 @@ class Pool:
         """Take `block` over, also if this fails."""
         self.pool_id = secrets.token_bytes(16)
         self.endpoint = ""
+        self.ref_endpoint = ""
+        """The endpoint as refs have it: with the address for other hosts before it, if there is one."""
         self.slab = slab
         self.settings = settings
         self.offload = offload
@@ -165,7 +167,7 @@ class Pool:
         offset_bytes, keyed = extent.offset_bytes, slot.wanted_key is not None
         if ref is None:
             ref = FeatureRef(
-                self.pool_id, self.endpoint, index, generation, offset_bytes, nbytes, specs
+                self.pool_id, self.ref_endpoint, index, generation, offset_bytes, nbytes, specs
             )
         if keyed:  # before `live`, which vouches for it
             self.kept[index] = ref
@@ -206,7 +208,7 @@ class Pool:
         self._observe()
         specs = self.kept[base.index].specs  # of this generation: it has a grant
         return FeatureRef(
-            self.pool_id, self.endpoint, index, generation, slot.offset_bytes, nbytes, specs
+            self.pool_id, self.ref_endpoint, index, generation, slot.offset_bytes, nbytes, specs
         )
 
     def give_up_reserved(self, slot: Slot, order: Order) -> None:

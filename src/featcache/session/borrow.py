@@ -13,6 +13,7 @@ from featcache.memory.views import invalidate
 from featcache.ref import FeatureRef
 from featcache.session.arguments import key_bytes
 from featcache.session.copier import Readable
+from featcache.session.far import Elsewhere
 from featcache.session.lease import KeyLease
 from featcache.session.reader import Reader
 from featcache.session.single_flight import Keys
@@ -129,7 +130,12 @@ class Borrow:
         key = self._key
         if key is None:
             assert self.ref is not None, "a ref or a key"
-            return self._enter(self.ref, *await self._reader.hold(self.ref, self.timeout_s))
+            try:
+                held = await self._reader.hold(self.ref, self.timeout_s)
+            except Elsewhere as here:
+                self.ref = here.ref
+                held = await self._reader.hold(here.ref, here.left_s)
+            return self._enter(self.ref, *held)
         assert self._life is not None, "of a key"
         engine = self._life.here()
         turn = engine.reader.turn

@@ -36,7 +36,7 @@ class Many:
     ) -> None:
         self._reader = reader
         self._keys = keys
-        self._wanted = wanted
+        self._wanted = list(wanted)
         self._device = device
         self._sources: list[Readable | None] = [None] * len(wanted)
         """Of those that are pinned."""
@@ -151,9 +151,10 @@ class Many:
             if turn.left < 0:
                 await turn.wait()
             if isinstance(wanted, FeatureRef):
-                attachment = pools.peek(wanted) or await pools.open(wanted)
-                ready = attachment.pin(wanted)
-                self._sources[member] = attachment
+                if (attachment := pools.peek(wanted)) is None and pools.is_far(wanted):
+                    wanted = self._wanted[member] = await pools.bring(wanted)  # noqa: PLW2901 - it is here now
+                attachment = attachment or await pools.open(wanted)
+                ready, self._sources[member] = attachment.pin(wanted), attachment
                 if not ready:
                     self._awaited.append(member)
             else:

@@ -3,8 +3,6 @@
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable
-from typing import Protocol
 
 import anyio
 import torch
@@ -16,38 +14,15 @@ from featcache.memory.slab import uncopied
 from featcache.ref import FeatureRef
 from featcache.session.attachment import Attachment
 from featcache.session.copier import Copier, Device, Readable, Targets, copy, targets_of
+from featcache.session.far import Elsewhere
 from featcache.session.home import Home
 from featcache.session.lease import KeyLease
 from featcache.session.offload import Offload
+from featcache.session.pools import Pools
 from featcache.session.waiting import wait_ready, wait_ready_blocking
 
 BYTES_LATE = "what is kept under the key was found, but its bytes did not come in time"
 _NO_COPY = "no copy came through host memory in time; the read is still owed"
-
-
-class Pools(Protocol):
-    """The attachments that a `Reader` reads from, by the pool of a ref."""
-
-    def peek(self, ref: FeatureRef) -> Attachment | None:
-        """Return it if it is open. Raise UnknownPool if it can never be."""
-
-    def has(self, ref: FeatureRef) -> bool:
-        """Return whether it is open, changing nothing: called in any thread."""
-
-    def check(self, ref: FeatureRef) -> None:
-        """Raise OwnerLost if it was open and its owner is gone."""
-
-    def open(self, ref: FeatureRef) -> Awaitable[Attachment]:
-        """Return it, attaching first."""
-
-    def reach(self, attachment: Attachment, device: Device) -> Awaitable[bool]:
-        """Enable a device of this process for the pool; False where only host memory leads there."""
-
-    def relay(self, ref: FeatureRef) -> Awaitable[FeatureRef]:
-        """Have the owner copy a pinned ref's bytes into host memory; return the copy's ref."""
-
-    def pay_copy(self, copied: FeatureRef) -> None:
-        """Pay the one read that a copy of `relay` owes, since nobody is going to get it."""
 
 
 class Reader:
@@ -104,7 +79,11 @@ class Reader:
         reached = source is not None and source.mapping.can_copy_to(device)
         if source is None or not reached or not (source.pin(ref) or _follows(source, ref, device)):
             pinned, since_s = source if reached else None, time.monotonic()
-            source, reached = await self._await_ready(pinned, ref, device, timeout_s)
+            try:
+                source, reached = await self._await_ready(pinned, ref, device, timeout_s)
+            except Elsewhere as here:
+                wanted = device if out is None else None
+                return await self.get(here.ref, wanted, out, here.left_s)
             timeout_s = _left(timeout_s, since_s)
         if reached:
             feature = await self._copier.copy(source, ref, device, targets)
@@ -213,6 +192,11 @@ class Reader:
         if attachment is None:
             try:
                 with anyio.fail_after(timeout_s):
+                    if self.pools.is_far(ref):
+                        here = await self.pools.end_far(ref, "release")
+                        if here is None:
+                            return
+                        ref = here
                     attachment = await self.pools.open(ref)
             except TimeoutError:
                 raise GetTimeout(
@@ -295,7 +279,10 @@ class Reader:
 
         For a caller whose own thread is to read, in the order of its own stream.
         """
-        source, reached = await self._await_ready(None, ref, device, timeout_s)
+        try:
+            source, reached = await self._await_ready(None, ref, device, timeout_s)
+        except Elsewhere:
+            return False  # under another ref: the loop reads it
         source.unpin(ref, pays=False)
         return reached and (source.mapping.zero_copy or not borrows)
 
@@ -352,6 +339,9 @@ class Reader:
         try:
             with anyio.fail_after(timeout_s):
                 if pinned is None:
+                    if self.pools.is_far(ref):
+                        since_s = time.monotonic()
+                        raise Elsewhere(await self.pools.bring(ref), _left(timeout_s, since_s))
                     attachment = await self.pools.open(ref)
                 elif isinstance(pinned, KeyLease):
                     attachment = pinned.attachment

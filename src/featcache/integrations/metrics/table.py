@@ -85,6 +85,10 @@ COUNTERS: Final = (
     Counter("featcache_discarded", "discarded", "Refs taken back"),
     Counter("featcache_spilled", "spilled", "Puts that went to the host slab", by_clients=True),
     Counter("featcache_relayed", "relayed", "Features copied to host memory for their readers"),
+    Counter("featcache_fetched", "fetched", "Features of other hosts that were fetched"),
+    Counter("featcache_fetched_bytes", "fetched_bytes", "Bytes of those features"),
+    Counter("featcache_fetches_failed", "fetches_failed", "Fetches that ended without the feature"),
+    Counter("featcache_hosts_lost", "hosts_lost", "Other hosts that read here and vanished"),
     Counter("featcache_readers_lost", "readers_lost", "Sessions whose process died"),
 )
 

@@ -1,0 +1,136 @@
+"""What an owner has for other hosts, all of it off unless it was given an address or a cluster key."""
+
+import asyncio
+from typing import NamedTuple
+
+from featcache import events
+from featcache.owner.far_peers import FarPeers
+from featcache.owner.far_reads import FarReads
+from featcache.owner.homes import Homes
+from featcache.owner.registered import RegisteredSlab
+from featcache.owner.served_pool import ServedPool, take_each
+from featcache.reach.listener import Listener
+from featcache.reach.plane import DataPlane, make_plane
+from featcache.reach.secret import Address, tls_contexts
+from featcache.session.offload import SharedTask
+
+
+class Cluster(NamedTuple):
+    """What a user says of other hosts."""
+
+    key: bytes
+    listen: Address | None = None
+
+
+class Beyond:
+    """The listener, the data plane, the hosts that read here and those that are read from.
+
+    The data plane is made when it is first needed: at once by an owner that listens, else for the first
+    ref of another host.
+    """
+
+    def __init__(self, served: ServedPool, cluster: Cluster) -> None:
+        self._served = served
+        self._cluster = cluster
+        self._settings = served.pool.settings
+        self._tls = tls_contexts(self._settings)
+        self._opening = SharedTask(self._register)
+        self._slab: RegisteredSlab | None = None
+        self._plane: DataPlane | None = None
+        self._listener: Listener | None = None
+        self._refusals = events.Throttle(self._settings.log_interval, burst=16)
+        self._closed = False
+        self.peers: FarPeers | None = None
+        self.homes = Homes(served.pool, cluster.key, self._tls, self._names)
+        self.reads = FarReads(served, self.homes, self.slab)
+
+    async def open(self) -> None:
+        """Listen, if that was asked for; from then on refs carry the address.
+
+        Raises:
+            BackendUnavailable: the data plane is not there, or can't reach this pool's memory.
+            SettingsError: the address can't be used.
+
+        """
+        listen, pool = self._cluster.listen, self._served.pool
+        if listen is not None:
+            self.peers = FarPeers(self._served, await self.slab())
+            listener = self._listener = Listener(
+                *(self._cluster.key, pool.pool_id, self._settings, self._tls),
+                *(self.peers.on_host, self._refused),
+            )
+            self.peers.forget_host = listener.forget_host
+            await listener.listen(listen)
+            self.homes.own_address = listener.address
+            pool.ref_endpoint = listener.address + pool.endpoint
+        self._served.sessions.far = self.reads
+
+    @property
+    def address(self) -> str | None:
+        """Where other hosts find this owner."""
+        return None if self._listener is None else self._listener.address
+
+    async def slab(self) -> RegisteredSlab:
+        """Return the slab as the data plane has it, registered once."""
+        if self._slab is None:
+            self._slab = await self._opening.join()
+        return self._slab
+
+    async def _register(self) -> RegisteredSlab:
+        pool = self._served.pool
+        pool.check_open()
+        if self._plane is None:
+            self._plane = make_plane(f"featcache-{pool.name}", asyncio.get_running_loop())
+        slab = RegisteredSlab(pool, self._plane)
+        await slab.open()
+        return slab
+
+    def counts(self) -> dict[str, int]:
+        """Return its counters, by their names in `Statistics`."""
+        return {
+            "fetched": self.reads.fetched,
+            "fetched_bytes": self.reads.fetched_bytes,
+            "fetches_failed": self.reads.failed,
+            "hosts_lost": 0 if self.peers is None else self.peers.lost,
+        }
+
+    def _names(self) -> list[str]:
+        pages = self._served.pool.pages.values()
+        return sorted({page.name for page in pages if page.name is not None})
+
+    def _refused(self, where: str, reason: str) -> None:
+        unlogged = self._refusals.pass_(asyncio.get_running_loop().time())
+        if unlogged is not None:
+            pool, told = self._served.pool.name, f"{where}: {reason}"
+            events.emit(events.PeerRefused(pool=pool, reason=told, pid=0, unlogged=unlogged))
+
+    async def close(self) -> None:
+        """End it, before the pool's memory goes: no other host may read it, no read land in it."""
+        if self._closed:
+            return
+        self._closed = True
+        listener, peers = self._listener, self.peers
+        await take_each(
+            *(() if listener is None else (listener.close,)),
+            *(() if peers is None else (peers.close,)),
+            self.reads.close,
+            self.homes.close,
+            self._close_plane,
+        )
+        self._served.sessions.far = None
+
+    async def _close_plane(self) -> None:
+        if self._opening.task is not None:
+            await asyncio.wait([self._opening.task])
+        if self._slab is not None:
+            await self._slab.drain()
+        if self._plane is not None:
+            await self._plane.close()
+
+    def forget(self) -> None:
+        """Drop everything in a forked child."""
+        self.homes.forget()
+        if self._plane is not None:
+            self._plane.forget()
+        if self._listener is not None:
+            self._listener.forget()

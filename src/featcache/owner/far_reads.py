@@ -1,0 +1,348 @@
+"""A reader's side of other hosts: each feature is fetched once, for all sessions of this owner."""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from itertools import islice
+from typing import Final, TypeVar
+
+from featcache.control.peer import SessionState
+from featcache.core.put_queue import Request
+from featcache.core.slots import Slot, SlotState
+from featcache.errors import CacheClosed, KeyNotFound, OwnerLost
+from featcache.owner.homes import Home, Homes
+from featcache.owner.registered import RegisteredSlab
+from featcache.owner.served_pool import ServedPool
+from featcache.reach import messages
+from featcache.reach.messages import Place
+from featcache.reach.plane import Transfer, pair
+from featcache.ref import FeatureRef
+
+T = TypeVar("T")
+_now: Final = time.monotonic
+_PREFIX: Final = b"\xff\x00featcache.far\x00"
+"""Of the keys under which features of other hosts are kept: no text's, and no content key's."""
+_SLOWEST_BYTES_PER_S: Final = 16 << 20
+"""A read that is slower than this is given up."""
+_MAX_COPIES: Final = 1 << 16
+_HANDOVER_S: Final = 0.05
+"""For which a feature that was fetched is kept until those that wait for it have their refs of it."""
+
+
+class Copy:
+    """One feature of another host, as far as it is here.
+
+    ::
+
+        (no entry) ──`bring`──→ FETCHING ──its bytes are here──→ KEPT under a key, with a share of it
+                                    │                            for each session that asked
+                                    └──fails, or nobody waits    KEPT ──evicted──→ (fetched anew)
+                                       for it any more           KEPT ──its home's ref ended──→ OVER: the
+                                                                 shares live until they are read
+    """
+
+    def __init__(self, place: Place, home: str) -> None:
+        self.place = place
+        self.home = home
+        self.key = _PREFIX + place.pool + place.slot.to_bytes(8, "little")
+        self.key += place.generation.to_bytes(8, "little")
+        self.given: dict[int, FeatureRef] = {}
+        """The refs of its shares, by the session that each is for."""
+        self.asking: dict[int, asyncio.Lock] = {}
+        self.task: asyncio.Task[None] | None = None
+        self.waiting = 0
+        self.over = False
+
+
+class FarReads:
+    """Refs of other hosts, made refs of this owner's pool."""
+
+    def __init__(
+        self,
+        served: ServedPool,
+        homes: Homes,
+        slab: Callable[[], Awaitable[RegisteredSlab]],
+    ) -> None:
+        self._served = served
+        self._pool = served.pool
+        self._homes = homes
+        self._slab = slab
+        self._copies: OrderedDict[Place, Copy] = OrderedDict()
+        self._begun: dict[int, list[tuple[Home, Place]]] = {}
+        """Reads of sessions that are ending, which are paid if they died."""
+        self._closed = False
+        self.fetched = self.fetched_bytes = self.failed = self.quarantined = 0
+        homes.on_gone = self._ended
+        homes.on_lost = self._lost
+
+    # --- calls ----------------------------------------------------------------------------------------
+
+    async def bring(self, ref: FeatureRef, session: int, name: str | None) -> FeatureRef:
+        """Return a ref of this pool with the bytes of another host's, which owes this session's read.
+
+        The read that is owed at home is paid. Asked again, for the same session, it is the same ref.
+
+        Raises:
+            OwnerLost: the home is gone, or does not answer in time.
+            AttachRefused: the home has another cluster key, or refuses for another reason.
+            StaleRef, MalformedRef, UnknownPool: as the home says.
+            PoolFull, FeatureTooLarge: there is no room here.
+
+        """
+        self._check_open()
+        self._pool.store.check_size(ref.nbytes)
+        copy = self._copy(ref)
+        lock = copy.asking.setdefault(session, asyncio.Lock())
+        try:
+            async with lock:
+                if session not in copy.given:
+                    copy.given[session] = await self._brought(copy, ref, session, name)
+                return copy.given[session]
+        finally:
+            if not lock.locked():
+                copy.asking.pop(session, None)
+
+    async def _brought(
+        self, copy: Copy, ref: FeatureRef, session: int, name: str | None
+    ) -> FeatureRef:
+        home, found = await self._looked(ref, session, name)
+        done = False
+        try:
+            while (local := await self._share(copy)) is None:
+                await self._join(copy, home, ref, found)
+            done = True
+        finally:
+            if done:
+                home.pay(copy.place, session, name)
+            elif self._is_active(session):
+                home.drop(copy.place, session)
+            else:  # its socket is gone: whether it died is yet to be known
+                self._begun.setdefault(session, []).append((home, copy.place))
+        return local
+
+    async def _looked(
+        self, ref: FeatureRef, session: int, name: str | None
+    ) -> tuple[Home, messages.Found]:
+        """Look a ref up at its home; again, once, if the connection was found to be broken already."""
+        slab, home = await self._slab(), await self._homes.home(ref)
+        link = home.link
+        try:
+            return home, await home.look(ref, session, name, slab)
+        except OwnerLost:
+            if not link.is_broken:
+                raise
+        home = await self._homes.home(ref)
+        return home, await home.look(ref, session, name, slab)
+
+    async def release(self, ref: FeatureRef, session: int, name: str | None) -> FeatureRef | None:
+        """Pay a session's read at its home; or return the ref here that stands for it, to be paid."""
+        self._check_open()
+        copy = self._copies.get(_place(ref))
+        if copy is not None and session in copy.given:
+            return copy.given[session]
+        await (await self._homes.home(ref)).release(ref, session, name)
+        return None
+
+    async def discard(self, ref: FeatureRef) -> None:
+        """Cancel what a ref owes, at its home and here."""
+        self._check_open()
+        await (await self._homes.home(ref)).discard(ref)
+        copy = self._copies.pop(_place(ref), None)
+        if copy is not None:
+            self._drop_key(copy)
+            for given in copy.given.values():
+                self._served.sessions.discard_unsent(given)
+
+    def session_ended(self, session: int, name: str | None, *, died: bool) -> None:
+        """Take back what was made for a session; if it died, pay what it had begun, and tell of its name."""
+        for copy in self._copies.values():
+            given = copy.given.pop(session, None)
+            if given is not None:
+                self._served.sessions.discard_unsent(given)
+        for home, place in self._begun.pop(session, ()):
+            if died:
+                home.pay(place, session, name)
+            else:
+                home.drop(place, session)
+        if died and name is not None:
+            self._homes.name_lost(name)
+
+    def _is_active(self, session: int) -> bool:
+        peer = self._served.server.sessions.get(session)
+        return peer is None or peer.state is SessionState.ACTIVE  # the owner's own is no peer
+
+    # --- copies ---------------------------------------------------------------------------------------
+
+    def _copy(self, ref: FeatureRef) -> Copy:
+        place = _place(ref)
+        copy = self._copies.get(place)
+        if copy is None:
+            copy = self._copies[place] = Copy(place, ref.address)
+        self._copies.move_to_end(place)
+        for old in list(islice(self._copies.values(), 2)):
+            if old is not copy and (self._is_done(old) or len(self._copies) > _MAX_COPIES):
+                del self._copies[old.place]
+        return copy
+
+    def _is_done(self, copy: Copy) -> bool:
+        """Whether nothing is left of it here."""
+        if copy.task is not None or copy.asking or copy.key in self._pool.store.directory:
+            return False
+        return all(not self._lives(ref) for ref in copy.given.values())
+
+    def _lives(self, ref: FeatureRef) -> bool:
+        slot = self._pool.store.table.find(ref.slot, ref.generation)
+        return slot is not None and slot.state is SlotState.PUBLISHED
+
+    async def _share(self, copy: Copy) -> FeatureRef | None:
+        """Return a share of a feature that is here, for one read."""
+        pool, lookups = self._pool, self._served.lookups
+        if copy.key not in pool.store.directory:
+            return None
+        ttl_s = pool.settings.ttl
+        shared = lookups.share_now(copy.key, 1, ttl_s)
+        if shared is None:
+            page = self._served.own.page()
+            try:
+                return await lookups.share(copy.key, 1, ttl_s, page, waits=False)
+            except KeyNotFound:  # evicted while a slot was waited for
+                return None
+        return shared
+
+    def _drop_key(self, copy: Copy) -> None:
+        if not self._pool.closed:
+            self._pool.apply(self._pool.store.evict(copy.key, _now()))
+
+    def _ended(self, place: Place) -> None:
+        """Recycle a copy whose ref owes nothing any more, once its readers are done."""
+        copy = self._copies.get(place)
+        if copy is not None and not copy.over:
+            copy.over = True
+            self._drop_key(copy)
+
+    def _lost(self, address: str) -> None:
+        """Keep nothing of a home that is gone but what is being read."""
+        for copy in list(self._copies.values()):
+            if copy.home == address:
+                self._drop_key(copy)
+
+    # --- fetching -------------------------------------------------------------------------------------
+
+    async def _join(self, copy: Copy, home: Home, ref: FeatureRef, found: messages.Found) -> None:
+        """Fetch it, or wait for the fetch in progress; one that nobody waits for any more is cancelled."""
+        task = copy.task
+        if task is None:
+            task = copy.task = asyncio.get_running_loop().create_task(
+                self._fetch(copy, home, ref, found)
+            )
+            task.add_done_callback(lambda done: self._fetch_ended(copy, done))
+            copy.waiting = 0
+        copy.waiting += 1
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled() and not self._closed and not _is_cancelled():
+                return  # by the last that waited before: begin anew
+            raise
+        finally:
+            if copy.task is task:
+                copy.waiting -= 1
+                if not copy.waiting and not task.done():
+                    copy.task = None
+                    task.cancel()
+
+    def _fetch_ended(self, copy: Copy, task: "asyncio.Task[None]") -> None:
+        if copy.task is task:
+            copy.task = None
+        if task.cancelled() or task.exception() is not None:
+            self.failed += 1
+
+    async def _fetch(self, copy: Copy, home: Home, ref: FeatureRef, found: messages.Found) -> None:
+        pool, slab = self._pool, await self._slab()
+        request, writer = Request(ref.nbytes, 0, None, copy.key), self._served.writer
+        slot = None if writer.has_callers else writer.reserve(request)
+        if slot is None:
+            slot = await home.or_lost(self._room(request))
+        transfer: Transfer | None = None
+        try:
+            await slab.settled()
+            if ref.nbytes:
+                ours = slab.pieces(slot.offset_bytes, ref.nbytes)
+                here = slab.address_of(slot.offset_bytes)
+                pieces = pair(here, ours, found.address, found.pieces)
+                transfer = slab.plane.read(home.plane, pieces)
+                await self._landed(home, transfer, ref)
+            home.check_pins()
+        except BaseException:
+            self._give_up(slot, transfer)
+            raise
+        pool.publish(slot, ref.specs, None)
+        self.fetched += 1
+        self.fetched_bytes += ref.nbytes
+        # Kept until those that wait have their shares: a put could evict it before their tasks run.
+        held = pool.store.lookup(copy.key, _now())
+        if held is not None:
+            pool.loop.call_later(_HANDOVER_S, self._release_grant, held)
+
+    def _release_grant(self, slot: Slot) -> None:
+        if not self._pool.closed:
+            self._pool.apply(self._pool.store.pay_grant(slot, _now()))
+
+    async def _room(self, request: Request) -> Slot:
+        """Return a slot in the queue of all puts, after `reserve` found none."""
+        writer = self._served.writer
+        return await writer.slot_of(writer.ask(request, wait=True), None, wait=True)
+
+    async def _landed(self, home: Home, transfer: Transfer, ref: FeatureRef) -> None:
+        """Return once a read has landed; OwnerLost if its home is lost first, or it takes too long."""
+        limit_s = self._pool.settings.peer_timeout + ref.nbytes / _SLOWEST_BYTES_PER_S
+        waits = [transfer.ended, home.link.gone]
+        await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        if not transfer.ended.done():
+            home.link.check()
+            raise OwnerLost(f"{ref.nbytes} bytes of {home.address} did not come in {limit_s:.1f} s")
+        failed = transfer.ended.exception()
+        if failed is not None:
+            if isinstance(failed, CacheClosed):
+                raise CacheClosed(str(failed))
+            raise OwnerLost(f"the bytes could not be read from {home.address}: {failed}")
+
+    def _give_up(self, slot: Slot, transfer: Transfer | None) -> None:
+        """Give up the landing place of a read that failed, once nothing can be written there any more."""
+        pool = self._pool
+        if transfer is None or transfer.ended.done():
+            pool.give_up_reserved(slot, None)
+            return
+        # Quarantined: a read that was given up may land when its home goes on, in seconds or days.
+        self.quarantined += 1
+        transfer.abandon()
+
+        def ended(_: "asyncio.Future[None]") -> None:
+            self.quarantined -= 1
+            pool.give_up_reserved(slot, None)
+
+        transfer.ended.add_done_callback(ended)
+
+    # --- the end --------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CacheClosed("the cache was closed")
+
+    async def close(self) -> None:
+        """End all fetches."""
+        self._closed = True
+        tasks = [copy.task for copy in self._copies.values() if copy.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _place(ref: FeatureRef) -> Place:
+    return Place(ref.pool_id, ref.slot, ref.generation)
+
+
+def _is_cancelled() -> bool:
+    caller = asyncio.current_task()
+    return caller is not None and caller.cancelling() > 0

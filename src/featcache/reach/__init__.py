@@ -1,0 +1,1 @@
+"""Other hosts: who may come in, what is said over TCP, and the data plane that moves the bytes."""

@@ -1,0 +1,134 @@
+"""The TCP socket at which other hosts come in, bounded in number and time."""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Final
+
+from featcache.errors import FeatcacheError, SettingsError, explain
+from featcache.reach.handshake import Conversation, Role
+from featcache.reach.secret import Address, TlsContexts
+from featcache.reach.stream import Stream
+from featcache.settings import Settings
+
+_BACKLOG: Final = 64
+_ANY: Final = frozenset(("0.0.0.0", "::"))  # noqa: S104 - compared with, not bound to
+
+
+class Listener:
+    """Accepts hosts that prove the cluster key; each is handed over once it has."""
+
+    def __init__(
+        self,
+        key: bytes,
+        host: bytes,
+        settings: Settings,
+        tls: TlsContexts,
+        on_host: Callable[[Stream], object],
+        on_refused: Callable[[str, str], object],
+    ) -> None:
+        """`on_host` is told of a stream that is open, `on_refused` of an address and a reason."""
+        self._key = key
+        self._host = host
+        self._settings = settings
+        self._tls = tls
+        self._on_host = on_host
+        self._on_refused = on_refused
+        self._server: asyncio.Server | None = None
+        self._greeting: set[Stream] = set()
+        self._hosts: set[Stream] = set()
+        self.address = ""
+        """What refs carry: where other hosts find this one."""
+
+    async def listen(self, wanted: Address) -> None:
+        """Listen; port 0 is any. A wildcard host listens at all addresses, and refs carry the host's name.
+
+        Raises:
+            SettingsError: the address is in use, or not this host's.
+
+        """
+        loop = asyncio.get_running_loop()
+        tls = self._tls.listening
+        limit_s = None if tls is None else self._settings.peer_timeout
+        try:
+            self._server = await loop.create_server(
+                self._accept,
+                wanted.host,
+                wanted.port,
+                backlog=_BACKLOG,
+                ssl=tls,
+                ssl_handshake_timeout=limit_s,
+            )
+        except (OSError, UnicodeError) as error:
+            why = explain(error) if isinstance(error, OSError) else "no host has such a name"
+            raise SettingsError(f"listen={wanted}: {why}") from error
+        port = self._server.sockets[0].getsockname()[1]
+        named = socket.gethostname() if wanted.host in _ANY else wanted.host
+        self.address = str(Address(named, port))
+
+    def _accept(self) -> Stream:
+        talk = Conversation(Role.LISTENER, self._key, self._host)
+        stream = _Incoming(talk, self._settings.peer_timeout, self)
+        stream.on_closed = lambda error: self._gone(stream, error)
+        return stream
+
+    def admit(self, stream: Stream) -> bool:
+        """Count a connection that was just made, or send it away."""
+        if len(self._greeting) >= self._settings.peers:
+            stream.refuse(f"{len(self._greeting)} hosts are in their handshake already: try again")
+            return False
+        self._greeting.add(stream)
+        stream.on_open = lambda: self._opened(stream)
+        return True
+
+    def _opened(self, stream: Stream) -> None:
+        self._greeting.discard(stream)
+        if len(self._hosts) >= self._settings.peers:
+            # Its handshake is over, so it is told by the end of the connection alone.
+            stream.close(FeatcacheError(f"{len(self._hosts)} hosts are connected: Settings.peers"))
+            return
+        self._hosts.add(stream)
+        stream.on_closed = lambda _: self._hosts.discard(stream)
+        self._on_host(stream)
+
+    def forget_host(self, stream: Stream) -> None:
+        """Count a host as gone; called by whoever took its `on_closed` over."""
+        self._hosts.discard(stream)
+
+    def _gone(self, stream: Stream, error: FeatcacheError | None) -> None:
+        self._greeting.discard(stream)
+        if error is not None:
+            self._on_refused(stream.where, str(error))
+
+    def close(self) -> None:
+        """Accept nobody, and end all connections."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for stream in [*self._greeting, *self._hosts]:
+            stream.on_closed = _ignore
+            stream.close()
+        self._greeting.clear()
+        self._hosts.clear()
+
+    def forget(self) -> None:
+        """Drop everything in a forked child."""
+        for stream in [*self._greeting, *self._hosts]:
+            stream.forget()
+
+
+class _Incoming(Stream):
+    """A connection that was accepted: counted before its handshake begins."""
+
+    def __init__(self, talk: Conversation, timeout_s: float, listener: Listener) -> None:
+        super().__init__(talk, timeout_s)
+        self._listener = listener
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Count it, or refuse it."""
+        super().connection_made(transport)
+        self._listener.admit(self)
+
+
+def _ignore(_: FeatcacheError | None) -> None:
+    """Do nothing: this end closes."""

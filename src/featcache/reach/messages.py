@@ -1,0 +1,165 @@
+"""What two owners say to each other: the dialer reads the listener's features.
+
+As in `control.messages`, a message of the right type is not yet a true one. To add one: define it, add
+it to `FromReader` or `FromHome`, and count `handshake.VERSION` up.
+"""
+
+from typing import Annotated, Final
+
+import msgspec
+
+from featcache.control.messages import checked_decoder, encode
+from featcache.control.wire import Name, Natural, PoolId, Seconds, Text
+
+__all__ = ["decode_from_home", "decode_from_reader", "encode"]
+
+MAX_PAYMENTS: Final = 256
+"""Payments that one message has."""
+MAX_GONE: Final = 1024
+"""Refs that one `Alive` names."""
+MAX_NAMES: Final = 1024
+"""Names of readers that one `Beat` has."""
+MAX_NOTIFICATION_BYTES: Final = 64 << 10
+
+
+class Place(msgspec.Struct, frozen=True, array_like=True):
+    """The slot of a ref, in one of the listener's pools."""
+
+    pool: PoolId
+    slot: Natural
+    generation: Natural
+
+
+class Payment(msgspec.Struct, frozen=True, array_like=True):
+    """One read that is paid. The same payment, told twice, pays once."""
+
+    number: Natural
+    place: Place
+    reader: Natural
+    """The session of the dialer's pool that has read."""
+    name: Name | None
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """A request: it is answered once, under its number."""
+
+    request: Natural
+
+
+class Extent(Asked, frozen=True):
+    """A request about a ref, whose extent is to be the slot's."""
+
+    place: Place
+    offset_bytes: Natural
+    nbytes: Natural
+
+
+class Look(Extent, tag="look", frozen=True):
+    """Reader: this session is to read this ref. Answered by `Found`, which pins it, or `Failed`."""
+
+    reader: Natural
+    name: Name | None
+    epoch: Natural
+    """The registrations that the reader knows of (`Found.epoch`)."""
+
+
+class Release(Extent, tag="release", frozen=True):
+    """Reader: pay this session's read of a ref that it has not looked at. Answered by `Done`."""
+
+    reader: Natural
+    name: Name | None
+
+
+class Discard(Extent, tag="discard", frozen=True):
+    """Reader: cancel the reads that this ref owes. Answered by `Done` or `Failed`."""
+
+
+class Cancel(msgspec.Struct, tag="cancel", frozen=True):
+    """Reader: it no longer awaits this request; what it was given is taken back."""
+
+    request: Natural
+
+
+class Drop(msgspec.Struct, tag="drop", frozen=True):
+    """Reader: this session does not read what it looked at; the read is still owed."""
+
+    place: Place
+    reader: Natural
+
+
+class Pay(msgspec.Struct, tag="pay", frozen=True):
+    """Reader: these reads are done. Answered by `Paid`. It comes over the data plane as well."""
+
+    host: PoolId
+    """The dialer's pool."""
+    payments: Annotated[list[Payment], msgspec.Meta(max_length=MAX_PAYMENTS)]
+
+
+class NameLost(msgspec.Struct, tag="name_lost", frozen=True):
+    """Reader: the session of this name died; what the name owes is paid."""
+
+    name: Name
+
+
+class Beat(msgspec.Struct, tag="beat", frozen=True):
+    """Reader, while it lives: the names of its sessions. Answered by `Alive`."""
+
+    number: Natural
+    names: Annotated[list[Name], msgspec.Meta(max_length=MAX_NAMES)]
+
+
+class Goodbye(msgspec.Struct, tag="goodbye", frozen=True):
+    """Reader, last: it reads nothing more, and comes back with nothing."""
+
+
+class Found(msgspec.Struct, tag="found", frozen=True):
+    """Home: the ref is pinned for the session until `Pay`, `Drop` or the end of the lease."""
+
+    request: Natural
+    address: Natural
+    """The extent's, in the home's process."""
+    pieces: list[Natural]
+    """Bytes of its parts, each in one registration."""
+    epoch: Natural
+    metadata: bytes
+    """Of the data plane, if the reader's is older than `epoch`."""
+
+
+class Done(msgspec.Struct, tag="done", frozen=True):
+    """Home, in answer to a request that has no result."""
+
+    request: Natural
+
+
+class Failed(msgspec.Struct, tag="failed", frozen=True):
+    """Home, in answer to a request. `error` names a class of featcache.errors."""
+
+    request: Natural
+    error: Text
+    text: Text
+
+
+class Paid(msgspec.Struct, tag="paid", frozen=True):
+    """Home: these payments have arrived; the refs in `gone` owe nothing any more."""
+
+    numbers: list[Natural]
+    gone: list[Place]
+
+
+class Alive(msgspec.Struct, tag="alive", frozen=True):
+    """Home, in answer to a `Beat`: the refs, of those that were looked at, that have ended since."""
+
+    number: Natural
+    gone: list[Place]
+    lease_s: Seconds
+    """For which the home keeps what it has pinned for this reader, from the `Beat` on."""
+
+
+Request = Look | Release | Discard
+Answer = Found | Done | Failed
+FromReader = Request | Cancel | Drop | Pay | NameLost | Beat | Goodbye
+FromHome = Answer | Paid | Alive
+decode_from_reader: Final = checked_decoder(
+    msgspec.msgpack.Decoder(FromReader).decode, "a reading host"
+)
+decode_from_home: Final = checked_decoder(msgspec.msgpack.Decoder(FromHome).decode, "a home")
