@@ -171,11 +171,18 @@ class Host:
         self._encoded = 0
 
     def ask(self, seeds: list[int], tokens: int) -> list[Answer]:
+        return self.ask_of_all([[seed] for seed in seeds], tokens)
+
+    def ask_of_all(self, requests: list[list[int]], tokens: int) -> list[Answer]:
+        """Answer requests, each of the images of some seeds, all at once."""
         from vllm import SamplingParams
 
         prompts = [
-            {"prompt": "hello <image> what", "multi_modal_data": {"image": image(seed)}}
-            for seed in seeds
+            {
+                "prompt": f"hello {'<image> ' * len(seeds)}what",
+                "multi_modal_data": {"image": [image(seed) for seed in seeds]},
+            }
+            for seeds in requests
         ]
         sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
         done = self._llm.generate(prompts, sampling, use_tqdm=False)

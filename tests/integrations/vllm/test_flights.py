@@ -38,6 +38,11 @@ class Scheduler:
         assert client is not None
         return self.flights.may_encode(key, client)
 
+    def missing(self, *keys: str) -> set[str]:
+        client = self.link.client
+        assert client is not None
+        return self.flights.missing(keys, client)
+
     def holds_claim(self, key: str = KEY) -> bool:
         return self.flights.claimed_unused(key)
 
@@ -91,6 +96,29 @@ def test_a_second_engine_waits_until_the_feature_is_there(
     owner.put(torch.ones(4), key=KEY)
     until(other.may_encode)
     assert other.flights.found(KEY)
+    assert other.counts.take() == {"waits": 1}
+
+
+def test_behind_a_key_that_is_awaited_a_claim_is_given_up_and_no_key_asked_for(
+    engine: Start, owner: blocking.FeatureCache
+) -> None:
+    one, other = engine(), engine()
+    first, second, third = (f"vllm:d:{number}" for number in range(3))
+    until(lambda: one.may_encode(first))
+    assert other.missing(second) == {second}
+    until(lambda: other.holds_claim(second))
+
+    until(lambda: other.missing(first) == {first} and other.waits())
+    assert other.missing(first, second) == {first}  # others may encode it now
+    other.now_s = 1.0
+    assert other.missing(first, second, third) == {first, second, third}
+    until(lambda: one.may_encode(second))
+    assert one.missing(third) == {third}
+    until(lambda: one.holds_claim(third))
+
+    for key in (second, first, third):
+        owner.put(torch.ones(4), key=key)
+    until(lambda: other.missing(first, second, third) == set())
     assert other.counts.take() == {"waits": 1}
 
 

@@ -156,6 +156,26 @@ def test_what_one_engine_encodes_now_is_awaited_by_the_other(
     assert left.encoded + right_.encoded - before == 6
 
 
+def test_requests_for_the_same_images_in_any_order_never_await_each_other(
+    engines: Engines, owner: Owner
+) -> None:
+    """Each would else have the claim of one image and await the other, for all of `peer_wait`."""
+    left, right_ = engines["left"], engines["right"]
+    before = left.encoded + right_.encoded
+    timeouts = left.counts().get("wait_timeouts", 0) + right_.counts().get("wait_timeouts", 0)
+    first, second, third = fresh(3)
+    forth = [[first, second], [third, third, first], [second, third]]
+    back = [[second, first], [third, second], [first, third, third]]
+    left.begin("ask_of_all", forth, 8)
+    right_.begin("ask_of_all", back, 8)
+    answers = left.result(), right_.result()
+    for requests, found in zip((forth, back), answers, strict=True):
+        assert found == engines["plain"].call("ask_of_all", requests, 8)
+    assert left.encoded + right_.encoded - before == 3
+    later = left.counts().get("wait_timeouts", 0) + right_.counts().get("wait_timeouts", 0)
+    assert later == timeouts
+
+
 def test_an_owner_that_is_killed_and_comes_back_costs_hits_alone(
     engines: Engines, owner: Owner, endpoint: Path
 ) -> None:

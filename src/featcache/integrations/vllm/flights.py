@@ -36,8 +36,8 @@ class Flight:
 
     key: str
     began_s: float
-    asked: bool = False
-    """Whether the owner was asked who makes it."""
+    asked_s: float | None = None
+    """When the owner was asked who makes it."""
     claim: Claim | None = None
     claimed_s: float = 0.0
     """When the claim was granted."""
@@ -83,13 +83,12 @@ class Flights:
             flight = self._flights[key] = Flight(key, now_s)
         if flight.decided:
             return True
-        waited_s = now_s - flight.began_s
-        if not flight.asked and waited_s < self._wait_s:
-            flight.asked = True
-            self._link.spawn(lambda: self._ask(flight, client))
-            return False
-        if waited_s < (self._wait_s if flight.answered else min(self._wait_s, _ANSWER_S)):
-            return False
+        if now_s - flight.began_s < self._wait_s:
+            if flight.asked_s is None:
+                flight.asked_s = now_s
+                self._link.spawn(lambda: self._ask(flight, client))
+            if flight.answered or now_s - flight.asked_s < _ANSWER_S:
+                return False
         flight.decided = True
         self._counts.add("wait_timeouts")
         return True
@@ -114,7 +113,7 @@ class Flights:
     def _yields(self, key: str) -> bool:
         """Whether a key is to be asked for later: it was not yet, or its claim is given up here."""
         flight = self._flights.get(key)
-        if flight is None or not flight.asked:
+        if flight is None or flight.asked_s is None:
             return True
         if flight.claim is None or flight.encodes:
             return False
@@ -174,9 +173,9 @@ class Flights:
     async def _ask(self, flight: Flight, client: featcache.FeatureClient) -> None:
         """Ask the owner who makes it, and wait for that. In the link's loop."""
         try:
-            flight.claim = await self._claimed(flight, client)
-            flight.claimed_s = self._clock()
-            flight.there = flight.claim is None
+            granted = await self._claimed(flight, client)
+            flight.claimed_s = self._clock()  # before the claim: the scheduler's thread reads both
+            flight.claim, flight.there = granted, granted is None
         except FeatcacheError:  # in vain, or the owner is gone: it is encoded here
             pass
         finally:
