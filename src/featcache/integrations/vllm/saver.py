@@ -101,6 +101,9 @@ class Saver:
             return
         tensors = tensors_of(save.output)
         if self._stream is None:
+            # First: a new thread's current GPU is the first one, and the way back out of a stream's block
+            # would open a context of half a GiB there.
+            torch.cuda.set_device(tensors[0].device)
             self._stream = torch.cuda.Stream(tensors[0].device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(save.ready)
