@@ -144,7 +144,7 @@ class Service:
         self.waiting = 0  # pictures that the model has before it
 
     async def admit(self) -> None:
-        """Raise 503 while the slab is nearly full of what the model has not read yet."""
+        """Raise 503 while the slab is nearly full of unread images."""
         try:
             await self.cache.pressure.below(ADMIT_BELOW, timeout=MOMENT_S)
         except featcache.GetTimeout as error:

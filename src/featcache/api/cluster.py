@@ -1,4 +1,4 @@
-"""What `create` and the command line are told of other hosts."""
+"""The cluster arguments of `create` and of the command line."""
 
 from featcache.errors import SettingsError
 from featcache.owner.beyond import Cluster
@@ -14,7 +14,7 @@ __all__ = ["parse_cluster", "read_key"]
 
 
 def parse_cluster(listen: object, cluster_key: str | bytes | None) -> Cluster | None:
-    """Return what an owner was told of other hosts; None if that is nothing."""
+    """Return an owner's checked cluster arguments; None without a key or an address."""
     key = key_from_environment() if cluster_key is None else parse_key(cluster_key)
     if listen is None:
         return None if key is None else Cluster(key)

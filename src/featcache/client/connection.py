@@ -97,7 +97,7 @@ class PoolConnection:
         _living.add(self)
 
     def learn(self, welcome: messages.Welcome) -> None:
-        """Take what the owner says of itself."""
+        """Take the owner's bounds and spill endpoint from its welcome."""
         self.spill_endpoint = welcome.sibling_endpoint
         self.tensors, self.readers = welcome.tensors, welcome.readers
 

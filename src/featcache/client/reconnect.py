@@ -63,11 +63,12 @@ class Reconnector:
             self._task = asyncio.get_running_loop().create_task(self._come_back())
 
     async def _come_back(self) -> None:
-        since_s, pause_s, told = time.monotonic(), _FIRST_PAUSE_S, ""
+        since_s, told = time.monotonic(), ""
+        pause_s = min(_FIRST_PAUSE_S, self._interval_s)
         while True:
             # Not all at the same moment: each of the owner's sessions is on its way back.
-            await asyncio.sleep(min(pause_s, self._interval_s) * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
-            pause_s *= 2
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
+            pause_s = min(2 * pause_s, self._interval_s)
             try:
                 connection = await self._registry.attach(self._endpoint)
             except OwnerUnreachable:
@@ -107,7 +108,7 @@ class Reconnector:
             raise CacheClosed("the client was closed")
 
     async def close(self) -> None:
-        """Try no more; whoever waits is told."""
+        """End the tries; waiters get CacheClosed."""
         self._closed = True
         self._attached.set()
         task = self._task

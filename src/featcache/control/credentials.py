@@ -17,7 +17,7 @@ _UCRED: Final = struct.Struct("3i")
 _UID_MAP: Final = Path("/proc/self/uid_map")
 _ALL_UIDS: Final = (1 << 32) - 1
 _UNKNOWN_UID: Final = 65534
-"""What the kernel calls every user that a user namespace has no uid for (the default of its overflowuid)."""
+"""The overflow uid, by the kernel's default: the uid of every unmapped user of a user namespace."""
 
 
 def _credentials(sock: socket.socket) -> tuple[int, int]:
@@ -36,13 +36,13 @@ def check_uid(sock: socket.socket) -> None:
     _, uid = _credentials(sock)
     if uid != os.geteuid():
         raise AttachRefused(f"the peer runs as uid {uid}, this process as uid {os.geteuid()}")
-    if uid == _UNKNOWN_UID and not _knows_all_users():
-        told = "which in this user namespace stands for every user that it does not know"
+    if uid == _UNKNOWN_UID and not _maps_all_uids():
+        told = "the overflow uid of this user namespace, which all unmapped users share"
         raise AttachRefused(f"both run as uid {uid}, {told}: run as another uid")
 
 
-def _knows_all_users() -> bool:
-    """Whether this user namespace has a uid for every user of the host, as the first one has."""
+def _maps_all_uids() -> bool:
+    """Whether this user namespace maps every uid, as the initial one does."""
     try:
         lines = _UID_MAP.read_text().splitlines()
         return sum(int(line.split()[2]) for line in lines) >= _ALL_UIDS

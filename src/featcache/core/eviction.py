@@ -80,7 +80,7 @@ class EvictionPlan:
             self.give_up()
 
     def go_on(self, search: "VictimSearch", held: Held, steps: int | None) -> None:
-        """Do so many steps of a search. Its victims, once they are found, are what is to go."""
+        """Do so many steps of a search. Its victims, once found, are the next to go."""
         self.steps += search.go_on(held, steps)
         if search.found is None:
             self.search = search

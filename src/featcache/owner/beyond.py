@@ -1,4 +1,4 @@
-"""What an owner has for other hosts, all of it off unless it was given an address or a cluster key."""
+"""An owner's listener, data plane and peers on other hosts; off without an address or a cluster key."""
 
 import asyncio
 from typing import NamedTuple

@@ -43,10 +43,10 @@ class DataPlane(Protocol):
         """End the registration that begins there: it is to be given back."""
 
     def metadata(self) -> Awaitable[bytes]:
-        """Return what a peer needs to read what is registered now."""
+        """Return the descriptors by which a peer reads the segments that are registered now."""
 
     def add_peer(self, metadata: bytes) -> Awaitable[str]:
-        """Take what a peer has registered by now; return the name of its plane."""
+        """Load the descriptors of a peer's registered segments; return the name of its agent."""
 
     def read(self, peer: str, pieces: Sequence[Piece]) -> Transfer:
         """Begin to read."""

@@ -1,4 +1,4 @@
-"""What featcache's pools have in common, whichever of SGLang's they stand for."""
+"""The slab end that the replacements of both of SGLang's pools share."""
 
 import asyncio
 import contextlib
@@ -52,7 +52,7 @@ class PoolEnd:
         return self.slab.put(tensor.detach(), self.readers, self.wait_s())
 
     def cancel(self, proxy: Any) -> None:
-        """Take back what was never dispatched; again, or after it was paid, does nothing.
+        """Take back a feature that was never dispatched; again, or after it was paid, does nothing.
 
         Raises:
             RuntimeError: the proxy is none of this slab's.
@@ -101,7 +101,7 @@ def open_end(
 
 
 class SglangContext:
-    """What SGLang has published in this process, read when it is needed."""
+    """SGLang's settings of this process, read at each use."""
 
     def __init__(
         self,
