@@ -81,6 +81,9 @@ class ThreadLink(Link[blocking.FeatureClient]):
                 self._ends.wait(_RETRY_S)
                 continue
             self._client = client
+            # After the store: either `close` finds this client, or this look finds that it came.
+            if self._ends.is_set():  # a stopped owner held the attach for longer than `close` waits
+                client.close()
             return
 
     def close(self) -> None:
