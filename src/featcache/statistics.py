@@ -64,6 +64,12 @@ class Statistics:
     """Fetches that ended without the feature: its home was lost, or nobody waited for it any more."""
     hosts_lost: int = 0
     """Other hosts that read here and vanished: their reads were paid for them."""
+    keys_fetched: int = 0
+    """Features that were fetched from the homes of their keys."""
+    keys_offered: int = 0
+    """Features put or made here under keys, that the homes of the keys have fetched."""
+    claims_passed: int = 0
+    """Features that another host was to make as it vanished: the next that waits makes them."""
     expired: int = 0
     """Refs whose ttl passed with reads unpaid."""
     discarded: int = 0

@@ -229,6 +229,7 @@ def create(  # noqa: PLR0913 - all by keyword, and each is an owner's
     idle: float | None = None,
     listen: str | None = None,
     cluster_key: str | bytes | None = None,
+    upstream: Iterable[str] | None = None,
 ) -> FeatureCache:
     """Return a cache to be opened with ``async with``: this process will own its slab.
 
@@ -251,6 +252,10 @@ def create(  # noqa: PLR0913 - all by keyword, and each is an owner's
         cluster_key: the secret, best of 16 random bytes or more, that all hosts of a cluster prove to each
             other; ``FEATCACHE_CLUSTER_KEY`` without it. With a key, refs of other hosts can be read here,
             and by the clients of this cache. Neither, and no `listen`: this host alone.
+        upstream: the addresses, ``"HOST:PORT"`` each, of the hosts that are the homes of keys, the same
+            list for all owners. A key that is not here is looked up at its home, fetched and kept;
+            `get_or_put` makes it once over all hosts; what is put under a key is offered to its home.
+            An owner whose own `listen` is in the list is the home of its share of the keys.
 
     Raises:
         SettingsError: an argument is invalid.
@@ -262,5 +267,5 @@ def create(  # noqa: PLR0913 - all by keyword, and each is an owner's
     limits_of(chosen, HostSlab.granularity_bytes)  # sizes that clash are told now, not by `open`
     spill_bytes = None if spill is None else parse_bytes(spill, "spill")
     path = None if endpoint is None else endpoints.check_endpoint(endpoint)
-    cluster = parse_cluster(listen, cluster_key)
+    cluster = parse_cluster(listen, cluster_key, upstream, chosen.peers)
     return FeatureCache(target, chosen, path, parse_name(name), spill_bytes, cluster)

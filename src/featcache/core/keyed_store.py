@@ -4,7 +4,7 @@ A slot that is kept under a key stays PUBLISHED when no reads are owed any more.
 key was dropped (evicted, or given to another feature) and the last grant on it was paid.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 
 from featcache.core.allocator import ALIGNMENT_BYTES
@@ -55,6 +55,8 @@ class KeyedStore(Store):
         """What is evicted for the request that was asked for last."""
         self.trimming = False
         """Whether `trim` has more to evict."""
+        self.on_claim_ended: Callable[[bytes, int], object] | None = None
+        """Told the key and the number of each claim that has ended."""
 
     @property
     def unevictable_bytes(self) -> int:
@@ -124,6 +126,8 @@ class KeyedStore(Store):
 
     def release_claim(self, key: bytes, claim: int) -> list[Effect]:
         """End a claim, whether its feature was published or not. One that is not out is ignored."""
+        if self.on_claim_ended is not None and self.key_waiters.holds(key, claim):
+            self.on_claim_ended(key, claim)
         following = self.key_waiters.release_claim(key, claim)
         return [] if following is None else [ClaimPassed(following)]
 

@@ -102,7 +102,7 @@ class OwnerKeys:
             return at_hand
         if not waits and self._lookups.is_claimed(key):
             raise not_found(key)
-        found = await self._lookups.wait_for_key(key, page, can_make=True)
+        found = await self._lookups.wait_for_key(key, page, can_make=True, waits=waits)
         if not isinstance(found, Claim):
             return self._lease(found)
         claim = found

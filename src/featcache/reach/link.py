@@ -156,9 +156,7 @@ class HomeLink:
             raise _error(answer)
         return answer
 
-    def tell(
-        self, note: messages.Cancel | messages.Drop | messages.Pay | messages.NameLost
-    ) -> None:
+    def tell(self, note: messages.Note) -> None:
         """Send what has no answer of its own; no-op once it is lost."""
         if self.lost is None:
             self._stream.send(encode(note))
