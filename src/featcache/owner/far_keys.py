@@ -6,7 +6,7 @@ from typing import Final
 
 from featcache.control.messages import ProtocolError
 from featcache.core.slots import Slot
-from featcache.errors import OwnerLost, PoolFull
+from featcache.errors import BackendUnavailable, OwnerLost, PoolFull
 from featcache.owner.far_peer import FarPeer
 from featcache.owner.keys import Claim
 from featcache.owner.landing import Landing, There, checked_specs
@@ -150,7 +150,10 @@ class FarKeys:
             there = There(offer.nbytes, offer.address, offer.pieces, checked_specs(offer))
             timeout_s = pool.settings.peer_timeout
             maker = Maker(peer, offer.request, timeout_s)
-            await self._landing.land(maker, there, key, room_s=timeout_s)
+            try:
+                await self._landing.land(maker, there, key, room_s=timeout_s)
+            except OwnerLost as error:  # the offering host is not to think that this one is lost
+                raise BackendUnavailable(str(error)) from None
         else:
             peer.send(messages.Done(offer.request))
         if claim is not None:

@@ -1,12 +1,20 @@
 """The other hosts that this owner reads from: one connection to each, its data plane, what is owed to it."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
 from featcache import events
-from featcache.errors import CacheClosed, KeyNotFound, MalformedRef, OwnerLost, PoolFull
+from featcache.errors import (
+    CacheClosed,
+    FeatcacheError,
+    KeyNotFound,
+    MalformedRef,
+    OwnerLost,
+    PoolFull,
+)
 from featcache.owner.registered import RegisteredSlab
 from featcache.pool.pool import Pool
 from featcache.reach import messages
@@ -23,6 +31,7 @@ _TELL_AGAIN_S: Final = 0.2
 """Seconds after which a payment that was not acknowledged is told again, over TCP."""
 _UNKNOWN_EPOCH: Final = 0
 _MAX_UNTOLD: Final = 1 << 16
+_MAX_TICKETS: Final = 2048
 
 
 class Home:
@@ -112,6 +121,8 @@ class Home:
     ) -> messages.Sought | messages.Claimed:
         """Have the feature under a key pinned, or be the one that makes it, until `give_back`."""
         link, self.slab = self.link, slab
+        if len(self.tickets) >= _MAX_TICKETS:
+            raise PoolFull(f"{_MAX_TICKETS} keys are sought, or made, for {self.address} already")
         self.tickets.add(ticket)
         try:
             answer = await link.request(
@@ -251,6 +262,7 @@ class Homes:
         self._names = names
         self._homes: dict[str, Home] = {}
         self._closed = False
+        self._coming_back: set[asyncio.Task[None]] = set()
         self.own_address: str | None = None
         """Where this owner itself listens."""
         self.on_gone: Callable[[Place], object] = lambda _: None
@@ -338,6 +350,15 @@ class Homes:
             events.OwnerGone(pool=link.host.hex(), endpoint=home.address, reason=str(link.lost))
         )
         self.on_lost(home.address)
+        if home.tickets and link.is_broken and not self._closed:
+            # What this host is to make is kept for it, for a while: it may be the network alone.
+            task = asyncio.get_running_loop().create_task(self._come_back(home.address))
+            self._coming_back.add(task)
+            task.add_done_callback(self._coming_back.discard)
+
+    async def _come_back(self, address: str) -> None:
+        with contextlib.suppress(FeatcacheError):
+            await self.at(address)
 
     def name_lost(self, name: str) -> None:
         """Tell all homes that the session of this name died."""
@@ -348,6 +369,8 @@ class Homes:
     def close(self) -> None:
         """Pay what is owed, and say goodbye to all."""
         self._closed = True
+        for task in self._coming_back:
+            task.cancel()
         for home in self._homes.values():
             if home.opening is not None and home.opening.task is not None:
                 home.opening.task.cancel()

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from featcache.errors import AttachRefused, CacheClosed, FeatcacheError, OwnerLost
 from featcache.owner.homes import Home, Homes
+from featcache.reach.handshake import DialedItself
 from featcache.reach.rendezvous import Ranking
 
 T = TypeVar("T")
@@ -55,6 +56,8 @@ class Upstreams:
             answer = await self.ask_at(address, what)
             if answer is not None:
                 return answer
+            if address in self._own:
+                break  # as was found now
         return None
 
     async def ask_at(self, address: str, what: Callable[[Home], Awaitable[T]]) -> T | None:
@@ -65,10 +68,14 @@ class Upstreams:
                 home = await self._homes.at(address)
                 link = home.link
                 return await what(home)
+            except DialedItself:
+                self._own.add(address)  # its name is another than that of `listen`
+                return None
             except (OwnerLost, AttachRefused) as error:
                 if again and link is not None and link.is_broken:
                     continue  # the connection was found to be broken: it may be restarted
                 self._set_down(address, error)
+                break
         return None
 
     def _set_down(self, address: str, error: FeatcacheError) -> None:

@@ -17,7 +17,7 @@ from featcache.errors import (
     explain,
 )
 from featcache.reach import messages
-from featcache.reach.handshake import Conversation, Role
+from featcache.reach.handshake import Conversation, DialedItself, Role
 from featcache.reach.messages import Alive, Answer, Paid, decode_from_home, encode
 from featcache.reach.secret import TlsContexts, parse_address
 from featcache.reach.stream import Stream
@@ -269,4 +269,6 @@ def _error(failed: messages.Failed) -> FeatcacheError:
 
 
 def _at(address: str, error: FeatcacheError) -> AttachRefused:
+    if isinstance(error, DialedItself):
+        return error
     return AttachRefused(f"{address}: {error}")
