@@ -339,4 +339,5 @@ async def test_storms_of_calls_and_cancellations_leave_nothing(seed: int) -> Non
         storms = [Storm([*owners, *clients], seed * 100 + n) for n in range(8)]
         await asyncio.wait_for(asyncio.gather(*(storm.run() for storm in storms)), 60)
         await settled(owners)
-        assert all(owner.statistics().slots_used <= 12 for owner in owners)
+        # Slots that clients were given ahead of their next puts are taken back in a while.
+        await until(lambda: all(owner.statistics().slots_used <= 12 for owner in owners))
