@@ -103,6 +103,21 @@ async def test_a_put_is_offered_to_its_home() -> None:
         await until(lambda: not grants_of(owners))
 
 
+async def test_what_is_on_its_way_to_its_home_is_found_there() -> None:
+    async with cluster(1, 2) as owners:
+        plane = plane_of(owners[0])
+        plane.held = True
+        await owners[1].put(filled(KIB, 4), key="k")
+        await until(lambda: len(plane.transfers) == 1)
+        looks = [asyncio.ensure_future(owners[n].get("k")) for n in (0, 2)]
+        assert await owners[0].contains("k")
+        await until(lambda: waits_for_offers(owners[0]))
+        plane.transfers[0].land()
+        assert [first(each) for each in await asyncio.gather(*looks)] == [4, 4]
+        await until(lambda: not grants_of(owners))
+        assert len(plane.transfers) == 1
+
+
 async def test_two_hosts_make_a_key_once() -> None:
     async with (
         cluster(1, 2) as owners,
@@ -196,6 +211,14 @@ def tickets_of(owners: list[FeatureCache]) -> int:
         if beyond.peers is not None:
             count += sum(len(peer.given) for peer in beyond.peers._peers.values())
     return count
+
+
+def waits_for_offers(owner: FeatureCache) -> bool:
+    """Whether another host's request waits at a home for what is offered."""
+    beyond = owner._opened().beyond
+    assert beyond is not None
+    assert beyond.peers is not None
+    return sum(len(peer.tasks) for peer in beyond.peers._peers.values()) == 2
 
 
 def claims_of(owners: list[FeatureCache]) -> int:

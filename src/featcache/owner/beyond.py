@@ -91,6 +91,8 @@ class Beyond:
             if own is not None:
                 upstreams.add_own(own)
         self.keys = KeyHosts(self._served, upstreams, self.slab, self.landing)
+        if self.far_keys is not None:
+            self._served.sources.add(self.far_keys)
         self._served.sources.add_hosts(self.keys)
 
     @property

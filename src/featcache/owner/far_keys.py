@@ -2,12 +2,14 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Final
 
 from featcache.control.messages import ProtocolError
 from featcache.core.slots import Slot
 from featcache.errors import BackendUnavailable, OwnerLost, PoolFull
 from featcache.owner.far_peer import FarPeer
+from featcache.owner.flights import Flights
 from featcache.owner.keys import Claim
 from featcache.owner.landing import Landing, There, checked_specs
 from featcache.owner.registered import RegisteredSlab
@@ -64,11 +66,14 @@ class FarKeys:
         CLAIMED ──no connection for `peer_timeout`──→ (none)
     """
 
+    name: Final = "what other hosts offer"
+
     def __init__(self, served: ServedPool, slab: RegisteredSlab, landing: Landing) -> None:
         self._served = served
         self._pool = served.pool
         self._slab = slab
         self._landing = landing
+        self._taking: Flights[bytes, None] = Flights()
         self.passed = 0
         """Claims of hosts that vanished, passed on."""
 
@@ -115,6 +120,8 @@ class FarKeys:
         lookups, sources = served.lookups, served.sources
         if key in store.directory and (slot := store.lookup(key, _now())) is not None:
             return slot
+        if await self.bring(key) and (slot := store.lookup(key, _now())) is not None:
+            return slot
         # Of two hosts that ask each other neither may wait for the other.
         if request.claims and (
             sources.is_seeking(key) or (not request.waits and lookups.is_claimed(key))
@@ -137,6 +144,19 @@ class FarKeys:
         address = slab.address_of(ref.offset_bytes)
         return messages.Sought(request.request, ref.nbytes, ref.specs, address, pieces, epoch, told)
 
+    # --- as a source of this pool: what is on its way ------------------------------------------------
+
+    async def bring(self, key: bytes) -> bool:
+        """Return once a feature is here that is being fetched from who offers it; False if none is."""
+        if key not in self._taking:
+            return False
+        await self._taking.ended(key)
+        return key in self._pool.store.directory
+
+    async def holds(self, keys: Sequence[bytes]) -> Sequence[bool]:
+        """Return which keys are on their way."""
+        return [key in self._taking for key in keys]
+
     # --- what others made -----------------------------------------------------------------------------
 
     async def _take(self, peer: FarPeer, offer: messages.Offer) -> None:
@@ -146,18 +166,23 @@ class FarKeys:
             claim = None
         if offer.metadata:
             peer.plane = await self._slab.plane.add_peer(offer.metadata)
+        while key in self._taking:
+            await self._taking.ended(key)
         if key not in pool.store.directory:
-            there = There(offer.nbytes, offer.address, offer.pieces, checked_specs(offer))
-            timeout_s = pool.settings.peer_timeout
-            maker = Maker(peer, offer.request, timeout_s)
-            try:
-                await self._landing.land(maker, there, key, room_s=timeout_s)
-            except OwnerLost as error:  # the offering host is not to think that this one is lost
-                raise BackendUnavailable(str(error)) from None
+            await self._taking.join(key, lambda: self._land(peer, offer))
         else:
             peer.send(messages.Done(offer.request))
         if claim is not None:
             self.give_back(peer, offer.ticket)
+
+    async def _land(self, peer: FarPeer, offer: messages.Offer) -> None:
+        there = There(offer.nbytes, offer.address, offer.pieces, checked_specs(offer))
+        timeout_s = self._pool.settings.peer_timeout
+        maker = Maker(peer, offer.request, timeout_s)
+        try:
+            await self._landing.land(maker, there, offer.key, room_s=timeout_s)
+        except OwnerLost as error:  # the offering host is not to think that this one is lost
+            raise BackendUnavailable(str(error)) from None
 
     def vouched(self, peer: FarPeer, request: int) -> None:
         """Take the word of a host for what was read from it."""

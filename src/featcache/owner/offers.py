@@ -53,7 +53,9 @@ class Offers:
         if right is None and (key in self._waiting or len(self._waiting) >= _MAX_OFFERS):
             if key not in self._waiting:
                 self.dropped += 1
-                self._on_failed(PoolFull(f"{_MAX_OFFERS} keys wait to be offered to their homes"))
+                # Not now: a put is in the middle of its publishing, and hooks may put.
+                full = PoolFull(f"{_MAX_OFFERS} keys wait to be offered to their homes")
+                self._pool.loop.call_soon(self._on_failed, full)
             return
         before = self._waiting.pop(key, None)
         if before is not None:

@@ -79,6 +79,8 @@ class OwnerKeys:
             return at_hand
         if timeout_s is None:
             return self._lease(await self._lookups.find_elsewhere(key, page))
+        if not timeout_s and self._lookups.sources is not None:
+            await self._lookups.sources.bring(key)  # a round trip is no wait
         try:
             with anyio.fail_after(timeout_s):
                 found = await self._lookups.wait_for_key(key, page, can_make=False)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from featcache.errors import AttachRefused, CacheClosed, FeatcacheError, OwnerLost
 from featcache.owner.homes import Home, Homes
@@ -10,6 +10,8 @@ from featcache.reach.handshake import DialedItself
 from featcache.reach.rendezvous import Ranking
 
 T = TypeVar("T")
+_MOST_REFUSALS: Final = 32
+"""Times `reconnect_interval` between two tries, at most, of one that refuses this host."""
 
 
 class Upstreams:
@@ -29,6 +31,7 @@ class Upstreams:
         self._interval_s = interval_s
         self._down: dict[str, asyncio.Task[None]] = {}
         self._own: set[str] = set()
+        self._closed = False
         self.on_down: Callable[[FeatcacheError], object] = lambda _: None
         """Told why one is DOWN now."""
 
@@ -63,6 +66,8 @@ class Upstreams:
     async def ask_at(self, address: str, what: Callable[[Home], Awaitable[T]]) -> T | None:
         """Return what the owner at an address answers; None, and it is DOWN, if it can't be reached."""
         for again in (True, False):
+            if self._closed:
+                raise CacheClosed("the cache was closed")
             link = None
             try:
                 home = await self._homes.at(address)
@@ -79,23 +84,28 @@ class Upstreams:
         return None
 
     def _set_down(self, address: str, error: FeatcacheError) -> None:
-        if address not in self._down:
+        if address not in self._down and not self._closed:
             self.on_down(error)
             self._down[address] = asyncio.get_running_loop().create_task(self._revive(address))
 
     async def _revive(self, address: str) -> None:
+        interval_s = self._interval_s
         while True:
-            await asyncio.sleep(self._interval_s)
+            await asyncio.sleep(interval_s)
             try:
                 await self._homes.at(address)
             except CacheClosed:
                 return
-            except FeatcacheError:
+            except OwnerLost:
+                continue
+            except FeatcacheError:  # it is there, and refuses: that changes by hand, if at all
+                interval_s = min(2 * interval_s, _MOST_REFUSALS * self._interval_s)
                 continue
             del self._down[address]
             return
 
     def close(self) -> None:
-        """Try no more."""
+        """Ask, and try, no more."""
+        self._closed = True
         for task in self._down.values():
             task.cancel()
