@@ -294,8 +294,8 @@ class Storm:
         self._caches = caches
         self._random = random.Random(seed)
 
-    async def run(self) -> None:
-        for _ in range(40):
+    async def run(self, calls: int = 40) -> None:
+        for _ in range(calls):
             task = asyncio.ensure_future(self._call())
             if self._random.random() < 0.3:
                 await steps(self._random.randrange(30))
@@ -341,3 +341,41 @@ async def test_storms_of_calls_and_cancellations_leave_nothing(seed: int) -> Non
         await settled(owners)
         # Slots that clients were given ahead of their next puts are taken back in a while.
         await until(lambda: all(owner.statistics().slots_used <= 12 for owner in owners))
+
+
+async def peril(networks: list[Network], random_: random.Random, until_done: asyncio.Event) -> None:
+    """Break connections, and cut and mend networks, until it is told to stop."""
+    while not until_done.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(until_done.wait(), random_.uniform(0.01, 0.1))
+        hit = random_.choice(networks)
+        if random_.random() < 0.7:
+            hit.reset()
+        else:
+            hit.cut()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(until_done.wait(), random_.uniform(0.1, 0.6))
+            hit.mend()
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_storms_over_networks_that_break_hang_nobody_and_leave_nothing(seed: int) -> None:
+    listens = free_addresses(2)
+    changes = {"capacity": "2MiB", "peer_timeout": 0.3, "peer_lease": 1.0}
+    async with contextlib.AsyncExitStack() as stack:
+        networks = [await stack.enter_async_context(network(listen)) for listen in listens]
+        upstream = [each.address for each in networks]
+        owners = [
+            await stack.enter_async_context(owner_of(upstream, listen, **changes))
+            for listen in (*listens, None, None)
+        ]
+        clients = [
+            await stack.enter_async_context(featcache.connect(owner.endpoint)) for owner in owners
+        ]
+        done = asyncio.Event()
+        perils = asyncio.ensure_future(peril(networks, random.Random(seed), done))
+        storms = [Storm([*owners, *clients], seed * 100 + n) for n in range(8)]
+        await asyncio.wait_for(asyncio.gather(*(storm.run(100) for storm in storms)), 120)
+        done.set()
+        await perils
+        await settled(owners)

@@ -107,14 +107,21 @@ class FarPeers:
             self._on_note(peer, message)
 
     def _on_note(
-        self, peer: FarPeer, note: messages.NameLost | messages.GiveBack | messages.Vouch
+        self,
+        peer: FarPeer,
+        note: messages.NameLost | messages.GiveBack | messages.Vouch | messages.Holding,
     ) -> None:
         if isinstance(note, messages.NameLost):
             self._waive(frozenset((note.name,)))
         elif isinstance(note, messages.GiveBack):
             self._keys.give_back(peer, note.ticket)
-        else:
+        elif isinstance(note, messages.Vouch):
             self._keys.vouched(peer, note.request)
+        else:
+            for place, reader in peer.begun.keys() - set(note.reads):
+                self._drop(peer, place, reader)
+            for ticket in peer.given.keys() - set(note.tickets):
+                self._keys.give_back(peer, ticket)
 
     def notified(self, payload: bytes) -> None:
         """Take payments that came over the data plane, which proves nothing: of known hosts only."""

@@ -30,7 +30,6 @@ _now: Final = time.monotonic
 _TELL_AGAIN_S: Final = 0.2
 """Seconds after which a payment that was not acknowledged is told again, over TCP."""
 _UNKNOWN_EPOCH: Final = 0
-_MAX_UNTOLD: Final = 1 << 16
 _MAX_TICKETS: Final = 2048
 
 
@@ -49,8 +48,8 @@ class Home:
         self.opening: SharedTask[HomeLink] | None = None
         self._link: HomeLink | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._untold: list[messages.Drop | messages.GiveBack] = []
-        """What was given up while there was no connection, and may be left at the home."""
+        self._reads: set[tuple[Place, int]] = set()
+        """What the home was asked to pin, by place and session, and is not told to unpin yet."""
         self.tickets: set[int] = set()
         """What the home has given by key, or is asked for."""
         self._offered: tuple[HomeLink, int] | None = None
@@ -75,15 +74,14 @@ class Home:
         if link.host != self.host:
             self.host, self.epoch, self.plane = link.host, _UNKNOWN_EPOCH, ""
             self.ledger.clear()
-            self._untold.clear()
+            self._reads.clear()
             self.tickets.clear()
         self._link = link
         # In this order: what is paid is not dropped.
         for payments in self.ledger.all():
             link.tell(messages.Pay(self.pool_id, payments))
-        for note in self._untold:
-            link.tell(note)
-        self._untold.clear()
+        held = messages.MAX_HELD
+        link.tell(messages.Holding(list(self._reads)[:held], list(self.tickets)[:held]))
 
     # --- requests -------------------------------------------------------------------------------------
 
@@ -93,6 +91,7 @@ class Home:
         """Have a ref pinned for a session, until `pay` or `drop`; return where its bytes are."""
         link, place = self.link, Place(ref.pool_id, ref.slot, ref.generation)
         self.slab = slab
+        self._reads.add((place, session))
         try:
             answer = await link.request(
                 messages.Look(
@@ -173,7 +172,8 @@ class Home:
         """Give back what the home gave under a ticket."""
         if ticket in self.tickets:
             self.tickets.discard(ticket)
-            self._tell(messages.GiveBack(ticket))
+            if self.linked is not None:  # as above
+                self.linked.tell(messages.GiveBack(ticket))
 
     async def release(self, ref: FeatureRef, session: int, name: str | None) -> None:
         """Have a session's read paid that was not begun."""
@@ -189,16 +189,13 @@ class Home:
 
     def drop(self, place: Place, session: int) -> None:
         """Have a session's pin taken back; its read is still owed."""
-        self._tell(messages.Drop(place, session))
-
-    def _tell(self, note: messages.Drop | messages.GiveBack) -> None:
-        if self.linked is not None:
-            self.linked.tell(note)
-        elif len(self._untold) < _MAX_UNTOLD:
-            self._untold.append(note)
+        self._reads.discard((place, session))
+        if self.linked is not None:  # else it is told what is still held
+            self.linked.tell(messages.Drop(place, session))
 
     def pay(self, place: Place, session: int, name: str | None) -> None:
         """Pay a read: told by a notification, and over TCP until the home has it."""
+        self._reads.discard((place, session))
         if place.pool != self.host:
             return
         payment = self.ledger.add(place, session, name, _now())

@@ -19,6 +19,8 @@ MAX_GONE: Final = 1024
 """Refs that one `Alive` names."""
 MAX_NAMES: Final = 1024
 """Names of readers that one `Beat` has."""
+MAX_HELD: Final = 1 << 16
+"""Reads, and tickets, that one `Holding` names."""
 MAX_NOTIFICATION_BYTES: Final = 64 << 10
 MAX_KEYS: Final = 256
 """Keys that one `Ask` names."""
@@ -124,6 +126,17 @@ class GiveBack(msgspec.Struct, tag="give_back", frozen=True):
     """Reader: it needs no more what it was given under this ticket."""
 
     ticket: Natural
+
+
+class Holding(msgspec.Struct, tag="holding", frozen=True):
+    """Reader, as it is connected again: all that it still has of what it was given; the rest is taken back.
+
+    What it told last over a connection that broke may never have come.
+    """
+
+    reads: Annotated[list[tuple[Place, Natural]], msgspec.Meta(max_length=MAX_HELD)]
+    """What it has looked at, and each session that reads it."""
+    tickets: Annotated[list[Natural], msgspec.Meta(max_length=MAX_HELD)]
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):
@@ -240,7 +253,7 @@ class Alive(msgspec.Struct, tag="alive", frozen=True):
 
 Request = Look | Release | Discard | Seek | Ask | Offer
 Answer = Found | Done | Failed | Sought | Claimed | Told | Read
-Note = Cancel | Drop | Pay | NameLost | GiveBack | Vouch
+Note = Cancel | Drop | Pay | NameLost | GiveBack | Vouch | Holding
 FromReader = Request | Note | Beat | Goodbye
 FromHome = Answer | Paid | Alive
 decode_from_reader: Final = checked_decoder(
