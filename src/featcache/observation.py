@@ -135,6 +135,8 @@ class HomeView:
     fetched_bytes: int
     failed: int
     """Fetches that ended without the feature."""
+    dials_failed: int
+    """Tries to connect to it that failed: nobody answered, or it refused."""
     in_progress: int
     """Fetches now, with those that wait for room."""
     quarantined: int

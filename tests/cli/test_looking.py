@@ -298,7 +298,7 @@ def test_doctor_tells_what_other_hosts_are_reached_over(monkeypatch: pytest.Monk
             raise importlib.metadata.PackageNotFoundError(name)
         return there[name]
 
-    monkeypatch.setattr(checks.importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "version", version)
     (missing,) = checks._reach()
     assert missing.state == "note"
     assert "pip install 'featcache[reach]'" in missing.remedy

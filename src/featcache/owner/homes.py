@@ -46,6 +46,7 @@ class Home:
         self.pool_id = b""
         """The id of this host's own pool."""
         self.traffic = Traffic()
+        self.dials_failed = 0
         self.refused = ""
         """Why it could not be dialed when it was last tried."""
 
@@ -264,6 +265,7 @@ class Homes:
             )
         except FeatcacheError as error:
             home.refused = str(error)
+            home.dials_failed += 1
             self._tell_refused(home)
             raise
         home.refused = ""

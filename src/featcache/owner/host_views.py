@@ -100,6 +100,7 @@ def _home(home: Home) -> HomeView:
         fetched=traffic.fetched,
         fetched_bytes=traffic.fetched_bytes,
         failed=traffic.failed,
+        dials_failed=home.dials_failed,
         in_progress=traffic.in_progress,
         quarantined=traffic.quarantined,
         quarantined_bytes=traffic.quarantined_bytes,
