@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+import uvloop
 
 import featcache
 from featcache import FeatureCache, SettingsError, events
@@ -342,6 +343,22 @@ async def test_what_is_no_tls_is_told(tmp_path: Path) -> None:
             with contextlib.suppress(ConnectionError):
                 await plain.reader.read()
             await until(lambda: any("no TLS" in each for each in told))
+
+
+@pytest.mark.parametrize("has_tls", [False, True])
+def test_hosts_read_each_other_under_uvloop(has_tls: bool, tmp_path: Path) -> None:
+    tls = certificate(tmp_path) if has_tls else {}
+
+    async def read() -> None:
+        async with (
+            listening(**tls) as home,
+            featcache.create(settings=quick(**tls), cluster_key=KEY) as reader,
+        ):
+            got = await reader.get(await home.put(filled(KIB, 3)))
+            assert torch.equal(tensor(got), filled(KIB, 3))
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(read())
 
 
 async def test_a_reader_that_trusts_another_authority_does_not_come_in(tmp_path: Path) -> None:

@@ -63,9 +63,9 @@ class Listener:
         named = socket.gethostname() if wanted.host in _ANY else wanted.host
         self.address = str(Address(named, port))
 
-    def _accept(self) -> Stream:
+    def _accept(self, gate: TlsGate | None = None) -> Stream:
         talk = Conversation(Role.LISTENER, self._key, self._host)
-        stream = _Incoming(talk, self._settings.peer_timeout, self)
+        stream = _Incoming(talk, self._settings.peer_timeout, self, gate)
         stream.on_closed = lambda error: self._gone(stream, error)
         return stream
 
@@ -74,7 +74,7 @@ class Listener:
         assert tls is not None, "it listens with TLS"
         return TlsGate(
             *(tls, self._settings.peer_timeout),
-            *(self._admit_tls, self._secured, self._secure_over),
+            *(self._admit_tls, self._accept, self._secure_over),
         )
 
     def _admit_tls(self, gate: TlsGate) -> bool:
@@ -90,13 +90,6 @@ class Listener:
         if reason is not None:
             self._on_refused(gate.where, reason)
 
-    def _secured(self, transport: asyncio.Transport, early: bytes) -> None:
-        stream = self._accept()
-        transport.set_protocol(stream)
-        stream.connection_made(transport)
-        if early:
-            stream.data_received(early)
-
     @property
     def _is_full(self) -> bool:
         return len(self._greeting) + len(self._securing) >= self._settings.peers
@@ -105,8 +98,10 @@ class Listener:
         most = self._settings.peers
         return f"{most} hosts are in their handshake already: try again, or raise Settings.peers"
 
-    def admit(self, stream: Stream) -> bool:
-        """Count a connection that was just made, or send it away."""
+    def admit(self, stream: Stream, gate: TlsGate | None) -> bool:
+        """Count a connection that was just made, or send it away. It may have had a place in its `gate`."""
+        if gate is not None:
+            self._securing.discard(gate)
         if self._is_full:
             stream.refuse(self._full())
             return False
@@ -155,14 +150,17 @@ class Listener:
 class _Incoming(Stream):
     """A connection that was accepted: counted before its handshake begins."""
 
-    def __init__(self, talk: Conversation, timeout_s: float, listener: Listener) -> None:
+    def __init__(
+        self, talk: Conversation, timeout_s: float, listener: Listener, gate: TlsGate | None
+    ) -> None:
         super().__init__(talk, timeout_s)
         self._listener = listener
+        self._gate = gate
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Count it, or refuse it."""
         super().connection_made(transport)
-        self._listener.admit(self)
+        self._listener.admit(self, self._gate)
 
 
 def _ignore(_: FeatcacheError | None) -> None:
