@@ -16,6 +16,7 @@ import torch
 from examples.waiting import until
 from featcache import KeyNotFound, OwnerLost, SettingsError, blocking
 from featcache.integrations.ray import register
+from featcache.integrations.ray.config import Config
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 scenes = pytest.importorskip("integrations.ray.scenes")
@@ -186,7 +187,7 @@ def test_an_actor_that_is_killed_leaves_nothing_pinned_and_works_again_after_its
 
 
 def transport_to(endpoint: str) -> FeatcacheTransport:
-    from featcache.integrations.ray.transport import Config, FeatcacheTransport
+    from featcache.integrations.ray.transport import FeatcacheTransport
 
     class Configured(FeatcacheTransport):
         config = Config(endpoint=endpoint, put_timeout_s=5)

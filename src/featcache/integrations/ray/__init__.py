@@ -4,16 +4,13 @@ Ray 2.55 or newer (its Direct Transport, in alpha). Ray is imported when `regist
 """
 
 import os
-from typing import Final
 
 from featcache.api.endpoints import check_endpoint
 from featcache.errors import SettingsError
+from featcache.integrations.ray.config import NAME, Config
 from featcache.settings import parse_timeout
 
 __all__ = ["NAME", "register"]
-
-NAME: Final = "featcache"
-"""What `ray.method(tensor_transport=...)` and `ray.put(..., _tensor_transport=...)` are given."""
 
 
 def register(endpoint: str | None = None, *, put_timeout: float = 30.0) -> None:
@@ -44,4 +41,4 @@ def register(endpoint: str | None = None, *, put_timeout: float = 30.0) -> None:
         raise ImportError(
             "featcache.integrations.ray needs Ray 2.55 or newer: pip install 'featcache[ray]'"
         ) from error
-    transport.register(transport.Config(endpoint=endpoint, put_timeout_s=timeout_s))
+    transport.register(Config(endpoint=endpoint, put_timeout_s=timeout_s))

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
-import attrs
 import ray
 import torch
 from ray.experimental import TensorTransportManager, register_tensor_transport
@@ -24,7 +23,7 @@ from ray.experimental.rdt.tensor_transport_manager import (
 )
 
 from featcache import FeatcacheError, KeyNotFound, SettingsError, blocking
-from featcache.integrations.ray import NAME
+from featcache.integrations.ray.config import NAME, Config
 from featcache.memory.pack import Feature
 
 _log: Final = logging.getLogger("featcache")
@@ -34,14 +33,6 @@ _PIN_TRIES: Final = 8
 _MAX_WARNED: Final = 1024
 _TENSORS: Final = 128
 """Of one feature; an object of more is several. Settings.tensors of an owner is 256 if nothing is said."""
-
-
-@attrs.frozen(kw_only=True)
-class Config:
-    """What every process of the application is told by `register`."""
-
-    endpoint: str
-    put_timeout_s: float | None
 
 
 @dataclass(kw_only=True)
