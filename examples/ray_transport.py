@@ -8,7 +8,8 @@ copies it from the slab. examples/ray_actors.py does the same by refs, with less
 
 What to mind:
 
-- `register` comes before the classes of the actors, whose decorators ask for the transport by name.
+- `register` comes before the actors are made; before their classes, where methods name the transport in
+  `@ray.method(tensor_transport="featcache")` and not by `options`.
 - Classes that only receive need `enable_tensor_transport=True`: Ray stalls for 60 seconds without.
 """
 
@@ -27,23 +28,21 @@ PATCHES, WIDTH = 256, 1176
 ANSWER_S = 60.0
 
 
-def classes() -> tuple[Any, Any]:
-    """Define the actors, once the transport is known."""
+@ray.remote(num_cpus=0, enable_tensor_transport=True)
+class Encoder:
+    def encode(self, number: int) -> dict[str, torch.Tensor]:
+        patches = torch.full((PATCHES, WIDTH), float(number))
+        return {"patches": patches, "grid": torch.tensor([1, 16, 16])}
 
-    @ray.remote(num_cpus=0, enable_tensor_transport=True)
-    class Encoder:
-        @ray.method(tensor_transport="featcache")
-        def encode(self, number: int) -> dict[str, torch.Tensor]:
-            patches = torch.full((PATCHES, WIDTH), float(number))
-            return {"patches": patches, "grid": torch.tensor([1, 16, 16])}
 
-    @ray.remote(num_cpus=0, enable_tensor_transport=True)
-    class Model:
-        def look(self, features: dict[str, torch.Tensor]) -> float:
-            assert int(features["grid"].prod()) == PATCHES
-            return float(features["patches"].mean())
+@ray.remote(num_cpus=0, enable_tensor_transport=True)
+class Model:
+    def look(self, features: dict[str, torch.Tensor]) -> float:
+        assert int(features["grid"].prod()) == PATCHES
+        return float(features["patches"].mean())
 
-    return Encoder, Model
+
+ACTORS: tuple[Any, Any] = Encoder, Model  # what `ray.remote` makes of a class has no type
 
 
 def main() -> int:
@@ -59,11 +58,12 @@ def main() -> int:
     try:
         with blocking.create(capacity=options.capacity) as cache:
             featcache.integrations.ray.register(cache.endpoint)
-            encoder_class, model_class = classes()
+            encoder_class, model_class = ACTORS
             encoder = encoder_class.remote()
+            encode = encoder.encode.options(tensor_transport="featcache")
             models = [model_class.remote() for _ in range(options.models)]
             for number in range(options.rounds):
-                features = encoder.encode.remote(number)
+                features = encode.remote(number)
                 seen = ray.get([model.look.remote(features) for model in models], timeout=ANSWER_S)
                 assert seen == [number] * options.models, seen
                 del features  # the last reference: its room is free
