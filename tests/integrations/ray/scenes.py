@@ -87,3 +87,14 @@ def async_actor_class() -> Any:
             return float(tensor.sum())
 
     return AsyncActor
+
+
+def plain_actor_class() -> Any:
+    """Return a class that was made without ``enable_tensor_transport``."""
+
+    @ray.remote(num_cpus=0)
+    class Plain:
+        def total(self, tensor: torch.Tensor) -> float:
+            return float(tensor.sum())
+
+    return Plain

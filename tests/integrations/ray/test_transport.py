@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -201,14 +200,17 @@ def transport(owner: blocking.FeatureCache) -> FeatcacheTransport:
 
 
 def test_a_receiver_without_tensor_transport_is_warned_of_once(
-    transport: FeatcacheTransport, caplog: pytest.LogCaptureFixture
+    transport: FeatcacheTransport, actors: tuple[Any, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    source, target = object(), SimpleNamespace(_ray_enable_tensor_transport=False)
+    source, target = actors
+    waits_in_vain = scenes.plain_actor_class().remote()
     with caplog.at_level(logging.WARNING, "featcache"):
         transport.get_communicator_metadata(source, target)
-        transport.get_communicator_metadata(source, target)
-    (record,) = caplog.records
+        transport.get_communicator_metadata(source, waits_in_vain)
+        transport.get_communicator_metadata(source, waits_in_vain)
+    (record,) = [each for each in caplog.records if "tensor" in each.getMessage()]
     assert "enable_tensor_transport=True" in record.getMessage()
+    assert str(waits_in_vain) in record.getMessage()
 
 
 def test_a_task_that_ray_repeats_keeps_its_first_object(
