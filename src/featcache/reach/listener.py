@@ -73,8 +73,11 @@ class Listener:
         tls = self._tls.listening
         assert tls is not None, "it listens with TLS"
         return TlsGate(
-            *(tls, self._settings.peer_timeout),
-            *(self._admit_tls, self._accept, self._secure_over),
+            tls,
+            self._settings.peer_timeout,
+            self._admit_tls,
+            self._accept,
+            self._secure_over,
         )
 
     def _admit_tls(self, gate: TlsGate) -> bool:
