@@ -46,6 +46,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
                     "errors",
                     "events",
                     "hooks",
+                    "host_events",
                     "observation",
                     "ref",
                     "settings",
@@ -89,6 +90,7 @@ FORBIDDEN: Rules = {
     tuple(name for _, names in ROOMS if names is not INTEGRATIONS for name in names): (
         "prometheus_client",
         "opentelemetry",
+        "ray",
         "vllm",
     ),
     # and without what only the command line needs

@@ -10,11 +10,26 @@ import attrs
 
 from featcache.base_event import Event, Severity
 from featcache.hooks import Hook, Throttle, add_hook, emit, is_emitting, log_event, remove_hook
+from featcache.host_events import (
+    FetchFailed,
+    FetchQuarantined,
+    FetchSlow,
+    HomeAttached,
+    HomeUnreachable,
+    HostAttached,
+    HostLeft,
+    HostLost,
+)
 
 __all__ = [
     "BackendChosen",
     "CommitFailed",
     "Event",
+    "FetchFailed",
+    "FetchQuarantined",
+    "FetchSlow",
+    "HomeAttached",
+    "HomeUnreachable",
     "Hook",
     "HostAttached",
     "HostLeft",
@@ -222,34 +237,6 @@ class PeerRefused(Event):
     pid: int
     unlogged: int
     """Refusals since the last such event that were not logged."""
-
-
-@attrs.frozen(kw_only=True)
-class HostAttached(Event):
-    """Another host, which has proved the cluster key, reads this pool."""
-
-    name: ClassVar[str] = "featcache.host.attached"
-    host: str
-    """The id of its own pool, in hex."""
-    address: str
-
-
-@attrs.frozen(kw_only=True)
-class HostLeft(Event):
-    """Another host said goodbye."""
-
-    name: ClassVar[str] = "featcache.host.left"
-    host: str
-
-
-@attrs.frozen(kw_only=True)
-class HostLost(Event):
-    """Another host's lease ended: the reads it had begun, and those its names owed, were paid for it."""
-
-    name: ClassVar[str] = "featcache.host.lost"
-    severity: ClassVar[Severity] = "warning"
-    host: str
-    reads_paid: int
 
 
 @attrs.frozen(kw_only=True)

@@ -25,6 +25,7 @@ class Maker:
 
     def __init__(self, peer: FarPeer, request: int, timeout_s: float) -> None:
         self.address = f"host {peer.host.hex()}"
+        self.traffic = peer.traffic
         self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Never done: the task that reads is cancelled when the connection breaks."""
         self._peer = peer

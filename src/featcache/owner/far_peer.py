@@ -5,6 +5,7 @@ import time
 from typing import Final, NamedTuple
 
 from featcache.core.slots import Slot
+from featcache.owner.far_traffic import Traffic
 from featcache.owner.keys import Claim
 from featcache.reach import messages
 from featcache.reach.messages import Place, encode
@@ -51,6 +52,12 @@ class FarPeer:
         self.plane = ""
         """The name of its data plane, once it has told of it."""
         self.timer: asyncio.TimerHandle | None = None
+        self.address = ""
+        """From where it came last."""
+        self.reads = self.told_bytes = self.reads_paid = 0
+        self.lost = False
+        self.traffic = Traffic()
+        """Of what it offers."""
 
     def send(self, message: messages.FromHome) -> None:
         """Send it; no-op while it is AWAY."""

@@ -10,7 +10,8 @@ from typing import Final, TypeVar
 from featcache.control.peer import SessionState
 from featcache.core.slots import SlotState
 from featcache.errors import CacheClosed, KeyNotFound, OwnerLost
-from featcache.owner.homes import Home, Homes
+from featcache.owner.home import Home
+from featcache.owner.homes import Homes
 from featcache.owner.landing import Landing, There
 from featcache.owner.registered import RegisteredSlab
 from featcache.owner.served_pool import ServedPool
@@ -233,7 +234,8 @@ class FarReads:
             task = copy.task = asyncio.get_running_loop().create_task(
                 self._fetch(copy, home, ref, found)
             )
-            task.add_done_callback(lambda done: self._fetch_ended(copy, done))
+            home.traffic.in_progress += 1
+            task.add_done_callback(lambda done: self._fetch_ended(copy, home, ref, done))
             copy.waiting = 0
         copy.waiting += 1
         try:
@@ -249,11 +251,18 @@ class FarReads:
                     copy.task = None
                     task.cancel()
 
-    def _fetch_ended(self, copy: Copy, task: "asyncio.Task[None]") -> None:
+    def _fetch_ended(
+        self, copy: Copy, home: Home, ref: FeatureRef, task: "asyncio.Task[None]"
+    ) -> None:
         if copy.task is task:
             copy.task = None
-        if task.cancelled() or task.exception() is not None:
+        home.traffic.in_progress -= 1
+        error = None if task.cancelled() else task.exception()
+        if task.cancelled() or error is not None:
             self.failed += 1
+            home.traffic.failed += 1
+        if error is not None:
+            self._landing.news.failed(home.address, ref.nbytes, error)
 
     async def _fetch(self, copy: Copy, home: Home, ref: FeatureRef, found: messages.Found) -> None:
         there = There(ref.nbytes, found.address, found.pieces, ref.specs)

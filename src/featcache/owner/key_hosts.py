@@ -13,7 +13,7 @@ from featcache.errors import (
     KeyNotFound,
 )
 from featcache.owner.flights import Flights
-from featcache.owner.homes import Home
+from featcache.owner.home import Home
 from featcache.owner.keys import Claim
 from featcache.owner.landing import Landing, There, checked_specs
 from featcache.owner.offers import Offers, Right
@@ -102,7 +102,15 @@ class KeyHosts:
         if key in self._pool.store.directory:
             return
         there = There(found.nbytes, found.address, found.pieces, checked_specs(found))
-        await self._landing.land(home, there, key)
+        home.traffic.in_progress += 1
+        try:
+            await self._landing.land(home, there, key)
+        except FeatcacheError as error:
+            home.traffic.failed += 1
+            self._landing.news.failed(home.address, found.nbytes, error)
+            raise
+        finally:
+            home.traffic.in_progress -= 1
         self.fetched += 1
 
     async def holds(self, keys: Sequence[bytes]) -> Sequence[bool]:

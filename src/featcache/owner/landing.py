@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple, Protocol, TypeVar
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot
 from featcache.errors import CacheClosed, MalformedRef, OwnerLost
+from featcache.owner.far_traffic import FetchNews, Traffic
 from featcache.owner.registered import RegisteredSlab
 from featcache.owner.served_pool import ServedPool
 from featcache.reach import messages
@@ -27,7 +28,8 @@ class Giver(Protocol):
     """A host that has pinned what is read from it."""
 
     address: str
-    """For errors."""
+    """For errors, and what is told."""
+    traffic: Traffic
 
     @property
     def plane(self) -> str:
@@ -81,8 +83,7 @@ class Landing:
         self._served = served
         self._pool = served.pool
         self._slab = slab
-        self.quarantined = 0
-        """Landing places that may still be written, though nobody waits for it."""
+        self.news = FetchNews(self._pool.name, self._pool.settings.log_interval)
         self.publishing: bytes | None = None
         """The key under which a feature of another host is being kept at this moment."""
 
@@ -111,17 +112,20 @@ class Landing:
         if slot is None:
             slot = await or_lost(giver, self._room(request, room_s))
         transfer: Transfer | None = None
+        took_s: float | None = None
         try:
             await slab.settled()
             if there.nbytes:
                 ours = slab.pieces(slot.offset_bytes, there.nbytes)
                 here = slab.address_of(slot.offset_bytes)
                 pieces = pair(here, ours, there.address, there.pieces)
+                began_s = _now()
                 transfer = slab.plane.read(giver.plane, pieces)
                 await self._landed(giver, transfer, there.nbytes)
+                took_s = _now() - began_s
             await giver.vouch()
         except BaseException:
-            self._give_up(slot, transfer)
+            self._give_up(slot, transfer, giver)
             raise
         if key in pool.store.directory:
             pool.give_up_reserved(slot, None)
@@ -131,10 +135,17 @@ class Landing:
                 pool.publish(slot, there.specs, None)
             finally:
                 self.publishing = None
+        self._count(giver, there.nbytes, took_s)
         # Kept until those that wait have their shares: a put could evict it before their tasks run.
         held = pool.store.hold(key, _now())
         if held is not None:
             pool.loop.call_later(_HANDOVER_S, self._release_grant, held)
+
+    def _count(self, giver: Giver, nbytes: int, took_s: float | None) -> None:
+        """Count a feature that is here; `took_s` is of its transfer."""
+        giver.traffic.landed(nbytes, took_s)
+        if took_s is not None:
+            self.news.landed(giver.address, nbytes, took_s, self._limit_s(nbytes))
 
     def _release_grant(self, slot: Slot) -> None:
         if not self._pool.closed:
@@ -147,7 +158,7 @@ class Landing:
 
     async def _landed(self, giver: Giver, transfer: Transfer, nbytes: int) -> None:
         """Return once a read has landed; OwnerLost if its host is lost first, or it takes too long."""
-        limit_s = self._pool.settings.peer_timeout + nbytes / _SLOWEST_BYTES_PER_S
+        limit_s = self._limit_s(nbytes)
         waits = [transfer.ended, giver.gone]
         await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         if not transfer.ended.done():
@@ -159,18 +170,26 @@ class Landing:
                 raise CacheClosed(str(failed))
             raise OwnerLost(f"the bytes could not be read from {giver.address}: {failed}")
 
-    def _give_up(self, slot: Slot, transfer: Transfer | None) -> None:
+    def _limit_s(self, nbytes: int) -> float:
+        """Return after how long a transfer is given up."""
+        return self._pool.settings.peer_timeout + nbytes / _SLOWEST_BYTES_PER_S
+
+    def _give_up(self, slot: Slot, transfer: Transfer | None, giver: Giver) -> None:
         """Give up the landing place of a read that failed, once nothing can be written there any more."""
         pool = self._pool
         if transfer is None or transfer.ended.done():
             pool.give_up_reserved(slot, None)
             return
         # Quarantined: a read that was given up may land when its home goes on, in seconds or days.
-        self.quarantined += 1
+        traffic, nbytes = giver.traffic, slot.nbytes
+        traffic.quarantined += 1
+        traffic.quarantined_bytes += nbytes
+        self.news.quarantined(giver.address, nbytes, traffic.quarantined_bytes)
         transfer.abandon()
 
         def ended(_: "asyncio.Future[None]") -> None:
-            self.quarantined -= 1
+            traffic.quarantined -= 1
+            traffic.quarantined_bytes -= nbytes
             pool.give_up_reserved(slot, None)
 
         transfer.ended.add_done_callback(ended)

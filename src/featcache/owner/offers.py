@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple
 
 from featcache.errors import CacheClosed, FeatcacheError, PoolFull
-from featcache.owner.homes import Home
+from featcache.owner.home import Home
 from featcache.owner.registered import RegisteredSlab
 from featcache.owner.served_pool import ServedPool
 from featcache.owner.upstreams import Upstreams

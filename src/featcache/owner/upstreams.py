@@ -5,7 +5,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Final, TypeVar
 
 from featcache.errors import AttachRefused, CacheClosed, FeatcacheError, OwnerLost
-from featcache.owner.homes import Home, Homes
+from featcache.owner.home import Home
+from featcache.owner.homes import Homes
 from featcache.reach.handshake import DialedItself
 from featcache.reach.rendezvous import Ranking
 
