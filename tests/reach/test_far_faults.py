@@ -119,6 +119,29 @@ async def test_a_home_that_is_cut_off_while_it_is_read_quarantines_the_landing_p
         await spent(both.home)  # its lease has ended: the read that was begun is paid
 
 
+async def test_a_pin_whose_end_was_told_to_a_connection_that_broke_does_not_stand() -> None:
+    async with apart() as (both, between):
+        both.reader_plane.held = True
+        reading = asyncio.create_task(
+            both.reader.get(between.ref(await both.home.put(filled(KIB))))
+        )
+        await until(lambda: len(both.reader_plane.transfers) == 2)
+        between.cut()
+        reading.cancel()
+        await asyncio.wait([reading])
+        between.reset()
+        between.mend()
+        both.reader_plane.held = False
+        await both.client.get(between.ref(await both.home.put(filled(64))))
+        beyond = both.home._opened().beyond
+        assert beyond is not None
+        assert beyond.peers is not None
+        (peer,) = beyond.peers._peers.values()
+        await until(lambda: not peer.begun)
+        assert owed(both.home) == 1  # the read itself is owed as before
+        both.reader_plane.transfers[1].land()
+
+
 async def test_a_home_that_closes_ends_the_reads_of_it() -> None:
     async with hosts() as both:
         plane = both.home_plane
