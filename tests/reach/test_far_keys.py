@@ -1,6 +1,7 @@
 """Keys over hosts: found at their homes, made once, offered."""
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pytest
@@ -118,6 +119,18 @@ async def test_what_is_on_its_way_to_its_home_is_found_there() -> None:
         assert len(plane.transfers) == 1
 
 
+async def test_what_was_put_or_made_is_found_by_the_next_call_on_any_host() -> None:
+    async with cluster(2, 2) as owners:
+        await until(lambda: all(connected(owner) for owner in owners[2:]))
+        for n in range(10):
+            await owners[2].put(filled(KIB, n), key=f"put {n}")
+            assert first(await owners[n % 2 * 3].get(f"put {n}")) == n
+            made = await owners[2].get_or_put(f"made {n}", partial(filled, KIB, n))
+            assert first(made) == n
+            assert first(await owners[n % 2 + 1].get(f"made {n}")) == n
+        await until(lambda: not (tickets_of(owners) or grants_of(owners)))
+
+
 async def test_two_hosts_make_a_key_once() -> None:
     async with (
         cluster(1, 2) as owners,
@@ -209,8 +222,18 @@ def tickets_of(owners: list[FeatureCache]) -> int:
         assert beyond is not None
         count += sum(len(home.tickets) for home in beyond.homes._homes.values())
         if beyond.peers is not None:
-            count += sum(len(peer.given) for peer in beyond.peers._peers.values())
+            peers = beyond.peers._peers.values()
+            count += sum(len(peer.given) + len(peer.promised) for peer in peers)
+            assert beyond.far_keys is not None
+            count += len(beyond.far_keys._coming)
     return count
+
+
+def connected(owner: FeatureCache) -> bool:
+    """Whether an owner is connected to two others."""
+    beyond = owner._opened().beyond
+    assert beyond is not None
+    return beyond.homes.connected == 2
 
 
 def waits_for_offers(owner: FeatureCache) -> bool:

@@ -96,6 +96,7 @@ class Beyond:
         if self.far_keys is not None:
             self._served.sources.add(self.far_keys)
         self._served.sources.add_hosts(self.keys)
+        upstreams.warm()
 
     @property
     def address(self) -> str | None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from featcache.control.messages import ProtocolError
@@ -18,6 +18,8 @@ from featcache.reach import messages
 from featcache.session.arguments import not_found
 
 _now: Final = time.monotonic
+_TURNS: Final = 2
+"""Turns of the loop in which it reads what has come to its sockets."""
 
 
 class Maker:
@@ -54,6 +56,15 @@ class Maker:
             del vouches[number]
 
 
+class Coming:
+    """A key that other hosts are going to offer."""
+
+    def __init__(self, over: "asyncio.Future[None]") -> None:
+        self.over = over
+        """Done once none is any more."""
+        self.promises = 0
+
+
 class FarKeys:
     """The directory of this owner, for other hosts.
 
@@ -75,6 +86,7 @@ class FarKeys:
         self._slab = slab
         self._landing = landing
         self._taking: Flights[bytes, None] = Flights()
+        self._coming: dict[bytes, Coming] = {}
         self.passed = 0
         """Claims of hosts that vanished, passed on."""
 
@@ -148,15 +160,18 @@ class FarKeys:
     # --- as a source of this pool: what is on its way ------------------------------------------------
 
     async def bring(self, key: bytes) -> bool:
-        """Return once a feature is here that is being fetched from who offers it; False if none is."""
-        if key not in self._taking:
-            return False
+        """Return once a feature is here that another host offers, or is going to; False if none does."""
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)  # what other hosts have told by now is heard first
+        coming = self._coming.get(key)
+        if coming is not None:
+            await asyncio.wait([coming.over], timeout=self._pool.settings.peer_timeout)
         await self._taking.ended(key)
         return key in self._pool.store.directory
 
     async def holds(self, keys: Sequence[bytes]) -> Sequence[bool]:
         """Return which keys are on their way."""
-        return [key in self._taking for key in keys]
+        return [key in self._taking or key in self._coming for key in keys]
 
     # --- what others made -----------------------------------------------------------------------------
 
@@ -173,7 +188,7 @@ class FarKeys:
             await self._taking.join(key, lambda: self._land(peer, offer))
         else:
             peer.send(messages.Done(offer.request))
-        if claim is not None:
+        if claim is not None or offer.ticket in peer.promised:
             self.give_back(peer, offer.ticket)
 
     async def _land(self, peer: FarPeer, offer: messages.Offer) -> None:
@@ -185,6 +200,26 @@ class FarKeys:
         except OwnerLost as error:  # the offering host is not to think that this one is lost
             raise BackendUnavailable(str(error)) from None
 
+    def promised(self, peer: FarPeer, note: messages.Promise) -> None:
+        """Take the news that a host is going to offer a feature: whoever looks for it waits for that."""
+        key, ticket = note.key, note.ticket
+        most = self._pool.settings.grants
+        if ticket in peer.promised or len(peer.promised) >= most or self._pool.closed:
+            return
+        peer.promised[ticket] = key
+        coming = self._coming.get(key)
+        if coming is None:
+            coming = self._coming[key] = Coming(self._pool.loop.create_future())
+        coming.promises += 1
+
+    def _unpromise(self, key: bytes) -> None:
+        coming = self._coming[key]
+        coming.promises -= 1
+        if not coming.promises:
+            del self._coming[key]
+            if not coming.over.done():
+                coming.over.set_result(None)
+
     def vouched(self, peer: FarPeer, request: int) -> None:
         """Take the word of a host for what was read from it."""
         future = peer.vouches.get(request)
@@ -195,9 +230,16 @@ class FarKeys:
 
     def give_back(self, peer: FarPeer, ticket: int) -> None:
         """Take back what a host was given."""
-        given = peer.given.pop(ticket, None)
+        promised, given = peer.promised.pop(ticket, None), peer.given.pop(ticket, None)
+        if promised is not None:
+            self._unpromise(promised)
         if given is not None:
             self._end(given)
+
+    def keep_only(self, peer: FarPeer, tickets: Iterable[int]) -> None:
+        """Take back all that a host was given, but for some."""
+        for ticket in {*peer.given, *peer.promised} - {*tickets}:
+            self.give_back(peer, ticket)
 
     def _end(self, given: Slot | Claim) -> None:
         pool = self._pool
@@ -219,5 +261,4 @@ class FarKeys:
         """Take back all that a host was given."""
         if died:
             self.pass_claims(peer)
-        for ticket in list(peer.given):
-            self.give_back(peer, ticket)
+        self.keep_only(peer, ())

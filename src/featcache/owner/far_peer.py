@@ -47,6 +47,8 @@ class FarPeer:
         self.tasks: dict[int, asyncio.Task[None]] = {}
         self.given: dict[int, Slot | Claim] = {}
         """What it was given by key, by its tickets."""
+        self.promised: dict[int, bytes] = {}
+        """Keys that it is going to offer, by its tickets."""
         self.vouches: dict[int, asyncio.Future[None]] = {}
         """What it is to vouch for, by the numbers of its offers."""
         self.plane = ""

@@ -120,7 +120,11 @@ class FarPeers:
     def _on_note(
         self,
         peer: FarPeer,
-        note: messages.NameLost | messages.GiveBack | messages.Vouch | messages.Holding,
+        note: messages.NameLost
+        | messages.GiveBack
+        | messages.Vouch
+        | messages.Holding
+        | messages.Promise,
     ) -> None:
         if isinstance(note, messages.NameLost):
             self._waive(frozenset((note.name,)))
@@ -128,11 +132,12 @@ class FarPeers:
             self._keys.give_back(peer, note.ticket)
         elif isinstance(note, messages.Vouch):
             self._keys.vouched(peer, note.request)
+        elif isinstance(note, messages.Promise):
+            self._keys.promised(peer, note)
         else:
             for place, reader in peer.begun.keys() - set(note.reads):
                 self._drop(peer, place, reader)
-            for ticket in peer.given.keys() - set(note.tickets):
-                self._keys.give_back(peer, ticket)
+            self._keys.keep_only(peer, note.tickets)
 
     def notified(self, payload: bytes) -> None:
         """Take payments that came over the data plane, which proves nothing: of known hosts only."""

@@ -165,6 +165,16 @@ class Home:
             raise MalformedRef(f"{self.address} answered something else than was asked")
         return False
 
+    def promise(self, key: bytes, ticket: int) -> bool:
+        """Tell of a feature that is to be offered under a ticket; return whether it could be told."""
+        if self.linked is None or (
+            ticket not in self.tickets and len(self.tickets) >= _MAX_TICKETS
+        ):
+            return False
+        self.tickets.add(ticket)
+        self.linked.tell(messages.Promise(ticket, key))
+        return True
+
     def give_back(self, ticket: int) -> None:
         """Give back what the home gave under a ticket."""
         if ticket in self.tickets:

@@ -39,6 +39,8 @@ class Homes:
         self._closed = False
         self._coming_back: set[asyncio.Task[None]] = set()
         self._refusals = events.Throttle(pool.settings.log_interval, burst=16)
+        self.quiet: set[str] = set()
+        """Addresses that are tried again and again: of a try that fails nobody is told."""
         self.own_address: str | None = None
         """Where this owner itself listens."""
         self.on_gone: Callable[[Place], object] = lambda _: None
@@ -73,6 +75,11 @@ class Homes:
                 f"another owner is at {ref.address} now: the one whose ref this is has ended"
             )
         return home
+
+    def peek(self, address: str) -> Home | None:
+        """Return the home at an address, if there is a connection that stands."""
+        home = self._homes.get(address)
+        return None if home is None or home.linked is None else home
 
     async def at(self, address: str) -> Home:
         """Return the home at an address, connected; raise as `home`."""
@@ -118,7 +125,8 @@ class Homes:
         except FeatcacheError as error:
             home.refused = str(error)
             home.dials_failed += 1
-            self._tell_refused(home)
+            if home.address not in self.quiet:
+                self._tell_refused(home)
             raise
         home.refused = ""
         if self._closed:

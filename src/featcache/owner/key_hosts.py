@@ -199,21 +199,24 @@ class KeyHosts:
         if held is None:
             return
         self._making.discard(key)
+        right = held[1]
+        if right is not None and key in self._pool.store.directory:
+            right.home.promise(key, right.ticket)
         # Not now: the store is in the middle of it.
-        self._pool.loop.call_soon(self._offer_or_pass, key, held[1])
+        self._pool.loop.call_soon(self._offer_or_pass, key, right)
 
     def _offer_or_pass(self, key: bytes, right: Right | None) -> None:
         if self._pool.closed:
             return
         if key in self._pool.store.directory:
-            self.offers.add(key, right)
+            self.offers.add(key, right, first=True)
         elif right is not None:
             right.home.give_back(right.ticket)
 
     def kept(self, key: bytes) -> None:
         """Offer what was put here under a key."""
         if key != self._landing.publishing and key not in self._making:
-            self.offers.add(key, None)
+            self.offers.put(key, next(self._tickets))
 
     def _failed(self, error: Exception) -> None:
         self._served.sources.failed(self, error)

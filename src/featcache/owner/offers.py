@@ -48,8 +48,17 @@ class Offers:
         """Features that a home has fetched."""
         self.dropped = 0
 
-    def add(self, key: bytes, right: Right | None) -> None:
-        """Offer the feature under a key to its home, soon."""
+    def put(self, key: bytes, ticket: int) -> None:
+        """Offer the feature under a key to its home, soon; a home that is connected is told so at once."""
+        if key not in self._waiting and len(self._waiting) < _MAX_OFFERS:
+            home = self._upstreams.peek(key)
+            promised = home is not None and home.promise(key, ticket)
+            self.add(key, Right(home, home.host, ticket) if home and promised else None)
+        else:
+            self.add(key, None)
+
+    def add(self, key: bytes, right: Right | None, *, first: bool = False) -> None:
+        """Offer the feature under a key to its home, soon, or before all that were put."""
         if right is None and (key in self._waiting or len(self._waiting) >= _MAX_OFFERS):
             if key not in self._waiting:
                 self.dropped += 1
@@ -61,7 +70,7 @@ class Offers:
         if before is not None:
             before.home.give_back(before.ticket)
         self._waiting[key] = right
-        if right is not None:
+        if first:
             self._waiting.move_to_end(key, last=False)
         if len(self._tasks) < _AT_ONCE:
             task = self._pool.loop.create_task(self._work())

@@ -33,6 +33,7 @@ class Upstreams:
         self._down: dict[str, asyncio.Task[None]] = {}
         self._own: set[str] = set()
         self._closed = False
+        self._warming: set[asyncio.Task[None]] = set()
         self.on_down: Callable[[FeatcacheError], object] = lambda _: None
         """Told why one is DOWN now."""
 
@@ -50,6 +51,31 @@ class Upstreams:
                 return
             if address not in self._down:
                 yield address
+
+    def warm(self) -> None:
+        """Connect to all of them, in the background: the first lookups need not."""
+        for address in self._ranking.addresses:
+            if address not in self._own:
+                task = asyncio.get_running_loop().create_task(self._warm(address))
+                self._warming.add(task)
+                task.add_done_callback(self._warming.discard)
+
+    async def _warm(self, address: str) -> None:
+        # It is not DOWN if this fails: it may be about to start.
+        self._homes.quiet.add(address)
+        try:
+            await self._homes.at(address)
+        except DialedItself:
+            self._own.add(address)
+        except FeatcacheError:
+            pass
+        finally:
+            self._homes.quiet.discard(address)
+
+    def peek(self, key: bytes) -> Home | None:
+        """Return the home of a key if it is elsewhere and connected now."""
+        address = self.home_of(key)
+        return None if address is None else self._homes.peek(address)
 
     async def ask(self, key: bytes, what: Callable[[Home], Awaitable[T]]) -> T | None:
         """Return what the home of a key answers; None if it is here, or none can be reached.
@@ -87,6 +113,7 @@ class Upstreams:
     def _set_down(self, address: str, error: FeatcacheError) -> None:
         if address not in self._down and not self._closed:
             self.on_down(error)
+            self._homes.quiet.add(address)
             self._down[address] = asyncio.get_running_loop().create_task(self._revive(address))
 
     async def _revive(self, address: str) -> None:
@@ -103,10 +130,11 @@ class Upstreams:
                 interval_s = min(2 * interval_s, _MOST_REFUSALS * self._interval_s)
                 continue
             del self._down[address]
+            self._homes.quiet.discard(address)
             return
 
     def close(self) -> None:
         """Ask, and try, no more."""
         self._closed = True
-        for task in self._down.values():
+        for task in (*self._down.values(), *self._warming):
             task.cancel()

@@ -116,6 +116,13 @@ class Offer(Asked, tag="offer", frozen=True):
     """Of the data plane, unless the home has been told since the connection was made."""
 
 
+class Promise(msgspec.Struct, tag="promise", frozen=True):
+    """Reader: it has a feature of this key, and is going to offer it under this ticket, or gives it back."""
+
+    ticket: Natural
+    key: Key
+
+
 class Vouch(msgspec.Struct, tag="vouch", frozen=True):
     """Reader: what it offered under this number was pinned until now, so what was read is true."""
 
@@ -253,7 +260,7 @@ class Alive(msgspec.Struct, tag="alive", frozen=True):
 
 Request = Look | Release | Discard | Seek | Ask | Offer
 Answer = Found | Done | Failed | Sought | Claimed | Told | Read
-Note = Cancel | Drop | Pay | NameLost | GiveBack | Vouch | Holding
+Note = Cancel | Drop | Pay | NameLost | GiveBack | Vouch | Holding | Promise
 FromReader = Request | Note | Beat | Goodbye
 FromHome = Answer | Paid | Alive
 decode_from_reader: Final = checked_decoder(
