@@ -168,7 +168,8 @@ class _BlockingBase(BlockingLife[C]):
             lambda: engine.writers(on_full, key, timeout_s)
         )
         staged = writers.stage(feature, readers, ttl, key)
-        return self._portal.call(
+        ref = staged.put_here(self._portal.check_thread, self._portal.look)
+        return ref or self._portal.call(
             lambda: staged.put(timeout_s, engine.spills, wait=on_full != "raise"),
             self._portal.inner.discard,
         )
