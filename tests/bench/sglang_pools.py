@@ -9,6 +9,9 @@ SGLang's modules come from the folder (or the environment). Where its many impor
 CUDA IPC pool, and leaves the VMM pool out. With ``--cpu`` the slab is in host memory, and beside it is what
 SGLang sends where its transport is ``cpu``: a segment of shared memory for each feature (``shm``).
 
+With ``--daemon`` featcache's slab is owned by a process of its own, as with ``featcache serve``, and not by the
+tokenizer.
+
 The tokenizer's threads wrap features, send the pickled proxies to every rank, and each rank rebuilds them
 on its GPU: rank k on GPU k, or on GPU k + 1 where there are more GPUs than ranks. A row is a pool and a size:
 
@@ -26,6 +29,7 @@ on its GPU: rank k on GPU k, or on GPU k + 1 where there are more GPUs than rank
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -33,8 +37,10 @@ import os
 import pickle
 import statistics
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +54,7 @@ import torch
 from bench import resultfile
 from bench.machine import CUDA_PACKAGES, gpus, machine, versions
 from bench.peers import sglang_stubs
+from featcache import blocking
 
 MIB = 1 << 20
 POOLS = ("featcache", "cuda_ipc", "cuda_vmm")
@@ -239,6 +246,33 @@ class Tokenizer:
             self.pool.shutdown()
 
 
+def own(endpoint: str, load: Load, pipe: Connection) -> None:
+    """Own featcache's slab, until told to end."""
+    capacity, spill = load.pool_mib * MIB, 64 * MIB
+    device = load.device
+    with blocking.create(device=device, capacity=capacity, endpoint=endpoint, spill=spill):
+        pipe.send("up")
+        pipe.recv()
+
+
+@contextlib.contextmanager
+def daemon(load: Load) -> Iterator[None]:
+    """Have the slab owned by a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        endpoint = os.environ["FEATCACHE_ENDPOINT"] = f"{folder}/bench.sock"
+        context = multiprocessing.get_context("spawn")
+        here, there = context.Pipe()
+        process = context.Process(target=own, args=(endpoint, load, there), daemon=True)
+        process.start()
+        here.recv()
+        try:
+            yield
+        finally:
+            here.send(None)
+            process.join(10)
+            del os.environ["FEATCACHE_ENDPOINT"]
+
+
 def measure(load: Load, size_bytes: int, seconds: float) -> dict[str, Any]:
     tokenizer = Tokenizer(load)
     features = [
@@ -318,6 +352,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=6.0, help="of each row")
     parser.add_argument("--stubs", action="store_true", help="the pools' files alone")
     parser.add_argument("--cpu", action="store_true", help="a slab in host memory")
+    parser.add_argument("--daemon", action="store_true", help="an owner in a process of its own")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not options.cpu and torch.cuda.device_count() < options.ranks:
@@ -335,7 +370,10 @@ def main() -> int:
                 *(pool, options.ranks, options.threads, options.pool_mib),
                 *(options.stubs, options.cpu, server),
             )
-            rows.append(measure(load, int(mib * MIB), options.seconds))
+            alone = pool == "featcache" and options.daemon
+            with daemon(load) if alone else contextlib.nullcontext():
+                row = measure(load, int(mib * MIB), options.seconds)
+            rows.append(row | {"daemon": alone})
             print(json.dumps(rows[-1]), flush=True)
     result = {"machine": machine() | {"gpus": [one["name"] for one in gpus()]}}
     result |= {"versions": versions(None, (*CUDA_PACKAGES, "sglang"))}

@@ -46,8 +46,6 @@ _RETRY_S: Final = (0.1, 5.0)
 _ELECTION_S: Final = 10.0
 """How long a worker that found another owner's lock waits until that listens."""
 _WARN_S: Final = 10.0
-_AHEAD: Final = 32
-"""No room is given ahead for more than this part of the capacity (`pool.ahead`)."""
 
 
 @attrs.frozen(kw_only=True)
@@ -73,9 +71,10 @@ class Plan:
 class Slab:
     """One end of the slab, shared by the pools of this process. Safe in any thread.
 
-    The first worker that asks for it owns it; when that dies another takes its place. Every worker puts as
-    a client that attaches anew to whoever owns it, the owner too: a client's put has its room ahead, and
-    is done in its caller's thread. While there is no owner puts find no room.
+    The first worker that asks for it owns it; when that dies another takes its place. The others have a
+    client each, which attaches anew to whoever owns it, and puts in its caller's thread once it has room
+    ahead. The owner has none: its loop and a client's beside it would stand in each other's way at the
+    interpreter's lock. While there is no owner puts find no room.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -99,6 +98,8 @@ class Slab:
         """
         elects = self.plan.config.endpoint is None
         taken = self._stand() if elects else None
+        if self._owner is not None:
+            return
         try:
             self._client.open()
             if elects:
@@ -124,17 +125,15 @@ class Slab:
 
     def put(self, feature: torch.Tensor, readers: Readers, wait_s: float) -> FeatureRef | None:
         """Put a feature; None if there is no room for it in `wait_s` seconds, or no owner."""
-        nbytes = feature.nbytes
-        large = nbytes > self.plan.capacity_bytes // _AHEAD
         return self._put(
-            lambda on_full, timeout_s: (self._nearest if large else self._client).put(
+            lambda on_full, timeout_s: self._nearest.put(
                 feature,
                 readers=readers.owed(),
                 ttl=self.plan.config.ttl_s,
                 timeout=timeout_s,
                 on_full=on_full,
             ),
-            *(wait_s, nbytes),
+            *(wait_s, feature.nbytes),
         )
 
     def put_many(
@@ -178,12 +177,12 @@ class Slab:
 
     @property
     def _nearest(self) -> Cache:
-        """The owner, if it is here: it is asked with no message."""
+        """The owner, if it is here, else this worker's client of it."""
         return self._owner or self._client
 
     def _put(self, put: Callable[[OnFull, float], T], wait_s: float, nbytes: int) -> T | None:
         """Grow, then wait, then spill: the slab grows in each of these before it is full."""
-        if not self._client.is_attached:
+        if self._owner is None and not self._client.is_attached:
             self._lose("no owner listens there")
             return None
         self._lost = False
@@ -232,9 +231,9 @@ class Slab:
         )
 
     def _elect(self) -> None:
-        """Own the slab, unless another worker does, until this one is attached again."""
+        """Own the slab, unless this worker is attached to another's before."""
         pause_s, longest_s = _RETRY_S
-        while not (self._client.is_attached or self._closed.wait(pause_s)):
+        while not (self._owner or self._client.is_attached or self._closed.wait(pause_s)):
             pause_s = min(2 * pause_s, longest_s)
             with contextlib.suppress(FeatcacheError):
                 self._stand()
@@ -255,11 +254,10 @@ class Slab:
         except SettingsError as taken:
             return taken
         with self._lock:
-            closed, former = self._closed.is_set(), self._owner
+            closed = self._closed.is_set()
             self._owner = None if closed else cache
-        for each in (cache if closed else None, former):
-            if each is not None:
-                each.close()
+        if closed:
+            cache.close()
         sweep(_PREFIX)  # what servers that were killed left behind
         return None
 
