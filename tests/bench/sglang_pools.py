@@ -9,8 +9,8 @@ SGLang's modules come from the folder (or the environment). Where its many impor
 CUDA IPC pool, and leaves the VMM pool out. With ``--cpu`` the slab is in host memory, and beside it is what
 SGLang sends where its transport is ``cpu``: a segment of shared memory for each feature (``shm``).
 
-With ``--daemon`` featcache's slab is owned by a process of its own, as with ``featcache serve``, and not by the
-tokenizer.
+With ``--daemon`` featcache's slab is owned by a process of its own, as with ``featcache serve``, and not by
+the tokenizer.
 
 The tokenizer's threads wrap features, send the pickled proxies to every rank, and each rank rebuilds them
 on its GPU: rank k on GPU k, or on GPU k + 1 where there are more GPUs than ranks. A row is a pool and a size:
