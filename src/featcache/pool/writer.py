@@ -20,7 +20,7 @@ from featcache.pool.refresh import hear
 from featcache.pool.waits import PutWaits
 from featcache.ref import FeatureRef
 from featcache.session.arguments import parse_put
-from featcache.session.staging import InLoop, Staged
+from featcache.session.staging import Staged
 
 _COLLECT_BYTES: Final = 256 << 10
 _MAX_UNCOLLECTED: Final = 64
@@ -59,11 +59,6 @@ class OwnerWriter(BatchPuts):
             pool.store.check_size(request.nbytes)  # which raises
         parts, order = pool.slab.stage(packed)
         return Staged(request, specs, parts, order)
-
-    puts_here = False
-
-    def put_here(self, staged: Staged, in_loop: InLoop) -> FeatureRef | None:
-        """Return None: its puts are all the loop's."""
 
     @property
     def stages_at_call(self) -> bool:
