@@ -55,6 +55,7 @@ from bench import resultfile
 from bench.machine import CUDA_PACKAGES, gpus, machine, versions
 from bench.peers import sglang_stubs
 from featcache import blocking
+from integrations.sglang import cpu_standins
 
 MIB = 1 << 20
 POOLS = ("featcache", "cuda_ipc", "cuda_vmm")
@@ -82,6 +83,8 @@ class Load(NamedTuple):
 def make_classes(load: Load, rank: int) -> Any:
     """Import SGLang in this process as one of so many ranks; return its pool's class."""
     os.environ["FEATCACHE_SGLANG_SERVER"] = load.server
+    if load.cpu:
+        cpu_standins.declare_torchvision_operators()
     if load.stubs:
         module = sglang_stubs.load(STUBS, readers=load.ranks, rank=rank)
         if load.pool == "cuda_ipc":
