@@ -30,6 +30,7 @@ from vllm.distributed.ec_transfer.ec_connector.factory import ECConnectorFactory
 from vllm.distributed.ec_transfer.ec_connector.utils import ECOutputAggregator
 from vllm.v1.outputs import ECConnectorOutput, ModelRunnerOutput
 
+from featcache.integrations.vllm.ahead import Orders
 from featcache.integrations.vllm.connector import FeatcacheECConnector
 from featcache.integrations.vllm.counts import COUNTERS
 from featcache.integrations.vllm.stats import FeatcacheStats
@@ -336,7 +337,7 @@ def test_an_input_that_brings_only_sizes_and_is_nowhere_fails_its_request(made: 
     scheduler = made(SCHEDULER, "ec_consumer")
     side = scheduler._scheduler
     assert side is not None
-    side._encodable = lambda feature: "pixel_values" in feature.data
+    side._orders = Orders(side._link, "e", 1, lambda feature: "pixel_values" in feature.data)
     request, whole = Request("r", "a"), Request("w", "b")
     request.mm_features[0].data = {"image_grid_thw": 1}
     until(lambda: scheduler.ensure_cache_available(whole, 0))

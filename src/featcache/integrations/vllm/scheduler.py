@@ -9,6 +9,7 @@ import attrs
 
 from featcache import FeatcacheError, FeatureClient
 from featcache.api.claiming import Lease, lease_now
+from featcache.integrations.vllm.ahead import Orders
 from featcache.integrations.vllm.counts import Counts
 from featcache.integrations.vllm.flights import Flights
 from featcache.integrations.vllm.keys import Keys
@@ -49,13 +50,13 @@ class SchedulerSide:
         loads: bool,
         saves: bool,
         ranks: int,
-        encodable: Callable[[Any], bool] = lambda _: True,
+        orders: Orders | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._link, self._keys, self._flights, self._counts = link, keys, flights, counts
         self._loads, self._saves, self._ranks = loads, saves, ranks
-        self._encodable = encodable
-        """Whether a request brings what an input's output can be made of."""
+        self._orders = orders
+        """Of inputs that can't be encoded here; None where all can."""
         self._clock = clock
         # Of the step that is planned now:
         self._seen: dict[str, bool] = {}
@@ -106,11 +107,15 @@ class SchedulerSide:
         """Whether a request can be planned now: each input that it needs is there, or to be encoded here."""
         client = self._link.client
         missing = dict[str, bool]()  # by key, whether it can be encoded here
-        lost = False
+        lost, ordered = False, False
         for feature in self._needed(request, computed):
-            identifier, encodable = feature.identifier, self._encodable(feature)
-            # What can't be encoded here is leased from now on, so that it does not go before the plan.
-            if self._seen.get(identifier) or (not encodable and self._is_leased(identifier)):
+            identifier, orders = feature.identifier, self._orders
+            encodable = orders is None or orders.encodable(feature)
+            # What can't be encoded here is with the ranks before the plan, and leased until it is.
+            if orders is not None and not encodable and self._is_leased(identifier):
+                ordered = self._is_ordered(orders, identifier) or ordered
+                continue
+            if self._seen.get(identifier):
                 continue
             key = self._keys.key(identifier)
             there = None if key is None or client is None else self._told(client, key)
@@ -125,7 +130,7 @@ class SchedulerSide:
         if lost or not all(missing[key] for key in missing.keys() - awaited):
             self._unavailable.add(request.request_id)
             return False
-        return not awaited
+        return not (awaited or ordered)
 
     def _needed(self, request: _Request, computed: int) -> Iterator[Any]:
         """Yield the features that a request needs from here on, and vLLM's encoder cache has not for it."""
@@ -137,9 +142,23 @@ class SchedulerSide:
             if position.offset + position.length > computed and feature.identifier not in had:
                 yield feature
 
+    def _is_ordered(self, orders: Orders, identifier: str) -> bool:
+        """Whether the ranks are yet to copy what is leased."""
+        key, client = self._keys.key(identifier), self._link.client
+        if key is None or client is None or orders.has(identifier):
+            return False
+        try:
+            return orders.awaits(identifier, key, client)
+        except FeatcacheError:  # the owner is gone: at the next pass it is told
+            return True
+
     def _is_leased(self, identifier: str) -> bool:
-        """Take a lease of what is there, which `has` then answers by in this pass."""
-        if not self._look(identifier):
+        """Take a lease of what is there, or know the ranks to have it; `has` then answers so in this pass."""
+        if self._seen.get(identifier):
+            return True
+        if self._orders is not None and self._orders.has(identifier):
+            self._held[identifier] = None
+        elif not self._look(identifier):
             return False
         self._seen[identifier] = True
         self._counts.add("hits")
@@ -166,6 +185,8 @@ class SchedulerSide:
         if not self.has(identifier):
             self._flights.encoding(key)
         elif self._loads:
+            if self._orders is not None:
+                self._orders.taken(identifier)
             self._planned[identifier] = Load(
                 identifier, key, request.request_id, index, rows_of(request, index)
             )
@@ -211,6 +232,8 @@ class SchedulerSide:
 
     def _expire(self, now_s: float) -> None:
         self._flights.expire()
+        if self._orders is not None:
+            self._orders.expire()
         for identifier, leased in list(self._loading.items()):
             while leased and now_s - leased[0].began_s > _LEASE_S:
                 self._end(identifier)
