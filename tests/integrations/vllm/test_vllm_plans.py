@@ -44,7 +44,9 @@ class Rank:
     """One of an engine's tensor-parallel ranks, with no vLLM."""
 
     def __init__(self, endpoint: str, engine: str, rank: int) -> None:
-        self.link = ThreadLink(endpoint, Counts(), device=torch.device("cpu"), name=f"{engine}-{rank}")
+        self.link = ThreadLink(
+            endpoint, Counts(), device=torch.device("cpu"), name=f"{engine}-{rank}"
+        )
         assert self.link.wait_attached(20)
         self.side = WorkerSide(
             self.link,

@@ -77,9 +77,9 @@ class FeatcacheECConnector(ECConnectorBase):
         link = LoopLink(config.endpoint, self._counts, name=place.name)
         flights = Flights(link, config.peer_wait, self._counts, keeps_claims=self.is_producer)
         encodable = encodable_here(self._vllm_config)
-        orders = (
-            None if encodable is None else Orders(link, name_of(self._vllm_config), place.ranks)
-        )
+        orders = None
+        if encodable is not None:
+            orders = Orders(link, name_of(self._vllm_config), place.ranks, encodable)
         self._scheduler = SchedulerSide(
             link,
             keys,

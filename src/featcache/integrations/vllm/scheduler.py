@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Final, Protocol
 
 import attrs
@@ -105,10 +105,13 @@ class SchedulerSide:
 
     def is_ready(self, request: _Request, computed: int) -> bool:
         """Whether a request can be planned now: each input that it needs is there, or to be encoded here."""
+        needed = self._needed(request, computed)
+        if not needed:  # of each request that decodes, at each step
+            return True
         client = self._link.client
         missing = dict[str, bool]()  # by key, whether it can be encoded here
         lost, ordered = False, False
-        for feature in self._needed(request, computed):
+        for feature in needed:
             identifier, orders = feature.identifier, self._orders
             encodable = orders is None or orders.encodable(feature)
             # What can't be encoded here is with the ranks before the plan, and leased until it is.
@@ -132,15 +135,19 @@ class SchedulerSide:
             return False
         return not (awaited or ordered)
 
-    def _needed(self, request: _Request, computed: int) -> Iterator[Any]:
-        """Yield the features that a request needs from here on, and vLLM's encoder cache has not for it."""
+    def _needed(self, request: _Request, computed: int) -> list[Any]:
+        """Return the features that a request needs from here on, and vLLM's encoder cache has not for it."""
+        needed = []
+        for feature in request.mm_features:
+            position = feature.mm_position
+            if position.offset + position.length > computed:
+                needed.append(feature)
+        if not needed:
+            return needed
         preemptions, had = self._had.get(request.request_id, (0, ()))
         if preemptions != _preemptions(request):  # what it had can be gone
             had = ()
-        for feature in request.mm_features:
-            position = feature.mm_position
-            if position.offset + position.length > computed and feature.identifier not in had:
-                yield feature
+        return [feature for feature in needed if feature.identifier not in had]
 
     def _is_ordered(self, orders: Orders, identifier: str) -> bool:
         """Whether the ranks are yet to copy what is leased."""
@@ -200,8 +207,11 @@ class SchedulerSide:
     def built(self, output: Any) -> StepMetadata:
         """Return what the workers are told of this step; the next one is planned from here."""
         encodes = getattr(output, "scheduled_encoder_inputs", None)
-        planned, self._planned = self._planned, {}
-        held, self._held = self._held, {}
+        planned, held = self._planned, self._held
+        if planned:
+            self._planned = {}
+        if held:
+            self._held = {}
         self._seen.clear()
         now_s = self._clock()
         for identifier, lease in held.items():
@@ -234,7 +244,7 @@ class SchedulerSide:
         self._flights.expire()
         if self._orders is not None:
             self._orders.expire()
-        for identifier, leased in list(self._loading.items()):
+        for identifier, leased in list(self._loading.items()) if self._loading else ():
             while leased and now_s - leased[0].began_s > _LEASE_S:
                 self._end(identifier)
 

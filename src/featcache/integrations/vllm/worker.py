@@ -128,10 +128,12 @@ class WorkerSide:
 
     def tells(self) -> WorkerMetadata | None:
         """Return what the scheduler is told since the last step."""
-        ended, self._ended = self._ended, Counter()
+        ended, counts = self._ended, self._counts.take()
         saved, dropped = ([], []) if self._saver is None else self._saver.take_ended()
-        told = WorkerMetadata(ended, saved, dropped, self._counts.take())
-        return told or None
+        if not (ended or saved or dropped or counts):  # at most steps
+            return None
+        self._ended = Counter()
+        return WorkerMetadata(ended, saved, dropped, counts)
 
     def close(self) -> None:
         """Save what is queued, and end the threads and the connection."""
