@@ -139,7 +139,9 @@ class Engine:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        with contextlib.suppress(ProcessLookupError):  # what it left behind would keep its output open
+        with contextlib.suppress(
+            ProcessLookupError
+        ):  # what it left behind would keep its output open
             os.killpg(self._process.pid, signal.SIGKILL)
         self._reader.join()
 

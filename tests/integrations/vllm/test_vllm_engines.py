@@ -136,12 +136,15 @@ def test_an_owner_killed_between_plan_and_load_of_what_brings_only_sizes_costs_n
     seeds = fresh(3)
     assert encoded(left, seeds, engines) == 3
     until(kept(endpoint, 3))
+    before = first.encoded
     first.call("set_sizes_only", True)
     try:
         first.call("kill_when_planned", owner.pid)
-        assert encoded(first, seeds, engines) == 0
+        answers = first.call("ask_of_all", [seeds], 8)
     finally:
         first.call("set_sizes_only", False)
+    assert answers == engines["plain"].call("ask_of_all", [seeds], 8)
+    assert first.encoded == before
 
 
 def test_a_pool_far_too_small_evicts_and_answers_stay_right(

@@ -56,7 +56,11 @@ def _shapes(text: dict[str, Any], vision: dict[str, Any]) -> Iterator[tuple[str,
         begins = f"language_model.model.layers.{layer}"
         for name in "qkvo":
             yield f"{begins}.self_attn.{name}_proj.weight", (wide, wide)
-        for name, shape in (("gate", (inner, wide)), ("up", (inner, wide)), ("down", (wide, inner))):
+        for name, shape in (
+            ("gate", (inner, wide)),
+            ("up", (inner, wide)),
+            ("down", (wide, inner)),
+        ):
             yield f"{begins}.mlp.{name}_proj.weight", shape
         for name in ("input_layernorm", "post_attention_layernorm"):
             yield f"{begins}.{name}.weight", (wide,)

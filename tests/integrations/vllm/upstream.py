@@ -3,10 +3,10 @@
     .venv-vllm/bin/pip download --no-deps --no-binary vllm --no-build-isolation --no-clean vllm==0.32.0
     PYTHONPATH=tests .venv-vllm/bin/python -m integrations.vllm.upstream CHECKOUT [pytest's arguments]
 
-CHECKOUT is a vLLM source tree of the installed version. vLLM's tests are written for `ECExampleConnector`: its
-scheduler's tests take it by name from the config, its own by class. Here both give a facade of ours, over an
-owner of this process, with the few things those tests look at beside the interface: what is to be loaded, as
-``mm_datas``, and saves that have ended when `save_caches` returns, as a file's. Nothing of vLLM's is copied.
+CHECKOUT is a vLLM source tree of the installed version. vLLM's tests are written for `ECExampleConnector`:
+its scheduler's tests take it by name from the config, its own by class. Here both give a facade of ours, over
+an owner of this process, with the few things those tests look at beside the interface: what is to be loaded,
+as ``mm_datas``, and saves that have ended when `save_caches` returns. Nothing of vLLM's is copied.
 """
 
 import json
@@ -249,7 +249,11 @@ def main(arguments: list[str]) -> int:
         os.chdir(folder)
         sys.path.insert(0, folder)
         alone = ["-p", "no:cacheprovider", "--noconftest", "-c", os.devnull, "--rootdir", folder]
-        return int(pytest.main(["-q", "-rs", *alone, *arguments[1:], *TESTS], plugins=[Upstream(Path(folder))]))
+        return int(
+            pytest.main(
+                ["-q", "-rs", *alone, *arguments[1:], *TESTS], plugins=[Upstream(Path(folder))]
+            )
+        )
 
 
 if __name__ == "__main__":
