@@ -64,7 +64,7 @@ def connectors(transfer: Any, capacity_bytes: int) -> tuple[Any, Any]:
         current_stream=_Ended,
         device_type=current_platform.device_type,
     )
-    torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign, assignment]
+    torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
     transfer.ec_connector_extra_config["ec_cpu_bytes"] = capacity_bytes
     transfer.mm_encoder_output_widths = {"image": WIDTH}
     config: Any = SimpleNamespace(

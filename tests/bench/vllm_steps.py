@@ -39,7 +39,7 @@ def connectors(system: str, endpoint: str, folder: Path) -> tuple[Any, Any]:
     from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase, ECConnectorRole
     from vllm.distributed.ec_transfer.ec_connector.factory import ECConnectorFactory
 
-    class Nothing(ECConnectorBase):
+    class Nothing(ECConnectorBase):  # type: ignore[misc]
         """Every call of the interface, and no work."""
 
         def start_load_caches(self, encoder_cache: Any, **_: Any) -> None: ...

@@ -197,7 +197,7 @@ class Host:
     def _let_inputs_be_sizes_only(self) -> None:
         from featcache.integrations.vllm import connector
 
-        connector.encodable_here = lambda _: lambda _: not self.sizes_only
+        vars(connector)["encodable_here"] = lambda _: lambda _: not self.sizes_only
 
     def set_sizes_only(self, sizes_only: bool) -> None:
         self.sizes_only = sizes_only

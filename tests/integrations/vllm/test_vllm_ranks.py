@@ -17,7 +17,9 @@ pytestmark = pytest.mark.timeout(400)
 def sessions(endpoint: Path, engine: str) -> int:
     """Count the sessions of an engine's processes: its scheduler's, and one of each rank."""
     with blocking.observe(str(endpoint)) as observer:
-        return sum(one.name.startswith(f"vllm-{engine}-") for one in observer.snapshot().sessions)
+        return sum(
+            (one.name or "").startswith(f"vllm-{engine}-") for one in observer.snapshot().sessions
+        )
 
 
 def test_both_ranks_load_what_another_engine_encoded(

@@ -81,7 +81,7 @@ class Upstream:
         from vllm.distributed.ec_transfer.ec_connector.factory import ECConnectorFactory
 
         self.owner.open()
-        ECConnectorFactory.create_connector = self.create  # type: ignore[assignment, method-assign]
+        ECConnectorFactory.create_connector = self.create
 
     def pytest_sessionfinish(self) -> None:
         self.owner.close()
@@ -187,8 +187,8 @@ def metadata_class() -> Any:
             key = _classes["keys"].key(data.mm_hash)
             step.loads.append(Load(data.mm_hash, key, "r", 0, None))
 
-        StepMetadata.mm_datas = property(mm_datas)  # type: ignore[attr-defined]
-        StepMetadata.add_mm_data = add  # type: ignore[attr-defined]
+        StepMetadata.mm_datas = property(mm_datas)
+        StepMetadata.add_mm_data = add
         _classes["metadata"] = StepMetadata
     return _classes["metadata"]
 
@@ -209,13 +209,14 @@ def facade_class() -> Any:
             other = ECConnectorRole.WORKER if scheduler else ECConnectorRole.SCHEDULER
             self._other = FeatcacheECConnector(config, other)
             side = self if scheduler else self._other
-            _classes["keys"] = side._scheduler._keys
-            self._scheduler = self._scheduler or self._other._scheduler
+            assert side._scheduler is not None
+            self.side = self._scheduler = side._scheduler
+            _classes["keys"] = self.side._keys
             self._worker = self._worker or self._other._worker
 
         @property
         def _mm_datas_need_loads(self) -> dict[str, Any]:
-            return {name: load.rows for name, load in self._scheduler._planned.items()}
+            return {name: load.rows for name, load in self.side._planned.items()}
 
         def save_caches(self, encoder_cache: Any, mm_hash: str, **how: Any) -> None:
             super().save_caches(encoder_cache, mm_hash, **how)
@@ -229,7 +230,7 @@ def facade_class() -> Any:
             # Those tests have `has_cache_item` say that it is there: ours loads what it found itself.
             name = request.mm_features[index].identifier
             if self.has_cache_item(name):
-                self._scheduler._seen[name] = True
+                self.side._seen[name] = True
             super().update_state_after_alloc(request, index)
 
         def shutdown(self) -> None:

@@ -218,7 +218,7 @@ class Copies:
                 self._ends.wait(0.02)
                 continue
             try:
-                self._copy(client, number - 1, bytes(order.numpy()))
+                self._copy(client, number - 1, bytes(tensors_of(order)[0].numpy()))
             except Exception:  # noqa: BLE001 - no receipt: the step loads it itself, as far as it can
                 logger.debug("featcache: an order was not copied", exc_info=True)
 
