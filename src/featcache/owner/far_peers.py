@@ -212,6 +212,8 @@ class FarPeers:
         self._slab.plane.expect(notifications=True)
         try:
             if not there:
+                # The read is in no stream's order: `published`, which a GPU's stream writes behind the
+                # copy and a fence of the whole system, is what says that it finds the bytes.
                 await wait_ready(attachment, ref)
             await self._slab.settled()
             epoch, metadata = await self._slab.metadata()
@@ -222,7 +224,8 @@ class FarPeers:
             raise
         address = self._slab.address_of(ref.offset_bytes)
         told = b"" if request.epoch == epoch else metadata
-        return messages.Found(request.request, address, pieces, epoch, told)
+        found = request.request, address, pieces, epoch, told
+        return messages.Found(*found, self._slab.memory)
 
     # --- reads end ------------------------------------------------------------------------------------
 

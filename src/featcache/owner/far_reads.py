@@ -271,12 +271,15 @@ class FarReads:
                 ours = slab.pieces(slot.offset_bytes, ref.nbytes)
                 here = slab.address_of(slot.offset_bytes)
                 pieces = pair(here, ours, found.address, found.pieces)
-                transfer = slab.plane.read(home.plane, pieces)
+                # The slot was free: on a GPU too no stream is at work there, since a reader's release
+                # and a writer's word land behind the work itself.
+                transfer = slab.plane.read(home.plane, pieces, found.memory)
                 await self._landed(home, transfer, ref)
             home.check_pins()
         except BaseException:
             self._give_up(slot, transfer)
             raise
+        # Only now, and by the CPU: the bytes are there for kernels too, and behind no stream.
         pool.publish(slot, ref.specs, None)
         self.fetched += 1
         self.fetched_bytes += ref.nbytes
