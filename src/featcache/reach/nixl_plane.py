@@ -18,6 +18,8 @@ import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar
 
+import torch
+
 from featcache.errors import BackendUnavailable, CacheClosed
 from featcache.reach.gpu import NO_UCX, PlaneGpu
 from featcache.reach.plane import HOST, Memory, Piece
@@ -35,7 +37,8 @@ _CLOSE_S: Final = 5.0
 
 
 def _api() -> Any:
-    for name in _MODULES:
+    cuda = f"nixl_cu{(torch.version.cuda or '').partition('.')[0]}."
+    for name in sorted(_MODULES, key=lambda each: not each.startswith(cuda)):
         with contextlib.suppress(ImportError):
             api = importlib.import_module(name)
             # It tells of each agent on stdout, which is the program's own.
