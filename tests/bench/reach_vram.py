@@ -29,6 +29,7 @@ from typing import Any
 MIB = 1 << 20
 SIZES = (1, 4, 16, 64)
 READS = 6
+INITIAL_BYTES = 64 * MIB
 KEY = "a key for the benchmark alone"
 LIBRARIES = ("libcuda.so.1", "libnvidia-ml.so.1", "libcudart.so.13", "libcudart.so.12")
 NEEDED = (*LIBRARIES, "libssl.so.3", "libcrypto.so.3", "libz.so.1")
@@ -111,7 +112,7 @@ async def _open(state: dict[str, Any], device: str, backend: str, listens: bool)
         torch.cuda.set_device(device)  # or torch makes a context on the first one too
     settings = featcache.Settings(
         capacity=768 * MIB,
-        initial=64 * MIB,
+        initial=INITIAL_BYTES,
         segment=64 * MIB,
         idle=0.3,
         backend=backend if on_gpu else "auto",
@@ -171,10 +172,10 @@ async def _get(
 async def _shrunk(state: dict[str, Any]) -> tuple[int, int]:
     """Wait until the slab has given memory back; return MiB before and after."""
     owner = state["owner"]
-    first = most = owner.statistics().committed_bytes
+    most = owner.statistics().committed_bytes
     give_up_s = time.monotonic() + 5
     while (  # noqa: ASYNC110 - of another's memory no event tells
-        owner.statistics().committed_bytes >= first and time.monotonic() < give_up_s
+        owner.statistics().committed_bytes > INITIAL_BYTES and time.monotonic() < give_up_s
     ):
         await asyncio.sleep(0.05)
     return most // MIB, owner.statistics().committed_bytes // MIB
@@ -277,10 +278,15 @@ def protocols(log: str) -> list[str]:
     """What UCX said of the ways it took, each once."""
     with contextlib.suppress(OSError):
         lines = Path(log).read_text(errors="replace").splitlines()
-        told = [re.sub(r"^\[[^]]*\] *\[[^]]*\] *", "", line) for line in lines if "|" in line]
         errors = [line[:200] for line in lines if re.search("ERROR|WARN|^E[0-9]", line)]
-        seen = [line for line in dict.fromkeys(told) if "Description" not in line]
-        return [*seen[:32], *list(dict.fromkeys(errors))[:12]]
+        ways, wanted = [], False
+        for line in lines:
+            told = re.sub(r"^\[[^]]*\] *\[[^]]*\] *", "", line)
+            if " by ucp_" in told:
+                wanted = "remote memory" in told
+            if wanted and told.startswith("|") and "Description" not in told:
+                ways.append(told)
+        return [*list(dict.fromkeys(ways))[:40], *list(dict.fromkeys(errors))[:12]]
     return []
 
 
