@@ -28,7 +28,7 @@ from typing import Any
 
 MIB = 1 << 20
 SIZES = (1, 4, 16, 64)
-READS = 6
+READS = 5
 INITIAL_BYTES = 64 * MIB
 KEY = "a key for the benchmark alone"
 LIBRARIES = ("libcuda.so.1", "libnvidia-ml.so.1", "libcudart.so.13", "libcudart.so.12")
@@ -247,8 +247,8 @@ def memory_used() -> str:
 def reads(home: Side, reader: Side, there: str, here: str, backend: str) -> list[str]:
     """One way from slab to slab: a row for each size."""
     rows, name = [], f"{there} -> {here} {backend}"
-    home.do("open", there, backend, True)
-    reader.do("open", here, backend, False)
+    home.do("open", there, backend, True, limit_s=40)
+    reader.do("open", here, backend, False, limit_s=40)
     for mib in SIZES:
         seeds = list(range(mib, mib + READS))
         refs = home.do("put", seeds, mib * MIB, False)

@@ -158,6 +158,14 @@ def test_a_segment_that_is_refused_for_network_cards_is_made_without(
     assert api.calls.count("cuMemCreate") == 3
 
 
+def test_a_granularity_that_is_refused_for_network_cards_is_asked_for_without(
+    api: FakeApi,
+) -> None:
+    api.attributes[110] = 1
+    api.fail("cuMemGetAllocationGranularity", code=Code.CUDA_ERROR_NOT_SUPPORTED)
+    assert driver_over(api).granularity_bytes(0) == GRANULARITY_BYTES
+
+
 def test_memory_that_runs_out_is_not_asked_for_twice(api: FakeApi) -> None:
     api.attributes[110], api.rdma_refused = 1, Code.CUDA_ERROR_OUT_OF_MEMORY
     driver = driver_over(api)

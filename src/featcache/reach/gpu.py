@@ -39,7 +39,7 @@ class PlaneGpu:
     def check(self) -> None:
         """Raise BackendUnavailable unless UCX, which has an agent now, knows this memory as a GPU's."""
         with system_errors(BackendUnavailable, "UCX's modules can't be looked at"):
-            loaded = self._maps.read_text()
+            loaded = self._maps.read_text(errors="replace")
         if _UCX_MODULE not in loaded:
             raise BackendUnavailable(NO_UCX)
 

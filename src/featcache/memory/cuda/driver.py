@@ -187,23 +187,26 @@ class Driver(RdmaCalls):
     def granularity_bytes(self, ordinal: int) -> int:
         """Return the unit of the sizes and offsets of segments."""
         minimum = self.api.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-        properties = self._properties(ordinal, rdma=self._makes_for_rdma(ordinal))
-        return int(self._call("cuMemGetAllocationGranularity", properties, minimum))
+        name = "cuMemGetAllocationGranularity"
+        return int(self._for_cards(ordinal, lambda prop: self._call(name, prop, minimum)))
 
     def create(self, ordinal: int, size_bytes: int) -> Any:
         """Return a handle of new device memory, or raise MemoryError.
 
         It is made for network cards too (GPUDirect RDMA) where the device says that it can, and does.
         """
+        return self._for_cards(ordinal, lambda prop: self._call("cuMemCreate", size_bytes, prop, 0))
+
+    def _for_cards(self, ordinal: int, call: Callable[[Any], Any]) -> Any:
+        """Call with the properties of memory for network cards; where those are refused, without."""
         if self._makes_for_rdma(ordinal):
-            properties = self._properties(ordinal, rdma=True)
             try:
-                return self._call("cuMemCreate", size_bytes, properties, 0)
+                return call(self._properties(ordinal, rdma=True))
             except DeviceMemoryError:
                 raise
             except DriverError:
                 self._for_rdma[ordinal] = False
-        return self._call("cuMemCreate", size_bytes, self._properties(ordinal, rdma=False), 0)
+        return call(self._properties(ordinal, rdma=False))
 
     def export(self, handle: Any) -> int:
         """Return a new descriptor of a segment; it is the caller's."""
