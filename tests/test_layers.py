@@ -41,7 +41,17 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
         tuple(
             f"featcache.{name}"
             for name in (
-                *("errors", "events", "hooks", "observation", "ref", "settings", "statistics"),
+                *(
+                    "base_event",
+                    "errors",
+                    "events",
+                    "hooks",
+                    "host_events",
+                    "observation",
+                    "ref",
+                    "settings",
+                    "statistics",
+                ),
                 "version",
             )
         ),

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import featcache
 from cli.commands import Ended, Run, started
 from cli.conftest import Serve
 from featcache import FeatureCache, Snapshot, Statistics
+from featcache.cli import checks
 from featcache.cli.exits import one_line
 from featcache.observation import SessionView, UnpaidRef, WaitingPut
 from support.caches import KIB, filled, pair, small
@@ -287,6 +289,25 @@ def test_doctor_finds_this_machine_in_order(command: Run) -> None:
     assert wanted | {"memory", "socket folder", "descriptor passing"} <= set(found)
     assert ended.code == 0, [one for one in found.values() if one["state"] == "bad"]
     assert all(one["remedy"] for one in found.values() if one["state"] in {"warn", "bad"})
+
+
+def test_doctor_tells_what_other_hosts_are_reached_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    there: dict[str, str] = {}
+
+    def version(name: str) -> str:
+        if name not in there:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return there[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    (missing,) = checks._reach()
+    assert missing.state == "note"
+    assert "pip install 'featcache[reach]'" in missing.remedy
+    there["nixl-cu12"] = "1.5.1"
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    found = list(checks._reach())
+    assert [one.name for one in found] == ["other hosts", "RDMA"]
+    assert found[0].found == "nixl-cu12 1.5.1; UCX_TLS=tcp"
 
 
 def test_doctor_says_what_to_do_where_something_is_bad(command: Run, runtime_dir: Path) -> None:

@@ -11,6 +11,7 @@ from featcache.control.peer import SessionState
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot, SlotState
 from featcache.errors import CacheClosed, KeyNotFound, OwnerLost
+from featcache.owner.far_traffic import FetchNews
 from featcache.owner.homes import Home, Homes
 from featcache.owner.registered import RegisteredSlab
 from featcache.owner.served_pool import ServedPool
@@ -72,6 +73,7 @@ class FarReads:
         self._begun: dict[int, list[tuple[Home, Place]]] = {}
         """Reads of sessions that are ending, which are paid if they died."""
         self._closed = False
+        self._news = FetchNews(self._pool.name, self._pool.settings.log_interval)
         self.fetched = self.fetched_bytes = self.failed = self.quarantined = 0
         homes.on_gone = self._ended
         homes.on_lost = self._lost
@@ -236,7 +238,8 @@ class FarReads:
             task = copy.task = asyncio.get_running_loop().create_task(
                 self._fetch(copy, home, ref, found)
             )
-            task.add_done_callback(lambda done: self._fetch_ended(copy, done))
+            home.traffic.in_progress += 1
+            task.add_done_callback(lambda done: self._fetch_ended(copy, home, ref, done))
             copy.waiting = 0
         copy.waiting += 1
         try:
@@ -252,11 +255,18 @@ class FarReads:
                     copy.task = None
                     task.cancel()
 
-    def _fetch_ended(self, copy: Copy, task: "asyncio.Task[None]") -> None:
+    def _fetch_ended(
+        self, copy: Copy, home: Home, ref: FeatureRef, task: "asyncio.Task[None]"
+    ) -> None:
         if copy.task is task:
             copy.task = None
-        if task.cancelled() or task.exception() is not None:
+        home.traffic.in_progress -= 1
+        error = None if task.cancelled() else task.exception()
+        if task.cancelled() or error is not None:
             self.failed += 1
+            home.traffic.failed += 1
+        if error is not None:
+            self._news.failed(home.address, ref.nbytes, error)
 
     async def _fetch(self, copy: Copy, home: Home, ref: FeatureRef, found: messages.Found) -> None:
         pool, slab = self._pool, await self._slab()
@@ -265,6 +275,7 @@ class FarReads:
         if slot is None:
             slot = await home.or_lost(self._room(request))
         transfer: Transfer | None = None
+        took_s: float | None = None
         try:
             await slab.settled()
             if ref.nbytes:
@@ -273,20 +284,29 @@ class FarReads:
                 pieces = pair(here, ours, found.address, found.pieces)
                 # The slot was free: on a GPU too no stream is at work there, since a reader's release
                 # and a writer's word land behind the work itself.
+                began_s = _now()
                 transfer = slab.plane.read(home.plane, pieces, found.memory)
                 await self._landed(home, transfer, ref)
+                took_s = _now() - began_s
             home.check_pins()
         except BaseException:
-            self._give_up(slot, transfer)
+            self._give_up(slot, transfer, home)
             raise
         # Only now, and by the CPU: the bytes are there for kernels too, and behind no stream.
         pool.publish(slot, ref.specs, None)
-        self.fetched += 1
-        self.fetched_bytes += ref.nbytes
+        self._count(home, ref.nbytes, took_s)
         # Kept until those that wait have their shares: a put could evict it before their tasks run.
         held = pool.store.lookup(copy.key, _now())
         if held is not None:
             pool.loop.call_later(_HANDOVER_S, self._release_grant, held)
+
+    def _count(self, home: Home, nbytes: int, took_s: float | None) -> None:
+        """Count a feature that is here; `took_s` is of its transfer."""
+        self.fetched += 1
+        self.fetched_bytes += nbytes
+        home.traffic.landed(nbytes, took_s)
+        if took_s is not None:
+            self._news.landed(home.address, nbytes, took_s, self._limit_s(nbytes))
 
     def _release_grant(self, slot: Slot) -> None:
         if not self._pool.closed:
@@ -299,7 +319,7 @@ class FarReads:
 
     async def _landed(self, home: Home, transfer: Transfer, ref: FeatureRef) -> None:
         """Return once a read has landed; OwnerLost if its home is lost first, or it takes too long."""
-        limit_s = self._pool.settings.peer_timeout + ref.nbytes / _SLOWEST_BYTES_PER_S
+        limit_s = self._limit_s(ref.nbytes)
         waits = [transfer.ended, home.link.gone]
         await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         if not transfer.ended.done():
@@ -311,7 +331,11 @@ class FarReads:
                 raise CacheClosed(str(failed))
             raise OwnerLost(f"the bytes could not be read from {home.address}: {failed}")
 
-    def _give_up(self, slot: Slot, transfer: Transfer | None) -> None:
+    def _limit_s(self, nbytes: int) -> float:
+        """Return after how long a transfer is given up."""
+        return self._pool.settings.peer_timeout + nbytes / _SLOWEST_BYTES_PER_S
+
+    def _give_up(self, slot: Slot, transfer: Transfer | None, home: Home) -> None:
         """Give up the landing place of a read that failed, once nothing can be written there any more."""
         pool = self._pool
         if transfer is None or transfer.ended.done():
@@ -319,10 +343,16 @@ class FarReads:
             return
         # Quarantined: a read that was given up may land when its home goes on, in seconds or days.
         self.quarantined += 1
+        traffic, nbytes = home.traffic, slot.nbytes
+        traffic.quarantined += 1
+        traffic.quarantined_bytes += nbytes
+        self._news.quarantined(home.address, nbytes, traffic.quarantined_bytes)
         transfer.abandon()
 
         def ended(_: "asyncio.Future[None]") -> None:
             self.quarantined -= 1
+            traffic.quarantined -= 1
+            traffic.quarantined_bytes -= nbytes
             pool.give_up_reserved(slot, None)
 
         transfer.ended.add_done_callback(ended)
