@@ -303,7 +303,7 @@ def main() -> None:
             if zipfile.is_zipfile(tree):
                 tree = f"{folder}/nixl"
                 zipfile.ZipFile(options.nixl).extractall(tree)
-            sys.path.insert(0, tree)
+            _add_fallbacks(Path(tree, "fallback"))
             os.environ["PYTHONPATH"] = f"{tree}:{os.environ.get('PYTHONPATH', '')}"
         os.environ.setdefault("UCX_PROTO_INFO", "y")
         home, reader = Side(f"{folder}/home.log"), Side(f"{folder}/reader.log")
@@ -314,6 +314,17 @@ def main() -> None:
         print("UCX, at the home:", *protocols(home.log), sep="\n  ")
         print("\nmemory:", *last, sep="\n  ")
         print("", *rows, sep="\n")
+
+
+def _add_fallbacks(folder: Path) -> None:
+    """Have the two processes find libraries that the tree brings and this machine has not."""
+    for library in folder.glob("*.so*"):
+        try:
+            ctypes.CDLL(library.name)
+        except OSError:
+            before = os.environ.get("LD_LIBRARY_PATH", "")
+            os.environ["LD_LIBRARY_PATH"] = f"{folder}:{before}"
+            return
 
 
 def _steps(home: Side, reader: Side, give_up_s: float) -> tuple[list[str], list[str]]:
