@@ -157,3 +157,24 @@ async def test_a_home_that_says_the_wrong_kind_of_memory_is_refused(
         monkeypatch.setattr(slab, "memory", HOST)
         with pytest.raises(featcache.OwnerLost, match="memory of this kind"):
             await hosts.client.get(ref)
+
+
+async def test_a_slot_that_another_host_reads_is_not_given_out(gpu: FakeGpu) -> None:
+    """Discarded meanwhile, it is the reader's until it has its bytes, whatever streams do."""
+    async with both(gpu, GPU, CPU, capacity=SEGMENT) as hosts:
+        first = await hosts.home.put(filled(KIB, 1))
+        await hosts.client.get(first)  # it has made the reader's plane
+        ref = await hosts.home.put(filled(SEGMENT - 4 * KIB, 2))
+        hosts.reader_plane.held = True
+        get = asyncio.create_task(hosts.client.get(ref))
+        await until(lambda: len(hosts.reader_plane.transfers) == 2)
+        await hosts.home.discard(ref)
+        put = asyncio.create_task(hosts.home.put(filled(SEGMENT - 4 * KIB, 3)))
+        store = hosts.home._opened().pool.store
+        await until(lambda: store.queue.count == 1)
+        gpu.run()
+        await steps(20)
+        assert not put.done()
+        hosts.reader_plane.transfers[-1].land()
+        assert torch.equal(tensor(await get), filled(SEGMENT - 4 * KIB, 2))
+        await put
