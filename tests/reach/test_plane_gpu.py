@@ -15,6 +15,7 @@ from featcache.reach.gpu import PlaneGpu
 from featcache.reach.nixl_plane import NixlPlane
 from featcache.reach.plane import HOST, Memory, Piece
 from memory.fakecuda import Code, FakeApi, driver_over
+from support.caches import until
 
 VRAM = Memory("VRAM", 1)
 
@@ -156,4 +157,4 @@ async def test_no_driver_no_plane(driver: FakeApi, tmp_path: Path) -> None:
         with pytest.raises(BackendUnavailable, match="cuDevicePrimaryCtxRetain"):
             await plane.register(4096, 512)
         assert agents == []
-    assert not any(thread.name == "featcache-nixl" for thread in threading.enumerate())
+    await until(lambda: all(each.name != "featcache-nixl" for each in threading.enumerate()))
