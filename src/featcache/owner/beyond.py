@@ -7,7 +7,7 @@ from featcache import events
 from featcache.owner.far_peers import FarPeer, FarPeers
 from featcache.owner.far_reads import FarReads
 from featcache.owner.homes import Home, Homes
-from featcache.owner.registered import RegisteredSlab
+from featcache.owner.registered import RegisteredSlab, memory_of
 from featcache.owner.served_pool import ServedPool, take_each
 from featcache.reach.listener import Listener
 from featcache.reach.plane import DataPlane, make_plane
@@ -80,7 +80,8 @@ class Beyond:
         pool = self._served.pool
         pool.check_open()
         if self._plane is None:
-            self._plane = make_plane(f"featcache-{pool.name}", asyncio.get_running_loop())
+            loop, memory = asyncio.get_running_loop(), memory_of(pool.slab)
+            self._plane = make_plane(f"featcache-{pool.name}", loop, memory)
         slab = RegisteredSlab(pool, self._plane)
         await slab.open()
         return slab

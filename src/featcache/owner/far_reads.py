@@ -282,14 +282,17 @@ class FarReads:
                 ours = slab.pieces(slot.offset_bytes, ref.nbytes)
                 here = slab.address_of(slot.offset_bytes)
                 pieces = pair(here, ours, found.address, found.pieces)
+                # The slot was free: on a GPU too no stream is at work there, since a reader's release
+                # and a writer's word land behind the work itself.
                 began_s = _now()
-                transfer = slab.plane.read(home.plane, pieces)
+                transfer = slab.plane.read(home.plane, pieces, found.memory)
                 await self._landed(home, transfer, ref)
                 took_s = _now() - began_s
             home.check_pins()
         except BaseException:
             self._give_up(slot, transfer, home)
             raise
+        # Only now, and by the CPU: the bytes are there for kernels too, and behind no stream.
         pool.publish(slot, ref.specs, None)
         self._count(home, ref.nbytes, took_s)
         # Kept until those that wait have their shares: a put could evict it before their tasks run.
