@@ -375,7 +375,7 @@ async def test_storms_over_networks_that_break_hang_nobody_and_leave_nothing(see
         done = asyncio.Event()
         perils = asyncio.ensure_future(peril(networks, random.Random(seed), done))
         storms = [Storm([*owners, *clients], seed * 100 + n) for n in range(8)]
-        await asyncio.wait_for(asyncio.gather(*(storm.run(100) for storm in storms)), 120)
+        await asyncio.wait_for(asyncio.gather(*(storm.run(60) for storm in storms)), 120)
         done.set()
         await perils
         await settled(owners)

@@ -12,7 +12,7 @@ from featcache.owner.home import Home
 from featcache.owner.homes import Homes
 from featcache.owner.key_hosts import KeyHosts
 from featcache.owner.landing import Landing
-from featcache.owner.registered import RegisteredSlab
+from featcache.owner.registered import RegisteredSlab, memory_of
 from featcache.owner.served_pool import ServedPool, take_each
 from featcache.owner.upstreams import Upstreams
 from featcache.reach.listener import Listener
@@ -113,7 +113,8 @@ class Beyond:
         pool = self._served.pool
         pool.check_open()
         if self._plane is None:
-            self._plane = make_plane(f"featcache-{pool.name}", asyncio.get_running_loop())
+            loop, memory = asyncio.get_running_loop(), memory_of(pool.slab)
+            self._plane = make_plane(f"featcache-{pool.name}", loop, memory)
         slab = RegisteredSlab(pool, self._plane)
         await slab.open()
         return slab

@@ -155,7 +155,8 @@ class FarKeys:
         pieces = slab.pieces(ref.offset_bytes, ref.nbytes)
         told = b"" if request.epoch == epoch else metadata
         address = slab.address_of(ref.offset_bytes)
-        return messages.Sought(request.request, ref.nbytes, ref.specs, address, pieces, epoch, told)
+        where = address, pieces, epoch, told, slab.memory
+        return messages.Sought(request.request, ref.nbytes, ref.specs, *where)
 
     # --- as a source of this pool: what is on its way ------------------------------------------------
 
@@ -192,7 +193,9 @@ class FarKeys:
             self.give_back(peer, offer.ticket)
 
     async def _land(self, peer: FarPeer, offer: messages.Offer) -> None:
-        there = There(offer.nbytes, offer.address, offer.pieces, checked_specs(offer))
+        there = There(
+            *(offer.nbytes, offer.address, offer.pieces, checked_specs(offer), offer.memory)
+        )
         timeout_s = self._pool.settings.peer_timeout
         maker = Maker(peer, offer.request, timeout_s)
         try:

@@ -220,6 +220,8 @@ class FarPeers:
         self._slab.plane.expect(notifications=True)
         try:
             if not there:
+                # The read is in no stream's order: `published`, which a GPU's stream writes behind the
+                # copy and a fence of the whole system, is what says that it finds the bytes.
                 await wait_ready(attachment, ref)
             await self._slab.settled()
             epoch, metadata = await self._slab.metadata()
@@ -231,7 +233,8 @@ class FarPeers:
         address = self._slab.address_of(ref.offset_bytes)
         told = b"" if request.epoch == epoch else metadata
         self._count(peer, ref.nbytes)
-        return messages.Found(request.request, address, pieces, epoch, told)
+        found = request.request, address, pieces, epoch, told
+        return messages.Found(*found, self._slab.memory)
 
     def _count(self, peer: FarPeer, nbytes: int) -> None:
         peer.reads += 1

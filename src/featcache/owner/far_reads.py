@@ -265,7 +265,7 @@ class FarReads:
             self._landing.news.failed(home.address, ref.nbytes, error)
 
     async def _fetch(self, copy: Copy, home: Home, ref: FeatureRef, found: messages.Found) -> None:
-        there = There(ref.nbytes, found.address, found.pieces, ref.specs)
+        there = There(ref.nbytes, found.address, found.pieces, ref.specs, found.memory)
         await self._landing.land(home, there, copy.key)
         self.fetched += 1
         self.fetched_bytes += ref.nbytes

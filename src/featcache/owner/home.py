@@ -153,7 +153,9 @@ class Home:
         told = b"" if self._offered == (link, epoch) else metadata
         number, address = link.number(), slab.address_of(ref.offset_bytes)
         answer = await link.request(
-            messages.Offer(number, key, ticket, address, ref.nbytes, pieces, ref.specs, told)
+            messages.Offer(
+                *(number, key, ticket, address, ref.nbytes, pieces, ref.specs, told, slab.memory)
+            )
         )
         self._offered = link, epoch
         self.tickets.discard(ticket)

@@ -101,7 +101,9 @@ class KeyHosts:
     async def _fetch(self, home: Home, key: bytes, found: messages.Sought) -> None:
         if key in self._pool.store.directory:
             return
-        there = There(found.nbytes, found.address, found.pieces, checked_specs(found))
+        there = There(
+            *(found.nbytes, found.address, found.pieces, checked_specs(found), found.memory)
+        )
         home.traffic.in_progress += 1
         try:
             await self._landing.land(home, there, key)

@@ -12,7 +12,7 @@ from featcache.owner.far_traffic import FetchNews, Traffic
 from featcache.owner.registered import RegisteredSlab
 from featcache.owner.served_pool import ServedPool
 from featcache.reach import messages
-from featcache.reach.plane import Transfer, pair
+from featcache.reach.plane import HOST, Memory, Transfer, pair
 from featcache.ref import FeatureRef, TensorSpec
 
 T = TypeVar("T")
@@ -53,6 +53,7 @@ class There(NamedTuple):
     address: int
     pieces: Sequence[int]
     specs: tuple[TensorSpec, ...]
+    memory: Memory = HOST
 
 
 def checked_specs(told: messages.Sought | messages.Offer) -> tuple[TensorSpec, ...]:
@@ -119,14 +120,17 @@ class Landing:
                 ours = slab.pieces(slot.offset_bytes, there.nbytes)
                 here = slab.address_of(slot.offset_bytes)
                 pieces = pair(here, ours, there.address, there.pieces)
+                # The slot was free: on a GPU too no stream is at work there, since a reader's release
+                # and a writer's word land behind the work itself.
                 began_s = _now()
-                transfer = slab.plane.read(giver.plane, pieces)
+                transfer = slab.plane.read(giver.plane, pieces, there.memory)
                 await self._landed(giver, transfer, there.nbytes)
                 took_s = _now() - began_s
             await giver.vouch()
         except BaseException:
             self._give_up(slot, transfer, giver)
             raise
+        # Only now, and by the CPU: the bytes are there for kernels too, and behind no stream.
         if key in pool.store.directory:
             pool.give_up_reserved(slot, None)
         else:

@@ -10,6 +10,7 @@ import msgspec
 
 from featcache.control.messages import checked_decoder, encode
 from featcache.control.wire import Key, Name, Natural, PoolId, Seconds, Specs, Text
+from featcache.reach.plane import HOST, Memory
 
 __all__ = ["decode_from_home", "decode_from_reader", "encode"]
 
@@ -114,6 +115,8 @@ class Offer(Asked, tag="offer", frozen=True):
     specs: Specs
     metadata: bytes
     """Of the data plane, unless the home has been told since the connection was made."""
+    memory: Memory = HOST
+    """The kind that the slab is."""
 
 
 class Promise(msgspec.Struct, tag="promise", frozen=True):
@@ -195,6 +198,8 @@ class Found(msgspec.Struct, tag="found", frozen=True):
     epoch: Natural
     metadata: bytes
     """Of the data plane, if the reader's is older than `epoch`."""
+    memory: Memory = HOST
+    """The kind that the home's slab is."""
 
 
 class Sought(msgspec.Struct, tag="sought", frozen=True):
@@ -207,6 +212,7 @@ class Sought(msgspec.Struct, tag="sought", frozen=True):
     pieces: list[Natural]
     epoch: Natural
     metadata: bytes
+    memory: Memory = HOST
 
 
 class Claimed(msgspec.Struct, tag="claimed", frozen=True):

@@ -321,7 +321,7 @@ class HostSlab(HostMapping):
         if huge_pages:
             advise_huge_pages(self._open(), self.capacity_bytes)
 
-    kind = KIND
+    kind, ordinal = KIND, -1
     device_name = "cpu"
     """A GPU's UUID if this slab stands in for one on that GPU."""
     handle = b""
