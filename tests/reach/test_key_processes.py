@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
+from reach import test_nixl
 from reach.clusters import free_addresses
 from reach.hosts import KEY
-from reach.test_nixl import pytestmark as pytestmark  # noqa: PLC0414 - skipped without NIXL too
 
+# Three processes load torch and NIXL first, which takes a while where others work too.
+pytestmark = [test_nixl.pytestmark, pytest.mark.timeout(240)]
 PROGRAM = Path(__file__).with_name("key_program.py")
 
 
