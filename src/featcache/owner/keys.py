@@ -189,7 +189,8 @@ class Lookups:
             if not comes and not store.queue.count:
                 if pool.collector.make_room(_NO_ROOM, 1):
                     continue
-                comes = store.evicting.is_searching  # for the coldest, behind many that were used
+                # The coldest is looked for, behind many that were used; or is being copied to a tier.
+                comes = store.evicting.is_searching or bool(store.demoting)
             if not comes:
                 raise PoolFull(
                     f"all {store.table.count} slots are in use: {pool.debtors.holders()}"

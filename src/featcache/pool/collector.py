@@ -135,7 +135,8 @@ class Collector:
     @property
     def makes_room(self) -> bool:
         """Whether more is recycled or evicted in the next turns."""
-        return self.behind or self._pool.store.evicting.in_progress
+        store = self._pool.store
+        return self.behind or store.evicting.in_progress or bool(store.demoting)
 
     def evict_some(self, request: Request) -> int:
         """As `make_room`, as far as this turn goes; none while there is more to recycle."""
