@@ -41,7 +41,16 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
         tuple(
             f"featcache.{name}"
             for name in (
-                *("errors", "events", "hooks", "observation", "ref", "settings", "statistics"),
+                *(
+                    "base_event",
+                    "errors",
+                    "events",
+                    "hooks",
+                    "observation",
+                    "ref",
+                    "settings",
+                    "statistics",
+                ),
                 "version",
             )
         ),

@@ -4,10 +4,11 @@ A record's `name` is its event (``featcache.pool.pressure``, …), its `severity
 fields are the facts. `featcache.hooks` hands them on.
 """
 
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final
 
 import attrs
 
+from featcache.base_event import Event, Severity
 from featcache.hooks import Hook, Throttle, add_hook, emit, is_emitting, log_event, remove_hook
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "HostLeft",
     "HostLost",
     "KeyEvicted",
+    "KeySourceFailed",
     "OwnerBack",
     "OwnerGone",
     "PeerRefused",
@@ -47,34 +49,8 @@ __all__ = [
     "remove_hook",
 ]
 
-Severity = Literal["debug", "info", "warning", "error"]
-
 log_to_structlog: Final = log_event
 """The older name of `log_event`."""
-
-
-@attrs.frozen(kw_only=True)
-class Event:
-    """One fact about one pool."""
-
-    name: ClassVar[str] = "featcache.event"
-    severity: ClassVar[Severity] = "info"
-
-    pool: str
-    """The pool's id, in hex."""
-
-    @property
-    def urgency(self) -> Severity:
-        """The level at which this record is logged: its class's `severity`, unless it has a reason."""
-        return self.severity
-
-    def facts(self) -> dict[str, Any]:
-        """Return the record's fields by name."""
-        return {field.name: getattr(self, field.name) for field in attrs.fields(type(self))}
-
-    def logged(self) -> dict[str, Any]:
-        """Return `facts` under the names that a log has them by: none is a logging system's own."""
-        return self.facts()
 
 
 @attrs.frozen(kw_only=True)
@@ -370,6 +346,18 @@ class OwnerGone(Event):
     severity: ClassVar[Severity] = "warning"
     endpoint: str
     reason: str
+
+
+@attrs.frozen(kw_only=True)
+class KeySourceFailed(Event):
+    """What may have a missing key, other hosts or a tier, failed as it was asked: it counts as not there."""
+
+    name: ClassVar[str] = "featcache.key_source.failed"
+    severity: ClassVar[Severity] = "warning"
+    source: str
+    reason: str
+    unlogged: int
+    """Failures since the last such event that were not logged."""
 
 
 @attrs.frozen(kw_only=True)

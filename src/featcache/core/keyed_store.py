@@ -86,6 +86,13 @@ class KeyedStore(Store):
         self._grant(slot, now_s)
         return slot
 
+    def hold(self, key: bytes, now_s: float) -> Slot | None:
+        """As `lookup`, but neither a hit nor a miss."""
+        slot = self.directory.find(key)
+        if slot is not None:
+            self._grant(slot, now_s)
+        return slot
+
     def pay_grant(self, slot: Slot, now_s: float) -> list[Effect]:
         slot.grants -= 1
         if slot.grants or slot.reads_left or slot.state is not SlotState.PUBLISHED:

@@ -180,6 +180,12 @@ class OwnKeyTable(KeyTable):
         words[word] = place
         self._kept[key] = word
 
+    def leave_open(self) -> None:
+        """Say of no key any more that it is not there, as of a set without room: the owner is to say."""
+        words, first, last = self._words, self._start_bytes >> 3, self._records_bytes >> 3
+        for left_out in range(first + 1, last, KEY_SET_BYTES >> 3):
+            words[left_out] += 1
+
     def drop(self, key: bytes) -> None:
         """Drop a key. One that is not there is no error."""
         word = self._kept.pop(key, 0)

@@ -15,7 +15,7 @@ from featcache.memory.backends import make_host_slab, make_slab, plan_for
 from featcache.memory.host import slab as host
 from featcache.memory.slab import Plan
 from featcache.owner.beyond import Beyond, Cluster
-from featcache.owner.keys import OwnerKeys
+from featcache.owner.own_keys import OwnerKeys
 from featcache.owner.own_session import OwnPools
 from featcache.owner.relay import Relay
 from featcache.owner.served_pool import ServedPool, take_each

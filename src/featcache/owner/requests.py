@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any
 
 from featcache.control import far, many, messages
 from featcache.control.dispatch import Begun, Wait
@@ -14,19 +14,17 @@ from featcache.core.put_queue import Request
 from featcache.core.slots import Slot
 from featcache.errors import FeatcacheError, MalformedRef, SettingsError, StaleRef, at_member
 from featcache.owner.far_requests import FarRequests
-from featcache.owner.keys import Claim, Granted, Lookups
+from featcache.owner.key_requests import KeyRequests
+from featcache.owner.keys import Claim, Lookups
 from featcache.owner.sessions import Sessions
 from featcache.pool.page import SessionPage
 from featcache.pool.pool import Pool
 from featcache.pool.writer import OwnerWriter, Place
 from featcache.ref import FeatureRef, TensorSpec
-from featcache.session.arguments import not_found, parse_readers
-
-_GRANT_BYTES: Final = 24
-"""Bytes of a grant in an answer, besides its ref."""
+from featcache.session.arguments import parse_readers
 
 
-class RequestHandlers(FarRequests):
+class RequestHandlers(FarRequests, KeyRequests):
     """The server's `control.dispatch.RequestHandlers`. No number in a session's message is trusted."""
 
     def __init__(
@@ -36,8 +34,7 @@ class RequestHandlers(FarRequests):
         self._writer = writer
         self._lookups = lookups
         self._sessions = sessions
-        self._wire_refs: dict[int, tuple[FeatureRef, bytes]] = {}
-        """Refs of features under keys, in wire form, by slot: as `Pool.kept`, each with its very ref."""
+        self._wire_refs = {}
         self._answers: dict[type, Callable[[int, Any], Answer | Wait]] = {
             messages.Find: self._find,
             messages.Share: self._share,
@@ -106,82 +103,6 @@ class RequestHandlers(FarRequests):
             message.ref, request, message.timeout_s, wait=message.waits
         )
         return messages.Reply(message.request, ref=ref)
-
-    # --- keys -------------------------------------------------------------------------------------
-
-    def _find(self, session: int, message: messages.Find) -> Answer | Wait:
-        page = self._page(session)
-        granted = None if message.counted else self._lookups.find(message.key, page)
-        if granted is not None:
-            return self._granted(message.request, granted)
-        if not message.waits and (not message.makes or self._lookups.is_claimed(message.key)):
-            raise not_found(message.key)
-        return self._wait_for_key(session, message)
-
-    async def _wait_for_key(self, session: int, message: messages.Find) -> Answer:
-        found = await self._lookups.wait_for_key(
-            message.key, self._page(session), can_make=message.makes
-        )
-        if isinstance(found, Claim):
-            return messages.ClaimGranted(message.request, found.number)
-        return self._granted(message.request, found)
-
-    def _granted(self, request: int, granted: Granted) -> messages.Granted:
-        grant, ref = granted
-        known = self._wire_refs.get(ref.slot)
-        if known is None or known[0] is not ref:  # a slot's next feature has another ref
-            known = self._wire_refs[ref.slot] = ref, ref.to_bytes()
-        return messages.Granted(request, grant.index, grant.serial, known[1])
-
-    def _share(self, session: int, message: messages.Share) -> Answer | Wait:
-        readers = parse_readers(message.readers, self._pool.settings.readers, least=1)
-        ref = self._lookups.share_now(message.key, readers, message.ttl_s)
-        if ref is not None:
-            return messages.Reply(message.request, ref=ref.to_bytes())
-        self._pool.turn.left -= WAKE_UNITS  # a task of its own
-        return self._share_later(session, message, readers)
-
-    async def _share_later(
-        self, session: int, message: messages.Share, readers: int | frozenset[str]
-    ) -> Answer:
-        ref = await self._lookups.share(
-            *(message.key, readers, message.ttl_s, self._page(session)), waits=message.waits
-        )
-        return messages.Reply(message.request, ref=ref.to_bytes())
-
-    def _find_many(self, session: int, message: many.FindMany) -> Answer:
-        """Grant the first so many, as far as the answer goes."""
-        page, keys, turn = self._page(session), message.keys, self._pool.turn
-        granted, found = list[Granted](), list[tuple[int, int, bytes] | None]()
-        left_bytes = message.answer_bytes
-        try:
-            for key in keys:
-                one = self._lookups.find(key, page)
-                left_bytes -= 1
-                if one is not None:
-                    granted.append(one)
-                    wire = self._granted(message.request, one)
-                    found.append((wire.index, wire.serial, wire.ref))
-                    left_bytes -= len(wire.ref) + _GRANT_BYTES
-                    if left_bytes < 0 and len(found) > 1:
-                        found.pop()
-                        self._lookups.return_lease(page, granted.pop().grant)
-                        break
-                else:
-                    found.append(None)
-        except FeatcacheError as error:
-            for each in granted:
-                self._lookups.return_lease(page, each.grant)
-            raise at_member(error, len(found)) from None
-        turn.left -= len(found) // 2
-        return many.GrantedMany(message.request, found)
-
-    def _contains_many(self, _: int, message: many.ContainsMany) -> Answer:
-        return many.Contained(message.request, self._lookups.contains_many(message.keys))
-
-    def _command(self, session: int, message: messages.KeyCommand) -> Answer:
-        flag = self._lookups.command(message.command, message.key, session)
-        return messages.Reply(message.request, flag=flag)
 
     # --- slots that sessions write ----------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from featcache.core.effects import Limits
 from featcache.errors import BackendUnavailable, system_errors
 from featcache.memory.slab import Slab
 from featcache.owner.draining import refuse_puts
+from featcache.owner.key_sources import KeySources
 from featcache.owner.keys import Lookups
 from featcache.owner.observing import Observations
 from featcache.owner.own_session import OwnSession
@@ -51,6 +52,8 @@ class ServedPool:
         self.server = server
         self.writer = writer
         self.lookups = lookups
+        self.sources = KeySources(pool, lookups)
+        """Where keys may be that are not here: none, unless one is added."""
         self.handlers = handlers
         self.shown = shown
         """What observers are shown."""
@@ -115,6 +118,7 @@ class ServedPool:
         """Close: waiting puts raise CacheClosed, sessions are told, the socket's file goes."""
         own, pool, slab = self.own.attached, self.pool, self.pool.slab
         await take_each(
+            self.sources.close,
             self.server.close,
             self.shown.close,
             self.own.close,
