@@ -14,6 +14,7 @@ from featcache.hooks import Hook, Throttle, add_hook, emit, is_emitting, log_eve
 __all__ = [
     "BackendChosen",
     "CommitFailed",
+    "DemotionDropped",
     "Event",
     "Hook",
     "HostAttached",
@@ -41,6 +42,7 @@ __all__ = [
     "SegmentsCommitted",
     "SegmentsReturned",
     "Throttle",
+    "TierFailed",
     "add_hook",
     "emit",
     "is_emitting",
@@ -358,6 +360,33 @@ class KeySourceFailed(Event):
     reason: str
     unlogged: int
     """Failures since the last such event that were not logged."""
+
+
+@attrs.frozen(kw_only=True)
+class TierFailed(Event):
+    """A call of the tier below the pool failed, or was not answered in time; its feature alone is lost."""
+
+    name: ClassVar[str] = "featcache.tier.failed"
+    severity: ClassVar[Severity] = "warning"
+    operation: str
+    """``put``, ``get``, ``has``, ``remove`` or ``close``."""
+    key: str
+    reason: str
+    unlogged: int
+    """Failures since the last such event that were not logged."""
+
+
+@attrs.frozen(kw_only=True)
+class DemotionDropped(Event):
+    """A feature was evicted without being put into the tier: too much is on its way there already."""
+
+    name: ClassVar[str] = "featcache.tier.dropped"
+    severity: ClassVar[Severity] = "warning"
+    key: str
+    nbytes: int
+    reason: str
+    unlogged: int
+    """Drops since the last such event that were not logged."""
 
 
 @attrs.frozen(kw_only=True)

@@ -360,6 +360,14 @@ class Settings:
     """The PEM file of the certificate's key."""
     tls_ca: str | None = attrs.field(default=None, converter=_OPTIONAL_FILE)
     """The PEM file of the authorities that sign the hosts' certificates."""
+    tier_timeout: float = attrs.field(default=2.0, converter=_SECONDS, validator=_positive)
+    """Seconds for each call of a `Tier`: a lookup that takes longer is a miss, a put is given up."""
+    tier_bytes: int = attrs.field(default=64 << 20, converter=_SIZE, validator=_within(256))
+    """Host memory through which evicted features go to a `Tier`; one that finds no room there is dropped."""
+    tier_demotions: int = attrs.field(default=1024, converter=_COUNT, validator=_within(1, 1 << 16))
+    """Evicted features that can be on their way to a `Tier`; one more is dropped."""
+    tier_calls: int = attrs.field(default=16, converter=_COUNT, validator=_within(1, 1024))
+    """Calls of a `Tier` in progress at once, of lookups and of puts and removals each."""
     relay_ttl: float = attrs.field(default=30.0, converter=_SECONDS, validator=_positive)
     """Seconds that a copy made for a read through host memory is kept for its reader."""
 

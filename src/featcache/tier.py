@@ -5,7 +5,7 @@ The names are those of tiered caches (Linux's memory tiers, vLLM's and LMCache's
 """
 
 from collections.abc import Awaitable, Callable
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 __all__ = ["MakeRoom", "Tier"]
 
@@ -36,8 +36,8 @@ class Tier(Protocol):
 
         If it is there, ``await room(header)`` returns a writable memoryview of the data's size, which is the
         feature's place in a slab in host memory: no copy is made after that. It waits for room there, as a
-        put does; that time is not the tier's. `room` is called at most once; it raises ValueError for a header
-        that is damaged or another key's.
+        put does; that time is not the tier's. `room` is called at most once; it raises ValueError for a
+        header that is damaged or another key's.
 
         Nothing may be written there once the call has returned. A call that was cancelled while a thread of
         its own still writes keeps the memory for as long as it refers to the view.
@@ -47,8 +47,15 @@ class Tier(Protocol):
 
         """
 
+    async def has(self, key: bytes) -> bool:
+        """Return whether something is stored under a key. Not a use of it."""
+
     async def remove(self, key: bytes) -> None:
         """Remove what is stored under a key, if anything is: it was evicted by name, or is out of date."""
 
     async def close(self) -> None:
         """Close the store's client. No other call comes after it."""
+
+
+TIER_CALLS: Final = ("put", "get", "has", "remove", "close")
+"""The names of its calls."""

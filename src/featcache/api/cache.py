@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 import torch
 
 from featcache.api import forks, serving
-from featcache.api.arguments import parse_device, parse_name, settings_with
+from featcache.api.arguments import check_tier, parse_device, parse_name, settings_with
 from featcache.api.base import CacheBase
 from featcache.api.cluster import parse_cluster
 from featcache.api.lifecycle import Lifecycle
@@ -22,6 +22,7 @@ from featcache.pool.pressure import Pressure
 from featcache.ref import FeatureRef
 from featcache.session.arguments import check_on_full
 from featcache.settings import Settings, parse_bytes, parse_seconds, parse_timeout
+from featcache.tier import Tier
 
 OnFull = Literal["wait", "raise", "spill"]
 
@@ -41,6 +42,7 @@ class FeatureCache(CacheBase):
         name: str | None,
         spill_bytes: int | None = None,
         cluster: Cluster | None = None,
+        tier: Tier | None = None,
     ) -> None:
         self._life: Lifecycle[Owner] = Lifecycle("cache", "create")
         self._device = device
@@ -49,6 +51,7 @@ class FeatureCache(CacheBase):
         self._name = name
         self._spill_bytes = spill_bytes
         self._cluster = cluster
+        self._tier = tier
         self._pressure = Pressure(lambda: self._opened().pool, lambda: self._life.here().pool)
 
     async def open(self) -> Self:
@@ -64,7 +67,7 @@ class FeatureCache(CacheBase):
         await self._life.open(
             lambda: Owner.open(
                 *(self._device, self._settings, self._spill_bytes, self._wanted_endpoint),
-                *(self._name, self._cluster),
+                *(self._name, self._cluster, self._tier),
             )
         )
         forks.watch(self)
@@ -229,6 +232,7 @@ def create(  # noqa: PLR0913 - all by keyword, and each is an owner's
     idle: float | None = None,
     listen: str | None = None,
     cluster_key: str | bytes | None = None,
+    tier: Tier | None = None,
 ) -> FeatureCache:
     """Return a cache to be opened with ``async with``: this process will own its slab.
 
@@ -251,6 +255,8 @@ def create(  # noqa: PLR0913 - all by keyword, and each is an owner's
         cluster_key: the secret, best of 16 random bytes or more, that all hosts of a cluster prove to each
             other; ``FEATCACHE_CLUSTER_KEY`` without it. With a key, refs of other hosts can be read here,
             and by the clients of this cache. Neither, and no `listen`: this host alone.
+        tier: a larger, slower store below the pool, a `featcache.tier.Tier`: what is evicted to make room is
+            put there, a key that is missed is looked up there. The cache closes it. None is none.
 
     Raises:
         SettingsError: an argument is invalid.
@@ -263,4 +269,5 @@ def create(  # noqa: PLR0913 - all by keyword, and each is an owner's
     spill_bytes = None if spill is None else parse_bytes(spill, "spill")
     path = None if endpoint is None else endpoints.check_endpoint(endpoint)
     cluster = parse_cluster(listen, cluster_key)
-    return FeatureCache(target, chosen, path, parse_name(name), spill_bytes, cluster)
+    below = None if tier is None else check_tier(tier)
+    return FeatureCache(target, chosen, path, parse_name(name), spill_bytes, cluster, below)

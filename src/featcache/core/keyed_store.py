@@ -352,10 +352,6 @@ class KeyedStore(Store):
         del self.demoting[slot.index]
         return self.pay_grant(slot, now_s)
 
-    def hold(self, slot: Slot, now_s: float) -> None:
-        """Keep a published slot, by a grant, until `pay_grant`."""
-        self._grant(slot, now_s)
-
     # --- the ends of others -----------------------------------------------------------------------
 
     def end_session(self, session: int, now_s: float) -> list[Effect]:

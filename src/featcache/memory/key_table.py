@@ -117,6 +117,8 @@ class KeyTable:
             else:
                 word = (found >> 3) + 2
                 place = words[word]
+                if not place and words[at + 1]:  # dropped: as any other key that has no entry
+                    place = UNKNOWN
             if not TSO:
                 fence_loads()
             if words[at] == changes:

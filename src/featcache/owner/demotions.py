@@ -1,4 +1,4 @@
-"""On eviction put: what goes to make room is copied out of the slab, then stored in a tier in the background."""
+"""On eviction put: what goes to make room is copied out of the slab, then stored in the tier."""
 
 import asyncio
 import time
@@ -72,6 +72,8 @@ class Demotions:
         self._last: dict[bytes, asyncio.Task[None]] = {}
         """The last put or removal of each key: the next begins after it."""
         self._removals = 0
+        self._removing: set[bytes] = set()
+        """Keys of which the last of these is a removal that has not ended."""
         self._known: OrderedDict[bytes, None] = OrderedDict()
         """Keys under which the tier may have something."""
         self._forgotten: OrderedDict[bytes, None] = OrderedDict()
@@ -80,7 +82,7 @@ class Demotions:
 
     # --- out of the slab ------------------------------------------------------------------------------
 
-    def take(self, slot: Slot, waits: bool) -> bool:  # noqa: FBT001 - as `KeyedStore.demotes`
+    def take(self, slot: Slot, waits: bool) -> bool:
         """Take a feature that is evicted; return whether its slot is to be kept until it is copied.
 
         Called as the store decides, so nothing here calls the store; and nothing is raised: the eviction
@@ -103,15 +105,10 @@ class Demotions:
         slab, turn, nbytes = pool.slab, pool.turn, slot.nbytes
         least = _SMALL_BYTES if turn.left <= 0 and waits else pool.settings.inline_bytes
         here = not slab.deferred and (nbytes <= least or not waits)
-        if pool.words.published[index] != slot.generation:
-            return self._drop(key, nbytes, "its bytes had not come yet")
-        if not (here or waits):
-            return self._drop(key, nbytes, "a put that does not wait needs its room")
-        if self._in_progress >= pool.settings.tier_demotions:
-            return self._drop(key, nbytes, f"{self._in_progress} are on their way: tier_demotions")
-        piece = self.staging.take(nbytes)
+        refused = self._why_refused(slot, copies=here or waits)
+        piece = None if refused else self.staging.take(nbytes)
         if piece is None:
-            return self._drop(key, nbytes, "the staging memory is full: tier_bytes")
+            return self._drop(key, nbytes, refused or "the staging memory is full: tier_bytes")
         demotion = Demotion(key, pool.kept[index], piece)
         order, offset_bytes = slab.order(CPU), slot.offset_bytes
         if here:
@@ -127,6 +124,16 @@ class Demotions:
         self._begin(demotion, slot, order)
         return True
 
+    def _why_refused(self, slot: Slot, *, copies: bool) -> str | None:
+        """Return why a feature can't be demoted, if it can't."""
+        if self._pool.words.published[slot.index] != slot.generation:
+            return "its bytes had not come yet"
+        if not copies:
+            return "a put that does not wait needs its room"
+        if self._in_progress >= self._pool.settings.tier_demotions:
+            return f"{self._in_progress} are on their way: tier_demotions"
+        return None
+
     def _drop(self, key: bytes, nbytes: int, reason: str) -> bool:
         self.dropped += 1
         self._calls.dropped(key, nbytes, reason)
@@ -136,6 +143,7 @@ class Demotions:
     def _begin(self, demotion: Demotion, slot: Slot | None, order: Order) -> None:
         self._in_progress += 1
         self._staged[demotion.key] = demotion
+        self._removing.discard(demotion.key)
         self._in_turn(demotion.key, lambda before: self._demote(demotion, slot, order, before))
 
     async def _demote(
@@ -225,26 +233,28 @@ class Demotions:
         if key in self._known:
             self._remove(key)
 
-    def forget(self, key: bytes) -> None:
-        """Remove what the tier has under a key that was evicted by name."""
+    def forget(self, key: bytes) -> bool:
+        """Remove what the tier has under a key that was evicted by name; return whether that is known now."""
         if self._closed:
-            return
+            return False
         demotion = self._staged.pop(key, None)
         if demotion is not None:
             demotion.dropped = True
+        was_known = demotion is not None or key in self._known
         self.on_demoted(key)
         self._remove(key)
+        return was_known
 
     def _remove(self, key: bytes) -> None:
         self._known.pop(key, None)
-        is_new = key not in self._forgotten
         self._forgotten[key] = None
         if len(self._forgotten) > _MAX_KEYS:
             self._forgotten.popitem(last=False)
         if self._removals >= _MAX_REMOVALS:
             self._calls.failed("remove", key, f"{self._removals} removals are on their way already")
-        elif is_new or key in self._last:
+        elif key not in self._removing:
             self._removals += 1
+            self._removing.add(key)
             self._in_turn(key, lambda before: self._removal(key, before))
 
     async def _removal(self, key: bytes, before: "asyncio.Task[None] | None") -> None:
@@ -253,11 +263,13 @@ class Demotions:
             if before is not None:
                 await asyncio.wait([before])
             await self._calls.write("remove", key, lambda: tier.remove(key))
-        except TierError:
-            return  # it stays forgotten: not looked up
+        except TierError:  # it stays forgotten: not looked up
+            self._removing.discard(key)
+            return
         finally:
             self._removals -= 1
         if self._last.get(key) is asyncio.current_task():
+            self._removing.discard(key)
             self._forgotten.pop(key, None)
 
     def _in_turn(
@@ -285,11 +297,12 @@ class Demotions:
         return key not in self._forgotten and not key.startswith(FAR_KEYS)
 
     async def close(self) -> None:
-        """Take no more, and end what is on its way; copies out of the slab are awaited."""
+        """Take no more; what is on its way has its time to arrive, then it is given up."""
         self._closed = True
         tasks = list(self._last.values())
-        for task in tasks:
-            task.cancel()
         if tasks:
+            _, late = await asyncio.wait(tasks, timeout=self._pool.settings.tier_timeout)
+            for task in late:
+                task.cancel()
             await asyncio.wait(tasks)
-        await self._pool.offload.drain()
+        await self._pool.offload.drain()  # a thread may still copy out of the slab

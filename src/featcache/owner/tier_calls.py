@@ -1,6 +1,7 @@
 """Calls of a tier: each with a deadline, their number bounded, their failures counted and told."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from typing import Final, Literal, TypeVar
@@ -11,7 +12,7 @@ from featcache.pool.pool import Pool
 from featcache.tier import Tier
 
 T = TypeVar("T")
-Operation = Literal["put", "get", "remove", "close"]
+Operation = Literal["put", "get", "has", "remove", "close"]
 _now: Final = time.monotonic
 _IN_DOUBT: Final = 3
 """Lookups in a row that took too long, after which one at a time is made until one is answered."""
@@ -60,29 +61,35 @@ class TierCalls:
         self._tasks: set[asyncio.Task[object]] = set()
         """Calls in progress, with those that were given up and have not ended."""
         self._writes = asyncio.Semaphore(pool.settings.tier_calls)
-        self._lookups = 0
+        self._lookups = asyncio.Semaphore(pool.settings.tier_calls)
+        self._looking_up = 0
         self._unanswered = 0
 
     def new_deadline(self) -> Deadline:
         """Return the time that one call has."""
         return Deadline(self._pool.loop, self._pool.settings.tier_timeout)
 
-    @property
-    def may_look_up(self) -> bool:
-        """Whether another lookup may begin; one that may not is a miss."""
-        if self._unanswered >= _IN_DOUBT and self._lookups:
-            return False  # else each miss would take as long as the tier is given
-        return self._lookups < self._pool.settings.tier_calls
+    async def look_up(
+        self,
+        what: Literal["get", "has"],
+        key: bytes,
+        start: Callable[[], Awaitable[T]],
+        deadline: Deadline,
+    ) -> T:
+        """Make a lookup, when it is its turn; raise TierError if it fails.
 
-    async def get(self, key: bytes, start: Callable[[], Awaitable[T]], deadline: Deadline) -> T:
-        """Make a lookup; raise TierError if it fails."""
-        self._lookups += 1
-        try:
-            found = await self._call("get", key, start, deadline)
-        finally:
-            self._lookups -= 1
-            self._unanswered = self._unanswered + 1 if deadline.passed.done() else 0
-        return found
+        While the tier has not answered the last few in time, only one is made: else each miss would take
+        as long as the tier is given.
+        """
+        async with self._lookups:
+            if self._unanswered >= _IN_DOUBT and self._looking_up:
+                raise TierError("the tier does not answer")
+            self._looking_up += 1
+            try:
+                return await self._call(what, key, start, deadline)
+            finally:
+                self._looking_up -= 1
+                self._unanswered = self._unanswered + 1 if deadline.passed.done() else 0
 
     async def write(
         self, what: Literal["put", "remove"], key: bytes, start: Callable[[], Awaitable[object]]
@@ -159,7 +166,5 @@ class TierCalls:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=self._pool.settings.tier_timeout)
-        try:
+        with contextlib.suppress(TierError):  # it was told: nothing else is to be done
             await self._call("close", b"", self.tier.close, self.new_deadline())
-        except TierError:
-            pass  # told: nothing else is to be done

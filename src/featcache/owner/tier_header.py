@@ -1,4 +1,4 @@
-"""What a tier stores beside a feature's bytes: its key, size and specs, in a form that is checked when it returns."""
+"""What a tier stores beside a feature's bytes: its key, size and specs, checked when they come back."""
 
 import struct
 import zlib
@@ -37,7 +37,7 @@ def encode(key: bytes, ref: FeatureRef) -> bytes:
 def decode(header: object, key: bytes) -> Described:
     """Return what a tier has under a key; ValueError if the header is damaged, invalid, or another key's."""
     if not isinstance(header, bytes | bytearray | memoryview):
-        raise ValueError(f"a header is bytes, not {type(header).__name__}")
+        raise TypeError(f"a header is bytes, not {type(header).__name__}")
     data = bytes(header) if memoryview(header).nbytes <= 2 * MAX_REF_BYTES else b""
     if len(data) < _HEAD.size:
         raise ValueError("these bytes are no header of a feature in a tier")

@@ -1,4 +1,4 @@
-"""Host memory between a pool and its tier: one block, given out in pieces that live as long as their views."""
+"""Host memory between a pool and its tier: one block, in pieces that live as long as their views."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ def lend(
             loop.call_soon_threadsafe(gone)
 
     weakref.finalize(array, tell).atexit = False
-    return memoryview(array)
+    return array.data
 
 
 class Piece:
