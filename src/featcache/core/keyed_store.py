@@ -178,22 +178,29 @@ class KeyedStore(Store):
     # --- evicting ---------------------------------------------------------------------------------
 
     def evict_for(
-        self, request: Request, held: Held, now_s: float, most: int | None = None
+        self,
+        request: Request,
+        held: Held,
+        now_s: float,
+        most: int | None = None,
+        *,
+        waits: bool = True,
     ) -> list[Effect]:
         """Evict the victims that make room for a request, if there are any.
 
         Their extents are free once the caller has recycled them. A slab that can still grow evicts
         nothing, unless by `Limits.evict_first`. With `most`, so much is done now as evicts so many, the
         search for them included; the rest when this is called again for the same request (`evicting`), and
-        nothing while the bytes of earlier ones are copied out: their room may be enough.
+        nothing while the bytes of earlier ones are copied out, if it `waits`: their room may be enough.
         """
-        if self.demoting and most is not None:
+        waits = waits and most is not None
+        if self.demoting and waits:
             return []
         if isinstance(request, Batch):
             return self._evict_for_batch(request, held, now_s, most)
         search = self.evicting.take_up(request)
         going = self.evicting.next(held, most) or self._look_for(request, search, held, now_s, most)
-        return self._evict_all(going, now_s, "room", waits=most is not None) if going else []
+        return self._evict_all(going, now_s, "room", waits=waits) if going else []
 
     def _look_for(
         self,

@@ -13,7 +13,7 @@ from featcache.core.slots import Slot
 from featcache.memory.slab import Order
 from featcache.owner.tier_calls import TierCalls, TierError
 from featcache.owner.tier_header import encode
-from featcache.owner.tier_staging import Piece, Staging
+from featcache.owner.tier_staging import Piece, Staging, take_back
 from featcache.pool.pool import Pool
 from featcache.ref import FeatureRef, TensorSpec
 
@@ -103,8 +103,8 @@ class Demotions:
         if self.clean.pop(index, None) == slot.generation and key not in self._forgotten:
             return False
         slab, turn, nbytes = pool.slab, pool.turn, slot.nbytes
-        least = _SMALL_BYTES if turn.left <= 0 and waits else pool.settings.inline_bytes
-        here = not slab.deferred and (nbytes <= least or not waits)
+        most = pool.settings.inline_bytes if turn.left > 0 else _SMALL_BYTES
+        here = not slab.deferred and (nbytes <= min(most, pool.settings.inline_bytes) or not waits)
         refused = self._why_refused(slot, copies=here or waits)
         piece = None if refused else self.staging.take(nbytes)
         if piece is None:
@@ -207,15 +207,15 @@ class Demotions:
     # --- into the tier --------------------------------------------------------------------------------
 
     async def _store(self, demotion: Demotion) -> None:
-        key, piece, tier = demotion.key, demotion.piece, self._calls.tier
-        header = encode(key, demotion.ref)
+        key, tier = demotion.key, self._calls.tier
+        header, view = encode(key, demotion.ref), demotion.piece.lend().toreadonly()
         try:
-            await self._calls.write(
-                "put", key, lambda: tier.put(key, header, piece.lend().toreadonly())
-            )
+            await self._calls.write("put", key, lambda: tier.put(key, header, view))
         except TierError:
             self._outdate(key)
             return
+        finally:
+            take_back(view)
         self.demoted += 1
         self.note_stored(key)
         if not demotion.dropped:

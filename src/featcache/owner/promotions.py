@@ -13,7 +13,7 @@ from featcache.owner.demotions import CPU, Demotion, Demotions, whole
 from featcache.owner.served_pool import ServedPool
 from featcache.owner.tier_calls import Deadline, TierCalls, TierError
 from featcache.owner.tier_header import Described, decode
-from featcache.owner.tier_staging import Piece, lend
+from featcache.owner.tier_staging import Piece, lend, take_back
 from featcache.ref import TensorSpec
 
 _now: Final = time.monotonic
@@ -36,6 +36,7 @@ class Landing:
         self._asked = False
         self._ended = False
         self._held: Slot | None = None
+        self._view: memoryview | None = None
         self.key = key
         self.slot: Slot | None = None
         self.described: Described | None = None
@@ -59,29 +60,31 @@ class Landing:
         pool, nbytes = self._promotions.served.pool, described.nbytes
         if nbytes > pool.store.max_feature_bytes:
             raise ValueError(f"{nbytes} bytes fit no pool of this capacity")
-        self._deadline.stop()
+        self._deadline.pause()
         try:
             slot = await self._promotions.reserve(Request(nbytes, 0, None, self.key))
         except PoolFull as full:
             self.full = full
+            await self._deadline.resume()  # a tier may go on regardless
             raise
-        finally:
-            if not self.has_ended:
-                self._deadline.start()
-        if self.has_ended:  # a tier that went on though it was cancelled
+        if self.has_ended:  # so may one that was cancelled
             pool.give_up_reserved(slot, None)
             raise ValueError("the call has ended")
-        self.slot = slot
+        self.slot = slot  # first: `end` gives it up if this is cancelled
+        await self._deadline.resume()
+        if self.has_ended:
+            raise ValueError("the call has ended")
         if pool.slab.deferred:
             self.piece = self._promotions.demotions.staging.take(nbytes)
             if self.piece is None:
                 self.full = PoolFull("the staging memory is full: raise Settings.tier_bytes")
                 raise self.full
-            return self.piece.lend()
-        self._is_lent = True
-        return lend(
-            pool.slab.view(slot.offset_bytes, whole(nbytes)), pool.loop, self._no_view_is_left
-        )
+            self._view = self.piece.lend()
+        else:
+            self._is_lent = True
+            bytes_of_slot = pool.slab.view(slot.offset_bytes, whole(nbytes))
+            self._view = lend(bytes_of_slot, pool.loop, self._no_view_is_left)
+        return self._view
 
     def published(self) -> None:
         """Note that its slot has the feature; while a view of it is left it is not evicted."""
@@ -92,6 +95,8 @@ class Landing:
     def end(self) -> None:
         """Give its slot up, unless it was published: at once, or when no view of it is left."""
         self._ended = True
+        take_back(self._view)
+        self._view = None
         self._free()
 
     def _no_view_is_left(self) -> None:

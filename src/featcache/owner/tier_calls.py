@@ -23,26 +23,31 @@ class TierError(Exception):
 
 
 class Deadline:
-    """The time that a call has: it does not pass while the cache itself is waited for."""
+    """The time that a call has, and its place among those in progress: neither counts while it is paused."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, seconds: float, places: asyncio.Semaphore
+    ) -> None:
         self.passed: asyncio.Future[None] = loop.create_future()
         self._loop = loop
+        self._places = places
         self._left_s = seconds
         self._since_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    def start(self) -> None:
-        """Let the time pass."""
+    async def resume(self) -> None:
+        """Take a place, when there is one, and let the time pass."""
+        await self._places.acquire()
         self._since_s = self._loop.time()
         self._timer = self._loop.call_later(self._left_s, self._pass)
 
-    def stop(self) -> None:
-        """Let it pass no more, until `start`."""
+    def pause(self) -> None:
+        """Give the place up, and let no time pass, until `resume`; if it is paused already, do nothing."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
             self._left_s = max(0.0, self._left_s - (self._loop.time() - self._since_s))
+            self._places.release()
 
     def _pass(self) -> None:
         if not self.passed.done():
@@ -66,8 +71,8 @@ class TierCalls:
         self._unanswered = 0
 
     def new_deadline(self) -> Deadline:
-        """Return the time that one call has."""
-        return Deadline(self._pool.loop, self._pool.settings.tier_timeout)
+        """Return the time that a lookup has, paused."""
+        return Deadline(self._pool.loop, self._pool.settings.tier_timeout, self._lookups)
 
     async def look_up(
         self,
@@ -81,7 +86,8 @@ class TierCalls:
         While the tier has not answered the last few in time, only one is made: else each miss would take
         as long as the tier is given.
         """
-        async with self._lookups:
+        await deadline.resume()
+        try:
             if self._unanswered >= _IN_DOUBT and self._looking_up:
                 raise TierError("the tier does not answer")
             self._looking_up += 1
@@ -90,13 +96,19 @@ class TierCalls:
             finally:
                 self._looking_up -= 1
                 self._unanswered = self._unanswered + 1 if deadline.passed.done() else 0
+        finally:
+            deadline.pause()
 
     async def write(
         self, what: Literal["put", "remove"], key: bytes, start: Callable[[], Awaitable[object]]
     ) -> None:
         """Make a put or a removal, when it is its turn; raise TierError if it fails."""
-        async with self._writes:
-            await self._call(what, key, start, self.new_deadline())
+        deadline = Deadline(self._pool.loop, self._pool.settings.tier_timeout, self._writes)
+        await deadline.resume()
+        try:
+            await self._call(what, key, start, deadline)
+        finally:
+            deadline.pause()
 
     async def _call(
         self, what: Operation, key: bytes, start: Callable[[], Awaitable[T]], deadline: Deadline
@@ -108,12 +120,10 @@ class TierCalls:
         task = self._pool.loop.create_task(run())
         self._tasks.add(task)
         task.add_done_callback(self._ended)
-        deadline.start()
         try:
             either: list[asyncio.Future[T] | asyncio.Future[None]] = [task, deadline.passed]
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            deadline.stop()
             if not task.done():
                 task.cancel()
         if not task.done():
@@ -167,4 +177,11 @@ class TierCalls:
         if tasks:
             await asyncio.wait(tasks, timeout=self._pool.settings.tier_timeout)
         with contextlib.suppress(TierError):  # it was told: nothing else is to be done
-            await self._call("close", b"", self.tier.close, self.new_deadline())
+            deadline = Deadline(
+                self._pool.loop, self._pool.settings.tier_timeout, asyncio.Semaphore(1)
+            )
+            await deadline.resume()
+            try:
+                await self._call("close", b"", self.tier.close, deadline)
+            finally:
+                deadline.pause()

@@ -31,6 +31,13 @@ def lend(
     return array.data
 
 
+def take_back(view: memoryview | None) -> None:
+    """Make a view that was lent unusable. What still reads or writes by it, or by a slice of it, goes on."""
+    if view is not None:
+        with contextlib.suppress(BufferError):
+            view.release()
+
+
 class Piece:
     """A part of the staging memory, free again once it was released and no view of it is left."""
 
