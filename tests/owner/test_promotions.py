@@ -364,7 +364,7 @@ async def test_room_is_not_reused_while_a_thread_of_the_tiers_still_writes_there
         await nothing_lost(owner)
 
 
-async def test_a_view_that_outlives_its_call_keeps_the_feature_from_being_evicted() -> None:
+async def test_a_tier_that_keeps_a_view_of_what_it_filled_has_a_miss() -> None:
     kept: list[memoryview] = []
 
     async def keeps_a_slice(key: bytes, room: MakeRoom) -> int:
@@ -375,13 +375,33 @@ async def test_a_view_that_outlives_its_call_keeps_the_feature_from_being_evicte
 
     async with tiered() as (tier, owner, client):
         tier.lies = keeps_a_slice
-        assert await got(client, "a") == 7
-        tier.lies = None
-        await fill(owner, count=2 * PLACES)
-        assert is_kept(owner, "a")
+        with pytest.raises(KeyNotFound):
+            await client.get("a")
+        assert owner.statistics().tier_failures == 1
+        assert owner.statistics().slots_used == 1
         kept.clear()
-        await push_out(owner, "a", 50)
-        await nothing_lost(owner)
+        await until(lambda: owner.statistics().slots_used == 0)
+
+
+async def test_what_waits_for_room_may_have_that_of_what_just_came() -> None:
+    async with tiered() as (tier, owner, client):
+        await owner.put(filled(SIZE * PLACES, 1), key="whole")
+        await owner.put(filled(SIZE * PLACES, 2), key="next")
+        await until(lambda: owner.statistics().demoted == 1 and is_quiet(owner))
+        tier.stop("get")
+        ref = await owner.put(filled(SIZE * PLACES, 3))
+        asking = asyncio.create_task(client.get("whole"))
+        await until(lambda: tier.count("get", b"whole") == 1)
+        tier.go("get")
+        await queued(owner, 1)
+        putting = asyncio.create_task(owner.put(filled(SIZE * PLACES, 4), key="whole"))
+        await queued(owner, 2)
+        await owner.discard(ref)
+        await putting
+        await asyncio.gather(asking, return_exceptions=True)
+        await push_out(owner, "whole", 0)
+        await until(lambda: is_quiet(owner))
+        assert int(tensor(await client.get("whole"))[0]) == 4
 
 
 async def test_close_ends_a_lookup_in_progress(no_leaks: None) -> None:

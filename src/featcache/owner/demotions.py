@@ -13,7 +13,7 @@ from featcache.core.slots import Slot
 from featcache.memory.slab import Order
 from featcache.owner.tier_calls import TierCalls, TierError
 from featcache.owner.tier_header import encode
-from featcache.owner.tier_staging import Piece, Staging, take_back
+from featcache.owner.tier_staging import Piece, Staging
 from featcache.pool.pool import Pool
 from featcache.ref import FeatureRef, TensorSpec
 
@@ -51,7 +51,7 @@ class Demotion:
         self.copied: asyncio.Future[bool] | None = None
         """While it is COPYING, and after that: whether it was copied."""
         self.dropped = False
-        """Whether its key was evicted by name meanwhile."""
+        """Whether its key was evicted by name meanwhile, or a newer feature of it."""
 
 
 class Demotions:
@@ -102,6 +102,7 @@ class Demotions:
         index, pool = slot.index, self._pool
         if self.clean.pop(index, None) == slot.generation and key not in self._forgotten:
             return False
+        self._supersede(key)
         slab, turn, nbytes = pool.slab, pool.turn, slot.nbytes
         most = pool.settings.inline_bytes if turn.left > 0 else _SMALL_BYTES
         here = not slab.deferred and (nbytes <= min(most, pool.settings.inline_bytes) or not waits)
@@ -156,7 +157,7 @@ class Demotions:
         key = demotion.key
         try:
             if slot is not None and not await self._copy_out(demotion, slot, order):
-                self._outdate(key)
+                self._lost(demotion)
                 return
             if before is not None:
                 await asyncio.wait([before])
@@ -208,14 +209,14 @@ class Demotions:
 
     async def _store(self, demotion: Demotion) -> None:
         key, tier = demotion.key, self._calls.tier
-        header, view = encode(key, demotion.ref), demotion.piece.lend().toreadonly()
+        header, loan = encode(key, demotion.ref), demotion.piece.lend(writable=False)
         try:
-            await self._calls.write("put", key, lambda: tier.put(key, header, view))
+            await self._calls.write("put", key, lambda: tier.put(key, header, loan.view))
         except TierError:
-            self._outdate(key)
+            self._lost(demotion)
             return
         finally:
-            take_back(view)
+            loan.end()
         self.demoted += 1
         self.note_stored(key)
         if not demotion.dropped:
@@ -228,19 +229,29 @@ class Demotions:
         if len(self._known) > _MAX_KEYS:
             self._known.popitem(last=False)
 
+    def _lost(self, demotion: Demotion) -> None:
+        """Note that a feature did not arrive."""
+        if self._staged.get(demotion.key) is demotion:
+            del self._staged[demotion.key]
+            self._outdate(demotion.key)
+
     def _outdate(self, key: bytes) -> None:
-        """See to it that what the tier may have under a key is not found: what was evicted was newer."""
-        if key in self._known:
+        """See to it that what the tier may have under a key is not found: what was lost was newer."""
+        if key not in self._staged and (key in self._known or key in self._last):
             self._remove(key)
+
+    def _supersede(self, key: bytes) -> bool:
+        """Drop what is on its way under a key; return whether anything was."""
+        older = self._staged.pop(key, None)
+        if older is not None:
+            older.dropped = True
+        return older is not None
 
     def forget(self, key: bytes) -> bool:
         """Remove what the tier has under a key that was evicted by name; return whether that is known now."""
         if self._closed:
             return False
-        demotion = self._staged.pop(key, None)
-        if demotion is not None:
-            demotion.dropped = True
-        was_known = demotion is not None or key in self._known
+        was_known = self._supersede(key) or key in self._known
         self.on_demoted(key)
         self._remove(key)
         return was_known

@@ -13,7 +13,7 @@ from featcache.owner.demotions import CPU, Demotion, Demotions, whole
 from featcache.owner.served_pool import ServedPool
 from featcache.owner.tier_calls import Deadline, TierCalls, TierError
 from featcache.owner.tier_header import Described, decode
-from featcache.owner.tier_staging import Piece, lend, take_back
+from featcache.owner.tier_staging import Loan, Piece
 from featcache.ref import TensorSpec
 
 _now: Final = time.monotonic
@@ -35,8 +35,7 @@ class Landing:
         self._is_lent = False
         self._asked = False
         self._ended = False
-        self._held: Slot | None = None
-        self._view: memoryview | None = None
+        self._loan: Loan | None = None
         self.key = key
         self.slot: Slot | None = None
         self.described: Described | None = None
@@ -79,24 +78,23 @@ class Landing:
             if self.piece is None:
                 self.full = PoolFull("the staging memory is full: raise Settings.tier_bytes")
                 raise self.full
-            self._view = self.piece.lend()
+            self._loan = self.piece.lend(writable=True)
         else:
             self._is_lent = True
-            bytes_of_slot = pool.slab.view(slot.offset_bytes, whole(nbytes))
-            self._view = lend(bytes_of_slot, pool.loop, self._no_view_is_left)
-        return self._view
+            place = pool.slab.view(slot.offset_bytes, whole(nbytes))
+            self._loan = Loan(place, pool.loop, self._no_view_is_left, writable=True)
+        return self._loan.view
 
-    def published(self) -> None:
-        """Note that its slot has the feature; while a view of it is left it is not evicted."""
-        self.slot = None
-        if self._is_lent:
-            self._held = self._promotions.served.pool.store.hold(self.key, _now())
+    def take_back(self) -> bool:
+        """Take the memory back from the tier; return whether it refers to none of it any more."""
+        if self._loan is not None and self._loan.end():
+            self._loan, self._is_lent = None, False
+        return not self._is_lent
 
     def end(self) -> None:
         """Give its slot up, unless it was published: at once, or when no view of it is left."""
         self._ended = True
-        take_back(self._view)
-        self._view = None
+        self.take_back()
         self._free()
 
     def _no_view_is_left(self) -> None:
@@ -108,15 +106,12 @@ class Landing:
         # A thread of a call that was cancelled may still write: no other feature may lie there until then.
         if self._is_lent:
             return
-        slot, piece, held = self.slot, self.piece, self._held
-        self.slot = self.piece = self._held = None
-        pool = self._promotions.served.pool
+        slot, piece = self.slot, self.piece
+        self.slot = self.piece = None
         if piece is not None:
             piece.release()
         if slot is not None:
-            pool.give_up_reserved(slot, None)
-        if held is not None and not pool.closed:
-            pool.apply(pool.store.pay_grant(held, _now()))
+            self._promotions.served.pool.give_up_reserved(slot, None)
 
 
 class Promotions:
@@ -182,16 +177,17 @@ class Promotions:
             raise self._calls.failed(
                 "get", key, f"it has written {written!r} of {described.nbytes} bytes"
             )
+        if not landing.take_back():
+            raise self._calls.failed("get", key, "it still refers to the memory that it has filled")
         if landing.piece is not None:
             landing.slot = None  # from here on it is the copy's
             if not await self._copy_in(slot, landing.piece):
                 return False
             landing.slot = slot
-        if not self._publish(landing, described.specs):
-            return False
-        self.demotions.clean[slot.index] = slot.generation
         self.demotions.note_stored(key)
-        return True
+        # First: in its publish a put that waits may evict it, and have its slot.
+        self.demotions.clean[slot.index] = slot.generation
+        return self._publish(landing, described.specs)
 
     async def _from_staging(self, landing: Landing, demotion: Demotion) -> bool:
         """Copy a feature back that is on its way to the tier."""
@@ -238,8 +234,8 @@ class Promotions:
         pool.check_open()
         if slot is None or landing.outdated or key in pool.store.directory:
             return key in pool.store.directory
+        landing.slot = None
         pool.publish(slot, specs, None)
-        landing.published()
         self.promoted += 1
         return True
 

@@ -13,29 +13,38 @@ from featcache.core.allocator import Extent, OffsetAllocator
 _TOUCH_BYTES: Final = 4 << 20
 
 
-def lend(
-    tensor: torch.Tensor, loop: asyncio.AbstractEventLoop, gone: Callable[[], object]
-) -> memoryview:
-    """Return a view of a tensor's bytes. `gone` is called in the loop once no view of them is left.
+class Loan:
+    """A view of a tensor's bytes that is in others' hands; `gone` is called in the loop once none is left.
 
     Slices, and arrays and buffers over it, count: all refer to the array that is made here. So memory that a
     thread may still be writing to is known to be in use, whatever became of the call that was to write it.
     """
-    array = tensor.numpy()
 
-    def tell() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nothing is reused any more
-            loop.call_soon_threadsafe(gone)
+    def __init__(
+        self,
+        tensor: torch.Tensor,
+        loop: asyncio.AbstractEventLoop,
+        gone: Callable[[], object],
+        *,
+        writable: bool,
+    ) -> None:
+        array = tensor.numpy()
 
-    weakref.finalize(array, tell).atexit = False
-    return array.data
+        def tell() -> None:
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the loop is closed: nothing is reused any more
+                loop.call_soon_threadsafe(gone)
 
+        weakref.finalize(array, tell).atexit = False
+        self._array = weakref.ref(array)
+        self.view = array.data if writable else array.data.toreadonly()
 
-def take_back(view: memoryview | None) -> None:
-    """Make a view that was lent unusable. What still reads or writes by it, or by a slice of it, goes on."""
-    if view is not None:
+    def end(self) -> bool:
+        """Make the view unusable; return whether none is left: a copy by it, or a slice, goes on."""
         with contextlib.suppress(BufferError):
-            view.release()
+            self.view.release()
+        return self._array() is None
 
 
 class Piece:
@@ -49,10 +58,10 @@ class Piece:
         self._uses = 1
         self.tensor = staging.memory[extent.offset_bytes : extent.offset_bytes + nbytes]
 
-    def lend(self) -> memoryview:
-        """Return a writable view of it."""
+    def lend(self, *, writable: bool) -> Loan:
+        """Lend it; it is in use until no view of it is left."""
         self._uses += 1
-        return lend(self.tensor, self._staging.loop, self.release)
+        return Loan(self.tensor, self._staging.loop, self.release, writable=writable)
 
     def hold(self) -> None:
         """Count one more user, who calls `release`."""
