@@ -1,6 +1,7 @@
 """What is evicted to make room goes to the tier, and no slot is reused before its bytes are out of it."""
 
 import asyncio
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def stored(tier: MemoryTier) -> dict[str, int]:
 @pytest.mark.parametrize("inline", [None, 0], ids=["at once", "in threads"])
 @pytest.mark.parametrize("putter", ["owner", "client"])
 async def test_what_makes_room_is_in_the_tier(putter: str, inline: int | None) -> None:
-    changes = {} if inline is None else {"inline_bytes": inline}
+    changes: dict[str, Any] = {} if inline is None else {"inline_bytes": inline}
     async with tiered(**changes) as (tier, owner, client):
         await fill(owner if putter == "owner" else client, count=3 * PLACES)
         await until(lambda: owner.statistics().demoted == 2 * PLACES)
@@ -122,7 +123,7 @@ async def test_no_put_waits_for_a_slow_tier() -> None:
 @pytest.mark.parametrize(
     "bound", [{"tier_demotions": 3}, {"tier_bytes": 3 * SIZE}], ids=["their number", "their bytes"]
 )
-async def test_above_the_bound_features_are_dropped_and_it_is_told(bound: dict[str, int]) -> None:
+async def test_above_the_bound_features_are_dropped_and_it_is_told(bound: dict[str, Any]) -> None:
     told: list[events.Event] = []
     events.add_hook(told.append)
     try:

@@ -138,7 +138,7 @@ class Collector:
         store = self._pool.store
         return self.behind or store.evicting.in_progress or bool(store.demoting)
 
-    def evict_some(self, request: Request, *, waits: bool) -> int:
+    def evict_some(self, request: Request, *, waits: bool = True) -> int:
         """As `make_room`, as far as this turn goes; none while there is more to recycle."""
         if self.behind:
             return 0
