@@ -51,7 +51,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
                     "settings",
                     "statistics",
                 ),
-                *("tier", "version"),
+                *("tier", "tier_events", "version"),
             )
         ),
     ),

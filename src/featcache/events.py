@@ -10,6 +10,7 @@ import attrs
 
 from featcache.base_event import Event, Severity
 from featcache.hooks import Hook, Throttle, add_hook, emit, is_emitting, log_event, remove_hook
+from featcache.tier_events import DemotionDropped, TierFailed
 
 __all__ = [
     "BackendChosen",
@@ -360,33 +361,6 @@ class KeySourceFailed(Event):
     reason: str
     unlogged: int
     """Failures since the last such event that were not logged."""
-
-
-@attrs.frozen(kw_only=True)
-class TierFailed(Event):
-    """A call of the tier below the pool failed, or was not answered in time; its feature alone is lost."""
-
-    name: ClassVar[str] = "featcache.tier.failed"
-    severity: ClassVar[Severity] = "warning"
-    operation: str
-    """``put``, ``get``, ``has``, ``remove`` or ``close``."""
-    key: str
-    reason: str
-    unlogged: int
-    """Failures since the last such event that were not logged."""
-
-
-@attrs.frozen(kw_only=True)
-class DemotionDropped(Event):
-    """A feature was evicted without being put into the tier: too much is on its way there already."""
-
-    name: ClassVar[str] = "featcache.tier.dropped"
-    severity: ClassVar[Severity] = "warning"
-    key: str
-    nbytes: int
-    reason: str
-    unlogged: int
-    """Drops since the last such event that were not logged."""
 
 
 @attrs.frozen(kw_only=True)

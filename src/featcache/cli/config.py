@@ -28,6 +28,7 @@ class ServeOptions:
     listen: str | None = None
     cluster_key_file: str | None = None
     spill: int | None = None
+    tier: str | None = None
     log: str = "console"
     log_level: str = "info"
     metrics_port: int | None = None
