@@ -89,6 +89,7 @@ FORBIDDEN: Rules = {
     tuple(name for _, names in ROOMS if names is not INTEGRATIONS for name in names): (
         "prometheus_client",
         "opentelemetry",
+        "ray",
         "vllm",
     ),
     # and without what only the command line needs

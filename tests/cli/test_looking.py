@@ -90,7 +90,7 @@ def _watch(endpoint: str, serve: Serve):  # type: ignore[no-untyped-def]
     from cli.commands import Daemon
 
     folder = Path(os.environ["XDG_RUNTIME_DIR"])
-    return Daemon(folder, ("stat", endpoint, "--json", "--watch", "--every", "0.05"), {})
+    return Daemon(folder, ("stat", endpoint, "--json", "--watch", "--interval", "0.05"), {})
 
 
 async def test_stat_of_an_owner_that_ends_says_so(serve: Serve) -> None:
@@ -154,7 +154,8 @@ async def test_one_observer_too_many_is_told(command: Run) -> None:
     ("arguments", "said"),
     [
         (["stat"], "Missing argument 'ENDPOINT': give it, or set FEATCACHE_ENDPOINT"),
-        (["stat", "x", "--every", "0"], "--every"),
+        (["stat", "x", "--interval", "0"], "--interval"),
+        (["stat", "x", "--every", "0"], "--interval"),
         (["keys", "x", "--by", "colour"], "colour"),
         (["keys", "x", "--limit", "0"], "--limit"),
         (["evict"], "Missing argument 'KEY'"),
