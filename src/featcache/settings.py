@@ -219,8 +219,25 @@ _VARIABLES: list[str] = []
 _COMMAND_LINE: Final = frozenset(
     _ENVIRONMENT_PREFIX + name
     for name in (
-        *("CONFIG", "DEVICE", "ENDPOINT", "LOG", "LOG_LEVEL", "METRICS_HOST", "METRICS_PORT"),
-        *("NAME", "SHUTDOWN_GRACE", "SPILL", "LISTEN", "CLUSTER_KEY", "CLUSTER_KEY_FILE", "TIER"),
+        *(
+            "CONFIG",
+            "DEVICE",
+            "ENDPOINT",
+            "LOG",
+            "LOG_LEVEL",
+            "METRICS_HOST",
+            "METRICS_PORT",
+            "NAME",
+        ),
+        *(
+            "CLUSTER_KEY",
+            "CLUSTER_KEY_FILE",
+            "LISTEN",
+            "SHUTDOWN_GRACE",
+            "SPILL",
+            "TIER",
+            "UPSTREAM",
+        ),
         # of the plugin for SGLang
         *("SGLANG_SERVER", "SGLANG_SPILL", "SGLANG_TTL", "SGLANG_WAIT"),
     )

@@ -72,6 +72,12 @@ class Statistics:
     """Features that were missed here, and came back from the tier."""
     tier_failures: int = 0
     """Calls of the tier that failed, or were not answered in time."""
+    keys_fetched: int = 0
+    """Features that were fetched from the homes of their keys."""
+    keys_offered: int = 0
+    """Features put or made here under keys, that the homes of the keys have fetched."""
+    claims_passed: int = 0
+    """Features that another host was to make as it vanished: the next that waits makes them."""
     expired: int = 0
     """Refs whose ttl passed with reads unpaid."""
     discarded: int = 0

@@ -330,3 +330,18 @@ def all_orders(beside: "Beside") -> set[int]:
                 assert found in allowed
                 told.add(found)
     return told
+
+
+def test_a_table_that_is_left_open_says_of_no_key_that_it_is_absent(both: Tables) -> None:
+    owner, reader = both
+    alike = of_one_set(reader, len(module._PLACES) + 2)
+    owner.keep(alike[0], 1, 1)
+    owner.leave_open()
+    for n, key in enumerate(alike[1:], 2):
+        owner.keep(key, n, 1)
+    assert [reader.find(key) for key in alike[:4]] == [place_of(n, 1) for n in range(1, 5)]
+    for key in alike:
+        owner.drop(key)
+    assert {reader.find(key) for key in [*alike, b"never"]} == {UNKNOWN}
+    owner.keep(alike[-1], 9, 2)
+    assert reader.find(alike[-1]) == place_of(9, 2)

@@ -13,7 +13,7 @@ import torch
 import featcache
 from featcache import FeatureCache, OwnerLost, events
 from featcache.errors import AttachRefused, BackendUnavailable, OwnerUnreachable
-from featcache.owner import far_reads
+from featcache.owner import landing
 from featcache.ref import path_of
 from reach.hosts import KEY, Hosts, clients_of, hosts, listening, plane_of, quick
 from reach.proxy import Network, network
@@ -155,7 +155,7 @@ async def test_a_read_without_end_of_a_home_that_lives_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The data plane's ports may be closed where TCP goes through."""
-    monkeypatch.setattr(far_reads, "_SLOWEST_BYTES_PER_S", 1 << 30)
+    monkeypatch.setattr(landing, "_SLOWEST_BYTES_PER_S", 1 << 30)
     async with hosts() as both:
         await both.client.get(await both.home.put(filled(KIB)))
         both.reader_plane.held = True

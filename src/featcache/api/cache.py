@@ -232,6 +232,7 @@ def create(  # noqa: PLR0913 - all by keyword, and each is an owner's
     idle: float | None = None,
     listen: str | None = None,
     cluster_key: str | bytes | None = None,
+    upstream: Iterable[str] | None = None,
     tier: Tier | None = None,
 ) -> FeatureCache:
     """Return a cache to be opened with ``async with``: this process will own its slab.
@@ -255,6 +256,10 @@ def create(  # noqa: PLR0913 - all by keyword, and each is an owner's
         cluster_key: the secret, best of 16 random bytes or more, that all hosts of a cluster prove to each
             other; ``FEATCACHE_CLUSTER_KEY`` without it. With a key, refs of other hosts can be read here,
             and by the clients of this cache. Neither, and no `listen`: this host alone.
+        upstream: the addresses, ``"HOST:PORT"`` each, of the hosts that are the homes of keys, the same
+            list for all owners. A key that is not here is looked up at its home, fetched and kept;
+            `get_or_put` makes it once over all hosts; what is put under a key is offered to its home.
+            An owner whose own `listen` is in the list is the home of its share of the keys.
         tier: a larger, slower store below the pool, a `featcache.tier.Tier`: what is evicted to make room is
             put there, a key that is missed is looked up there. The cache closes it. None is none.
 
@@ -268,6 +273,6 @@ def create(  # noqa: PLR0913 - all by keyword, and each is an owner's
     limits_of(chosen, HostSlab.granularity_bytes)  # sizes that clash are told now, not by `open`
     spill_bytes = None if spill is None else parse_bytes(spill, "spill")
     path = None if endpoint is None else endpoints.check_endpoint(endpoint)
-    cluster = parse_cluster(listen, cluster_key)
+    cluster = parse_cluster(listen, cluster_key, upstream, chosen.peers)
     below = None if tier is None else check_tier(tier)
     return FeatureCache(target, chosen, path, parse_name(name), spill_bytes, cluster, below)

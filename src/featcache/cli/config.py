@@ -27,6 +27,7 @@ class ServeOptions:
     name: str | None = None
     listen: str | None = None
     cluster_key_file: str | None = None
+    upstream: tuple[str, ...] | None = None
     spill: int | None = None
     tier: str | None = None
     log: str = "console"
@@ -58,7 +59,7 @@ def options_of(given: Mapping[str, Any], config: str | None) -> ServeOptions:
             else:
                 values[name] = _parsed(name, text, f"{variable} in the environment")
     for name, value in given.items():
-        if value is not None:
+        if value is not None and value != ():
             option = "grace" if name == "shutdown_grace" else name.replace("_", "-")
             values[name] = _parsed(name, value, f"--{option}")
     own = {name: values.pop(name) for name in _OWN if name in values}
@@ -103,13 +104,22 @@ def _value(name: str, value: Any) -> Any:
         return parse_seconds(value, name)
     if name == "metrics_port":
         return _port(value)
-    if name == "log":
-        return _one_of(name, value, _LOGS)
-    if name == "log_level":
-        return _one_of(name, value, _LEVELS)
+    if name in {"log", "log_level"}:
+        return _one_of(name, value, _LOGS if name == "log" else _LEVELS)
+    if name == "upstream":
+        return _texts(name, value)
     if name in _OWN and not isinstance(value, str):
         raise SettingsError(f"{name}={value!r} is not a text")
     return value
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    """Return a list of a file or of options; of the environment, with commas between."""
+    if isinstance(value, str):
+        value = [text.strip() for text in value.split(",") if text.strip()]
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise SettingsError(f"{name}={value!r} is not a list of texts")
+    return tuple(value)
 
 
 def _port(value: Any) -> int:

@@ -48,6 +48,12 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
     help="The cluster's key; or FEATCACHE_CLUSTER_KEY.",
 )
 @click.option("--tier", metavar="MODULE:FACTORY", help="A store below the pool: what makes it.")
+@click.option(
+    *("--upstream", "upstream"),
+    metavar="HOST:PORT",
+    multiple=True,
+    help="A host that is the home of keys; can be given again, and the same for all.",
+)
 @click.option("--metrics-port", metavar="PORT", help="Serve Prometheus metrics there.")
 @click.option("--metrics-host", metavar="ADDRESS", help="On this address.  [default: 127.0.0.1]")
 @click.option("--log", metavar="FORM", help="console or json.  [default: console]")
@@ -83,6 +89,7 @@ def serve(config: str | None, more: tuple[str, ...], **given: Any) -> None:
         spill=options.spill,
         settings=options.settings,
         listen=options.listen,
+        upstream=options.upstream,
         cluster_key=None
         if options.cluster_key_file is None
         else read_key(options.cluster_key_file),

@@ -56,10 +56,11 @@ class KeyedStore(Store):
         self.trimming = False
         """Whether `trim` has more to evict."""
         self.demotes: Callable[[Slot, bool], bool] | None = None
-        """Asked of each feature that goes to make room, with its key still there, and told whether that room
-        can be waited for: True keeps the bytes until `demoted`."""
+        """Asked of each feature that goes, and whether its room can be waited for; True keeps it until `demoted`."""
         self.demoting: dict[int, Slot] = {}
-        """Slots without their key whose bytes are being copied out, by index."""
+        """Slots without their keys, by index, that are being copied out."""
+        self.on_claim_ended: Callable[[bytes, int], object] | None = None
+        """Told the key and the number of each claim that has ended."""
 
     @property
     def unevictable_bytes(self) -> int:
@@ -130,6 +131,8 @@ class KeyedStore(Store):
 
     def release_claim(self, key: bytes, claim: int) -> list[Effect]:
         """End a claim, whether its feature was published or not. One that is not out is ignored."""
+        if self.on_claim_ended is not None and self.key_waiters.holds(key, claim):
+            self.on_claim_ended(key, claim)
         following = self.key_waiters.release_claim(key, claim)
         return [] if following is None else [ClaimPassed(following)]
 
@@ -344,8 +347,7 @@ class KeyedStore(Store):
     def _evict_all(
         self, slots: Iterable[Slot], now_s: float, cause: str, *, waits: bool
     ) -> list[Effect]:
-        effects: list[Effect] = []
-        demotes = self.demotes
+        effects, demotes = list[Effect](), self.demotes
         for slot in slots:
             if demotes is not None and demotes(slot, waits):
                 # A grant of the copy's own: no put has the extent before the bytes are out of it.

@@ -11,6 +11,7 @@ however the owner stopped:
 | keeps a key in a free entry | digest, changes + 1, place |
 | drops a key | place = 0 |
 | keeps, drops one that does not fit | left out + 1, left out - 1 |
+| drops a key, if the table is left open | digest = 0, changes + 1, place = 0 |
 
 A reader takes the count of changes, finds the digest, takes its place, and takes the count again. If the
 count is the same, no entry of the set got another digest and a place with it meanwhile, so the place was
@@ -18,7 +19,7 @@ the key's. (Counted before the digest is written, a reader that begins between t
 old digest with the new place. A processor weaker than x86 may also load the place before the digest that
 leads to it, and so take the place of the entry's last key with the digest of its next: there the changes
 are counted before the digest is written as well.) A key that is neither in its set nor counted as left
-out is kept nowhere.
+out is kept nowhere. A table that is left open, as keys may come from elsewhere, counts one more in each set.
 
 Behind the table each slot has a record: the wire form of its ref, written before the slot is made live.
 A place names a generation of a slot, and while `live` is that generation its record is as it was
@@ -54,6 +55,7 @@ _HEAD_BYTES: Final = 2 * _WORD_BYTES
 _ENTRY_BYTES: Final = 3 * _WORD_BYTES
 _PLACES: Final = tuple(4 + 3 * way for way in range((KEY_SET_BYTES - _HEAD_BYTES) // _ENTRY_BYTES))
 """Where in a set, in words, the places of its entries are."""
+_SET_WORDS: Final = KEY_SET_BYTES // _WORD_BYTES
 _TRIES: Final = 8
 _DIGEST_BYTES: Final = 16
 _SECRET_WORDS: Final = 4
@@ -117,8 +119,6 @@ class KeyTable:
             else:
                 word = (found >> 3) + 2
                 place = words[word]
-                if not place and words[at + 1]:  # dropped: as any other key that has no entry
-                    place = UNKNOWN
             if not TSO:
                 fence_loads()
             if words[at] == changes:
@@ -144,6 +144,7 @@ class OwnKeyTable(KeyTable):
             _SECRET_WORDS * _WORD_BYTES
         )
         super().__init__(words)
+        self._is_open = False
         self._kept: dict[bytes, int] = {}
         """By key, the word of its place; of one that did not fit, minus its set's first word."""
 
@@ -185,17 +186,34 @@ class OwnKeyTable(KeyTable):
     def leave_open(self) -> None:
         """Say of no key any more that it is not there, as of a set without room: the owner is to say."""
         words, first, last = self._words, self._start_bytes >> 3, self._records_bytes >> 3
-        for left_out in range(first + 1, last, KEY_SET_BYTES >> 3):
+        self._is_open = True
+        for left_out in range(first + 1, last, _SET_WORDS):
             words[left_out] += 1
 
     def drop(self, key: bytes) -> None:
         """Drop a key. One that is not there is no error."""
         word = self._kept.pop(key, 0)
         if word > 0:
+            if self._is_open:
+                self._clear_digest(word)
             self._words[word] = 0
         elif word:
             left_out = 1 - word
             self._words[left_out] = self._words[left_out] - 1
+
+    def _clear_digest(self, word: int) -> None:
+        """Have no reader find a key any more that is dropped: one that does takes it for absent."""
+        words, first = self._words, self._start_bytes >> 3
+        at = word - (word - first) % _SET_WORDS
+        if not TSO:
+            words[at] = words[at] + 1
+            fence_stores()
+        words[word - 2] = words[word - 1] = 0
+        if not TSO:
+            fence_stores()
+        words[at] = words[at] + 1
+        if not TSO:
+            fence_stores()
 
     def write_record(self, index: int, data: bytes) -> None:
         """Write the record of a slot that is not live; one that does not fit is left empty."""

@@ -4,13 +4,18 @@ import asyncio
 from typing import NamedTuple
 
 from featcache import events
+from featcache.owner.far_keys import FarKeys
 from featcache.owner.far_peers import FarPeers
 from featcache.owner.far_reads import FarReads
 from featcache.owner.homes import Homes
+from featcache.owner.key_hosts import KeyHosts
+from featcache.owner.landing import Landing
 from featcache.owner.registered import RegisteredSlab
 from featcache.owner.served_pool import ServedPool, take_each
+from featcache.owner.upstreams import Upstreams
 from featcache.reach.listener import Listener
 from featcache.reach.plane import DataPlane, make_plane
+from featcache.reach.rendezvous import Ranking
 from featcache.reach.secret import Address, tls_contexts
 from featcache.session.offload import SharedTask
 
@@ -20,6 +25,8 @@ class Cluster(NamedTuple):
 
     key: bytes
     listen: Address | None = None
+    upstream: tuple[str, ...] = ()
+    """The addresses of the homes of keys."""
 
 
 class Beyond:
@@ -42,7 +49,12 @@ class Beyond:
         self._closed = False
         self.peers: FarPeers | None = None
         self.homes = Homes(served.pool, cluster.key, self._tls, self._names)
-        self.reads = FarReads(served, self.homes, self.slab)
+        self.landing = Landing(served, self.slab)
+        self.reads = FarReads(served, self.homes, self.slab, self.landing)
+        self.far_keys: FarKeys | None = None
+        """What other hosts were given by key."""
+        self.keys: KeyHosts | None = None
+        """Keys of other hosts, of an owner with upstreams."""
 
     async def open(self) -> None:
         """Listen, if that was asked for; from then on refs carry the address.
@@ -54,7 +66,9 @@ class Beyond:
         """
         listen, pool = self._cluster.listen, self._served.pool
         if listen is not None:
-            self.peers = FarPeers(self._served, await self.slab())
+            slab = await self.slab()
+            self.far_keys = FarKeys(self._served, slab, self.landing)
+            self.peers = FarPeers(self._served, slab, self.far_keys)
             listener = self._listener = Listener(
                 *(self._cluster.key, pool.pool_id, self._settings, self._tls),
                 *(self.peers.on_host, self._refused),
@@ -64,6 +78,22 @@ class Beyond:
             self.homes.own_address = listener.address
             pool.ref_endpoint = listener.address + pool.endpoint
         self._served.sessions.far = self.reads
+        if self._cluster.upstream:
+            await self._open_keys()
+
+    async def _open_keys(self) -> None:
+        """Look up keys at other hosts too."""
+        await self.slab()  # a data plane that can't be had is told now
+        settings, listen = self._settings, self._cluster.listen
+        ranking = Ranking(self._cluster.key, self._cluster.upstream)
+        upstreams = Upstreams(self.homes, ranking, settings.reconnect_interval)
+        for own in (self.address, None if listen is None else str(listen)):
+            if own is not None:
+                upstreams.add_own(own)
+        self.keys = KeyHosts(self._served, upstreams, self.slab, self.landing)
+        if self.far_keys is not None:
+            self._served.sources.add(self.far_keys)
+        self._served.sources.add_hosts(self.keys)
 
     @property
     def address(self) -> str | None:
@@ -92,6 +122,9 @@ class Beyond:
             "fetched_bytes": self.reads.fetched_bytes,
             "fetches_failed": self.reads.failed,
             "hosts_lost": 0 if self.peers is None else self.peers.lost,
+            "keys_fetched": 0 if self.keys is None else self.keys.fetched,
+            "keys_offered": 0 if self.keys is None else self.keys.offers.taken,
+            "claims_passed": 0 if self.far_keys is None else self.far_keys.passed,
         }
 
     def _names(self) -> list[str]:
@@ -110,7 +143,10 @@ class Beyond:
             return
         self._closed = True
         listener, peers = self._listener, self.peers
+        keys = () if self.keys is None else (self.keys.close,)
         await take_each(
+            self._served.sources.close,
+            *keys,
             *(() if listener is None else (listener.close,)),
             *(() if peers is None else (peers.close,)),
             self.reads.close,

@@ -5,19 +5,20 @@ import hashlib
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final
 
 from featcache import events
 from featcache.control.messages import ProtocolError
 from featcache.core.slots import SlotState
 from featcache.errors import CacheClosed, FeatcacheError, OwnerLost, PoolFull, StaleRef, UnknownPool
+from featcache.owner.far_keys import FarKeys
+from featcache.owner.far_peer import Begun, FarPeer
 from featcache.owner.registered import RegisteredSlab
 from featcache.owner.served_pool import ServedPool
 from featcache.reach import messages
-from featcache.reach.messages import Payment, Place, decode_from_reader, encode
+from featcache.reach.messages import Payment, Place, decode_from_reader
 from featcache.reach.stream import Stream
 from featcache.ref import FeatureRef, TensorSpec
-from featcache.session.attachment import Attachment
 from featcache.session.waiting import wait_ready
 
 _now: Final = time.monotonic
@@ -29,48 +30,12 @@ _PAID: Final = (
 )
 
 
-class Begun(NamedTuple):
-    """A read that a session of another host has begun: pinned here until it ends."""
-
-    attachment: Attachment
-    ref: FeatureRef
-    name: str | None
-
-
-class FarPeer:
-    """One host that reads here, from its first connection to the end of its lease.
-
-    ::
-
-        CONNECTED ──the connection breaks──→ AWAY ──it comes back──→ CONNECTED
-            │ │                               │
-            │ └──────a lease without a word───┴──→ LOST: what it had begun is paid, and what its names owe
-            └──goodbye──→ LEFT: what it had begun is unpinned
-    """
-
-    def __init__(self, host: bytes) -> None:
-        self.host = host
-        self.stream: Stream | None = None
-        """None while it is AWAY."""
-        self.heard_s = _now()
-        self.names: frozenset[str] = frozenset()
-        self.begun: dict[tuple[Place, int], Begun] = {}
-        self.watched: dict[Place, None] = {}
-        """Refs that it has looked at, and of whose end it has not been told."""
-        self.tasks: dict[int, asyncio.Task[None]] = {}
-        self.timer: asyncio.TimerHandle | None = None
-
-    def send(self, message: messages.FromHome) -> None:
-        """Send it; no-op while it is AWAY."""
-        if self.stream is not None:
-            self.stream.send(encode(message))
-
-
 class FarPeers:
     """The hosts that read this owner's pool."""
 
-    def __init__(self, served: ServedPool, slab: RegisteredSlab) -> None:
+    def __init__(self, served: ServedPool, slab: RegisteredSlab, keys: FarKeys) -> None:
         self._served = served
+        self._keys = keys
         self._pool = served.pool
         self._slab = slab
         self._settings = served.pool.settings
@@ -95,7 +60,7 @@ class FarPeers:
             self._cancel(peer)
             before.close()
         peer.stream, peer.heard_s = stream, _now()
-        closed, forget = stream.on_closed, self.forget_host
+        closed, forget, loop = stream.on_closed, self.forget_host, asyncio.get_running_loop()
         stream.on_message = partial(self._on_message, peer, stream)
 
         def gone(error: FeatcacheError | None) -> None:
@@ -104,6 +69,13 @@ class FarPeers:
             if peer.stream is stream:
                 peer.stream = None
                 self._cancel(peer)
+                if peer.given:
+                    # Its pins stand for its lease; but others wait for what it was to make.
+                    loop.call_later(self._settings.peer_timeout, away)
+
+        def away() -> None:
+            if peer.stream is None:
+                self._keys.pass_claims(peer)
 
         stream.on_closed = gone
         self._emit(events.HostAttached, peer, address=stream.where)
@@ -129,10 +101,27 @@ class FarPeers:
             task = peer.tasks.get(message.request)
             if task is not None:
                 task.cancel()
-        elif isinstance(message, messages.NameLost):
-            self._waive(frozenset((message.name,)))
-        else:
+        elif isinstance(message, messages.Goodbye):
             self._end(peer, died=False)
+        else:
+            self._on_note(peer, message)
+
+    def _on_note(
+        self,
+        peer: FarPeer,
+        note: messages.NameLost | messages.GiveBack | messages.Vouch | messages.Holding,
+    ) -> None:
+        if isinstance(note, messages.NameLost):
+            self._waive(frozenset((note.name,)))
+        elif isinstance(note, messages.GiveBack):
+            self._keys.give_back(peer, note.ticket)
+        elif isinstance(note, messages.Vouch):
+            self._keys.vouched(peer, note.request)
+        else:
+            for place, reader in peer.begun.keys() - set(note.reads):
+                self._drop(peer, place, reader)
+            for ticket in peer.given.keys() - set(note.tickets):
+                self._keys.give_back(peer, ticket)
 
     def notified(self, payload: bytes) -> None:
         """Take payments that came over the data plane, which proves nothing: of known hosts only."""
@@ -159,6 +148,9 @@ class FarPeers:
         try:
             if isinstance(request, messages.Look):
                 peer.send(await self._look(peer, request))
+                return
+            if isinstance(request, messages.Seek | messages.Ask | messages.Offer):
+                await self._keys.answer(peer, request)
                 return
             ref = await self._find(request)
             if isinstance(request, messages.Release):
@@ -307,6 +299,7 @@ class FarPeers:
         self._cancel(peer)
         if peer.timer is not None:
             peer.timer.cancel()
+        self._keys.end(peer, died=died)
         begun = dict(peer.begun)
         for (place, reader), read in begun.items():
             self._unpin(peer, place, reader)

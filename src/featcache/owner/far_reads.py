@@ -8,26 +8,21 @@ from itertools import islice
 from typing import Final, TypeVar
 
 from featcache.control.peer import SessionState
-from featcache.core.put_queue import Request
-from featcache.core.slots import Slot, SlotState
+from featcache.core.slots import SlotState
 from featcache.errors import CacheClosed, KeyNotFound, OwnerLost
 from featcache.owner.homes import Home, Homes
+from featcache.owner.landing import Landing, There
 from featcache.owner.registered import RegisteredSlab
 from featcache.owner.served_pool import ServedPool
 from featcache.reach import messages
 from featcache.reach.messages import Place
-from featcache.reach.plane import Transfer, pair
 from featcache.ref import FeatureRef
 
 T = TypeVar("T")
 _now: Final = time.monotonic
 _PREFIX: Final = b"\xff\x00featcache.far\x00"
 """Of the keys under which features of other hosts are kept: no text's, and no content key's."""
-_SLOWEST_BYTES_PER_S: Final = 16 << 20
-"""A read that is slower than this is given up."""
 _MAX_COPIES: Final = 1 << 16
-_HANDOVER_S: Final = 0.05
-"""For which a feature that was fetched is kept until those that wait for it have their refs of it."""
 
 
 class Copy:
@@ -63,16 +58,18 @@ class FarReads:
         served: ServedPool,
         homes: Homes,
         slab: Callable[[], Awaitable[RegisteredSlab]],
+        landing: Landing,
     ) -> None:
         self._served = served
         self._pool = served.pool
         self._homes = homes
         self._slab = slab
+        self._landing = landing
         self._copies: OrderedDict[Place, Copy] = OrderedDict()
         self._begun: dict[int, list[tuple[Home, Place]]] = {}
         """Reads of sessions that are ending, which are paid if they died."""
         self._closed = False
-        self.fetched = self.fetched_bytes = self.failed = self.quarantined = 0
+        self.fetched = self.fetched_bytes = self.failed = 0
         homes.on_gone = self._ended
         homes.on_lost = self._lost
 
@@ -259,70 +256,10 @@ class FarReads:
             self.failed += 1
 
     async def _fetch(self, copy: Copy, home: Home, ref: FeatureRef, found: messages.Found) -> None:
-        pool, slab = self._pool, await self._slab()
-        request, writer = Request(ref.nbytes, 0, None, copy.key), self._served.writer
-        slot = None if writer.has_callers else writer.reserve(request)
-        if slot is None:
-            slot = await home.or_lost(self._room(request))
-        transfer: Transfer | None = None
-        try:
-            await slab.settled()
-            if ref.nbytes:
-                ours = slab.pieces(slot.offset_bytes, ref.nbytes)
-                here = slab.address_of(slot.offset_bytes)
-                pieces = pair(here, ours, found.address, found.pieces)
-                transfer = slab.plane.read(home.plane, pieces)
-                await self._landed(home, transfer, ref)
-            home.check_pins()
-        except BaseException:
-            self._give_up(slot, transfer)
-            raise
-        pool.publish(slot, ref.specs, None)
+        there = There(ref.nbytes, found.address, found.pieces, ref.specs)
+        await self._landing.land(home, there, copy.key)
         self.fetched += 1
         self.fetched_bytes += ref.nbytes
-        # Kept until those that wait have their shares: a put could evict it before their tasks run.
-        held = pool.store.lookup(copy.key, _now())
-        if held is not None:
-            pool.loop.call_later(_HANDOVER_S, self._release_grant, held)
-
-    def _release_grant(self, slot: Slot) -> None:
-        if not self._pool.closed:
-            self._pool.apply(self._pool.store.pay_grant(slot, _now()))
-
-    async def _room(self, request: Request) -> Slot:
-        """Return a slot in the queue of all puts, after `reserve` found none."""
-        writer = self._served.writer
-        return await writer.slot_of(writer.ask(request, wait=True), None, wait=True)
-
-    async def _landed(self, home: Home, transfer: Transfer, ref: FeatureRef) -> None:
-        """Return once a read has landed; OwnerLost if its home is lost first, or it takes too long."""
-        limit_s = self._pool.settings.peer_timeout + ref.nbytes / _SLOWEST_BYTES_PER_S
-        waits = [transfer.ended, home.link.gone]
-        await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-        if not transfer.ended.done():
-            home.link.check()
-            raise OwnerLost(f"{ref.nbytes} bytes of {home.address} did not come in {limit_s:.1f} s")
-        failed = transfer.ended.exception()
-        if failed is not None:
-            if isinstance(failed, CacheClosed):
-                raise CacheClosed(str(failed))
-            raise OwnerLost(f"the bytes could not be read from {home.address}: {failed}")
-
-    def _give_up(self, slot: Slot, transfer: Transfer | None) -> None:
-        """Give up the landing place of a read that failed, once nothing can be written there any more."""
-        pool = self._pool
-        if transfer is None or transfer.ended.done():
-            pool.give_up_reserved(slot, None)
-            return
-        # Quarantined: a read that was given up may land when its home goes on, in seconds or days.
-        self.quarantined += 1
-        transfer.abandon()
-
-        def ended(_: "asyncio.Future[None]") -> None:
-            self.quarantined -= 1
-            pool.give_up_reserved(slot, None)
-
-        transfer.ended.add_done_callback(ended)
 
     # --- the end --------------------------------------------------------------------------------------
 

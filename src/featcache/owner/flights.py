@@ -65,6 +65,12 @@ class Flights(Generic[K, T]):
                 self._forget(key, flight)
                 flight.task.cancel()
 
+    async def ended(self, key: K) -> None:
+        """Return when the run in progress has ended, however it did, without a part in it."""
+        flight = self._flights.get(key)
+        if flight is not None:
+            await asyncio.wait([flight.task])
+
     def _ended(self, key: K, flight: Flight[T]) -> None:
         self._forget(key, flight)
         if not flight.task.cancelled():

@@ -45,7 +45,7 @@ class KeyRequests:
 
     async def _wait_for_key(self, session: int, message: messages.Find) -> Answer:
         found = await self._lookups.wait_for_key(
-            message.key, self._page(session), can_make=message.makes
+            *(message.key, self._page(session)), can_make=message.makes, waits=message.waits
         )
         if isinstance(found, Claim):
             return messages.ClaimGranted(message.request, found.number)

@@ -6,13 +6,14 @@ key table finds, and `get_nowait` and `contains_nowait`, ask none.
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final, Protocol
 
 from featcache import events
 from featcache.core.slots import Slot
-from featcache.errors import CacheClosed, FeatcacheError
+from featcache.errors import CacheClosed
 from featcache.owner.flights import Flights
 from featcache.owner.keys import Claim, Granted, Lookups
 from featcache.pool.page import SessionPage
@@ -34,8 +35,9 @@ class KeySource(Protocol):
     Calls may be cancelled.
     """
 
-    name: str
-    """In events."""
+    @property
+    def name(self) -> str:
+        """What events call it."""
 
     async def bring(self, key: bytes) -> bool:
         """Put the feature under a key into the pool, under that key; return whether it did.
@@ -48,29 +50,81 @@ class KeySource(Protocol):
         """Return whether it has each of these keys. Not a use of them."""
 
 
+class ClaimingSource(KeySource, Protocol):
+    """Other hosts: among them too one makes a key, and whoever waits for it here waits there as well."""
+
+    async def claim(self, claim: Claim, *, waits: bool) -> bool:
+        """Bring the key of a claim that is held here; or return False once it is to be made here.
+
+        Raises:
+            KeyNotFound: another host makes it, and this call may not wait for it.
+
+        """
+
+    def watching(self, key: bytes) -> contextlib.AbstractContextManager[None]:
+        """Bring a key as soon as there is one, while the context lasts."""
+
+    def is_seeking(self, key: bytes) -> bool:
+        """Whether who has the claim to a key here is asking for it."""
+
+    def made(self, key: bytes, claim: int) -> None:
+        """Take the end of a claim: the feature is in the pool, or will not be."""
+
+    def kept(self, key: bytes) -> None:
+        """Take the news that a feature is kept under a key."""
+
+
 class KeySources:
-    """The sources of one pool, asked from the nearest on, and for one key once at a time."""
+    """The sources of one pool, asked from the nearest on, and for one key once at a time.
+
+    Other hosts come last. They ask in turn here, for what is in this pool or *near*: in its other sources.
+    """
 
     def __init__(self, pool: Pool, lookups: Lookups) -> None:
         self._pool = pool
         self._lookups = lookups
         self._near: list[KeySource] = []
+        self._hosts: ClaimingSource | None = None
         self._bringing: Flights[bytes, bool] = Flights()
+        self._asking: Flights[bytes, bool] = Flights()
         self._failures = events.Throttle(pool.settings.log_interval, burst=16)
 
     def add(self, source: KeySource) -> None:
         """Ask this one too, after those before it. Now the key table never says that a key is absent."""
         self._near.append(source)
+        self._begin()
+
+    def add_hosts(self, hosts: ClaimingSource) -> None:
+        """Ask other hosts too, and tell them of what is made and put here."""
+        self._hosts = hosts
+        self._pool.store.on_claim_ended = hosts.made
+        self._pool.on_kept = hosts.kept
+        self._begin()
+
+    def _begin(self) -> None:
         if self._lookups.sources is None:
             self._pool.key_table.leave_open()
             self._lookups.sources = self
+
+    def is_seeking(self, key: bytes) -> bool:
+        """Whether who has the claim to a key here is asking other hosts for it."""
+        return self._hosts is not None and self._hosts.is_seeking(key)
 
     # --- lookups after a miss -------------------------------------------------------------------------
 
     async def find(self, key: bytes, page: SessionPage) -> Granted:
         """Return a read of a key that the pool does not have; KeyNotFound if no source has it."""
+        return await self._found(key, page, self.bring)
+
+    async def find_near(self, key: bytes, page: SessionPage) -> Granted:
+        """As `find`, without other hosts."""
+        return await self._found(key, page, self.bring_near)
+
+    async def _found(
+        self, key: bytes, page: SessionPage, bring: Callable[[bytes], Awaitable[bool]]
+    ) -> Granted:
         for _ in range(_TRIES):
-            if not await self.bring(key):
+            if not await bring(key):
                 break
             found = self._lookups.find(key, page)
             if found is not None:
@@ -79,7 +133,16 @@ class KeySources:
 
     async def bring(self, key: bytes) -> bool:
         """Have a key brought; return whether it was. Whoever asks meanwhile joins."""
-        return await self._bringing.join(key, lambda: self._bring(key))
+        hosts = self._hosts
+        if await self.bring_near(key) or hosts is None:
+            return key in self._pool.store.directory
+        return await self._asking.join(key, lambda: self._ask(hosts, key))
+
+    async def bring_near(self, key: bytes) -> bool:
+        """As `bring`, without other hosts."""
+        if not self._near:
+            return False
+        return await self._bringing.join(key, lambda: self._bring_near(key))
 
     async def bring_many(self, keys: Iterable[bytes]) -> None:
         """Have those brought of these keys that are not in the pool, a few at the same time."""
@@ -91,52 +154,73 @@ class KeySources:
             for key in left:
                 await self.bring(key)
 
-        async with asyncio.TaskGroup() as group:
-            for _ in missing[:_AT_ONCE]:
-                group.create_task(some())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in missing[:_AT_ONCE]:
+                    group.create_task(some())
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
 
     async def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
         """Return whether each of these keys is in the pool or can be brought."""
+        told = await self.contains_near(keys)
+        if self._hosts is not None:
+            await self._ask_whether(self._hosts, keys, told)
+        return told
+
+    async def contains_near(self, keys: Sequence[bytes]) -> list[bool]:
+        """As `contains_many`, without other hosts."""
         told = self._lookups.contains_many(keys)
         for source in self._near:
-            asks = [n for n, there in enumerate(told) if not there]
-            if not asks:
-                break
-            try:
-                flags = await source.holds([keys[n] for n in asks])
-            except FeatcacheError as error:
-                self._failed(source, error)
-                continue
-            for n, there in zip(asks, flags, strict=True):
-                told[n] = there
+            await self._ask_whether(source, keys, told)
         return told
 
     async def wait_for_key(
-        self, key: bytes, page: SessionPage, *, can_make: bool
+        self, key: bytes, page: SessionPage, *, can_make: bool, waits: bool
     ) -> Granted | Claim:
         """As `Lookups.wait_here`, but whoever would wait, or has the claim, has the sources asked first.
 
         Of all sessions one has the claim: the others wait for the key, as they do without sources.
+
+        Raises:
+            KeyNotFound: another host makes it, and this call may not wait for it; else as `wait_here`.
+
         """
-        if not can_make:
-            await self.bring(key)
+        hosts = self._hosts
+        if hosts is None:
+            return await self.wait_near(key, page, can_make=can_make)
+        if can_make:
+            return await self._claimed(key, page, lambda claim: hosts.claim(claim, waits=waits))
+        await self.bring_near(key)
+        with hosts.watching(key):
             return await self._lookups.wait_here(key, page, can_make=False)
+
+    async def wait_near(self, key: bytes, page: SessionPage, *, can_make: bool) -> Granted | Claim:
+        """As `wait_for_key`, without other hosts."""
+        if can_make:
+            return await self._claimed(key, page, None)
+        await self.bring_near(key)
+        return await self._lookups.wait_here(key, page, can_make=False)
+
+    async def _claimed(
+        self, key: bytes, page: SessionPage, ask: Callable[[Claim], Awaitable[bool]] | None
+    ) -> Granted | Claim:
         while True:
             found = await self._lookups.wait_here(key, page, can_make=True)
             if isinstance(found, Granted):
                 return found
-            brought = True
+            is_there = True
             try:
-                brought = await self.bring(key)
+                is_there = await self.bring_near(key) or (ask is not None and await ask(found))
             finally:
-                if brought:  # or this was cancelled: it is void, or passes to the next
+                if is_there:  # or this failed: the claim is void, or passes to the next
                     self._lookups.release_claim(found)
-            if not brought:
+            if not is_there:
                 return found
 
     # --- asking ---------------------------------------------------------------------------------------
 
-    async def _bring(self, key: bytes) -> bool:
+    async def _bring_near(self, key: bytes) -> bool:
         for source in self._near:
             if await self._ask(source, key):
                 return True
@@ -149,11 +233,27 @@ class KeySources:
         except CacheClosed:
             self._pool.check_open()
             raise
-        except FeatcacheError as error:
-            self._failed(source, error)
+        except Exception as error:  # noqa: BLE001 - a tier may be a user's own
+            self.failed(source, error)
             return False
         self._hold(key)
         return True
+
+    async def _ask_whether(
+        self, source: KeySource, keys: Sequence[bytes], told: list[bool]
+    ) -> None:
+        asks = [n for n, there in enumerate(told) if not there]
+        if not asks:
+            return
+        try:
+            flags = await source.holds([keys[n] for n in asks])
+        except CacheClosed:
+            raise
+        except Exception as error:  # noqa: BLE001 - as above
+            self.failed(source, error)
+            return
+        for n, there in zip(asks, flags, strict=True):
+            told[n] = there
 
     def _hold(self, key: bytes) -> None:
         pool = self._pool
@@ -165,7 +265,8 @@ class KeySources:
         if not self._pool.closed:
             self._pool.apply(self._pool.store.pay_grant(slot, time.monotonic()))
 
-    def _failed(self, source: KeySource, error: FeatcacheError) -> None:
+    def failed(self, source: KeySource, error: Exception) -> None:
+        """Tell that a source failed."""
         unlogged = self._failures.pass_(time.monotonic())
         if unlogged is not None:
             pool, reason = self._pool.name, str(error)
@@ -178,3 +279,4 @@ class KeySources:
     async def close(self) -> None:
         """End what is in progress."""
         await self._bringing.close()
+        await self._asking.close()

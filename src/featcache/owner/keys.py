@@ -72,12 +72,12 @@ class Lookups:
         return await self.sources.find(key, page)
 
     async def wait_for_key(
-        self, key: bytes, page: SessionPage, *, can_make: bool
+        self, key: bytes, page: SessionPage, *, can_make: bool, waits: bool = True
     ) -> Granted | Claim:
-        """As `wait_here`, once the sources have been asked, if there are any."""
+        """As `wait_here`, and as the sources have it, if there are any (`KeySources.wait_for_key`)."""
         if self.sources is None:
             return await self.wait_here(key, page, can_make=can_make)
-        return await self.sources.wait_for_key(key, page, can_make=can_make)
+        return await self.sources.wait_for_key(key, page, can_make=can_make, waits=waits)
 
     async def wait_here(self, key: bytes, page: SessionPage, *, can_make: bool) -> Granted | Claim:
         """Wait for a key under which there is nothing yet; or get the claim, if it `can_make` it.
@@ -156,7 +156,7 @@ class Lookups:
             slot = await self._look_up_for_share(key, page, waits=waits)
             shared = False
             try:
-                if await self._landed(slot):
+                if await self.landed(slot):
                     await self._free_a_slot()
                     ref = pool.share(slot, readers, ttl_s)
                     shared = True
@@ -178,7 +178,7 @@ class Lookups:
         assert isinstance(found, Granted), "only a waiter that can make it is given a claim"
         return page.revoke(found.grant).slot
 
-    async def _landed(self, slot: Slot) -> bool:
+    async def landed(self, slot: Slot) -> bool:
         """Return once the bytes of a granted slot are there, or False once they never will be."""
         pool = self._pool
         while pool.words.published[slot.index] != slot.generation:

@@ -79,6 +79,8 @@ class OwnerKeys:
             return at_hand
         if timeout_s is None:
             return self._lease(await self._lookups.find_elsewhere(key, page))
+        if not timeout_s and self._lookups.sources is not None:
+            await self._lookups.sources.bring(key)  # a round trip is no wait
         try:
             with anyio.fail_after(timeout_s):
                 found = await self._lookups.wait_for_key(key, page, can_make=False)
@@ -102,7 +104,7 @@ class OwnerKeys:
             return at_hand
         if not waits and self._lookups.is_claimed(key):
             raise not_found(key)
-        found = await self._lookups.wait_for_key(key, page, can_make=True)
+        found = await self._lookups.wait_for_key(key, page, can_make=True, waits=waits)
         if not isinstance(found, Claim):
             return self._lease(found)
         claim = found

@@ -5,7 +5,7 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from featcache.control.turns import EVICT_UNITS, EXPIRE_UNITS, LEAST, QUANTUM_UNITS, turn_of
@@ -107,6 +107,7 @@ class Pool:
         self.put_bytes = 0
         """Bytes reserved since the last `collect`; a small put counts for more."""
         self.ring_at = 0
+        self.on_kept: Callable[[bytes], object] | None = None
         gauges.publish(self.store, self.words.header)
 
     @property
@@ -179,6 +180,8 @@ class Pool:
             # replaces is cleared: whoever finds that revoked finds this in its place.
             self.key_table.keep(slot.key, index, generation)
             self.words.header[_TICK] = store.recency.tick
+            if self.on_kept is not None:
+                self.on_kept(slot.key)
         if effects:
             self.apply(effects)
         elif (
@@ -216,9 +219,7 @@ class Pool:
         if self.closed:
             return
         if self.slab.deferred and order is not None:
-            with contextlib.suppress(
-                BackendUnavailable
-            ):  # a broken context: nothing comes any more
+            with contextlib.suppress(BackendUnavailable):  # a broken context: nothing comes
                 self.slab.signal(self.complete, slot.index, slot.generation, order)
                 self.apply(self.store.give_up_reserved(slot, _now()))
                 self.recycler.poll_after(0.0)
@@ -256,9 +257,8 @@ class Pool:
             elif type(effect) is Evicted or type(effect) is Expired:
                 told.append(effect)
                 if type(effect) is Evicted:
-                    self.key_table.drop(
-                        effect.key
-                    )  # before its `live` is cleared, by the next effect
+                    # Before its `live` is cleared, by the next effect.
+                    self.key_table.drop(effect.key)
             elif type(effect) is Grow:
                 self.growth.grow(effect.end_bytes)
         if grace_s:

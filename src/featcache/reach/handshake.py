@@ -24,7 +24,7 @@ from featcache.control.messages import ProtocolError, checked_decoder, encode
 from featcache.control.wire import PoolId, Text
 from featcache.errors import AttachRefused
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of what is said between hosts; both must have the same."""
 MAX_FRAME_BYTES: Final = 8 << 20
 """Bytes of the longest payload once the handshake is over: the metadata of a large slab."""
@@ -37,6 +37,13 @@ _TAG_BYTES: Final = 16
 _REASON_CHARACTERS: Final = 900
 _Nonce = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 _Proof = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+
+
+DIALED_ITSELF: Final = "this host was dialed by itself"
+
+
+class DialedItself(AttachRefused):
+    """The address that was dialed is this host's own. Nothing vouches for it."""
 
 
 class Role(enum.Enum):
@@ -219,10 +226,13 @@ class Conversation:
     def _step(self, payload: bytes) -> None:
         message = (_of_dialer if self.role is Role.LISTENER else _of_listener)(payload)
         if isinstance(message, Refused):
+            if message.reason == DIALED_ITSELF:
+                raise DialedItself(DIALED_ITSELF)
             raise AttachRefused(f"the other host refused: {message.reason}")
         if isinstance(message, Hello) and self.phase is Phase.AWAITS_HELLO:
             if message.host == self.host:
-                raise ProtocolError("this host was dialed by itself")
+                self._frame(encode(Refused(DIALED_ITSELF)))
+                raise ProtocolError(DIALED_ITSELF)
             self.peer = message.host
             self._said.append(payload)
             self._greet(Challenge(self.host, secrets.token_bytes(32)))

@@ -17,7 +17,7 @@ from featcache.errors import (
     explain,
 )
 from featcache.reach import messages
-from featcache.reach.handshake import Conversation, Role
+from featcache.reach.handshake import Conversation, DialedItself, Role
 from featcache.reach.messages import Alive, Answer, Paid, decode_from_home, encode
 from featcache.reach.secret import TlsContexts, parse_address
 from featcache.reach.stream import Stream
@@ -156,9 +156,7 @@ class HomeLink:
             raise _error(answer)
         return answer
 
-    def tell(
-        self, note: messages.Cancel | messages.Drop | messages.Pay | messages.NameLost
-    ) -> None:
+    def tell(self, note: messages.Note) -> None:
         """Send what has no answer of its own; no-op once it is lost."""
         if self.lost is None:
             self._stream.send(encode(note))
@@ -271,4 +269,6 @@ def _error(failed: messages.Failed) -> FeatcacheError:
 
 
 def _at(address: str, error: FeatcacheError) -> AttachRefused:
+    if isinstance(error, DialedItself):
+        return error
     return AttachRefused(f"{address}: {error}")

@@ -9,7 +9,7 @@ from typing import Annotated, Final
 import msgspec
 
 from featcache.control.messages import checked_decoder, encode
-from featcache.control.wire import Name, Natural, PoolId, Seconds, Text
+from featcache.control.wire import Key, Name, Natural, PoolId, Seconds, Specs, Text
 
 __all__ = ["decode_from_home", "decode_from_reader", "encode"]
 
@@ -19,7 +19,11 @@ MAX_GONE: Final = 1024
 """Refs that one `Alive` names."""
 MAX_NAMES: Final = 1024
 """Names of readers that one `Beat` has."""
+MAX_HELD: Final = 1 << 16
+"""Reads, and tickets, that one `Holding` names."""
 MAX_NOTIFICATION_BYTES: Final = 64 << 10
+MAX_KEYS: Final = 256
+"""Keys that one `Ask` names."""
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True):
@@ -74,6 +78,67 @@ class Discard(Extent, tag="discard", frozen=True):
     """Reader: cancel the reads that this ref owes. Answered by `Done` or `Failed`."""
 
 
+class Seek(Asked, tag="seek", frozen=True):
+    """Reader: what is under a key. Answered by `Sought`, `Claimed`, or `Failed` with KeyNotFound.
+
+    What the answer gives, a pin or a claim, is the reader's until `GiveBack`, or the end of its lease.
+    """
+
+    key: Key
+    ticket: Natural
+    """Names what is given, among all that this host is given in its life; not 0."""
+    claims: bool
+    """It makes the feature if there is none and nobody makes it."""
+    waits: bool
+    epoch: Natural
+    """As of `Look`."""
+
+
+class Ask(Asked, tag="ask", frozen=True):
+    """Reader: whether there are features under these keys. Answered by `Told`."""
+
+    keys: Annotated[list[Key], msgspec.Meta(max_length=MAX_KEYS)]
+
+
+class Offer(Asked, tag="offer", frozen=True):
+    """Reader: it has a feature of this key, pinned. Answered by `Read`, or by `Done` if it is there.
+
+    After `Read` it says `Vouch`. A claim under `ticket` ends with it; 0 is that of a feature put without one.
+    """
+
+    key: Key
+    ticket: Natural
+    address: Natural
+    nbytes: Natural
+    pieces: list[Natural]
+    specs: Specs
+    metadata: bytes
+    """Of the data plane, unless the home has been told since the connection was made."""
+
+
+class Vouch(msgspec.Struct, tag="vouch", frozen=True):
+    """Reader: what it offered under this number was pinned until now, so what was read is true."""
+
+    request: Natural
+
+
+class GiveBack(msgspec.Struct, tag="give_back", frozen=True):
+    """Reader: it needs no more what it was given under this ticket."""
+
+    ticket: Natural
+
+
+class Holding(msgspec.Struct, tag="holding", frozen=True):
+    """Reader, as it is connected again: all that it still has of what it was given; the rest is taken back.
+
+    What it told last over a connection that broke may never have come.
+    """
+
+    reads: Annotated[list[tuple[Place, Natural]], msgspec.Meta(max_length=MAX_HELD)]
+    """What it has looked at, and each session that reads it."""
+    tickets: Annotated[list[Natural], msgspec.Meta(max_length=MAX_HELD)]
+
+
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):
     """Reader: it no longer awaits this request; what it was given is taken back."""
 
@@ -125,6 +190,37 @@ class Found(msgspec.Struct, tag="found", frozen=True):
     """Of the data plane, if the reader's is older than `epoch`."""
 
 
+class Sought(msgspec.Struct, tag="sought", frozen=True):
+    """Home: the feature under the key, pinned under the ticket; where it is, as `Found` says it."""
+
+    request: Natural
+    nbytes: Natural
+    specs: Specs
+    address: Natural
+    pieces: list[Natural]
+    epoch: Natural
+    metadata: bytes
+
+
+class Claimed(msgspec.Struct, tag="claimed", frozen=True):
+    """Home: the reader is to make the feature; until it did, or gives the ticket back, no other does."""
+
+    request: Natural
+
+
+class Told(msgspec.Struct, tag="told", frozen=True):
+    """Home: which of the keys are there."""
+
+    request: Natural
+    flags: list[bool]
+
+
+class Read(msgspec.Struct, tag="read", frozen=True):
+    """Home: the offered bytes are read; they count once the reader says `Vouch`."""
+
+    request: Natural
+
+
 class Done(msgspec.Struct, tag="done", frozen=True):
     """Home, in answer to a request that has no result."""
 
@@ -155,9 +251,10 @@ class Alive(msgspec.Struct, tag="alive", frozen=True):
     """For which the home keeps what it has pinned for this reader, from the `Beat` on."""
 
 
-Request = Look | Release | Discard
-Answer = Found | Done | Failed
-FromReader = Request | Cancel | Drop | Pay | NameLost | Beat | Goodbye
+Request = Look | Release | Discard | Seek | Ask | Offer
+Answer = Found | Done | Failed | Sought | Claimed | Told | Read
+Note = Cancel | Drop | Pay | NameLost | GiveBack | Vouch | Holding
+FromReader = Request | Note | Beat | Goodbye
 FromHome = Answer | Paid | Alive
 decode_from_reader: Final = checked_decoder(
     msgspec.msgpack.Decoder(FromReader).decode, "a reading host"

@@ -1,0 +1,222 @@
+"""A home's side of keys: what other hosts find here, what they are to make, and what they have made."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from featcache.control.messages import ProtocolError
+from featcache.core.slots import Slot
+from featcache.errors import BackendUnavailable, OwnerLost, PoolFull
+from featcache.owner.far_peer import FarPeer
+from featcache.owner.flights import Flights
+from featcache.owner.keys import Claim
+from featcache.owner.landing import Landing, There, checked_specs
+from featcache.owner.registered import RegisteredSlab
+from featcache.owner.served_pool import ServedPool
+from featcache.reach import messages
+from featcache.session.arguments import not_found
+
+_now: Final = time.monotonic
+
+
+class Maker:
+    """The `landing.Giver` of an offer: it answers once more, when its bytes are read."""
+
+    def __init__(self, peer: FarPeer, request: int, timeout_s: float) -> None:
+        self.address = f"host {peer.host.hex()}"
+        self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Never done: the task that reads is cancelled when the connection breaks."""
+        self._peer = peer
+        self._request = request
+        self._timeout_s = timeout_s
+
+    @property
+    def plane(self) -> str:
+        """The name of its data plane."""
+        return self._peer.plane
+
+    def check(self) -> None:
+        """No-op: while the task is not cancelled, the connection stands."""
+
+    async def vouch(self) -> None:
+        """Ask the host whether what was read was pinned until now."""
+        vouches, number = self._peer.vouches, self._request
+        future = vouches[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._peer.send(messages.Read(number))
+            async with asyncio.timeout(self._timeout_s):
+                await future
+        except TimeoutError:
+            raise OwnerLost(f"{self.address} does not vouch for what was read") from None
+        finally:
+            del vouches[number]
+
+
+class FarKeys:
+    """The directory of this owner, for other hosts.
+
+    A ticket of another host's::
+
+        (none) ──`Seek`──→ WAITS ──a feature──→ PINNED: granted until it is fetched
+                             │ └──its turn────→ CLAIMED: it makes the feature
+                             └──cancelled, or not there──→ (none)
+        PINNED, CLAIMED ──`GiveBack`, or the host's end──→ (none); a claim passes to the next that waits
+        CLAIMED ──`Offer`, and its bytes are here──→ (none)
+        CLAIMED ──no connection for `peer_timeout`──→ (none)
+    """
+
+    name: Final = "what other hosts offer"
+
+    def __init__(self, served: ServedPool, slab: RegisteredSlab, landing: Landing) -> None:
+        self._served = served
+        self._pool = served.pool
+        self._slab = slab
+        self._landing = landing
+        self._taking: Flights[bytes, None] = Flights()
+        self.passed = 0
+        """Claims of hosts that vanished, passed on."""
+
+    async def answer(
+        self, peer: FarPeer, request: messages.Seek | messages.Ask | messages.Offer
+    ) -> None:
+        """Do what is asked, and send the answer; raise FeatcacheError to refuse."""
+        if isinstance(request, messages.Seek):
+            peer.send(await self._seek(peer, request))
+        elif isinstance(request, messages.Ask):
+            flags = await self._served.sources.contains_near(request.keys)
+            peer.send(messages.Told(request.request, flags))
+        else:
+            await self._take(peer, request)
+
+    # --- what is here ---------------------------------------------------------------------------------
+
+    async def _seek(
+        self, peer: FarPeer, request: messages.Seek
+    ) -> messages.Sought | messages.Claimed:
+        if request.ticket in peer.given:
+            raise ProtocolError(f"ticket {request.ticket} is in use")
+        while True:
+            if len(peer.given) >= self._pool.settings.grants:
+                raise PoolFull(f"host {peer.host.hex()} was given {len(peer.given)} keys already")
+            found = await self._look_up(request)
+            if isinstance(found, Claim):
+                peer.given[request.ticket] = found
+                return messages.Claimed(request.request)
+            kept = False
+            try:
+                if await self._served.lookups.landed(found):
+                    sought = await self._sought(request, found)
+                    peer.given[request.ticket], kept = found, True
+                    return sought
+                # Its writer died before its bytes came, and the key went with it: look again.
+            finally:
+                if not kept:
+                    self._end(found)
+
+    async def _look_up(self, request: messages.Seek) -> Slot | Claim:
+        """Return a slot with a grant on it, or the claim to make it; KeyNotFound if it is to be neither."""
+        served, key, store = self._served, request.key, self._pool.store
+        lookups, sources = served.lookups, served.sources
+        if key in store.directory and (slot := store.lookup(key, _now())) is not None:
+            return slot
+        if await self.bring(key) and (slot := store.lookup(key, _now())) is not None:
+            return slot
+        # Of two hosts that ask each other neither may wait for the other.
+        if request.claims and (
+            sources.is_seeking(key) or (not request.waits and lookups.is_claimed(key))
+        ):
+            raise not_found(key)
+        await served.relaying.prepare()
+        page = served.relaying.page()
+        if request.claims or request.waits:
+            found = await sources.wait_near(key, page, can_make=request.claims)
+        else:
+            found = await sources.find_near(key, page)
+        return found if isinstance(found, Claim) else page.revoke(found.grant).slot
+
+    async def _sought(self, request: messages.Seek, slot: Slot) -> messages.Sought:
+        slab, ref = self._slab, self._pool.kept[slot.index]
+        await slab.settled()
+        epoch, metadata = await slab.metadata()
+        pieces = slab.pieces(ref.offset_bytes, ref.nbytes)
+        told = b"" if request.epoch == epoch else metadata
+        address = slab.address_of(ref.offset_bytes)
+        return messages.Sought(request.request, ref.nbytes, ref.specs, address, pieces, epoch, told)
+
+    # --- as a source of this pool: what is on its way ------------------------------------------------
+
+    async def bring(self, key: bytes) -> bool:
+        """Return once a feature is here that is being fetched from who offers it; False if none is."""
+        if key not in self._taking:
+            return False
+        await self._taking.ended(key)
+        return key in self._pool.store.directory
+
+    async def holds(self, keys: Sequence[bytes]) -> Sequence[bool]:
+        """Return which keys are on their way."""
+        return [key in self._taking for key in keys]
+
+    # --- what others made -----------------------------------------------------------------------------
+
+    async def _take(self, peer: FarPeer, offer: messages.Offer) -> None:
+        """Fetch a feature that another host has made or put, unless there is one: a key has one content."""
+        key, claim, pool = offer.key, peer.given.get(offer.ticket), self._pool
+        if not isinstance(claim, Claim) or claim.key != key:
+            claim = None
+        if offer.metadata:
+            peer.plane = await self._slab.plane.add_peer(offer.metadata)
+        while key in self._taking:
+            await self._taking.ended(key)
+        if key not in pool.store.directory:
+            await self._taking.join(key, lambda: self._land(peer, offer))
+        else:
+            peer.send(messages.Done(offer.request))
+        if claim is not None:
+            self.give_back(peer, offer.ticket)
+
+    async def _land(self, peer: FarPeer, offer: messages.Offer) -> None:
+        there = There(offer.nbytes, offer.address, offer.pieces, checked_specs(offer))
+        timeout_s = self._pool.settings.peer_timeout
+        maker = Maker(peer, offer.request, timeout_s)
+        try:
+            await self._landing.land(maker, there, offer.key, room_s=timeout_s)
+        except OwnerLost as error:  # the offering host is not to think that this one is lost
+            raise BackendUnavailable(str(error)) from None
+
+    def vouched(self, peer: FarPeer, request: int) -> None:
+        """Take the word of a host for what was read from it."""
+        future = peer.vouches.get(request)
+        if future is not None and not future.done():
+            future.set_result(None)
+
+    # --- the end --------------------------------------------------------------------------------------
+
+    def give_back(self, peer: FarPeer, ticket: int) -> None:
+        """Take back what a host was given."""
+        given = peer.given.pop(ticket, None)
+        if given is not None:
+            self._end(given)
+
+    def _end(self, given: Slot | Claim) -> None:
+        pool = self._pool
+        if isinstance(given, Claim):
+            self._served.lookups.release_claim(given)
+        elif not pool.closed:
+            pool.apply(pool.store.pay_grant(given, _now()))
+            if pool.store.queue:
+                pool.collect()  # a put that waits may evict it now
+
+    def pass_claims(self, peer: FarPeer) -> None:
+        """Have others make what a host was to make, that is gone."""
+        for ticket, given in list(peer.given.items()):
+            if isinstance(given, Claim):
+                self.passed += 1
+                self.give_back(peer, ticket)
+
+    def end(self, peer: FarPeer, *, died: bool) -> None:
+        """Take back all that a host was given."""
+        if died:
+            self.pass_claims(peer)
+        for ticket in list(peer.given):
+            self.give_back(peer, ticket)

@@ -1,0 +1,111 @@
+"""The homes of keys that an owner was given: which one is asked, and which are down."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Final, TypeVar
+
+from featcache.errors import AttachRefused, CacheClosed, FeatcacheError, OwnerLost
+from featcache.owner.homes import Home, Homes
+from featcache.reach.handshake import DialedItself
+from featcache.reach.rendezvous import Ranking
+
+T = TypeVar("T")
+_MOST_REFUSALS: Final = 32
+"""Times `reconnect_interval` between two tries, at most, of one that refuses this host."""
+
+
+class Upstreams:
+    """The upstreams in the order of each key.
+
+    ::
+
+        UP ──can't be reached, or is lost as it is asked──→ DOWN ──a try each `reconnect_interval`──→ UP
+
+    While one is DOWN the next in the order of a key stands in for it. This owner's own address ends the
+    order: what comes after it need not be asked.
+    """
+
+    def __init__(self, homes: Homes, ranking: Ranking, interval_s: float) -> None:
+        self._homes = homes
+        self._ranking = ranking
+        self._interval_s = interval_s
+        self._down: dict[str, asyncio.Task[None]] = {}
+        self._own: set[str] = set()
+        self._closed = False
+        self.on_down: Callable[[FeatcacheError], object] = lambda _: None
+        """Told why one is DOWN now."""
+
+    def add_own(self, address: str) -> None:
+        """Know an address as this owner's own."""
+        self._own.add(address)
+
+    def home_of(self, key: bytes) -> str | None:
+        """Return the address of a key's home, or of its stand-in; None if it is here, or all are DOWN."""
+        return next(self._order(key), None)
+
+    def _order(self, key: bytes) -> Iterator[str]:
+        for address in self._ranking.of(key):
+            if address in self._own:
+                return
+            if address not in self._down:
+                yield address
+
+    async def ask(self, key: bytes, what: Callable[[Home], Awaitable[T]]) -> T | None:
+        """Return what the home of a key answers; None if it is here, or none can be reached.
+
+        Raises what it answers with, but for OwnerLost and AttachRefused: then the next is asked.
+        """
+        for address in self._order(key):
+            answer = await self.ask_at(address, what)
+            if answer is not None:
+                return answer
+            if address in self._own:
+                break  # as was found now
+        return None
+
+    async def ask_at(self, address: str, what: Callable[[Home], Awaitable[T]]) -> T | None:
+        """Return what the owner at an address answers; None, and it is DOWN, if it can't be reached."""
+        for again in (True, False):
+            if self._closed:
+                raise CacheClosed("the cache was closed")
+            link = None
+            try:
+                home = await self._homes.at(address)
+                link = home.link
+                return await what(home)
+            except DialedItself:
+                self._own.add(address)  # its name is another than that of `listen`
+                return None
+            except (OwnerLost, AttachRefused) as error:
+                if again and link is not None and link.is_broken:
+                    continue  # the connection was found to be broken: it may be restarted
+                self._set_down(address, error)
+                break
+        return None
+
+    def _set_down(self, address: str, error: FeatcacheError) -> None:
+        if address not in self._down and not self._closed:
+            self.on_down(error)
+            self._down[address] = asyncio.get_running_loop().create_task(self._revive(address))
+
+    async def _revive(self, address: str) -> None:
+        interval_s = self._interval_s
+        while True:
+            await asyncio.sleep(interval_s)
+            try:
+                await self._homes.at(address)
+            except CacheClosed:
+                return
+            except OwnerLost:
+                continue
+            except FeatcacheError:  # it is there, and refuses: that changes by hand, if at all
+                interval_s = min(2 * interval_s, _MOST_REFUSALS * self._interval_s)
+                continue
+            del self._down[address]
+            return
+
+    def close(self) -> None:
+        """Ask, and try, no more."""
+        self._closed = True
+        for task in self._down.values():
+            task.cancel()
