@@ -219,25 +219,9 @@ _VARIABLES: list[str] = []
 _COMMAND_LINE: Final = frozenset(
     _ENVIRONMENT_PREFIX + name
     for name in (
-        *(
-            "CONFIG",
-            "DEVICE",
-            "ENDPOINT",
-            "LOG",
-            "LOG_LEVEL",
-            "METRICS_HOST",
-            "METRICS_PORT",
-            "NAME",
-        ),
-        *(
-            "CLUSTER_KEY",
-            "CLUSTER_KEY_FILE",
-            "LISTEN",
-            "SHUTDOWN_GRACE",
-            "SPILL",
-            "TIER",
-            "UPSTREAM",
-        ),
+        *("CONFIG", "DEVICE", "ENDPOINT", "LOG", "LOG_LEVEL", "METRICS_HOST", "METRICS_PORT"),
+        *("NAME", "SHUTDOWN_GRACE", "SPILL", "LISTEN", "CLUSTER_KEY", "CLUSTER_KEY_FILE"),
+        *("TIER", "UPSTREAM"),
         # of the plugin for SGLang
         *("SGLANG_SERVER", "SGLANG_SPILL", "SGLANG_TTL", "SGLANG_WAIT"),
     )
@@ -316,8 +300,7 @@ class Settings:
     observers: int = attrs.field(default=8, converter=_COUNT, validator=_within(0, 256))
     """Observers that can be attached besides: they look on, and read and hold nothing."""
     waiters: int = attrs.field(default=4096, converter=_COUNT, validator=_within(0, 1 << 20))
-    """Puts that may wait for others' features to be recycled; one more is `PoolFull`. Those whose room
-    comes as the slab grows are not counted."""
+    """Puts that may wait for others' features; one more is `PoolFull`. Those that growth serves don't count."""
     readers: int = attrs.field(default=1024, converter=_COUNT, validator=_within(1, 1 << 20))
     """Reads that one ref may owe."""
     tensors: int = attrs.field(default=256, converter=_COUNT, validator=_within(1, 4096))
@@ -361,8 +344,7 @@ class Settings:
     grants: int = attrs.field(default=4096, converter=_COUNT, validator=_within(1, 1 << 16))
     """Reads by key that one session may hold at once."""
     when_full: str = attrs.field(default="grow", validator=_one_of("grow", "evict"))
-    """First response of a full slab: ``"grow"`` up to the capacity, or ``"evict"`` features that are
-    kept under keys and not read, the least recently used first."""
+    """First response of a full slab: ``"grow"`` up to the capacity, or ``"evict"`` idle keyed features."""
     eviction: str = attrs.field(default="lru", validator=_one_of("lru", "sieve"))
     """Which of these features goes first: ``"lru"`` the least recently used, ``"sieve"`` the first that
     was not used since the order came to it last."""

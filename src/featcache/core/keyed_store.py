@@ -56,7 +56,7 @@ class KeyedStore(Store):
         self.trimming = False
         """Whether `trim` has more to evict."""
         self.demotes: Callable[[Slot, bool], bool] | None = None
-        """Asked of each feature that goes, and if its room can be waited for; True keeps it until `demoted`."""
+        """Asked of each feature that goes, and if its room can wait; True keeps it until `demoted`."""
         self.demoting: dict[int, Slot] = {}
         """Slots without their keys, by index, that are being copied out."""
         self.on_claim_ended: Callable[[bytes, int], object] | None = None
