@@ -300,7 +300,7 @@ class Settings:
     observers: int = attrs.field(default=8, converter=_COUNT, validator=_within(0, 256))
     """Observers that can be attached besides: they look on, and read and hold nothing."""
     waiters: int = attrs.field(default=4096, converter=_COUNT, validator=_within(0, 1 << 20))
-    """Puts that may wait for others' features; one more is `PoolFull`. Those that growth serves don't count."""
+    """Puts that may wait for others' features; one more is `PoolFull`. Growth's own are not counted."""
     readers: int = attrs.field(default=1024, converter=_COUNT, validator=_within(1, 1 << 20))
     """Reads that one ref may owe."""
     tensors: int = attrs.field(default=256, converter=_COUNT, validator=_within(1, 4096))
