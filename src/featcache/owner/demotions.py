@@ -95,6 +95,7 @@ class Demotions:
             return self._take(slot, key, waits=waits)
         except Exception as error:  # noqa: BLE001 - told; the feature is dropped, as without a tier
             self._calls.failed("put", key, f"{type(error).__name__}: {error}")
+            self._outdate(key)
             return False
 
     def _take(self, slot: Slot, key: bytes, *, waits: bool) -> bool:
