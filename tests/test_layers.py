@@ -52,7 +52,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
                     "settings",
                     "statistics",
                 ),
-                "version",
+                *("tier", "tier_events", "version"),
             )
         ),
     ),

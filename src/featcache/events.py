@@ -20,10 +20,12 @@ from featcache.host_events import (
     HostLeft,
     HostLost,
 )
+from featcache.tier_events import DemotionDropped, TierFailed
 
 __all__ = [
     "BackendChosen",
     "CommitFailed",
+    "DemotionDropped",
     "Event",
     "FetchFailed",
     "FetchQuarantined",
@@ -56,6 +58,7 @@ __all__ = [
     "SegmentsCommitted",
     "SegmentsReturned",
     "Throttle",
+    "TierFailed",
     "add_hook",
     "emit",
     "is_emitting",

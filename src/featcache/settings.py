@@ -221,7 +221,7 @@ _COMMAND_LINE: Final = frozenset(
     for name in (
         *("CONFIG", "DEVICE", "ENDPOINT", "LOG", "LOG_LEVEL", "METRICS_HOST", "METRICS_PORT"),
         *("NAME", "SHUTDOWN_GRACE", "SPILL", "LISTEN", "CLUSTER_KEY", "CLUSTER_KEY_FILE"),
-        "UPSTREAM",
+        *("TIER", "UPSTREAM"),
         # of the plugin for SGLang
         *("SGLANG_SERVER", "SGLANG_SPILL", "SGLANG_TTL", "SGLANG_WAIT"),
     )
@@ -300,8 +300,7 @@ class Settings:
     observers: int = attrs.field(default=8, converter=_COUNT, validator=_within(0, 256))
     """Observers that can be attached besides: they look on, and read and hold nothing."""
     waiters: int = attrs.field(default=4096, converter=_COUNT, validator=_within(0, 1 << 20))
-    """Puts that may wait for others' features to be recycled; one more is `PoolFull`. Those whose room
-    comes as the slab grows are not counted."""
+    """Puts that may wait for others' features; one more is `PoolFull`. Growth's own are not counted."""
     readers: int = attrs.field(default=1024, converter=_COUNT, validator=_within(1, 1 << 20))
     """Reads that one ref may owe."""
     tensors: int = attrs.field(default=256, converter=_COUNT, validator=_within(1, 4096))
@@ -345,8 +344,7 @@ class Settings:
     grants: int = attrs.field(default=4096, converter=_COUNT, validator=_within(1, 1 << 16))
     """Reads by key that one session may hold at once."""
     when_full: str = attrs.field(default="grow", validator=_one_of("grow", "evict"))
-    """First response of a full slab: ``"grow"`` up to the capacity, or ``"evict"`` features that are
-    kept under keys and not read, the least recently used first."""
+    """First response of a full slab: ``"grow"`` up to the capacity, or ``"evict"`` idle keyed features."""
     eviction: str = attrs.field(default="lru", validator=_one_of("lru", "sieve"))
     """Which of these features goes first: ``"lru"`` the least recently used, ``"sieve"`` the first that
     was not used since the order came to it last."""
@@ -370,6 +368,14 @@ class Settings:
     """The PEM file of the certificate's key."""
     tls_ca: str | None = attrs.field(default=None, converter=_OPTIONAL_FILE)
     """The PEM file of the authorities that sign the hosts' certificates."""
+    tier_timeout: float = attrs.field(default=2.0, converter=_SECONDS, validator=_positive)
+    """Seconds for each call of a `Tier`: a lookup that takes longer is a miss, a put is given up."""
+    tier_bytes: int = attrs.field(default=64 << 20, converter=_SIZE, validator=_within(256))
+    """Host memory through which evicted features go to a `Tier`; one that finds no room there is dropped."""
+    tier_demotions: int = attrs.field(default=1024, converter=_COUNT, validator=_within(1, 1 << 16))
+    """Evicted features that can be on their way to a `Tier`; one more is dropped."""
+    tier_calls: int = attrs.field(default=16, converter=_COUNT, validator=_within(1, 1024))
+    """Calls of a `Tier` in progress at once, of lookups and of puts and removals each."""
     relay_ttl: float = attrs.field(default=30.0, converter=_SECONDS, validator=_positive)
     """Seconds that a copy made for a read through host memory is kept for its reader."""
 

@@ -68,6 +68,14 @@ class Statistics:
     """Bytes of those features."""
     hosts_lost: int = 0
     """Other hosts that read here and vanished: their reads were paid for them."""
+    demoted: int = 0
+    """Evicted features that were put into the tier below the pool."""
+    demotions_dropped: int = 0
+    """Evicted features that were not: too much was on its way there already."""
+    promoted: int = 0
+    """Features that were missed here, and came back from the tier."""
+    tier_failures: int = 0
+    """Calls of the tier that failed, or were not answered in time."""
     keys_fetched: int = 0
     """Features that were fetched from the homes of their keys."""
     keys_offered: int = 0

@@ -387,3 +387,22 @@ def test_an_address_without_a_key_is_refused(command: Run, tmp_path: Path) -> No
     assert missing.code == Exit.USAGE
     assert "none" in missing.err
     assert "--cluster-key " not in command("serve", "--help").out
+
+
+async def test_a_tier_is_made_by_its_factory(serve: Serve) -> None:
+    daemon = serve("--tier", "support.tiers:MemoryTier", "--capacity", "1MiB")
+    async with featcache.connect(daemon.endpoint()) as client:
+        for number in range(5):
+            await client.put(filled(300 * KIB, number), key=f"{number}")
+        for number in range(5):
+            assert (await client.get(f"{number}")).sum() == 300 * KIB * number  # type: ignore[union-attr]
+    assert daemon.stops().code == 0
+
+
+@pytest.mark.parametrize(
+    "named", ["nothing", "no_such_module:x", "json:nothing", ":x", "json:loads"]
+)
+def test_a_tier_that_is_not_there_is_told(command: Run, named: str) -> None:
+    told = command("serve", "--tier", named)
+    assert (told.code, "Traceback" in told.err) == (Exit.USAGE, False)
+    assert "tier" in told.err

@@ -196,6 +196,8 @@ async def test_a_command_of_the_shell_does_what_is_said(
         "python",
         "sglang",
         "vllm",
+        "apt-get",
+        "mooncake_master",
     }
     async with scene() as names:
         monkeypatch.setenv("FEATCACHE_ENDPOINT", names["endpoint"])

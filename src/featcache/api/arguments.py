@@ -10,6 +10,7 @@ from featcache.memory.devices import CPU
 from featcache.memory.pack import MAX_NAME, is_name
 from featcache.ref import FeatureRef
 from featcache.settings import Settings
+from featcache.tier import TIER_CALLS, Tier
 
 
 def settings_with(given: Settings | None, **overrides: Any) -> Settings:
@@ -48,6 +49,16 @@ def parse_name(value: Any) -> str | None:
             f"name={value!r} must be a str of 1 to {MAX_NAME} characters that UTF-8 has"
         )
     return None if value is None else str(value)
+
+
+def check_tier(value: Any) -> Tier:
+    """Return a tier, or raise SettingsError."""
+    missing = [name for name in TIER_CALLS if not callable(getattr(value, name, None))]
+    if missing or isinstance(value, type):
+        raise SettingsError(
+            f"tier={value!r} is no featcache.tier.Tier: it has no {', '.join(missing) or 'instance'}"
+        )
+    return value  # type: ignore[no-any-return]  # by its calls
 
 
 def check_ref(value: Any) -> FeatureRef:

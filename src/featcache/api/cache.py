@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 import torch
 
 from featcache.api import forks, serving
-from featcache.api.arguments import parse_device, parse_name, settings_with
+from featcache.api.arguments import check_tier, parse_device, parse_name, settings_with
 from featcache.api.base import CacheBase
 from featcache.api.cluster import parse_cluster
 from featcache.api.lifecycle import Lifecycle
@@ -22,6 +22,7 @@ from featcache.pool.pressure import Pressure
 from featcache.ref import FeatureRef
 from featcache.session.arguments import check_on_full
 from featcache.settings import Settings, parse_bytes, parse_seconds, parse_timeout
+from featcache.tier import Tier
 
 OnFull = Literal["wait", "raise", "spill"]
 
@@ -41,6 +42,7 @@ class FeatureCache(CacheBase):
         name: str | None,
         spill_bytes: int | None = None,
         cluster: Cluster | None = None,
+        tier: Tier | None = None,
     ) -> None:
         self._life: Lifecycle[Owner] = Lifecycle("cache", "create")
         self._device = device
@@ -49,6 +51,7 @@ class FeatureCache(CacheBase):
         self._name = name
         self._spill_bytes = spill_bytes
         self._cluster = cluster
+        self._tier = tier
         self._pressure = Pressure(lambda: self._opened().pool, lambda: self._life.here().pool)
 
     async def open(self) -> Self:
@@ -64,7 +67,7 @@ class FeatureCache(CacheBase):
         await self._life.open(
             lambda: Owner.open(
                 *(self._device, self._settings, self._spill_bytes, self._wanted_endpoint),
-                *(self._name, self._cluster),
+                *(self._name, self._cluster, self._tier),
             )
         )
         forks.watch(self)
@@ -230,6 +233,7 @@ def create(  # noqa: PLR0913 - all by keyword, and each is an owner's
     listen: str | None = None,
     cluster_key: str | bytes | None = None,
     upstream: Iterable[str] | None = None,
+    tier: Tier | None = None,
 ) -> FeatureCache:
     """Return a cache to be opened with ``async with``: this process will own its slab.
 
@@ -256,6 +260,8 @@ def create(  # noqa: PLR0913 - all by keyword, and each is an owner's
             list for all owners. A key that is not here is looked up at its home, fetched and kept;
             `get_or_put` makes it once over all hosts; what is put under a key is offered to its home.
             An owner whose own `listen` is in the list is the home of its share of the keys.
+        tier: a larger, slower store below the pool, a `featcache.tier.Tier`: what is evicted to make room is
+            put there, a key that is missed is looked up there. The cache closes it. None is none.
 
     Raises:
         SettingsError: an argument is invalid.
@@ -268,4 +274,5 @@ def create(  # noqa: PLR0913 - all by keyword, and each is an owner's
     spill_bytes = None if spill is None else parse_bytes(spill, "spill")
     path = None if endpoint is None else endpoints.check_endpoint(endpoint)
     cluster = parse_cluster(listen, cluster_key, upstream, chosen.peers)
-    return FeatureCache(target, chosen, path, parse_name(name), spill_bytes, cluster)
+    below = None if tier is None else check_tier(tier)
+    return FeatureCache(target, chosen, path, parse_name(name), spill_bytes, cluster, below)

@@ -29,6 +29,7 @@ class ServeOptions:
     cluster_key_file: str | None = None
     upstream: tuple[str, ...] | None = None
     spill: int | None = None
+    tier: str | None = None
     log: str = "console"
     log_level: str = "info"
     metrics_port: int | None = None

@@ -47,6 +47,7 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
     metavar="FILE",
     help="The cluster's key; or FEATCACHE_CLUSTER_KEY.",
 )
+@click.option("--tier", metavar="MODULE:FACTORY", help="A store below the pool: what makes it.")
 @click.option(
     *("--upstream", "upstream"),
     metavar="HOST:PORT",
@@ -92,8 +93,20 @@ def serve(config: str | None, more: tuple[str, ...], **given: Any) -> None:
         cluster_key=None
         if options.cluster_key_file is None
         else read_key(options.cluster_key_file),
+        tier=None if options.tier is None else _made_tier(options.tier),
     )
     asyncio.run(_Service(cache, options).run())
+
+
+def _made_tier(named: str) -> Any:
+    """Return the tier that a factory makes; it is named as ``module:factory``."""
+    module, colon, name = named.partition(":")
+    if not (colon and module and name):
+        raise SettingsError(f"--tier {named}: write MODULE:FACTORY")
+    try:
+        return getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise SettingsError(f"--tier {named}: {error}") from error
 
 
 def _more(pairs: tuple[str, ...]) -> dict[str, str]:

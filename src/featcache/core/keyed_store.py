@@ -55,6 +55,10 @@ class KeyedStore(Store):
         """What is evicted for the request that was asked for last."""
         self.trimming = False
         """Whether `trim` has more to evict."""
+        self.demotes: Callable[[Slot, bool], bool] | None = None
+        """Asked of each feature that goes, and if its room can wait; True keeps it until `demoted`."""
+        self.demoting: dict[int, Slot] = {}
+        """Slots without their keys, by index, that are being copied out."""
         self.on_claim_ended: Callable[[bytes, int], object] | None = None
         """Told the key and the number of each claim that has ended."""
 
@@ -67,6 +71,7 @@ class KeyedStore(Store):
     def retiring_bytes(self) -> int:
         """Extents that are free as soon as no session holds them."""
         extents = [slot.extent for slot in self._retiring.values() if slot.of is None]
+        extents += [slot.extent for slot in self.demoting.values()]
         return sum(extent.size_bytes for extent in extents if extent is not None)
 
     # --- lookups ----------------------------------------------------------------------------------
@@ -176,19 +181,29 @@ class KeyedStore(Store):
     # --- evicting ---------------------------------------------------------------------------------
 
     def evict_for(
-        self, request: Request, held: Held, now_s: float, most: int | None = None
+        self,
+        request: Request,
+        held: Held,
+        now_s: float,
+        most: int | None = None,
+        *,
+        waits: bool = True,
     ) -> list[Effect]:
         """Evict the victims that make room for a request, if there are any.
 
         Their extents are free once the caller has recycled them. A slab that can still grow evicts
         nothing, unless by `Limits.evict_first`. With `most`, so much is done now as evicts so many, the
-        search for them included; the rest when this is called again for the same request (`evicting`).
+        search for them included; the rest when this is called again for the same request (`evicting`), and
+        nothing while the bytes of earlier ones are copied out, if it `waits`: their room may be enough.
         """
+        waits = waits and most is not None
+        if self.demoting and waits:
+            return []
         if isinstance(request, Batch):
             return self._evict_for_batch(request, held, now_s, most)
         search = self.evicting.take_up(request)
         going = self.evicting.next(held, most) or self._look_for(request, search, held, now_s, most)
-        return self._evict_all(going, now_s, "room") if going else []
+        return self._evict_all(going, now_s, "room", waits=waits) if going else []
 
     def _look_for(
         self,
@@ -248,7 +263,7 @@ class KeyedStore(Store):
         if not going and self.recency.unfinished:
             self.evicting.is_passing = True
         if going or self.recency.unfinished or len(self.table.free_slots) < len(batch.members):
-            return self._evict_all(going, now_s, "room")
+            return self._evict_all(going, now_s, "room", waits=most is not None)
         missing = self.missing_of(batch, now_s)
         if missing is None:
             self.evicting.give_up()
@@ -303,7 +318,7 @@ class KeyedStore(Store):
             left -= 1
             assert slot.extent is not None, "it is kept"
             kept_bytes -= slot.extent.size_bytes
-            effects += self._evict_all([slot], now_s, "watermark")
+            effects += self._evict_all([slot], now_s, "watermark", waits=True)
         return effects
 
     def compact(self, held: Held, now_s: float, most: int | None = None) -> list[Effect]:
@@ -327,13 +342,24 @@ class KeyedStore(Store):
         if most is not None and len(tail) > most:
             self.size.tail_in_use = True  # look again
             tail = tail[:most]
-        return self._evict_all(tail, now_s, "compaction")
+        return self._evict_all(tail, now_s, "compaction", waits=True)
 
-    def _evict_all(self, slots: Iterable[Slot], now_s: float, cause: str) -> list[Effect]:
-        effects: list[Effect] = []
+    def _evict_all(
+        self, slots: Iterable[Slot], now_s: float, cause: str, *, waits: bool
+    ) -> list[Effect]:
+        effects, demotes = list[Effect](), self.demotes
         for slot in slots:
+            if demotes is not None and demotes(slot, waits):
+                # A grant of the copy's own: no put has the extent before the bytes are out of it.
+                slot.grants += 1
+                self.demoting[slot.index] = slot
             effects += [self._drop_key(slot, now_s, cause), *self._unkept(slot, now_s, 0.0)]
         return effects
+
+    def demoted(self, slot: Slot, now_s: float) -> list[Effect]:
+        """End the copy that `demotes` asked for, whether it was made or not: the extent may be reused."""
+        del self.demoting[slot.index]
+        return self.pay_grant(slot, now_s)
 
     # --- the ends of others -----------------------------------------------------------------------
 

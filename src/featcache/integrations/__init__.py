@@ -1,4 +1,4 @@
-"""What other systems need of featcache: `metrics` for Prometheus, `tracing`, `vllm`, `sglang`.
+"""What other systems need of featcache: `metrics` for Prometheus, `tracing`, `mooncake`, `vllm`, `sglang`.
 
 Nothing here is imported by `import featcache`; each needs an extra of its own, or the system itself.
 """

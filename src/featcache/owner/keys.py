@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from featcache.core.key_queue import KeyWaiter
@@ -46,6 +46,8 @@ class Lookups:
         self._pool = pool
         self.sources: KeySources | None = None
         """Where a key may be that is not here; asked after a miss."""
+        self.forget_below: Callable[[bytes], bool] | None = None
+        """Told of each key that is evicted by name; returns whether there was more of it, below the pool."""
 
     def find(self, key: bytes, page: SessionPage) -> Granted | None:
         """Grant a read of the feature under a key, or return None.
@@ -198,7 +200,8 @@ class Lookups:
             if not comes and not store.queue.count:
                 if pool.collector.make_room(_NO_ROOM, 1):
                     continue
-                comes = store.evicting.is_searching  # for the coldest, behind many that were used
+                # The coldest is looked for, behind many that were used; or is being copied to a tier.
+                comes = store.evicting.is_searching or bool(store.demoting)
             if not comes:
                 raise PoolFull(
                     f"all {store.table.count} slots are in use: {pool.debtors.holders()}"
@@ -235,7 +238,8 @@ class Lookups:
         if command == "evict":
             effects = store.evict(key, _now())
             pool.apply(effects)
-            return bool(effects)
+            was_below = self.forget_below is not None and self.forget_below(key)
+            return bool(effects) or was_below
         if command == "pin":
             store.pin(key, session)
         else:

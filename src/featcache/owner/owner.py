@@ -15,6 +15,7 @@ from featcache.memory.backends import make_host_slab, make_slab, plan_for
 from featcache.memory.host import slab as host
 from featcache.memory.slab import Plan
 from featcache.owner.beyond import Beyond, Cluster
+from featcache.owner.lower_tier import LowerTier
 from featcache.owner.own_keys import OwnerKeys
 from featcache.owner.own_session import OwnPools
 from featcache.owner.relay import Relay
@@ -30,6 +31,7 @@ from featcache.session.reader import Reader
 from featcache.session.staging import SpillCounter, Writers
 from featcache.settings import Settings
 from featcache.statistics import Statistics
+from featcache.tier import Tier
 
 _DRAIN_POLL_S: Final = 0.005
 
@@ -45,6 +47,7 @@ class Owner:
         spill_bytes: int | None,
         name: str | None,
         cluster: Cluster | None = None,
+        tier: Tier | None = None,
     ) -> None:
         self.main = main
         self.spill: ServedPool | None = None
@@ -69,6 +72,8 @@ class Owner:
         self.beyond = None if cluster is None else Beyond(main, cluster)
         """What it has for other hosts."""
         main.shown.hosts = self.beyond
+        self.tier = None if tier is None else LowerTier(main, tier)
+        """What is below the pool."""
         main.shown.statistics = partial(self.statistics, in_loop=True)
 
     @classmethod
@@ -80,6 +85,7 @@ class Owner:
         endpoint: str | None,
         name: str | None,
         cluster: Cluster | None = None,
+        tier: Tier | None = None,
     ) -> "Owner":
         """Open the pool, and the one that it spills to if there is to be one."""
         offload = Offload()
@@ -101,9 +107,11 @@ class Owner:
                 endpoint,
                 name,
             )
-            opened = cls(main, plan, settings, spill_bytes, name, cluster)
+            opened = cls(main, plan, settings, spill_bytes, name, cluster, tier)
             if main.pool.slab.deferred:
                 await main.own.prepare()
+            if opened.tier is not None:
+                await opened.tier.open()
             if spill_bytes is not None or opened.beyond is not None:
                 # A session is told of the spill pool, and the address in refs, when it is admitted.
                 main.server.hold()
@@ -260,6 +268,7 @@ class Owner:
             discarded=sum(each.sessions.discarded for each in self.served),
             readers_lost=main.sessions.readers_lost,
             **({} if self.beyond is None else self.beyond.counts()),
+            **({} if self.tier is None else self.tier.counts()),
         )
 
     # --- the end --------------------------------------------------------------------------------------
@@ -286,7 +295,8 @@ class Owner:
     async def _take_down(self) -> None:
         # The threads last: a host pool that is still being opened needs them to close.
         beyond = () if self.beyond is None else (self.beyond.close,)
-        await take_each(*beyond, self.main.aclose, self._close_host_pool, self.offload.close)
+        tier = () if self.tier is None else (self.tier.close,)
+        await take_each(*tier, *beyond, self.main.aclose, self._close_host_pool, self.offload.close)
 
     async def _close_host_pool(self) -> None:
         if self._opening_host_pool.task is not None:
@@ -298,6 +308,8 @@ class Owner:
         """Drop everything in a forked child."""
         if self.beyond is not None:
             self.beyond.forget()
+        if self.tier is not None:
+            self.tier.forget()
         for served in self.served:
             served.forget()
 

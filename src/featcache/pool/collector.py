@@ -135,23 +135,27 @@ class Collector:
     @property
     def makes_room(self) -> bool:
         """Whether more is recycled or evicted in the next turns."""
-        return self.behind or self._pool.store.evicting.in_progress
+        store = self._pool.store
+        return self.behind or store.evicting.in_progress or bool(store.demoting)
 
-    def evict_some(self, request: Request) -> int:
+    def evict_some(self, request: Request, *, waits: bool = True) -> int:
         """As `make_room`, as far as this turn goes; none while there is more to recycle."""
         if self.behind:
             return 0
-        return self.make_room(request, max(LEAST // 2, self._turn.left // EVICT_UNITS))
+        most = max(LEAST // 2, self._turn.left // EVICT_UNITS)
+        return self.make_room(request, most, waits=waits)
 
-    def make_room(self, request: Request, most: int | None = None) -> int:
+    def make_room(self, request: Request, most: int | None = None, *, waits: bool = True) -> int:
         """Evict for a request, if that is the way to room for it; return how many went.
 
         With `most`, no more than so many, or so much of the search for them as takes the same time; the rest
-        when this is called again for the same request.
+        when this is called again for the same request. Without `most`, or where it may not wait, nothing is
+        copied to a tier but here and now.
         """
         store = self._pool.store
         steps_before = store.evicting.steps
-        effects = store.evict_for(request, self._pool.is_held.of_many(), _now(), most)
+        held = self._pool.is_held.of_many()
+        effects = store.evict_for(request, held, _now(), most, waits=waits)
         self._turn.left -= (store.evicting.steps - steps_before) // STEPS_A_UNIT
         self._turn.left -= self._pool.is_held.leases // _LEASES_A_UNIT
         if not effects:

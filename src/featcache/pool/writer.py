@@ -264,7 +264,7 @@ class OwnerWriter(BatchPuts):
             if slot is None and not pool.store.queue.count:
                 if pool.store.ahead and pool.ahead.take_back(made=False):
                     slot = pool.store.reserve(request, _now())
-                while slot is None and pool.collector.evict_some(request):
+                while slot is None and pool.collector.evict_some(request, waits=not at_once):
                     slot = pool.store.reserve(request, _now())
                     if self.turn.left <= 0:
                         break

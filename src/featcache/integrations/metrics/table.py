@@ -91,6 +91,10 @@ COUNTERS: Final = (
     Counter("featcache_told", "told", "Reads of this pool's features that other hosts began"),
     Counter("featcache_told_bytes", "told_bytes", "Bytes of those features"),
     Counter("featcache_hosts_lost", "hosts_lost", "Other hosts that read here and vanished"),
+    Counter("featcache_demoted", "demoted", "Evicted features that were put into the tier"),
+    Counter("featcache_demotions_dropped", "demotions_dropped", "Evicted features that were not"),
+    Counter("featcache_promoted", "promoted", "Features that came back from the tier"),
+    Counter("featcache_tier_failures", "tier_failures", "Calls of the tier that failed"),
     Counter("featcache_readers_lost", "readers_lost", "Sessions whose process died"),
 )
 
