@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar
 
 from featcache.errors import BackendUnavailable, CacheClosed
+from featcache.reach.nixl_agent import make_agent
 from featcache.reach.plane import Piece
 
 T = TypeVar("T")
@@ -166,8 +167,7 @@ class NixlPlane:
     def _run(self) -> None:
         why: Exception | None = None
         try:
-            config = self._api.nixl_agent_config(backends=["UCX"])
-            self._agent = self._api.nixl_agent(self._name, config)
+            self._agent = make_agent(self._api, self._name)
         except Exception as error:  # noqa: BLE001 - each call fails with it
             why = error
         notified_s = 0.0
