@@ -25,9 +25,10 @@ from featcache.reach.plane import Piece
 T = TypeVar("T")
 _MODULES: Final = ("nixl_cu12._api", "nixl_cu13._api", "nixl._api")
 _MISSING: Final = "other hosts need the extra: pip install 'featcache[reach]'"
-_SPIN_S: Final = 300e-6
-"""Seconds for which a transfer is looked at without a pause."""
-_PAUSE_S: Final = 100e-6
+_PAUSE_S: Final = 20e-6
+_PAUSE_PART: Final = 1 / 16
+"""Of a transfer's age: the pause between two looks, from `_PAUSE_S` to `_OFTEN_S`. Looking without any would
+take the core, and the interpreter's lock, from what the transfer waits for."""
 _RARELY_S: Final = 20e-3
 """Between looks at transfers that nobody waits for, and at notifications that nobody expects."""
 _OFTEN_S: Final = 1e-3
@@ -194,8 +195,8 @@ class NixlPlane:
         """Return how long to wait for a command; None while there is nothing else to do."""
         waited = [each for each in self._transfers if not each.abandoned]
         if waited:
-            young = any(now_s - each.since_s < _SPIN_S for each in waited)
-            return 0.0 if young else _PAUSE_S
+            age_s = now_s - max(each.since_s for each in waited)
+            return min(max(age_s * _PAUSE_PART, _PAUSE_S), _OFTEN_S)
         if self._expects:
             return _OFTEN_S
         return _RARELY_S if self._transfers else None
