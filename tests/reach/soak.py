@@ -74,6 +74,7 @@ class Soak:
             if number == killed:
                 continue
             told = host.end()["result"]
+            assert fault != "none" or "stale" not in told["ended"], f"paid for no reason: {told}"
             self.ended.update(told["ended"])
             self.longest_s = max(self.longest_s, told["longest_s"])
         wrong = set(self.ended) - _RIGHT - _LOST

@@ -89,8 +89,7 @@ class StormHost:
             try:
                 how = await self._once(rank, ref, right, seed + number)
             except StaleRef:
-                # Its lease had ended, or its read was paid as another end of it was lost.
-                how = "stale" if "OwnerLost" in met else "stale though nothing was lost"
+                how = "stale"  # this host's lease had ended, and so what it had begun was paid
             except OwnerLost as error:
                 how = "OwnerLost" if "another owner" not in str(error) else "its home has ended"
             except FeatcacheError as error:

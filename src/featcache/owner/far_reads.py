@@ -15,6 +15,7 @@ from featcache.owner.homes import Home, Homes
 from featcache.owner.registered import RegisteredSlab
 from featcache.owner.served_pool import ServedPool
 from featcache.reach import messages
+from featcache.reach.link import HomeLink, check_pins, or_lost
 from featcache.reach.messages import Place
 from featcache.reach.plane import Transfer, pair
 from featcache.ref import FeatureRef
@@ -107,10 +108,13 @@ class FarReads:
         self, copy: Copy, ref: FeatureRef, session: int, name: str | None
     ) -> FeatureRef:
         home, found = await self._looked(ref, session, name)
+        link = (
+            home.link
+        )  # on which it is pinned: another that is made meanwhile vouches for nothing
         done = False
         try:
             while (local := await self._share(copy)) is None:
-                await self._join(copy, home, ref, found)
+                await self._join(copy, home, link, ref, found)
             done = True
         finally:
             if done:
@@ -229,12 +233,14 @@ class FarReads:
 
     # --- fetching -------------------------------------------------------------------------------------
 
-    async def _join(self, copy: Copy, home: Home, ref: FeatureRef, found: messages.Found) -> None:
+    async def _join(
+        self, copy: Copy, home: Home, link: HomeLink, ref: FeatureRef, found: messages.Found
+    ) -> None:
         """Fetch it, or wait for the fetch in progress; one that nobody waits for any more is cancelled."""
         task = copy.task
         if task is None:
             task = copy.task = asyncio.get_running_loop().create_task(
-                self._fetch(copy, home, ref, found)
+                self._fetch(copy, home, link, ref, found)
             )
             task.add_done_callback(lambda done: self._fetch_ended(copy, done))
             copy.waiting = 0
@@ -258,12 +264,14 @@ class FarReads:
         if task.cancelled() or task.exception() is not None:
             self.failed += 1
 
-    async def _fetch(self, copy: Copy, home: Home, ref: FeatureRef, found: messages.Found) -> None:
+    async def _fetch(
+        self, copy: Copy, home: Home, link: HomeLink, ref: FeatureRef, found: messages.Found
+    ) -> None:
         pool, slab = self._pool, await self._slab()
         request, writer = Request(ref.nbytes, 0, None, copy.key), self._served.writer
         slot = None if writer.has_callers else writer.reserve(request)
         if slot is None:
-            slot = await home.or_lost(self._room(request))
+            slot = await or_lost(link, self._room(request), self._give_back)
         transfer: Transfer | None = None
         try:
             await slab.settled()
@@ -272,8 +280,8 @@ class FarReads:
                 here = slab.address_of(slot.offset_bytes)
                 pieces = pair(here, ours, found.address, found.pieces)
                 transfer = slab.plane.read(home.plane, pieces)
-                await self._landed(home, transfer, ref)
-            home.check_pins()
+                await self._landed(link, transfer, ref)
+            check_pins(link)
         except BaseException:
             self._give_up(slot, transfer)
             raise
@@ -289,24 +297,27 @@ class FarReads:
         if not self._pool.closed:
             self._pool.apply(self._pool.store.pay_grant(slot, _now()))
 
+    def _give_back(self, slot: Slot) -> None:
+        self._pool.give_up_reserved(slot, None)
+
     async def _room(self, request: Request) -> Slot:
         """Return a slot in the queue of all puts, after `reserve` found none."""
         writer = self._served.writer
         return await writer.slot_of(writer.ask(request, wait=True), None, wait=True)
 
-    async def _landed(self, home: Home, transfer: Transfer, ref: FeatureRef) -> None:
+    async def _landed(self, link: HomeLink, transfer: Transfer, ref: FeatureRef) -> None:
         """Return once a read has landed; OwnerLost if its home is lost first, or it takes too long."""
         limit_s = self._pool.settings.peer_timeout + ref.nbytes / _SLOWEST_BYTES_PER_S
-        waits = [transfer.ended, home.link.gone]
+        waits = [transfer.ended, link.gone]
         await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         if not transfer.ended.done():
-            home.link.check()
-            raise OwnerLost(f"{ref.nbytes} bytes of {home.address} did not come in {limit_s:.1f} s")
+            link.check()
+            raise OwnerLost(f"{ref.nbytes} bytes of {link.address} did not come in {limit_s:.1f} s")
         failed = transfer.ended.exception()
         if failed is not None:
             if isinstance(failed, CacheClosed):
                 raise CacheClosed(str(failed))
-            raise OwnerLost(f"the bytes could not be read from {home.address}: {failed}")
+            raise OwnerLost(f"the bytes could not be read from {link.address}: {failed}")
 
     def _give_up(self, slot: Slot, transfer: Transfer | None) -> None:
         """Give up the landing place of a read that failed, once nothing can be written there any more."""

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from featcache import events
 from featcache.errors import CacheClosed, MalformedRef, OwnerLost, PoolFull
@@ -17,7 +17,6 @@ from featcache.reach.secret import TlsContexts
 from featcache.ref import FeatureRef
 from featcache.session.offload import SharedTask
 
-T = TypeVar("T")
 _now: Final = time.monotonic
 _TELL_AGAIN_S: Final = 0.2
 """Seconds after which a payment that was not acknowledged is told again, over TCP."""
@@ -88,8 +87,9 @@ class Home:
             if not isinstance(answer, messages.Found) or sum(answer.pieces) != ref.nbytes:
                 raise MalformedRef(f"{self.address} answered something else than was asked")
             if answer.metadata:
-                self.plane = await slab.plane.add_peer(answer.metadata)
-                self.epoch = answer.epoch
+                plane = await slab.plane.add_peer(answer.metadata)
+                link.check()  # in its stead there may be the link of another owner by now
+                self.plane, self.epoch = plane, answer.epoch
         except BaseException:
             # It may have been pinned: found as this call was cancelled, or what was found is of no use.
             self.drop(place, session)
@@ -138,28 +138,6 @@ class Home:
             link.tell(messages.Pay(self.pool_id, due))
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(_TELL_AGAIN_S, self._tell_again)
-
-    def check_pins(self) -> None:
-        """Raise OwnerLost unless the home keeps what it has pinned for this host."""
-        link = self.link
-        link.check()
-        if not link.keeps_pins:
-            link.lose("its answers came too late to be sure of what was read")
-            link.check()
-
-    async def or_lost(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await work; if the home is lost before, cancel it and raise OwnerLost."""
-        link = self.link
-        task = asyncio.get_running_loop().create_task(work)
-        try:
-            either: list[asyncio.Future[Any]] = [task, link.gone]
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                link.check()
-            return await task
-        finally:
-            if not task.done():
-                task.cancel()
 
     def close(self) -> None:
         """Tell what is owed, and say goodbye."""

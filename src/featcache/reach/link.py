@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final, TypeVar
 
 import anyio
 
@@ -23,6 +23,7 @@ from featcache.reach.secret import TlsContexts, parse_address
 from featcache.reach.stream import Stream
 from featcache.settings import Settings
 
+T = TypeVar("T")
 _BEATS: Final = 4
 """Heartbeats within `Settings.peer_timeout`, or the home's lease if that is shorter."""
 _AGAIN_S: Final = 0.02
@@ -263,6 +264,39 @@ class HomeLink:
     def forget(self) -> None:
         """Tell nothing more, in a forked child."""
         self._stream.forget()
+
+
+def check_pins(link: HomeLink) -> None:
+    """Raise OwnerLost unless the home keeps what it has pinned for this host over this connection."""
+    link.check()
+    if not link.keeps_pins:
+        link.lose("its answers came too late to be sure of what was read")
+        link.check()
+
+
+async def or_lost(
+    link: HomeLink, work: Coroutine[Any, Any, T], unwanted: Callable[[T], object]
+) -> T:
+    """Await work; if the home is lost before, cancel it and raise OwnerLost.
+
+    `unwanted` is told the result that the work has all the same, if this is cancelled as it ends.
+    """
+    task = asyncio.get_running_loop().create_task(work)
+    try:
+        either: list[asyncio.Future[Any]] = [task, link.gone]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            link.check()
+    except BaseException:
+        task.cancel()
+        task.add_done_callback(lambda done: _hand_back(done, unwanted))
+        raise
+    return task.result()
+
+
+def _hand_back(task: "asyncio.Task[T]", unwanted: Callable[[T], object]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        unwanted(task.result())
 
 
 def _error(failed: messages.Failed) -> FeatcacheError:

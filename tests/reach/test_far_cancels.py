@@ -1,0 +1,55 @@
+"""Gets of another host's refs that are cancelled at any moment: each is paid once, and no slot is lost."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+
+import torch
+
+from featcache import FeatureClient, FeatureRef
+from reach.hosts import Hosts, clients_of, hosts
+from support.caches import KIB, filled, spent, tensor
+
+_TURNS = 12
+"""Turns of the loop within which a get is cancelled: it takes more."""
+
+
+async def cancelled_and_then_read(rank: FeatureClient, ref: FeatureRef, turns: list[int]) -> None:
+    for count in turns:
+        reading = asyncio.ensure_future(rank.get(ref))
+        for _ in range(count):
+            await asyncio.sleep(0)
+        if not reading.cancel():
+            break
+        await asyncio.wait([reading])
+        if not reading.cancelled():
+            break
+    else:
+        reading = asyncio.ensure_future(rank.get(ref))
+    assert torch.equal(tensor(await reading), filled(ref.nbytes, ref.nbytes % 251))
+
+
+async def batches(both: Hosts, count: int) -> AsyncIterator[list[FeatureRef]]:
+    for first in range(count):
+        sizes = range(first + 1, first + 1 + 24)
+        yield [
+            await both.home.put(filled(n * KIB, n * KIB % 251), readers=2, ttl=None) for n in sizes
+        ]
+
+
+async def test_gets_that_are_cancelled_at_any_moment_lose_no_slot() -> None:
+    dice = random.Random(1)
+    async with (
+        hosts(peer_timeout=20.0, peer_lease=60.0) as both,
+        clients_of(both.reader, 1) as [other],
+    ):
+        async for refs in batches(both, 8):
+            await asyncio.gather(
+                *(
+                    cancelled_and_then_read(rank, ref, [dice.randrange(_TURNS) for _ in range(3)])
+                    for ref in refs
+                    for rank in (both.client, other)
+                )
+            )
+        await spent(both.home)
+        await spent(both.reader)
