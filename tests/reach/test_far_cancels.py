@@ -3,12 +3,15 @@
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from typing import Any
 
+import pytest
 import torch
 
-from featcache import FeatureClient, FeatureRef
+from featcache import FeatureClient, FeatureRef, StaleRef
+from featcache.owner.homes import Home
 from reach.hosts import Hosts, clients_of, hosts
-from support.caches import KIB, filled, spent, tensor
+from support.caches import KIB, filled, spent, tensor, until
 
 _TURNS = 12
 """Turns of the loop within which a get is cancelled: it takes more."""
@@ -51,5 +54,46 @@ async def test_gets_that_are_cancelled_at_any_moment_lose_no_slot() -> None:
                     for rank in (both.client, other)
                 )
             )
+        await spent(both.home)
+        await spent(both.reader)
+
+
+async def asked(both: Hosts, count: int) -> None:
+    """Return once the reading owner works at so many requests of its clients."""
+    server = both.reader._opened().main.server
+    await until(lambda: sum(len(peer.tasks) for peer in server.sessions.values()) == count)
+
+
+async def test_gets_of_one_session_take_turns_when_the_first_of_them_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks: list[FeatureRef] = []
+    look = Home.look
+
+    async def counted(home: Home, ref: FeatureRef, *more: Any) -> Any:
+        looks.append(ref)
+        return await look(home, ref, *more)
+
+    async with hosts(peer_timeout=20.0, peer_lease=60.0) as both:
+        await both.client.get(await both.home.put(filled(KIB)))
+        monkeypatch.setattr(Home, "look", counted)
+        plane = both.reader_plane
+        plane.held = True
+        ref = await both.home.put(filled(KIB, 7), ttl=None)
+        first = asyncio.create_task(both.client.get(ref))
+        await until(lambda: len(plane.transfers) == 2)
+        second = asyncio.create_task(both.client.get(ref))
+        await asked(both, 2)
+        first.cancel()
+        await until(lambda: len(plane.transfers) == 3)  # of the second, once the first has ended
+        third = asyncio.create_task(both.client.get(ref))
+        await asked(both, 2)
+        for transfer in plane.transfers:
+            transfer.land()
+        assert torch.equal(tensor(await second), filled(KIB, 7))
+        # The third has the ref of the second: a session's read of it may be over by now.
+        [outcome] = await asyncio.gather(third, return_exceptions=True)
+        assert isinstance(outcome, torch.Tensor | StaleRef)
+        assert len(looks) == 2
         await spent(both.home)
         await spent(both.reader)

@@ -42,7 +42,7 @@ class FarPeer:
 
     ::
 
-        CONNECTED ──the connection breaks──→ AWAY ──it comes back──→ CONNECTED
+        CONNECTED ──the connection breaks──→ AWAY ──it comes back──→ CONNECTED, nothing begun
             │ │                               │
             │ └──────a lease without a word───┴──→ LOST: what it had begun is paid, and what its names owe
             └──goodbye──→ LEFT: what it had begun is unpinned
@@ -94,6 +94,9 @@ class FarPeers:
             before, peer.stream = peer.stream, None
             self._cancel(peer)
             before.close()
+        # What it had begun over the connection before: it has given that up, and may have said so in vain.
+        for place, reader in list(peer.begun):
+            self._drop(peer, place, reader)
         peer.stream, peer.heard_s = stream, _now()
         closed, forget = stream.on_closed, self.forget_host
         stream.on_message = partial(self._on_message, peer, stream)

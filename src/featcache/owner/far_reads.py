@@ -31,6 +31,14 @@ _HANDOVER_S: Final = 0.05
 """For which a feature that was fetched is kept until those that wait for it have their refs of it."""
 
 
+class Turn:
+    """The calls of one session for one feature, of which one at a time asks the home."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.calls = 0
+
+
 class Copy:
     """One feature of another host, as far as it is here.
 
@@ -50,7 +58,7 @@ class Copy:
         self.key += place.generation.to_bytes(8, "little")
         self.given: dict[int, FeatureRef] = {}
         """The refs of its shares, by the session that each is for."""
-        self.asking: dict[int, asyncio.Lock] = {}
+        self.asking: dict[int, Turn] = {}
         self.task: asyncio.Task[None] | None = None
         self.waiting = 0
         self.over = False
@@ -94,14 +102,16 @@ class FarReads:
         self._check_open()
         self._pool.store.check_size(ref.nbytes)
         copy = self._copy(ref)
-        lock = copy.asking.setdefault(session, asyncio.Lock())
+        turn = copy.asking.setdefault(session, Turn())
+        turn.calls += 1
         try:
-            async with lock:
+            async with turn.lock:
                 if session not in copy.given:
                     copy.given[session] = await self._brought(copy, ref, session, name)
                 return copy.given[session]
         finally:
-            if not lock.locked():
+            turn.calls -= 1
+            if not turn.calls:
                 copy.asking.pop(session, None)
 
     async def _brought(

@@ -21,7 +21,6 @@ _now: Final = time.monotonic
 _TELL_AGAIN_S: Final = 0.2
 """Seconds after which a payment that was not acknowledged is told again, over TCP."""
 _UNKNOWN_EPOCH: Final = 0
-_MAX_UNTOLD: Final = 1 << 16
 
 
 class Home:
@@ -39,8 +38,6 @@ class Home:
         self.opening: SharedTask[HomeLink] | None = None
         self._link: HomeLink | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._untold: list[tuple[Place, int]] = []
-        """Reads that were given up while there was no connection: their pins may be left at the home."""
         self.pool_id = b""
         """The id of this host's own pool."""
 
@@ -61,14 +58,9 @@ class Home:
         if link.host != self.host:
             self.host, self.epoch, self.plane = link.host, _UNKNOWN_EPOCH, ""
             self.ledger.clear()
-            self._untold.clear()
         self._link = link
-        # In this order: what is paid is not dropped.
         for payments in self.ledger.all():
             link.tell(messages.Pay(self.pool_id, payments))
-        for place, session in self._untold:
-            link.tell(messages.Drop(place, session))
-        self._untold.clear()
 
     # --- requests -------------------------------------------------------------------------------------
 
@@ -109,11 +101,12 @@ class Home:
         await self.link.request(messages.Discard(self.link.number(), *where))
 
     def drop(self, place: Place, session: int) -> None:
-        """Have a session's pin taken back; its read is still owed."""
+        """Have a session's pin taken back; its read is still owed.
+
+        Told in vain if the connection is lost: the home takes back all pins when there is another.
+        """
         if self.linked is not None:
             self.linked.tell(messages.Drop(place, session))
-        elif len(self._untold) < _MAX_UNTOLD:
-            self._untold.append((place, session))
 
     def pay(self, place: Place, session: int, name: str | None) -> None:
         """Pay a read: told by a notification, and over TCP until the home has it."""
