@@ -99,7 +99,8 @@ def begin_within() -> list[str]:
     assert IP is not None
     try:
         make(names)
-        os.execv(IP, [IP, "netns", "exec", names[0], sys.executable, *sys.argv])
+        within = [IP, "netns", "exec", names[0], sys.executable, *sys.argv]
+        os.execv(IP, within)  # noqa: S606 - no shell is wanted
     finally:
         remove(names)
 
