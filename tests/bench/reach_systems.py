@@ -50,13 +50,27 @@ def api() -> Any:
         raise SystemExit(str(error)) from None
 
 
+def enter(network: str) -> None:
+    """Move this process into a network namespace, and /sys with it: UCX looks there for its devices."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(name: str, *arguments: object) -> None:
+        if getattr(libc, name)(*arguments):
+            raise OSError(ctypes.get_errno(), name)
+
+    new_mounts, detached, slave = 0x20000, 2, (1 << 19) | (1 << 14)
+    with Path(f"/run/netns/{network}").open() as file:
+        call("setns", file.fileno(), 0)
+    call("unshare", new_mounts)
+    call("mount", b"", b"/", None, ctypes.c_ulong(slave), None)
+    libc.umount2(b"/sys", detached)
+    call("mount", network.encode(), b"/sys", b"sysfs", ctypes.c_ulong(0), None)
+
+
 def run(end: Any, network: str | None, pipe: Connection, host: str, turns: Any) -> None:
     """Run one end, in a network namespace if one is named."""
     if network is not None:
-        with Path(f"/run/netns/{network}").open() as file:
-            libc = ctypes.CDLL(None, use_errno=True)
-            if libc.setns(file.fileno(), 0):
-                raise OSError(ctypes.get_errno(), "setns")
+        enter(network)
     torch.set_num_threads(1)
     end(pipe, host if turns is None else turns)
     os._exit(0)  # an agent that is left to the interpreter's end can crash it

@@ -25,10 +25,14 @@ from featcache.reach.plane import Piece
 T = TypeVar("T")
 _MODULES: Final = ("nixl_cu12._api", "nixl_cu13._api", "nixl._api")
 _MISSING: Final = "other hosts need the extra: pip install 'featcache[reach]'"
-_PAUSE_S: Final = 20e-6
-_PAUSE_PART: Final = 1 / 16
+_PAUSE_S: Final = 50e-6
+_PAUSE_PART: Final = 1 / 8
 """Of a transfer's age: the pause between two looks, from `_PAUSE_S` to `_OFTEN_S`. Looking without any would
 take the core, and the interpreter's lock, from what the transfer waits for."""
+_FIRST_PART: Final = 0.7
+"""Of the time that a transfer of its size took of late: no look before that."""
+_SETUP_BYTES: Final = 128 << 10
+"""Bytes that cost as much as a transfer of none."""
 _RARELY_S: Final = 20e-3
 """Between looks at transfers that nobody waits for, and at notifications that nobody expects."""
 _OFTEN_S: Final = 1e-3
@@ -49,9 +53,10 @@ def _api() -> Any:
 class NixlTransfer:
     """A read on its way. Its fields are the plane's thread's."""
 
-    def __init__(self, ended: "asyncio.Future[None]") -> None:
+    def __init__(self, ended: "asyncio.Future[None]", nbytes: int) -> None:
         self.ended = ended
-        self.since_s = 0.0
+        self.work_bytes = nbytes + _SETUP_BYTES
+        self.since_s = self.look_s = 0.0
         self.handle: Any = None
         self.abandoned = False
 
@@ -72,6 +77,7 @@ class NixlPlane:
         self._agent: Any = None
         self._registered: dict[int, Any] = {}
         self._transfers: set[NixlTransfer] = set()
+        self._s_per_byte = 0.0
         self._expects = False
         self._closed = False
         self._over: asyncio.Future[None] = loop.create_future()
@@ -102,7 +108,7 @@ class NixlPlane:
         return self._do(lambda: _text(self._agent.add_remote_agent(metadata)))
 
     def read(self, peer: str, pieces: Sequence[Piece]) -> NixlTransfer:
-        transfer = NixlTransfer(self._loop.create_future())
+        transfer = NixlTransfer(self._loop.create_future(), sum(piece.nbytes for piece in pieces))
         if self._closed:
             transfer.ended.set_exception(CacheClosed("the cache was closed"))
         else:
@@ -193,13 +199,10 @@ class NixlPlane:
 
     def _wait_s(self, now_s: float) -> float | None:
         """Return how long to wait for a command; None while there is nothing else to do."""
-        waited = [each for each in self._transfers if not each.abandoned]
-        if waited:
-            age_s = now_s - max(each.since_s for each in waited)
-            return min(max(age_s * _PAUSE_PART, _PAUSE_S), _OFTEN_S)
+        waits_s = [max(each.look_s - now_s, 0.0) for each in self._transfers]
         if self._expects:
-            return _OFTEN_S
-        return _RARELY_S if self._transfers else None
+            waits_s.append(_OFTEN_S)
+        return min(waits_s, default=None)
 
     def _register(self, address: int, nbytes: int) -> None:
         self._registered[address] = self._agent.register_memory(
@@ -220,6 +223,9 @@ class NixlPlane:
             transfer.since_s = time.monotonic()
             self._transfers.add(transfer)
             state = agent.transfer(transfer.handle)
+            transfer.look_s = transfer.since_s + min(
+                max(_FIRST_PART * transfer.work_bytes * self._s_per_byte, _PAUSE_S), _OFTEN_S
+            )
         except Exception as error:  # noqa: BLE001 - told to the caller
             self._finish(transfer, _of_nixl(error))
             return
@@ -227,10 +233,11 @@ class NixlPlane:
 
     def _look(self, now_s: float) -> None:
         for transfer in list(self._transfers):
-            if transfer.abandoned and now_s - transfer.since_s < _RARELY_S:
+            if now_s < transfer.look_s:
                 continue
-            if transfer.abandoned:
-                transfer.since_s = now_s
+            age_s = now_s - transfer.since_s
+            pause_s = min(max(age_s * _PAUSE_PART, _PAUSE_S), _OFTEN_S)
+            transfer.look_s = now_s + (_RARELY_S if transfer.abandoned else pause_s)
             try:
                 state = self._agent.check_xfer_state(transfer.handle)
             except Exception as error:  # noqa: BLE001 - told to the caller
@@ -240,6 +247,8 @@ class NixlPlane:
 
     def _take_state(self, transfer: NixlTransfer, state: str) -> None:
         if state == "DONE":
+            took_s = time.monotonic() - transfer.since_s
+            self._s_per_byte += (took_s / transfer.work_bytes - self._s_per_byte) / 8
             self._finish(transfer, None)
         elif state == "ERR":
             self._finish(transfer, BackendUnavailable("the data plane's read failed"))
