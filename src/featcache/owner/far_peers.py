@@ -21,6 +21,8 @@ from featcache.session.attachment import Attachment
 from featcache.session.waiting import wait_ready
 
 _now: Final = time.monotonic
+_STILL_PART: Final = 1 / 4
+"""Of a lease: so late a look shows that the owner itself was stopped, or had no core."""
 _MAX_TASKS: Final = 4096
 """Requests of one host that may be unanswered."""
 _PAID: Final = (
@@ -52,7 +54,7 @@ class FarPeer:
         self.host = host
         self.stream: Stream | None = None
         """None while it is AWAY."""
-        self.heard_s = _now()
+        self.heard_s = self.due_s = _now()
         self.names: frozenset[str] = frozenset()
         self.begun: dict[tuple[Place, int], Begun] = {}
         self.watched: dict[Place, None] = {}
@@ -293,10 +295,15 @@ class FarPeers:
 
     def _watch(self, peer: FarPeer) -> None:
         """End a host's lease when it has been silent for so long."""
-        left_s = peer.heard_s + self._settings.peer_lease - _now()
+        now_s, lease_s = _now(), self._settings.peer_lease
+        if now_s - peer.due_s > lease_s * _STILL_PART:
+            # This owner stood still: what the host has sent meanwhile is yet to be heard.
+            peer.heard_s = now_s
+        left_s = peer.heard_s + lease_s - now_s
         if left_s <= 0:
             self._end(peer, died=True)
         else:
+            peer.due_s = now_s + left_s
             loop = asyncio.get_running_loop()
             peer.timer = loop.call_later(left_s, self._watch, peer)
 

@@ -28,11 +28,8 @@ _MISSING: Final = "other hosts need the extra: pip install 'featcache[reach]'"
 _PAUSE_S: Final = 50e-6
 _PAUSE_PART: Final = 1 / 8
 """Of a transfer's age: the pause between two looks, from `_PAUSE_S` to `_OFTEN_S`. Looking without any would
-take the core, and the interpreter's lock, from what the transfer waits for."""
-_FIRST_PART: Final = 0.7
-"""Of the time that a transfer of its size took of late: no look before that."""
-_SETUP_BYTES: Final = 128 << 10
-"""Bytes that cost as much as a transfer of none."""
+take the core, and the interpreter's lock, from what the transfer waits for. A look also makes progress: UCX
+does not always wake its own thread for what comes after a transfer was begun in another."""
 _RARELY_S: Final = 20e-3
 """Between looks at transfers that nobody waits for, and at notifications that nobody expects."""
 _OFTEN_S: Final = 1e-3
@@ -53,9 +50,8 @@ def _api() -> Any:
 class NixlTransfer:
     """A read on its way. Its fields are the plane's thread's."""
 
-    def __init__(self, ended: "asyncio.Future[None]", nbytes: int) -> None:
+    def __init__(self, ended: "asyncio.Future[None]") -> None:
         self.ended = ended
-        self.work_bytes = nbytes + _SETUP_BYTES
         self.since_s = self.look_s = 0.0
         self.handle: Any = None
         self.abandoned = False
@@ -77,7 +73,6 @@ class NixlPlane:
         self._agent: Any = None
         self._registered: dict[int, Any] = {}
         self._transfers: set[NixlTransfer] = set()
-        self._s_per_byte = 0.0
         self._expects = False
         self._closed = False
         self._over: asyncio.Future[None] = loop.create_future()
@@ -108,7 +103,7 @@ class NixlPlane:
         return self._do(lambda: _text(self._agent.add_remote_agent(metadata)))
 
     def read(self, peer: str, pieces: Sequence[Piece]) -> NixlTransfer:
-        transfer = NixlTransfer(self._loop.create_future(), sum(piece.nbytes for piece in pieces))
+        transfer = NixlTransfer(self._loop.create_future())
         if self._closed:
             transfer.ended.set_exception(CacheClosed("the cache was closed"))
         else:
@@ -223,9 +218,7 @@ class NixlPlane:
             transfer.since_s = time.monotonic()
             self._transfers.add(transfer)
             state = agent.transfer(transfer.handle)
-            transfer.look_s = transfer.since_s + min(
-                max(_FIRST_PART * transfer.work_bytes * self._s_per_byte, _PAUSE_S), _OFTEN_S
-            )
+            transfer.look_s = transfer.since_s + _PAUSE_S
         except Exception as error:  # noqa: BLE001 - told to the caller
             self._finish(transfer, _of_nixl(error))
             return
@@ -247,8 +240,6 @@ class NixlPlane:
 
     def _take_state(self, transfer: NixlTransfer, state: str) -> None:
         if state == "DONE":
-            took_s = time.monotonic() - transfer.since_s
-            self._s_per_byte += (took_s / transfer.work_bytes - self._s_per_byte) / 8
             self._finish(transfer, None)
         elif state == "ERR":
             self._finish(transfer, BackendUnavailable("the data plane's read failed"))
