@@ -21,6 +21,7 @@ import itertools
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ from torch import Tensor
 import featcache
 from featcache import blocking
 
-PUT_S, ANSWER_S, TRIES = 10.0, 60.0, 5
+PUT_S, ANSWER_S = 10.0, 60.0
+RESTART_S, PAUSE_S = 120.0, 0.1  # an actor that is starting again refuses calls at once
 SHIPPED = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "rocket.jpg")
 
 
@@ -95,7 +97,8 @@ class Driver:
 
     def look(self, path: Path) -> list[list[float]]:
         """What each model sees in a picture."""
-        for _ in range(TRIES):
+        give_up_s = time.monotonic() + RESTART_S
+        while time.monotonic() < give_up_s:
             ref = next(self.turns).encode.remote(path, self.names)
             try:
                 # Ray gives `look` the value of the ref, once `encode` has it.
@@ -105,9 +108,10 @@ class Driver:
                 print(f"{path.name}: {str(error).splitlines()[0]}: once more", file=sys.stderr)
                 self.retries += 1
                 self.take_back(ref)
+                time.sleep(PAUSE_S)
             else:
                 return found
-        raise RuntimeError(f"{path} failed {TRIES} times")
+        raise RuntimeError(f"{path} failed for {RESTART_S:.0f} s")
 
     def take_back(self, ref: Any) -> None:
         """Discard what some may have read, and others never will."""

@@ -41,7 +41,17 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
         tuple(
             f"featcache.{name}"
             for name in (
-                *("errors", "events", "hooks", "observation", "ref", "settings", "statistics"),
+                *(
+                    "base_event",
+                    "errors",
+                    "events",
+                    "hooks",
+                    "host_events",
+                    "observation",
+                    "ref",
+                    "settings",
+                    "statistics",
+                ),
                 "version",
             )
         ),
@@ -80,6 +90,7 @@ FORBIDDEN: Rules = {
     tuple(name for _, names in ROOMS if names is not INTEGRATIONS for name in names): (
         "prometheus_client",
         "opentelemetry",
+        "ray",
         "vllm",
     ),
     # and without what only the command line needs

@@ -1,6 +1,9 @@
 """SGLang's offline engine with featcache as its transport: one picture, one question.
 
 SGLANG_PLUGINS=featcache python examples/sglang --model-path Qwen/Qwen3-VL-2B-Instruct --image cat.jpg
+
+It needs a GPU: without one SGLang ends with "No accelerator (CUDA, ...) is available", before the plugin
+has anything to do. What of it was tried, and where, is told in docs/sglang.md.
 """
 
 import argparse

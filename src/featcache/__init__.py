@@ -32,7 +32,15 @@ from featcache.errors import (
     UnknownPool,
     WrongLoop,
 )
-from featcache.observation import KeysPage, KeyView, SessionView, SlabMap, Snapshot
+from featcache.observation import (
+    HomeView,
+    KeysPage,
+    KeyView,
+    ReadingHostView,
+    SessionView,
+    SlabMap,
+    Snapshot,
+)
 from featcache.ref import FeatureRef
 from featcache.settings import Settings, split_budget
 from featcache.statistics import Statistics
@@ -48,6 +56,7 @@ __all__ = [
     "FeatureRef",
     "FeatureTooLarge",
     "GetTimeout",
+    "HomeView",
     "KeyNotFound",
     "KeyTimeout",
     "KeyView",
@@ -59,6 +68,7 @@ __all__ = [
     "PoolFull",
     "PressureLevel",
     "PutTimeout",
+    "ReadingHostView",
     "SessionView",
     "Settings",
     "SettingsError",

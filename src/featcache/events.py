@@ -4,16 +4,32 @@ A record's `name` is its event (``featcache.pool.pressure``, …), its `severity
 fields are the facts. `featcache.hooks` hands them on.
 """
 
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final
 
 import attrs
 
+from featcache.base_event import Event, Severity
 from featcache.hooks import Hook, Throttle, add_hook, emit, is_emitting, log_event, remove_hook
+from featcache.host_events import (
+    FetchFailed,
+    FetchQuarantined,
+    FetchSlow,
+    HomeAttached,
+    HomeUnreachable,
+    HostAttached,
+    HostLeft,
+    HostLost,
+)
 
 __all__ = [
     "BackendChosen",
     "CommitFailed",
     "Event",
+    "FetchFailed",
+    "FetchQuarantined",
+    "FetchSlow",
+    "HomeAttached",
+    "HomeUnreachable",
     "Hook",
     "HostAttached",
     "HostLeft",
@@ -47,34 +63,8 @@ __all__ = [
     "remove_hook",
 ]
 
-Severity = Literal["debug", "info", "warning", "error"]
-
 log_to_structlog: Final = log_event
 """The older name of `log_event`."""
-
-
-@attrs.frozen(kw_only=True)
-class Event:
-    """One fact about one pool."""
-
-    name: ClassVar[str] = "featcache.event"
-    severity: ClassVar[Severity] = "info"
-
-    pool: str
-    """The pool's id, in hex."""
-
-    @property
-    def urgency(self) -> Severity:
-        """The level at which this record is logged: its class's `severity`, unless it has a reason."""
-        return self.severity
-
-    def facts(self) -> dict[str, Any]:
-        """Return the record's fields by name."""
-        return {field.name: getattr(self, field.name) for field in attrs.fields(type(self))}
-
-    def logged(self) -> dict[str, Any]:
-        """Return `facts` under the names that a log has them by: none is a logging system's own."""
-        return self.facts()
 
 
 @attrs.frozen(kw_only=True)
@@ -246,34 +236,6 @@ class PeerRefused(Event):
     pid: int
     unlogged: int
     """Refusals since the last such event that were not logged."""
-
-
-@attrs.frozen(kw_only=True)
-class HostAttached(Event):
-    """Another host, which has proved the cluster key, reads this pool."""
-
-    name: ClassVar[str] = "featcache.host.attached"
-    host: str
-    """The id of its own pool, in hex."""
-    address: str
-
-
-@attrs.frozen(kw_only=True)
-class HostLeft(Event):
-    """Another host said goodbye."""
-
-    name: ClassVar[str] = "featcache.host.left"
-    host: str
-
-
-@attrs.frozen(kw_only=True)
-class HostLost(Event):
-    """Another host's lease ended: the reads it had begun, and those its names owed, were paid for it."""
-
-    name: ClassVar[str] = "featcache.host.lost"
-    severity: ClassVar[Severity] = "warning"
-    host: str
-    reads_paid: int
 
 
 @attrs.frozen(kw_only=True)

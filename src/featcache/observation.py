@@ -9,9 +9,11 @@ import attrs
 from featcache.statistics import Statistics
 
 __all__ = [
+    "HomeView",
     "KeyView",
     "KeysPage",
     "PoolView",
+    "ReadingHostView",
     "SessionView",
     "SlabMap",
     "Snapshot",
@@ -111,6 +113,79 @@ class PoolView:
     """The oldest 16 of them."""
     waiting: tuple[WaitingPut, ...]
     """The first 16 of `Statistics.waiters`."""
+    peers: int = 0
+    """Other hosts that there is a record of: those read from, and those that read here."""
+
+
+@attrs.frozen(kw_only=True)
+class HomeView:
+    """Another host's owner that this one reads from: a home. Counts are since it was read from first."""
+
+    address: str
+    """As refs carry it."""
+    pool: str
+    """The id of its pool, in hex, when it was connected last; empty if it never was."""
+    state: str
+    """``connected``; ``away`` (no connection, and none was lost: it is being dialed, or refused); ``lost``
+    (its last connection was lost; the next read dials it again)."""
+    reason: str
+    """Why it is not connected; empty while it is."""
+    fetched: int
+    """Features that were fetched, by one transfer each."""
+    fetched_bytes: int
+    failed: int
+    """Fetches that ended without the feature."""
+    dials_failed: int
+    """Tries to connect to it that failed: nobody answered, or it refused."""
+    in_progress: int
+    """Fetches now, with those that wait for room."""
+    quarantined: int
+    """Landing places of reads that were given up, which are nobody's until nothing can be written there."""
+    quarantined_bytes: int
+    unacknowledged: int
+    """Reads that were paid, and which the home has not said it knows of."""
+    last_s: float
+    """Of the last transfer: from its begin until its bytes were here, without look-up and wait for room."""
+    mean_s: float
+    longest_s: float
+    total_s: float
+    """Of all transfers together."""
+    round_trip_s: float | None
+    """Of the last heartbeat that was answered, over the control connection."""
+    silent_s: float | None
+    """Since it was heard last; None if it never was."""
+
+
+@attrs.frozen(kw_only=True)
+class ReadingHostView:
+    """Another host that reads here."""
+
+    host: str
+    """The id of its own pool, in hex."""
+    address: str
+    """From where it came last."""
+    state: str
+    """``connected``; ``away`` (its connection broke, its lease runs); ``lost`` (its lease ended, and what it
+    had begun was paid). Of those that are lost the last 16 are shown, until they come back."""
+    named: int
+    """Names that its sessions have."""
+    names: tuple[str, ...]
+    """The first 8 of them."""
+    reading: int
+    """Reads that it has begun: features that are pinned for it."""
+    reading_bytes: int
+    requests: int
+    """Its requests that wait for an answer."""
+    reads: int
+    """Reads that it began, in all."""
+    told_bytes: int
+    """Bytes of the features that it was told the place of, in all."""
+    lease_s: float
+    """What is left of its lease; 0 once it is lost."""
+    silent_s: float
+    """Since it was heard last."""
+    reads_paid: int
+    """Reads that were paid for it as it was lost."""
 
 
 @attrs.frozen(kw_only=True)
@@ -119,6 +194,10 @@ class Snapshot(PoolView):
 
     sessions: tuple[SessionView, ...]
     """Those attached; the owner itself (session 0) is the first once it has read something."""
+    homes: tuple[HomeView, ...] = ()
+    """Other hosts that this owner reads from."""
+    reading_hosts: tuple[ReadingHostView, ...] = ()
+    """Other hosts that read here."""
 
 
 @attrs.frozen(kw_only=True)

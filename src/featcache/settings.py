@@ -30,6 +30,7 @@ _UNITS |= {f"{p}ib": 1024**n for n, p in enumerate("kmgtpe", 1)}
 _SIZE_TEXT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 MAX_KEY_BYTES = 1024
 """Bytes of the longest key."""
+_MAX_GRACE_S: Final = 1.0
 _MAX_BYTES = 1 << 47  # a user address space: no machine that we know maps more
 _ENVIRONMENT_PREFIX = "FEATCACHE_"
 _log = logging.getLogger("featcache")
@@ -177,6 +178,14 @@ def _positive(_: object, field: "attrs.Attribute[Any]", value: float | None) -> 
         raise SettingsError(f"{field.name}={value} must be more than 0 s")
 
 
+def _revocation(_: object, field: "attrs.Attribute[Any]", value: float) -> None:
+    if value > _MAX_GRACE_S:
+        raise SettingsError(
+            f"{field.name}={value:g} is more than {_MAX_GRACE_S:g} s: each ref that is taken back waits for "
+            "it. The time that `featcache serve` gives its readers at the end is shutdown_grace"
+        )
+
+
 def _or_environment(field: "attrs.Attribute[Any]") -> Any:
     """Return a default that is the field's variable where it is set, parsed so that an error names it."""
     variable = _ENVIRONMENT_PREFIX + field.name.upper()
@@ -300,8 +309,8 @@ class Settings:
     """Pools that one client keeps open; above that the longest attached one without reads is closed."""
     ttl: float | None = attrs.field(default=300.0, converter=_OPTIONAL_SECONDS, validator=_positive)
     """Seconds until a ref with unpaid reads expires; None is never."""
-    grace: float = attrs.field(default=0.001, converter=_SECONDS)
-    """Seconds between a revocation and the check for sessions that still hold the bytes."""
+    grace: float = attrs.field(default=0.001, converter=_SECONDS, validator=_revocation)
+    """Seconds between a revocation and the check for sessions that still hold the bytes; at most 1."""
     recycle_interval: float = attrs.field(default=0.05, converter=_SECONDS, validator=_positive)
     """Seconds between the recycler's polls while no put waits; the safety net of its events."""
     pressure_interval: float = attrs.field(default=10.0, converter=_SECONDS, validator=_positive)

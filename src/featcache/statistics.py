@@ -62,6 +62,10 @@ class Statistics:
     fetched_bytes: int = 0
     fetches_failed: int = 0
     """Fetches that ended without the feature: its home was lost, or nobody waited for it any more."""
+    told: int = 0
+    """Reads of this pool's features that other hosts began."""
+    told_bytes: int = 0
+    """Bytes of those features."""
     hosts_lost: int = 0
     """Other hosts that read here and vanished: their reads were paid for them."""
     expired: int = 0

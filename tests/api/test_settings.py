@@ -275,3 +275,10 @@ def test_the_command_line_s_variables_are_neither_settings_nor_slips(
         monkeypatch.setenv(f"FEATCACHE_{name}", "x")
     Settings()
     assert caplog.records == []
+
+
+def test_the_grace_of_a_revocation_is_not_taken_for_that_of_a_shutdown() -> None:
+    """Of `featcache serve`: each ref that is taken back would wait for so long."""
+    assert Settings(grace=1.0).grace == 1.0
+    with pytest.raises(SettingsError, match="shutdown_grace"):
+        Settings(grace=30)

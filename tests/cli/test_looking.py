@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import featcache
 from cli.commands import Ended, Run, started
 from cli.conftest import Serve
 from featcache import FeatureCache, Snapshot, Statistics
+from featcache.cli import checks
 from featcache.cli.exits import one_line
 from featcache.observation import SessionView, UnpaidRef, WaitingPut
 from support.caches import KIB, filled, pair, small
@@ -90,7 +92,7 @@ def _watch(endpoint: str, serve: Serve):  # type: ignore[no-untyped-def]
     from cli.commands import Daemon
 
     folder = Path(os.environ["XDG_RUNTIME_DIR"])
-    return Daemon(folder, ("stat", endpoint, "--json", "--watch", "--every", "0.05"), {})
+    return Daemon(folder, ("stat", endpoint, "--json", "--watch", "--interval", "0.05"), {})
 
 
 async def test_stat_of_an_owner_that_ends_says_so(serve: Serve) -> None:
@@ -154,7 +156,8 @@ async def test_one_observer_too_many_is_told(command: Run) -> None:
     ("arguments", "said"),
     [
         (["stat"], "Missing argument 'ENDPOINT': give it, or set FEATCACHE_ENDPOINT"),
-        (["stat", "x", "--every", "0"], "--every"),
+        (["stat", "x", "--interval", "0"], "--interval"),
+        (["stat", "x", "--every", "0"], "--interval"),
         (["keys", "x", "--by", "colour"], "colour"),
         (["keys", "x", "--limit", "0"], "--limit"),
         (["evict"], "Missing argument 'KEY'"),
@@ -286,6 +289,25 @@ def test_doctor_finds_this_machine_in_order(command: Run) -> None:
     assert wanted | {"memory", "socket folder", "descriptor passing"} <= set(found)
     assert ended.code == 0, [one for one in found.values() if one["state"] == "bad"]
     assert all(one["remedy"] for one in found.values() if one["state"] in {"warn", "bad"})
+
+
+def test_doctor_tells_what_other_hosts_are_reached_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    there: dict[str, str] = {}
+
+    def version(name: str) -> str:
+        if name not in there:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return there[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    (missing,) = checks._reach()
+    assert missing.state == "note"
+    assert "pip install 'featcache[reach]'" in missing.remedy
+    there["nixl-cu12"] = "1.5.1"
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    found = list(checks._reach())
+    assert [one.name for one in found] == ["other hosts", "RDMA"]
+    assert found[0].found == "nixl-cu12 1.5.1; UCX_TLS=tcp"
 
 
 def test_doctor_says_what_to_do_where_something_is_bad(command: Run, runtime_dir: Path) -> None:

@@ -68,6 +68,7 @@ def python_blocks() -> list[Any]:
         pytest.param(block, id=block.name, marks=gpu if needs_gpu(block) else ())
         for block in PYTHON
         if not block.title  # a file of the tutorial's, which its replay runs
+        and "import ray" not in block.text  # it starts a cluster: as examples/ray_transport.py does
     ]
 
 

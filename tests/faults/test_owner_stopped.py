@@ -189,6 +189,21 @@ async def test_misses_are_told_at_once(start: Start, slab: Slab) -> None:
         assert await account(child) == (hits, misses + 4)
 
 
+async def test_a_share_of_what_is_there_says_that_the_owner_did_not_answer(
+    start: Start, slab: Slab
+) -> None:
+    """That nothing came under its key would be false."""
+    child, endpoint = await owner(start, slab)
+    await put(child, 1, "k")
+    async with featcache.connect(endpoint, settings=slab.settings()) as cache:
+        assert await cache.contains("k")
+        with stopped(child):
+            with pytest.raises(KeyTimeout, match=r"'k' is there, but its owner did not share it"):
+                await cache.share("k", readers=1, timeout=SHORT_S)
+            with pytest.raises(KeyTimeout, match="nothing came under"):
+                await cache.share("absent", readers=1, timeout=SHORT_S)
+
+
 async def test_what_needs_the_owner_times_out_as_asked(start: Start, slab: Slab) -> None:
     """Nothing of it is left afterwards: no key, no room, no claim, no waiter."""
     child, endpoint = await owner(start, slab)

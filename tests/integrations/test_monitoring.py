@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from featcache.integrations.metrics.peers import PEERS
 from featcache.integrations.metrics.table import COUNTERS, GAUGES, HISTOGRAMS
 
 MONITORING = Path(__file__).resolve().parents[2] / "examples" / "monitoring"
@@ -20,6 +21,7 @@ NAME = re.compile(r"\bfeatcache_\w+")
 UNITS = {"bytes", "Bps", "s", "percentunit", "short", "ops"}
 TOLD = {row.name for row in GAUGES} | {f"{row.name}_total" for row in COUNTERS}
 TOLD |= {f"{row.name}{end}" for row in HISTOGRAMS for end in ("_bucket", "_sum", "_count")}
+TOLD |= {row.name if row.kind == "gauge" else f"{row.name}_total" for row in PEERS}
 promtool = shutil.which("promtool")
 needs_promtool = pytest.mark.skipif(promtool is None, reason="needs promtool (of prometheus)")
 
@@ -45,7 +47,7 @@ def test_every_metric_of_the_dashboard_is_told() -> None:
     assert set(NAME.findall(variables)) <= TOLD
     # Nothing that is told is missing there.
     shown = {re.sub(r"_(bucket|sum|count|total)$", "", name) for name in named}
-    assert {row.name for row in (*GAUGES, *COUNTERS, *HISTOGRAMS)} == shown
+    assert {row.name for row in (*GAUGES, *COUNTERS, *HISTOGRAMS, *PEERS)} == shown
 
 
 def test_every_metric_of_the_alerts_is_told_and_each_alert_says_what_to_do() -> None:
@@ -55,7 +57,7 @@ def test_every_metric_of_the_alerts_is_told_and_each_alert_says_what_to_do() -> 
     assert {name for each in expressions for name in NAME.findall(each)} <= TOLD
     for field in ("severity: ", "summary: ", "description: "):
         assert RULES.count(field) == len(alerts)
-    for metric in ("waiters", "oldest_unpaid_age", "readers_lost", "hits"):
+    for metric in ("waiters", "oldest_unpaid_age", "readers_lost", "hosts_lost", "hits"):
         assert any(f"featcache_{metric}" in each for each in expressions)
 
 
@@ -136,4 +138,8 @@ def test_the_page_has_a_row_for_every_metric() -> None:
     wanted = {row.name: ("gauge", both[row.field != "sessions"]) for row in GAUGES}
     wanted |= {f"{row.name}_total": ("counter", both[row.by_clients]) for row in COUNTERS}
     wanted |= {row.name: ("histogram", both[row.by_clients]) for row in HISTOGRAMS}
+    wanted |= {
+        row.name if row.kind == "gauge" else f"{row.name}_total": (row.kind, "owner, by host")
+        for row in PEERS
+    }
     assert told == wanted

@@ -48,6 +48,15 @@ class FakeCalls:
     CUdevice_attribute = SimpleNamespace(
         CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED=102,
         CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED=103,
+        CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED=110,
+        CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_FLUSH_WRITES_OPTIONS=117,
+        CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING=118,
+    )
+    CUflushGPUDirectRDMAWritesTarget = SimpleNamespace(
+        CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TARGET_CURRENT_CTX=0
+    )
+    CUflushGPUDirectRDMAWritesScope = SimpleNamespace(
+        CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TO_ALL_DEVICES=200
     )
     CUipcMem_flags = SimpleNamespace(CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS=1)
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
@@ -66,7 +75,9 @@ class FakeCalls:
 
     @staticmethod
     def CUmemAllocationProp() -> SimpleNamespace:
-        return SimpleNamespace(location=SimpleNamespace())
+        return SimpleNamespace(
+            location=SimpleNamespace(), allocFlags=SimpleNamespace(gpuDirectRDMACapable=0)
+        )
 
     CUmemAccessDesc = CUmemAllocationProp
     CUipcMemHandle = SimpleNamespace
@@ -74,7 +85,11 @@ class FakeCalls:
     def __init__(self, visible: tuple[int, ...], peers: bool, total_bytes: int) -> None:
         self.memory = FakeMemory(visible, peers, total_bytes)
         self.streams = FakeStreams(self.memory)
-        self.attributes = {102: 1, 103: 1}
+        self.attributes = {102: 1, 103: 1, 110: 0, 117: 0, 118: 200}
+        self.rdma_refused: Code | None = None
+        """What a segment for network cards is refused with, if it is."""
+        self.for_rdma: list[bool] = []
+        """Of each segment that was made, whether it is for network cards."""
         self._ready = False
         self._here = threading.local()
 
@@ -134,6 +149,13 @@ class FakeCalls:
     def _cuCtxGetCurrent(self) -> Number:
         return Number(_CONTEXT + self._ordinal if self._stack else 0)
 
+    def _cuCtxSetCurrent(self, context: Any) -> None:
+        self._stack[-1:] = [self._ordinal_of(int(context) - _CONTEXT)]
+
+    def _cuFlushGPUDirectRDMAWrites(self, target: int, scope: int) -> None:
+        refuse_unless((target, scope) == (0, 200) and self.attributes[117] & 1)
+        refuse_unless(self._stack, Code.CUDA_ERROR_INVALID_CONTEXT)
+
     def _cuCtxSynchronize(self) -> None:
         for stream in list(self.streams.streams.values()):
             if stream.ordinal == self._ordinal:
@@ -150,7 +172,13 @@ class FakeCalls:
         return GRANULARITY_BYTES
 
     def _cuMemCreate(self, size: int, prop: Any, flags: int) -> Number:
-        return Number(self.memory.create(size, self._shareable(prop)))
+        rdma = bool(prop.allocFlags.gpuDirectRDMACapable)
+        if rdma:
+            refuse_unless(self.attributes[110])
+            refuse_unless(self.rdma_refused is None, self.rdma_refused or Code.CUDA_SUCCESS)
+        made = Number(self.memory.create(size, self._shareable(prop)))
+        self.for_rdma.append(rdma)
+        return made
 
     def _cuMemExportToShareableHandle(self, handle: Any, kind: int, flags: int) -> int:
         refuse_unless(kind == 1)

@@ -27,7 +27,7 @@ from memory.fakepages import GRANULARITY_BYTES, Broken, Code, Refused, refuse_un
 __all__ = ["GRANULARITY_BYTES", "Broken", "Code", "FakeApi", "OnDevice", "driver_over", "uuid_of"]
 
 _WITHOUT_CONTEXT = {"cuInit", "cuMemGetAllocationGranularity", "cuEventDestroy"}
-_WITHOUT_CONTEXT_PREFIXES = ("cuDevice", "cuCtxPush", "cuCtxPop", "cuCtxGetCurrent")
+_WITHOUT_CONTEXT_PREFIXES = ("cuDevice", "cuCtxPush", "cuCtxPop", "cuCtxGetCurrent", "cuCtxSet")
 
 
 class OnDevice(torch.Tensor):

@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -123,3 +124,80 @@ def test_running_out_of_memory_is_both(api: FakeApi) -> None:
         ):
             with pytest.raises(DeviceMemoryError, match="no such memory left"):
                 allocate()
+
+
+def test_segments_are_made_for_network_cards_where_the_device_can(api: FakeApi) -> None:
+    api.attributes[110] = 1
+    driver = driver_over(api)
+    with driver.on(0):
+        handle = driver.create(0, GRANULARITY_BYTES)
+        driver.release(handle)
+    assert api.for_rdma == [True]
+
+
+def test_segments_are_made_as_ever_where_the_device_can_not(api: FakeApi) -> None:
+    driver = driver_over(api)
+    with driver.on(0):
+        driver.release(driver.create(0, GRANULARITY_BYTES))
+    assert api.for_rdma == [False]
+
+
+@pytest.mark.parametrize(
+    "code", [Code.CUDA_ERROR_NOT_SUPPORTED, Code.CUDA_ERROR_NOT_PERMITTED], ids=lambda c: c.name
+)
+def test_a_segment_that_is_refused_for_network_cards_is_made_without(
+    api: FakeApi, code: Code
+) -> None:
+    """And so are all after it: it is not tried twice."""
+    api.attributes[110], api.rdma_refused = 1, code
+    driver = driver_over(api)
+    with driver.on(0):
+        for _ in range(2):
+            driver.release(driver.create(0, GRANULARITY_BYTES))
+    assert api.for_rdma == [False, False]
+    assert api.calls.count("cuMemCreate") == 3
+
+
+def test_a_granularity_that_is_refused_for_network_cards_is_asked_for_without(
+    api: FakeApi,
+) -> None:
+    api.attributes[110] = 1
+    api.fail("cuMemGetAllocationGranularity", code=Code.CUDA_ERROR_NOT_SUPPORTED)
+    assert driver_over(api).granularity_bytes(0) == GRANULARITY_BYTES
+
+
+def test_memory_that_runs_out_is_not_asked_for_twice(api: FakeApi) -> None:
+    api.attributes[110], api.rdma_refused = 1, Code.CUDA_ERROR_OUT_OF_MEMORY
+    driver = driver_over(api)
+    with driver.on(0), pytest.raises(DeviceMemoryError):
+        driver.create(0, GRANULARITY_BYTES)
+    assert api.calls.count("cuMemCreate") == 1
+
+
+@pytest.mark.parametrize(
+    ("ordering", "options", "needs"),
+    [(0, 1, True), (100, 1, True), (200, 1, False), (100, 2, False)],
+    ids=["none", "owner alone", "all devices", "no call of the host's"],
+)
+def test_writes_of_network_cards_are_flushed_where_the_device_does_not_order_them(
+    api: FakeApi, ordering: int, options: int, needs: bool
+) -> None:
+    api.attributes[118], api.attributes[117] = ordering, options
+    assert driver_over(api).needs_flush(0) is needs
+
+
+def test_a_thread_that_enters_a_device_stays_there(api: FakeApi) -> None:
+    driver, stayed = driver_over(api), list[int]()
+
+    def work() -> None:
+        driver.enter(1)
+        with driver.on(0):
+            pass
+        driver.flush_remote_writes()
+        stayed.append(int(api.cuCtxGetCurrent()[1]) - int(driver.context(0)))
+
+    api.attributes[117] = 1
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert stayed == [1]

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import itertools
 import mmap
 import os
 import threading
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from featcache.errors import AttachRefused, BackendUnavailable, CacheClosed
-from featcache.memory.host import slab as host
+from featcache.memory.host import pages
 from featcache.memory.host.slab import HostMapping, HostSlab
 from featcache.memory.pack import pack
 from featcache.ref import TensorSpec
@@ -92,7 +93,7 @@ def test_memory_that_is_not_there(
 def test_a_kernel_that_does_not_know_populate(
     slab: HostSlab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("featcache.memory.host.slab._MADV_POPULATE_WRITE", 9999)
+    monkeypatch.setattr("featcache.memory.host.slab.POPULATE_WRITE", 9999)
     slab.commit(0, 64 * KIB, prefault=True)
     assert allocated(slab) == 64 * KIB
 
@@ -221,7 +222,7 @@ def test_page_faults_are_taken_in_pieces(slab: HostSlab, monkeypatch: pytest.Mon
             pieces.append((address - slab._open()[1], nbytes))
         return -1 if found else 0
 
-    monkeypatch.setattr(host, "_libc", types.SimpleNamespace(madvise=madvise))
+    monkeypatch.setattr(pages, "_libc", types.SimpleNamespace(madvise=madvise))
     slab.commit(MIB, 10 * MIB, prefault=True)
     assert pieces == [(1 * MIB, 4 * MIB), (5 * MIB, 4 * MIB), (9 * MIB, 1 * MIB)]
 
@@ -251,19 +252,44 @@ def test_a_mapping_gives_its_pages_back_in_pieces_before_it_is_unmapped(
     assert target is not None
     view, written = mapping.view(0, spec), target.address  # view and target outlive the close
     assert resident_kib(read) == resident_kib(written) == nbytes // KIB
-    madvise, pieces = host._libc.madvise, list[int]()
+    madvise, pieces = pages._libc.madvise, list[int]()
 
     def noted(address: int, size_bytes: int, advice: int) -> int:
         pieces.append(size_bytes)
         return int(madvise(address, size_bytes, advice))
 
-    monkeypatch.setattr(host, "_libc", types.SimpleNamespace(madvise=noted))
+    monkeypatch.setattr(pages, "_libc", types.SimpleNamespace(madvise=noted))
+    monkeypatch.setattr(
+        pages, "time", types.SimpleNamespace(perf_counter=itertools.count().__next__)
+    )
     mapping.close()
     assert resident_kib(read) == resident_kib(written) == 0
     assert sorted(pieces) == [2 * MIB, 2 * MIB, 4 * MIB, 4 * MIB, 4 * MIB, 4 * MIB]
     assert torch.equal(view, torch.arange(1000))  # what still reads finds its bytes
     monkeypatch.undo()
     slab.close()
+
+
+def test_a_slab_of_terabytes_that_holds_little_is_dropped_in_few_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In equal ones it were 16 million, which held the loop for a minute."""
+    slab = HostSlab(64 << 40, huge_pages=False)
+    slab.commit(0, MIB, prefault=True)
+    address = slab._open()[1]
+    madvise, pieces = pages._libc.madvise, list[int]()
+
+    def noted(address: int, size_bytes: int, advice: int) -> int:
+        pieces.append(size_bytes)
+        return int(madvise(address, size_bytes, advice))
+
+    monkeypatch.setattr(pages, "_libc", types.SimpleNamespace(madvise=noted))
+    now_s = itertools.count(step=1e-6).__next__
+    monkeypatch.setattr(pages, "time", types.SimpleNamespace(perf_counter=now_s))
+    slab.close()
+    assert resident_kib(address) == 0
+    assert sum(pieces) == 64 << 40
+    assert len(pieces) < 32
 
 
 def test_memory_that_torch_can_not_have_is_told_and_its_other_errors_too(

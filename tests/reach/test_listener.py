@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+import uvloop
 
 import featcache
 from featcache import FeatureCache, SettingsError, events
@@ -286,6 +287,78 @@ async def test_hosts_speak_tls_where_they_have_certificates(tmp_path: Path) -> N
             write.write(Conversation(Role.DIALER, KEY.encode(), HOST).take_outgoing())
             got = await read.read()
         assert not got  # it has shown no certificate
+
+
+async def test_handshakes_of_tls_are_limited_in_number(tmp_path: Path) -> None:
+    tls = certificate(tmp_path)
+    async with contextlib.AsyncExitStack() as stack:
+        home = await stack.enter_async_context(listening(peers=2, peer_timeout=30.0, **tls))
+        silent = [await stack.enter_async_context(dialing(home)) for _ in range(2)]
+        beyond = home._opened().beyond
+        assert beyond is not None
+        assert beyond._listener is not None
+        securing = beyond._listener._securing
+        await until(lambda: len(securing) == 2)
+        with refusals() as told:
+            third = await stack.enter_async_context(dialing(home))
+            with contextlib.suppress(ConnectionError):
+                assert not await third.reader.read()
+            assert [each for each in told if "handshake already" in each]
+        silent[0].writer.close()
+        await until(lambda: len(securing) == 1)
+        reader = featcache.create(settings=quick(**tls), cluster_key=KEY)
+        await stack.enter_async_context(reader)
+        got = await reader.get(await home.put(filled(KIB, 3)))
+        assert torch.equal(tensor(got), filled(KIB, 3))
+        await until(lambda: len(securing) == 1)  # the one that still says nothing
+
+
+async def test_a_peer_that_says_nothing_under_tls_is_sent_away_in_time(tmp_path: Path) -> None:
+    async with (
+        listening(**certificate(tmp_path)) as home,
+        dialing(home) as peer,
+    ):
+        with refusals() as told:
+            with contextlib.suppress(ConnectionError):
+                assert not await peer.reader.read()
+            await until(lambda: any("no TLS" in each for each in told))
+
+
+async def test_an_owner_closes_while_a_peer_is_in_its_tls_handshake(tmp_path: Path) -> None:
+    async with listening(peer_timeout=30.0, **certificate(tmp_path)) as home, dialing(home) as peer:
+        beyond = home._opened().beyond
+        assert beyond is not None
+        assert beyond._listener is not None
+        securing = beyond._listener._securing
+        await until(lambda: len(securing) == 1)
+        await home.aclose()
+        with contextlib.suppress(ConnectionError):
+            assert not await peer.reader.read()
+
+
+async def test_what_is_no_tls_is_told(tmp_path: Path) -> None:
+    async with listening(**certificate(tmp_path)) as home, dialing(home) as plain:
+        with refusals() as told:
+            plain.writer.write(plain.talk.take_outgoing())
+            with contextlib.suppress(ConnectionError):
+                await plain.reader.read()
+            await until(lambda: any("no TLS" in each for each in told))
+
+
+@pytest.mark.parametrize("has_tls", [False, True])
+def test_hosts_read_each_other_under_uvloop(has_tls: bool, tmp_path: Path) -> None:
+    tls = certificate(tmp_path) if has_tls else {}
+
+    async def read() -> None:
+        async with (
+            listening(**tls) as home,
+            featcache.create(settings=quick(**tls), cluster_key=KEY) as reader,
+        ):
+            got = await reader.get(await home.put(filled(KIB, 3)))
+            assert torch.equal(tensor(got), filled(KIB, 3))
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(read())
 
 
 async def test_a_reader_that_trusts_another_authority_does_not_come_in(tmp_path: Path) -> None:

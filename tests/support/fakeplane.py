@@ -13,17 +13,20 @@ import pytest
 
 from featcache.errors import BackendUnavailable, CacheClosed
 from featcache.owner import beyond
-from featcache.reach.plane import Piece
+from featcache.reach.plane import HOST, Memory, Piece
 
 
 class FakeTransfer:
     """A read that a test may hold up."""
 
-    def __init__(self, plane: "FakePlane", peer: str, pieces: Sequence[Piece]) -> None:
+    def __init__(
+        self, plane: "FakePlane", peer: str, pieces: Sequence[Piece], there: Memory
+    ) -> None:
         self.ended: asyncio.Future[None] = plane.loop.create_future()
         self.abandoned = False
         self.peer = peer
         self.pieces = pieces
+        self.there = there
         self._plane = plane
 
     def abandon(self) -> None:
@@ -39,6 +42,8 @@ class FakeTransfer:
                 self._plane.check(piece.here, piece.nbytes)
                 if peer is None:
                     raise BackendUnavailable("remote disconnected")
+                if peer.memory != self.there:
+                    raise BackendUnavailable("not registered as memory of this kind")
                 peer.check(piece.there, piece.nbytes)
                 ctypes.memmove(piece.here, piece.there, piece.nbytes)
         except BackendUnavailable as error:
@@ -57,9 +62,9 @@ class FakePlane:
 
     planes: ClassVar[dict[str, "FakePlane"]] = {}
 
-    def __init__(self, name: str, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, name: str, loop: asyncio.AbstractEventLoop, memory: Memory = HOST) -> None:
         self.on_notification: Callable[[bytes], object] = lambda _: None
-        self.name, self.loop = name, loop
+        self.name, self.loop, self.memory = name, loop, memory
         self.registered: dict[int, int] = {}
         self.transfers: list[FakeTransfer] = []
         self.held = False
@@ -102,9 +107,9 @@ class FakePlane:
         self._known.add(metadata.decode())
         return metadata.decode()
 
-    def read(self, peer: str, pieces: Sequence[Piece]) -> FakeTransfer:
+    def read(self, peer: str, pieces: Sequence[Piece], there: Memory = HOST) -> FakeTransfer:
         assert peer in self._known, "its metadata came first"
-        transfer = FakeTransfer(self, peer, pieces)
+        transfer = FakeTransfer(self, peer, pieces, there)
         self.transfers.append(transfer)
         if not self.held:
             self.loop.call_soon(transfer.land)

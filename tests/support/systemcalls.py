@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import pytest
 
-from featcache.memory.host import slab as host_slab
+from featcache.memory.host import pages
 
 SHORT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _PLACE: Final = frozenset({errno.EACCES, errno.ENOSPC, errno.EROFS, errno.ENOENT})
@@ -138,7 +138,7 @@ class Calls:
         }
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(socket, "socket", self._socket())
-            patch.setattr(host_slab, "_libc", _Libc(self, host_slab._libc))
+            patch.setattr(pages, "_libc", _Libc(self, pages._libc))
             for full_name in TABLE:
                 place, _, name = full_name.partition(".")
                 if place in places:

@@ -17,6 +17,10 @@ WAIT_BOUNDS_S: Final = (
     *(1e-5, 5e-5, 2e-4, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05),
     *(0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0),
 )
+FETCH_BOUNDS_S: Final = (
+    *(5e-5, 1e-4, 2e-4, 5e-4, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05),
+    *(0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
+)
 AGE_BOUNDS_S: Final = (
     *(5e-5, 2e-4, 5e-4, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05),
     *(0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0),
@@ -45,6 +49,7 @@ class Meter:
     """The counts of one object. The host time of a call is from its begin to its return, waits included."""
 
     __slots__ = (
+        "fetch",
         "get_bytes",
         "get_host",
         "published_bytes",
@@ -65,6 +70,8 @@ class Meter:
         self.get_host = Buckets(HOST_BOUNDS_S)
         self.put_wait = Buckets(WAIT_BOUNDS_S)
         """Of an owner: seconds that puts of all processes waited for room."""
+        self.fetch = Buckets(FETCH_BOUNDS_S)
+        """Of an owner: seconds of transfers from other hosts."""
         self.release_age = Buckets(AGE_BOUNDS_S)
         """Of an owner: ages of refs as their room was taken back."""
 

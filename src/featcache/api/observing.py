@@ -8,7 +8,7 @@ gives it a class of its own, whose calls count in a `Meter`, and an owner's stor
 import functools
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
 import torch
@@ -20,6 +20,10 @@ from featcache.core.observed import observe as observe_store
 from featcache.core.observed import unobserve as unobserve_store
 from featcache.errors import CacheClosed, SettingsError
 from featcache.memory.pack import Feature
+from featcache.observation import HomeView, ReadingHostView
+from featcache.owner.host_views import home_views, reading_views
+from featcache.owner.observed_reads import observe as observe_fetches
+from featcache.owner.observed_reads import unobserve as unobserve_fetches
 from featcache.owner.owner import Owner
 from featcache.pool import gauges
 from featcache.pool.waits import WaitObserver, observe_waits, unobserve_waits
@@ -67,6 +71,10 @@ class Figures(NamedTuple):
     """`statistics()`, of an owner's pool or of the pool that a client is bound to."""
     pools: list[PoolFigures]
     """Of each pool its gauges; the other fields are 0."""
+    homes: Sequence[HomeView] = ()
+    """Other hosts that an owner reads from."""
+    reading_hosts: Sequence[ReadingHostView] = ()
+    """Other hosts that read there."""
 
 
 def figures(watched: Watched) -> Figures:
@@ -84,7 +92,10 @@ def figures(watched: Watched) -> Figures:
             if owner.spill is not None:
                 beside = owner.spill.pool
                 pools.append(PoolFigures(beside.name, "cpu", _gauges(beside.words.header)))
-            return Figures(pools[0], pools)
+            beyond = owner.beyond
+            if beyond is None:
+                return Figures(pools[0], pools)
+            return Figures(pools[0], pools, home_views(beyond), reading_views(beyond))
         registry = watched._opened().registry  # noqa: SLF001 - as above
         pools = [
             PoolFigures(
@@ -134,6 +145,8 @@ def observe(
         each.__class__ = _observed(kind, is_outer=each is outer)
     if isinstance(engine, Owner):
         observe_store(engine.pool.store, meter)
+        if engine.beyond is not None:
+            observe_fetches(engine.beyond.reads, meter.fetch)
 
 
 def unobserve(watched: Watched, *, blocking: Any = None) -> None:
@@ -145,7 +158,10 @@ def unobserve(watched: Watched, *, blocking: Any = None) -> None:
         if is_observed(each):
             each.__class__ = type(each).__base__
     if isinstance(watched, FeatureCache) and watched.is_open:
-        unobserve_store(watched._opened().pool.store)  # noqa: SLF001 - one object in two rooms' words
+        owner = watched._opened()  # noqa: SLF001 - one object in two rooms' words
+        unobserve_store(owner.pool.store)
+        if owner.beyond is not None:
+            unobserve_fetches(owner.beyond.reads)
 
 
 def is_observed(watched: Any) -> bool:

@@ -3,8 +3,9 @@
 ``featcache.blocking.create`` and ``connect`` take the arguments of `featcache.create` and
 `featcache.connect` and are opened with plain ``with``. An event loop in a thread of its own keeps
 sessions and the recycler going; reads of a pool that is attached never enter it, they run in the
-caller's thread. These objects are safe in any thread; they are closed when the main thread ends. A call
-that would wait for the loop of its own thread raises WrongLoop.
+caller's thread, and so do a client's puts into room that it was given ahead. These objects are safe in
+any thread; they are closed when the main thread ends. A call that would wait for the loop of its own
+thread raises WrongLoop.
 """
 
 import contextlib
@@ -168,7 +169,8 @@ class _BlockingBase(BlockingLife[C]):
             lambda: engine.writers(on_full, key, timeout_s)
         )
         staged = writers.stage(feature, readers, ttl, key)
-        return self._portal.call(
+        ref = staged.put_here(self._portal.check_thread, self._portal.look)
+        return ref or self._portal.call(
             lambda: staged.put(timeout_s, engine.spills, wait=on_full != "raise"),
             self._portal.inner.discard,
         )

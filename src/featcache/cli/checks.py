@@ -31,6 +31,9 @@ _FEW_DESCRIPTORS: Final = 1024
 _LITTLE_LOCKED_BYTES: Final = 64 << 20
 _F_ADD_SEALS: Final = fcntl.F_ADD_SEALS
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | 0x10  # F_SEAL_FUTURE_WRITE
+_NIXL: Final = ("nixl-cu12", "nixl-cu13", "nixl")
+_UCX: Final = ("UCX_TLS", "UCX_NET_DEVICES", "UCX_TCP_PORT_RANGE")
+_RDMA: Final = Path("/sys/class/infiniband")
 _HUGE: Final = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
@@ -221,6 +224,33 @@ def _gpu(one: DeviceFacts, count: int) -> Iterator[Check]:
         yield Check(f"{one.device} peers", "ok", f"reaches {', '.join(one.reaches)}")
 
 
+def _reach() -> Iterator[Check]:
+    """Whether pools can be read by other hosts, and over what."""
+    found: list[tuple[str, str]] = []
+    for name in _NIXL:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append((name, importlib.metadata.version(name)))
+    if not found:
+        advice = "only for pools that other hosts read: pip install 'featcache[reach]'"
+        yield Check("other hosts", "note", "the extra reach is not installed", advice)
+        return
+    name, version = found[0]
+    told = [f"{key}={value}" for key in _UCX if (value := os.environ.get(key))]
+    yield Check("other hosts", "ok", f"{name} {version}; {', '.join(told) or 'UCX chooses'}")
+    yield _network()
+
+
+def _network() -> Check:
+    """Say what UCX can read other hosts' memory over."""
+    devices = [path.name for path in sorted(_RDMA.iterdir())] if _RDMA.is_dir() else []
+    if devices:
+        return Check("RDMA", "ok", f"{', '.join(devices)}: UCX takes it where UCX_TLS allows")
+    return Check(
+        *("RDMA", "note", "no device: UCX reads over TCP, and over shared memory on one host"),
+        "UCX_NET_DEVICES=eth1 chooses the network, UCX_TCP_PORT_RANGE bounds its ports",
+    )
+
+
 CHECKS: Final[tuple[Callable[[], Iterator[Check]], ...]] = (
     _versions,
     _kernel,
@@ -234,4 +264,5 @@ CHECKS: Final[tuple[Callable[[], Iterator[Check]], ...]] = (
     _memory,
     _huge_pages,
     _gpus,
+    _reach,
 )

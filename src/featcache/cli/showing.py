@@ -8,11 +8,20 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from featcache.observation import KeysPage, SessionView, Snapshot, UnpaidRef
+from featcache.observation import (
+    HomeView,
+    KeysPage,
+    ReadingHostView,
+    SessionView,
+    Snapshot,
+    UnpaidRef,
+)
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _KIB = 1024.0
 _WIDE = 1000
+_MILLISECOND_S = 1e-3
+_TEN = 10
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 _STYLES = {"normal": "green", "elevated": "yellow", "high": "red", "exhausted": "bold red"}
 
@@ -51,6 +60,16 @@ def age(seconds: float) -> str:
     return f"{seconds // _DAY_S:.0f} d {seconds % _DAY_S // _HOUR_S:.0f} h"
 
 
+def latency(seconds: float) -> str:
+    """Return the seconds of an operation as people read them: 850 us, 3.2 ms, 1.40 s."""
+    if seconds < _MILLISECOND_S:
+        return f"{seconds * 1e6:.0f} us"
+    if seconds < 1:
+        value = seconds * 1e3
+        return f"{value:.1f} ms" if value < _TEN else f"{value:.0f} ms"
+    return f"{seconds:.2f} s" if seconds < _TEN else f"{seconds:.0f} s"
+
+
 def printable(text: str) -> str:
     """Return a text of others in which nothing moves the cursor."""
     return text if text.isprintable() else ascii(text)[1:-1]
@@ -61,6 +80,10 @@ def snapshot_text(snapshot: Snapshot) -> Group:
     parts: list[Table | Text] = [_pool(snapshot)]
     if snapshot.sessions:
         parts.append(_sessions(snapshot.sessions))
+    if snapshot.homes:
+        parts.append(_homes(snapshot.homes))
+    if snapshot.reading_hosts:
+        parts.append(_reading_hosts(snapshot.reading_hosts))
     if snapshot.unpaid:
         parts.append(_unpaid(snapshot.unpaid, snapshot.unpaid_refs))
     if snapshot.waiting:
@@ -107,6 +130,20 @@ def _pool(snapshot: Snapshot) -> Table:
                 f"{figures.evicted} evicted, {figures.expired} expired, {figures.spilled} spilled"
             ),
         ),
+        *(
+            [
+                (
+                    "hosts",
+                    (
+                        f"{figures.fetched} fetched, {size(figures.fetched_bytes)}, "
+                        f"{figures.fetches_failed} failed; {figures.told} read by others, "
+                        f"{size(figures.told_bytes)}; {figures.hosts_lost} lost"
+                    ),
+                )
+            ]
+            if snapshot.peers
+            else []
+        ),
         ("trouble", f"{figures.readers_lost} readers lost, {figures.waited} puts waited"),
     ]
     table = Table.grid(padding=(0, 2))
@@ -135,6 +172,52 @@ def _sessions(sessions: tuple[SessionView, ...]) -> Table:
             _both(one.owes, one.owes_bytes),
             _both(one.writing + one.ahead, one.writing_bytes + one.ahead_bytes),
             _both(one.pins, one.pinned_bytes),
+        )
+    return table
+
+
+def _homes(homes: tuple[HomeView, ...]) -> Table:
+    table = _table(
+        f"hosts read from ({len(homes)})",
+        *("address", "state", "fetched", "now", "failed", "quarantined", "unpaid"),
+        *("transfer last, mean, longest", "round trip", "heard"),
+    )
+    for one in homes:
+        reason = f": {one.reason}" if one.reason else ""
+        table.add_row(
+            printable(one.address),
+            printable(f"{one.state}{reason}"),
+            _both(one.fetched, one.fetched_bytes),
+            str(one.in_progress or "-"),
+            str(one.failed or "-"),
+            _both(one.quarantined, one.quarantined_bytes),
+            str(one.unacknowledged or "-"),
+            ", ".join(map(latency, (one.last_s, one.mean_s, one.longest_s)))
+            if one.longest_s
+            else "-",
+            "-" if one.round_trip_s is None else latency(one.round_trip_s),
+            "never" if one.silent_s is None else f"{age(one.silent_s)} ago",
+        )
+    return table
+
+
+def _reading_hosts(hosts: tuple[ReadingHostView, ...]) -> Table:
+    table = _table(
+        f"hosts that read here ({len(hosts)})",
+        *("address", "host", "state", "reads now", "asks", "told", "lease", "heard", "names"),
+    )
+    for one in hosts:
+        more = f", {one.named - len(one.names)} more" if one.named > len(one.names) else ""
+        table.add_row(
+            printable(one.address),
+            one.host[:8],
+            f"{one.state}, {one.reads_paid} reads paid" if one.state == "lost" else one.state,
+            _both(one.reading, one.reading_bytes),
+            str(one.requests or "-"),
+            _both(one.reads, one.told_bytes),
+            age(one.lease_s) if one.lease_s else "-",
+            f"{age(one.silent_s)} ago",
+            printable(", ".join(one.names) + more),
         )
     return table
 

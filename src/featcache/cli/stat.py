@@ -19,16 +19,20 @@ SCHEMA: Final = 1
 @json_option
 @click.option("--watch", is_flag=True, help="Again and again, until interrupted.")
 @click.option(
-    "--every", type=float, default=1.0, show_default=True, help="Seconds between two looks."
+    *("--interval", "--every", "interval"),
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Seconds between two looks.",
 )
-def stat(endpoint: str, *, as_json: bool, watch: bool, every: float) -> None:
+def stat(endpoint: str, *, as_json: bool, watch: bool, interval: float) -> None:
     """Show the pool at ENDPOINT: its figures, its sessions, who owes and who waits.
 
     With --json one object, on one line; with --watch one line a look.
     """
-    if not 0.05 <= every <= 3600:  # noqa: PLR2004 - a range told in the error
-        raise click.BadParameter("give 0.05 to 3600 seconds", param_hint="--every")
-    observed(endpoint, lambda observer: _show(observer, as_json, every if watch else None))
+    if not 0.05 <= interval <= 3600:  # noqa: PLR2004 - a range told in the error
+        raise click.BadParameter("give 0.05 to 3600 seconds", param_hint="--interval")
+    observed(endpoint, lambda observer: _show(observer, as_json, interval if watch else None))
 
 
 async def _show(observer: Observer, in_json: bool, every_s: float | None) -> None:

@@ -12,7 +12,7 @@ from featcache.control import many, messages
 from featcache.control.messages import Find, KeyCommand, ProtocolError
 from featcache.control.turns import CALL_UNITS, turn_of
 from featcache.core.keyed_store import key_label
-from featcache.errors import FeatcacheError, KeyNotFound, at_member
+from featcache.errors import FeatcacheError, KeyNotFound, KeyTimeout, at_member
 from featcache.memory.key_table import ABSENT, UNKNOWN
 from featcache.ref import FeatureRef
 from featcache.session.arguments import key_timeout, not_found, rpc_timeout
@@ -284,13 +284,24 @@ class ClientKeys:
                 raise
             raise key_timeout(key_label(key), timeout_s) from None
         except TimeoutError:
-            raise key_timeout(key_label(key), timeout_s or 0.0) from None
+            raise self._unanswered(key, timeout_s or 0.0) from None
         if not isinstance(answer, messages.Reply):
             raise ProtocolError(f"the owner answered a share with {type(answer).__name__}")
         ref = FeatureRef.from_bytes(answer.ref)
         if ref.pool_id != connection.attachment.pool_id:
             raise ProtocolError("the owner answered a share with a ref of another pool")
         return ref
+
+    def _unanswered(self, key: bytes, timeout_s: float) -> KeyTimeout:
+        """Return the error of a share that took too long: its key may be there, and the owner stopped."""
+        connection = self._registry.peek_bound()
+        if connection is None or not connection.hits.contains(key):
+            return key_timeout(key_label(key), timeout_s)
+        label = key_label(key)[:64]
+        return KeyTimeout(
+            f"{label!r} is there, but its owner did not share it within {timeout_s:g} s: "
+            "it is busy, or stopped"
+        )
 
     async def command(self, command: Command, key: bytes) -> bool:
         """Do this to a key; return whether it was there. KeyNotFound of pin and unpin if it was not."""

@@ -8,7 +8,14 @@ import numpy as np
 from featcache.control import observing
 from featcache.control.messages import ProtocolError, Reply
 from featcache.control.observer_link import ObserverLink
-from featcache.observation import KeysPage, SessionView, SlabMap, Snapshot
+from featcache.observation import (
+    HomeView,
+    KeysPage,
+    ReadingHostView,
+    SessionView,
+    SlabMap,
+    Snapshot,
+)
 
 A = TypeVar("A", bound=observing.Answer)
 
@@ -37,7 +44,28 @@ class Observing:
                 break
             after = page.sessions[-1].session
         pool = observed.pool
-        return Snapshot(**attrs.asdict(pool, recurse=False), sessions=tuple(sessions))
+        homes, reading_hosts = await self._hosts() if pool.peers else ((), ())
+        return Snapshot(
+            **attrs.asdict(pool, recurse=False),
+            sessions=tuple(sessions),
+            homes=homes,
+            reading_hosts=reading_hosts,
+        )
+
+    async def _hosts(self) -> tuple[tuple[HomeView, ...], tuple[ReadingHostView, ...]]:
+        """Return the hosts that are read from, and those that read."""
+        homes: list[HomeView] = []
+        reading: list[ReadingHostView] = []
+        after: str | None = ""
+        for _ in range(_MAX_PAGES):
+            request = observing.ListHosts(self.link.number(), after or "")
+            page = await self._ask(request, observing.HostList)
+            homes += page.homes
+            reading += page.reading_hosts
+            after = page.next
+            if after is None:
+                break
+        return tuple(homes), tuple(reading)
 
     async def keys(self, order: observing.Order, after: str, limit: int) -> KeysPage:
         """Return a page of keys."""

@@ -1,6 +1,7 @@
 """Publishes that a client leaves in its page: its owner is woken once for those of a turn of the loop."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 
 from featcache.client.rooms import RoomsAhead
@@ -33,12 +34,18 @@ class PublishPosts:
         self._rung_at = 0
         """How many posts there were when the doorbell was rung last."""
         self._rings_soon = False
+        self._lock = threading.Lock()
+        """Guards the ring, of which an entry is one thread's until it is counted, and `from_threads`."""
+        self.from_threads = 0
+        """Puts that were told of by `post_here`."""
 
     def post(self, note: PublishUnkeyed) -> None:
         """Tell the owner of a put, or raise what a request would."""
         self._requests.check()
         payload = encode(note)
-        if not self._posts.post(payload):
+        with self._lock:
+            posted = self._posts.post(payload)
+        if not posted:
             self._requests.post(payload)  # behind the posts: the owner takes them first
             return
         if self._rooms.run_low():
@@ -46,6 +53,20 @@ class PublishPosts:
         elif not self._rings_soon:
             self._rings_soon = True
             self._call_soon(self._ring_soon)
+
+    def post_here(
+        self, note: PublishUnkeyed, in_loop: Callable[[Callable[[], object]], object]
+    ) -> None:
+        """As `post`, in any thread: `in_loop` runs something in the loop, which alone uses the socket."""
+        self._requests.check()
+        payload = encode(note)
+        with self._lock:
+            self.from_threads += 1
+            posted = self._posts.post(payload)
+        if not posted:
+            in_loop(lambda: self._requests.post(payload))
+        elif not self._posts.is_heard:
+            self._bell()  # the loop may stand still: this thread does not wait for its next turn
 
     def _ring_soon(self) -> None:
         self._rings_soon = False

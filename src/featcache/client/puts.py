@@ -33,12 +33,12 @@ class ClientPuts:
         """Drop a pool's writer, whose connection keeps the words mapped."""
         writer = self._writers.pop(pool_id, None)
         if writer is not None:
-            self._puts += writer.puts
+            self._puts += writer.published
 
     @property
     def puts(self) -> int:
         """Features that this client published."""
-        return self._puts + sum(writer.puts for writer in self._writers.values())
+        return self._puts + sum(writer.published for writer in self._writers.values())
 
     def _known(self, connection: PoolConnection) -> PoolWriter | None:
         """Return the writer of a pool, if it has one that still fits."""

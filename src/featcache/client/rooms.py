@@ -1,15 +1,20 @@
 """The rooms that a client was given ahead: slots that it may claim for its next puts."""
 
+import threading
 from collections.abc import Sequence
 
 from featcache.control.rooms import MAX_ROOMS, Room
 
 
 class RoomsAhead:
-    """Rooms of one pool, the newest last. The owner may have taken some back: that is seen in its words."""
+    """Rooms of one pool, the newest last. The owner may have taken some back: that is seen in its words.
+
+    Safe in any thread: a room goes to one caller of `pop`.
+    """
 
     def __init__(self) -> None:
         self._rooms: list[Room] = []
+        self._lock = threading.Lock()
         self.come = False
         """Whether any ever came."""
         self._low = 0
@@ -19,10 +24,11 @@ class RoomsAhead:
         self.come = True
         if not rooms:
             return
-        self._rooms += rooms
-        if len(self._rooms) > MAX_ROOMS:
-            del self._rooms[:-MAX_ROOMS]
-        self._low = len(self._rooms) // 2
+        with self._lock:
+            self._rooms += rooms
+            if len(self._rooms) > MAX_ROOMS:
+                del self._rooms[:-MAX_ROOMS]
+            self._low = len(self._rooms) // 2
 
     def run_low(self) -> bool:
         """Return whether half of them are used up; said once, until new ones come."""
@@ -33,8 +39,9 @@ class RoomsAhead:
 
     def pop(self, nbytes: int) -> Room | None:
         """Return the newest that is large enough: its bytes are the likeliest to be in the cache."""
-        rooms = self._rooms
-        for at in range(len(rooms) - 1, -1, -1):
-            if rooms[at].nbytes >= nbytes:
-                return rooms.pop(at)
+        with self._lock:
+            rooms = self._rooms
+            for at in range(len(rooms) - 1, -1, -1):
+                if rooms[at].nbytes >= nbytes:
+                    return rooms.pop(at)
         return None

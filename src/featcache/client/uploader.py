@@ -8,13 +8,14 @@ import msgspec
 
 from featcache.client.connection import PoolConnection
 from featcache.client.deadlines import left, within
-from featcache.client.writer import ClientWriter, wire_form
+from featcache.client.puts_here import wire_form
+from featcache.client.writer import ClientWriter
 from featcache.control import messages
 from featcache.control.messages import ProtocolError
 from featcache.core.put_queue import Request
 from featcache.errors import at_member
 from featcache.ref import FeatureRef
-from featcache.session.staging import Staged
+from featcache.session.staging import InLoop, Staged
 from featcache.settings import Settings
 
 
@@ -43,6 +44,16 @@ class Uploader:
             staged.request.nbytes,
             lambda waits, deadline_s: self._put(staged, timeout_s, deadline_s, wait=waits),
         )
+
+    @property
+    def published(self) -> int:
+        """Features that were put here."""
+        return self.puts
+
+    puts_here = False
+
+    def put_here(self, staged: Staged, in_loop: InLoop) -> FeatureRef | None:
+        """Return None: its puts are all the loop's."""
 
     stages_at_call = False
     """What goes through host memory is copied there by the CPU."""

@@ -17,6 +17,7 @@ from featcache.client.batch_puts import ClientBatchPuts
 from featcache.client.connection import PoolConnection
 from featcache.client.deadlines import UNMAPPED, UNTOLD, at_most, give_up_at, left, within
 from featcache.client.posts import PublishPosts
+from featcache.client.puts_here import PutsHere, terms_of, wire_form
 from featcache.client.rooms import RoomsAhead
 from featcache.control import messages
 from featcache.control.descriptors import close_taken
@@ -40,21 +41,7 @@ from featcache.session.waiting import wait_mapped
 from featcache.settings import Settings
 
 
-def wire_form(
-    request: Request,
-) -> tuple[int, int | list[str], float | None, bytes | None]:
-    """Return a put's request as the fields of `messages.PutSpec` between its number and `waits`."""
-    readers = request.readers
-    owed = readers if isinstance(readers, int) else sorted(readers)
-    return request.nbytes, owed, request.ttl_s, request.key
-
-
-def _terms(request: Request) -> PutTerms:
-    nbytes, readers, ttl_s, key = wire_form(request)
-    return PutTerms(nbytes, readers, ttl_s, key)
-
-
-class ClientWriter(ClientBatchPuts):
+class ClientWriter(ClientBatchPuts, PutsHere):
     """Puts into the pool of one connection."""
 
     def __init__(self, connection: PoolConnection, settings: Settings, offload: Offload) -> None:
@@ -97,7 +84,7 @@ class ClientWriter(ClientBatchPuts):
         until_s = None if timeout_s is None else give_up_at(timeout_s)
         room = self._claim(request.nbytes)
         if room is not None:
-            return await self._fill(room, staged, _terms(request), until_s)
+            return await self._fill(room, staged, terms_of(request), until_s)
         if timeout_s is None:  # a scope takes as long as a third of a round trip
             reserved = await self._reserve(request, wait=wait)
         else:
@@ -255,16 +242,19 @@ class ClientWriter(ClientBatchPuts):
 
     def _withdraw(self, reserved: Reserved | Room, staged: Staged, *, wrote: bool) -> None:
         """Give a slot up, after the writes that a stream may still have for it."""
+        self._give_up(reserved, landed=self._has_landed(reserved, staged, wrote=wrote))
+        self.connection.attachment.end_write(reserved.slot, reserved.generation)
+
+    def _has_landed(self, reserved: Reserved | Room, staged: Staged, *, wrote: bool) -> bool:
+        """Whether no stream has writes for a slot any more; if one may have, its word comes behind them."""
         attachment, order = self.connection.attachment, staged.order
-        slot, generation = reserved.slot, reserved.generation
-        landed = not (wrote and attachment.mapping.deferred and order is not None)
-        if not landed:
-            try:
-                attachment.tell_written(slot, generation, order)
-            except BackendUnavailable:
-                landed = True  # a broken context: nothing comes any more
-        self._give_up(reserved, landed=landed)
-        attachment.end_write(slot, generation)
+        if not (wrote and attachment.mapping.deferred and order is not None):
+            return True
+        try:
+            attachment.tell_written(reserved.slot, reserved.generation, order)
+        except BackendUnavailable:
+            return True  # a broken context: nothing comes any more
+        return False
 
     def _give_up(self, reserved: Reserved | Room, *, landed: bool) -> None:
         self.connection.link.tell(

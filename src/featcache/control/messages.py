@@ -36,7 +36,7 @@ from featcache.control.wire import Specs as _Specs
 from featcache.control.wire import Text as _Text
 from featcache.errors import FeatcacheError, explain
 
-VERSION: Final = 6
+VERSION: Final = 7
 """Protocol version: grows when a message or a shared layout changes; both sides must have the same."""
 
 MAX_SEGMENTS: Final = 32

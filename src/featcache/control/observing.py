@@ -11,11 +11,12 @@ import msgspec
 
 from featcache.control.messages import Closing, Goodbye, Refused, Reply, checked_decoder
 from featcache.control.wire import Key, MessageBytes, Natural, Numbered, PoolId, Text
-from featcache.observation import KeysPage, PoolView, SessionView
+from featcache.observation import HomeView, KeysPage, PoolView, ReadingHostView, SessionView
 
 MAX_CELLS: Final = 4096
 MAX_KEYS: Final = 512
 MAX_SESSIONS: Final = 64
+MAX_HOSTS: Final = 64
 Order = Literal["size", "age", "hits"]
 ORDERS: Final[tuple[Order, ...]] = ("size", "age", "hits")
 
@@ -28,6 +29,12 @@ class ListSessions(Numbered, tag="list_sessions", frozen=True):
     """Observer: the sessions with numbers above this one. Answered by `SessionList`."""
 
     after: Annotated[int, msgspec.Meta(ge=-1, le=(1 << 63) - 1)]
+
+
+class ListHosts(Numbered, tag="list_hosts", frozen=True):
+    """Observer: the other hosts whose record comes after this one. Answered by `HostList`."""
+
+    after: Annotated[str, msgspec.Meta(max_length=1100)]
 
 
 class ListKeys(Numbered, tag="list_keys", frozen=True):
@@ -74,6 +81,16 @@ class SessionList(msgspec.Struct, tag="session_list", frozen=True):
     more: bool
 
 
+class HostList(msgspec.Struct, tag="host_list", frozen=True):
+    """Owner: other hosts, those read from first."""
+
+    request: Natural
+    homes: tuple[HomeView, ...]
+    reading_hosts: tuple[ReadingHostView, ...]
+    next: str | None
+    """What to ask for as `after` next; None if these are the last."""
+
+
 class KeyList(msgspec.Struct, tag="key_list", frozen=True):
     """Owner: a page of keys."""
 
@@ -92,8 +109,8 @@ class SlabCells(msgspec.Struct, tag="slab_cells", frozen=True):
     ages_s: bytes
 
 
-Request = Observe | ListSessions | ListKeys | MapSlab | Evict
-Answer = Reply | Observed | SessionList | KeyList | SlabCells
+Request = Observe | ListSessions | ListHosts | ListKeys | MapSlab | Evict
+Answer = Reply | Observed | SessionList | HostList | KeyList | SlabCells
 FromObserver = Request | Goodbye
 FromOwner = ObserverWelcome | Refused | Closing | Answer
 

@@ -34,7 +34,7 @@ _LENGTH: Final = 8
 
 
 class PostRing:
-    """The session's end. All posts are made in one thread."""
+    """The session's end. Posts are made one at a time."""
 
     def __init__(self, page: SessionWords) -> None:
         self._header, self._entries = page.header, page.posts

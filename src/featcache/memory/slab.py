@@ -199,6 +199,8 @@ class Slab(Mapping, Protocol):
     """The kind's name, by which a reader finds the backend that maps it."""
     device_name: str
     """The device's name between processes: ``"cpu"`` or a GPU's UUID."""
+    ordinal: int
+    """The device in this process; -1 is the host."""
     handle: bytes
     """The handle by which a reader opens it where descriptors can't serve."""
     capacity_bytes: int

@@ -4,10 +4,10 @@ import asyncio
 from typing import NamedTuple
 
 from featcache import events
-from featcache.owner.far_peers import FarPeers
+from featcache.owner.far_peers import FarPeer, FarPeers
 from featcache.owner.far_reads import FarReads
-from featcache.owner.homes import Homes
-from featcache.owner.registered import RegisteredSlab
+from featcache.owner.homes import Home, Homes
+from featcache.owner.registered import RegisteredSlab, memory_of
 from featcache.owner.served_pool import ServedPool, take_each
 from featcache.reach.listener import Listener
 from featcache.reach.plane import DataPlane, make_plane
@@ -80,7 +80,8 @@ class Beyond:
         pool = self._served.pool
         pool.check_open()
         if self._plane is None:
-            self._plane = make_plane(f"featcache-{pool.name}", asyncio.get_running_loop())
+            loop, memory = asyncio.get_running_loop(), memory_of(pool.slab)
+            self._plane = make_plane(f"featcache-{pool.name}", loop, memory)
         slab = RegisteredSlab(pool, self._plane)
         await slab.open()
         return slab
@@ -91,8 +92,23 @@ class Beyond:
             "fetched": self.reads.fetched,
             "fetched_bytes": self.reads.fetched_bytes,
             "fetches_failed": self.reads.failed,
+            "told": 0 if self.peers is None else self.peers.told,
+            "told_bytes": 0 if self.peers is None else self.peers.told_bytes,
             "hosts_lost": 0 if self.peers is None else self.peers.lost,
         }
+
+    @property
+    def lease_s(self) -> float:
+        """For how long a host that reads here is kept after it was heard last."""
+        return self._settings.peer_lease
+
+    def homes_known(self) -> list[Home]:
+        """Return the homes of which there is a record. Safe in any thread."""
+        return self.homes.known
+
+    def hosts_known(self) -> list[FarPeer]:
+        """Return the hosts that read here, with the last that were lost. Safe in any thread."""
+        return [] if self.peers is None else self.peers.known
 
     def _names(self) -> list[str]:
         pages = self._served.pool.pages.values()

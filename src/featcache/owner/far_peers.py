@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Final, NamedTuple
@@ -25,6 +26,8 @@ _STILL_PART: Final = 1 / 4
 """Of a lease: so late a look shows that the owner itself was stopped, or had no core."""
 _MAX_TASKS: Final = 4096
 """Requests of one host that may be unanswered."""
+_MAX_SHOWN: Final = 16
+"""Hosts that were lost of which a record is kept."""
 _PAID: Final = (
     "was paid by this session already, and each session reads a ref once: keep what was read, or keep "
     "the feature under a key"
@@ -61,6 +64,10 @@ class FarPeer:
         """Refs that it has looked at, and of whose end it has not been told."""
         self.tasks: dict[int, asyncio.Task[None]] = {}
         self.timer: asyncio.TimerHandle | None = None
+        self.address = ""
+        """From where it came last."""
+        self.reads = self.told_bytes = self.reads_paid = 0
+        self.lost = False
 
     def send(self, message: messages.FromHome) -> None:
         """Send it; no-op while it is AWAY."""
@@ -78,7 +85,9 @@ class FarPeers:
         self._settings = served.pool.settings
         self._peers: dict[bytes, FarPeer] = {}
         self.forget_host: Callable[[Stream], object] = lambda _: None
-        self.lost = 0
+        self.lost = self.told = self.told_bytes = 0
+        self._gone_hosts: OrderedDict[bytes, FarPeer] = OrderedDict()
+        """The last that were lost, to be shown."""
         slab.plane.on_notification = self.notified
 
     @property
@@ -86,11 +95,17 @@ class FarPeers:
         """Hosts that are connected, or whose lease has not ended."""
         return len(self._peers)
 
+    @property
+    def known(self) -> list[FarPeer]:
+        """The hosts of which there is a record: with the last that were lost."""
+        return [*self._peers.values(), *self._gone_hosts.values()]
+
     def on_host(self, stream: Stream) -> None:
         """Take a host that has proved the key."""
         peer = self._peers.get(stream.peer)
         if peer is None:
             peer = self._peers[stream.peer] = FarPeer(stream.peer)
+            self._gone_hosts.pop(stream.peer, None)
             self._watch(peer)
         elif peer.stream is not None:
             before, peer.stream = peer.stream, None
@@ -99,7 +114,7 @@ class FarPeers:
         # What it had begun over the connection before: it has given that up, and may have said so in vain.
         for place, reader in list(peer.begun):
             self._drop(peer, place, reader)
-        peer.stream, peer.heard_s = stream, _now()
+        peer.stream, peer.heard_s, peer.address = stream, _now(), stream.where
         closed, forget = stream.on_closed, self.forget_host
         stream.on_message = partial(self._on_message, peer, stream)
 
@@ -217,6 +232,8 @@ class FarPeers:
         self._slab.plane.expect(notifications=True)
         try:
             if not there:
+                # The read is in no stream's order: `published`, which a GPU's stream writes behind the
+                # copy and a fence of the whole system, is what says that it finds the bytes.
                 await wait_ready(attachment, ref)
             await self._slab.settled()
             epoch, metadata = await self._slab.metadata()
@@ -227,7 +244,15 @@ class FarPeers:
             raise
         address = self._slab.address_of(ref.offset_bytes)
         told = b"" if request.epoch == epoch else metadata
-        return messages.Found(request.request, address, pieces, epoch, told)
+        self._count(peer, ref.nbytes)
+        found = request.request, address, pieces, epoch, told
+        return messages.Found(*found, self._slab.memory)
+
+    def _count(self, peer: FarPeer, nbytes: int) -> None:
+        peer.reads += 1
+        peer.told_bytes += nbytes
+        self.told += 1
+        self.told_bytes += nbytes
 
     # --- reads end ------------------------------------------------------------------------------------
 
@@ -331,6 +356,10 @@ class FarPeers:
             stream.close()
         if died:
             self.lost += 1
+            peer.lost, peer.reads_paid = True, paid
+            self._gone_hosts[peer.host] = peer
+            if len(self._gone_hosts) > _MAX_SHOWN:
+                self._gone_hosts.popitem(last=False)
             self._emit(events.HostLost, peer, reads_paid=paid)
         else:
             self._emit(events.HostLeft, peer)

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from functools import partial
 from itertools import islice
 from typing import Final, TypeVar
 
@@ -11,6 +12,7 @@ from featcache.control.peer import SessionState
 from featcache.core.put_queue import Request
 from featcache.core.slots import Slot, SlotState
 from featcache.errors import CacheClosed, KeyNotFound, OwnerLost
+from featcache.owner.far_traffic import FetchNews
 from featcache.owner.homes import Home, Homes
 from featcache.owner.registered import RegisteredSlab
 from featcache.owner.served_pool import ServedPool
@@ -35,8 +37,7 @@ class Turn:
     """The calls of one session for one feature, of which one at a time asks the home."""
 
     def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.calls = 0
+        self.lock, self.calls = asyncio.Lock(), 0
 
 
 class Copy:
@@ -81,6 +82,7 @@ class FarReads:
         self._begun: dict[int, list[tuple[Home, Place]]] = {}
         """Reads of sessions that are ending, which are paid if they died."""
         self._closed = False
+        self._news = FetchNews(self._pool.name, self._pool.settings.log_interval)
         self.fetched = self.fetched_bytes = self.failed = self.quarantined = 0
         homes.on_gone = self._ended
         homes.on_lost = self._lost
@@ -252,7 +254,8 @@ class FarReads:
             task = copy.task = asyncio.get_running_loop().create_task(
                 self._fetch(copy, home, link, ref, found)
             )
-            task.add_done_callback(lambda done: self._fetch_ended(copy, done))
+            home.traffic.in_progress += 1
+            task.add_done_callback(lambda done: self._fetch_ended(copy, home, ref, done))
             copy.waiting = 0
         copy.waiting += 1
         try:
@@ -268,11 +271,18 @@ class FarReads:
                     copy.task = None
                     task.cancel()
 
-    def _fetch_ended(self, copy: Copy, task: "asyncio.Task[None]") -> None:
+    def _fetch_ended(
+        self, copy: Copy, home: Home, ref: FeatureRef, task: "asyncio.Task[None]"
+    ) -> None:
         if copy.task is task:
             copy.task = None
-        if task.cancelled() or task.exception() is not None:
+        home.traffic.in_progress -= 1
+        error = None if task.cancelled() else task.exception()
+        if task.cancelled() or error is not None:
             self.failed += 1
+            home.traffic.failed += 1
+        if error is not None:
+            self._news.failed(home.address, ref.nbytes, error)
 
     async def _fetch(
         self, copy: Copy, home: Home, link: HomeLink, ref: FeatureRef, found: messages.Found
@@ -281,34 +291,45 @@ class FarReads:
         request, writer = Request(ref.nbytes, 0, None, copy.key), self._served.writer
         slot = None if writer.has_callers else writer.reserve(request)
         if slot is None:
-            slot = await or_lost(link, self._room(request), self._give_back)
+            back = partial(pool.give_up_reserved, order=None)
+            slot = await or_lost(link, self._room(request), back)
         transfer: Transfer | None = None
+        took_s: float | None = None
         try:
             await slab.settled()
             if ref.nbytes:
                 ours = slab.pieces(slot.offset_bytes, ref.nbytes)
                 here = slab.address_of(slot.offset_bytes)
                 pieces = pair(here, ours, found.address, found.pieces)
-                transfer = slab.plane.read(home.plane, pieces)
+                # The slot was free: on a GPU too no stream is at work there, since a reader's release
+                # and a writer's word land behind the work itself.
+                began_s = _now()
+                transfer = slab.plane.read(home.plane, pieces, found.memory)
                 await self._landed(link, transfer, ref)
+                took_s = _now() - began_s
             check_pins(link)
         except BaseException:
-            self._give_up(slot, transfer)
+            self._give_up(slot, transfer, home)
             raise
+        # Only now, and by the CPU: the bytes are there for kernels too, and behind no stream.
         pool.publish(slot, ref.specs, None)
-        self.fetched += 1
-        self.fetched_bytes += ref.nbytes
+        self._count(home, ref.nbytes, took_s)
         # Kept until those that wait have their shares: a put could evict it before their tasks run.
         held = pool.store.lookup(copy.key, _now())
         if held is not None:
             pool.loop.call_later(_HANDOVER_S, self._release_grant, held)
 
+    def _count(self, home: Home, nbytes: int, took_s: float | None) -> None:
+        """Count a feature that is here; `took_s` is of its transfer."""
+        self.fetched += 1
+        self.fetched_bytes += nbytes
+        home.traffic.landed(nbytes, took_s)
+        if took_s is not None:
+            self._news.landed(home.address, nbytes, took_s, self._limit_s(nbytes))
+
     def _release_grant(self, slot: Slot) -> None:
         if not self._pool.closed:
             self._pool.apply(self._pool.store.pay_grant(slot, _now()))
-
-    def _give_back(self, slot: Slot) -> None:
-        self._pool.give_up_reserved(slot, None)
 
     async def _room(self, request: Request) -> Slot:
         """Return a slot in the queue of all puts, after `reserve` found none."""
@@ -317,7 +338,7 @@ class FarReads:
 
     async def _landed(self, link: HomeLink, transfer: Transfer, ref: FeatureRef) -> None:
         """Return once a read has landed; OwnerLost if its home is lost first, or it takes too long."""
-        limit_s = self._pool.settings.peer_timeout + ref.nbytes / _SLOWEST_BYTES_PER_S
+        limit_s = self._limit_s(ref.nbytes)
         waits = [transfer.ended, link.gone]
         await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         if not transfer.ended.done():
@@ -329,7 +350,11 @@ class FarReads:
                 raise CacheClosed(str(failed))
             raise OwnerLost(f"the bytes could not be read from {link.address}: {failed}")
 
-    def _give_up(self, slot: Slot, transfer: Transfer | None) -> None:
+    def _limit_s(self, nbytes: int) -> float:
+        """Return after how long a transfer is given up."""
+        return self._pool.settings.peer_timeout + nbytes / _SLOWEST_BYTES_PER_S
+
+    def _give_up(self, slot: Slot, transfer: Transfer | None, home: Home) -> None:
         """Give up the landing place of a read that failed, once nothing can be written there any more."""
         pool = self._pool
         if transfer is None or transfer.ended.done():
@@ -337,10 +362,16 @@ class FarReads:
             return
         # Quarantined: a read that was given up may land when its home goes on, in seconds or days.
         self.quarantined += 1
+        traffic, nbytes = home.traffic, slot.nbytes
+        traffic.quarantined += 1
+        traffic.quarantined_bytes += nbytes
+        self._news.quarantined(home.address, nbytes, traffic.quarantined_bytes)
         transfer.abandon()
 
         def ended(_: "asyncio.Future[None]") -> None:
             self.quarantined -= 1
+            traffic.quarantined -= 1
+            traffic.quarantined_bytes -= nbytes
             pool.give_up_reserved(slot, None)
 
         transfer.ended.add_done_callback(ended)

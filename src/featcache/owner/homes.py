@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from featcache import events
-from featcache.errors import CacheClosed, MalformedRef, OwnerLost, PoolFull
+from featcache.errors import CacheClosed, FeatcacheError, MalformedRef, OwnerLost, PoolFull
+from featcache.owner.far_traffic import Traffic
 from featcache.owner.registered import RegisteredSlab
 from featcache.pool.pool import Pool
 from featcache.reach import messages
@@ -40,12 +41,21 @@ class Home:
         self._timer: asyncio.TimerHandle | None = None
         self.pool_id = b""
         """The id of this host's own pool."""
+        self.traffic = Traffic()
+        self.dials_failed = 0
+        self.refused = ""
+        """Why it could not be dialed when it was last tried."""
 
     @property
     def link(self) -> HomeLink:
         """The connection; raise OwnerLost if there is none."""
         if self._link is None:
             raise OwnerLost(f"the owner at {self.address} is lost")
+        return self._link
+
+    @property
+    def last_link(self) -> HomeLink | None:
+        """The connection that stands, or the last one that did."""
         return self._link
 
     @property
@@ -156,12 +166,18 @@ class Homes:
         self._names = names
         self._homes: dict[str, Home] = {}
         self._closed = False
+        self._refusals = events.Throttle(pool.settings.log_interval, burst=16)
         self.own_address: str | None = None
         """Where this owner itself listens."""
         self.on_gone: Callable[[Place], object] = lambda _: None
         """Told of a ref that owes nothing any more at its home."""
         self.on_lost: Callable[[str], object] = lambda _: None
         """Told the address of a home that is lost."""
+
+    @property
+    def known(self) -> list[Home]:
+        """The homes of which there is a record."""
+        return list(self._homes.values())
 
     @property
     def connected(self) -> int:
@@ -214,14 +230,32 @@ class Homes:
 
     async def _dial(self, home: Home) -> HomeLink:
         settings, own = self._pool.settings, self._pool.pool_id
-        link = await HomeLink.dial(home.address, self._key, own, settings, self._tls, self._names)
+        try:
+            link = await HomeLink.dial(
+                home.address, self._key, own, settings, self._tls, self._names
+            )
+        except FeatcacheError as error:
+            home.refused = str(error)
+            home.dials_failed += 1
+            self._tell_refused(home)
+            raise
+        home.refused = ""
         if self._closed:
             link.close()
             raise CacheClosed("the cache was closed")
         link.on_told = lambda told: self._told(home, told)
         link.on_lost = lambda: self._lost(home, link)
         home.connected(link)
+        events.emit(
+            events.HomeAttached(pool=self._pool.name, host=link.host.hex(), address=home.address)
+        )
         return link
+
+    def _tell_refused(self, home: Home) -> None:
+        about = {"pool": self._pool.name, "address": home.address, "reason": home.refused[:500]}
+        self._refusals.emit(
+            _now(), lambda unlogged: events.HomeUnreachable(**about, unlogged=unlogged)
+        )
 
     def _told(self, home: Home, told: messages.Paid | messages.Alive) -> None:
         if isinstance(told, messages.Paid):

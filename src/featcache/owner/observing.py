@@ -16,7 +16,7 @@ from featcache.control.observers import Work
 from featcache.core.put_queue import Waiter
 from featcache.core.slots import Slot
 from featcache.observation import PoolView, UnpaidRef, WaitingPut
-from featcache.owner import key_listing, session_views, slab_map
+from featcache.owner import host_views, key_listing, session_views, slab_map
 from featcache.owner.keys import Lookups
 from featcache.owner.sessions import OWN_SESSION
 from featcache.pool import gauges
@@ -51,10 +51,12 @@ class Observations:
         """Set once it is made; it shows who is attached."""
         self.statistics: Callable[[], Statistics] | None = None
         """The owner's own figures; without it, those of this pool alone."""
+        self.hosts: host_views.Hosts | None = None
+        """What there is beyond this host, if anything."""
 
     def close(self) -> None:
         """Show nothing more."""
-        self.server = self.statistics = None
+        self.server = self.statistics = self.hosts = None
 
     def welcome(self) -> tuple[observing.ObserverWelcome, list[int]]:
         """Return what an observer is told first, and the owner's pidfd."""
@@ -71,6 +73,8 @@ class Observations:
             return self._observe(request)
         if isinstance(request, observing.ListSessions):
             return session_views.listed(pool, self._states(), request, limit_bytes)
+        if isinstance(request, observing.ListHosts):
+            return host_views.listed(pool, self.hosts, request, limit_bytes)
         if isinstance(request, observing.ListKeys):
             return key_listing.listed(pool, request, limit_bytes)
         if isinstance(request, observing.MapSlab):
@@ -118,6 +122,7 @@ class Observations:
             unpaid_refs=len(store.owing),
             unpaid=unpaid,
             waiting=tuple(self._waiting(waiter, now_s) for waiter in store.queue.first(_MOST)),
+            peers=host_views.count(self.hosts),
         )
         return observing.Observed(request.request, view)
 

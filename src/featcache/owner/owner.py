@@ -68,6 +68,7 @@ class Owner:
         main.sessions.spills = spill_bytes is not None
         self.beyond = None if cluster is None else Beyond(main, cluster)
         """What it has for other hosts."""
+        main.shown.hosts = self.beyond
         main.shown.statistics = partial(self.statistics, in_loop=True)
 
     @classmethod

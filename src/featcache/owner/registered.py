@@ -5,21 +5,23 @@ from collections.abc import Coroutine
 from typing import Any
 
 from featcache.errors import BackendUnavailable, FeatcacheError
-from featcache.memory.host.slab import HostSlab
+from featcache.memory.slab import Slab
 from featcache.pool.pool import Pool
-from featcache.reach.plane import DataPlane, Registrations
+from featcache.reach.plane import HOST, DataPlane, Memory, Registrations
 from featcache.ref import TensorSpec
+
+
+def memory_of(slab: Slab) -> Memory:
+    """Return where a slab lies, as its data plane is told."""
+    return HOST if slab.ordinal < 0 else Memory("VRAM", slab.ordinal)
 
 
 class RegisteredSlab:
     """The slab of one pool, registered with a data plane. `pool.growth` tells it of each change."""
 
     def __init__(self, pool: Pool, plane: DataPlane) -> None:
-        if not isinstance(pool.slab, HostSlab):
-            raise BackendUnavailable(
-                "other hosts can reach a pool in host memory only: create(device='cpu', …)"
-            )
         self.plane = plane
+        self.memory = memory_of(pool.slab)
         self.epoch = 1
         """Counts the changes of what is registered."""
         self._pool = pool
@@ -43,8 +45,11 @@ class RegisteredSlab:
         await self.settled()
 
     def committed(self, start_bytes: int, end_bytes: int) -> None:
-        """Register a range that was committed."""
-        self._change(self._register(start_bytes, end_bytes))
+        """Register a range that was committed: the segments that it has now, else cut at their size."""
+        segments = self._pool.slab.segments(start_bytes, end_bytes)
+        # On a GPU no registration may reach from one piece of its memory into the next.
+        parts = [(one.start_bytes, one.start_bytes + one.size_bytes) for one in segments]
+        self._change(self._register(parts or self._registered.cut(start_bytes, end_bytes)))
 
     async def returning(self, end_bytes: int) -> None:
         """Deregister all from an offset on; then it may be given back."""
@@ -95,8 +100,8 @@ class RegisteredSlab:
             except FeatcacheError as error:
                 self._failed = str(error)
 
-    async def _register(self, start_bytes: int, end_bytes: int) -> None:
-        for part in self._registered.cut(start_bytes, end_bytes):
+    async def _register(self, parts: list[tuple[int, int]]) -> None:
+        for part in parts:
             await self.plane.register(self._base + part[0], part[1] - part[0])
             # In this order: it is told to peers with an epoch that has it.
             self._registered.add(part)

@@ -14,7 +14,7 @@ from featcache.memory.pack import check_parts
 from featcache.memory.slab import Order
 from featcache.pool.pool import Pool
 from featcache.ref import FeatureRef
-from featcache.session.staging import Staged
+from featcache.session.staging import InLoop, Staged
 
 if TYPE_CHECKING:
     from featcache.pool.writer import Place
@@ -60,6 +60,11 @@ class BatchPuts:
                 if slot is not None or self.turn.left <= 0:
                     break
         return slot
+
+    puts_here = False
+
+    def put_here(self, staged: Staged, in_loop: InLoop) -> FeatureRef | None:
+        """Return None: its puts are all the loop's."""
 
     async def put_many(
         self, staged: Sequence[Staged], timeout_s: float | None, *, wait: bool

@@ -32,12 +32,13 @@ _now: Final = time.monotonic
 def describe_room(pool: "Pool", *, besides: bool) -> str:
     """Describe the room there is, and who holds the rest; `besides` the waiter that is told."""
     store, refused = pool.store, pool.growth.refused
-    grows = f"; the slab can't grow: {refused}" if refused else ""
+    # First: more capacity is of no use where there is no memory for it.
+    grows = f"the slab can't grow: {refused}; " if refused else ""
     return (
-        f"{store.free_bytes} of {store.limits.capacity_bytes} bytes are free, at most "
+        f"{grows}{store.free_bytes} of {store.limits.capacity_bytes} bytes are free, at most "
         f"{store.largest_free_bytes} in one piece, {store.table.count - store.table.used} of "
         f"{store.table.count} slots, and {len(store.queue) - besides} puts wait; "
-        f"{pool.debtors.holders()}{grows}"
+        f"{pool.debtors.holders()}"
     )
 
 

@@ -24,7 +24,7 @@ from featcache.control.messages import ProtocolError, checked_decoder, encode
 from featcache.control.wire import PoolId, Text
 from featcache.errors import AttachRefused
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of what is said between hosts; both must have the same."""
 MAX_FRAME_BYTES: Final = 8 << 20
 """Bytes of the longest payload once the handshake is over: the metadata of a large slab."""

@@ -52,6 +52,8 @@ class HomeLink:
         self._numbers = self._beats = 0
         self._heard_s = self._kept_s = time.monotonic()
         self._lease_s = settings.peer_timeout  # until the home tells its own
+        self.round_trip_s: float | None = None
+        """Of the last heartbeat that was answered."""
         self._sent: dict[int, float] = {}
         """When the heartbeats that are not answered were sent, by number."""
         self.gone: asyncio.Future[None] = self._loop.create_future()
@@ -170,6 +172,11 @@ class HomeLink:
             raise OwnerLost(str(self.lost))
 
     @property
+    def silent_s(self) -> float:
+        """Seconds since it was heard last."""
+        return time.monotonic() - self._heard_s
+
+    @property
     def keeps_pins(self) -> bool:
         """Whether the home surely keeps now what it has pinned for this host.
 
@@ -190,6 +197,7 @@ class HomeLink:
             sent_s = self._sent.pop(message.number, None)
             if sent_s is not None:
                 self._kept_s = max(self._kept_s, sent_s)
+                self.round_trip_s = self._heard_s - sent_s
         if isinstance(message, Paid | Alive):
             self.on_told(message)
             return

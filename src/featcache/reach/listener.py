@@ -9,6 +9,7 @@ from featcache.errors import FeatcacheError, SettingsError, explain
 from featcache.reach.handshake import Conversation, Role
 from featcache.reach.secret import Address, TlsContexts
 from featcache.reach.stream import Stream
+from featcache.reach.tls_gate import TlsGate
 from featcache.settings import Settings
 
 _BACKLOG: Final = 64
@@ -36,6 +37,8 @@ class Listener:
         self._on_refused = on_refused
         self._server: asyncio.Server | None = None
         self._greeting: set[Stream] = set()
+        self._securing: set[TlsGate] = set()
+        """Connections in their TLS handshake, of those in any."""
         self._hosts: set[Stream] = set()
         self.address = ""
         """What refs carry: where other hosts find this one."""
@@ -48,16 +51,10 @@ class Listener:
 
         """
         loop = asyncio.get_running_loop()
-        tls = self._tls.listening
-        limit_s = None if tls is None else self._settings.peer_timeout
+        accept = self._accept if self._tls.listening is None else self._accept_tls
         try:
             self._server = await loop.create_server(
-                self._accept,
-                wanted.host,
-                wanted.port,
-                backlog=_BACKLOG,
-                ssl=tls,
-                ssl_handshake_timeout=limit_s,
+                accept, wanted.host, wanted.port, backlog=_BACKLOG
             )
         except (OSError, UnicodeError) as error:
             why = explain(error) if isinstance(error, OSError) else "no host has such a name"
@@ -66,16 +63,50 @@ class Listener:
         named = socket.gethostname() if wanted.host in _ANY else wanted.host
         self.address = str(Address(named, port))
 
-    def _accept(self) -> Stream:
+    def _accept(self, gate: TlsGate | None = None) -> Stream:
         talk = Conversation(Role.LISTENER, self._key, self._host)
-        stream = _Incoming(talk, self._settings.peer_timeout, self)
+        stream = _Incoming(talk, self._settings.peer_timeout, self, gate)
         stream.on_closed = lambda error: self._gone(stream, error)
         return stream
 
-    def admit(self, stream: Stream) -> bool:
-        """Count a connection that was just made, or send it away."""
-        if len(self._greeting) >= self._settings.peers:
-            stream.refuse(f"{len(self._greeting)} hosts are in their handshake already: try again")
+    def _accept_tls(self) -> TlsGate:
+        tls = self._tls.listening
+        assert tls is not None, "it listens with TLS"
+        return TlsGate(
+            tls,
+            self._settings.peer_timeout,
+            self._admit_tls,
+            self._accept,
+            self._secure_over,
+        )
+
+    def _admit_tls(self, gate: TlsGate) -> bool:
+        """Count a connection that is to be put under TLS; nothing can be told to one that is sent away."""
+        if self._is_full:
+            self._on_refused(gate.where, self._full())
+            return False
+        self._securing.add(gate)
+        return True
+
+    def _secure_over(self, gate: TlsGate, reason: str | None) -> None:
+        self._securing.discard(gate)
+        if reason is not None:
+            self._on_refused(gate.where, reason)
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._greeting) + len(self._securing) >= self._settings.peers
+
+    def _full(self) -> str:
+        most = self._settings.peers
+        return f"{most} hosts are in their handshake already: try again, or raise Settings.peers"
+
+    def admit(self, stream: Stream, gate: TlsGate | None) -> bool:
+        """Count a connection that was just made, or send it away. It may have had a place in its `gate`."""
+        if gate is not None:
+            self._securing.discard(gate)
+        if self._is_full:
+            stream.refuse(self._full())
             return False
         self._greeting.add(stream)
         stream.on_open = lambda: self._opened(stream)
@@ -105,6 +136,8 @@ class Listener:
         if self._server is not None:
             self._server.close()
             self._server = None
+        for gate in list(self._securing):
+            gate.close()
         for stream in [*self._greeting, *self._hosts]:
             stream.on_closed = _ignore
             stream.close()
@@ -120,14 +153,17 @@ class Listener:
 class _Incoming(Stream):
     """A connection that was accepted: counted before its handshake begins."""
 
-    def __init__(self, talk: Conversation, timeout_s: float, listener: Listener) -> None:
+    def __init__(
+        self, talk: Conversation, timeout_s: float, listener: Listener, gate: TlsGate | None
+    ) -> None:
         super().__init__(talk, timeout_s)
         self._listener = listener
+        self._gate = gate
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Count it, or refuse it."""
         super().connection_made(transport)
-        self._listener.admit(self)
+        self._listener.admit(self, self._gate)
 
 
 def _ignore(_: FeatcacheError | None) -> None:

@@ -10,6 +10,7 @@ import msgspec
 
 from featcache.control.messages import checked_decoder, encode
 from featcache.control.wire import Name, Natural, PoolId, Seconds, Text
+from featcache.reach.plane import HOST, Memory
 
 __all__ = ["decode_from_home", "decode_from_reader", "encode"]
 
@@ -123,6 +124,8 @@ class Found(msgspec.Struct, tag="found", frozen=True):
     epoch: Natural
     metadata: bytes
     """Of the data plane, if the reader's is older than `epoch`."""
+    memory: Memory = HOST
+    """The kind that the home's slab is."""
 
 
 class Done(msgspec.Struct, tag="done", frozen=True):

@@ -18,9 +18,12 @@ import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar
 
+import torch
+
 from featcache.errors import BackendUnavailable, CacheClosed
+from featcache.reach.gpu import NO_UCX, PlaneGpu
 from featcache.reach.nixl_agent import make_agent
-from featcache.reach.plane import Piece
+from featcache.reach.plane import HOST, Memory, Piece
 
 T = TypeVar("T")
 _MODULES: Final = ("nixl_cu12._api", "nixl_cu13._api", "nixl._api")
@@ -34,11 +37,11 @@ _RARELY_S: Final = 20e-3
 """Between looks at transfers that nobody waits for, and at notifications that nobody expects."""
 _OFTEN_S: Final = 1e-3
 _CLOSE_S: Final = 5.0
-_DRAM: Final = "DRAM"
 
 
 def _api() -> Any:
-    for name in _MODULES:
+    cuda = f"nixl_cu{(torch.version.cuda or '').partition('.')[0]}."
+    for name in sorted(_MODULES, key=lambda each: not each.startswith(cuda)):
         with contextlib.suppress(ImportError):
             api = importlib.import_module(name)
             # It tells of each agent on stdout, which is the program's own.
@@ -64,11 +67,21 @@ class NixlTransfer:
 class NixlPlane:
     """The `plane.DataPlane` over NIXL."""
 
-    def __init__(self, api: Any, name: str, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        api: Any,
+        name: str,
+        loop: asyncio.AbstractEventLoop,
+        memory: Memory = HOST,
+        gpu: PlaneGpu | None = None,
+    ) -> None:
         self.on_notification: Callable[[bytes], object] = lambda _: None
         self._api = api
         self._name = name
         self._loop = loop
+        self._memory = memory
+        self._gpu = gpu
+        """Of the slab, if it is on one."""
         self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._agent: Any = None
         self._registered: dict[int, Any] = {}
@@ -81,10 +94,11 @@ class NixlPlane:
         self._thread.start()
 
     @classmethod
-    def make(cls, name: str, loop: asyncio.AbstractEventLoop) -> "NixlPlane":
+    def make(cls, name: str, loop: asyncio.AbstractEventLoop, memory: Memory = HOST) -> "NixlPlane":
         """Return a plane whose agent is made as its thread begins, or raise BackendUnavailable."""
+        gpu = PlaneGpu(memory.device) if memory.kind == "VRAM" else None
         try:
-            return cls(_api(), name, loop)
+            return cls(_api(), name, loop, memory, gpu)
         except RuntimeError as error:
             raise BackendUnavailable(f"no thread can be started for NIXL: {error}") from error
 
@@ -102,12 +116,12 @@ class NixlPlane:
     def add_peer(self, metadata: bytes) -> Awaitable[str]:
         return self._do(lambda: _text(self._agent.add_remote_agent(metadata)))
 
-    def read(self, peer: str, pieces: Sequence[Piece]) -> NixlTransfer:
+    def read(self, peer: str, pieces: Sequence[Piece], there: Memory = HOST) -> NixlTransfer:
         transfer = NixlTransfer(self._loop.create_future())
         if self._closed:
             transfer.ended.set_exception(CacheClosed("the cache was closed"))
         else:
-            self._commands.put(lambda: self._begin(transfer, peer, pieces))
+            self._commands.put(lambda: self._begin(transfer, peer, pieces, there))
         return transfer
 
     def notify(self, peer: str, payload: bytes) -> None:
@@ -169,9 +183,13 @@ class NixlPlane:
     def _run(self) -> None:
         why: Exception | None = None
         try:
+            if self._gpu is not None:
+                self._gpu.enter()
             self._agent = make_agent(self._api, self._name)
+            if self._gpu is not None:
+                self._gpu.check()
         except Exception as error:  # noqa: BLE001 - each call fails with it
-            why = error
+            why, self._agent = error, None
         notified_s = 0.0
         while True:
             try:
@@ -200,21 +218,30 @@ class NixlPlane:
         return min(waits_s, default=None)
 
     def _register(self, address: int, nbytes: int) -> None:
-        self._registered[address] = self._agent.register_memory(
-            [(address, nbytes, 0, "")], mem_type=_DRAM
-        )
+        kind, device = self._memory
+        try:
+            registered = self._agent.register_memory([(address, nbytes, device, "")], mem_type=kind)
+        except Exception as error:
+            if self._gpu is None or isinstance(error, BackendUnavailable):
+                raise
+            raise BackendUnavailable(f"{_of_nixl(error)}: it may be that {NO_UCX}") from error
+        self._registered[address] = registered
 
     def _deregister(self, address: int) -> None:
         registered = self._registered.pop(address, None)
         if registered is not None:
             self._agent.deregister_memory(registered)
 
-    def _begin(self, transfer: NixlTransfer, peer: str, pieces: Sequence[Piece]) -> None:
-        agent = self._agent
+    def _begin(
+        self, transfer: NixlTransfer, peer: str, pieces: Sequence[Piece], there: Memory
+    ) -> None:
+        agent, (kind, device) = self._agent, self._memory
         try:
-            here = agent.get_xfer_descs([(p.here, p.nbytes, 0) for p in pieces], mem_type=_DRAM)
-            there = agent.get_xfer_descs([(p.there, p.nbytes, 0) for p in pieces], mem_type=_DRAM)
-            transfer.handle = agent.initialize_xfer("READ", here, there, peer)
+            ours = agent.get_xfer_descs([(p.here, p.nbytes, device) for p in pieces], mem_type=kind)
+            theirs = agent.get_xfer_descs(
+                [(p.there, p.nbytes, there.device) for p in pieces], mem_type=there.kind
+            )
+            transfer.handle = agent.initialize_xfer("READ", ours, theirs, peer)
             transfer.since_s = time.monotonic()
             self._transfers.add(transfer)
             state = agent.transfer(transfer.handle)
@@ -240,9 +267,18 @@ class NixlPlane:
 
     def _take_state(self, transfer: NixlTransfer, state: str) -> None:
         if state == "DONE":
-            self._finish(transfer, None)
+            self._finish(transfer, self._seen())
         elif state == "ERR":
             self._finish(transfer, BackendUnavailable("the data plane's read failed"))
+
+    def _seen(self) -> Exception | None:
+        """Make a read that is done visible to the GPU's kernels, before anyone is told of it."""
+        try:
+            if self._gpu is not None:
+                self._gpu.landed()
+        except Exception as error:  # noqa: BLE001 - told to the caller
+            return error
+        return None
 
     def _finish(self, transfer: NixlTransfer, error: Exception | None) -> None:
         self._transfers.discard(transfer)

@@ -4,7 +4,9 @@ import asyncio
 import importlib
 from bisect import bisect_right, insort
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
+
+from featcache.control.wire import Natural
 
 _PLANE: Final = "featcache.reach.nixl_plane"
 
@@ -15,6 +17,17 @@ class Piece(NamedTuple):
     here: int
     there: int
     nbytes: int
+
+
+class Memory(NamedTuple):
+    """Where a slab lies, as data planes tell each other."""
+
+    kind: Literal["DRAM", "VRAM"]
+    device: Natural
+    """The GPU's number in the process that registers it; 0 for host memory."""
+
+
+HOST: Final = Memory("DRAM", 0)
 
 
 class Transfer(Protocol):
@@ -28,7 +41,7 @@ class Transfer(Protocol):
 
 
 class DataPlane(Protocol):
-    """One-sided reads of registered memory; in the loop, which is never held.
+    """One-sided reads of registered memory, all of one kind here; in the loop, which is never held.
 
     All of it is done in one thread of the plane's own: NIXL's agents are not thread-safe.
     """
@@ -48,8 +61,8 @@ class DataPlane(Protocol):
     def add_peer(self, metadata: bytes) -> Awaitable[str]:
         """Load the descriptors of a peer's registered segments; return the name of its agent."""
 
-    def read(self, peer: str, pieces: Sequence[Piece]) -> Transfer:
-        """Begin to read."""
+    def read(self, peer: str, pieces: Sequence[Piece], there: Memory = HOST) -> Transfer:
+        """Begin to read from a peer's memory of this kind."""
 
     def notify(self, peer: str, payload: bytes) -> None:
         """Send a peer a notification, which may be lost."""
@@ -64,15 +77,15 @@ class DataPlane(Protocol):
         """End all reads and registrations; nothing is written any more once it returns."""
 
 
-def make_plane(name: str, loop: asyncio.AbstractEventLoop) -> DataPlane:
-    """Return a plane over NIXL, imported only here.
+def make_plane(name: str, loop: asyncio.AbstractEventLoop, memory: Memory = HOST) -> DataPlane:
+    """Return a plane over NIXL, imported only here, for memory of this kind.
 
     Raises:
         BackendUnavailable: the extra ``reach`` is not installed.
 
     """
     module: Any = importlib.import_module(_PLANE)
-    plane: DataPlane = module.NixlPlane.make(name, loop)
+    plane: DataPlane = module.NixlPlane.make(name, loop, memory)
     return plane
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from featcache.control.messages import ProtocolError
 from featcache.errors import AttachRefused, FeatcacheError, OwnerLost, explain
@@ -51,7 +51,7 @@ class Stream(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin the handshake."""
-        assert isinstance(transport, asyncio.Transport), "TCP, or TLS over it"
+        transport = cast("asyncio.Transport", transport)  # uvloop's are no subclasses of it
         self._transport = transport
         transport.set_write_buffer_limits(high=_MAX_UNSENT_BYTES)
         loop = asyncio.get_running_loop()

@@ -13,6 +13,9 @@ from featcache.errors import FeatureTooLarge, PoolFull
 from featcache.memory.slab import Order, Parts
 from featcache.ref import FeatureRef, TensorSpec
 
+InLoop = Callable[[Callable[[], object]], object]
+"""Runs something in the loop of a put's pool, and returns when that is done; called in any thread."""
+
 
 class Staged(msgspec.Struct, frozen=True, gc=False):
     """A validated put with the caller's stream position."""
@@ -41,6 +44,12 @@ class Writer(Protocol):
     @property
     def stages_at_call(self) -> bool:
         """Whether a put is to note its place on the caller's stream before it waits for anything."""
+
+    puts_here: bool
+    """Whether it has `put_here`."""
+
+    def put_here(self, staged: Staged, in_loop: InLoop) -> FeatureRef | None:
+        """Put in the caller's thread, whichever it is, where that is possible at once; else None."""
 
     async def put_many(
         self, staged: Sequence[Staged], timeout_s: float | None, *, wait: bool
@@ -73,6 +82,17 @@ class StagedPut(NamedTuple):
     writers: Writers
     slab: Staged | None
     spill: Staged | None = None
+
+    def put_here(self, check: Callable[[], object], in_loop: InLoop) -> FeatureRef | None:
+        """Put into the slab in the caller's thread if that is possible at once, else None.
+
+        `check` raises where no call may be made; it is called where the pool's writer can put so at all.
+        """
+        slab = self.writers.slab
+        if slab is None or self.slab is None or not slab.puts_here:
+            return None
+        check()
+        return slab.put_here(self.slab, in_loop)
 
     async def put(
         self, timeout_s: float | None, spills: "SpillCounter", *, wait: bool

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from featcache.errors import MalformedRef
+from featcache.errors import FeatcacheError, MalformedRef
 from featcache.memory.slab import Order, PageWords
 from featcache.memory.words import RoomClaim, fence_after_lock
 from featcache.ref import FeatureRef
@@ -27,6 +27,7 @@ class SlotWrites:
     _plain: PageWords
     _reserved: memoryview
     _own_puts: dict[int, FeatureRef]
+    _gone: FeatcacheError | None
 
     def check(self) -> None:
         raise NotImplementedError
@@ -68,9 +69,13 @@ class SlotWrites:
             return None
         if self._in_flight:  # what a stream wrote for the slot's last tenant has landed
             self._in_flight.pop((_WRITTEN, index), None)
-        self._plain.written[index] = generation | RoomClaim.CLAIMED
         with self._lock:
+            if (
+                self._gone is not None
+            ):  # in the lock, in which its end looks for writes that are out
+                self.check()
             self._pins[_WRITES + index, generation] = ONE_USE
+            self._plain.written[index] = generation | RoomClaim.CLAIMED
         # The claim must be visible to the owner before `reserved` is looked at (`RoomClaim`): either this
         # session finds that the room is gone, or the owner finds the claim.
         fence_after_lock()

@@ -4,7 +4,16 @@ from typing import Any, Final
 
 import attrs
 
-from featcache import KeysPage, KeyView, SessionView, SlabMap, Snapshot, Statistics
+from featcache import (
+    HomeView,
+    KeysPage,
+    KeyView,
+    ReadingHostView,
+    SessionView,
+    SlabMap,
+    Snapshot,
+    Statistics,
+)
 from featcache.cli.top.frame import draw
 from featcache.cli.top.look import Look
 from featcache.cli.top.model import Model, Seen
@@ -58,6 +67,27 @@ def key(label: str | bytes, nbytes: int = MIB, **changes: Any) -> KeyView:
 def page(*keys: KeyView, total: int | None = None) -> KeysPage:
     """A page of keys."""
     return KeysPage(keys=keys, total=len(keys) if total is None else total, next=None)
+
+
+def home(address: str, nbytes: int = MIB, **changes: Any) -> HomeView:
+    """A connected home that something was fetched from."""
+    given: dict[str, Any] = {
+        field.name: 0 for field in attrs.fields(HomeView) if field.type in {int, "int"}
+    }
+    given |= {"pool": "ab" * 16, "state": "connected", "reason": "", "fetched": 3}
+    given |= {"last_s": 0.002, "mean_s": 0.0032, "longest_s": 0.01, "total_s": 0.0096}
+    given |= {"round_trip_s": 0.0004, "silent_s": 0.2}
+    return HomeView(**(given | {"address": address, "fetched_bytes": nbytes} | changes))
+
+
+def reading_host(address: str, nbytes: int = MIB, **changes: Any) -> ReadingHostView:
+    """A connected host that has read something."""
+    given: dict[str, Any] = {
+        field.name: 0 for field in attrs.fields(ReadingHostView) if field.type in {int, "int"}
+    }
+    given |= {"host": "cd" * 16, "state": "connected", "names": (), "reads": 2}
+    given |= {"lease_s": 9.5, "silent_s": 0.4}
+    return ReadingHostView(**(given | {"address": address, "told_bytes": nbytes} | changes))
 
 
 def slab(states: str, *, used: float = 1.0, age_s: float = 0.5) -> SlabMap:
@@ -144,6 +174,22 @@ def lively() -> Model:
         key("image/1", 2 * MIB, pinned=True), key("image/2", age_s=50.0), key("text", hits=9)
     )
     model.saw(Seen(snapshot=after, slab=slab("f.sokpr" * 16), keys=keys), 102.0)
+    return model
+
+
+def among_hosts() -> Model:
+    """The same, with other hosts."""
+    model = lively()
+    assert model.snapshot is not None
+    model.snapshot = attrs.evolve(
+        model.snapshot,
+        peers=3,
+        homes=(
+            home("10.0.0.7:7400", 3 * MIB, failed=1, in_progress=2),
+            home("10.0.0.8:7400", MIB, state="lost", reason="it closed", silent_s=75.0),
+        ),
+        reading_hosts=(reading_host("10.0.0.9:41234", 2 * MIB, reading=1, reading_bytes=MIB),),
+    )
     return model
 
 

@@ -8,6 +8,7 @@ from cli.top.records import (
     HOSTILE,
     MIB,
     PLAIN,
+    among_hosts,
     key,
     lively,
     page,
@@ -21,6 +22,7 @@ from cli.top.records import (
 from featcache.cli.top.frame import draw, map_cells
 from featcache.cli.top.look import AGES_S, Look, look_of
 from featcache.cli.top.model import VIEWS, Model, Seen
+from featcache.cli.top.short import short_latency
 
 LOOKS = [
     Look("full"),
@@ -305,3 +307,79 @@ def test_sizes_that_do_not_fit_whole_columns_are_told_short() -> None:
         "12/s",
         "123k/s",
     ]
+
+
+# --- other hosts ----------------------------------------------------------------------------------------
+
+
+def test_without_other_hosts_nothing_is_said_of_them() -> None:
+    assert not any("HOSTS" in line or "hosts" in line for line in shown(lively(), height=40))
+
+
+def test_other_hosts_have_a_table_of_80_columns() -> None:
+    model = among_hosts()
+    lines = shown(model, height=44)
+    at = next(n for n, line in enumerate(lines) if "HOSTS 3" in line)
+    assert lines[at : at + 4] == [
+        "read HOSTS 3           state         now      moved▼ failed   took  heard  lease",
+        "from 10.0.0.7:7400     connected       2        3 3M      1  3.2ms   0.2s      -",
+        "by   10.0.0.9:41234    connected    1 1M        2 2M      -      -   0.4s   9.5s",
+        "from 10.0.0.8:7400     lost            -        3 1M      -  3.2ms  1m15s      -",
+    ]
+    assert "1-6 view" in lines[-1]
+    model.choose("hosts")
+    assert [line for line in shown(model) if "10.0.0." in line] == [
+        line for line in lines if "10.0.0." in line
+    ]
+
+
+def test_a_host_without_a_connection_stands_in_bold() -> None:
+    model = among_hosts()
+    model.choose("hosts")
+    model.move(1)
+    bold = [line.plain for line in draw(model, PLAIN, 80, 24, 102.0) if "bold" in str(line.style)]
+    assert [line for line in bold if "10.0.0.8" in line]
+    assert not [line for line in bold if "10.0.0.7" in line]
+
+
+@pytest.mark.parametrize("size", [(20, 6), (40, 12), (80, 24), (120, 36)])
+def test_a_frame_with_hosts_fills_its_rows_and_no_line_is_longer(size: tuple[int, int]) -> None:
+    lines = draw(among_hosts(), PLAIN, *size, 102.0)
+    assert len(lines) == size[1]
+    assert all(line.cell_len <= size[0] for line in lines)
+
+
+def test_hosts_go_by_what_was_moved_failed_and_took() -> None:
+    model = among_hosts()
+    model.choose("hosts")
+    first = {}
+    for order in model.orders_known():
+        model.sort(order)
+        first[order] = model.table("hosts").rows[0].cells[1]
+    assert first == {
+        "moved": "10.0.0.7:7400",
+        "failed": "10.0.0.7:7400",
+        "took": "10.0.0.7:7400",
+        "heard": "10.0.0.8:7400",
+        "address": "10.0.0.7:7400",
+    }
+
+
+def test_the_table_of_hosts_can_be_chosen_while_there_are_hosts() -> None:
+    alone, model = lively(), among_hosts()
+    for each, views in ((alone, 5), (model, 6)):
+        seen = set()
+        for _ in range(12):
+            each.next_view()
+            seen.add(each.view)
+        assert len(seen) == views
+    alone.choose("hosts")
+    assert alone.view != "hosts"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.00085, "850us"), (0.0032, "3.2ms"), (0.0449, "45ms"), (1.42, "1.4s"), (75, "1m15s")],
+)
+def test_what_an_operation_took_is_told_in_few_columns(seconds: float, text: str) -> None:
+    assert short_latency(seconds) == text

@@ -267,6 +267,28 @@ def test_nothing_waits_in_an_event_loop(slab: Slab) -> None:
         assert end.wait_s() <= slab.plan.config.wait_s
 
 
+async def test_what_is_never_dispatched_ends_with_its_ttl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer worker that was killed in between: no rank knows of the feature."""
+    monkeypatch.setenv("FEATCACHE_SGLANG_TTL", "0.05")
+    slab = acquire(plan())
+
+    proxies = [put(slab, torch.ones(4)) for _ in range(6)]  # the last of them in room ahead
+
+    assert all(proxies)
+    await until(lambda: slab.in_use == 0)
+    release(slab)
+
+
+async def test_large_features_and_small_ones_are_put_side_by_side(slab: Slab) -> None:
+    """The large by the owner that is here, the small by this worker's session: in one slab."""
+    sizes = [64, 2 * MIB] * 3
+    for value, size in enumerate(sizes):
+        proxy = put(slab, torch.full((size,), value, dtype=torch.uint8), 1, wait_s=1.0)
+        assert proxy is not None
+        assert proxy.reconstruct_on_target_device(0).sum() == value * size
+    await until(lambda: slab.in_use == 0)
+
+
 # --- owners ---------------------------------------------------------------------------------------
 
 

@@ -4,10 +4,13 @@
 arguments, and answers one question after the other.
 """
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -33,21 +36,32 @@ Answer = tuple[int, ...]
 class Engine:
     """A handle on an engine's process."""
 
-    def __init__(self, model: Path, ec: dict[str, Any] | None = None, **engine: Any) -> None:
+    def __init__(
+        self,
+        model: Path,
+        ec: dict[str, Any] | None = None,
+        *,
+        processes: bool = False,
+        **engine: Any,
+    ) -> None:
+        """Start one; with `processes`, its scheduler and each of its ranks is a process, as in a server."""
         self._listener = Listener(family="AF_UNIX")
         path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "integrations.vllm.enginehost", str(self._listener.address)],
-            env=os.environ | ENVIRONMENT | {"PYTHONPATH": path},
+            env=os.environ
+            | ENVIRONMENT
+            | {"PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes))},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,  # its ranks' processes are in it, and end with it
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self._connection = self._accepted()
-        self._connection.send((str(model), ec, engine))
+        self._connection.send((str(model), ec, processes, engine))
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -125,6 +139,10 @@ class Engine:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        with contextlib.suppress(
+            ProcessLookupError
+        ):  # what it left behind would keep its output open
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._reader.join()
 
 
@@ -134,10 +152,11 @@ class Engine:
 class Host:
     """The engine, and what is counted of it."""
 
-    def __init__(self, model: str, ec: dict[str, Any] | None, engine: dict[str, Any]) -> None:
+    def __init__(
+        self, model: str, ec: dict[str, Any] | None, processes: bool, engine: dict[str, Any]
+    ) -> None:
         from vllm import LLM
         from vllm.config import ECTransferConfig
-        from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
         self._encoded = 0
@@ -151,7 +170,6 @@ class Host:
 
         GPUModelRunner._batch_mm_inputs_from_scheduler = counted
         common: dict[str, Any] = {
-            "load_format": "dummy",
             "dtype": "float32",
             "max_model_len": 512,
             "enforce_eager": True,
@@ -160,15 +178,29 @@ class Host:
             "limit_mm_per_prompt": {"image": 4},
         }
         count_here(self._counts)
-        DummyModelLoader.load_weights = sharp_weights
+        self.sizes_only = False
+        """Whether requests count as bringing only the sizes of their inputs' embeddings."""
+        if ec is not None and not processes:
+            self._let_inputs_be_sizes_only()
         self._llm = LLM(
             model=model,
             ec_transfer_config=None if ec is None else ECTransferConfig(**ec),
             **(common | engine),
         )
-        core = self._llm.llm_engine.engine_core.engine_core
-        self.scheduler = core.scheduler
+        if not processes:
+            self.scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler
         self._encoded = 0
+
+    def close(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+
+    def _let_inputs_be_sizes_only(self) -> None:
+        from featcache.integrations.vllm import connector
+
+        vars(connector)["encodable_here"] = lambda _: lambda _: not self.sizes_only
+
+    def set_sizes_only(self, sizes_only: bool) -> None:
+        self.sizes_only = sizes_only
 
     def ask(self, seeds: list[int], tokens: int) -> list[Answer]:
         return self.ask_of_all([[seed] for seed in seeds], tokens)
@@ -204,6 +236,43 @@ class Host:
     def leased(self) -> int:
         return sum(self.scheduler.ec_connector._scheduler.leased.values())
 
+    def metrics(self) -> dict[str, float]:
+        """Return the connector's counters as vLLM's Prometheus metrics have them."""
+        begins = "vllm:ec_featcache_"
+        return {
+            metric.name.removeprefix(begins): metric.value
+            for metric in self._llm.get_metrics()
+            if metric.name.startswith(begins)
+        }
+
+    def ranks(self) -> list[int]:
+        """Return the process ids of the engine's ranks."""
+        import psutil
+
+        return [
+            child.pid
+            for child in psutil.Process().children(recursive=True)
+            if child.name().startswith("VLLM::Worker") or "Worker_TP" in " ".join(child.cmdline())
+        ]
+
+    def kill_when_planned(self, pid: int) -> None:
+        """Kill a process between the scheduler's next plan with loads and the worker's load."""
+        from vllm.distributed.ec_transfer import get_ec_transfer
+
+        connector, link = self.scheduler.ec_connector, get_ec_transfer()._worker._link
+        build = connector.build_connector_meta
+
+        def killing(output: Any) -> Any:
+            step = build(output)
+            if step.loads:
+                del connector.build_connector_meta
+                os.kill(pid, signal.SIGKILL)
+                while link.client is not None:
+                    time.sleep(0.001)
+            return step
+
+        connector.build_connector_meta = killing
+
     def evict_what_is_planned(self, endpoint: str) -> None:
         """From now on, drop every key between the scheduler's plan and the worker's load."""
         from featcache import blocking
@@ -237,17 +306,6 @@ def count_here(counts: dict[str, float]) -> None:
     Counts.add = adding  # type: ignore[method-assign]
 
 
-def sharp_weights(loader: Any, model: Any, *_: Any) -> None:
-    """Give a model weights by which its answers tell images apart: vLLM's dummies are near zero."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    for name, weights in model.state_dict().items():
-        if weights.is_floating_point():
-            drawn = torch.randn(weights.shape, generator=generator) * 0.3
-            weights.copy_(1 + drawn if "norm" in name and weights.dim() == 1 else drawn)
-
-
 def image(seed: int) -> Any:
     """Return a picture that its seed alone decides."""
     import numpy as np
@@ -260,8 +318,7 @@ def image(seed: int) -> Any:
 def main(address: str) -> None:
     """Answer until the test hangs up."""
     with Client(address, family="AF_UNIX") as connection:
-        model, ec, engine = connection.recv()
-        host = Host(model, ec, engine)
+        host = Host(*connection.recv())
         connection.send((True, None))
         while True:
             try:
@@ -272,7 +329,7 @@ def main(address: str) -> None:
                 connection.send((True, getattr(host, what)(*arguments)))
             except Exception as error:  # noqa: BLE001 - the test's to see
                 connection.send((False, f"{type(error).__name__}: {error}"))
-    host._llm.llm_engine.engine_core.shutdown()
+    host.close()
 
 
 if __name__ == "__main__":

@@ -28,6 +28,10 @@ class Owner:
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "serving\n"
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def kill(self) -> None:
         self._process.kill()
         self._end()

@@ -30,6 +30,8 @@ from vllm.distributed.ec_transfer.ec_connector.factory import ECConnectorFactory
 from vllm.distributed.ec_transfer.ec_connector.utils import ECOutputAggregator
 from vllm.v1.outputs import ECConnectorOutput, ModelRunnerOutput
 
+from featcache.integrations.vllm import connector
+from featcache.integrations.vllm.ahead import Orders
 from featcache.integrations.vllm.connector import FeatcacheECConnector
 from featcache.integrations.vllm.counts import COUNTERS
 from featcache.integrations.vllm.stats import FeatcacheStats
@@ -95,11 +97,9 @@ def made(owner: blocking.FeatureCache) -> Iterator[Made]:
     with ExitStack() as stack:
 
         def make(role: ECConnectorRole, engine: str = "ec_both", **how: Any) -> Any:
-            connector = ECConnectorFactory.create_connector(
-                config(owner.endpoint, engine, **how), role
-            )
-            stack.callback(connector.shutdown)
-            return connector
+            one = ECConnectorFactory.create_connector(config(owner.endpoint, engine, **how), role)
+            stack.callback(one.shutdown)
+            return one
 
         yield make
 
@@ -336,7 +336,7 @@ def test_an_input_that_brings_only_sizes_and_is_nowhere_fails_its_request(made: 
     scheduler = made(SCHEDULER, "ec_consumer")
     side = scheduler._scheduler
     assert side is not None
-    side._encodable = lambda feature: "pixel_values" in feature.data
+    side._orders = Orders(side._link, "e", 1, lambda feature: "pixel_values" in feature.data)
     request, whole = Request("r", "a"), Request("w", "b")
     request.mm_features[0].data = {"image_grid_thw": 1}
     until(lambda: scheduler.ensure_cache_available(whole, 0))
@@ -346,6 +346,28 @@ def test_an_input_that_brings_only_sizes_and_is_nowhere_fails_its_request(made: 
         return scheduler.take_unavailable_requests() == {"r"}
 
     until(taken)
+
+
+def test_ranks_have_what_brings_only_sizes_before_its_step_is_planned(
+    made: Made, owner: blocking.FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connector, "encodable_here", lambda _: lambda _: False)
+    monkeypatch.setattr(
+        connector, "name_of", lambda _: "the engine"
+    )  # one config in all its processes
+    scheduler, worker = made(SCHEDULER, "ec_consumer"), made(WORKER, "ec_consumer")
+    saved(made(WORKER, "ec_producer"), "a")
+    request = Request("r", "a")
+    until(lambda: scheduler.ensure_cache_available(request, 0) or not built(scheduler))
+    step = planned(scheduler, request)
+    owner.close()
+    assert same(loaded(worker, step)["a"], OUTPUT)
+    assert step.scheduled_encoder_inputs == {}
+
+
+def built(scheduler: FeatcacheECConnector) -> object:
+    """End a pass of the scheduler that planned nothing."""
+    return scheduler.build_connector_meta(SimpleNamespace(scheduled_encoder_inputs={}))
 
 
 def test_encoder_decoder_models_go_without(made: Made) -> None:
@@ -431,9 +453,9 @@ def test_counts_reach_vllms_log_line_and_prometheus(made: Made) -> None:
 
 
 def test_a_shutdown_twice_is_one(made: Made) -> None:
-    connector = made(WORKER)
-    connector.shutdown()
-    connector.shutdown()
+    worker = made(WORKER)
+    worker.shutdown()
+    worker.shutdown()
 
 
 def bases() -> list[Any]:

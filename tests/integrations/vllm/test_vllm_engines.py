@@ -1,118 +1,19 @@
 """Whole vLLM engines over one owner: what they answer is what an engine without a connector answers."""
 
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import count
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 import torch
 
 from featcache import blocking
-from integrations.vllm import tiny_llava
-from integrations.vllm.enginehost import MODULE, Answer, Engine
+from integrations.vllm.fleet import Engines, attached, encoded, fresh, kept, right, until
 from integrations.vllm.owners import Owner
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 pytestmark = pytest.mark.timeout(400)
 
 MIB: Final = 1 << 20
-_seeds = count(1)
-Engines = dict[str, Engine]
-
-
-def fresh(number: int) -> list[int]:
-    """Seeds of images that no engine has seen."""
-    return [next(_seeds) for _ in range(number)]
-
-
-def config(endpoint: Path, name: str, role: str, **extra: Any) -> dict[str, Any]:
-    return {
-        "ec_connector": "FeatcacheECConnector",
-        "ec_connector_module_path": MODULE,
-        "ec_role": role,
-        "engine_id": name,
-        "ec_connector_extra_config": {"endpoint": str(endpoint), **extra},
-    }
-
-
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="fc-") as path:
-        yield Path(path)
-
-
-@pytest.fixture(scope="module")
-def endpoint(folder: Path) -> Path:
-    return folder / "owner.sock"
-
-
-@pytest.fixture(scope="module")
-def engines(folder: Path, endpoint: Path) -> Iterator[Engines]:
-    """Five engines that start side by side, with no owner yet."""
-    model = tiny_llava.write(folder / "model")
-    # A long wait: on a busy machine an engine takes its time, and one encoder is what is to be seen.
-    extra = {"peer_wait": 60.0, "connect_wait": 0.0}
-    roles = {
-        "producer": "ec_producer",
-        "first": "ec_consumer",
-        "second": "ec_consumer",
-        "left": "ec_both",
-        "right": "ec_both",
-    }
-    started = {"plain": Engine(model)}
-    for name, role in roles.items():
-        started[name] = Engine(model, config(endpoint, name, role, **extra))
-    try:
-        for engine in started.values():
-            engine.ready()
-        yield started
-    finally:
-        for engine in started.values():
-            engine.close()
-
-
-@pytest.fixture
-def owner(endpoint: Path, engines: Engines) -> Iterator[Owner]:
-    with Owner(endpoint) as serving:
-        attached(engines)
-        yield serving
-
-
-def attached(engines: Engines) -> None:
-    """Return when all engines have attached to the owner that is there now."""
-    for name, engine in engines.items():
-        if name != "plain":
-            until(partial(engine.call, "attached"))
-
-
-def until(holds: Callable[[], Any], patience_s: float = 30.0) -> None:
-    give_up_s = time.monotonic() + patience_s
-    while not holds():
-        assert time.monotonic() < give_up_s, "it did not come"
-
-
-def right(engines: Engines, seeds: list[int], answers: list[Answer]) -> bool:
-    """Whether these are the answers of the engine without a connector."""
-    return answers == engines["plain"].ask(*seeds)
-
-
-def encoded(engine: Engine, seeds: list[int], engines: Engines) -> int:
-    """Ask an engine, hold its answers to those without a connector; return how many it encoded."""
-    before = engine.encoded
-    assert right(engines, seeds, engine.ask(*seeds))
-    return engine.encoded - before
-
-
-def kept(endpoint: Path, number: int) -> Callable[[], bool]:
-    def reached() -> bool:
-        with blocking.connect(str(endpoint)) as client:
-            return client.statistics().keys >= number
-
-    return reached
 
 
 def test_answers_tell_images_apart(engines: Engines) -> None:
@@ -225,6 +126,25 @@ def test_what_is_evicted_between_plan_and_load_is_encoded_in_the_same_step(
         first.call("evict_no_more")
     assert first.counts()["reencoded"] == 3
     assert first.call("leased") == 0
+
+
+def test_an_owner_killed_between_plan_and_load_of_what_brings_only_sizes_costs_nothing(
+    engines: Engines, owner: Owner, endpoint: Path
+) -> None:
+    """Nobody could encode it in that step: without pixels vLLM can't, and the engine would end."""
+    left, first = engines["left"], engines["first"]
+    seeds = fresh(3)
+    assert encoded(left, seeds, engines) == 3
+    until(kept(endpoint, 3))
+    before = first.encoded
+    first.call("set_sizes_only", True)
+    try:
+        first.call("kill_when_planned", owner.pid)
+        answers = first.call("ask_of_all", [seeds], 8)
+    finally:
+        first.call("set_sizes_only", False)
+    assert answers == engines["plain"].call("ask_of_all", [seeds], 8)
+    assert first.encoded == before
 
 
 def test_a_pool_far_too_small_evicts_and_answers_stay_right(

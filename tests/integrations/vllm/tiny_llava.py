@@ -1,7 +1,8 @@
-"""A LLaVA that a CPU runs in seconds: its config, byte tokenizer and processor, and no weights."""
+"""A LLaVA that a CPU runs in seconds: its config, byte tokenizer and processor, and weights if wanted."""
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,12 @@ IMAGE_PIXELS = 56
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 
 
-def write(folder: Path) -> Path:
-    """Write the model's files, and return their folder."""
+def write(folder: Path, *, weights: bool = False) -> Path:
+    """Write the model's files, and return their folder.
+
+    With `weights`, also weights by which its answers tell images apart: vLLM's dummies are near zero, and
+    other in each rank of tensor parallel engines.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -23,7 +28,65 @@ def write(folder: Path) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     for name, content in _files(len(vocabulary)).items():
         (folder / name).write_text(json.dumps(content))
+    if weights:
+        _write_weights(folder)
     return folder
+
+
+def _write_weights(folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((folder / "config.json").read_text())
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, shape in _shapes(config["text_config"], config["vision_config"]):
+        drawn = torch.randn(shape, generator=generator) * 0.3
+        weights[name] = 1 + drawn if "norm" in name else drawn
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def _shapes(text: dict[str, Any], vision: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the weights' names, as checkpoints of LLaVA have them, and their shapes."""
+    rows, wide, inner = text["vocab_size"], text["hidden_size"], text["intermediate_size"]
+    yield "language_model.lm_head.weight", (rows, wide)
+    yield "language_model.model.embed_tokens.weight", (rows, wide)
+    yield "language_model.model.norm.weight", (wide,)
+    for layer in range(text["num_hidden_layers"]):
+        begins = f"language_model.model.layers.{layer}"
+        for name in "qkvo":
+            yield f"{begins}.self_attn.{name}_proj.weight", (wide, wide)
+        for name, shape in (
+            ("gate", (inner, wide)),
+            ("up", (inner, wide)),
+            ("down", (wide, inner)),
+        ):
+            yield f"{begins}.mlp.{name}_proj.weight", shape
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{begins}.{name}.weight", (wide,)
+    seen, side = vision["hidden_size"], vision["patch_size"]
+    patches = (vision["image_size"] // side) ** 2
+    begins = "vision_tower.vision_model"
+    yield f"{begins}.embeddings.class_embedding", (seen,)
+    yield f"{begins}.embeddings.patch_embedding.weight", (seen, 3, side, side)
+    yield f"{begins}.embeddings.position_embedding.weight", (patches + 1, seen)
+    for name in ("pre_layrnorm", "post_layernorm"):
+        yield from _with_bias(f"{begins}.{name}", seen)
+    for layer in range(vision["num_hidden_layers"]):
+        within = f"{begins}.encoder.layers.{layer}"
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            yield from _with_bias(f"{within}.self_attn.{name}", seen, seen)
+        for name in ("layer_norm1", "layer_norm2"):
+            yield from _with_bias(f"{within}.{name}", seen)
+        yield from _with_bias(f"{within}.mlp.fc1", vision["intermediate_size"], seen)
+        yield from _with_bias(f"{within}.mlp.fc2", seen, vision["intermediate_size"])
+    yield from _with_bias("multi_modal_projector.linear_1", wide, seen)
+    yield from _with_bias("multi_modal_projector.linear_2", wide, wide)
+
+
+def _with_bias(name: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", shape
+    yield f"{name}.bias", shape[:1]
 
 
 def _files(vocabulary: int) -> dict[str, Any]:

@@ -18,16 +18,19 @@ _TITLES: Final = {
     "refs": "UNPAID REFS",
     "puts": "PUTS THAT WAIT",
     "keys": "KEYS",
+    "hosts": "HOSTS",
 }
 _NOTHING: Final = {
     "sessions": "nobody is attached",
     "refs": "no ref owes a read",
     "puts": "no put waits for room",
     "keys": "nothing is kept under a key",
+    "hosts": "no other host is read from, and none reads here",
 }
 _GAP: Final = 2
 _HALVES: Final = 2
 _STALE_LOOKS: Final = 3
+_TABLE_ROWS: Final = 4
 
 
 def draw(
@@ -51,8 +54,8 @@ def draw(
     lines += _map(model, look, width, map_rows, now_s)
     lines += _over_time(model, look, width, graph_rows)
     room = height - len(lines) - keys
-    if room < len(NAMES):  # a small terminal: the tables go before the rest
-        lines = lines[: max(3, height - len(NAMES) - keys)]
+    if room < _TABLE_ROWS:  # a small terminal: the tables go before the rest
+        lines = lines[: max(3, height - _TABLE_ROWS - keys)]
         room = height - len(lines) - keys
     lines += _help(room) if model.helping else _tables(model, look, width, room)
     lines = (lines + [Text() for _ in range(height)])[: height - keys]
@@ -97,6 +100,7 @@ def _head(model: Model, look: Look, width: int, now_s: float) -> list[Text]:
         f"sessions {len(seen.sessions)}",
         f"keys {figures.keys}",
         f"slots {figures.slots_used}/{figures.slots}",
+        *((f"hosts {seen.peers}",) if seen.peers else ()),
     ):
         if level.cell_len + 2 + len(text) <= width:  # none is cut, which would be another number
             level.append(f"  {text}")
@@ -198,7 +202,11 @@ def _tables(model: Model, look: Look, width: int, room: int) -> list[Text]:
     if model.view != "all":
         table = model.table(model.table_name)
         return _table(table, model, look, width, room, cursor=model.cursor)
-    tables = [model.table(name) for name in NAMES if name != "keys"]
+    tables = [
+        model.table(name)
+        for name in NAMES
+        if name != "keys" and (name != "hosts" or model.has_hosts)
+    ]
     heights = _shared(room, [1 + max(1, len(table.rows)) for table in tables])
     lines: list[Text] = []
     for table, height in zip(tables, heights, strict=True):
@@ -281,6 +289,7 @@ def _row(
 
 _HELP: Final = (
     "1 2 3 4 5, Tab   all tables, sessions, unpaid refs, puts that wait, keys",
+    "6                other hosts, read from and by, where there are any",
     "arrows, PgDn     move the cursor",
     "s, r             sort by the next column; turn the order round",
     "/                show only rows with some text; Esc ends it",
@@ -306,4 +315,5 @@ def _last(model: Model, look: Look, now_s: float) -> Text:
         return Text(
             f"only rows with {plain(model.filtered, not look.unicode)!r}: / changes it, Esc ends it"
         )
-    return Text(KEYS, "dim" if look.colours != "none" else "")
+    keys = KEYS.replace("1-5", "1-6") if model.has_hosts else KEYS
+    return Text(keys, "dim" if look.colours != "none" else "")

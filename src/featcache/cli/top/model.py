@@ -9,7 +9,7 @@ from featcache.cli.top.history import History
 from featcache.cli.top.short import plain, short_age, short_size
 from featcache.cli.top.tables import NAMES, ORDERS, Name, Table, table_of
 
-View = Literal["all", "sessions", "refs", "puts", "keys"]
+View = Literal["all", "sessions", "refs", "puts", "keys", "hosts"]
 VIEWS: Final[tuple[View, ...]] = ("all", *NAMES)
 _SILENT_S: Final = 2.0
 _USUAL_MOST_S: Final = 10.0
@@ -147,14 +147,26 @@ class Model:
         """The table that the keys are about."""
         return "sessions" if self.view == "all" else self.view
 
+    @property
+    def has_hosts(self) -> bool:
+        """Whether there are other hosts: without any there is no table of them."""
+        return self.snapshot is not None and self.snapshot.peers > 0
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """What can be shown."""
+        return tuple(view for view in VIEWS if view != "hosts" or self.has_hosts)
+
     def choose(self, view: View) -> None:
         """Show one table, or all."""
-        if view != self.view:
+        if view != self.view and view in self.views:
             self.view, self.cursor = view, 0
 
     def next_view(self, step: int = 1) -> None:
         """Show the next table."""
-        self.choose(VIEWS[(VIEWS.index(self.view) + step) % len(VIEWS)])
+        views = self.views
+        at = views.index(self.view) if self.view in views else 0
+        self.choose(views[(at + step) % len(views)])
 
     def sort(self, order: str | None = None) -> None:
         """Go by another order: the next one if none is named."""

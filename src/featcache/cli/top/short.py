@@ -8,6 +8,7 @@ _KIB: Final = 1024.0
 _EXACT: Final = 100
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 _TEN_S: Final = 10
+_MILLISECOND_S: Final = 1e-3
 
 
 def short_size(nbytes: float) -> str:
@@ -32,6 +33,16 @@ def short_age(seconds: float) -> str:
     if seconds < _DAY_S:
         return f"{seconds // _HOUR_S:.0f}h{seconds % _HOUR_S // _MINUTE_S:02.0f}m"
     return f"{seconds // _DAY_S:.0f}d{seconds % _DAY_S // _HOUR_S:02.0f}h"
+
+
+def short_latency(seconds: float) -> str:
+    """Return what an operation took in at most five columns: 850us, 3.2ms, 45ms, 1.4s."""
+    if seconds >= 1:
+        return short_age(seconds)
+    if seconds < _MILLISECOND_S:
+        return f"{seconds * 1e6:.0f}us"
+    value = seconds * 1e3
+    return f"{value:.1f}ms" if value < _TEN_S else f"{value:.0f}ms"
 
 
 def short_rate(per_s: float) -> str:

@@ -1,16 +1,16 @@
 """The tables under the map: their columns, their orders, and the rows of a snapshot."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeGuard
 
 import attrs
 
-from featcache import KeysPage, KeyView, SessionView, Snapshot
-from featcache.cli.top.short import both, plain, short_age, short_size
+from featcache import HomeView, KeysPage, KeyView, ReadingHostView, SessionView, Snapshot
+from featcache.cli.top.short import both, plain, short_age, short_latency, short_size
 from featcache.observation import UnpaidRef, WaitingPut
 
-Name = Literal["sessions", "refs", "puts", "keys"]
-NAMES: Final[tuple[Name, ...]] = ("sessions", "refs", "puts", "keys")
+Name = Literal["sessions", "refs", "puts", "keys", "hosts"]
+NAMES: Final[tuple[Name, ...]] = ("sessions", "refs", "puts", "keys", "hosts")
 
 
 @attrs.frozen
@@ -91,6 +91,17 @@ COLUMNS: Final[dict[Name, tuple[Column, ...]]] = {
         Column("reads", 6, right=True),
         Column("pinned", 6, right=True),
     ),
+    "hosts": (
+        Column("read", 4),
+        Column("address"),
+        Column("state", 9),
+        Column("now", 7, right=True),
+        Column("moved", 11, right=True),
+        Column("failed", 6, right=True),
+        Column("took", 6, right=True),
+        Column("heard", 6, right=True),
+        Column("lease", 6, right=True),
+    ),
 }
 
 _ATTACHED: Final = ", pid "
@@ -120,12 +131,23 @@ ORDERS: Final[dict[Name, dict[str, _Value]]] = {
         "age": lambda one: one.age_s,
         "hits": lambda one: one.hits,
     },
+    "hosts": {
+        "moved": lambda one: one.fetched_bytes if _is_home(one) else one.told_bytes,
+        "failed": lambda one: one.failed + one.dials_failed if _is_home(one) else one.reads_paid,
+        "took": lambda one: one.mean_s if _is_home(one) else 0.0,
+        "heard": lambda one: float("inf") if one.silent_s is None else one.silent_s,
+        "address": lambda one: _backwards(one.address),
+    },
 }
 """By table and name of the order: the value that it goes by, the largest first."""
 
 
 def _backwards(text: str) -> tuple[int, ...]:
     return (*(-ord(letter) for letter in text.casefold()), 0)
+
+
+def _is_home(one: HomeView | ReadingHostView) -> TypeGuard[HomeView]:
+    return isinstance(one, HomeView)
 
 
 def _left(one: UnpaidRef) -> float:
@@ -160,6 +182,8 @@ def _records(
         return snapshot.sessions, _session, len(snapshot.sessions)
     if name == "refs":
         return snapshot.unpaid, _ref, snapshot.unpaid_refs
+    if name == "hosts":
+        return (*snapshot.homes, *snapshot.reading_hosts), _host, snapshot.peers
     return tuple(enumerate(snapshot.waiting, 1)), _put, snapshot.statistics.waiters
 
 
@@ -211,6 +235,34 @@ def _put(numbered: tuple[int, WaitingPut]) -> Row:
     place, one = numbered
     who = f"{one.session} {plain(one.name)}".rstrip() if one.session else "the owner"
     return Row((str(place), who, short_size(one.nbytes), short_age(one.age_s)), place)
+
+
+def _host(one: HomeView | ReadingHostView) -> Row:
+    if isinstance(one, HomeView):
+        cells = (
+            "from",
+            plain(one.address),
+            one.state,
+            str(one.in_progress or "-"),
+            both(one.fetched, one.fetched_bytes),
+            str(one.failed + one.dials_failed or "-"),
+            short_latency(one.mean_s) if one.mean_s else "-",
+            "never" if one.silent_s is None else short_age(one.silent_s),
+            "-",
+        )
+        return Row(cells, ("from", one.address), alert=one.state != "connected")
+    cells = (
+        "by",
+        plain(one.address),
+        one.state,
+        both(one.reading, one.reading_bytes),
+        both(one.reads, one.told_bytes),
+        str(one.reads_paid or "-"),
+        "-",
+        short_age(one.silent_s),
+        short_age(one.lease_s) if one.lease_s else "-",
+    )
+    return Row(cells, ("by", one.host), alert=one.state != "connected")
 
 
 def _key(one: KeyView) -> Row:

@@ -12,6 +12,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from featcache.integrations.metrics.peers import PEER_LABELS, PEERS, PeerMetric
 from featcache.integrations.metrics.sources import Sources
 from featcache.integrations.metrics.table import COUNTERS, GAUGES, HISTOGRAMS, LABELS
 
@@ -27,6 +28,7 @@ class CacheCollector(Collector):
         yield from (GaugeMetricFamily(row.name, row.help, labels=LABELS) for row in GAUGES)
         yield from (CounterMetricFamily(row.name, row.help, labels=LABELS) for row in COUNTERS)
         yield from (HistogramMetricFamily(row.name, row.help, labels=LABELS) for row in HISTOGRAMS)
+        yield from map(_family, PEERS)
 
     def collect(self) -> Iterator[Metric]:
         """Return the metrics as they are now."""
@@ -48,3 +50,15 @@ class CacheCollector(Collector):
                 buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
                 histograms.add_metric(labels, buckets, histogram.total)
             yield histograms
+        for peer in PEERS:
+            figures = series.peers[peer.name]
+            if figures:  # without other hosts there is nothing to tell
+                family = _family(peer)
+                for labels_of_peer, value in figures.items():
+                    family.add_metric(labels_of_peer, value)
+                yield family
+
+
+def _family(row: PeerMetric) -> GaugeMetricFamily | CounterMetricFamily:
+    kind = GaugeMetricFamily if row.kind == "gauge" else CounterMetricFamily
+    return kind(row.name, row.help, labels=PEER_LABELS)

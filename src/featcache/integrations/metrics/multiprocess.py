@@ -7,6 +7,7 @@ scraped itself, and as it ends: nothing is written on the path of a put or a get
 
 import atexit
 import contextlib
+import math
 import os
 import threading
 import time
@@ -16,8 +17,9 @@ from prometheus_client import values
 from prometheus_client.utils import floatToGoString
 
 from featcache.integrations.metrics import table
+from featcache.integrations.metrics.peers import PEER_LABELS, PEERS, PeerLabels, PeerMetric
 from featcache.integrations.metrics.sources import Histogram, Labels, Series, Sources
-from featcache.integrations.metrics.table import COUNTERS, GAUGES, HISTOGRAMS, LABELS
+from featcache.integrations.metrics.table import COUNTERS, GAUGES, HISTOGRAMS
 
 INTERVAL_S: Final = 1.0
 _GAUGE_MODE: Final = "livemostrecent"
@@ -34,7 +36,9 @@ class Files:
 
     def __init__(self) -> None:
         self.sources = Sources()
-        self._values: dict[tuple[str, str, Labels, str], Any] = {}
+        self._values: dict[tuple[str, str, Labels | PeerLabels, str], Any] = {}
+        self._peers: dict[str, set[PeerLabels]] = {}
+        """The series of other hosts that were written."""
         self.forget()
         os.register_at_fork(after_in_child=self.forget)
         atexit.register(self.write)
@@ -42,6 +46,7 @@ class Files:
     def forget(self) -> None:
         """Begin anew in a forked child, which has files of its own and no thread yet."""
         self._values.clear()
+        self._peers.clear()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._ends = threading.Event()
@@ -91,6 +96,20 @@ class Files:
         for row in HISTOGRAMS:
             for labels, histogram in series.histograms[row.name].items():
                 self._write_histogram(row, labels, histogram)
+        for peer in PEERS:
+            self._write_peers(peer, series.peers[peer.name], now_s)
+
+    def _write_peers(self, row: PeerMetric, figures: dict[PeerLabels, float], now_s: float) -> None:
+        """Write the figures of other hosts; gauges of those without a record any more are no number."""
+        sample = row.name if row.kind == "gauge" else f"{row.name}_total"
+        written = self._peers.setdefault(row.name, set())
+        for labels, value in figures.items():
+            when = (now_s,) if row.kind == "gauge" else ()
+            self._value(row.kind, row.name, sample, labels, row.help).set(value, *when)
+            written.add(labels)
+        for labels in written - set(figures) if row.kind == "gauge" else ():
+            self._value(row.kind, row.name, sample, labels, row.help).set(math.nan, now_s)
+            written.discard(labels)
 
     def _write_histogram(self, row: table.Histogram, labels: Labels, histogram: Histogram) -> None:
         name, bounds = row.name, [*map(floatToGoString, row.bounds_s), "+Inf"]
@@ -100,11 +119,18 @@ class Files:
             bucket.set(count)  # not cumulated: whoever merges the files does that
 
     def _value(
-        self, kind: str, metric: str, sample: str, labels: Labels, text: str, bound: str = ""
+        self,
+        kind: str,
+        metric: str,
+        sample: str,
+        labels: Labels | PeerLabels,
+        text: str,
+        bound: str = "",
     ) -> Any:
         found = self._values.get((kind, sample, labels, bound))
         if found is None:
-            names = (*LABELS, "le") if bound else LABELS
+            names: tuple[str, ...] = PEER_LABELS[: len(labels)]
+            names = (*names, "le") if bound else names
             told = (*labels, bound) if bound else labels
             found = self._values[kind, sample, labels, bound] = values.ValueClass(
                 kind, metric, sample, names, told, text, multiprocess_mode=_GAUGE_MODE

@@ -15,6 +15,7 @@ import featcache
 from featcache import CacheClosed, FeatureCache, FeatureClient, Statistics
 from featcache.api import observing
 from featcache.errors import SettingsError
+from featcache.integrations.metrics.peers import PEERS, PeerLabels, peer_figures
 from featcache.integrations.metrics.table import COUNTERS, GAUGES, HISTOGRAMS
 
 Cache = (
@@ -49,6 +50,8 @@ class Series(NamedTuple):
     gauges: dict[str, dict[Labels, float]]
     counters: dict[str, dict[Labels, float]]
     histograms: dict[str, dict[Labels, Histogram]]
+    peers: dict[str, dict[PeerLabels, float]]
+    """Of other hosts, gauges and counters."""
 
 
 class Source:
@@ -231,10 +234,15 @@ def _together(
     for source, found in live:
         for pool in found.pools:
             _gauge(gauges, pool, is_owners=source.is_owner and pool is found.own)
+    peers: dict[str, dict[PeerLabels, float]] = {row.name: {} for row in PEERS}
+    for _, found in live:
+        for name, peer, value in peer_figures(found):
+            peers[name][peer] = value
     return Series(
         gauges,
         {row.name: totals[row.name] for row in COUNTERS},
         {row.name: totals[row.name] for row in HISTOGRAMS},
+        peers,
     )
 
 

@@ -2,7 +2,7 @@
 
 from typing import Final, NamedTuple
 
-from featcache.api.meter import AGE_BOUNDS_S, HOST_BOUNDS_S, WAIT_BOUNDS_S
+from featcache.api.meter import AGE_BOUNDS_S, FETCH_BOUNDS_S, HOST_BOUNDS_S, WAIT_BOUNDS_S
 
 LABELS: Final = ("pool", "device")
 
@@ -88,6 +88,8 @@ COUNTERS: Final = (
     Counter("featcache_fetched", "fetched", "Features of other hosts that were fetched"),
     Counter("featcache_fetched_bytes", "fetched_bytes", "Bytes of those features"),
     Counter("featcache_fetches_failed", "fetches_failed", "Fetches that ended without the feature"),
+    Counter("featcache_told", "told", "Reads of this pool's features that other hosts began"),
+    Counter("featcache_told_bytes", "told_bytes", "Bytes of those features"),
     Counter("featcache_hosts_lost", "hosts_lost", "Other hosts that read here and vanished"),
     Counter("featcache_readers_lost", "readers_lost", "Sessions whose process died"),
 )
@@ -112,6 +114,12 @@ HISTOGRAMS: Final = (
         "Time from the call of a get to its return, a wait for its bytes included",
         HOST_BOUNDS_S,
         by_clients=True,
+    ),
+    Histogram(
+        "featcache_fetch_seconds",
+        "fetch",
+        "Time that the bytes of another host's feature took, look-up and wait for room not included",
+        FETCH_BOUNDS_S,
     ),
     Histogram(
         "featcache_release_age_seconds",

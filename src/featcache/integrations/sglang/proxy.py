@@ -52,6 +52,7 @@ class FeatureProxy:
         extra = {"shape": shape, "dtype": dtype, "nbytes": spec.nbytes}
         extra |= {"recons_shape": shape, "recons_dtype": dtype}
         self.proxy_state = {"ipc_extra": extra, "tensor_data": None}
+        self.shape, self.dtype = shape, dtype  # as SGLang's own of its VMM pool has them
         self.reconstruct_tensor: torch.Tensor | None = None
         self._consumer_acknowledged = False
         self._borrow: BlockingBorrow | None = None

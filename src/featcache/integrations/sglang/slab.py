@@ -18,6 +18,7 @@ from featcache import (
     FeatureRef,
     FeatureTooLarge,
     OwnerLost,
+    OwnerUnreachable,
     PoolFull,
     PutTimeout,
     Settings,
@@ -30,19 +31,20 @@ from featcache.api.endpoints import named_endpoint, sweep
 from featcache.integrations.sglang.config import Config
 from featcache.integrations.sglang.readers import Readers
 
-T = TypeVar("T")
 Cache = blocking.FeatureCache | blocking.FeatureClient
+T = TypeVar("T")
+OnFull = Literal["wait", "raise", "spill"]
 
 _log = logging.getLogger("featcache")
 _PREFIX: Final = "sglang-"
 _FULL: Final = (PutTimeout, PoolFull, FeatureTooLarge)
-_LOST: Final = (OwnerLost, AttachRefused, CacheClosed)
+_LOST: Final = (OwnerLost, CacheClosed)
 _ANSWER_S: Final = 0.1
 """How long a put that does not wait for room waits for the slab to grow, or for the owner's answer."""
 _RETRY_S: Final = (0.1, 5.0)
-"""The first and the longest pause before a lost owner is looked for again."""
+"""The first and the longest pause before a worker tries again to take a lost owner's place."""
 _ELECTION_S: Final = 10.0
-"""How long a worker that found another owner's lock tries to attach to it."""
+"""How long a worker that found another owner's lock waits until that listens."""
 _WARN_S: Final = 10.0
 
 
@@ -69,18 +71,22 @@ class Plan:
 class Slab:
     """One end of the slab, shared by the pools of this process. Safe in any thread.
 
-    The first worker that asks for it owns it; when that dies another takes its place. While there is no
-    owner puts find no room, and a thread looks for the next one.
+    The first worker that asks for it owns it; when that dies another takes its place. The others have a
+    client each, which attaches anew to whoever owns it, and puts in its caller's thread once it has room
+    ahead. The owner has none: its loop and a client's beside it would stand in each other's way at the
+    interpreter's lock. While there is no owner puts find no room.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.users = 0
-        self._cache: Cache | None = None
+        self._client = blocking.connect(plan.endpoint, device=plan.device, reconnect=True)
+        self._owner: blocking.FeatureCache | None = None
         self._spills = plan.config.endpoint is not None or plan.config.spill_bytes > 0
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._search: threading.Thread | None = None
+        self._lost = False
+        self._election: threading.Thread | None = None
         self._warned_s, self._unwarned = -_WARN_S, 0
 
     def open(self) -> None:
@@ -90,37 +96,44 @@ class Slab:
             FeatcacheError: neither is possible.
 
         """
-        plan = self.plan
-        if plan.config.endpoint is None:
-            self._cache = self._elect()
+        elects = self.plan.config.endpoint is None
+        taken = self._stand() if elects else None
+        if self._owner is not None:
             return
         try:
-            self._cache = self._attach()
-        except _LOST as error:  # a daemon that is yet to start: requests go on without it
-            self._lose(None, error)
+            self._client.open()
+            if elects:
+                self._client.wait_attached(timeout=_ELECTION_S)
+            elif not self._client.is_attached:  # a daemon that is yet to start
+                self._lose("no owner listens there")
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OwnerUnreachable) and taken is not None:
+                raise taken from None
+            raise
 
     def close(self) -> None:
         """Leave it; the owner's end closes the slab."""
         self._closed.set()
         with self._lock:
-            cache, self._cache = self._cache, None
-        if cache is not None:
-            cache.close()
+            owner, self._owner = self._owner, None
+        self._client.close()
+        if owner is not None:
+            owner.close()
 
     # --- the calls of a pool ------------------------------------------------------------------------
 
     def put(self, feature: torch.Tensor, readers: Readers, wait_s: float) -> FeatureRef | None:
         """Put a feature; None if there is no room for it in `wait_s` seconds, or no owner."""
         return self._put(
-            lambda cache, timeout_s, on_full: cache.put(
+            lambda on_full, timeout_s: self._nearest.put(
                 feature,
                 readers=readers.owed(),
                 ttl=self.plan.config.ttl_s,
                 timeout=timeout_s,
                 on_full=on_full,
             ),
-            wait_s,
-            feature.nbytes,
+            *(wait_s, feature.nbytes),
         )
 
     def put_many(
@@ -128,31 +141,25 @@ class Slab:
     ) -> list[FeatureRef] | None:
         """As `put`, of all together or none."""
         return self._put(
-            lambda cache, timeout_s, on_full: cache.put_many(
+            lambda on_full, timeout_s: self._nearest.put_many(
                 features,
                 readers=readers.owed(),
                 ttl=self.plan.config.ttl_s,
                 timeout=timeout_s,
                 on_full=on_full,
             ),
-            wait_s,
-            sum(feature.nbytes for feature in features),
+            *(wait_s, sum(feature.nbytes for feature in features)),
         )
 
     def discard(self, ref: FeatureRef) -> None:
         """Take a feature back that was never sent; one that is gone already is no error."""
-        cache = self._cache
-        if cache is not None:
-            with contextlib.suppress(StaleRef, UnknownPool, *_LOST):
-                cache.discard(ref)
+        with contextlib.suppress(StaleRef, UnknownPool, *_LOST):
+            self._nearest.discard(ref)
 
     def take_back(self, ref: FeatureRef) -> torch.Tensor | None:
         """Return a feature that was never sent, in host memory, and discard it; None if it is not here."""
-        cache = self._cache
-        if cache is None:
-            return None
         try:
-            feature = cache.get(ref)
+            feature = self._nearest.get(ref)
         except (StaleRef, UnknownPool, *_LOST):
             return None
         self.discard(ref)
@@ -162,45 +169,42 @@ class Slab:
     @property
     def in_use(self) -> int:
         """The features that the slab holds now, of all workers."""
-        cache = self._cache
-        if cache is None:
-            return 0
         with contextlib.suppress(CacheClosed):
-            return cache.statistics().slots_used
+            return self._nearest.statistics().slots_used
         return 0
 
     # --- inside -------------------------------------------------------------------------------------
 
-    def _put(
-        self,
-        put: Callable[[Cache, float, Literal["wait", "raise", "spill"]], T],
-        wait_s: float,
-        nbytes: int,
-    ) -> T | None:
+    @property
+    def _nearest(self) -> Cache:
+        """The owner, if it is here, else this worker's client of it."""
+        return self._owner or self._client
+
+    def _put(self, put: Callable[[OnFull, float], T], wait_s: float, nbytes: int) -> T | None:
         """Grow, then wait, then spill: the slab grows in each of these before it is full."""
-        cache = self._cache
-        if cache is None:
+        if self._owner is None and not self._client.is_attached:
+            self._lose("no owner listens there")
             return None
-        try:
-            if wait_s > 0:
-                with contextlib.suppress(*_FULL):
-                    return put(cache, wait_s, "wait")
-            if self._spills:
-                try:
-                    return put(cache, _ANSWER_S, "spill")
-                except SettingsError:
-                    if self.plan.config.endpoint is None:
-                        raise
-                    self._spills = False  # the daemon has no host slab
-            if wait_s <= 0:
-                return put(cache, _ANSWER_S, "raise")
-        except _FULL as full:
-            self._warn(nbytes, full)
-        except _LOST as error:
-            self._lose(cache, error)
+        self._lost = False
+        tries: list[tuple[OnFull, float]]
+        tries = [("wait", wait_s) if wait_s > 0 else ("raise", _ANSWER_S), ("spill", _ANSWER_S)]
+        why: Exception | None = None
+        for on_full, timeout_s in tries if self._spills else tries[:1]:
+            try:
+                return put(on_full, timeout_s)
+            except _FULL as full:
+                why = full
+            except _LOST as error:
+                self._lose(error)
+                return None
+            except SettingsError:
+                if on_full != "spill" or self.plan.config.endpoint is None:
+                    raise
+                self._spills = False  # the daemon has no host slab
+        self._warn(nbytes, why)
         return None
 
-    def _warn(self, nbytes: int, why: Exception) -> None:
+    def _warn(self, nbytes: int, why: Exception | None) -> None:
         """Say that the slab is full, at a bounded rate."""
         now_s = time.monotonic()
         self._unwarned += 1
@@ -212,49 +216,31 @@ class Slab:
             )
             self._warned_s, self._unwarned = now_s, 0
 
-    def _lose(self, cache: Cache | None, error: Exception) -> None:
-        """Give up an owner that is gone, and have the next one looked for."""
+    def _lose(self, why: object) -> None:
+        """Say that the owner is gone, once, and have its place taken if it was a worker."""
         with self._lock:
-            if self._cache is not cache or self._closed.is_set():
+            if self._lost or self._closed.is_set():
                 return  # another thread was first
-            self._cache = None
-            if self._search is not None and self._search.is_alive():
-                return
-            self._search = threading.Thread(target=self._look_for_owner, daemon=True)
-            self._search.start()
+            self._lost = True
+            if self.plan.config.endpoint is None and self._election is None:
+                self._election = threading.Thread(target=self._elect, daemon=True)
+                self._election.start()
         _log.warning(
             "the slab at %s is gone, SGLang sends features through the host until it is back: %s",
-            *(self.plan.endpoint, error),
+            *(self.plan.endpoint, why),
         )
-        if cache is not None:
-            with contextlib.suppress(FeatcacheError):
-                cache.close()
 
-    def _look_for_owner(self) -> None:
+    def _elect(self) -> None:
+        """Own the slab, unless this worker is attached to another's before."""
         pause_s, longest_s = _RETRY_S
-        while not self._closed.wait(pause_s):
+        while not (self._owner or self._client.is_attached or self._closed.wait(pause_s)):
             pause_s = min(2 * pause_s, longest_s)
-            try:
-                found = self._attach() if self.plan.config.endpoint else self._elect()
-            except FeatcacheError:
-                continue
-            with self._lock:
-                closed = self._closed.is_set()
-                if not closed:
-                    self._cache = found
-            if closed:
-                found.close()
-            else:
-                _log.info("the slab at %s is back", self.plan.endpoint)
-            return
+            with contextlib.suppress(FeatcacheError):
+                self._stand()
+        self._election = None
 
-    def _attach(self) -> Cache:
-        client = blocking.connect(self.plan.endpoint, device=self.plan.device)
-        client.open()
-        return client
-
-    def _elect(self) -> Cache:
-        """Own the slab if nobody does, else attach to who does."""
+    def _stand(self) -> SettingsError | None:
+        """Own the slab if nobody does, else return why not."""
         plan = self.plan
         cache = blocking.create(
             device=plan.device,
@@ -266,19 +252,14 @@ class Slab:
         try:
             cache.open()
         except SettingsError as taken:
-            return self._follow(taken)
+            return taken
+        with self._lock:
+            closed = self._closed.is_set()
+            self._owner = None if closed else cache
+        if closed:
+            cache.close()
         sweep(_PREFIX)  # what servers that were killed left behind
-        return cache
-
-    def _follow(self, taken: SettingsError) -> Cache:
-        """Attach to the worker that has the endpoint's lock, and may not listen yet."""
-        until_s = time.monotonic() + _ELECTION_S
-        while True:
-            try:
-                return self._attach()
-            except _LOST:
-                if time.monotonic() > until_s or self._closed.wait(_RETRY_S[0]):
-                    raise taken from None
+        return None
 
 
 _slabs: Final[dict[Plan, Slab]] = {}
@@ -319,5 +300,5 @@ def release(slab: Slab) -> None:
     slab.close()
 
 
-UNAVAILABLE: Final = (BackendUnavailable, SettingsError)
+UNAVAILABLE: Final = (AttachRefused, BackendUnavailable, SettingsError)
 """Why a slab can't be had at all on this machine: SGLang's own pool is made instead."""

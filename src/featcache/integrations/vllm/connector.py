@@ -10,6 +10,7 @@ from vllm.distributed.ec_transfer.ec_connector.base import (
 )
 
 from featcache.integrations.vllm import config as configs
+from featcache.integrations.vllm.ahead import Copies, Orders, name_of
 from featcache.integrations.vllm.counts import Counts
 from featcache.integrations.vllm.flights import Flights
 from featcache.integrations.vllm.keys import Keys, facts, hashes_contents
@@ -75,6 +76,10 @@ class FeatcacheECConnector(ECConnectorBase):
     ) -> LoopLink:
         link = LoopLink(config.endpoint, self._counts, name=place.name)
         flights = Flights(link, config.peer_wait, self._counts, keeps_claims=self.is_producer)
+        encodable = encodable_here(self._vllm_config)
+        orders = None
+        if encodable is not None:
+            orders = Orders(link, name_of(self._vllm_config), place.ranks, encodable)
         self._scheduler = SchedulerSide(
             link,
             keys,
@@ -83,19 +88,23 @@ class FeatcacheECConnector(ECConnectorBase):
             loads=self.is_consumer,
             saves=self.is_producer,
             ranks=place.ranks,
-            encodable=encodable_here(self._vllm_config),
+            orders=orders,
         )
         return link
 
     def _open_worker(self, config: configs.ConnectorConfig, keys: Keys, place: Place) -> ThreadLink:
         link = ThreadLink(config.endpoint, self._counts, device=place.device, name=place.name)
         saves = self.is_producer and place.saves and not self._passive
+        copies = None
+        if place.rank < place.ranks and encodable_here(self._vllm_config) is not None:
+            copies = Copies(link, name_of(self._vllm_config), place.rank)
         self._worker = WorkerSide(
             link,
             keys,
             self._counts,
             saver=Saver(link, self._counts, config.save_queue) if saves else None,
             agree=agree_on_loads if place.ranks > 1 else None,
+            copies=copies,
         )
         return link
 

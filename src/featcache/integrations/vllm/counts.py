@@ -41,6 +41,8 @@ class Counts:
 
     def take(self) -> dict[str, float]:
         """Return the counts since the last time."""
+        if not self._values:  # at most steps; what is counted meanwhile is the next call's
+            return {}
         with self._lock:
             values, self._values = self._values, {}
         return values

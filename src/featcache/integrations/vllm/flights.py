@@ -164,6 +164,8 @@ class Flights:
 
     def expire(self) -> None:
         """Forget what nobody asked of any more, or was told of the end of: at each step."""
+        if not self._flights:
+            return
         before_s = self._clock() - self._wait_s - _KEEP_S
         for key, flight in list(self._flights.items()):  # oldest first
             if flight.began_s > before_s:

@@ -65,7 +65,7 @@ class ThreadLink(Link[blocking.FeatureClient]):
 
     def __init__(self, endpoint: str, counts: Counts, *, device: Any, name: str) -> None:
         super().__init__(endpoint, counts, warns=False)
-        self._device, self._name = device, name
+        self.device, self._name = device, name
         self._thread = threading.Thread(target=self._open, name="featcache-open", daemon=True)
         self._thread.start()
 
@@ -73,7 +73,7 @@ class ThreadLink(Link[blocking.FeatureClient]):
         while not self._ends.is_set():
             try:
                 client = blocking.connect(
-                    self._endpoint, device=self._device, name=self._name, reconnect=True
+                    self._endpoint, device=self.device, name=self._name, reconnect=True
                 )
                 client.open()
             except FeatcacheError as error:

@@ -60,9 +60,6 @@ class WorkerMetadata(ECConnectorWorkerMetadata):
             counts,
         )
 
-    def __bool__(self) -> bool:
-        return bool(self.loaded or self.saved or self.dropped or self.counts)
-
 
 def rows_of(request: Any, index: int) -> int | None:
     """Return how many embeddings a request expects of one of its inputs, if it says."""

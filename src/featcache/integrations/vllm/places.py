@@ -21,6 +21,8 @@ class Place:
     saves: bool
     """Whether this one saves: all ranks have the same outputs."""
     device: torch.device
+    rank: int = 0
+    """Its number among all of the engine; those that load are the first `ranks`."""
 
 
 def place_of(vllm_config: Any, *, scheduler: bool) -> Place:
@@ -38,7 +40,7 @@ def place_of(vllm_config: Any, *, scheduler: bool) -> Place:
     device = torch.device("cpu")
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         device = torch.device("cuda", torch.cuda.current_device())
-    return Place(f"{begins}-rank{rank}-{os.getpid()}", ranks, saves, device)
+    return Place(f"{begins}-rank{rank}-{os.getpid()}", ranks, saves, device, rank)
 
 
 def _count(parallel: Any, name: str) -> int:
@@ -83,15 +85,17 @@ def passes_by(vllm_config: Any) -> bool:
     )
 
 
-def encodable_here(vllm_config: Any) -> Callable[[Any], bool]:
+def encodable_here(vllm_config: Any) -> Callable[[Any], bool] | None:
     """Return what tells whether a feature of a request brings more than the sizes of its output.
+
+    None of an engine where all do.
 
     vLLM lets requests to a consumer leave the embeddings out, and bring what sizes their place in the
     prompt: such an input is in the pool, or can't be answered.
     """
     multimodal = getattr(vllm_config.model_config, "multimodal_config", None)
     if getattr(multimodal, "allow_missing_mm_embeddings", False) is not True:
-        return _always
+        return None
     sizes = _sizes_by_modality(vllm_config.model_config)
 
     def encodable(feature: Any) -> bool:
@@ -99,11 +103,7 @@ def encodable_here(vllm_config: Any) -> Callable[[Any], bool]:
         data = getattr(feature, "data", None)
         return not known or not data or not set(data) <= known
 
-    return encodable if any(sizes.values()) else _always
-
-
-def _always(_: Any) -> bool:
-    return True
+    return encodable if any(sizes.values()) else None
 
 
 def _sizes_by_modality(model_config: Any) -> dict[str, set[str]]:

@@ -50,13 +50,12 @@ class Saver:
 
     def take_ended(self) -> tuple[list[str], list[str]]:
         """Return the identifiers that were saved, and those that were not, since the last call."""
-        saved, dropped = list[str](), list[str]()
-        while True:
-            try:
-                identifier, well = self._ended.get_nowait()
-            except queue.Empty:
-                return saved, dropped
+        saved: list[str] = []
+        dropped: list[str] = []
+        while not self._ended.empty():  # this thread alone takes
+            identifier, well = self._ended.get_nowait()
             (saved if well else dropped).append(identifier)
+        return saved, dropped
 
     def close(self) -> None:
         """Save what is queued, within a bound, and end the thread."""

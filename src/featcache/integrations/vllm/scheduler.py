@@ -2,13 +2,14 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Final, Protocol
 
 import attrs
 
 from featcache import FeatcacheError, FeatureClient
 from featcache.api.claiming import Lease, lease_now
+from featcache.integrations.vllm.ahead import Orders
 from featcache.integrations.vllm.counts import Counts
 from featcache.integrations.vllm.flights import Flights
 from featcache.integrations.vllm.keys import Keys
@@ -49,13 +50,13 @@ class SchedulerSide:
         loads: bool,
         saves: bool,
         ranks: int,
-        encodable: Callable[[Any], bool] = lambda _: True,
+        orders: Orders | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._link, self._keys, self._flights, self._counts = link, keys, flights, counts
         self._loads, self._saves, self._ranks = loads, saves, ranks
-        self._encodable = encodable
-        """Whether a request brings what an input's output can be made of."""
+        self._orders = orders
+        """Of inputs that can't be encoded here; None where all can."""
         self._clock = clock
         # Of the step that is planned now:
         self._seen: dict[str, bool] = {}
@@ -104,13 +105,20 @@ class SchedulerSide:
 
     def is_ready(self, request: _Request, computed: int) -> bool:
         """Whether a request can be planned now: each input that it needs is there, or to be encoded here."""
+        needed = self._needed(request, computed)
+        if not needed:  # of each request that decodes, at each step
+            return True
         client = self._link.client
         missing = dict[str, bool]()  # by key, whether it can be encoded here
-        lost = False
-        for feature in self._needed(request, computed):
-            identifier, encodable = feature.identifier, self._encodable(feature)
-            # What can't be encoded here is leased from now on, so that it does not go before the plan.
-            if self._seen.get(identifier) or (not encodable and self._is_leased(identifier)):
+        lost, ordered = False, False
+        for feature in needed:
+            identifier, orders = feature.identifier, self._orders
+            encodable = orders is None or orders.encodable(feature)
+            # What can't be encoded here is with the ranks before the plan, and leased until it is.
+            if orders is not None and not encodable and self._is_leased(identifier):
+                ordered = self._is_ordered(orders, identifier) or ordered
+                continue
+            if self._seen.get(identifier):
                 continue
             key = self._keys.key(identifier)
             there = None if key is None or client is None else self._told(client, key)
@@ -125,21 +133,39 @@ class SchedulerSide:
         if lost or not all(missing[key] for key in missing.keys() - awaited):
             self._unavailable.add(request.request_id)
             return False
-        return not awaited
+        return not (awaited or ordered)
 
-    def _needed(self, request: _Request, computed: int) -> Iterator[Any]:
-        """Yield the features that a request needs from here on, and vLLM's encoder cache has not for it."""
+    def _needed(self, request: _Request, computed: int) -> list[Any]:
+        """Return the features that a request needs from here on, and vLLM's encoder cache has not for it."""
+        needed = []
+        for feature in request.mm_features:
+            position = feature.mm_position
+            if position.offset + position.length > computed:
+                needed.append(feature)
+        if not needed:
+            return needed
         preemptions, had = self._had.get(request.request_id, (0, ()))
         if preemptions != _preemptions(request):  # what it had can be gone
             had = ()
-        for feature in request.mm_features:
-            position = feature.mm_position
-            if position.offset + position.length > computed and feature.identifier not in had:
-                yield feature
+        return [feature for feature in needed if feature.identifier not in had]
+
+    def _is_ordered(self, orders: Orders, identifier: str) -> bool:
+        """Whether the ranks are yet to copy what is leased."""
+        key, client = self._keys.key(identifier), self._link.client
+        if key is None or client is None or orders.has(identifier):
+            return False
+        try:
+            return orders.awaits(identifier, key, client)
+        except FeatcacheError:  # the owner is gone: at the next pass it is told
+            return True
 
     def _is_leased(self, identifier: str) -> bool:
-        """Take a lease of what is there, which `has` then answers by in this pass."""
-        if not self._look(identifier):
+        """Take a lease of what is there, or know the ranks to have it; `has` then answers so in this pass."""
+        if self._seen.get(identifier):
+            return True
+        if self._orders is not None and self._orders.has(identifier):
+            self._held[identifier] = None
+        elif not self._look(identifier):
             return False
         self._seen[identifier] = True
         self._counts.add("hits")
@@ -166,6 +192,8 @@ class SchedulerSide:
         if not self.has(identifier):
             self._flights.encoding(key)
         elif self._loads:
+            if self._orders is not None:
+                self._orders.taken(identifier)
             self._planned[identifier] = Load(
                 identifier, key, request.request_id, index, rows_of(request, index)
             )
@@ -179,8 +207,11 @@ class SchedulerSide:
     def built(self, output: Any) -> StepMetadata:
         """Return what the workers are told of this step; the next one is planned from here."""
         encodes = getattr(output, "scheduled_encoder_inputs", None)
-        planned, self._planned = self._planned, {}
-        held, self._held = self._held, {}
+        planned, held = self._planned, self._held
+        if planned:
+            self._planned = {}
+        if held:
+            self._held = {}
         self._seen.clear()
         now_s = self._clock()
         for identifier, lease in held.items():
@@ -211,7 +242,9 @@ class SchedulerSide:
 
     def _expire(self, now_s: float) -> None:
         self._flights.expire()
-        for identifier, leased in list(self._loading.items()):
+        if self._orders is not None:
+            self._orders.expire()
+        for identifier, leased in list(self._loading.items()) if self._loading else ():
             while leased and now_s - leased[0].began_s > _LEASE_S:
                 self._end(identifier)
 

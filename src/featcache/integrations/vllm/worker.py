@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from featcache import FeatcacheError, KeyNotFound, StaleRef
+from featcache.integrations.vllm.ahead import Copies
 from featcache.integrations.vllm.counts import Counts
 from featcache.integrations.vllm.features import bytes_of, fits, unpacked
 from featcache.integrations.vllm.keys import Keys
@@ -34,12 +35,15 @@ class WorkerSide:
         *,
         saver: Saver | None,
         agree: Agree | None,
+        copies: Copies | None = None,
     ) -> None:
         self._link, self._keys, self._counts = link, keys, counts
         self._saver = saver
         """None of a rank that does not save."""
         self._agree = agree
         """None where there is one rank."""
+        self._copies = copies
+        """What was copied before its step was planned; None where every input can be encoded here."""
         self._ended: Counter[str] = Counter()
 
     def load(self, encoder_cache: dict[str, Any], step: StepMetadata) -> None:
@@ -74,6 +78,12 @@ class WorkerSide:
     def _loaded(self, loads: list[Load], *, checks: bool) -> dict[str, Any]:
         """Return what could be loaded, by identifier; if it `checks`, only what fits its request."""
         found: dict[str, Any] = {}
+        if self._copies is not None:
+            for load in loads:
+                output = self._copies.take(load.identifier)
+                if output is not None and (not checks or fits(output, load.rows)):
+                    found[load.identifier] = output
+            loads = [load for load in loads if load.identifier not in found]
         for first in range(0, len(loads), _AT_ONCE):
             some = loads[first : first + _AT_ONCE]
             while some and (client := self._link.client) is not None:
@@ -118,16 +128,22 @@ class WorkerSide:
 
     def tells(self) -> WorkerMetadata | None:
         """Return what the scheduler is told since the last step."""
-        ended, self._ended = self._ended, Counter()
+        ended, counts = self._ended, self._counts.take()
         saved, dropped = ([], []) if self._saver is None else self._saver.take_ended()
-        told = WorkerMetadata(ended, saved, dropped, self._counts.take())
-        return told or None
+        if not (ended or saved or dropped or counts):  # at most steps
+            return None
+        self._ended = Counter()
+        return WorkerMetadata(ended, saved, dropped, counts)
 
     def close(self) -> None:
         """Save what is queued, and end the threads and the connection."""
         if self._saver is not None:
             self._saver.close()
+        if self._copies is not None:
+            self._copies.close()
         self._link.close()
+        if self._copies is not None:
+            self._copies.join()
 
 
 def _without(loads: list[Load], error: FeatcacheError) -> list[Load]:

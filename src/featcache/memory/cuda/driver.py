@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 
 from featcache.errors import BackendUnavailable
+from featcache.memory.cuda.rdma import RdmaCalls
 
 _OUT_OF_MEMORY: Final = 2
 _ADVICE: Final = {
@@ -74,8 +75,8 @@ def _torch_device(ordinal: int) -> torch.device:
     return torch.device("cuda", ordinal)
 
 
-class Driver:
-    """Checked calls over one module of bindings. Its only state is two tables."""
+class Driver(RdmaCalls):
+    """Checked calls over one module of bindings. Its only state is three tables."""
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class Driver:
         device: Callable[[int], torch.device] = _torch_device,
         lasts: Callable[[int], bool] = _torch_lasts,
     ) -> None:
-        self.api = api
+        super().__init__(api)
         self.current_stream = current_stream
         """Torch's current stream of a device, as the int that the driver knows it by."""
         self.device = device
@@ -137,18 +138,6 @@ class Driver:
         )
         return all(self._call("cuDeviceGetAttribute", name, device) for name in needed)
 
-    def can_rdma(self, ordinal: int) -> bool:
-        """Whether a network card can reach segments of a device (GPUDirect RDMA with VMM)."""
-        name = getattr(
-            self.api.CUdevice_attribute,
-            "CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED",
-            None,
-        )
-        if name is None:  # older bindings do not know it
-            return False
-        device = self._call("cuDeviceGet", ordinal)
-        return bool(self._call("cuDeviceGetAttribute", name, device))
-
     def can_reach(self, ordinal: int, other: int) -> bool:
         """Whether a device can read another's memory."""
         return ordinal == other or bool(self._call("cuDeviceCanAccessPeer", ordinal, other))
@@ -173,6 +162,10 @@ class Driver:
             # A driver that shuts down says so at the next call.
             self.api.cuCtxPopCurrent()
 
+    def enter(self, ordinal: int) -> None:
+        """Make a device's context this thread's current one, until the thread ends."""
+        self._call("cuCtxSetCurrent", self.context(ordinal))
+
     def synchronize(self, ordinal: int) -> None:
         """Wait for all work of this process on a device. Blocks."""
         with self.on(ordinal):
@@ -180,23 +173,40 @@ class Driver:
 
     # --- segments (VMM) -----------------------------------------------------------------------------
 
-    def _properties(self, ordinal: int) -> Any:
+    def _properties(self, ordinal: int, *, rdma: bool) -> Any:
         api = self.api
         prop = api.CUmemAllocationProp()
         prop.type = api.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         prop.requestedHandleTypes = self._posix_fd
         prop.location.type = api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         prop.location.id = ordinal
+        if rdma:
+            prop.allocFlags.gpuDirectRDMACapable = 1
         return prop
 
     def granularity_bytes(self, ordinal: int) -> int:
         """Return the unit of the sizes and offsets of segments."""
         minimum = self.api.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-        return int(self._call("cuMemGetAllocationGranularity", self._properties(ordinal), minimum))
+        name = "cuMemGetAllocationGranularity"
+        return int(self._for_cards(ordinal, lambda prop: self._call(name, prop, minimum)))
 
     def create(self, ordinal: int, size_bytes: int) -> Any:
-        """Return a handle of new device memory, or raise MemoryError."""
-        return self._call("cuMemCreate", size_bytes, self._properties(ordinal), 0)
+        """Return a handle of new device memory, or raise MemoryError.
+
+        It is made for network cards too (GPUDirect RDMA) where the device says that it can, and does.
+        """
+        return self._for_cards(ordinal, lambda prop: self._call("cuMemCreate", size_bytes, prop, 0))
+
+    def _for_cards(self, ordinal: int, call: Callable[[Any], Any]) -> Any:
+        """Call with the properties of memory for network cards; where those are refused, without."""
+        if self._makes_for_rdma(ordinal):
+            try:
+                return call(self._properties(ordinal, rdma=True))
+            except DeviceMemoryError:
+                raise
+            except DriverError:
+                self._for_rdma[ordinal] = False
+        return call(self._properties(ordinal, rdma=False))
 
     def export(self, handle: Any) -> int:
         """Return a new descriptor of a segment; it is the caller's."""

@@ -17,6 +17,7 @@ class CudaSlab(CudaMapping):
     ) -> None:
         self.kind = kind
         self.capacity_bytes = capacity_bytes
+        self.ordinal = ordinal
         self.device_name = driver.uuid_of(ordinal)
         self._segment_bytes = segment_bytes
         self._memory: SegmentBacking | IpcBacking

@@ -8,7 +8,6 @@ but it forbids punching holes as well.
 
 import contextlib
 import ctypes
-import errno
 import fcntl
 import mmap
 import os
@@ -31,6 +30,16 @@ from featcache.memory import strided as copies
 from featcache.memory.dense import NOT_MADE, lend
 from featcache.memory.devices import CPU
 from featcache.memory.host.available import available_bytes
+from featcache.memory.host.pages import (
+    PIECE_BYTES,
+    POPULATE_READ,
+    POPULATE_WRITE,
+    Region,
+    advise,
+    advise_huge_pages,
+    drop_pages,
+    punch_hole,
+)
 from featcache.memory.pack import DTYPES, check_parts
 from featcache.memory.slab import Parts, Segment, Word, uncopied
 from featcache.memory.views import view_of
@@ -38,10 +47,6 @@ from featcache.memory.words import TSO, Block, fence_stores, memfd, store_words
 from featcache.ref import TensorSpec
 
 KIND: Final = "host"
-_MADV_POPULATE_READ: Final = 22  # Linux 5.14; Python does not name them
-_MADV_POPULATE_WRITE: Final = 23
-_ADVICE_BYTES: Final = 4 << 20  # 2 ms of page faults
-_FALLOC_PUNCH: Final = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
 _SPARE_BYTES: Final = 64 << 20
 """Bytes that a commit leaves to the process, or as many as it takes if these are fewer."""
@@ -51,8 +56,6 @@ _NEVER_HERE: Final = 1 << 62  # bytes: above any limit on copies in the event lo
 Streams = Sequence[Any]
 """The caller's streams of the GPUs that a copy touches. Copies are complete on return all the same, but
 they must come behind the caller's earlier work there, such as the kernel that computes a put's source."""
-Region = tuple[mmap.mmap, int]
-"""A mapping and its address. Whoever works on the address refers to it: `close` unmaps nothing under them."""
 _memmove: Callable[[int, int, int], int] = ctypes.memmove  # drops the GIL, unlike a buffer's slice
 
 
@@ -63,37 +66,6 @@ def _on(streams: Streams) -> Iterator[None]:
         for stream in streams:
             stack.enter_context(torch.cuda.stream(stream))
         yield
-
-
-_libc: Final = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-_libc.fallocate.argtypes = ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64
-
-
-def _advise(region: Region, advice: int, start_bytes: int, size_bytes: int) -> bool:
-    """Give the kernel advice, and return whether it knows it: old kernels return EINVAL.
-
-    By ctypes, which drops the GIL, as `mmap.madvise` does not: advice that fills 64 MiB from a thread
-    would stop the event loop for tens of milliseconds. It is given in pieces because the kernel holds
-    the lock of the address space for each, which an allocation in the loop needs.
-    """
-    end_bytes = start_bytes + size_bytes
-    while start_bytes < end_bytes:
-        piece_bytes = min(_ADVICE_BYTES, end_bytes - start_bytes)
-        if _libc.madvise(region[1] + start_bytes, piece_bytes, advice):
-            code = ctypes.get_errno()
-            if code in {errno.EINVAL, errno.ENOSYS}:
-                return False
-            if code != errno.EINTR:
-                raise OSError(code, os.strerror(code))
-        else:
-            start_bytes += piece_bytes
-    return True
-
-
-def _advise_huge_pages(region: Region, size_bytes: int) -> None:
-    """Advise huge pages, in one piece: it marks the range and fills nothing. Refused, it is not needed."""
-    _libc.madvise(region[1], size_bytes, mmap.MADV_HUGEPAGE)
 
 
 class _Target(NamedTuple):
@@ -129,8 +101,8 @@ class HostMapping:
         mapping = mmap.mmap(fd, capacity_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
         mapped = cls(mapping)
         region = mapped._open()
-        _advise_huge_pages(region, capacity_bytes)
-        _advise(region, _MADV_POPULATE_READ, 0, committed_bytes)
+        advise_huge_pages(region, capacity_bytes)
+        advise(region, POPULATE_READ, 0, committed_bytes)
         return mapped
 
     deferred = False
@@ -215,7 +187,7 @@ class HostMapping:
             raise AttachRefused("a host slab is written by one descriptor, of the slab's size")
         mapping = mmap.mmap(fds[0], self.end_bytes, flags=mmap.MAP_SHARED)
         whole = torch.frombuffer(mapping, dtype=torch.uint8)
-        _advise_huge_pages((mapping, whole.data_ptr()), self.end_bytes)
+        advise_huge_pages((mapping, whole.data_ptr()), self.end_bytes)
         self._target = _Target(whole.data_ptr(), whole.untyped_storage())
 
     def warm(self, end_bytes: int) -> None:
@@ -223,12 +195,12 @@ class HostMapping:
         region, target = self._region, self._target
         if region is None or target is None:
             return
-        for start_bytes in range(0, min(end_bytes, self.end_bytes), _ADVICE_BYTES):
+        for start_bytes in range(0, min(end_bytes, self.end_bytes), PIECE_BYTES):
             if self._target is not target:  # closed meanwhile
                 return
-            piece_bytes = min(_ADVICE_BYTES, end_bytes - start_bytes)
+            piece_bytes = min(PIECE_BYTES, end_bytes - start_bytes)
             with contextlib.suppress(OSError):  # they are taken one by one then
-                _advise((region[0], target.address), _MADV_POPULATE_READ, start_bytes, piece_bytes)
+                advise((region[0], target.address), POPULATE_READ, start_bytes, piece_bytes)
 
     def stage(self, parts: Parts) -> tuple[Parts, Streams]:
         """Return the parts, and the caller's streams of the GPUs that they are on."""
@@ -312,7 +284,7 @@ class HostMapping:
             # Before the unmap, which would hold the lock of the address space for all pages at once.
             for address in {region[1], target.address if target else region[1]}:
                 with contextlib.suppress(OSError):
-                    _advise((region[0], address), mmap.MADV_DONTNEED, 0, self.end_bytes)
+                    drop_pages((region[0], address), self.end_bytes)
 
     def _open(self) -> Region:
         if self._region is None:
@@ -347,9 +319,9 @@ class HostSlab(HostMapping):
         assert self._storage is not None, "a new mapping is open"
         self._target = _Target(self._open()[1], self._storage)
         if huge_pages:
-            _advise_huge_pages(self._open(), self.capacity_bytes)
+            advise_huge_pages(self._open(), self.capacity_bytes)
 
-    kind = KIND
+    kind, ordinal = KIND, -1
     device_name = "cpu"
     """A GPU's UUID if this slab stands in for one on that GPU."""
     handle = b""
@@ -369,7 +341,7 @@ class HostSlab(HostMapping):
             )
         try:
             # Populate first: touched pages may be huge ones, fallocate reserves small ones.
-            if prefault and _advise(self._open(), _MADV_POPULATE_WRITE, start_bytes, size_bytes):
+            if prefault and advise(self._open(), POPULATE_WRITE, start_bytes, size_bytes):
                 return
             os.posix_fallocate(self._fd, start_bytes, size_bytes)
         except OSError as error:
@@ -379,9 +351,7 @@ class HostSlab(HostMapping):
 
     def decommit(self, start_bytes: int, stop_bytes: int) -> None:
         """Punch a hole: the system has the pages back at once, whoever maps them."""
-        while _libc.fallocate(self._fd, _FALLOC_PUNCH, start_bytes, stop_bytes - start_bytes) != 0:
-            if (code := ctypes.get_errno()) != errno.EINTR:
-                raise OSError(code, os.strerror(code))
+        punch_hole(self._fd, start_bytes, stop_bytes)
 
     def segments(self, start_bytes: int, stop_bytes: int) -> list[Segment]:
         return []  # one descriptor covers the whole range
