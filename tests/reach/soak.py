@@ -17,6 +17,8 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -101,17 +103,21 @@ class Soak:
             host.close()
             self._hosts[number] = self._start(number)
             return number
-        begins, ends = {
+        faults: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
             "stopped": (
-                lambda: host.signal(signal.SIGSTOP),
-                lambda: host.signal(signal.SIGCONT),
+                partial(host.signal, signal.SIGSTOP),
+                partial(host.signal, signal.SIGCONT),
             ),
-            "link down": (lambda: network.link("down", number), lambda: network.link("up", number)),
+            "link down": (
+                partial(network.link, "down", number),
+                partial(network.link, "up", number),
+            ),
             "packets lost": (
-                lambda: network.misdirect(number),
-                lambda: network.redirect(number),
+                partial(network.misdirect, number),
+                partial(network.redirect, number),
             ),
-        }[fault]
+        }
+        begins, ends = faults[fault]
         begins()
         # Shorter than the time in which a host is given up, longer, or longer than its lease.
         time.sleep(self._dice.choice([0.3, 3.0, 5.0]))
