@@ -82,7 +82,8 @@ class NixlPlane:
         self._memory = memory
         self._gpu = gpu
         """Of the slab, if it is on one."""
-        self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        # No SimpleQueue: its `get` may wait without end when a short timeout is over as it is woken.
+        self._commands: queue.Queue[Callable[[], object] | None] = queue.Queue()
         self._agent: Any = None
         self._registered: dict[int, Any] = {}
         self._transfers: set[NixlTransfer] = set()
