@@ -31,7 +31,7 @@ endif
 EXAMPLES := $(sort $(dir $(wildcard examples/*/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-vllm test-sglang lint format bench docs soak fuzz clean
+.PHONY: help venv demo demo-hosts test test-vllm test-sglang lint format bench docs soak fuzz clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
@@ -47,6 +47,21 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## run the demo
 	$(BIN)/python examples/demo $(ARGS)
+
+# NIXL is larger than all else together, so it has a folder of its own. Without its dependencies: what the
+# owners use of it needs none but numpy and torch, which are here.
+NIXL := .venv-hosts
+NIXL_NEEDS = import tomllib; \
+	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["reach"], sep="\n")
+
+$(NIXL)/.installed: $(STAMP) pyproject.toml
+	@echo "installing NIXL into $(NIXL) (200 MB)"; mkdir -p $(NIXL); $(BIN)/python -c '$(NIXL_NEEDS)' > $(NIXL)/needs.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps --upgrade --target $(NIXL) -r $(NIXL)/needs.txt 2>$(NIXL)/pip.txt \
+		|| { echo "NIXL can't be installed: $$(grep -m1 '^ERROR' $(NIXL)/pip.txt || tail -n1 $(NIXL)/pip.txt)" >&2; exit 1; }
+	@touch $@
+
+demo-hosts: $(NIXL)/.installed ## run the demo over two hosts: network namespaces (root), else two owners on the loopback device
+	PYTHONPATH=$(NIXL) $(BIN)/python examples/demo --hosts $(ARGS)
 
 test: $(STAMP) ## run the tests; those that need a GPU are skipped where there is none
 	$(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal $(ARGS)
@@ -105,5 +120,5 @@ fuzz: $(STAMP) ## fuzz what decodes refs, messages and frames: make fuzz MINUTES
 	$(BIN)/python -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) $(DOCS_VENV) .venv-vllm .venv-sglang site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DOCS_VENV) $(NIXL) .venv-vllm .venv-sglang site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests $(wildcard examples) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
 """featcache at its main job: image features for four tensor-parallel ranks, each put once.
 
     python examples/demo [--images FILE...] [--device cpu|cuda] [--capacity 64MiB] [--repeat N]
+    python examples/demo --hosts [...]      # the ranks on another host, over NIXL: make demo-hosts
 
 This process owns the pool. It cuts pictures into patches as Qwen2-VL does, puts each picture's
 patches, and sends the ref to four rank processes. Each rank multiplies them with its quarter of a
@@ -14,7 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from importlib.util import find_spec
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -26,6 +27,7 @@ from anyio import to_thread
 
 import featcache
 import rank
+from hosts import NoHosts, TwoHosts, two_hosts
 from images import BadPicture, choose
 from owner import PATIENCE, Demo, Sample, prepare
 from rank import RANKS, Attached, Wire, log_events
@@ -46,7 +48,7 @@ class Interrupted(Exception):
 
 @asynccontextmanager
 async def ranks(
-    endpoint: str, devices: Sequence[str], *, verbose: bool
+    endpoint: str, devices: Sequence[str], network: str | None, *, verbose: bool
 ) -> AsyncIterator[list[Wire]]:
     """The rank processes, attached, each behind a socket. They end when the sockets close."""
     wires: list[Wire] = []
@@ -56,7 +58,7 @@ async def ranks(
             ours, theirs = socket.socketpair()
             wires.append(await Wire.open(ours))
             with theirs:
-                processes.append(start(number, endpoint, device, theirs, verbose))
+                processes.append(start(number, endpoint, device, theirs, verbose, network))
         with anyio.fail_after(PATIENCE):
             for wire in wires:
                 await wire.receive(Attached)
@@ -97,17 +99,27 @@ async def stop_on_signal() -> None:
 
 
 async def run(
-    options: argparse.Namespace, devices: Sequence[str], samples: list[Sample], progress: Progress
+    options: argparse.Namespace,
+    devices: Sequence[str],
+    samples: list[Sample],
+    progress: Progress,
+    hosts: TwoHosts | None,
 ) -> Outcome:
     outcome = Outcome(
         rows=[sample.row for sample in samples],
         devices=f"owner on {devices[0]}, ranks on {', '.join(devices)}",
+        hosts="one" if hosts is None else hosts.what,
     )
+    listen, network = (None, None) if hosts is None else (hosts.listen, hosts.network)
     async with anyio.create_task_group() as guard:
         guard.start_soon(stop_on_signal)
         async with (
-            featcache.create(device=devices[0], capacity=options.capacity) as cache,
-            ranks(cache.endpoint, devices, verbose=options.verbose) as wires,
+            featcache.create(device=devices[0], capacity=options.capacity, listen=listen) as cache,
+            ranks(
+                cache.endpoint if hosts is None else hosts.endpoint,
+                *(devices, network),
+                verbose=options.verbose,
+            ) as wires,
         ):
             await Demo(cache, wires, samples, outcome, progress, options.repeat).run()
         guard.cancel_scope.cancel()
@@ -125,11 +137,14 @@ def arguments() -> argparse.Namespace:
     found = "cuda" if able else "cpu"
     add("--device", choices=["cpu", "cuda"], default=found, help="default here: %(default)s")
     add("--capacity", default="64MiB", metavar="SIZE", help="of the pool (default: %(default)s)")
+    add("--hosts", action="store_true", help="have the ranks on another host; in host memory")
     add("--repeat", type=int, default=1, metavar="N", help="times that each image is put")
     add("-v", "--verbose", action="store_true", help="show the events that featcache logs")
     options = parser.parse_args()
     if options.repeat < 1:
         parser.error("--repeat must be 1 or more")
+    if options.hosts:
+        options.device = "cpu"  # pools on GPUs are not read from other hosts yet
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
     return options
@@ -164,11 +179,16 @@ def main() -> int:
     progress = Progress()
     try:
         samples = prepare(choose(options.images), devices[0], progress)
-        outcome = anyio.run(run, options, devices, samples, progress)
+        with two_hosts(options.capacity) if options.hosts else nullcontext() as hosts:
+            outcome = anyio.run(run, options, devices, samples, progress, hosts)
     except BadPicture as error:
         progress.clear()
         print(f"demo: {error}", file=sys.stderr)
         return 2
+    except NoHosts as error:
+        progress.clear()
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         progress.clear()
         return 128 + signal.SIGINT

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import featcache
+import hosts
 from patches import FEATURES
 
 RANKS = 4
@@ -102,8 +103,17 @@ def log_events(*, verbose: bool) -> None:
     )
 
 
-def main(rank: int, endpoint: str, device: str, parent: socket.socket, verbose: bool) -> None:
+def main(
+    rank: int,
+    endpoint: str,
+    device: str,
+    parent: socket.socket,
+    verbose: bool,
+    network: str | None,
+) -> None:
     """What the process runs. It ends when the parent closes the socket, or is gone."""
+    if network is not None:
+        hosts.enter(network)
     log_events(verbose=verbose)
     torch.set_num_threads(1)
     if device.startswith("cuda"):

@@ -59,6 +59,7 @@ class Outcome:
 
     rows: list[Row]
     devices: str = ""
+    hosts: str = ""
     capacity: int = 0
     level: str = LEVELS[0]
     used: int = 0
@@ -141,6 +142,7 @@ def summary(outcome: Outcome) -> str:
     facts = {
         "images": f"{len(rows)}, {puts} puts with 4 named readers each",
         "devices": outcome.devices,
+        "hosts": outcome.hosts,
         "bytes": f"{mebibytes(total)} through a pool of {mebibytes(outcome.capacity)}",
         "put": f"{micros(free)} µs, median of the {len(free)} that found room",
         "put that waited": f"{micros(waits)} µs, median of {len(waits)}",

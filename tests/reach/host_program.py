@@ -25,6 +25,11 @@ def crc(tensor: torch.Tensor) -> int:
     return zlib.crc32(tensor.numpy().tobytes())
 
 
+def rank_name(address: str, number: int) -> str:
+    """The name of a rank of the host that listens there."""
+    return f"rank{number} of {address}"
+
+
 class Host:
     """What the driver asks of a host."""
 
@@ -39,7 +44,7 @@ class Host:
         except FeatcacheError as error:
             return {"error": type(error).__name__, "text": str(error)}
 
-    async def do_put(self, nbytes: int, seed: int, readers: int) -> str:
+    async def do_put(self, nbytes: int, seed: int, readers: int | list[str]) -> str:
         return (await self._owner.put(feature(nbytes, seed), readers=readers)).to_bytes().hex()
 
     async def do_get(self, ref: str, ranks: int) -> list[int]:
@@ -76,7 +81,10 @@ async def main(listen: str, ranks: int) -> None:
             featcache.create(settings=settings, listen=listen)  # the key is in the environment
         )
         clients = [
-            await stack.enter_async_context(featcache.connect(owner.endpoint)) for _ in range(ranks)
+            await stack.enter_async_context(
+                featcache.connect(owner.endpoint, name=rank_name(listen, number))
+            )
+            for number in range(ranks)
         ]
         host = Host(owner, clients)
         print(json.dumps({"result": owner.address}), flush=True)  # noqa: T201 - its answers

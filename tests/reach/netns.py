@@ -14,6 +14,7 @@ from typing import Any
 PROGRAM = Path(__file__).parent / "host_program.py"
 KEY = "the key of two hosts that are namespaces"
 NET = "10.231.77"
+_PROBE = f"fc-probe{os.getpid()}"
 
 
 def missing() -> str | None:
@@ -23,11 +24,11 @@ def missing() -> str | None:
     for tool in ("ip", "unshare"):
         if shutil.which(tool) is None:
             return f"{tool} is not installed (iproute2, util-linux)"
-    probe = ["ip", "netns", "add", "fc-probe"]
+    probe = ["ip", "netns", "add", _PROBE]
     made = subprocess.run(probe, capture_output=True, check=False)
     if made.returncode:
         return f"no network namespace can be made here: {made.stderr.decode().strip()}"
-    run("ip", "netns", "del", "fc-probe")
+    run("ip", "netns", "del", _PROBE)
     return None
 
 
@@ -41,13 +42,13 @@ def no_netem() -> str | None:
     """Why this kernel's links can't be told to lose packets; None if they can."""
     if missing() is not None or shutil.which("tc") is None:
         return "tc is not installed (iproute2), or no namespace can be made"
-    run("ip", "netns", "add", "fc-probe")
+    run("ip", "netns", "add", _PROBE)
     try:
         lose = [
             "ip",
             "netns",
             "exec",
-            "fc-probe",
+            _PROBE,
             "tc",
             "qdisc",
             "add",
@@ -59,19 +60,19 @@ def no_netem() -> str | None:
         done = subprocess.run([*lose, "loss", "1%"], capture_output=True, check=False)
         return "this kernel has no netem" if done.returncode else None
     finally:
-        run("ip", "netns", "del", "fc-probe")
+        run("ip", "netns", "del", _PROBE)
 
 
 class HostProcess:
     """A `host_program` in a namespace."""
 
-    def __init__(self, namespace: str, address: str, ranks: int) -> None:
+    def __init__(self, namespace: str, address: str, ranks: int, program: Path = PROGRAM) -> None:
         self.namespace = namespace
         self._process = subprocess.Popen(
             [
                 *("ip", "netns", "exec", namespace),
                 *("unshare", "--pid", "--mount", "--ipc", "--fork", "--kill-child", "--mount-proc"),
-                *(sys.executable, str(PROGRAM), address, str(ranks)),
+                *(sys.executable, str(program), address, str(ranks)),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -137,60 +138,65 @@ class HostProcess:
 
 
 class TwoHosts:
-    """Two namespaces and the link between them."""
+    """Namespaces and the network between them: a link of two, or a switch that more are linked to."""
 
-    def __init__(self, tag: str) -> None:
+    def __init__(self, tag: str, count: int = 2) -> None:
         self.tag = tag
-        self.names = [f"fc{tag}a", f"fc{tag}b"]
-        self.addresses = [f"{NET}.1:7400", f"{NET}.2:7400"]
+        self.names = [f"fc{tag}{letter}" for letter in "abcdefgh"[:count]]
+        self.addresses = [f"{NET}.{number}:7400" for number in range(1, count + 1)]
         self.running: list[HostProcess] = []
+        self._switch = f"fc{tag}s"
 
     def make(self) -> None:
-        one, two = self.names
         for name in self.names:
             run("ip", "netns", "add", name)
-        run(
-            "ip",
-            "link",
-            "add",
-            one,
-            "netns",
-            one,
-            "type",
-            "veth",
-            "peer",
-            "name",
-            two,
-            "netns",
-            two,
-        )
+        if len(self.names) == 2:
+            self._join(self.names[0], self.names[0], self.names[1], self.names[1])
+        else:
+            within = ("ip", "netns", "exec", self._switch)
+            run("ip", "netns", "add", self._switch)
+            run(*within, "ip", "link", "add", "switch", "type", "bridge")
+            run(*within, "ip", "link", "set", "switch", "up")
+            for name in self.names:
+                self._join(name, name, self._switch, f"to-{name}")
+                run(*within, "ip", "link", "set", f"to-{name}", "master", "switch", "up")
         for number, name in enumerate(self.names, 1):
             self.within(number - 1, "ip", "address", "add", f"{NET}.{number}/24", "dev", name)
             self.within(number - 1, "ip", "link", "set", name, "up")
             self.within(number - 1, "ip", "link", "set", "lo", "up")
 
+    @staticmethod
+    def _join(namespace: str, device: str, other: str, other_device: str) -> None:
+        ends = ("type", "veth", "peer", "name", other_device, "netns", other)
+        run("ip", "link", "add", device, "netns", namespace, *ends)
+
     def within(self, host: int, *command: str) -> None:
         """Run a command in a host's network."""
         run("ip", "netns", "exec", self.names[host], *command)
 
-    def start(self, host: int, ranks: int = 0) -> HostProcess:
+    def start(self, host: int, ranks: int = 0, program: Path = PROGRAM) -> HostProcess:
         """Start a host's program."""
-        started = HostProcess(self.names[host], self.addresses[host], ranks)
+        started = HostProcess(self.names[host], self.addresses[host], ranks, program)
         self.running.append(started)
         return started
 
-    def link(self, state: str) -> None:
-        """Set the first host's end of the link ``up`` or ``down``."""
-        self.within(0, "ip", "link", "set", self.names[0], state)
+    def link(self, state: str, host: int = 0) -> None:
+        """Set a host's end of its link ``up`` or ``down``."""
+        self.within(host, "ip", "link", "set", self.names[host], state)
 
-    def misdirect(self) -> None:
-        """Have the first host send to a station that is not there: what it sends is lost unseen."""
-        nowhere = ("lladdr", "02:00:00:00:00:99", "dev", self.names[0], "nud", "permanent")
-        self.within(0, "ip", "neigh", "replace", f"{NET}.2", *nowhere)
+    def misdirect(self, host: int = 0) -> None:
+        """Have a host send to a station that is not there: what it sends is lost unseen."""
+        nowhere = ("lladdr", "02:00:00:00:00:99", "dev", self.names[host], "nud", "permanent")
+        for number in range(1, len(self.names) + 1):
+            if number - 1 != host:
+                self.within(host, "ip", "neigh", "replace", f"{NET}.{number}", *nowhere)
 
-    def redirect(self) -> None:
-        """Have it find the other host again."""
-        self.within(0, "ip", "neigh", "del", f"{NET}.2", "dev", self.names[0])
+    def redirect(self, host: int = 0) -> None:
+        """Have it find the others again."""
+        for number in range(1, len(self.names) + 1):
+            if number - 1 != host:
+                lost = ("ip", "neigh", "del", f"{NET}.{number}", "dev", self.names[host])
+                self.within(host, *lost)
 
     def netem(self, *how: str) -> None:
         """Have the link lose or delay packets, in both directions; with nothing, no longer."""
@@ -205,15 +211,15 @@ class TwoHosts:
     def close(self) -> None:
         for each in self.running:
             each.close()
-        for name in self.names:
+        for name in [*self.names, self._switch]:
             gone = ["ip", "netns", "del", name]
             subprocess.run(gone, capture_output=True, check=False)
 
 
 @contextlib.contextmanager
-def two_hosts() -> Iterator[TwoHosts]:
-    """Two hosts for as long as the context lasts."""
-    made = TwoHosts(f"{os.getpid() % 100000}")
+def two_hosts(count: int = 2) -> Iterator[TwoHosts]:
+    """Two hosts, or more, for as long as the context lasts."""
+    made = TwoHosts(f"{os.getpid() % 100000}", count)
     try:
         made.make()
         yield made

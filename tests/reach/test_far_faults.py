@@ -276,6 +276,27 @@ async def test_a_read_that_failed_leaves_no_pin_when_the_connection_is_made_agai
         await spent(both.reader)
 
 
+async def test_a_pin_whose_end_was_told_in_vain_is_gone_when_the_connection_is_made_again() -> None:
+    """The get is cancelled while the hosts are cut off: what it sends is lost with the connection."""
+    async with apart() as (both, between):
+        both.reader_plane.held = True
+        ref = between.ref(await both.home.put(filled(KIB, 7), readers=2, ttl=None))
+        reading = asyncio.create_task(both.client.get(ref))
+        await until(lambda: len(both.reader_plane.transfers) == 2)
+        between.cut()
+        reading.cancel()
+        await until(lambda: both.reader_plane.transfers[-1].abandoned)
+        between.reset()
+        between.mend()
+        both.reader_plane.held = False
+        both.reader_plane.transfers[-1].land()
+        other = between.ref(await both.home.put(filled(KIB, 3)))
+        assert torch.equal(tensor(await both.client.get(other)), filled(KIB, 3))
+        await both.home.discard(ref)
+        await spent(both.home)
+        await spent(both.reader)
+
+
 async def test_a_ref_of_the_owner_that_was_at_ones_own_address_is_lost() -> None:
     async with listening() as before:
         ref = await before.put(filled(KIB))

@@ -1,7 +1,8 @@
 """Two hosts as namespaces of this machine, over TCP and NIXL: what holds there, and when it is cut."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
@@ -65,14 +66,14 @@ def test_a_slow_link_that_loses_packets_loses_no_byte(hosts: TwoHosts) -> None:
 def test_a_home_that_is_cut_off_is_lost_and_comes_back(hosts: TwoHosts, how: str) -> None:
     home, reader = hosts.start(0), hosts.start(1, ranks=1)
     read(reader, put(home, MIB, 1), MIB, 1)
-    cuts = {
-        "stopped": lambda: home.signal(signal.SIGSTOP),
-        "link down": lambda: hosts.link("down"),
+    cuts: dict[str, Callable[[], object]] = {
+        "stopped": partial(home.signal, signal.SIGSTOP),
+        "link down": partial(hosts.link, "down"),
         "packets lost": hosts.misdirect,
     }
-    mends = {
-        "stopped": lambda: home.signal(signal.SIGCONT),
-        "link down": lambda: hosts.link("up"),
+    mends: dict[str, Callable[[], object]] = {
+        "stopped": partial(home.signal, signal.SIGCONT),
+        "link down": partial(hosts.link, "up"),
         "packets lost": hosts.redirect,
     }
     second, third = put(home, MIB, 2), put(home, 3 * MIB, 3)

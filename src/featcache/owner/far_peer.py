@@ -29,7 +29,7 @@ class FarPeer:
 
     ::
 
-        CONNECTED ──the connection breaks──→ AWAY ──it comes back──→ CONNECTED
+        CONNECTED ──the connection breaks──→ AWAY ──it comes back──→ CONNECTED, no ref begun
             │ │                               │
             │ └──────a lease without a word───┴──→ LOST: what it had begun is paid, and what its names owe
             └──goodbye──→ LEFT: what it had begun is unpinned
@@ -39,7 +39,7 @@ class FarPeer:
         self.host = host
         self.stream: Stream | None = None
         """None while it is AWAY."""
-        self.heard_s = _now()
+        self.heard_s = self.due_s = _now()
         self.names: frozenset[str] = frozenset()
         self.begun: dict[tuple[Place, int], Begun] = {}
         self.watched: dict[Place, None] = {}

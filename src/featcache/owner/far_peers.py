@@ -23,6 +23,8 @@ from featcache.ref import FeatureRef, TensorSpec
 from featcache.session.waiting import wait_ready
 
 _now: Final = time.monotonic
+_STILL_PART: Final = 1 / 4
+"""Of a lease: so late a look shows that the owner itself was stopped, or had no core."""
 _MAX_TASKS: Final = 4096
 """Requests of one host that may be unanswered."""
 _MAX_SHOWN: Final = 16
@@ -70,6 +72,9 @@ class FarPeers:
             before, peer.stream = peer.stream, None
             self._cancel(peer)
             before.close()
+        # What it had begun over the connection before: it has given that up, and may have said so in vain.
+        for place, reader in list(peer.begun):
+            self._drop(peer, place, reader)
         peer.stream, peer.heard_s, peer.address = stream, _now(), stream.where
         closed, forget, loop = stream.on_closed, self.forget_host, asyncio.get_running_loop()
         stream.on_message = partial(self._on_message, peer, stream)
@@ -135,8 +140,6 @@ class FarPeers:
         elif isinstance(note, messages.Promise):
             self._keys.promised(peer, note)
         else:
-            for place, reader in peer.begun.keys() - set(note.reads):
-                self._drop(peer, place, reader)
             self._keys.keep_only(peer, note.tickets)
 
     def notified(self, payload: bytes) -> None:
@@ -308,10 +311,15 @@ class FarPeers:
 
     def _watch(self, peer: FarPeer) -> None:
         """End a host's lease when it has been silent for so long."""
-        left_s = peer.heard_s + self._settings.peer_lease - _now()
+        now_s, lease_s = _now(), self._settings.peer_lease
+        if now_s - peer.due_s > lease_s * _STILL_PART:
+            # This owner stood still: what the host has sent meanwhile is yet to be heard.
+            peer.heard_s = now_s
+        left_s = peer.heard_s + lease_s - now_s
         if left_s <= 0:
             self._end(peer, died=True)
         else:
+            peer.due_s = now_s + left_s
             loop = asyncio.get_running_loop()
             peer.timer = loop.call_later(left_s, self._watch, peer)
 

@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 from featcache.control.peer import SessionState
 from featcache.core.slots import SlotState
 from featcache.errors import CacheClosed, KeyNotFound, OwnerLost
-from featcache.owner.home import Home
+from featcache.owner.home import Home, Pins
 from featcache.owner.homes import Homes
 from featcache.owner.landing import Landing, There
 from featcache.owner.registered import RegisteredSlab
@@ -24,6 +24,13 @@ _now: Final = time.monotonic
 _PREFIX: Final = b"\xff\x00featcache.far\x00"
 """Of the keys under which features of other hosts are kept: no text's, and no content key's."""
 _MAX_COPIES: Final = 1 << 16
+
+
+class Turn:
+    """The calls of one session for one feature, of which one at a time asks the home."""
+
+    def __init__(self) -> None:
+        self.lock, self.calls = asyncio.Lock(), 0
 
 
 class Copy:
@@ -45,7 +52,7 @@ class Copy:
         self.key += place.generation.to_bytes(8, "little")
         self.given: dict[int, FeatureRef] = {}
         """The refs of its shares, by the session that each is for."""
-        self.asking: dict[int, asyncio.Lock] = {}
+        self.asking: dict[int, Turn] = {}
         self.task: asyncio.Task[None] | None = None
         self.waiting = 0
         self.over = False
@@ -91,24 +98,26 @@ class FarReads:
         self._check_open()
         self._pool.store.check_size(ref.nbytes)
         copy = self._copy(ref)
-        lock = copy.asking.setdefault(session, asyncio.Lock())
+        turn = copy.asking.setdefault(session, Turn())
+        turn.calls += 1
         try:
-            async with lock:
+            async with turn.lock:
                 if session not in copy.given:
                     copy.given[session] = await self._brought(copy, ref, session, name)
                 return copy.given[session]
         finally:
-            if not lock.locked():
+            turn.calls -= 1
+            if not turn.calls:
                 copy.asking.pop(session, None)
 
     async def _brought(
         self, copy: Copy, ref: FeatureRef, session: int, name: str | None
     ) -> FeatureRef:
         home, found = await self._looked(ref, session, name)
-        done = False
+        pins, done = home.pins, False
         try:
             while (local := await self._share(copy)) is None:
-                await self._join(copy, home, ref, found)
+                await self._join(copy, pins, ref, found)
             done = True
         finally:
             if done:
@@ -227,15 +236,15 @@ class FarReads:
 
     # --- fetching -------------------------------------------------------------------------------------
 
-    async def _join(self, copy: Copy, home: Home, ref: FeatureRef, found: messages.Found) -> None:
+    async def _join(self, copy: Copy, pins: Pins, ref: FeatureRef, found: messages.Found) -> None:
         """Fetch it, or wait for the fetch in progress; one that nobody waits for any more is cancelled."""
         task = copy.task
         if task is None:
             task = copy.task = asyncio.get_running_loop().create_task(
-                self._fetch(copy, home, ref, found)
+                self._fetch(copy, pins, ref, found)
             )
-            home.traffic.in_progress += 1
-            task.add_done_callback(lambda done: self._fetch_ended(copy, home, ref, done))
+            pins.traffic.in_progress += 1
+            task.add_done_callback(lambda done: self._fetch_ended(copy, pins, ref, done))
             copy.waiting = 0
         copy.waiting += 1
         try:
@@ -252,21 +261,21 @@ class FarReads:
                     task.cancel()
 
     def _fetch_ended(
-        self, copy: Copy, home: Home, ref: FeatureRef, task: "asyncio.Task[None]"
+        self, copy: Copy, pins: Pins, ref: FeatureRef, task: "asyncio.Task[None]"
     ) -> None:
         if copy.task is task:
             copy.task = None
-        home.traffic.in_progress -= 1
+        pins.traffic.in_progress -= 1
         error = None if task.cancelled() else task.exception()
         if task.cancelled() or error is not None:
             self.failed += 1
-            home.traffic.failed += 1
+            pins.traffic.failed += 1
         if error is not None:
-            self._landing.news.failed(home.address, ref.nbytes, error)
+            self._landing.news.failed(pins.address, ref.nbytes, error)
 
-    async def _fetch(self, copy: Copy, home: Home, ref: FeatureRef, found: messages.Found) -> None:
+    async def _fetch(self, copy: Copy, pins: Pins, ref: FeatureRef, found: messages.Found) -> None:
         there = There(ref.nbytes, found.address, found.pieces, ref.specs, found.memory)
-        await self._landing.land(home, there, copy.key)
+        await self._landing.land(pins, there, copy.key)
         self.fetched += 1
         self.fetched_bytes += ref.nbytes
 

@@ -18,7 +18,33 @@ _now: Final = time.monotonic
 _TELL_AGAIN_S: Final = 0.2
 """Seconds after which a payment that was not acknowledged is told again, over TCP."""
 _UNKNOWN_EPOCH: Final = 0
-_MAX_TICKETS: Final = 2048
+
+
+class Pins:
+    """The `landing.Giver` of what a home has pinned over one connection.
+
+    That connection alone vouches for it: the home takes back all pins when there is another.
+    """
+
+    def __init__(self, home: "Home") -> None:
+        self.address, self.traffic, self.plane = home.address, home.traffic, home.plane
+        self._link = home.link
+
+    @property
+    def gone(self) -> "asyncio.Future[None]":
+        """Done when the connection is lost."""
+        return self._link.gone
+
+    def check(self) -> None:
+        """Raise OwnerLost if the connection is lost."""
+        self._link.check()
+
+    async def vouch(self) -> None:
+        """Raise OwnerLost unless the home keeps what it has pinned for this host."""
+        self._link.check()
+        if not self._link.keeps_pins:
+            self._link.lose("its answers came too late to be sure of what was read")
+            self._link.check()
 
 
 class Home:
@@ -36,8 +62,6 @@ class Home:
         self.opening: SharedTask[HomeLink] | None = None
         self._link: HomeLink | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._reads: set[tuple[Place, int]] = set()
-        """What the home was asked to pin, by place and session, and is not told to unpin yet."""
         self.tickets: set[int] = set()
         """What the home has given by key, or is asked for."""
         self._offered: tuple[HomeLink, int] | None = None
@@ -66,19 +90,21 @@ class Home:
         """The connection that stands, if one does."""
         return self._link if self._link is not None and self._link.lost is None else None
 
+    @property
+    def pins(self) -> Pins:
+        """What it has pinned over the connection that stands; OwnerLost if there is none."""
+        return Pins(self)
+
     def connected(self, link: HomeLink) -> None:
         """Take a connection; what is owed is told again if it is the same owner still."""
         if link.host != self.host:
             self.host, self.epoch, self.plane = link.host, _UNKNOWN_EPOCH, ""
             self.ledger.clear()
-            self._reads.clear()
             self.tickets.clear()
         self._link = link
-        # In this order: what is paid is not dropped.
         for payments in self.ledger.all():
             link.tell(messages.Pay(self.pool_id, payments))
-        held = messages.MAX_HELD
-        link.tell(messages.Holding(list(self._reads)[:held], list(self.tickets)[:held]))
+        link.tell(messages.Holding(list(self.tickets)))
 
     # --- requests -------------------------------------------------------------------------------------
 
@@ -88,7 +114,6 @@ class Home:
         """Have a ref pinned for a session, until `pay` or `drop`; return where its bytes are."""
         link, place = self.link, Place(ref.pool_id, ref.slot, ref.generation)
         self.slab = slab
-        self._reads.add((place, session))
         try:
             answer = await link.request(
                 messages.Look(
@@ -97,18 +122,20 @@ class Home:
             )
             if not isinstance(answer, messages.Found) or sum(answer.pieces) != ref.nbytes:
                 raise MalformedRef(f"{self.address} answered something else than was asked")
-            await self._learn(answer)
+            await self._learn(link, answer)
         except BaseException:
             # It may have been pinned: found as this call was cancelled, or what was found is of no use.
             self.drop(place, session)
             raise
         return answer
 
-    async def _learn(self, answer: messages.Found | messages.Sought) -> None:
-        """Load what an answer tells of the home's data plane."""
+    async def _learn(self, link: HomeLink, answer: messages.Found | messages.Sought) -> None:
+        """Load what an answer tells of the home's data plane; OwnerLost if the connection is over by then."""
         if answer.metadata and self.slab is not None:
-            self.plane = await self.slab.plane.add_peer(answer.metadata)
-            self.epoch = answer.epoch
+            plane = await self.slab.plane.add_peer(answer.metadata)
+            link.check()  # in its stead there may be that of another owner by now
+            self.plane, self.epoch = plane, answer.epoch
+        link.check()  # from here to `pins` no task runs: they are of this connection
 
     # --- keys -----------------------------------------------------------------------------------------
 
@@ -117,8 +144,10 @@ class Home:
     ) -> messages.Sought | messages.Claimed:
         """Have the feature under a key pinned, or be the one that makes it, until `give_back`."""
         link, self.slab = self.link, slab
-        if len(self.tickets) >= _MAX_TICKETS:
-            raise PoolFull(f"{_MAX_TICKETS} keys are sought, or made, for {self.address} already")
+        if len(self.tickets) >= messages.MAX_TICKETS:
+            raise PoolFull(
+                f"{messages.MAX_TICKETS} keys are sought, or made, for {self.address} already"
+            )
         self.tickets.add(ticket)
         try:
             answer = await link.request(
@@ -127,7 +156,7 @@ class Home:
             if isinstance(answer, messages.Sought):
                 if sum(answer.pieces) != answer.nbytes:
                     raise MalformedRef(f"{self.address} told of other bytes than the feature has")
-                await self._learn(answer)
+                await self._learn(link, answer)
             elif not isinstance(answer, messages.Claimed):
                 raise MalformedRef(f"{self.address} answered something else than was asked")
         except KeyNotFound:
@@ -170,7 +199,7 @@ class Home:
     def promise(self, key: bytes, ticket: int) -> bool:
         """Tell of a feature that is to be offered under a ticket; return whether it could be told."""
         if self.linked is None or (
-            ticket not in self.tickets and len(self.tickets) >= _MAX_TICKETS
+            ticket not in self.tickets and len(self.tickets) >= messages.MAX_TICKETS
         ):
             return False
         self.tickets.add(ticket)
@@ -181,7 +210,7 @@ class Home:
         """Give back what the home gave under a ticket."""
         if ticket in self.tickets:
             self.tickets.discard(ticket)
-            if self.linked is not None:  # as above
+            if self.linked is not None:  # else the next connection tells what is still held
                 self.linked.tell(messages.GiveBack(ticket))
 
     async def release(self, ref: FeatureRef, session: int, name: str | None) -> None:
@@ -197,14 +226,15 @@ class Home:
         await self.link.request(messages.Discard(self.link.number(), *where))
 
     def drop(self, place: Place, session: int) -> None:
-        """Have a session's pin taken back; its read is still owed."""
-        self._reads.discard((place, session))
-        if self.linked is not None:  # else it is told what is still held
+        """Have a session's pin taken back; its read is still owed.
+
+        Told in vain if the connection is lost: the home takes back all pins when there is another.
+        """
+        if self.linked is not None:
             self.linked.tell(messages.Drop(place, session))
 
     def pay(self, place: Place, session: int, name: str | None) -> None:
         """Pay a read: told by a notification, and over TCP until the home has it."""
-        self._reads.discard((place, session))
         if place.pool != self.host:
             return
         payment = self.ledger.add(place, session, name, _now())
@@ -226,23 +256,6 @@ class Home:
             link.tell(messages.Pay(self.pool_id, due))
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(_TELL_AGAIN_S, self._tell_again)
-
-    @property
-    def gone(self) -> "asyncio.Future[None]":
-        """Done when the connection is lost."""
-        return self.link.gone
-
-    def check(self) -> None:
-        """Raise OwnerLost if the connection is lost."""
-        self.link.check()
-
-    async def vouch(self) -> None:
-        """Raise OwnerLost unless the home keeps what it has pinned for this host."""
-        link = self.link
-        link.check()
-        if not link.keeps_pins:
-            link.lose("its answers came too late to be sure of what was read")
-            link.check()
 
     def close(self) -> None:
         """Tell what is owed, and say goodbye."""

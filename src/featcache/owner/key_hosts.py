@@ -13,7 +13,7 @@ from featcache.errors import (
     KeyNotFound,
 )
 from featcache.owner.flights import Flights
-from featcache.owner.home import Home
+from featcache.owner.home import Home, Pins
 from featcache.owner.keys import Claim
 from featcache.owner.landing import Landing, There, checked_specs
 from featcache.owner.offers import Offers, Right
@@ -93,26 +93,27 @@ class KeyHosts:
         if isinstance(found, messages.Claimed):
             return Right(home, home.host, ticket)
         try:
-            await self._fetching.join(key, lambda: self._fetch(home, key, found))
+            pins = home.pins
+            await self._fetching.join(key, lambda: self._fetch(pins, key, found))
         finally:
             home.give_back(ticket)
         return None
 
-    async def _fetch(self, home: Home, key: bytes, found: messages.Sought) -> None:
+    async def _fetch(self, pins: Pins, key: bytes, found: messages.Sought) -> None:
         if key in self._pool.store.directory:
             return
         there = There(
             *(found.nbytes, found.address, found.pieces, checked_specs(found), found.memory)
         )
-        home.traffic.in_progress += 1
+        pins.traffic.in_progress += 1
         try:
-            await self._landing.land(home, there, key)
+            await self._landing.land(pins, there, key)
         except FeatcacheError as error:
-            home.traffic.failed += 1
-            self._landing.news.failed(home.address, found.nbytes, error)
+            pins.traffic.failed += 1
+            self._landing.news.failed(pins.address, found.nbytes, error)
             raise
         finally:
-            home.traffic.in_progress -= 1
+            pins.traffic.in_progress -= 1
         self.fetched += 1
 
     async def holds(self, keys: Sequence[bytes]) -> Sequence[bool]:

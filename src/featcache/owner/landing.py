@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from featcache.core.put_queue import Request
@@ -63,18 +64,27 @@ def checked_specs(told: messages.Sought | messages.Offer) -> tuple[TensorSpec, .
     return FeatureRef(_NO_POOL, "/", 0, 1, 0, told.nbytes, told.specs).specs
 
 
-async def or_lost(giver: Giver, work: Coroutine[Any, Any, T]) -> T:
-    """Await work; if the host is lost before, cancel it and raise OwnerLost."""
+async def or_lost(giver: Giver, work: Coroutine[Any, Any, T], unwanted: Callable[[T], object]) -> T:
+    """Await work; if the host is lost before, cancel it and raise OwnerLost.
+
+    `unwanted` is told the result that the work has all the same, if this is cancelled as it ends.
+    """
     task = asyncio.get_running_loop().create_task(work)
     try:
         either: list[asyncio.Future[Any]] = [task, giver.gone]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             giver.check()
-        return await task
-    finally:
-        if not task.done():
-            task.cancel()
+    except BaseException:
+        task.cancel()
+        task.add_done_callback(lambda done: _hand_back(done, unwanted))
+        raise
+    return task.result()
+
+
+def _hand_back(task: "asyncio.Task[T]", unwanted: Callable[[T], object]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        unwanted(task.result())
 
 
 class Landing:
@@ -111,7 +121,8 @@ class Landing:
         request, writer = Request(there.nbytes, 0, None, key), self._served.writer
         slot = None if writer.has_callers else writer.reserve(request)
         if slot is None:
-            slot = await or_lost(giver, self._room(request, room_s))
+            back = partial(pool.give_up_reserved, order=None)
+            slot = await or_lost(giver, self._room(request, room_s), back)
         transfer: Transfer | None = None
         took_s: float | None = None
         try:

@@ -20,8 +20,8 @@ MAX_GONE: Final = 1024
 """Refs that one `Alive` names."""
 MAX_NAMES: Final = 1024
 """Names of readers that one `Beat` has."""
-MAX_HELD: Final = 1 << 16
-"""Reads, and tickets, that one `Holding` names."""
+MAX_TICKETS: Final = 2048
+"""Tickets that a host has at one home, and that one `Holding` names."""
 MAX_NOTIFICATION_BYTES: Final = 64 << 10
 MAX_KEYS: Final = 256
 """Keys that one `Ask` names."""
@@ -139,14 +139,12 @@ class GiveBack(msgspec.Struct, tag="give_back", frozen=True):
 
 
 class Holding(msgspec.Struct, tag="holding", frozen=True):
-    """Reader, as it is connected again: all that it still has of what it was given; the rest is taken back.
+    """Reader, as it is connected again: the tickets that it still has; what others stand for is taken back.
 
-    What it told last over a connection that broke may never have come.
+    What it told last over a connection that broke may never have come. Pins by ref end with a connection.
     """
 
-    reads: Annotated[list[tuple[Place, Natural]], msgspec.Meta(max_length=MAX_HELD)]
-    """What it has looked at, and each session that reads it."""
-    tickets: Annotated[list[Natural], msgspec.Meta(max_length=MAX_HELD)]
+    tickets: Annotated[list[Natural], msgspec.Meta(max_length=MAX_TICKETS)]
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):

@@ -22,14 +22,17 @@ import torch
 
 from featcache.errors import BackendUnavailable, CacheClosed
 from featcache.reach.gpu import NO_UCX, PlaneGpu
+from featcache.reach.nixl_agent import make_agent
 from featcache.reach.plane import HOST, Memory, Piece
 
 T = TypeVar("T")
 _MODULES: Final = ("nixl_cu12._api", "nixl_cu13._api", "nixl._api")
 _MISSING: Final = "other hosts need the extra: pip install 'featcache[reach]'"
-_SPIN_S: Final = 300e-6
-"""Seconds for which a transfer is looked at without a pause."""
-_PAUSE_S: Final = 100e-6
+_PAUSE_S: Final = 50e-6
+_PAUSE_PART: Final = 1 / 8
+"""Of a transfer's age: the pause between two looks, from `_PAUSE_S` to `_OFTEN_S`. Looking without any would
+take the core, and the interpreter's lock, from what the transfer waits for. A look also makes progress: UCX
+does not always wake its own thread for what comes after a transfer was begun in another."""
 _RARELY_S: Final = 20e-3
 """Between looks at transfers that nobody waits for, and at notifications that nobody expects."""
 _OFTEN_S: Final = 1e-3
@@ -52,7 +55,7 @@ class NixlTransfer:
 
     def __init__(self, ended: "asyncio.Future[None]") -> None:
         self.ended = ended
-        self.since_s = 0.0
+        self.since_s = self.look_s = 0.0
         self.handle: Any = None
         self.abandoned = False
 
@@ -79,7 +82,8 @@ class NixlPlane:
         self._memory = memory
         self._gpu = gpu
         """Of the slab, if it is on one."""
-        self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        # No SimpleQueue: its `get` may wait without end when a short timeout is over as it is woken.
+        self._commands: queue.Queue[Callable[[], object] | None] = queue.Queue()
         self._agent: Any = None
         self._registered: dict[int, Any] = {}
         self._transfers: set[NixlTransfer] = set()
@@ -182,8 +186,7 @@ class NixlPlane:
         try:
             if self._gpu is not None:
                 self._gpu.enter()
-            config = self._api.nixl_agent_config(backends=["UCX"])
-            self._agent = self._api.nixl_agent(self._name, config)
+            self._agent = make_agent(self._api, self._name)
             if self._gpu is not None:
                 self._gpu.check()
         except Exception as error:  # noqa: BLE001 - each call fails with it
@@ -210,13 +213,10 @@ class NixlPlane:
 
     def _wait_s(self, now_s: float) -> float | None:
         """Return how long to wait for a command; None while there is nothing else to do."""
-        waited = [each for each in self._transfers if not each.abandoned]
-        if waited:
-            young = any(now_s - each.since_s < _SPIN_S for each in waited)
-            return 0.0 if young else _PAUSE_S
+        waits_s = [max(each.look_s - now_s, 0.0) for each in self._transfers]
         if self._expects:
-            return _OFTEN_S
-        return _RARELY_S if self._transfers else None
+            waits_s.append(_OFTEN_S)
+        return min(waits_s, default=None)
 
     def _register(self, address: int, nbytes: int) -> None:
         kind, device = self._memory
@@ -246,6 +246,7 @@ class NixlPlane:
             transfer.since_s = time.monotonic()
             self._transfers.add(transfer)
             state = agent.transfer(transfer.handle)
+            transfer.look_s = transfer.since_s + _PAUSE_S
         except Exception as error:  # noqa: BLE001 - told to the caller
             self._finish(transfer, _of_nixl(error))
             return
@@ -253,10 +254,11 @@ class NixlPlane:
 
     def _look(self, now_s: float) -> None:
         for transfer in list(self._transfers):
-            if transfer.abandoned and now_s - transfer.since_s < _RARELY_S:
+            if now_s < transfer.look_s:
                 continue
-            if transfer.abandoned:
-                transfer.since_s = now_s
+            age_s = now_s - transfer.since_s
+            pause_s = min(max(age_s * _PAUSE_PART, _PAUSE_S), _OFTEN_S)
+            transfer.look_s = now_s + (_RARELY_S if transfer.abandoned else pause_s)
             try:
                 state = self._agent.check_xfer_state(transfer.handle)
             except Exception as error:  # noqa: BLE001 - told to the caller
