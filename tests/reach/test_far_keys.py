@@ -9,7 +9,8 @@ import torch
 
 import featcache
 from featcache import FeatureCache, KeyNotFound, KeyTimeout
-from reach.clusters import cluster, key_at
+from featcache.owner.home import Home
+from reach.clusters import cluster, free_addresses, key_at, owner_of
 from reach.hosts import clients_of, plane_of
 from support.caches import KIB, Feature, filled, tensor, until
 
@@ -257,3 +258,22 @@ def grants_of(owners: list[FeatureCache]) -> int:
     return sum(
         slot.grants for owner in owners for slot in owner._opened().pool.store.table.in_use()
     )
+
+
+async def test_a_home_that_starts_later_is_told_of_what_is_put() -> None:
+    addresses = free_addresses(2)
+    async with (
+        owner_of(addresses, addresses[0], reconnect_interval=60.0) as early,
+        owner_of(addresses, addresses[1]) as late,
+        owner_of(addresses) as reader,
+    ):
+        await until(lambda: any(home.linked is not None for home in _homes_of(early)))
+        key = key_at([early, late], 1)
+        await early.put(filled(KIB, 1), key=key)
+        assert torch.equal(tensor(await reader.get(key)), filled(KIB, 1))
+
+
+def _homes_of(owner: FeatureCache) -> list[Home]:
+    beyond = owner._opened().beyond
+    assert beyond is not None, "it is of a cluster"
+    return beyond.homes_known()

@@ -4,6 +4,7 @@ import pytest
 
 from featcache import Settings, SettingsError
 from featcache.reach.secret import (
+    MAX_KEY_BYTES,
     Address,
     key_from_environment,
     parse_address,
@@ -59,6 +60,16 @@ def test_a_key_loses_the_files_newline_and_is_told_if_it_is_short(
             parse_key(wrong)
     with pytest.raises(SettingsError, match="missing"):
         read_key(str(tmp_path / "missing"))
+
+
+def test_a_key_is_any_bytes_of_a_file_that_can_be_named_by_its_path(tmp_path: Path) -> None:
+    key = bytes(range(128, 160))
+    file = tmp_path / "key"
+    file.write_bytes(key)
+    assert parse_key(file) == read_key(str(file)) == parse_key(key) == key
+    file.write_bytes(b"x" * (MAX_KEY_BYTES + 1))
+    with pytest.raises(SettingsError, match="4097 bytes"):
+        parse_key(file)
 
 
 def test_a_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,7 @@ Python itself repeats what a signal interrupts, but for the calls that have EINT
 ELSEWHERE: Final[dict[str, str]] = {
     "Path.is_file": "takes any failure for: there is no such file",
     "socket.create_connection": "to Mooncake's master alone; an OSError of it is told as it is",
+    "socket.create_server": "of a listener at all addresses alone; an OSError of it is told as it is",
     "socket.gethostname": "of a listener at all addresses alone; an OSError of it is told as it is",
     "os.close": "the descriptor is closed whatever it says",
     "os.fsencode": "no system call",

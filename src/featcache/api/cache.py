@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterable
+from os import PathLike
 from types import EllipsisType
 from typing import Any, Literal, Self
 
@@ -231,7 +232,7 @@ def create(  # noqa: PLR0913 - all by keyword, and each is an owner's
     segment: int | str | None = None,
     idle: float | None = None,
     listen: str | None = None,
-    cluster_key: str | bytes | None = None,
+    cluster_key: str | bytes | PathLike[str] | None = None,
     upstream: Iterable[str] | None = None,
     tier: Tier | None = None,
 ) -> FeatureCache:
@@ -252,10 +253,10 @@ def create(  # noqa: PLR0913 - all by keyword, and each is an owner's
         segment: bytes committed and given back at a time, 64 MiB by default.
         idle: seconds an empty tail is kept, 30 by default.
         listen: ``"HOST:PORT"`` at which other hosts may read this pool (port 0 is any); refs carry it. It
-            needs the extra ``reach``, a pool in host memory, and a cluster key. None listens to none.
+            needs the extra ``reach`` and a cluster key. None listens to none.
         cluster_key: the secret, best of 16 random bytes or more, that all hosts of a cluster prove to each
-            other; ``FEATCACHE_CLUSTER_KEY`` without it. With a key, refs of other hosts can be read here,
-            and by the clients of this cache. Neither, and no `listen`: this host alone.
+            other, or the `pathlib.Path` of its file; ``FEATCACHE_CLUSTER_KEY`` without it. With a
+            key, refs of other hosts can be read here, and by the clients of this cache. Neither, and no `listen`: this host alone.
         upstream: the addresses, ``"HOST:PORT"`` each, of the hosts that are the homes of keys, the same
             list for all owners. A key that is not here is looked up at its home, fetched and kept;
             `get_or_put` makes it once over all hosts; what is put under a key is offered to its home.

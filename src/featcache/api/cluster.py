@@ -1,6 +1,7 @@
 """The cluster arguments of `create` and of the command line."""
 
 from collections.abc import Iterable
+from os import PathLike
 
 from featcache.errors import SettingsError
 from featcache.owner.beyond import Cluster
@@ -16,7 +17,7 @@ __all__ = ["parse_cluster", "read_key"]
 
 
 def parse_cluster(
-    listen: object, cluster_key: str | bytes | None, upstream: object, most: int
+    listen: object, cluster_key: str | bytes | PathLike[str] | None, upstream: object, most: int
 ) -> Cluster | None:
     """Return an owner's checked cluster arguments; None without a key or an address.
 
@@ -28,7 +29,8 @@ def parse_cluster(
     for name, value in (("listen", listen), ("upstream", addresses)):
         if value and key is None:
             raise SettingsError(
-                f"{name}={value!r} needs the key of the cluster: cluster_key, or {KEY_VARIABLE}"
+                f"{name}={value!r} needs the key of the cluster: cluster_key (--cluster-key-file), or "
+                f"{KEY_VARIABLE}"
             )
     return None if key is None else Cluster(key, address, addresses)
 

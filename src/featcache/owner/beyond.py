@@ -19,6 +19,7 @@ from featcache.reach.listener import Listener
 from featcache.reach.plane import DataPlane, make_plane
 from featcache.reach.rendezvous import Ranking
 from featcache.reach.secret import Address, tls_contexts
+from featcache.reach.stream import Stream
 from featcache.session.offload import SharedTask
 
 
@@ -47,6 +48,7 @@ class Beyond:
         self._slab: RegisteredSlab | None = None
         self._plane: DataPlane | None = None
         self._listener: Listener | None = None
+        self._upstreams: Upstreams | None = None
         self._refusals = events.Throttle(self._settings.log_interval, burst=16)
         self._closed = False
         self.peers: FarPeers | None = None
@@ -73,7 +75,7 @@ class Beyond:
             self.peers = FarPeers(self._served, slab, self.far_keys)
             listener = self._listener = Listener(
                 *(self._cluster.key, pool.pool_id, self._settings, self._tls),
-                *(self.peers.on_host, self._refused),
+                *(self._on_host, self._refused),
             )
             self.peers.forget_host = listener.forget_host
             await listener.listen(listen)
@@ -97,6 +99,14 @@ class Beyond:
             self._served.sources.add(self.far_keys)
         self._served.sources.add_hosts(self.keys)
         upstreams.warm()
+        self._upstreams = upstreams
+
+    def _on_host(self, stream: Stream) -> None:
+        """Take a host that has proved the key."""
+        assert self.peers is not None, "it listens"
+        self.peers.on_host(stream)
+        if self._upstreams is not None:
+            self._upstreams.try_now()
 
     @property
     def address(self) -> str | None:

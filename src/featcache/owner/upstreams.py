@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Final, TypeVar
 
+import anyio
+
 from featcache.errors import AttachRefused, CacheClosed, FeatcacheError, OwnerLost
 from featcache.owner.home import Home
 from featcache.owner.homes import Homes
@@ -34,6 +36,7 @@ class Upstreams:
         self._own: set[str] = set()
         self._closed = False
         self._warming: set[asyncio.Task[None]] = set()
+        self._arrival = asyncio.Event()
         self.on_down: Callable[[FeatcacheError], object] = lambda _: None
         """Told why one is DOWN now."""
 
@@ -53,24 +56,43 @@ class Upstreams:
                 yield address
 
     def warm(self) -> None:
-        """Connect to all of them, in the background: the first lookups need not."""
+        """Connect to all of them, in the background: the first lookups need not. Some may start later."""
         for address in self._ranking.addresses:
             if address not in self._own:
                 task = asyncio.get_running_loop().create_task(self._warm(address))
                 self._warming.add(task)
                 task.add_done_callback(self._warming.discard)
 
+    def try_now(self) -> None:
+        """Connect to those that did not answer at the start: another host has come, they may have too."""
+        self._arrival.set()
+        self._arrival = asyncio.Event()
+
     async def _warm(self, address: str) -> None:
-        # It is not DOWN if this fails: it may be about to start.
+        # It is not DOWN if this fails: it may be about to start. Once it is, `_revive` tries it.
         self._homes.quiet.add(address)
+        try:
+            while address not in self._down:
+                arrival = self._arrival  # before the try: one that comes during it counts
+                if await self._is_connected(address):
+                    return
+                with anyio.move_on_after(self._interval_s):
+                    await arrival.wait()
+        finally:
+            if address not in self._down:
+                self._homes.quiet.discard(address)
+
+    async def _is_connected(self, address: str) -> bool:
+        """Try to connect; return whether that needs no other try."""
         try:
             await self._homes.at(address)
         except DialedItself:
             self._own.add(address)
+        except OwnerLost:
+            return False
         except FeatcacheError:
-            pass
-        finally:
-            self._homes.quiet.discard(address)
+            pass  # it is there, and refuses
+        return True
 
     def peek(self, key: bytes) -> Home | None:
         """Return the home of a key if it is elsewhere and connected now."""

@@ -13,7 +13,8 @@ from featcache.reach.tls_gate import TlsGate
 from featcache.settings import Settings
 
 _BACKLOG: Final = 64
-_ANY: Final = frozenset(("0.0.0.0", "::"))  # noqa: S104 - compared with, not bound to
+_ANY_IPV6: Final = "::"
+_ANY: Final = frozenset(("0.0.0.0", _ANY_IPV6))  # noqa: S104 - compared with, not bound to
 
 
 class Listener:
@@ -46,6 +47,8 @@ class Listener:
     async def listen(self, wanted: Address) -> None:
         """Listen; port 0 is any. A wildcard host listens at all addresses, and refs carry the host's name.
 
+        ``::`` is both families', ``0.0.0.0`` IPv4's.
+
         Raises:
             SettingsError: the address is in use, or not this host's.
 
@@ -53,9 +56,15 @@ class Listener:
         loop = asyncio.get_running_loop()
         accept = self._accept if self._tls.listening is None else self._accept_tls
         try:
-            self._server = await loop.create_server(
-                accept, wanted.host, wanted.port, backlog=_BACKLOG
-            )
+            if wanted.host == _ANY_IPV6:  # IPv4 as well: asyncio itself would leave that out
+                place = socket.create_server(
+                    tuple(wanted), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG
+                )
+                self._server = await loop.create_server(accept, sock=place, backlog=_BACKLOG)
+            else:
+                self._server = await loop.create_server(
+                    accept, wanted.host, wanted.port, backlog=_BACKLOG
+                )
         except (OSError, UnicodeError) as error:
             why = explain(error) if isinstance(error, OSError) else "no host has such a name"
             raise SettingsError(f"listen={wanted}: {why}") from error

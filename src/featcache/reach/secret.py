@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import ssl
+from os import PathLike
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -54,18 +55,22 @@ def parse_address(text: object, name: str = "listen") -> Address:
 
 
 def parse_key(value: object, where: str = "cluster_key") -> bytes:
-    """Return the bytes of a key, without the whitespace around it. Never shown in an error.
+    """Return the bytes of a key, of a file's if it is a path, without the whitespace around it.
+
+    The key is never shown in an error.
 
     One that is shorter than 16 bytes is warned of: whoever hears a handshake could try all of them.
 
     Raises:
-        SettingsError: it is empty, or no text.
+        SettingsError: it is empty, or neither a text nor bytes.
 
     """
+    if isinstance(value, PathLike):
+        return read_key(value)
     if isinstance(value, str):
         value = value.encode()
     if not isinstance(value, bytes):
-        raise SettingsError(f"{where} is to be a str or bytes")
+        raise SettingsError(f"{where} is to be a str, bytes, or the path of a file")
     key = value.strip()
     if not 0 < len(key) <= MAX_KEY_BYTES:
         raise SettingsError(
@@ -77,12 +82,11 @@ def parse_key(value: object, where: str = "cluster_key") -> bytes:
     return key
 
 
-def read_key(path: str) -> bytes:
-    """Return the key that a file has, or raise SettingsError."""
+def read_key(path: str | PathLike[str]) -> bytes:
+    """Return the key that a file has, a text or any bytes, or raise SettingsError."""
     try:
-        return parse_key(Path(path).read_text(), f"the key in {path}")
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"the cluster key in {path} is not a text") from error
+        with Path(path).open("rb") as file:
+            return parse_key(file.read(MAX_KEY_BYTES + 1), f"the key in {path}")
     except OSError as error:
         raise SettingsError(f"the cluster key can't be read: {path}: {explain(error)}") from error
 
