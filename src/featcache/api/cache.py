@@ -256,7 +256,8 @@ def create(  # noqa: PLR0913 - all by keyword, and each is an owner's
             needs the extra ``reach`` and a cluster key. None listens to none.
         cluster_key: the secret, best of 16 random bytes or more, that all hosts of a cluster prove to each
             other, or the `pathlib.Path` of its file; ``FEATCACHE_CLUSTER_KEY`` without it. With a
-            key, refs of other hosts can be read here, and by the clients of this cache. Neither, and no `listen`: this host alone.
+            key, refs of other hosts can be read here, and by the clients of this cache. Neither, and no
+            `listen`: this host alone.
         upstream: the addresses, ``"HOST:PORT"`` each, of the hosts that are the homes of keys, the same
             list for all owners. A key that is not here is looked up at its home, fetched and kept;
             `get_or_put` makes it once over all hosts; what is put under a key is offered to its home.
