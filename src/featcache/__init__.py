@@ -44,6 +44,7 @@ from featcache.observation import (
 from featcache.ref import FeatureRef
 from featcache.settings import Settings, split_budget
 from featcache.statistics import Statistics
+from featcache.tier import Tier
 from featcache.version import VERSION
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "Snapshot",
     "StaleRef",
     "Statistics",
+    "Tier",
     "UnknownPool",
     "WrongLoop",
     "blocking",
