@@ -263,14 +263,23 @@ def grants_of(owners: list[FeatureCache]) -> int:
 async def test_a_home_that_starts_later_is_told_of_what_is_put() -> None:
     addresses = free_addresses(2)
     async with (
-        owner_of(addresses, addresses[0], reconnect_interval=60.0) as early,
-        owner_of(addresses, addresses[1]) as late,
+        owner_of(addresses, addresses[0], reconnect_interval=60.0, peer_timeout=10.0) as early,
+        owner_of(addresses, addresses[1], peer_timeout=10.0) as late,
         owner_of(addresses) as reader,
     ):
         await until(lambda: any(home.linked is not None for home in _homes_of(early)))
         key = key_at([early, late], 1)
         await early.put(filled(KIB, 1), key=key)
         assert torch.equal(tensor(await reader.get(key)), filled(KIB, 1))
+
+
+async def test_an_owner_that_has_opened_is_connected_to_the_homes_that_are_there() -> None:
+    async with cluster(2, 1, peer_timeout=10.0) as owners:
+        assert sum(home.linked is not None for home in _homes_of(owners[2])) == 2
+        for home in range(2):
+            key = key_at(owners, home)
+            await owners[2].put(filled(KIB, home), key=key)
+            assert first(await owners[home].get(key)) == home
 
 
 def _homes_of(owner: FeatureCache) -> list[Home]:

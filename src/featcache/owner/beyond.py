@@ -99,8 +99,8 @@ class Beyond:
         if self.far_keys is not None:
             self._served.sources.add(self.far_keys)
         self._served.sources.add_hosts(self.keys)
-        upstreams.warm()
         self._upstreams = upstreams
+        await upstreams.warm(settings.peer_timeout)
 
     def _on_host(self, stream: Stream) -> None:
         """Take a host that has proved the key."""

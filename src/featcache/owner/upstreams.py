@@ -55,26 +55,36 @@ class Upstreams:
             if address not in self._down:
                 yield address
 
-    def warm(self) -> None:
-        """Connect to all of them, in the background: the first lookups need not. Some may start later."""
+    async def warm(self, within_s: float) -> None:
+        """Connect to all of them; return once each was tried, or in time.
+
+        Those that do not answer are tried on, in the background: they may start later.
+        """
+        loop, tried = asyncio.get_running_loop(), []
         for address in self._ranking.addresses:
             if address not in self._own:
-                task = asyncio.get_running_loop().create_task(self._warm(address))
+                tried.append(loop.create_future())
+                task = loop.create_task(self._warm(address, tried[-1]))
                 self._warming.add(task)
                 task.add_done_callback(self._warming.discard)
+        if tried:
+            await asyncio.wait(tried, timeout=within_s)
 
     def try_now(self) -> None:
         """Connect to those that did not answer at the start: another host has come, they may have too."""
         self._arrival.set()
         self._arrival = asyncio.Event()
 
-    async def _warm(self, address: str) -> None:
+    async def _warm(self, address: str, tried: "asyncio.Future[None]") -> None:
         # It is not DOWN if this fails: it may be about to start. Once it is, `_revive` tries it.
         self._homes.quiet.add(address)
         try:
             while address not in self._down:
                 arrival = self._arrival  # before the try: one that comes during it counts
-                if await self._is_connected(address):
+                connected = await self._is_connected(address)
+                if not tried.done():
+                    tried.set_result(None)
+                if connected:
                     return
                 with anyio.move_on_after(self._interval_s):
                     await arrival.wait()
