@@ -75,6 +75,7 @@ ELSEWHERE: Final[dict[str, str]] = {
     "socket.gethostname": "of a listener at all addresses alone; an OSError of it is told as it is",
     "os.close": "the descriptor is closed whatever it says",
     "os.fsencode": "no system call",
+    "Path.open": "of the file of the cluster's key alone: tests/reach/test_secret.py",
     "Path.cwd": "of a relative endpoint alone: tests/control/test_endpoints.py",
     "os.fspath": "no system call",
     "os.strerror": "no system call",
