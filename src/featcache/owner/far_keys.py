@@ -178,18 +178,30 @@ class FarKeys:
 
     async def _take(self, peer: FarPeer, offer: messages.Offer) -> None:
         """Fetch a feature that another host has made or put, unless there is one: a key has one content."""
-        key, claim, pool = offer.key, peer.given.get(offer.ticket), self._pool
-        if not isinstance(claim, Claim) or claim.key != key:
-            claim = None
-        if offer.metadata:
-            peer.plane = await self._slab.plane.add_peer(offer.metadata)
-        while key in self._taking:
-            await self._taking.ended(key)
-        if key not in pool.store.directory:
-            await self._taking.join(key, lambda: self._land(peer, offer))
-        else:
-            peer.send(messages.Done(offer.request))
-        if claim is not None or offer.ticket in peer.promised:
+        key = offer.key
+        try:
+            if offer.metadata:
+                peer.plane = await self._slab.plane.add_peer(offer.metadata)
+            while key in self._taking:
+                await self._taking.ended(key)
+            if key not in self._pool.store.directory:
+                await self._taking.join(key, lambda: self._land(peer, offer))
+            else:
+                peer.send(messages.Done(offer.request))
+        except asyncio.CancelledError:
+            raise  # the connection broke, and may be made again, or `GiveBack` comes: until then it stands
+        except BaseException:
+            self._end_offer(
+                peer, offer
+            )  # the host may know of no failure: it has vouched, too late
+            raise
+        self._end_offer(peer, offer)
+
+    def _end_offer(self, peer: FarPeer, offer: messages.Offer) -> None:
+        """End the claim or promise under an offer's ticket."""
+        claim = peer.given.get(offer.ticket)
+        is_claim = isinstance(claim, Claim) and claim.key == offer.key
+        if is_claim or offer.ticket in peer.promised:
             self.give_back(peer, offer.ticket)
 
     async def _land(self, peer: FarPeer, offer: messages.Offer) -> None:
