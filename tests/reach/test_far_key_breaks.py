@@ -18,7 +18,7 @@ from reach.clusters import cluster
 from reach.hosts import KEY, plane_of, quick
 from reach.test_far_key_faults import settled
 from reach.test_far_keys import claims_of, first, tickets_of, waiting_at
-from support.caches import KIB, filled, steps, until
+from support.caches import KIB, filled, steps, tensor, until
 
 
 def joined(owner: FeatureCache, key: bytes) -> int:
@@ -83,7 +83,7 @@ async def test_what_is_fetched_for_another_call_stays_pinned_when_the_first_give
         plane.held = False
         for transfer in plane.transfers:
             transfer.land()
-        assert set((await getting).tolist()) == {1}
+        assert set(tensor(await getting).tolist()) == {1}
         await putting
         await settled(owners)
 
