@@ -48,6 +48,22 @@ def test_a_pause_of_the_wrapper_s_own_is_kept() -> None:
     assert make_agent(wrapper(7), "one")[2] == 7
 
 
+def test_variables_of_ucx_are_given_to_its_backend_which_is_made_last() -> None:
+    """By NIXL's own parameter, which leaves what the environment says as it is."""
+    made: list[tuple[object, ...]] = []
+
+    def agent(name: str, config: dict[str, object]) -> Any:
+        made.append((name, config))
+        return types.SimpleNamespace(create_backend=lambda *what: made.append(what))
+
+    module = types.SimpleNamespace(nixl_agent_config=dict, nixl_agent=agent)
+    make_agent(module, "one", {"TLS": "^cuda_ipc", "LOG_LEVEL": "warn"})
+    assert made == [
+        ("one", {"backends": []}),
+        ("UCX", {"engine_config": "TLS=^cuda_ipc,LOG_LEVEL=warn"}),
+    ]
+
+
 def test_a_wrapper_without_such_bindings_is_used_as_it_is() -> None:
     module = types.SimpleNamespace(nixl_agent_config=dict, nixl_agent=lambda name, _: name)
     assert make_agent(module, "one") == "one"

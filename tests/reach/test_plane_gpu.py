@@ -89,6 +89,14 @@ async def plane_on(
         await plane.close()
 
 
+@pytest.mark.parametrize(("by_segments", "ucx"), [(True, {"TLS": "^cuda_ipc"}), (False, None)])
+def test_segments_are_told_to_no_peer_by_a_way_that_they_have_not(
+    by_segments: bool, ucx: dict[str, str] | None
+) -> None:
+    """A peer refused all that was registered: on GPUs `test_gpu_nixl` failed with "vmm"."""
+    assert PlaneGpu(0, by_segments=by_segments).ucx == ucx
+
+
 async def test_all_calls_of_the_agent_are_made_in_the_devices_context(
     driver: FakeApi, tmp_path: Path
 ) -> None:

@@ -62,9 +62,17 @@ class FakePlane:
 
     planes: ClassVar[dict[str, "FakePlane"]] = {}
 
-    def __init__(self, name: str, loop: asyncio.AbstractEventLoop, memory: Memory = HOST) -> None:
+    def __init__(
+        self,
+        name: str,
+        loop: asyncio.AbstractEventLoop,
+        memory: Memory = HOST,
+        *,
+        by_segments: bool = False,
+    ) -> None:
         self.on_notification: Callable[[bytes], object] = lambda _: None
         self.name, self.loop, self.memory = name, loop, memory
+        self.by_segments = by_segments
         self.registered: dict[int, int] = {}
         self.transfers: list[FakeTransfer] = []
         self.held = False

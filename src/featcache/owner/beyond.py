@@ -4,6 +4,7 @@ import asyncio
 from typing import NamedTuple
 
 from featcache import events
+from featcache.memory.cuda.backing import VMM
 from featcache.owner.far_keys import FarKeys
 from featcache.owner.far_peer import FarPeer
 from featcache.owner.far_peers import FarPeers
@@ -114,7 +115,8 @@ class Beyond:
         pool.check_open()
         if self._plane is None:
             loop, memory = asyncio.get_running_loop(), memory_of(pool.slab)
-            self._plane = make_plane(f"featcache-{pool.name}", loop, memory)
+            name, by_segments = f"featcache-{pool.name}", pool.slab.kind == VMM
+            self._plane = make_plane(name, loop, memory, by_segments=by_segments)
         slab = RegisteredSlab(pool, self._plane)
         await slab.open()
         return slab

@@ -15,12 +15,26 @@ NO_UCX: Final = (
 )
 
 
+_NO_IPC: Final = {"TLS": "^cuda_ipc"}
+"""For segments of virtual memory: UCX 1.23 has no descriptor of cuda_ipc for them, and a peer that is told of
+one refuses all that this agent has registered (NIXL_ERR_NOT_ALLOWED, seen on H200). The bytes take its other
+ways: a network card where the segment can be registered with one, else by the host."""
+
+
 class PlaneGpu:
     """One GPU as a data plane's thread uses it; all calls are that thread's."""
 
     def __init__(
-        self, ordinal: int, driver: Callable[[], Driver] = load, maps: Path = _MAPS
+        self,
+        ordinal: int,
+        driver: Callable[[], Driver] = load,
+        maps: Path = _MAPS,
+        *,
+        by_segments: bool = False,
     ) -> None:
+        """`by_segments`: the slab is of segments that are mapped one by one, not one allocation."""
+        self.ucx = _NO_IPC if by_segments else None
+        """Variables of UCX."""
         self._ordinal = ordinal
         self._load = driver
         self._maps = maps

@@ -7,6 +7,7 @@ whatever comes meanwhile; the wrapper has no argument for it.
 """
 
 import threading
+from collections.abc import Mapping
 from typing import Any, Final
 
 _PAUSE_US: Final = 2000
@@ -15,9 +16,22 @@ UCX may miss a wake-up."""
 _bindings_lock: Final = threading.Lock()
 
 
-def make_agent(api: Any, name: str) -> Any:
-    """Return an agent of the UCX backend; `api` is NIXL's module."""
-    config = api.nixl_agent_config(backends=["UCX"])
+def make_agent(api: Any, name: str, ucx: Mapping[str, str] | None = None) -> Any:
+    """Return an agent of the UCX backend; `api` is NIXL's module.
+
+    `ucx` are variables of UCX without their prefix, such as ``{"TLS": "^cuda_ipc"}``: those that the
+    environment has stay as they are there.
+    """
+    if not ucx:
+        return _made(api, name, ["UCX"])
+    agent = _made(api, name, [])
+    told = ",".join(f"{variable}={value}" for variable, value in ucx.items())
+    agent.create_backend("UCX", {"engine_config": told})
+    return agent
+
+
+def _made(api: Any, name: str, backends: list[str]) -> Any:
+    config = api.nixl_agent_config(backends=backends)
     bindings = getattr(api, "nixlBind", None)
     if not hasattr(getattr(bindings, "nixlAgentConfig", None), "pthrDelay"):
         return api.nixl_agent(name, config)

@@ -95,9 +95,18 @@ class NixlPlane:
         self._thread.start()
 
     @classmethod
-    def make(cls, name: str, loop: asyncio.AbstractEventLoop, memory: Memory = HOST) -> "NixlPlane":
+    def make(
+        cls,
+        name: str,
+        loop: asyncio.AbstractEventLoop,
+        memory: Memory = HOST,
+        *,
+        by_segments: bool = False,
+    ) -> "NixlPlane":
         """Return a plane whose agent is made as its thread begins, or raise BackendUnavailable."""
-        gpu = PlaneGpu(memory.device) if memory.kind == "VRAM" else None
+        gpu = None
+        if memory.kind == "VRAM":
+            gpu = PlaneGpu(memory.device, by_segments=by_segments)
         try:
             return cls(_api(), name, loop, memory, gpu)
         except RuntimeError as error:
@@ -186,7 +195,8 @@ class NixlPlane:
         try:
             if self._gpu is not None:
                 self._gpu.enter()
-            self._agent = make_agent(self._api, self._name)
+            ucx = None if self._gpu is None else self._gpu.ucx
+            self._agent = make_agent(self._api, self._name, ucx)
             if self._gpu is not None:
                 self._gpu.check()
         except Exception as error:  # noqa: BLE001 - each call fails with it

@@ -78,15 +78,23 @@ class DataPlane(Protocol):
         """End all reads and registrations; nothing is written any more once it returns."""
 
 
-def make_plane(name: str, loop: asyncio.AbstractEventLoop, memory: Memory = HOST) -> DataPlane:
+def make_plane(
+    name: str,
+    loop: asyncio.AbstractEventLoop,
+    memory: Memory = HOST,
+    *,
+    by_segments: bool = False,
+) -> DataPlane:
     """Return a plane over NIXL, imported only here, for memory of this kind.
+
+    `by_segments`: a GPU's memory that is mapped segment by segment, not one allocation.
 
     Raises:
         BackendUnavailable: the extra ``reach`` is not installed.
 
     """
     module: Any = importlib.import_module(_PLANE)
-    plane: DataPlane = module.NixlPlane.make(name, loop, memory)
+    plane: DataPlane = module.NixlPlane.make(name, loop, memory, by_segments=by_segments)
     return plane
 
 
