@@ -34,7 +34,13 @@ class Flights(Generic[K, T]):
 
     def __contains__(self, key: K) -> bool:
         """Whether a run is in progress."""
-        return key in self._flights
+        return self._flying(key) is not None
+
+    def _flying(self, key: K) -> Flight[T] | None:
+        # One that has ended, in this turn of the loop, is none: joined, it would end again without a turn,
+        # and who asks until the key is there, which was evicted since, would hold the loop.
+        flight = self._flights.get(key)
+        return None if flight is None or flight.task.done() else flight
 
     async def join(
         self,
@@ -51,7 +57,7 @@ class Flights(Generic[K, T]):
             CacheClosed: `close` was called, also meanwhile.
 
         """
-        flight = self._flights.get(key)
+        flight = self._flying(key)
         if done is not None and (flight is not None or self._closed):
             done()
         if self._closed:
