@@ -63,6 +63,8 @@ class Coming:
         self.over = over
         """Done once none is any more."""
         self.promises = 0
+        self.is_late = False
+        """Whether a lookup has waited for it in vain: the next ones need not."""
 
 
 class FarKeys:
@@ -107,25 +109,29 @@ class FarKeys:
     async def _seek(
         self, peer: FarPeer, request: messages.Seek
     ) -> messages.Sought | messages.Claimed:
-        if request.ticket in peer.given:
-            raise ProtocolError(f"ticket {request.ticket} is in use")
         while True:
-            if len(peer.given) >= self._pool.settings.grants:
-                raise PoolFull(f"host {peer.host.hex()} was given {len(peer.given)} keys already")
-            found = await self._look_up(request)
-            if isinstance(found, Claim):
-                peer.given[request.ticket] = found
-                return messages.Claimed(request.request)
-            kept = False
+            self._check_may_have(peer, request.ticket)
+            found, kept = await self._look_up(request), False
             try:
-                if await self._served.lookups.landed(found):
-                    sought = await self._sought(request, found)
-                    peer.given[request.ticket], kept = found, True
-                    return sought
-                # Its writer died before its bytes came, and the key went with it: look again.
+                if isinstance(found, Claim):
+                    answer: messages.Sought | messages.Claimed = messages.Claimed(request.request)
+                elif await self._served.lookups.landed(found):
+                    answer = await self._sought(request, found)
+                else:
+                    continue  # its writer died before its bytes came, and the key went with it
+                self._check_may_have(peer, request.ticket)  # others were answered meanwhile
+                peer.given[request.ticket], kept = found, True
+                return answer
             finally:
                 if not kept:
                     self._end(found)
+
+    def _check_may_have(self, peer: FarPeer, ticket: int) -> None:
+        """Refuse to give a host more than it may have, or two things under one ticket."""
+        if ticket in peer.given:
+            raise ProtocolError(f"ticket {ticket} is in use")
+        if len(peer.given) >= self._pool.settings.grants:
+            raise PoolFull(f"host {peer.host.hex()} was given {len(peer.given)} keys already")
 
     async def _look_up(self, request: messages.Seek) -> Slot | Claim:
         """Return a slot with a grant on it, or the claim to make it; KeyNotFound if it is to be neither."""
@@ -165,31 +171,45 @@ class FarKeys:
         for _ in range(_TURNS):
             await asyncio.sleep(0)  # what other hosts have told by now is heard first
         coming = self._coming.get(key)
-        if coming is not None:
+        if coming is not None and not coming.is_late:
             await asyncio.wait([coming.over], timeout=self._pool.settings.peer_timeout)
+            coming.is_late = not coming.over.done()
         await self._taking.ended(key)
         return key in self._pool.store.directory
 
     async def holds(self, keys: Sequence[bytes]) -> Sequence[bool]:
         """Return which keys are on their way."""
-        return [key in self._taking or key in self._coming for key in keys]
+        coming = self._coming
+        return [key in self._taking or (key in coming and not coming[key].is_late) for key in keys]
 
     # --- what others made -----------------------------------------------------------------------------
 
     async def _take(self, peer: FarPeer, offer: messages.Offer) -> None:
         """Fetch a feature that another host has made or put, unless there is one: a key has one content."""
-        key, claim, pool = offer.key, peer.given.get(offer.ticket), self._pool
-        if not isinstance(claim, Claim) or claim.key != key:
-            claim = None
-        if offer.metadata:
-            peer.plane = await self._slab.plane.add_peer(offer.metadata)
-        while key in self._taking:
-            await self._taking.ended(key)
-        if key not in pool.store.directory:
-            await self._taking.join(key, lambda: self._land(peer, offer))
-        else:
-            peer.send(messages.Done(offer.request))
-        if claim is not None or offer.ticket in peer.promised:
+        key = offer.key
+        try:
+            if offer.metadata:
+                peer.plane = await self._slab.plane.add_peer(offer.metadata)
+            while key in self._taking:
+                await self._taking.ended(key)
+            if key not in self._pool.store.directory:
+                await self._taking.join(key, lambda: self._land(peer, offer))
+            else:
+                peer.send(messages.Done(offer.request))
+        except asyncio.CancelledError:
+            raise  # the connection broke, and may be made again, or `GiveBack` comes: until then it stands
+        except BaseException:
+            self._end_offer(
+                peer, offer
+            )  # the host may know of no failure: it has vouched, too late
+            raise
+        self._end_offer(peer, offer)
+
+    def _end_offer(self, peer: FarPeer, offer: messages.Offer) -> None:
+        """End the claim or promise under an offer's ticket."""
+        claim = peer.given.get(offer.ticket)
+        is_claim = isinstance(claim, Claim) and claim.key == offer.key
+        if is_claim or offer.ticket in peer.promised:
             self.give_back(peer, offer.ticket)
 
     async def _land(self, peer: FarPeer, offer: messages.Offer) -> None:

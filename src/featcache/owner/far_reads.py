@@ -239,7 +239,7 @@ class FarReads:
     async def _join(self, copy: Copy, pins: Pins, ref: FeatureRef, found: messages.Found) -> None:
         """Fetch it, or wait for the fetch in progress; one that nobody waits for any more is cancelled."""
         task = copy.task
-        if task is None:
+        if task is None or task.done():  # as `Flights._flying`
             task = copy.task = asyncio.get_running_loop().create_task(
                 self._fetch(copy, pins, ref, found)
             )

@@ -34,23 +34,41 @@ class Flights(Generic[K, T]):
 
     def __contains__(self, key: K) -> bool:
         """Whether a run is in progress."""
-        return key in self._flights
+        return self._flying(key) is not None
 
-    async def join(self, key: K, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    def _flying(self, key: K) -> Flight[T] | None:
+        # One that has ended, in this turn of the loop, is none: joined, it would end again without a turn,
+        # and who asks until the key is there, which was evicted since, would hold the loop.
+        flight = self._flights.get(key)
+        return None if flight is None or flight.task.done() else flight
+
+    async def join(
+        self,
+        key: K,
+        work: Callable[[], Coroutine[Any, Any, T]],
+        done: Callable[[], object] | None = None,
+    ) -> T:
         """Return the result of the run in progress, or of a new one.
+
+        `done` is called once the run that this call has begun is over, which may be long after this call
+        was cancelled: others may have joined. It is called before this returns if it began none.
 
         Raises:
             CacheClosed: `close` was called, also meanwhile.
 
         """
+        flight = self._flying(key)
+        if done is not None and (flight is not None or self._closed):
+            done()
         if self._closed:
             raise CacheClosed("the cache was closed")
-        flight = self._flights.get(key)
         if flight is None:
             task = asyncio.get_running_loop().create_task(work())
             flight = self._flights[key] = Flight(task)
             begun = flight
             task.add_done_callback(lambda _: self._ended(key, begun))
+            if done is not None:
+                task.add_done_callback(lambda _: done())
         flight.waiting += 1
         try:
             return await asyncio.shield(flight.task)

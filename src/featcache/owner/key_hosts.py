@@ -92,11 +92,9 @@ class KeyHosts:
         found = await home.seek(key, ticket, slab, claims=claims, waits=waits)
         if isinstance(found, messages.Claimed):
             return Right(home, home.host, ticket)
-        try:
-            pins = home.pins
-            await self._fetching.join(key, lambda: self._fetch(pins, key, found))
-        finally:
-            home.give_back(ticket)
+        pins, over = home.pins, partial(home.give_back, ticket)
+        # The pin is the fetch's, not this call's: others may have joined by the time that this is cancelled.
+        await self._fetching.join(key, lambda: self._fetch(pins, key, found), over)
         return None
 
     async def _fetch(self, pins: Pins, key: bytes, found: messages.Sought) -> None:

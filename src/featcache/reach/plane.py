@@ -4,6 +4,7 @@ import asyncio
 import importlib
 from bisect import bisect_right, insort
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import accumulate
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from featcache.control.wire import Natural
@@ -143,10 +144,7 @@ class Registrations:
 def pair(here: int, ours: Sequence[int], there: int, theirs: Sequence[int]) -> list[Piece]:
     """Return the pieces of a read whose two ends are cut at different places."""
     pieces: list[Piece] = []
-    borders = sorted(
-        {sum(ours[: n + 1]) for n in range(len(ours))}
-        | {sum(theirs[: n + 1]) for n in range(len(theirs))}
-    )
+    borders = sorted({*accumulate(ours), *accumulate(theirs)})
     start = 0
     for border in borders:
         if border > start:
