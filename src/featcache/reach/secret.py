@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import ssl
+import stat
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -15,6 +16,7 @@ KEY_VARIABLE: Final = "FEATCACHE_CLUSTER_KEY"
 SHORT_KEY_BYTES: Final = 16
 MAX_KEY_BYTES: Final = 4096
 _log: Final = logging.getLogger("featcache")
+WILDCARDS: Final = frozenset(("0.0.0.0", "::"))  # noqa: S104 - compared with, not bound to
 _MAX_PORT: Final = 65535
 _HOST: Final = re.compile(r"[A-Za-z0-9._:%-]+")
 
@@ -78,13 +80,16 @@ def parse_key(value: object, where: str = "cluster_key") -> bytes:
 
 
 def read_key(path: str) -> bytes:
-    """Return the key that a file has, or raise SettingsError."""
+    """Return the key that a file has, or raise SettingsError. A file that all can read is warned of."""
     try:
-        return parse_key(Path(path).read_text(), f"the key in {path}")
+        with Path(path).open() as file:
+            if os.fstat(file.fileno()).st_mode & stat.S_IROTH:
+                _log.warning("all users can read the cluster key in %s: chmod 600 %s", path, path)
+            return parse_key(file.read(), f"the key in {path}")
     except UnicodeDecodeError as error:
         raise SettingsError(f"the cluster key in {path} is not a text") from error
     except OSError as error:
-        raise SettingsError(f"the cluster key can't be read: {path}: {explain(error)}") from error
+        raise SettingsError(f"the cluster key can't be read: {explain(error)}") from error
 
 
 def key_from_environment() -> bytes | None:
