@@ -49,6 +49,7 @@ def test_a_key_loses_the_files_newline_and_is_told_if_it_is_short(
 ) -> None:
     file = tmp_path / "key"
     file.write_text("0123456789abcdef\n")
+    file.chmod(0o600)
     assert read_key(str(file)) == parse_key("0123456789abcdef") == b"0123456789abcdef"
     assert not caplog.records
     assert parse_key("hunter2") == b"hunter2"
@@ -59,6 +60,19 @@ def test_a_key_loses_the_files_newline_and_is_told_if_it_is_short(
             parse_key(wrong)
     with pytest.raises(SettingsError, match="missing"):
         read_key(str(tmp_path / "missing"))
+
+
+def test_a_key_that_all_users_can_read_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "key"
+    file.write_text("0123456789abcdef\n")
+    file.chmod(0o640)
+    read_key(str(file))
+    assert not caplog.records
+    file.chmod(0o644)
+    read_key(str(file))
+    assert f"chmod 600 {file}" in caplog.text
 
 
 def test_a_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
