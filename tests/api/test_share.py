@@ -238,7 +238,8 @@ async def test_a_share_gets_the_slot_of_what_is_coldest_though_very_many_were_us
         for number in range(count):
             owner.put_nowait(filled(8), key=b"%d" % number)
         for number in range(count):
-            assert client.get_nowait(b"%d" % number) is not None
+            # Not at once: a set of the key table may have no room for one of so many digests.
+            assert await client.get(b"%d" % number) is not None
         assert pool_of(owner).store.table.full
         await client.release(await both[who].share("5", readers=1))
         assert owner.statistics().evicted == 1

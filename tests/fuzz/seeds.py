@@ -45,6 +45,42 @@ _POOL = observation.PoolView(
     waiting=(),
 )
 
+_HOME = observation.HomeView(
+    address="10.0.0.7:7400",
+    pool="00",
+    state="connected",
+    reason="",
+    fetched=2,
+    fetched_bytes=512,
+    failed=1,
+    dials_failed=0,
+    in_progress=0,
+    quarantined=0,
+    quarantined_bytes=0,
+    unacknowledged=1,
+    last_s=0.001,
+    mean_s=0.002,
+    longest_s=0.003,
+    total_s=0.004,
+    round_trip_s=None,
+    silent_s=0.5,
+)
+_READING_HOST = observation.ReadingHostView(
+    host="00",
+    address="10.0.0.8:40000",
+    state="away",
+    named=1,
+    names=("tp0",),
+    reading=1,
+    reading_bytes=256,
+    requests=0,
+    reads=3,
+    told_bytes=768,
+    lease_s=9.5,
+    silent_s=0.5,
+    reads_paid=0,
+)
+
 
 def all_messages() -> list[tuple[int, msgspec.Struct]]:
     """A message of each kind, and who sends it: 0 a client, 1 an owner."""
@@ -95,6 +131,7 @@ def all_messages() -> list[tuple[int, msgspec.Struct]]:
         messages.Goodbye(),
         observing.Observe(1),
         observing.ListSessions(1, -1),
+        observing.ListHosts(1, "h10.0.0.7:7400"),
         observing.ListKeys(1, "size", "", 9),
         observing.MapSlab(1, 64),
         observing.Evict(1, b"key"),
@@ -106,6 +143,7 @@ def all_messages() -> list[tuple[int, msgspec.Struct]]:
         messages.Reply(1, flag=True),
         observing.Observed(1, _POOL),
         observing.SessionList(1, (), more=False),
+        observing.HostList(1, (_HOME,), (_READING_HOST,), None),
         observing.KeyList(1, observation.KeysPage(keys=(_KEY,), total=1, next="1:61")),
         observing.SlabCells(1, 1 << 20, 1 << 16, b"kf", b"\xff\0", bytes(8)),
     ]
