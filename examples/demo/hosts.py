@@ -21,7 +21,7 @@ from featcache import FeatcacheError
 
 NET = "10.231.78"
 KEY = "FEATCACHE_CLUSTER_KEY"
-NETWORKS = "FEATCACHE_DEMO_NETWORKS"
+NETWORKS = "DEMO_NETWORKS"
 IP = shutil.which("ip")
 PATIENCE = 60.0
 

@@ -12,6 +12,7 @@ What the system refuses (`OSError`, `MemoryError`) becomes one of these at the f
 import contextlib
 import errno
 import os
+import socket
 import traceback
 from collections.abc import Iterator
 from typing import Final
@@ -136,6 +137,10 @@ _ADVICE: Final = {
     errno.ENOSYS: "featcache needs Linux 5.3, and a seccomp profile that allows the call",
     errno.EROFS: "the file system is read-only: name another place",
     errno.ENOENT: "make it, or name another place",
+    errno.EISDIR: "name a file",
+    errno.ECONNREFUSED: "nobody listens there: start it, or correct the address",
+    errno.EHOSTUNREACH: "look at the address, routes and firewalls",
+    errno.ENETUNREACH: "look at the address, routes and firewalls",
     errno.EINTR: "a signal interrupted the call: try again",
 }
 _ODD: Final = "the system refused the call"
@@ -147,6 +152,8 @@ def explain(error: BaseException) -> str:
         return f"{str(error) or os.strerror(errno.ENOMEM)}: {_ADVICE[errno.ENOMEM]}"
     if isinstance(error, FeatcacheError) or not isinstance(error, OSError):
         return str(error)
+    if isinstance(error, socket.gaierror):  # its numbers are the resolver's own
+        return f"{error.strerror or error}: correct the host's name, or make it known (DNS, /etc/hosts)"
     said = error.strerror or str(error) or type(error).__name__
     where = f" ({error.filename})" if error.filename is not None else ""
     return f"{said}{where}: {_ADVICE.get(error.errno or 0, _ODD)}"

@@ -58,7 +58,7 @@ class Statistics:
     relayed: int = 0
     """Features copied to host memory for readers that can't reach the slab."""
     fetched: int = 0
-    """Features of other hosts that were fetched, each once for all its readers here."""
+    """Features of other hosts that were fetched by their refs, each once for all its readers here."""
     fetched_bytes: int = 0
     fetches_failed: int = 0
     """Fetches that ended without the feature: its home was lost, or nobody waited for it any more."""

@@ -400,9 +400,18 @@ async def test_a_tier_is_made_by_its_factory(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize(
-    "named", ["nothing", "no_such_module:x", "json:nothing", ":x", "json:loads"]
+    ("named", "why"),
+    [
+        ("nothing", "MODULE:FACTORY"),
+        ("no_such_module:x", "PYTHONPATH"),
+        ("json:nothing", "nothing"),
+        (":x", "MODULE:FACTORY"),
+        ("json:loads", "loads"),
+        ("support.tiers:unset", "NO_SUCH_VARIABLE"),
+    ],
 )
-def test_a_tier_that_is_not_there_is_told(command: Run, named: str) -> None:
+def test_a_tier_that_is_not_there_is_told(command: Run, named: str, why: str) -> None:
     told = command("serve", "--tier", named)
     assert (told.code, "Traceback" in told.err) == (Exit.USAGE, False)
     assert "tier" in told.err
+    assert why in told.err

@@ -12,9 +12,11 @@ from featcache import FeatureCache, HomeView, OwnerLost, ReadingHostView, Snapsh
 from featcache.cli.showing import plain_console, snapshot_text
 from featcache.errors import AttachRefused, BackendUnavailable, OwnerUnreachable
 from featcache.owner import landing
+from reach.clusters import cluster
 from reach.hosts import KEY, hosts, listening, quick
 from reach.proxy import network
 from support.caches import KIB, filled, pair, spent, until
+from support.tiers import MemoryTier
 
 
 @pytest.fixture
@@ -217,6 +219,23 @@ async def test_stat_shows_a_table_of_each_side() -> None:
         assert "hosts that read here (1)" in text
         assert re.search(r"127\.0\.0\.1:\d+ +[0-9a-f]{8} +connected +- +- +1, 1.0 KiB", text)
         assert "rank[7]" in text
+
+
+async def test_stat_counts_keys_of_other_hosts() -> None:
+    async with cluster(1, 1) as owners:
+        await owners[0].put(filled(KIB), key="k")
+        await owners[1].get("k")
+        assert "keys: 1 fetched, 0 offered" in text_of(await seen_of(owners[1]))
+
+
+async def test_stat_has_a_row_of_a_tier_that_was_used() -> None:
+    async with featcache.create(capacity="1MiB", tier=MemoryTier()) as owner:
+        assert "tier" not in text_of(await seen_of(owner))
+        for number in range(5):
+            await owner.put(filled(300 * KIB), key=f"{number}")
+        await owner.get("0")
+        text = text_of(await seen_of(owner))
+        assert re.search(r"tier +[1-9]\d* demoted, 1 promoted, 0 dropped, 0 failures", text)
 
 
 async def test_stat_of_an_owner_alone_says_nothing_of_hosts() -> None:

@@ -50,6 +50,7 @@ def test_a_key_loses_the_files_newline_and_is_told_if_it_is_short(
 ) -> None:
     file = tmp_path / "key"
     file.write_text("0123456789abcdef\n")
+    file.chmod(0o600)
     assert read_key(str(file)) == parse_key("0123456789abcdef") == b"0123456789abcdef"
     assert not caplog.records
     assert parse_key("hunter2") == b"hunter2"
@@ -70,6 +71,19 @@ def test_a_key_is_any_bytes_of_a_file_that_can_be_named_by_its_path(tmp_path: Pa
     file.write_bytes(b"x" * (MAX_KEY_BYTES + 1))
     with pytest.raises(SettingsError, match="4097 bytes"):
         parse_key(file)
+
+
+def test_a_key_that_all_users_can_read_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "key"
+    file.write_text("0123456789abcdef\n")
+    file.chmod(0o640)
+    read_key(str(file))
+    assert not caplog.records
+    file.chmod(0o644)
+    read_key(str(file))
+    assert f"chmod 600 {file}" in caplog.text
 
 
 def test_a_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

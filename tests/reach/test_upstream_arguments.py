@@ -18,6 +18,8 @@ from reach.hosts import KEY, quick
         (7400, "not a list"),
         (["10.0.0.7"], "not HOST:PORT"),
         (["10.0.0.7:0"], "port 0"),
+        (["0.0.0.0:7400"], "no host's"),
+        (["[::]:7400"], "no host's"),
         ([f"10.0.0.7:{port}" for port in range(1, 6)], "Settings.peers is 4"),
     ],
 )

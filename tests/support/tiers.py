@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
@@ -132,3 +133,9 @@ async def push_out(owner: FeatureCache, key: str, first: int) -> None:
     await until(is_idle)  # it is held for a while after it came
     await fill(owner, first)
     assert not is_kept(owner, key)
+
+
+def unset() -> MemoryTier:
+    """Fail as a factory that looks for a variable which is not set."""
+    os.environ["NO_SUCH_VARIABLE"]
+    return MemoryTier()

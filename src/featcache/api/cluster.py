@@ -7,6 +7,7 @@ from featcache.errors import SettingsError
 from featcache.owner.beyond import Cluster
 from featcache.reach.secret import (
     KEY_VARIABLE,
+    WILDCARDS,
     key_from_environment,
     parse_address,
     parse_key,
@@ -29,8 +30,8 @@ def parse_cluster(
     for name, value in (("listen", listen), ("upstream", addresses)):
         if value and key is None:
             raise SettingsError(
-                f"{name}={value!r} needs the key of the cluster: cluster_key (--cluster-key-file), or "
-                f"{KEY_VARIABLE}"
+                f"{name}={value!r} needs the key of the cluster: cluster_key, {KEY_VARIABLE}, or "
+                "--cluster-key-file of featcache serve"
             )
     return None if key is None else Cluster(key, address, addresses)
 
@@ -47,4 +48,6 @@ def parse_upstream(upstream: object, most: int) -> tuple[str, ...]:
     for each in addresses:
         if each.endswith(":0"):
             raise SettingsError(f"upstream={each!r}: port 0 is no host's")
+        if parse_address(each).host in WILDCARDS:
+            raise SettingsError(f"upstream={each!r} is no host's: name it as the other hosts do")
     return addresses

@@ -17,9 +17,10 @@ import featcache
 from featcache import FeatureCache, SettingsError
 from featcache.api.cluster import read_key
 from featcache.cli.config import ServeOptions, no_setting, options_of
-from featcache.cli.exits import Exit, Failure
+from featcache.cli.exits import Exit, Failure, one_line
 from featcache.cli.logs import configure
 from featcache.cli.notify import notify
+from featcache.errors import FeatcacheError
 
 _METRICS: Final = "featcache.integrations.metrics"
 
@@ -105,8 +106,14 @@ def _made_tier(named: str) -> Any:
         raise SettingsError(f"--tier {named}: write MODULE:FACTORY")
     try:
         return getattr(importlib.import_module(module), name)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise SettingsError(f"--tier {named}: {error}") from error
+    except FeatcacheError:
+        raise
+    except ModuleNotFoundError as error:
+        advice = "install it, or add the folder that it lies in to PYTHONPATH"
+        raise SettingsError(f"--tier {named}: {error}: {advice}") from error
+    except Exception as error:  # whatever a factory of the user's raises
+        kind = type(error).__name__
+        raise SettingsError(f"--tier {named}: {kind}: {one_line(error)}") from error
 
 
 def _more(pairs: tuple[str, ...]) -> dict[str, str]:

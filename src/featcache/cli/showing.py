@@ -137,11 +137,28 @@ def _pool(snapshot: Snapshot) -> Table:
                     (
                         f"{figures.fetched} fetched, {size(figures.fetched_bytes)}, "
                         f"{figures.fetches_failed} failed; {figures.told} read by others, "
-                        f"{size(figures.told_bytes)}; {figures.hosts_lost} lost"
+                        f"{size(figures.told_bytes)}; {figures.hosts_lost} lost; keys: "
+                        f"{figures.keys_fetched} fetched, {figures.keys_offered} offered"
                     ),
                 )
             ]
             if snapshot.peers
+            else []
+        ),
+        *(
+            [
+                (
+                    "tier",
+                    (
+                        f"{figures.demoted} demoted, {figures.promoted} promoted, "
+                        f"{figures.demotions_dropped} dropped, {figures.tier_failures} failures"
+                    ),
+                )
+            ]
+            if figures.demoted
+            or figures.promoted
+            or figures.demotions_dropped
+            or figures.tier_failures
             else []
         ),
         ("trouble", f"{figures.readers_lost} readers lost, {figures.waited} puts waited"),

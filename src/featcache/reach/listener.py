@@ -1,20 +1,31 @@
 """The TCP socket at which other hosts come in, bounded in number and time."""
 
 import asyncio
+import errno
 import socket
 from collections.abc import Callable
 from typing import Final
 
 from featcache.errors import FeatcacheError, SettingsError, explain
 from featcache.reach.handshake import Conversation, Role
-from featcache.reach.secret import Address, TlsContexts
+from featcache.reach.secret import WILDCARDS, Address, TlsContexts
 from featcache.reach.stream import Stream
 from featcache.reach.tls_gate import TlsGate
 from featcache.settings import Settings
 
 _BACKLOG: Final = 64
 _ANY_IPV6: Final = "::"
-_ANY: Final = frozenset(("0.0.0.0", _ANY_IPV6))  # noqa: S104 - compared with, not bound to
+
+
+def _why_not(error: OSError | UnicodeError) -> str:
+    """Return why an address can't be had; of one in use, in the words that `serve` ends with its code for."""
+    if not isinstance(error, OSError):
+        return ": no host has such a name"
+    if error.errno == errno.EADDRINUSE:
+        return " is in use: name another port, or stop the program that listens there"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return " is no address of this host: name one that it has"
+    return f": {explain(error)}"
 
 
 class Listener:
@@ -66,10 +77,9 @@ class Listener:
                     accept, wanted.host, wanted.port, backlog=_BACKLOG
                 )
         except (OSError, UnicodeError) as error:
-            why = explain(error) if isinstance(error, OSError) else "no host has such a name"
-            raise SettingsError(f"listen={wanted}: {why}") from error
+            raise SettingsError(f"listen={wanted}{_why_not(error)}") from error
         port = self._server.sockets[0].getsockname()[1]
-        named = socket.gethostname() if wanted.host in _ANY else wanted.host
+        named = socket.gethostname() if wanted.host in WILDCARDS else wanted.host
         self.address = str(Address(named, port))
 
     def _accept(self, gate: TlsGate | None = None) -> Stream:

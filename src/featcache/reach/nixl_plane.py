@@ -107,8 +107,9 @@ class NixlPlane:
         gpu = None
         if memory.kind == "VRAM":
             gpu = PlaneGpu(memory.device, by_segments=by_segments)
+        api = _api()
         try:
-            return cls(_api(), name, loop, memory, gpu)
+            return cls(api, name, loop, memory, gpu)
         except RuntimeError as error:
             raise BackendUnavailable(f"no thread can be started for NIXL: {error}") from error
 

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import ssl
+import stat
 from os import PathLike
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -16,6 +17,7 @@ KEY_VARIABLE: Final = "FEATCACHE_CLUSTER_KEY"
 SHORT_KEY_BYTES: Final = 16
 MAX_KEY_BYTES: Final = 4096
 _log: Final = logging.getLogger("featcache")
+WILDCARDS: Final = frozenset(("0.0.0.0", "::"))  # noqa: S104 - compared with, not bound to
 _MAX_PORT: Final = 65535
 _HOST: Final = re.compile(r"[A-Za-z0-9._:%-]+")
 
@@ -83,12 +85,17 @@ def parse_key(value: object, where: str = "cluster_key") -> bytes:
 
 
 def read_key(path: str | PathLike[str]) -> bytes:
-    """Return the key that a file has, a text or any bytes, or raise SettingsError."""
+    """Return the key that a file has, a text or any bytes, or raise SettingsError.
+
+    A file that all can read is warned of.
+    """
     try:
         with Path(path).open("rb") as file:
+            if os.fstat(file.fileno()).st_mode & stat.S_IROTH:
+                _log.warning("all users can read the cluster key in %s: chmod 600 %s", path, path)
             return parse_key(file.read(MAX_KEY_BYTES + 1), f"the key in {path}")
     except OSError as error:
-        raise SettingsError(f"the cluster key can't be read: {path}: {explain(error)}") from error
+        raise SettingsError(f"the cluster key can't be read: {explain(error)}") from error
 
 
 def key_from_environment() -> bytes | None:

@@ -85,12 +85,19 @@ COUNTERS: Final = (
     Counter("featcache_discarded", "discarded", "Refs taken back"),
     Counter("featcache_spilled", "spilled", "Puts that went to the host slab", by_clients=True),
     Counter("featcache_relayed", "relayed", "Features copied to host memory for their readers"),
-    Counter("featcache_fetched", "fetched", "Features of other hosts that were fetched"),
+    Counter(
+        "featcache_fetched", "fetched", "Features of other hosts that were fetched by their refs"
+    ),
     Counter("featcache_fetched_bytes", "fetched_bytes", "Bytes of those features"),
     Counter("featcache_fetches_failed", "fetches_failed", "Fetches that ended without the feature"),
     Counter("featcache_told", "told", "Reads of this pool's features that other hosts began"),
     Counter("featcache_told_bytes", "told_bytes", "Bytes of those features"),
     Counter("featcache_hosts_lost", "hosts_lost", "Other hosts that read here and vanished"),
+    Counter("featcache_keys_fetched", "keys_fetched", "Features fetched from their keys' homes"),
+    Counter(
+        "featcache_keys_offered", "keys_offered", "Features that their keys' homes fetched here"
+    ),
+    Counter("featcache_claims_passed", "claims_passed", "Claims of other hosts that vanished"),
     Counter("featcache_demoted", "demoted", "Evicted features that were put into the tier"),
     Counter("featcache_demotions_dropped", "demotions_dropped", "Evicted features that were not"),
     Counter("featcache_promoted", "promoted", "Features that came back from the tier"),
