@@ -53,7 +53,7 @@ class FileTier:
         return file, file.read(length)
 
     def _write(self, path: Path, header: bytes, data: memoryview) -> None:
-        # Written beside it and then renamed: whoever reads finds all of it or nothing.
+        # Written beside it and then renamed: a reader finds all of it or nothing.
         unfinished = path.with_suffix(".new")
         with unfinished.open("wb") as file:
             file.write(len(header).to_bytes(LENGTH_BYTES, "little"))

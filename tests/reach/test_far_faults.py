@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -12,8 +13,14 @@ import torch
 
 import featcache
 from featcache import FeatureCache, OwnerLost, events
-from featcache.errors import AttachRefused, BackendUnavailable, OwnerUnreachable
+from featcache.errors import (
+    AttachRefused,
+    BackendUnavailable,
+    FeatcacheError,
+    OwnerUnreachable,
+)
 from featcache.owner import landing
+from featcache.owner.far_peers import FarPeers
 from featcache.ref import path_of
 from reach.hosts import KEY, Hosts, clients_of, hosts, listening, plane_of, quick
 from reach.proxy import Network, network
@@ -68,6 +75,30 @@ async def test_a_home_that_says_nothing_is_lost_in_the_handshake() -> None:
                 with pytest.raises(OwnerLost, match="did not answer"):
                     await call(ref)
             assert owed(both.home) == 1
+
+
+async def test_a_fault_of_the_home_is_told_and_nobody_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def fault(*_: object) -> None:
+        raise ZeroDivisionError("of the home")
+
+    told = list[BaseException]()
+    asyncio.get_running_loop().set_exception_handler(
+        lambda _, found: told.append(found["exception"])
+    )
+    async with hosts() as both:
+        ref = await both.home.put(filled(KIB))
+        with monkeypatch.context() as patch:
+            patch.setattr(FarPeers, "_find", fault)
+            with pytest.raises(
+                FeatcacheError, match="failed at it: ZeroDivisionError: of the home"
+            ):
+                await both.client.get(ref)
+        gc.collect()  # asyncio tells of a task's exception when the task goes
+        assert [type(error) for error in told] == [ZeroDivisionError]
+        assert torch.equal(tensor(await both.client.get(ref)), filled(KIB))
+        await spent(both.home)
 
 
 @pytest.mark.parametrize("how", ["reset", "closed"])

@@ -224,7 +224,7 @@ class FarKeys:
             raise BackendUnavailable(str(error)) from None
 
     def promised(self, peer: FarPeer, note: messages.Promise) -> None:
-        """Take the news that a host is going to offer a feature: whoever looks for it waits for that."""
+        """Take the news that a host is going to offer a feature: lookups of it wait for that."""
         key, ticket = note.key, note.ticket
         most = self._pool.settings.grants
         if ticket in peer.promised or len(peer.promised) >= most or self._pool.closed:

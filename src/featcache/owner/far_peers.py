@@ -161,7 +161,13 @@ class FarPeers:
             raise ProtocolError(f"request {number} is in progress, or too many are")
         task = asyncio.get_running_loop().create_task(self._work(peer, request))
         peer.tasks[number] = task
-        task.add_done_callback(lambda _: peer.tasks.pop(number, None))
+
+        def ended(_: "asyncio.Task[None]") -> None:
+            # A host that came back counts anew: by now the number may be of another of its requests.
+            if peer.tasks.get(number) is task:
+                del peer.tasks[number]
+
+        task.add_done_callback(ended)
 
     async def _work(self, peer: FarPeer, request: messages.Request) -> None:
         try:
@@ -181,6 +187,11 @@ class FarPeers:
         except FeatcacheError as error:
             kind = OwnerLost if isinstance(error, CacheClosed) else type(error)
             peer.send(messages.Failed(request.request, kind.__name__, str(error)[:2000]))
+        except Exception as error:
+            # A fault of this owner is told, too: the host that asks waits as long as this one lives.
+            told = f"the owner failed at it: {type(error).__name__}: {error}"[:2000]
+            peer.send(messages.Failed(request.request, FeatcacheError.__name__, told))
+            raise
 
     async def _find(self, request: messages.Extent) -> FeatureRef:
         """Return the ref that a request is about, if it can be read now."""

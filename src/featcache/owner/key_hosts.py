@@ -41,7 +41,7 @@ class KeyHosts:
         SEEKING ──found there──────→ (released: the feature is brought)
            │ └──its turn there────→ HELD, with a right there ──put here──→ OFFERED ──the home has it──→ (none)
            │                          └──failed, or its session ended──→ (given back: the next host makes)
-           └──nobody to be asked──→ HELD, without one ──put here──→ OFFERED to whoever is the home then
+           └──nobody to be asked──→ HELD, without one ──put here──→ OFFERED to the home of that time
     """
 
     name: Final = "other hosts"
@@ -154,7 +154,7 @@ class KeyHosts:
         while True:
             try:
                 if await self._brought(key, waits=True):
-                    return  # whoever waits here has been told
+                    return  # its waiters here have been told
             except CacheClosed:
                 return
             except FeatcacheError as error:

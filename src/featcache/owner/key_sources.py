@@ -51,7 +51,7 @@ class KeySource(Protocol):
 
 
 class ClaimingSource(KeySource, Protocol):
-    """Other hosts: among them too one makes a key, and whoever waits for it here waits there as well."""
+    """Other hosts: among them too one makes a key, and its waiters here wait there as well."""
 
     async def claim(self, claim: Claim, *, waits: bool) -> bool:
         """Bring the key of a claim that is held here; or return False once it is to be made here.
@@ -132,7 +132,7 @@ class KeySources:
         raise not_found(key)
 
     async def bring(self, key: bytes) -> bool:
-        """Have a key brought; return whether it was. Whoever asks meanwhile joins."""
+        """Have a key brought; return whether it was. Callers meanwhile join."""
         hosts = self._hosts
         if await self.bring_near(key) or hosts is None:
             return key in self._pool.store.directory
@@ -178,7 +178,7 @@ class KeySources:
     async def wait_for_key(
         self, key: bytes, page: SessionPage, *, can_make: bool, waits: bool
     ) -> Granted | Claim:
-        """As `Lookups.wait_here`, but whoever would wait, or has the claim, has the sources asked first.
+        """As `Lookups.wait_here`; but before a wait, and by the holder of the claim, the sources are asked.
 
         Of all sessions one has the claim: the others wait for the key, as they do without sources.
 

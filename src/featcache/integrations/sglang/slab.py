@@ -72,7 +72,7 @@ class Slab:
     """One end of the slab, shared by the pools of this process. Safe in any thread.
 
     The first worker that asks for it owns it; when that dies another takes its place. The others have a
-    client each, which attaches anew to whoever owns it, and puts in its caller's thread once it has room
+    client each, which attaches anew to its next owner, and puts in its caller's thread once it has room
     ahead. The owner has none: its loop and a client's beside it would stand in each other's way at the
     interpreter's lock. While there is no owner puts find no room.
     """

@@ -13,7 +13,7 @@ import time
 from typing import Final
 
 Region = tuple[mmap.mmap, int]
-"""A mapping and its address. Whoever works on the address refers to it: `close` unmaps nothing under them."""
+"""A mapping and its address. Work on the address refers to the mapping: `close` unmaps nothing under it."""
 
 PIECE_BYTES: Final = 4 << 20  # 2 ms of page faults
 POPULATE_READ: Final = 22  # Linux 5.14; Python does not name them
