@@ -42,17 +42,15 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
             f"featcache.{name}"
             for name in (
                 *(
-                    "base_event",
                     "errors",
                     "events",
-                    "hooks",
-                    "host_events",
+                    "events.*",
                     "observation",
                     "ref",
                     "settings",
                     "statistics",
                 ),
-                *("tier", "tier_events", "version"),
+                *("tier", "version"),
             )
         ),
     ),

@@ -20,10 +20,11 @@ import torch
 import featcache
 from docs.pages import PAGES, ROOT, Block, blocks, blocks_of
 from docs.scene import scene
-from featcache import events, hooks
+from featcache import events
 from featcache.cli.config import options_of
 from featcache.cli.program import COMMANDS, run
 from featcache.cli.program import featcache as program
+from featcache.events import hooks
 from featcache.integrations import tracing
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"

@@ -77,7 +77,7 @@ class Demotions:
         self._known: OrderedDict[bytes, None] = OrderedDict()
         """Keys under which the tier may have something."""
         self._forgotten: OrderedDict[bytes, None] = OrderedDict()
-        """Keys that are not to be looked up: what the tier has under them is to be removed."""
+        """Keys whose copies in the tier are stale: no lookup reaches them until they are removed."""
         self._closed = False
 
     # --- out of the slab ------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ class Demotions:
             self._outdate(demotion.key)
 
     def _outdate(self, key: bytes) -> None:
-        """See to it that what the tier may have under a key is not found: what was lost was newer."""
+        """Hide the tier's copy of a key, if any: it is older than the feature that was lost."""
         if key not in self._staged and (key in self._known or key in self._last):
             self._remove(key)
 
@@ -249,7 +249,7 @@ class Demotions:
         return older is not None
 
     def forget(self, key: bytes) -> bool:
-        """Remove what the tier has under a key that was evicted by name; return whether that is known now."""
+        """Remove the tier's copy of a key that was evicted by name; return whether there surely was one."""
         if self._closed:
             return False
         was_known = self._supersede(key) or key in self._known

@@ -252,7 +252,7 @@ class FarKeys:
     # --- the end --------------------------------------------------------------------------------------
 
     def give_back(self, peer: FarPeer, ticket: int) -> None:
-        """Take back what a host was given."""
+        """End the pin, claim or promise of a host's ticket."""
         promised, given = peer.promised.pop(ticket, None), peer.given.pop(ticket, None)
         if promised is not None:
             self._unpromise(promised)
@@ -274,7 +274,7 @@ class FarKeys:
                 pool.collect()  # a put that waits may evict it now
 
     def pass_claims(self, peer: FarPeer) -> None:
-        """Have others make what a host was to make, that is gone."""
+        """Pass the claims of a lost host to the next waiters."""
         for ticket, given in list(peer.given.items()):
             if isinstance(given, Claim):
                 self.passed += 1

@@ -324,7 +324,7 @@ class FarPeers:
         """End a host's lease when it has been silent for so long."""
         now_s, lease_s = _now(), self._settings.peer_lease
         if now_s - peer.due_s > lease_s * _STILL_PART:
-            # This owner stood still: what the host has sent meanwhile is yet to be heard.
+            # This owner stood still: heartbeats that came meanwhile are still in the socket.
             peer.heard_s = now_s
         left_s = peer.heard_s + lease_s - now_s
         if left_s <= 0:

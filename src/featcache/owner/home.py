@@ -21,7 +21,7 @@ _UNKNOWN_EPOCH: Final = 0
 
 
 class Pins:
-    """The `landing.Giver` of what a home has pinned over one connection.
+    """The `landing.Giver` of a home's pins over one connection.
 
     That connection alone vouches for it: the home takes back all pins when there is another.
     """
@@ -63,7 +63,7 @@ class Home:
         self._link: HomeLink | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.tickets: set[int] = set()
-        """What the home has given by key, or is asked for."""
+        """Tickets of pins and claims that the home has granted, or is asked for."""
         self._offered: tuple[HomeLink, int] | None = None
         """The connection over which the home was told the data plane's metadata, and its epoch."""
         self.pool_id = b""
@@ -207,7 +207,7 @@ class Home:
         return True
 
     def give_back(self, ticket: int) -> None:
-        """Give back what the home gave under a ticket."""
+        """End the pin or claim of a ticket."""
         if ticket in self.tickets:
             self.tickets.discard(ticket)
             if self.linked is not None:  # else the next connection tells what is still held

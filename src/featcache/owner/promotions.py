@@ -169,7 +169,7 @@ class Promotions:
         return slot or await writer.slot_of(writer.ask(request, wait=True), None, wait=True)
 
     async def _land(self, landing: Landing, written: object) -> bool:
-        """Publish what the tier has written."""
+        """Publish a promotion."""
         described, slot, key = landing.described, landing.slot, landing.key
         if described is None or slot is None:
             raise self._calls.failed("get", key, "it has written, but asked for no room")

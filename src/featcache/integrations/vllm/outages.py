@@ -5,7 +5,7 @@ import threading
 from typing import Any, Final
 
 from featcache.events import Event, OwnerBack, OwnerGone
-from featcache.hooks import LOGGER, add_hook, remove_hook
+from featcache.events.hooks import LOGGER, add_hook, remove_hook
 from featcache.integrations.vllm.counts import Counts
 
 logger: Final = logging.getLogger("vllm.featcache")

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import attrs
 
-from featcache.base_event import Event, Severity
+from featcache.events.event import Event, Severity
 
 __all__ = ["DemotionDropped", "TierFailed"]
 

@@ -1,74 +1,10 @@
-"""Events: frozen records handed to hooks; the log is the first hook, metrics another.
+"""Events of one pool: its slab, its sessions, its puts, its keys."""
 
-A record's `name` is its event (``featcache.pool.pressure``, …), its `severity` a log level, its other
-fields are the facts. `featcache.hooks` hands them on.
-"""
-
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 import attrs
 
-from featcache.base_event import Event, Severity
-from featcache.hooks import Hook, Throttle, add_hook, emit, is_emitting, log_event, remove_hook
-from featcache.host_events import (
-    FetchFailed,
-    FetchQuarantined,
-    FetchSlow,
-    HomeAttached,
-    HomeUnreachable,
-    HostAttached,
-    HostLeft,
-    HostLost,
-)
-from featcache.tier_events import DemotionDropped, TierFailed
-
-__all__ = [
-    "BackendChosen",
-    "CommitFailed",
-    "DemotionDropped",
-    "Event",
-    "FetchFailed",
-    "FetchQuarantined",
-    "FetchSlow",
-    "HomeAttached",
-    "HomeUnreachable",
-    "Hook",
-    "HostAttached",
-    "HostLeft",
-    "HostLost",
-    "KeyEvicted",
-    "KeySourceFailed",
-    "OwnerBack",
-    "OwnerGone",
-    "PeerRefused",
-    "PeerUnreachable",
-    "PoolClosed",
-    "PoolOpened",
-    "PoolPressure",
-    "PutSpilled",
-    "PutWaited",
-    "PutWaiting",
-    "ReaderAttached",
-    "ReaderLeft",
-    "ReaderLost",
-    "ReaderQuarantined",
-    "ReconnectRefused",
-    "RefExpired",
-    "ReturnFailed",
-    "SegmentsCommitted",
-    "SegmentsReturned",
-    "Throttle",
-    "TierFailed",
-    "add_hook",
-    "emit",
-    "is_emitting",
-    "log_event",
-    "log_to_structlog",
-    "remove_hook",
-]
-
-log_to_structlog: Final = log_event
-"""The older name of `log_event`."""
+from featcache.events.event import Event, Severity
 
 
 @attrs.frozen(kw_only=True)

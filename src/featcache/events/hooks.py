@@ -19,7 +19,7 @@ import structlog
 from featcache.errors import SettingsError
 
 if TYPE_CHECKING:
-    from featcache.events import Event
+    from featcache.events.event import Event
 
 __all__ = ["Hook", "Throttle", "add_hook", "emit", "is_emitting", "log_event", "remove_hook"]
 
