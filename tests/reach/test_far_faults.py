@@ -13,14 +13,22 @@ import torch
 
 import featcache
 from featcache import FeatureCache, OwnerLost, events
+from featcache.control.messages import ProtocolError
 from featcache.errors import (
     AttachRefused,
     BackendUnavailable,
     FeatcacheError,
     OwnerUnreachable,
 )
-from featcache.owner import landing
+from featcache.owner import far_peers, landing
 from featcache.owner.far_peers import FarPeers
+from featcache.reach.messages import (
+    MAX_NOTIFICATION_BYTES,
+    Pay,
+    Payment,
+    Place,
+    encode,
+)
 from featcache.ref import path_of
 from reach.hosts import KEY, Hosts, clients_of, hosts, listening, plane_of, quick
 from reach.proxy import Network, network
@@ -377,6 +385,33 @@ async def test_a_forged_notification_pays_nothing() -> None:
         for each in (forged, b"", b"\xc1", payload[:-1]):
             both.home_plane.on_notification(each)
         assert owed(both.home) == 1
+
+
+async def test_a_notification_of_any_length_does_not_hold_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The data plane proves nothing of its sender, so one that is too long is not even decoded."""
+    decoded = list[int]()
+
+    def decode(payload: bytes) -> object:
+        decoded.append(len(payload))
+        raise ProtocolError("of no use")
+
+    async with hosts() as both:
+        beyond = both.home._opened().beyond
+        assert beyond is not None
+        assert beyond.peers is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(far_peers, "decode_from_reader", decode)
+            beyond.peers.notified(bytes(MAX_NOTIFICATION_BYTES))
+            beyond.peers.notified(bytes(MAX_NOTIFICATION_BYTES + 1))
+    assert decoded == [MAX_NOTIFICATION_BYTES]
+
+
+def test_the_longest_payment_is_no_longer_than_a_notification() -> None:
+    most = (1 << 63) - 1
+    payment = Payment(most, Place(bytes(16), most, most), most, "ü" * 256)
+    assert len(encode(Pay(bytes(16), [payment]))) <= MAX_NOTIFICATION_BYTES
 
 
 async def test_a_payment_outlives_the_connection() -> None:

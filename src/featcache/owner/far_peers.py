@@ -144,6 +144,8 @@ class FarPeers:
 
     def notified(self, payload: bytes) -> None:
         """Take payments that came over the data plane, which proves nothing: of known hosts only."""
+        if len(payload) > messages.MAX_NOTIFICATION_BYTES:
+            return
         try:
             message = decode_from_reader(payload)
         except ProtocolError:

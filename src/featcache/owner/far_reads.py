@@ -5,7 +5,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from itertools import islice
-from typing import Final, TypeVar
+from typing import Final
 
 from featcache.control.peer import SessionState
 from featcache.core.slots import SlotState
@@ -19,7 +19,6 @@ from featcache.reach import messages
 from featcache.reach.messages import Place
 from featcache.ref import FeatureRef
 
-T = TypeVar("T")
 _now: Final = time.monotonic
 _PREFIX: Final = b"\xff\x00featcache.far\x00"
 """Of the keys under which features of other hosts are kept: no text's, and no content key's."""

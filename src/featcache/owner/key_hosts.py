@@ -5,7 +5,7 @@ import contextlib
 import itertools
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final
 
 from featcache.errors import (
     CacheClosed,
@@ -21,8 +21,6 @@ from featcache.owner.registered import RegisteredSlab
 from featcache.owner.served_pool import ServedPool
 from featcache.owner.upstreams import Upstreams
 from featcache.reach import messages
-
-T = TypeVar("T")
 
 
 class Watch:

@@ -23,6 +23,7 @@ MAX_NAMES: Final = 1024
 MAX_TICKETS: Final = 2048
 """Tickets that a host has at one home, and that one `Holding` names."""
 MAX_NOTIFICATION_BYTES: Final = 64 << 10
+"""Of the data plane, over which anybody may send. A host notifies of one payment at a time."""
 MAX_KEYS: Final = 256
 """Keys that one `Ask` names."""
 
